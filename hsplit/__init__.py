@@ -1,0 +1,24 @@
+"""hsplit: unequal devices fine-tune a large language model together, split between them and a server, on Ray.
+
+``hsplit.launch("cluster/hetero.yaml")`` is what the command line calls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hsplit.launcher import Run, launch, plan, resume
+
+__all__ = ["Run", "__version__", "launch", "plan", "resume"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use: the command line must answer --help without importing torch and Ray.
+    if name in ("Run", "launch", "plan", "resume"):
+        from hsplit import launcher
+
+        return getattr(launcher, name)
+    raise AttributeError(f"module 'hsplit' has no attribute {name!r}")

@@ -1,0 +1,227 @@
+"""The Ray executor: every client, the server and the scheduler is a named Ray actor around its plain class."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hsplit.actors.client import Client, base_model
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, one_line
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.server import Server
+from hsplit.config import Holder, Job, Policy, RunConfig
+from hsplit.errors import InputError
+
+NAMESPACE = "hsplit"
+
+# Read by worker processes when they start, so it must be in the environment before Ray is.
+WORKER_ENVIRONMENT = {
+    # Idle OpenMP threads sleep instead of spinning: with several actors on a few cores spinning costs half the time.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Imports dominate an actor's start; workers that wait have them done.
+    "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate,bitsandbytes",
+    "TOKENIZERS_PARALLELISM": "false",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Where an actor finds the base model on its own node.
+
+    Attributes:
+        model: ``job.model`` or the client's own.
+        directory: where the driver found ``job.model``; tried first, since nodes often share paths.
+    """
+
+    model: str
+    directory: Path | None
+
+    def locate(self) -> Path:
+        from hsplit.models.source import find_model
+
+        if self.directory is not None and (self.directory / "config.json").is_file():
+            return self.directory
+        return find_model(self.model).directory
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """A reference and where it came from, so that a failure can be named."""
+
+    ref: Any
+    actor: str
+    method: str
+
+
+def _refs(arguments: Sequence[Any]) -> list[Any]:
+    return [a.ref if isinstance(a, _Handle) else a for a in arguments]
+
+
+def _settle(threads: int | None) -> None:
+    """Threads on purpose, and no library chatter on the user's terminal."""
+    import torch
+    import transformers
+
+    # The server computes while the clients wait, so it may use every core of its node.
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class ClientActor(Client):
+    """The shell of a client: settles threads and finds the model on its node."""
+
+    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, threads: int) -> None:
+        _settle(threads)
+        super().__init__(name, job, policy, base_model(model.locate(), job), device)
+
+
+class ServerActor(Server):
+    """The shell of the server."""
+
+    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
+        _settle(None)
+        super().__init__(job, policy, base_model(model.locate(), job), device)
+
+
+class SchedulerActor(Scheduler):
+    """The shell of the scheduler."""
+
+    def __init__(self, run: RunConfig, model: ModelReference) -> None:
+        _settle(1)
+        super().__init__(run, model.locate())
+
+
+def connect(address: str | None, cpus: float, dashboard: bool = True) -> str | None:
+    """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
+
+    Returns:
+        The dashboard's URL, or ``None``.
+
+    Raises:
+        InputError: nothing answers at ``address``.
+    """
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        # Actors wait most of the time, so a laptop may have more of them than cores.
+        logical = max(os.cpu_count() or 1, math.ceil(cpus))
+        context = ray.init(address="local", num_cpus=logical, include_dashboard=dashboard, **quiet)
+    else:
+        try:
+            context = ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
+    return context.dashboard_url or None
+
+
+def check_requests(run: RunConfig) -> None:
+    """Refuse at once what no node could ever give.
+
+    Raises:
+        InputError: names the holder, what it asks for and what the largest node has.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.clients)]:
+        fitting = _matching_nodes(nodes, name, holder)
+        for resource, wanted in (("CPU", holder.num_cpus), ("GPU", holder.num_gpus)):
+            most = max(node["Resources"].get(resource, 0.0) for node in fitting)
+            if wanted > most:
+                hint = "; run on CPUs with --cpu" if resource == "GPU" else ""
+                raise InputError(
+                    f"{name}: num_{resource.lower()}s: {wanted:g} asked, no node has more than {most:g}{hint}"
+                )
+
+
+def _matching_nodes(nodes: list[dict[str, Any]], name: str, holder: Holder) -> list[dict[str, Any]]:
+    if holder.node is None:
+        return nodes
+    found = [n for n in nodes if holder.node in (n["NodeManagerHostname"], n["NodeManagerAddress"])]
+    if not found:
+        there = ", ".join(sorted(f"{n['NodeManagerHostname']} ({n['NodeManagerAddress']})" for n in nodes))
+        raise InputError(f"{name}: node: {holder.node} is not in the Ray cluster; it has {there}")
+    return found
+
+
+class RayExecutor:
+    """Named actors on a connected Ray.
+
+    Args:
+        run_name: actors are named ``hsplit:RUN:client:NAME``, ``hsplit:RUN:server``, ``hsplit:RUN:scheduler``.
+        run: resolved configuration.
+        model: where the driver found ``job.model``.
+    """
+
+    def __init__(self, run_name: str, run: RunConfig, model: Path) -> None:
+        check_requests(run)
+        self._handles: dict[str, Any] = {}
+        shared = ModelReference(run.job.model, model)
+        for client in run.clients:
+            own = shared if client.model is None else ModelReference(client.model, None)
+            actor = _remote(ClientActor, f"hsplit:{run_name}:client:{client.name}", client)
+            threads = max(1, int(client.num_cpus))
+            device = _device(client)
+            self._handles[client.name] = actor.remote(client.name, run.job, run.policy, own, device, threads)
+        server = _remote(ServerActor, f"hsplit:{run_name}:server", run.server)
+        self._handles[SERVER] = server.remote(run.job, run.policy, shared, _device(run.server))
+        scheduler = ray.remote(SchedulerActor).options(
+            name=f"hsplit:{run_name}:scheduler", namespace=NAMESPACE, num_cpus=0
+        )
+        self._handles[SCHEDULER] = scheduler.remote(run, shared)
+
+    def call(self, actor: str, method: str, *arguments: Any) -> Any:
+        ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
+        return _Handle(ref, actor, method)
+
+    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
+        bound = getattr(self._handles[actor], method).options(num_returns=returns)
+        refs = bound.remote(*_refs(arguments))
+        return [_Handle(ref, actor, method) for ref in refs]
+
+    def get(self, handles: Sequence[Any]) -> list[Any]:
+        values = []
+        for handle in handles:
+            try:
+                values.append(ray.get(handle.ref))
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, BaseException) else error
+                if isinstance(cause, InputError):
+                    raise InputError(str(cause)) from error
+                raise ActorFailure(handle.actor, handle.method, one_line(cause)) from error
+            except ray.exceptions.RayError as error:
+                raise ActorFailure(handle.actor, handle.method, one_line(error)) from error
+        return values
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            ray.kill(handle)
+        self._handles.clear()
+
+
+def _remote(cls: type, name: str, holder: Holder) -> Any:
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "num_cpus": holder.num_cpus,
+        "num_gpus": holder.num_gpus,
+        "max_restarts": 0,
+    }
+    if holder.node is not None:
+        (node,) = _matching_nodes([n for n in ray.nodes() if n["Alive"]], name, holder)[:1]
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(cls).options(**options)
+
+
+def _device(holder: Holder) -> str:
+    return "cuda" if holder.num_gpus > 0 else "cpu"

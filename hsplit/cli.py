@@ -1,0 +1,132 @@
+"""The command line: parse, call, print. Everything it does can be done from Python (``hsplit.launch`` and friends)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from hsplit import __version__
+from hsplit.errors import HsplitError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+# What a shell reports for a process that ended on SIGINT.
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns hsplit's own errors into one line on stderr and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HsplitError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hsplit")
+def main() -> None:
+    """Fine-tune a large language model together, on devices that are nothing alike."""
+
+
+def _cluster_options(command: _Command) -> _Command:
+    options = [
+        click.option("--cluster", required=True, metavar="FILE|NAME", help="Who takes part, and the job."),
+        click.option("--policy", metavar="FILE|NAME", help="How: hsplitlora by default."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; may be repeated."),
+        click.option("--cpu", is_flag=True, help="Run a cluster file with GPUs on CPUs."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_address_option = click.option(
+    "--address", metavar="ADDRESS", help="A running Ray cluster (auto: the one on this machine); default: a local one."
+)
+
+
+@main.command()
+@_cluster_options
+@_address_option
+@click.option("--name", help="The run's name; made up from the time by default.")
+@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+def launch(
+    cluster: str,
+    policy: str | None,
+    overrides: tuple[str, ...],
+    cpu: bool,
+    address: str | None,
+    name: str | None,
+    runs_dir: Path,
+) -> None:
+    """Fine-tune, and leave the adapter, metrics and a report in the run's directory."""
+    from hsplit.launcher import launch as start
+
+    run = start(cluster, policy, overrides, runs_dir=runs_dir, name=name, address=address, cpu=cpu)
+    if not run.complete:
+        sys.exit(INTERRUPTED)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_address_option
+def resume(run: Path, address: str | None) -> None:
+    """Go on with a run from its last complete checkpoint."""
+    from hsplit.launcher import resume as go_on
+
+    if not go_on(run, address=address).complete:
+        sys.exit(INTERRUPTED)
+
+
+@main.command()
+@_cluster_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool, as_json: bool) -> None:
+    """Show who would hold which layers at which ranks, without training."""
+    from hsplit.launcher import plan as make
+
+    made = make(cluster, policy, overrides, cpu=cpu)
+    if as_json:
+        from hsplit.launcher import plan_summary
+
+        click.echo(json.dumps(plan_summary(made), indent=2))
+        return
+    from rich.console import Console
+
+    from hsplit.observe.terminal import plan_table
+
+    Console().print(plan_table(made))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), help="The file to write; default: report.html of the first run.")
+def report(runs: tuple[Path, ...], to: Path | None) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from hsplit.observe.report import write_report
+    from hsplit.run_directory import RunDirectory
+
+    directories = [RunDirectory.open(run) for run in runs]
+    click.echo(write_report([d.path for d in directories], to or directories[0].report))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), help="Directory to write; default: adapter in the run.")
+@click.option("--format", "kind", type=click.Choice(["peft"]), default="peft", show_default=True)
+def export(run: Path, to: Path | None, kind: str) -> None:
+    """Write what a run has learned by its last checkpoint as a PEFT adapter."""
+    from hsplit.launcher import export as write
+
+    click.echo(write(run, to))

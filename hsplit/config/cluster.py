@@ -1,0 +1,161 @@
+"""Who takes part: the server, the client groups as a file declares them, and each client they come to."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from hsplit.config.budgets import Budget, BudgetOrZero, drawn
+from hsplit.config.section import MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
+
+RESERVED_NAMES = frozenset({"server", "scheduler", "driver"})
+"""Names of hsplit's own actors and processes, which no client may bear."""
+MAX_COUNT = 10_000
+BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")
+"""The fields of a client that may be drawn."""
+
+
+def _not_reserved(name: str) -> str:
+    if name in RESERVED_NAMES:
+        raise refuse(f"{shown(name)} is reserved (so are {', '.join(sorted(RESERVED_NAMES))}); choose another name")
+    return name
+
+
+def _absolute(path: str) -> str:
+    """``path`` from the working directory; as text, since the file is on the client's node."""
+    return path if path.startswith("~") or os.path.isabs(path) else os.path.abspath(path)
+
+
+def _absolute_if_dotted(model: str) -> str:
+    # without the dot, `org/name` is a hub id
+    return _absolute(model) if model.startswith(".") else model
+
+
+_ClientName = Annotated[Name, AfterValidator(_not_reserved)]
+_Cpus = Annotated[NonNegative, Field(description="CPU cores that Ray reserves for the actor")]
+_Gpus = Annotated[NonNegative, Field(description="share of a GPU that Ray reserves for the actor (0.25 = a quarter)")]
+_Node = Annotated[Text | None, Field(description="host name or IP address of the node to run on; null = any")]
+_DataPath = Annotated[
+    Annotated[Text, AfterValidator(_absolute)] | None,
+    Field(description="file of the client's own data, read only on its node; null = a share of `job.data`"),
+]
+_ModelPath = Annotated[
+    Annotated[Text, AfterValidator(_absolute_if_dotted)] | None,
+    Field(description="where the client's node has the model, path or hub id; null = `job.model`"),
+]
+
+
+class Holder(Section):
+    """A machine with a budget of memory and compute, as METHOD.md section 1 has it."""
+
+    memory_gb: Positive = Field(description="memory for the model's work, in GB (1e9 bytes)")
+    tflops: Positive = Field(description="compute, in TFLOP/s (1e12 operations a second)")
+    num_cpus: _Cpus = 1.0
+    num_gpus: _Gpus = 0.0
+    node: _Node = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Declared memory in bytes."""
+        return round(self.memory_gb * 1e9)
+
+    @property
+    def flops(self) -> float:
+        """Declared compute in FLOP/s."""
+        return self.tflops * 1e12
+
+
+class ServerSpec(Holder):
+    """The server: the layers that the clients do not hold run here."""
+
+    memory_gb: Positive = Field(default=8.0, description="memory for the model's work, in GB (1e9 bytes)")
+    tflops: Positive = Field(default=20.0, description="compute, in TFLOP/s (1e12 operations a second)")
+
+
+class Client(Holder):
+    """One client with concrete budgets, in the units of the cluster file; properties give SI units."""
+
+    name: _ClientName = Field(description="the client's name, unique in the run")
+    kind: _ClientName = Field(description="name of the group it came from")
+    bandwidth_mbps: Positive = Field(default=100.0, description="link to the server, in Mbit/s (1e6 bits a second)")
+    latency_ms: NonNegative = Field(default=10.0, description="one-way delay to the server, in milliseconds")
+    data: _DataPath = None
+    model: _ModelPath = None
+
+    @property
+    def bandwidth_bps(self) -> float:
+        """Declared bandwidth in bit/s."""
+        return self.bandwidth_mbps * 1e6
+
+    @property
+    def latency_s(self) -> float:
+        """Declared one-way latency in seconds."""
+        return self.latency_ms / 1e3
+
+
+class ClientSpec(Section):
+    """A group of ``count`` clients alike, or drawn alike, as a cluster file declares it."""
+
+    name: _ClientName = Field(description="the client's name; with `count` above 1, NAME-0, NAME-1, ...")
+    count: int = Field(default=1, ge=1, le=MAX_COUNT, description="number of clients of this kind")
+    memory_gb: Budget = Field(description="memory for the model's work, in GB (1e9 bytes), or a distribution")
+    tflops: Budget = Field(default=1.0, description="compute, in TFLOP/s (1e12 operations a second), or a distribution")
+    bandwidth_mbps: Budget = Field(
+        default=100.0, description="link to the server, in Mbit/s (1e6 bits a second), or a distribution"
+    )
+    latency_ms: BudgetOrZero = Field(
+        default=10.0, description="one-way delay to the server, in milliseconds, or a distribution"
+    )
+    num_cpus: _Cpus = 1.0
+    num_gpus: _Gpus = 0.0
+    node: _Node = None
+    data: _DataPath = None
+    model: _ModelPath = None
+
+    @model_validator(mode="after")
+    def _numbered_names_fit(self) -> Self:
+        if len(self.names()[-1]) > MAX_NAME:
+            longest = shown(self.names()[-1], 100)
+            raise refuse(f"is too long for its count: {longest} has more than {MAX_NAME} characters", "name")
+        return self
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the group's clients: the bare name for one, numbered from 0 for more."""
+        if self.count == 1:
+            return (self.name,)
+        return tuple(f"{self.name}-{number}" for number in range(self.count))
+
+    def _drawn(self, seed: int, name: str) -> dict[str, Any]:
+        return {field: drawn(getattr(self, field), seed, name, field) for field in BUDGET_FIELDS}
+
+    def expanded(self, seed: int) -> tuple[Client, ...]:
+        """The group's clients, with their budgets drawn for ``seed``."""
+        fixed: dict[str, Any] = self.model_dump(exclude={"name", "count", *BUDGET_FIELDS})
+        return tuple(
+            Client(
+                name=name,
+                kind=self.name,
+                **fixed,
+                **self._drawn(seed, name),
+            )
+            for name in self.names()
+        )
+
+
+def unique_names(groups: tuple[ClientSpec, ...]) -> tuple[ClientSpec, ...]:
+    """``groups`` unchanged; a validator's refusal names both if two of them make the same client name."""
+    owners: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for name in dict.fromkeys((group.name, *group.names())):
+            if name in owners:
+                other = groups[owners[name]]
+                raise refuse(
+                    f"{shown(name)} is also a name of clients[{owners[name]}] ({shown(other.name)}, count"
+                    f" {other.count}); give every client a name of its own",
+                    index,
+                    "name",
+                )
+            owners[name] = index
+    return groups

@@ -1,0 +1,198 @@
+"""Reading YAML files and finding the presets that come with hsplit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hsplit.config.section import allowed_instead, shown
+from hsplit.errors import InputError
+
+MAX_DEPTH = 20
+"""Levels of nesting that a document may have; hsplit's own files need six."""
+MAX_NODES = 200_000
+"""Values that a document may have once its aliases are written out."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+PresetKind = Literal["cluster", "policies"]
+
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point; a learning rate is a number
+_EXPONENT = (re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that refuses repeated keys, keys that are not text, and documents made to blow up."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        self._check(node, {}, ())
+        return self.construct_document(node)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            # PyYAML lets these through for a month 13, `!!int x`, `!!bool maybe` and their like
+            raise _refused(node, f"{shown(getattr(node, 'value', ''))} is no valid {node.tag[-20:]}") from None
+
+    def _check(self, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+        """Number of values under ``node`` with aliases written out; each node is walked once."""
+        if id(node) in above:
+            raise _refused(node, "an alias refers to what it is part of")
+        if len(above) >= MAX_DEPTH:
+            raise _refused(node, f"more than {MAX_DEPTH} levels of nesting")
+        if id(node) not in sizes:
+            below = (*above, id(node))
+            size = 1
+            if isinstance(node, yaml.SequenceNode):
+                size += sum(self._check(child, sizes, below) for child in node.value)
+            elif isinstance(node, yaml.MappingNode):
+                _check_keys(node)
+                size += sum(self._check(value, sizes, below) for _, value in node.value)
+            if size > MAX_NODES:
+                raise _refused(node, f"more than {MAX_NODES} values once aliases are written out")
+            sizes[id(node)] = size
+        return sizes[id(node)]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Dumper that quotes whatever ``_Loader`` would take for something else than text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # only in double quotes does PyYAML write U+0085 and its like so that it does not read back a space
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", *_EXPONENT)
+
+
+def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[Hashable, int] = {}
+    for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.tag != "tag:yaml.org,2002:str":
+            raise _refused(key, f"a key must be plain text (got {shown(key.value)})")
+        if key.value in lines:
+            raise _refused(key, f"key {shown(key.value)} is repeated (first on line {lines[key.value]})")
+        lines[key.value] = key.start_mark.line + 1
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """The value that ``text`` denotes.
+
+    Raises:
+        InputError: ``text`` is no valid YAML; the line is ``place:LINE: what is wrong``.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise _not_yaml(f"{place}{line}", error.problem or error.context) from None
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise _not_yaml(f"{place}:{number}", f"character {_character(error)} is not allowed") from None
+    except RecursionError:
+        raise _not_yaml(place, "it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", no code point
+        raise _not_yaml(place, str(error)) from None
+
+
+def _character(error: yaml.reader.ReaderError) -> str:
+    return shown(chr(error.character) if isinstance(error.character, int) else error.character)
+
+
+def _not_yaml(place: str, problem: str | None) -> InputError:
+    return InputError(f"{place}: not valid YAML: {' '.join((problem or 'it cannot be parsed').split())}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file ``path``.
+
+    Raises:
+        InputError: there is no such file, or it is not UTF-8, not YAML, empty, or no mapping at its top.
+    """
+    place = displayed(path)
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{place}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: must be UTF-8 text (byte {error.start} is not)") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{place}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    value = parse_yaml(text, place)
+    if value is None:
+        raise InputError(f"{place}: is empty; it must hold a mapping of keys")
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: must hold a mapping of keys at its top (got {shown(value)})")
+    return value
+
+
+def to_yaml(value: Any) -> str:
+    """``value`` (mappings, lists and plain values) as YAML that ``read_yaml`` reads back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def displayed(path: str | Path) -> str:
+    """``path`` as messages show it: relative where it lies under the working directory."""
+    path = Path(path)
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # OSError: the working directory is gone
+        return str(path)
+
+
+def preset_directory(kind: PresetKind) -> Path:
+    """Where the presets are: inside the package (a wheel) or beside it (a checkout)."""
+    inside = _PACKAGE / kind
+    return inside if inside.is_dir() else _PACKAGE.parent / kind
+
+
+def find_preset(kind: PresetKind, name: str | Path) -> Path:
+    """The file that ``name`` means: a file that exists, or a preset by its name.
+
+    Args:
+        kind: which presets to look among, ``cluster`` or ``policies``.
+        name: a path, or a preset's name, as ``hetero``, ``hetero.yaml`` or ``cluster/hetero.yaml``.
+
+    Raises:
+        InputError: it is neither; the text lists the presets there are.
+    """
+    given = Path(name)
+    try:
+        if given.exists() and not given.is_dir():
+            return given
+    except OSError:  # such as a name too long for the file system
+        pass
+    presets = {path.stem: path for path in sorted(preset_directory(kind).glob("*.yaml"))}
+    parts = given.parts[1:] if given.parts[:1] == (kind,) else given.parts
+    if len(parts) == 1 and parts[0].removesuffix(".yaml") in presets:
+        return presets[parts[0].removesuffix(".yaml")]
+    what = "cluster file" if kind == "cluster" else "policy file"
+    hint = allowed_instead(given.stem, presets).replace("allowed:", "presets:")
+    every = "" if hint.startswith("presets") else f" presets: {', '.join(presets)}"
+    raise InputError(f"{shown(str(name), 200)}: no such {what}, and no preset of that name ({hint}{every})")

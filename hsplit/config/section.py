@@ -1,0 +1,141 @@
+"""What all sections of a configuration file have in common: strict types, known keys, no later change."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+REFUSED = "refused"
+"""Type of the errors that ``refuse`` makes; their text is complete as it stands."""
+
+
+def refuse(reason: str, *at: str | int) -> PydanticCustomError:
+    """The error for a validator to raise: ``reason`` in words, ``at`` the key below the validated value."""
+    return PydanticCustomError(REFUSED, "{reason}", {"reason": reason, "at": at})
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """``value`` as an error quotes it: one line of at most ``limit`` characters, whatever it is."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of too many digits to print; a list that holds itself
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def allowed_instead(key: object, allowed: Iterable[str]) -> str:
+    """What to put in an error on an unknown ``key``: the closest allowed one, else all of them."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(key), names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen; wrong types, unknown keys and non-finite numbers are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, given: Any) -> Any:
+        # pydantic's own extra="forbid" knows the wrong key only; here the allowed ones are at hand too
+        if isinstance(given, Mapping):
+            for key in given:
+                if key not in cls.model_fields:
+                    raise refuse(f"unknown key ({allowed_instead(key, cls.model_fields)})", str(key))
+        return given
+
+
+class OneKey(Section):
+    """A section that is a choice: exactly one of its keys is given, as in ``{dirichlet: 0.5}``."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.given()) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise refuse(f"must have exactly one of: {names} (got {shown(self.given())})")
+        return self
+
+    @model_serializer
+    def given(self) -> dict[str, Any]:
+        """The one key with its value, as it is written in a file."""
+        return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
+
+
+def shape(value: Any) -> str:
+    """Tells a mapping from anything else, for unions of a plain value and a ``OneKey`` section."""
+    return "<mapping>" if isinstance(value, Mapping | BaseModel) else "<plain>"
+
+
+def meaning(words: str) -> WrapValidator:
+    """Replaces all that pydantic says of a union of plain values by ``must be {words}``."""
+
+    def validate(value: Any, inner: Any) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise refuse(f"must be {words} (got {shown(value)})") from None
+
+    return WrapValidator(validate)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # bytes of the command line that are no UTF-8 arrive as lone surrogates, which no file can hold
+        raise refuse(f"must be valid Unicode text (got {shown(text)})") from None
+    return text
+
+
+def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not entries:
+        raise refuse("must have at least 1 entry (got [])")
+    return entries
+
+
+NOT_EMPTY = AfterValidator(_not_empty)
+"""For tuples, instead of pydantic's min_length, which also complains when an entry is wrong itself."""
+LIST = Field(strict=False)
+"""For tuples: YAML has lists, which pydantic's strict mode would refuse."""
+
+NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, without '..'"
+MAX_NAME = 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _well_formed(name: str) -> str:
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise refuse(f"must be {NAME_RULE} (got {shown(name)})")
+    return name
+
+
+LARGEST = 1_000_000_000
+"""Upper bound of every number in a configuration, so that no product of two of them overflows."""
+
+AnyText = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
+Name = Annotated[str, AfterValidator(_well_formed)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]

@@ -1,0 +1,358 @@
+"""The round loop: the one place that tells the order of events. It reads top to bottom.
+
+prepare → validate → [local steps → aggregate → validate → checkpoint] per round → export
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.client import DataReport
+from hsplit.actors.executor import SCHEDULER, SERVER, Executor
+from hsplit.actors.messages import LossReport
+from hsplit.checkpoint import Progress, checkpoint_name, read_checkpoint, save_checkpoint
+from hsplit.config import RunConfig
+from hsplit.data import Example
+from hsplit.errors import InputError
+from hsplit.lora.holder import RoundUpdate
+from hsplit.observe.events import EventLog
+from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow
+from hsplit.observe.terminal import Display
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+# Losses of a step's rows, and a handle to each client's gradient.
+_Losses = tuple[list[LossReport], list[Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the driver found before anything started.
+
+    Attributes:
+        shares: each client's part of the shared data, ``None`` for a client with its own.
+        model_fingerprint, data_sha256: to recognise model and data when a run is resumed.
+    """
+
+    shares: Mapping[str, list[Example] | None]
+    model_fingerprint: str
+    data_sha256: str
+
+
+class Coordinator:
+    """Drives a run through an executor, in-process or Ray.
+
+    Args:
+        run: resolved configuration.
+        executor: reaches the actors.
+        directory: the run's directory.
+        inputs: data shares and fingerprints.
+        display: what the user watches.
+    """
+
+    def __init__(
+        self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Display
+    ) -> None:
+        self._run, self._job = run, run.job
+        self._executor, self._directory, self._inputs, self._display = executor, directory, inputs, display
+        self._events = EventLog(directory.events)
+        self._metrics = MetricsTable(directory.metrics, MetricsRow)
+        self._plans = MetricsTable(directory.plan, PlanRow)
+        self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
+        self._clients: list[str] = []
+        self._validation_batches: dict[str, int] = {}
+        self._measured_s: dict[str, float] = {}
+        self._losses: dict[str, float] = {}
+        self._saved: Path | None = None
+        self._begun = time.monotonic()
+        self.stopping = False
+
+    # -- a run ----------------------------------------------------------------------------------------------------
+
+    def run(self, resume_from: Path | None = None) -> bool:
+        """Train from the start or from a checkpoint.
+
+        Returns:
+            Whether the run is complete; ``False`` when it was asked to stop and has left a checkpoint.
+        """
+        job = self._job
+        if resume_from is None:
+            self._start()
+        else:
+            self._resume(resume_from)
+        progress = self.progress
+        while progress.round < job.rounds:
+            while progress.step < (progress.round + 1) * job.local_steps:
+                self._local_step(progress.step)
+                if self.stopping:
+                    self._checkpoint()
+                    self._note("stopped", f"stopped on request in round {progress.round + 1}")
+                    return False
+            self._aggregate()
+            progress.round += 1
+            self._close_round(self._validate())
+            self._checkpoint()
+        return True
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._adopt(self._one(SCHEDULER, "plan"))
+        self._load_data()
+        self._configure()
+        first = RoundUpdate(1, {}, {})
+        self._wait([self._executor.call(name, "restart", first) for name in [*self._clients, SERVER]])
+        self._close_round(self._validate())
+        self._checkpoint()
+
+    def _resume(self, checkpoint: Path) -> None:
+        self.progress, tensors = read_checkpoint(checkpoint)
+        for what, then, now in (
+            ("model", self.progress.model_fingerprint, self._inputs.model_fingerprint),
+            ("data", self.progress.data_sha256, self._inputs.data_sha256),
+        ):
+            if then != now:
+                raise InputError(f"{self._directory.path}: the {what} is not the one that this run was started with")
+        self._metrics.restore([MetricsRow(**row) for row in self.progress.metrics or []])
+        self._plans.restore([PlanRow(**row) for row in self.progress.plans or []])
+        assert self.progress.plan is not None
+        self._adopt(Plan.from_json(self.progress.plan))
+        self._load_data()
+        self._configure()
+        _, *updates = self._executor.call_many(
+            1 + len(self._clients), SERVER, "load_state", tensors[SERVER], *self._clients
+        )
+        self._wait(
+            [
+                self._executor.call(name, "load_state", tensors[name], update)
+                for name, update in zip(self._clients, updates, strict=True)
+            ]
+        )
+        self._begun = time.monotonic() - self.progress.wall_time_s
+        self._saved = checkpoint
+        self._note("resumed", f"resumed from {checkpoint.name}")
+
+    def _adopt(self, plan: Plan) -> None:
+        """Put ``plan`` in force and say who cannot take part."""
+        self._plan = plan
+        self._clients = [client.name for client in plan.available]
+        self.progress.plan = plan.to_json()
+        self._display.plan(plan)
+        for client in plan.clients:
+            if not client.available:
+                text = (
+                    f"{client.name} is unavailable: it lacks {client.lacking_bytes / 1e6:.1f} MB of memory "
+                    "for the smallest part of the model"
+                )
+                self._note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
+
+    def _load_data(self) -> None:
+        own = {client.name: client.data for client in self._run.clients}
+        calls = [self._executor.call(c, "load_data", self._inputs.shares.get(c), own[c]) for c in self._clients]
+        reports: list[DataReport] = self._executor.get(calls)
+        for report in reports:
+            self._validation_batches[report.client] = report.validation_batches
+            text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
+            self._events.write("data", text, **asdict(report))
+            if report.too_long:
+                text = f"{report.client}: {report.too_long} examples over {self._job.max_length} tokens are left out"
+                self._note("too_long", text, client=report.client, count=report.too_long)
+
+    def _configure(self) -> None:
+        calls = [self._executor.call(SERVER, "configure", self._plan)]
+        for client in self._plan.available:
+            calls.append(self._executor.call(client.name, "configure", client.split, client.ranks))
+        self._wait(calls)
+
+    # -- one local step (METHOD 2) --------------------------------------------------------------------------------
+
+    def _local_step(self, step: int) -> None:
+        losses: list[LossReport] = []
+        for micro in range(self._job.grad_accumulation):
+            fronts = {c: self._executor.call_many(2, c, "forward", step, micro) for c in self._clients}
+            # The small reports come first: a client that failed is found before its tensors are passed on.
+            forwards = self._executor.get([report for report, _ in fronts.values()])
+            activations = [message for _, message in fronts.values()]
+            at_home = self._job.privacy.labels == "client"
+            server_side = self._u_shaped_step if at_home else self._server_step
+            step_losses, gradients = server_side(step, micro, activations)
+            losses += step_losses
+            done = [
+                self._executor.call(client, "backward", step, micro, gradient)
+                for client, gradient in zip(self._clients, gradients, strict=True)
+            ]
+            backwards = self._executor.get(done)
+            for client, forward, backward_s in zip(self._clients, forwards, backwards, strict=True):
+                self.progress.bytes_up += forward.nbytes
+                self._measured_s[client] = self._measured_s.get(client, 0.0) + forward.time_s + backward_s
+        self._record_step(losses)
+
+    def _server_step(self, step: int, micro: int, activations: list[Any]) -> _Losses:
+        """Labels on the server: one call does forward, loss and backward of the depth-joined batch."""
+        report, *gradients = self._executor.call_many(
+            1 + len(activations), SERVER, "train_step", step, micro, *activations
+        )
+        (report,) = self._executor.get([report])
+        self._measure_server(report)
+        return list(report.losses), gradients
+
+    def _u_shaped_step(self, step: int, micro: int, activations: list[Any]) -> _Losses:
+        """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
+        count = len(activations)
+        up, *deep = self._executor.call_many(1 + count, SERVER, "forward", step, micro, *activations)
+        tails = [
+            self._executor.call_many(2, client, "tail", step, micro, output)
+            for client, output in zip(self._clients, deep, strict=True)
+        ]
+        losses: list[LossReport] = self._executor.get([report for report, _ in tails])
+        down, *gradients = self._executor.call_many(
+            1 + count, SERVER, "backward", step, micro, count, *activations, *[gradient for _, gradient in tails]
+        )
+        for report in self._executor.get([up, down]):
+            self._measure_server(report)
+        self.progress.bytes_up += sum(loss.nbytes for loss in losses)
+        return losses, gradients
+
+    def _measure_server(self, report: Any) -> None:
+        self.progress.bytes_down += report.nbytes
+        self._measured_s[SERVER] = self._measured_s.get(SERVER, 0.0) + report.time_s
+
+    def _record_step(self, losses: list[LossReport]) -> None:
+        progress, job = self.progress, self._job
+        for client in self._clients:
+            own = [loss for loss in losses if loss.client == client]
+            loss_sum, tokens = sum(loss.loss_sum for loss in own), sum(loss.tokens for loss in own)
+            self._losses[client] = loss_sum / max(tokens, 1)
+            progress.round_loss_sum += loss_sum
+            progress.round_tokens += tokens
+        progress.tokens += sum(loss.tokens for loss in losses)
+        progress.step += 1
+        progress.virtual_time_s += self._plan.makespan_s
+        self._display.step(
+            progress.round + 1,
+            job.rounds,
+            progress.step,
+            job.rounds * job.local_steps,
+            dict(self._losses),
+            dict.fromkeys(self._clients, "training"),
+        )
+
+    # -- the end of a round (METHOD 6) ----------------------------------------------------------------------------
+
+    def _aggregate(self) -> None:
+        held = [self._executor.call(client, "held") for client in self._clients]
+        report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
+        (report,) = self._executor.get([report])
+        self.progress.bytes_up += report.nbytes_up
+        self.progress.bytes_down += report.nbytes_down
+        if report.residual_cut:
+            text = (
+                f"round {self.progress.round + 1}: the residual reached residual.max_rank; at most "
+                f"{report.residual_cut:.2e} of a weight's residual (relative Frobenius norm) was cut"
+            )
+            self._events.write("residual_cut", text, relative_norm=report.residual_cut)
+        self._wait(
+            [
+                self._executor.call(client, "restart", update)
+                for client, update in zip(self._clients, updates, strict=True)
+            ]
+        )
+
+    def _validate(self) -> tuple[float, int]:
+        """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
+        losses: list[LossReport] = []
+        for index in range(max(self._validation_batches.values())):
+            clients = [c for c in self._clients if index < self._validation_batches[c]]
+            fronts = [self._executor.call_many(2, c, "validation_forward", index) for c in clients]
+            activations = [message for _, message in fronts]
+            for report in self._executor.get([report for report, _ in fronts]):
+                self.progress.bytes_up += report.nbytes
+            if self._job.privacy.labels == "server":
+                (report,) = self._executor.get([self._executor.call(SERVER, "evaluate", *activations)])
+                losses += report.losses
+                continue
+            report, *deep = self._executor.call_many(1 + len(clients), SERVER, "evaluate_deep", *activations)
+            tails = [
+                self._executor.call(client, "validation_tail", index, output)
+                for client, output in zip(clients, deep, strict=True)
+            ]
+            losses += self._executor.get(tails)
+            self.progress.bytes_down += self._executor.get([report])[0].nbytes
+        return sum(loss.loss_sum for loss in losses), sum(loss.tokens for loss in losses)
+
+    def _close_round(self, validation: tuple[float, int]) -> None:
+        """Write the round's rows and begin counting anew."""
+        progress = self.progress
+        progress.wall_time_s = time.monotonic() - self._begun
+        val_loss = validation[0] / max(validation[1], 1)
+        trained = progress.round_tokens > 0
+        row = MetricsRow(
+            round=progress.round,
+            step=progress.step,
+            train_loss=progress.round_loss_sum / progress.round_tokens if trained else None,
+            val_loss=val_loss,
+            val_ppl=math.exp(min(val_loss, 700.0)),
+            tokens=progress.tokens,
+            wall_time_s=progress.wall_time_s,
+            virtual_time_s=progress.virtual_time_s,
+            bytes_up=progress.bytes_up,
+            bytes_down=progress.bytes_down,
+            captured_importance=self._plan.captured_importance,
+            available_clients=len(self._clients),
+        )
+        self._metrics.append(row)
+        for holder in (self._plan.server, *self._plan.clients):
+            self._plans.append(self._plan_row(holder))
+        progress.metrics = [asdict(r) for r in self._metrics.rows]
+        progress.plans = [asdict(r) for r in self._plans.rows]
+        progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
+        progress.round_loss_sum = 0.0
+        self._measured_s.clear()
+        self._events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **asdict(row))
+        self._display.round_done(row)
+
+    def _plan_row(self, holder: HolderPlan) -> PlanRow:
+        steps = self._job.local_steps
+        measured = self._measured_s.get(holder.name)
+        return PlanRow(
+            round=self.progress.round,
+            name=holder.name,
+            kind=holder.kind,
+            available=holder.available,
+            split=holder.split,
+            rank_total=holder.rank_total,
+            declared_bytes=holder.declared_bytes,
+            predicted_bytes=holder.predicted_bytes,
+            measured_bytes=None,
+            predicted_time_s=holder.step_time_s,
+            measured_time_s=None if measured is None else measured / steps,
+        )
+
+    def _checkpoint(self) -> None:
+        names = [*self._clients, SERVER]
+        states = self._executor.get([self._executor.call(name, "state") for name in names])
+        self.progress.wall_time_s = time.monotonic() - self._begun
+        name = checkpoint_name(self.progress, self._job.local_steps)
+        tensors = dict(zip(names, states, strict=True))
+        self._saved = save_checkpoint(
+            self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
+        )
+        self._events.write("checkpoint", f"checkpoint {name} written")
+
+    # -- small things ---------------------------------------------------------------------------------------------
+
+    def _one(self, actor: str, method: str, *arguments: Any) -> Any:
+        (value,) = self._executor.get([self._executor.call(actor, method, *arguments)])
+        return value
+
+    def _wait(self, handles: list[Any]) -> None:
+        self._executor.get(handles)
+
+    def _note(self, event: str, text: str, **fields: Any) -> None:
+        self._events.write(event, text, **fields)
+        self._display.note(text)

@@ -1,0 +1,28 @@
+"""Where examples come from, how they are shared out over the clients, and how they become batches."""
+
+from hsplit.data.batches import Batch, BatchSampler, collate, validation_batches
+from hsplit.data.chat import ChatTemplate
+from hsplit.data.examples import Example
+from hsplit.data.files import file_sha256
+from hsplit.data.holdout import hold_out
+from hsplit.data.partition import partition
+from hsplit.data.restaurants import restaurants
+from hsplit.data.sources import read_examples
+from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
+
+__all__ = [
+    "Batch",
+    "BatchSampler",
+    "ChatTemplate",
+    "Example",
+    "TokenizedExample",
+    "collate",
+    "file_sha256",
+    "hold_out",
+    "padding_id",
+    "partition",
+    "read_examples",
+    "restaurants",
+    "tokenize",
+    "validation_batches",
+]

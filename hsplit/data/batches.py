@@ -1,0 +1,128 @@
+"""Batches: right-padded ids with targets already shifted, and which examples stand in which batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "BatchSampler",
+    "TokenizedExample",
+    "collate",
+    "padding_id",
+    "tokenize",
+    "validation_batches",
+]
+
+IGNORED = -100  # cross_entropy's own default for a target that carries no loss
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
+class Batch:
+    """A batch of ``b`` examples, padded on the right to its longest, ``T`` tokens.
+
+    Attributes:
+        ids: ``(b, T)``, int64.
+        targets: ``(b, T)``, int64: ``targets[i, t]`` is the id that position ``t`` must predict, ``ids[i, t +
+            1]``, where that one belongs to the response or is its eos, and -100 elsewhere. The shift is done
+            here, once, so whoever computes a loss compares ``logits[i, t]`` with ``targets[i, t]``.
+        lengths: the number of tokens of each example, without padding.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """How many positions carry loss: METHOD's ``n_i``, counted after the shift."""
+        return int((self.targets != IGNORED).sum())
+
+
+def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
+    """One batch of these examples, in their order.
+
+    Args:
+        examples: at least one.
+        padding: the id of padded positions (see `padding_id`); no result depends on it.
+    """
+    import torch
+
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+    lengths = tuple(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), max(lengths)), padding, dtype=torch.int64)
+    targets = torch.full_like(ids, IGNORED)
+    for row, example in enumerate(examples):
+        tokens = torch.tensor(example.ids, dtype=torch.int64)
+        ids[row, : len(tokens)] = tokens
+        # Position t predicts token t + 1; with an empty prompt nothing stands before the first token to
+        # predict it.
+        first = max(example.prompt_length, 1)
+        targets[row, first - 1 : len(tokens) - 1] = tokens[first:]
+    return Batch(ids, targets, lengths)
+
+
+def validation_batches(
+    examples: Sequence[TokenizedExample], batch_size: int, padding: int = 0
+) -> list[Batch]:
+    """Every example once, shortest first so that little is padded; the last batch may be smaller."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    return [
+        collate(ordered[start : start + batch_size], padding) for start in range(0, len(ordered), batch_size)
+    ]
+
+
+class BatchSampler:
+    """Which examples stand in the batch of a step, as a pure function of seed, name and step.
+
+    Epochs, each a permutation of all examples, follow one another endlessly, and a batch may reach over their
+    border. Since nothing is remembered, a run resumes at any step with nothing saved.
+
+    Args:
+        count: the number of examples, at least 1.
+        batch_size: at least 1; larger than `count` means that examples repeat within a batch.
+        seed: the run's.
+        name: the client's, so that clients draw independently.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, name: str) -> None:
+        if count < 1 or batch_size < 1:
+            raise ValueError(f"count and batch_size must be at least 1, not {count} and {batch_size}")
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.name = name
+        self._cached: tuple[int, list[int]] = (-1, [])
+
+    def indices(self, step: int) -> tuple[int, ...]:
+        """The examples of batch `step`, counted from 0."""
+        if step < 0:
+            raise ValueError(f"step must be at least 0, not {step}")
+        start = step * self.batch_size
+        places = (divmod(place, self.count) for place in range(start, start + self.batch_size))
+        return tuple(self._permutation(epoch)[position] for epoch, position in places)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._drawn(epoch))
+        return self._cached[1]
+
+    def _drawn(self, epoch: int) -> list[int]:
+        import numpy as np
+
+        key = f"{self.seed}:{epoch}:{self.name}".encode()
+        digest = int.from_bytes(hashlib.sha256(key).digest(), "big")
+        order: list[int] = np.random.default_rng(digest).permutation(self.count).tolist()
+        return order

@@ -1,0 +1,61 @@
+"""Reading a data file: its checksum, its text, and one clear line for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hsplit.errors import InputError
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes in hexadecimal; `~` is expanded.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    path = Path(path).expanduser()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without BOM: line ends as one character, none at the end.
+
+    Raises:
+        InputError: if the file cannot be read, is not UTF-8, or holds nothing.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        byte = raw[error.start]
+        raise InputError(
+            f"{path}: line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+    # Only the line ends of files: splitlines() would also break at the separators that texts may contain.
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; at least one example is needed")
+    return text
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """The line for a file that cannot be opened: missing, a folder, or not permitted."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: there is no such file")
+    if isinstance(error, IsADirectoryError):
+        return InputError(f"{path}: is a folder; give the path of a .csv, .jsonl or .txt file")
+    return InputError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def listed(names: object) -> str:
+    """Names for a message, ``a, b``, or ``none`` if there are none."""
+    return ", ".join(map(str, names)) if isinstance(names, (list, tuple, dict)) and names else "none"

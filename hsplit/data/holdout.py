@@ -1,0 +1,59 @@
+"""Holding examples out of training, to validate on prompts that training never saw."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from hsplit.data.examples import Example
+from hsplit.errors import InputError
+
+
+def hold_out(
+    examples: Sequence[Example], share: float, max_examples: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Split into training and validation examples, at least one of each, both in their given order.
+
+    Examples with the same prompt are references of one another, so they go to one side together: the
+    validation side takes whole prompts, drawn at random, as long as they fit. Where not even the prompt with
+    the fewest examples fits, that one is taken, and whatever of it is above `max_examples` is left out of
+    both sides. Where all examples have one and the same prompt, they are split one by one.
+
+    Args:
+        examples: at least two.
+        share: of the examples to hold out, between 0 and 1.
+        max_examples: never hold out more than this many, at least 1.
+        seed: the same arguments give the same split.
+
+    Raises:
+        InputError: if an argument is out of its range.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"validation share: {share} is not allowed; must be above 0 and below 1")
+    if max_examples < 1:
+        raise InputError(f"validation examples: {max_examples} is too few, at least 1 is needed")
+    if len(examples) < 2:
+        raise InputError(f"data: {len(examples)} examples are too few to hold one out, at least 2 are needed")
+    target = min(max(1, round(share * len(examples))), max_examples, len(examples) - 1)
+    groups = _by_prompt(examples)
+    random.Random(seed).shuffle(groups)
+    held: set[int] = set()
+    for group in groups:
+        if len(held) + len(group) <= target:
+            held.update(group)
+    left_out: set[int] = set()
+    if not held:
+        smallest = min(groups, key=len)
+        held, left_out = set(smallest[:max_examples]), set(smallest[max_examples:])
+    not_trained = held | left_out
+    train = [example for index, example in enumerate(examples) if index not in not_trained]
+    return train, [examples[index] for index in sorted(held)]
+
+
+def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """The indices of each distinct prompt; each index alone if there is one prompt only."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        groups[example.prompt].append(index)
+    return list(groups.values()) if len(groups) > 1 else [[index] for index in range(len(examples))]

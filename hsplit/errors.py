@@ -1,0 +1,24 @@
+"""The two ways in which hsplit fails, and the exit code of each."""
+
+from __future__ import annotations
+
+
+class HsplitError(Exception):
+    """Base of every error that hsplit raises on purpose; its text is one line, made for the user."""
+
+    exit_code = 1
+
+
+class InputError(HsplitError):
+    """Something that the user gave is wrong: ``where: what is wrong and what would be right``.
+
+    Raised before anything starts; the command line prints it without a traceback and exits with 2.
+    """
+
+    exit_code = 2
+
+
+class RunError(HsplitError):
+    """A run failed while it was going on; the text names the actor and the round."""
+
+    exit_code = 1

@@ -1,0 +1,329 @@
+"""Launching, planning and resuming from Python; the command line is a shell over these."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsplit.actors.executor import SERVER, ActorFailure
+from hsplit.actors.scheduler import Scheduler
+from hsplit.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.config import Partition, RunConfig, load_run_config
+from hsplit.coordinator import Coordinator, Inputs
+from hsplit.errors import InputError, RunError
+from hsplit.lora.export import export_peft, learned
+from hsplit.models.checkpoint_reader import model_fingerprint
+from hsplit.models.dtype import dtype_name, resolve_dtype
+from hsplit.models.families import family_of
+from hsplit.models.segment import linear_shapes, model_config, targeted
+from hsplit.models.source import ModelSource, find_model
+from hsplit.observe.metrics import read_metrics
+from hsplit.observe.report import write_report
+from hsplit.observe.terminal import Display, display_for
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import Plan
+
+if TYPE_CHECKING:
+    import pandas
+
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk.
+
+    Attributes:
+        path: its directory.
+        complete: all rounds are done; otherwise it was stopped and can be resumed.
+    """
+
+    path: Path
+    complete: bool
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """One row a round; round 0 is before any training."""
+        return read_metrics(self.path / "metrics.csv")
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT adapter, once the run is complete."""
+        return self.path / "adapter"
+
+
+def launch(
+    cluster: str | Path,
+    policy: str | Path | None = None,
+    overrides: Overrides = (),
+    *,
+    runs_dir: str | Path = "runs",
+    name: str | None = None,
+    address: str | None = None,
+    cpu: bool = False,
+    display: Display | None = None,
+) -> Run:
+    """Fine-tune as a cluster file says.
+
+    Args:
+        cluster: path or name of a cluster file.
+        policy: path or name of a policy file; ``hsplitlora`` by default.
+        overrides: ``key=value`` strings, or a mapping of dotted keys.
+        runs_dir, name: where the run's directory goes, and its name (made up from the time by default).
+        address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
+        cpu: run a cluster file with GPUs on CPUs.
+        display: what to show; the terminal by default.
+
+    Raises:
+        InputError: something given is wrong; nothing was started.
+        RunError: the run failed; its last checkpoint is complete and the text says how to resume.
+    """
+    run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
+    source = find_model(run.job.model, progress=sys.stderr.isatty())
+    check_model(run, source)
+    inputs = read_inputs(run, source)
+    directory = RunDirectory.create(Path(runs_dir), name)
+    run.save(directory.config)
+    return _drive(run, source, inputs, directory, address, display, None)
+
+
+def resume(path: str | Path, *, address: str | None = None, display: Display | None = None) -> Run:
+    """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
+    directory = RunDirectory.open(Path(path))
+    run = RunConfig.load(directory.config)
+    checkpoint, passed_over = latest_checkpoint(directory.checkpoints)
+    source = find_model(run.job.model, progress=sys.stderr.isatty())
+    inputs = read_inputs(run, source)
+    shown = display or display_for(sys.stdout)
+    for text in passed_over:
+        shown.note(text)
+    return _drive(run, source, inputs, directory, address, shown, checkpoint)
+
+
+def plan(
+    cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
+) -> Plan:
+    """The plan that :func:`launch` would start with; reads the model's ``config.json`` only."""
+    run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
+    source = find_model(run.job.model, progress=sys.stderr.isatty())
+    check_model(run, source)
+    return Scheduler(run, source.directory).plan()
+
+
+# -- before anything starts ---------------------------------------------------------------------------------------
+
+
+def settled(run: RunConfig) -> RunConfig:
+    """``run`` without anything that a resume from elsewhere could read differently.
+
+    ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.
+    """
+    device = "cuda" if run.server.num_gpus > 0 else "cpu"
+    job, source = run.job, Path(run.job.data.source).expanduser()
+    changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device))}
+    if source.is_file():
+        changes["data"] = job.data.model_copy(update={"source": str(source.resolve())})
+    if Path(job.model).expanduser().is_dir():
+        changes["model"] = str(Path(job.model).expanduser().resolve())
+    return run.model_copy(update={"job": job.model_copy(update=changes)})
+
+
+def check_model(run: RunConfig, source: ModelSource) -> None:
+    """Refuse a model without a family, targets that match nothing, and a split past the last layer."""
+    config = model_config(source.directory)
+    family_of(config.model_type)
+    targeted(linear_shapes(config), run.job.targets)
+    layers = int(config.num_hidden_layers)
+    if isinstance(run.policy.split, int) and run.policy.split > layers:
+        raise InputError(
+            f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "
+            f"(got {run.policy.split})"
+        )
+
+
+def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
+    """Read the shared data and share it out over the clients that bring none of their own."""
+    from hsplit.data import file_sha256, partition, read_examples
+
+    job, data = run.job, run.job.data
+    sharing = [client.name for client in run.clients if client.data is None]
+    shares: dict[str, Any] = {client.name: None for client in run.clients}
+    digest = ""
+    if sharing:
+        examples = read_examples(
+            data.source,
+            examples=data.examples,
+            seed=job.seed,
+            label=data.label,
+            separator=data.separator,
+            limit=data.limit,
+            chat=_chat_of(source),
+        )
+        spec = data.partition
+        how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
+        parts = partition(examples, len(sharing), how, job.seed)
+        for name, part in zip(sharing, parts, strict=True):
+            shares[name] = [examples[i] for i in part]
+        path = Path(data.source).expanduser()
+        digest = file_sha256(path) if path.is_file() else f"{data.source} {data.examples} {job.seed}"
+    return Inputs(shares, model_fingerprint(source.directory), digest)
+
+
+def _chat_of(source: ModelSource) -> Any:
+    from hsplit.actors.client import chat_template
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        from transformers import AutoTokenizer
+
+        template = chat_template(AutoTokenizer.from_pretrained(source.directory))
+        if template is None:
+            raise InputError("job.model: its tokenizer has no chat template, which messages need")
+        return str(template(messages, add_generation_prompt))
+
+    return render
+
+
+# -- the run ------------------------------------------------------------------------------------------------------
+
+
+def _drive(
+    run: RunConfig,
+    source: ModelSource,
+    inputs: Inputs,
+    directory: RunDirectory,
+    address: str | None,
+    display: Display | None,
+    checkpoint: Path | None,
+) -> Run:
+    """Start Ray and the actors, run the coordinator, leave everything tidy."""
+    import ray
+
+    from hsplit.actors.ray_executor import RayExecutor, connect
+
+    requested = sum(h.num_cpus for h in (run.server, *run.clients))
+    shown = display or display_for(sys.stdout)
+    already_connected = ray.is_initialized()
+    dashboard = None if already_connected else connect(address, requested)
+    try:
+        executor = RayExecutor(directory.path.name, run, source.directory)
+        with shown, _closing(executor):
+            shown.started(directory.path.name, _headlines(run, source, directory, dashboard))
+            coordinator = Coordinator(run, executor, directory, inputs, shown)
+            with _stop_on_signal(coordinator, shown):
+                try:
+                    complete = coordinator.run(checkpoint)
+                except ActorFailure as failure:
+                    raise RunError(
+                        f"{failure.actor} failed in {failure.method} in round {coordinator.progress.round + 1}: "
+                        f"{failure.reason}; go on from the last checkpoint with: hsplit resume {directory.path}"
+                    ) from failure
+            if complete:
+                export(directory.path)
+            write_report([directory.path], directory.report)
+            shown.finished(_closing_lines(directory, complete))
+    finally:
+        if not already_connected:
+            ray.shutdown()
+    return Run(directory.path, complete)
+
+
+@contextmanager
+def _closing(executor: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        executor.close()
+
+
+@contextmanager
+def _stop_on_signal(coordinator: Coordinator, display: Display) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for an end after the current step; a second SIGINT ends at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if coordinator.stopping:
+            raise KeyboardInterrupt
+        coordinator.stopping = True
+        display.note("stopping after the current step; once more to stop at once")
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        # Not in the main thread: the caller handles signals itself.
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def export(path: str | Path, to: str | Path | None = None) -> Path:
+    """Write what a run had learned at its last aggregation as a PEFT adapter.
+
+    Args:
+        path: the run's directory.
+        to: directory to write; ``adapter/`` in the run's by default.
+
+    Raises:
+        InputError: ``path`` is not a run, or it has no complete checkpoint.
+    """
+    directory = RunDirectory.open(Path(path))
+    run = RunConfig.load(directory.config)
+    checkpoint, _ = latest_checkpoint(directory.checkpoints)
+    _, tensors = read_checkpoint(checkpoint)
+    source = find_model(run.job.model, progress=sys.stderr.isatty())
+    config = model_config(source.directory)
+    shapes = targeted(linear_shapes(config), run.job.targets)
+    return export_peft(
+        learned(tensors[SERVER]),
+        shapes,
+        base=str(source.directory),
+        fan_in_fan_out=family_of(config.model_type).transposed,
+        to=directory.adapter if to is None else Path(to),
+    )
+
+
+def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None) -> list[str]:
+    job = run.job
+    lines = [
+        f"model    {job.model} from {source.origin}",
+        f"policy   {run.policy.name}, base {job.base}, computed in {job.dtype}, labels at the {job.privacy.labels}",
+        f"run      {directory.path}",
+    ]
+    if dashboard:
+        lines.append(f"ray      http://{dashboard} (sign in with the output of: ray get-auth-token)")
+    return lines
+
+
+def _closing_lines(directory: RunDirectory, complete: bool) -> list[str]:
+    if not complete:
+        return [f"stopped; go on with: hsplit resume {directory.path}"]
+    return [f"adapter  {directory.adapter}", f"report   {directory.report}"]
+
+
+def plan_summary(made: Plan) -> dict[str, Any]:
+    """The plan as ``hsplit plan --json`` prints it."""
+
+    def holder(part: Any) -> dict[str, Any]:
+        return {
+            "name": part.name,
+            "available": part.available,
+            "split": part.split,
+            "ranks": part.ranks,
+            "memory_bytes": {"declared": part.declared_bytes, "predicted": part.predicted_bytes},
+            "step_time_s": part.step_time_s,
+        }
+
+    return {
+        "makespan_s": made.makespan_s,
+        "captured_importance": made.captured_importance,
+        "importance": made.importance,
+        "server": holder(made.server),
+        "clients": [holder(client) | {"lacking_bytes": client.lacking_bytes} for client in made.clients],
+    }

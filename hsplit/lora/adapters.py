@@ -1,0 +1,147 @@
+"""The live LoRA factors of one holder, all in one flat buffer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hsplit.lora.low_rank import LowRank
+from hsplit.models.segment import LinearShape, Segment
+
+
+def initial_A(rank: int, d_in: int, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """PEFT's A-init, ``U(-1/sqrt(d_in), 1/sqrt(d_in))``, as a pure function of ``key``.
+
+    The first rows do not depend on ``rank``, so holders of unequal ranks share a prefix when they share a key.
+
+    Returns:
+        ``(rank, d_in)``.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1.0 / math.sqrt(d_in)
+    # Drawn row by row in fp32 on the CPU: the same numbers on every device and for every rank.
+    rows = [torch.rand(d_in, generator=generator) for _ in range(rank)]
+    return (torch.stack(rows) * 2 * bound - bound).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    shape: LinearShape
+    rank: int
+    start: int
+
+    @property
+    def size_A(self) -> int:
+        return self.rank * self.shape.d_in
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size_A + self.rank * self.shape.d_out
+
+
+class AdapterSet:
+    """Factors ``A_w (r_w, d_in)`` and ``B_w (d_out, r_w)`` of every weight that a holder adapts.
+
+    They are views into one flat buffer with one flat gradient, so that the optimizer steps one tensor and a
+    checkpoint stores one.
+
+    Args:
+        shapes: the holder's adaptable weights, in layer order.
+        ranks: rank by weight name; a weight without one, or with rank 0, is not held.
+        alpha: LoRA's alpha; the scale of weight ``w`` is ``alpha / r_w``.
+        dtype: master dtype: fp32, or fp64 in fp64 runs.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LinearShape],
+        ranks: Mapping[str, int],
+        alpha: float,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._slots: dict[str, _Slot] = {}
+        self.alpha = alpha
+        size = 0
+        for shape in shapes:
+            rank = ranks.get(shape.name, 0)
+            if rank > 0:
+                slot = _Slot(shape, rank, size)
+                self._slots[shape.name] = slot
+                size = slot.stop
+        self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+        self.flat.grad = torch.zeros_like(self.flat)
+        self._leaves = {name: self._leaf_pair(slot) for name, slot in self._slots.items()}
+
+    def _leaf_pair(self, slot: _Slot) -> tuple[nn.Parameter, nn.Parameter]:
+        middle = slot.start + slot.size_A
+        assert self.flat.grad is not None
+        pair = []
+        for start, stop, columns in ((slot.start, middle, slot.shape.d_in), (middle, slot.stop, slot.rank)):
+            # Leaves over the flat storage: autograd adds into the flat gradient in place.
+            leaf = nn.Parameter(self.flat.data[start:stop].view(-1, columns))
+            leaf.grad = self.flat.grad[start:stop].view(-1, columns)
+            pair.append(leaf)
+        return pair[0], pair[1]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._slots)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: slot.rank for name, slot in self._slots.items()}
+
+    def A(self, name: str) -> nn.Parameter:
+        return self._leaves[name][0]
+
+    def B(self, name: str) -> nn.Parameter:
+        return self._leaves[name][1]
+
+    def scale(self, name: str) -> float:
+        """``s = alpha / r``."""
+        return self.alpha / self._slots[name].rank
+
+    def layer(self, name: str) -> int:
+        return self._slots[name].shape.layer
+
+    def attach(self, segment: Segment, dropout: float = 0.0) -> None:
+        """Make ``segment`` train with these factors."""
+        linears = segment.linears
+        for name in self._slots:
+            linears[name].set_adapter(self.A(name), self.B(name), self.scale(name))
+            linears[name].dropout = dropout
+
+    @torch.no_grad()
+    def restart(self, keys: Mapping[str, str], common: Mapping[str, LowRank]) -> None:
+        """Begin a round.
+
+        Args:
+            keys: init key by weight name, see :func:`initial_A`.
+            common: by weight name, what every holder restarts with (scale folded in); its rank is at most the
+                holder's. The rest of the rank starts fresh with ``B = 0``.
+        """
+        for name, slot in self._slots.items():
+            A, B = self.A(name), self.B(name)
+            A.copy_(initial_A(slot.rank, slot.shape.d_in, keys[name]))
+            B.zero_()
+            if name in common:
+                shared = common[name]
+                A[: shared.rank].copy_(shared.A)
+                B[:, : shared.rank].copy_(shared.B / self.scale(name))
+
+    def scale_grad_by_layer(self, factors: Mapping[int, float]) -> None:
+        """Multiply the gradient of every factor of layer ``l`` by ``factors[l]``."""
+        assert self.flat.grad is not None
+        for slot in self._slots.values():
+            self.flat.grad[slot.start : slot.stop].mul_(factors[slot.shape.layer])
+
+    def live(self, name: str) -> LowRank:
+        """A copy of the live term ``s B A``, scale folded into ``B``."""
+        return LowRank(self.B(name).detach() * self.scale(name), self.A(name).detach().clone())

@@ -1,0 +1,182 @@
+"""A holder: one segment with its adapters and its own optimizer. Clients and server are both holders."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsplit.config import Job, Policy
+from hsplit.lora.adapters import AdapterSet
+from hsplit.lora.low_rank import LowRank
+from hsplit.lora.residual import ResidualUpdate
+from hsplit.lora.schedule import learning_rate
+from hsplit.models.segment import LinearShape, Segment, set_adapter_dropout
+
+
+@dataclass(frozen=True)
+class HeldAdapters:
+    """What a holder hands to aggregation.
+
+    Attributes:
+        holder: its name.
+        terms: live term ``s B A`` by weight name.
+        tokens: supervised tokens that it trained each layer on in this round, by layer.
+        layers: layer by weight name.
+    """
+
+    holder: str
+    terms: dict[str, LowRank]
+    tokens: dict[int, int]
+    layers: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(term.nbytes for term in self.terms.values())
+
+
+@dataclass(frozen=True)
+class RoundUpdate:
+    """What a holder needs to begin the next round.
+
+    Attributes:
+        round: the round that begins.
+        residuals: change of the residual by weight name.
+        common: what the live adapter restarts with, by weight name.
+    """
+
+    round: int
+    residuals: dict[str, ResidualUpdate]
+    common: dict[str, LowRank]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(u.nbytes for u in self.residuals.values()) + sum(c.nbytes for c in self.common.values())
+
+
+class Holder:
+    """Trains the adapters of a segment.
+
+    Args:
+        name: client name or ``server``.
+        segment: the part of the model that it hosts.
+        shapes: its adaptable weights, in layer order.
+        ranks: rank by weight name.
+        job, policy: the run's settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        segment: Segment,
+        shapes: Sequence[LinearShape],
+        ranks: Mapping[str, int],
+        job: Job,
+        policy: Policy,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name = name
+        self.segment = segment
+        self._job, self._policy = job, policy
+        master = torch.promote_types(dtype, torch.float32)
+        self.adapters = AdapterSet(shapes, ranks, job.alpha, master, device)
+        self.adapters.attach(segment, job.dropout)
+        self.tokens: dict[int, int] = defaultdict(int)
+        self._optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        parameters = [self.adapters.flat]
+        if self._job.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=self._job.lr, weight_decay=self._job.weight_decay)
+        return torch.optim.AdamW(parameters, lr=self._job.lr, weight_decay=self._job.weight_decay, fused=True)
+
+    def begin_phase(self, step: int, training: bool) -> None:
+        """Set the adapters' dropout for what follows; its random numbers depend on run, holder and step alone."""
+        set_adapter_dropout(self.segment, training)
+        if training and self._job.dropout:
+            torch.manual_seed(hash_seed(self._job.seed, self.name, step))
+
+    def count_tokens(self, layers: Sequence[int], tokens: int) -> None:
+        """Record that ``tokens`` supervised tokens passed through each of ``layers`` in this round."""
+        for layer in layers:
+            self.tokens[layer] += tokens
+
+    def step(self, step: int) -> None:
+        """One optimizer step from the gradients gathered since the last one; ``step`` counts from 0 over the run."""
+        flat = self.adapters.flat
+        if flat.numel() == 0:
+            return
+        job = self._job
+        total = job.rounds * job.local_steps
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, job.lr, job.schedule, job.warmup)
+        assert flat.grad is not None
+        if job.clip is not None:
+            torch.nn.utils.clip_grad_norm_([flat], job.clip)
+        self._optimizer.step()
+        flat.grad.zero_()
+
+    def held(self) -> HeldAdapters:
+        """The live adapters as aggregation takes them."""
+        names = self.adapters.names
+        return HeldAdapters(
+            self.name,
+            {n: self.adapters.live(n) for n in names},
+            dict(self.tokens),
+            {n: self.adapters.layer(n) for n in names},
+        )
+
+    def restart(self, update: RoundUpdate) -> None:
+        """Begin a round: follow the residual, restart the adapters, keep or drop the optimizer's moments."""
+        self.follow_residual(update.residuals)
+        scope = self.name if self._policy.init == "independent" else "shared"
+        keys = {n: f"{self._job.seed}|{scope}|{n}|{update.round}" for n in self.adapters.names}
+        self.adapters.restart(keys, update.common)
+        self.tokens.clear()
+        if self._policy.moments == "drop":
+            self._optimizer = self._new_optimizer()
+
+    def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
+        linears = self.segment.linears
+        device = self.adapters.flat.device
+        for name, change in residuals.items():
+            if change.matrix is not None:
+                linears[name].set_residual_matrix(change.matrix.to(device))
+            elif change.factors is not None:
+                factors = LowRank(change.factors.B.to(device), change.factors.A.to(device))
+                linears[name].append_residual(change.start_rank, factors)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything of this holder that a checkpoint must keep: factors, moments, round's token counts."""
+        layers = sorted(self.tokens)
+        tensors = {
+            "parameters": self.adapters.flat.detach().cpu().clone(),
+            "tokens": torch.tensor([[layer, self.tokens[layer]] for layer in layers], dtype=torch.int64),
+        }
+        for key, value in self._optimizer.state.get(self.adapters.flat, {}).items():
+            tensors[f"optimizer.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave; the residual arrives separately."""
+        flat = self.adapters.flat
+        with torch.no_grad():
+            flat.copy_(tensors["parameters"])
+        self.tokens.clear()
+        self.tokens.update({int(layer): int(count) for layer, count in tensors["tokens"].reshape(-1, 2)})
+        moments = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        self._optimizer = self._new_optimizer()
+        if moments:
+            state = {k: v.clone() if k == "step" else v.to(flat.device).clone() for k, v in moments.items()}
+            self._optimizer.state[flat] = state
+
+
+def hash_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on ``parts`` alone."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

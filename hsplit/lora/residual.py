@@ -1,0 +1,106 @@
+"""The residual ``R_w``: everything that earlier rounds have learned, kept exactly (METHOD 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsplit.lora.low_rank import LowRank, concatenate, empty, spectral
+
+
+@dataclass(frozen=True)
+class ResidualUpdate:
+    """What a holder must do to follow a change of one weight's residual.
+
+    Attributes:
+        start_rank: directions that the holder keeps from before.
+        factors: fp32 (fp64) factors to append after them; ``None`` when ``matrix`` is given.
+        matrix: the whole residual as one matrix ``(d_out, d_in)``.
+    """
+
+    start_rank: int
+    factors: LowRank | None
+    matrix: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return (self.factors.nbytes if self.factors else 0) + (self.matrix.nbytes if self.matrix is not None else 0)
+
+
+class Residual:
+    """``R_w`` of one weight as concatenated factors, recompressed in fp64 only when it passes its cap.
+
+    Args:
+        d_out, d_in: the weight's shape.
+        max_rank: cap (``residual.max_rank``), or ``None`` for no cut: then factors become one matrix as soon as they
+            would be larger than it.
+        dtype: fp32; fp64 in fp64 runs.
+    """
+
+    def __init__(self, d_out: int, d_in: int, max_rank: int | None, dtype: torch.dtype = torch.float32) -> None:
+        self.cap = None if max_rank is None else min(max_rank, min(d_out, d_in) // 2)
+        self.factors = empty(d_out, d_in, dtype)
+        self.matrix: Tensor | None = None
+        self._shape = (d_out, d_in)
+        self._sent = 0
+
+    @property
+    def rank(self) -> int:
+        """Directions held as factors (0 when held as a matrix)."""
+        return self.factors.rank
+
+    @property
+    def nbytes(self) -> int:
+        return self.factors.nbytes if self.matrix is None else self.matrix.nbytes
+
+    def add(self, delta: LowRank) -> float:
+        """``R <- R + delta``.
+
+        Args:
+            delta: scale and token weights folded in.
+
+        Returns:
+            What the cap cut, as a Frobenius norm relative to ``R`` (0.0 when nothing was cut).
+        """
+        if self.matrix is not None:
+            self.matrix = (self.matrix.double() + delta.to(torch.float64).dense()).to(self.matrix.dtype)
+            return 0.0
+        total = concatenate([self.factors, delta.to(self.factors.A.dtype)])
+        d_out, d_in = self._shape
+        if self.cap is None:
+            if total.rank * (d_out + d_in) > d_out * d_in:
+                self.matrix = total.to(torch.float64).dense().to(total.A.dtype)
+                total = empty(d_out, d_in, total.A.dtype)
+            self.factors = total
+            return 0.0
+        if total.rank <= self.cap:
+            self.factors = total
+            return 0.0
+        decomposed = spectral(total)
+        norm = float(decomposed.S.norm())
+        self.factors = decomposed.part(0, self.cap, total.A.dtype)
+        self._sent = 0
+        return decomposed.norm_beyond(self.cap) / norm if norm else 0.0
+
+    def update(self, whole: bool) -> ResidualUpdate | None:
+        """What changed since the last call, or everything for a holder that needs it ``whole``; ``None`` if nothing.
+
+        Call :meth:`mark_sent` once every holder has been served.
+        """
+        if self.matrix is not None:
+            return ResidualUpdate(0, None, self.matrix)
+        start = 0 if whole else self._sent
+        if self.factors.rank == start:
+            return None
+        return ResidualUpdate(start, self.factors.from_rank(start))
+
+    def mark_sent(self) -> None:
+        self._sent = self.factors.rank
+
+    def restore(self, factors: LowRank | None, matrix: Tensor | None) -> None:
+        """Take over a residual read from a checkpoint."""
+        self.matrix = matrix
+        self.factors = factors if factors is not None else empty(*self._shape, dtype=self.factors.A.dtype)
+        self._sent = self.factors.rank

@@ -1,0 +1,137 @@
+"""Turning a GGUF file into a directory that every ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsplit.models.stages import Stage
+
+if TYPE_CHECKING:
+    import torch
+
+# Written by transformers' GGUF reader, but of no meaning once the weights are plain: the first would make
+# from_pretrained look for packed weights, the second is the title inside the file and no place to load from.
+_GGUF_ONLY_KEYS = ("quantization_config", "_model_name_or_path")
+
+
+def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
+    """Write ``model.safetensors``, ``config.json`` and the tokenizer of ``gguf`` into ``directory``.
+
+    Weights are dequantized and stored in bf16, once and for good: bf16 is the dtype of the original
+    checkpoints that such files are made from, and because the rounding happens here, a later quantization
+    to int8 or NF4 starts from the same values whatever dtype a holder loads the model in. A tied head is
+    stored once. The same GGUF gives the same bytes, so that nodes which convert for themselves hold the
+    same base.
+
+    Args:
+        gguf: the file, of an architecture that transformers can read from GGUF.
+        directory: an existing directory; files in it are overwritten.
+        stage: see :func:`hsplit.models.stages.stages`.
+
+    Raises:
+        Exception: of any class, whatever transformers and gguf say of a file that they cannot read.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _silence():
+        with stage(f"converting {gguf.name} to bf16"):
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            _restore_digit_splitting(tokenizer, gguf)
+        with stage("saving safetensors and tokenizer"):
+            weights = directory / "model.safetensors"
+            save_file(distinct_tensors(model), weights, metadata={"format": "pt"})
+            _write_config(model, directory)
+            # safetensors makes files for the owner alone, but a cache may be shared by several users.
+            weights.chmod((directory / "config.json").stat().st_mode)
+            model.generation_config.save_pretrained(directory)
+            positions = getattr(model.config, "max_position_embeddings", None)
+            if positions is not None:
+                tokenizer.model_max_length = positions
+            tokenizer.save_pretrained(directory)
+
+
+def distinct_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """``model``'s state by name, floats as bf16, without the second name of a shared tensor.
+
+    The first name in module order stays, which for a tied head is the embedding's: what ``from_pretrained``
+    expects.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = (tensor.bfloat16() if tensor.is_floating_point() else tensor).contiguous()
+    return tensors
+
+
+def _write_config(model: Any, directory: Path) -> None:
+    """``config.json`` of a plain bf16 checkpoint."""
+    config = json.loads(model.config.to_json_string())
+    for key in _GGUF_ONLY_KEYS:
+        config.pop(key, None)
+    config.update(architectures=[type(model).__name__], dtype="bfloat16")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _restore_digit_splitting(tokenizer: Any, gguf: Path) -> None:
+    """Give SmolLM's tokenizer back the rule that each digit is a piece of its own.
+
+    GGUF names the rule only (``tokenizer.ggml.pre = smollm``) and transformers 5.23 does not know that
+    name: without it, white space before a number falls apart differently from what the model was trained
+    on.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is None or field.contents() != "smollm":
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the warnings and bars of transformers and bitsandbytes off stderr: a conversion has stages.
+
+    Mind that a console which looks up ``sys.stderr`` at each write is silenced as well.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    bitsandbytes.setLevel(logging.ERROR)
+    try:
+        # transformers' GGUF reader draws one bar with bare tqdm, which no setting of either reaches.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        bitsandbytes.setLevel(level)

@@ -1,0 +1,276 @@
+"""Segments: the part of a causal LM that one holder hosts (front, deep, tail), built from its own tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hsplit.errors import InputError
+from hsplit.lora.adapted_linear import AdaptedLinear
+from hsplit.models.checkpoint_reader import CheckpointReader
+from hsplit.models.families import Family, family_of
+from hsplit.models.tail import Tail
+from hsplit.models.weights import base_values, freeze, is_quantized
+
+
+@dataclass(frozen=True)
+class SegmentSpec:
+    """Which part of the model a holder hosts.
+
+    Attributes:
+        first, last: decoder layers ``[first, last)``.
+        embedding: hosts the embedding (clients).
+        tail: hosts final norm and head.
+    """
+
+    first: int
+    last: int
+    embedding: bool = False
+    tail: bool = False
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The frozen model that a run fine-tunes, as every holder must read it (METHOD 1).
+
+    Attributes:
+        directory: model directory (config.json, safetensors).
+        base: fp32, bf16, int8 or nf4: fixes the values of ``W_0``.
+        dtype: compute dtype.
+    """
+
+    directory: Path
+    base: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """An adaptable weight: its name (module path in the causal LM), its layer, and its shape ``(d_out, d_in)``."""
+
+    name: str
+    layer: int
+    d_out: int
+    d_in: int
+
+    @property
+    def parameters(self) -> int:
+        return self.d_out * self.d_in
+
+
+class Segment(nn.Module):
+    """Decoder layers ``[first, last)`` with, where held, the embedding before them and the tail after them."""
+
+    def __init__(self, family: Family, config: Any, spec: SegmentSpec) -> None:
+        super().__init__()
+        self.family = family
+        self.config = config
+        self.spec = spec
+        self.embeddings = nn.ModuleDict()
+        self.layers = nn.ModuleDict()
+        self.rotary: nn.Module | None = None
+        self.tail: Tail | None = None
+
+    @property
+    def linears(self) -> dict[str, AdaptedLinear]:
+        """The layers' linears by weight name, in layer order."""
+        return {m.name: m for m in self.layers.modules() if isinstance(m, AdaptedLinear)}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids ``(b, T)`` to hidden states ``(b, T, d)``."""
+        return self.family.embed(self.embeddings, ids)
+
+    def run(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """Run layers ``[start, stop)`` over right-padded rows.
+
+        No padding mask is needed: attention is causal and padding stands on the right, so no real position ever
+        sees one, and nothing is read from padded positions.
+
+        Args:
+            hidden: ``(b, T, d)``.
+
+        Returns:
+            ``(b, T, d)``.
+        """
+        length = hidden.shape[1]
+        arguments: dict[str, Any] = {}
+        if self.rotary is not None:
+            positions = torch.arange(length, device=hidden.device).unsqueeze(0)
+            arguments["position_embeddings"] = self.rotary(hidden, position_ids=positions)
+        for index in range(start, stop):
+            layer = self.layers[str(index)]
+            window = self.family.window(layer, self.config)
+            hidden = layer(hidden, attention_mask=_window_mask(window, length, hidden.device), **arguments)
+        return hidden
+
+
+def _window_mask(window: int | None, length: int, device: torch.device) -> Tensor | None:
+    """Boolean mask ``(1, 1, T, T)`` of a sliding window; ``None`` (plain causal) where the window does not bite."""
+    if window is None or window >= length:
+        return None
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def model_config(directory: Path) -> Any:
+    """The transformers configuration of the model in ``directory`` (no weights are read)."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"job.model: {directory}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def layer_count(config: Any) -> int:
+    return int(config.num_hidden_layers)
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The causal LM of ``config`` with every parameter on the meta device and its small buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_shapes(config: Any) -> list[LinearShape]:
+    """Every linear of every decoder layer, in order, read off the meta model."""
+    family = family_of(config.model_type)
+    model = skeleton(config)
+    shapes = []
+    for index, layer in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
+        for path, module in layer.named_modules():
+            if _is_linear(module):
+                rows, columns = cast(Tensor, module.weight).shape
+                d_out, d_in = (columns, rows) if family.transposed else (rows, columns)
+                shapes.append(LinearShape(f"{family.layer_name(index)}.{path}", index, d_out, d_in))
+    return shapes
+
+
+def targeted(shapes: list[LinearShape], targets: str | Sequence[str]) -> list[LinearShape]:
+    """The weights that ``job.targets`` names: all, or those whose path ends in one of the names (PEFT's rule).
+
+    Raises:
+        InputError: a name matches nothing.
+    """
+    if targets == "all-linear":
+        return shapes
+    for target in targets:
+        if not any(f".{shape.name}".endswith(f".{target}") for shape in shapes):
+            known = ", ".join(sorted({shape.name.rpartition(".")[2] for shape in shapes}))
+            raise InputError(f"job.targets: the model has no linear named {target!r}; it has: {known}")
+    return [s for s in shapes if any(f".{s.name}".endswith(f".{target}") for target in targets)]
+
+
+def _fill(module: nn.Module, path: str, reader: CheckpointReader, dtype: torch.dtype) -> None:
+    """Give every meta parameter of ``module`` its checkpoint values, frozen."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.device.type == "meta":
+            owner = module.get_submodule(name.rpartition(".")[0])
+            value = nn.Parameter(reader.read(f"{path}.{name}").to(dtype), requires_grad=False)
+            setattr(owner, name.rpartition(".")[2], value)
+
+
+def _linears_in(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from [(path, module) for path, module in layer.named_modules() if _is_linear(module)]
+
+
+def _adapt_linears(
+    layer: nn.Module, path: str, family: Family, reader: CheckpointReader, model: BaseModel, quantized: bool
+) -> None:
+    """Replace every linear of ``layer`` by an :class:`AdaptedLinear` holding its ``W_0``."""
+
+    def stored(name: str) -> Tensor:
+        values = reader.read(f"{name}.weight")
+        return values.T if family.transposed else values
+
+    for inner, module in _linears_in(layer):
+        name = f"{path}.{inner}"
+        bias = reader.read(f"{name}.bias").to(model.dtype) if module.bias is not None else None
+        weight = freeze(stored(name).contiguous(), model.base, model.dtype, quantized=quantized)
+
+        def pristine(name: str = name) -> Tensor:
+            # fp64 runs keep their sum in fp64; everything else forms it in fp32.
+            exact = torch.promote_types(model.dtype, torch.float32)
+            return base_values(stored(name), model.base, exact)
+
+        adapted = AdaptedLinear(
+            name, weight, bias, None if is_quantized(model.base) else pristine, compute_dtype=model.dtype
+        )
+        owner, _, attribute = inner.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, adapted)
+
+
+def load_segment(
+    model: BaseModel, spec: SegmentSpec, *, quantized: bool = False, device: torch.device | str = "cpu"
+) -> Segment:
+    """Read one segment: only its own tensors are ever read from the checkpoint.
+
+    Args:
+        model: where and how the base is read.
+        spec: which part.
+        quantized: keep an int8 or NF4 base as bitsandbytes codes; the server does.
+        device: where the segment computes.
+
+    Returns:
+        The segment, frozen, in eval mode: the base's own dropout (GPT-2's) stays off in fine-tuning, so that the
+        output does not depend on where the model is split.
+    """
+    config = model_config(model.directory)
+    family = family_of(config.model_type)
+    reader = CheckpointReader(model.directory)
+    empty = skeleton(config)
+    segment = Segment(family, config, spec)
+    if spec.embedding:
+        for path in family.embeddings:
+            module = empty.get_submodule(path)
+            _fill(module, path, reader, model.dtype)
+            segment.embeddings[path.rpartition(".")[2]] = module
+    for index in range(spec.first, spec.last):
+        path = family.layer_name(index)
+        layer = empty.get_submodule(path)
+        _adapt_linears(layer, path, family, reader, model, quantized)
+        _fill(layer, path, reader, model.dtype)
+        segment.layers[str(index)] = layer
+    if family.rotary is not None and spec.last > spec.first:
+        segment.rotary = empty.get_submodule(family.rotary)
+    if spec.tail:
+        segment.tail = _load_tail(segment, empty, reader, model)
+    # Base dropout stays off; AdaptedLinear's own dropout follows segment.train().
+    return segment.to(device).eval()
+
+
+def _load_tail(segment: Segment, empty: nn.Module, reader: CheckpointReader, model: BaseModel) -> Tail:
+    family = segment.family
+    norm = empty.get_submodule(family.norm)
+    _fill(norm, family.norm, reader, model.dtype)
+    tied = f"{family.embeddings[0]}.weight"
+    if f"{family.head}.weight" in reader and not segment.config.tie_word_embeddings:
+        head = reader.read(f"{family.head}.weight").to(model.dtype)
+    elif segment.spec.embedding:
+        # One tensor serves as embedding and as tied head on a holder that has both.
+        first = cast(nn.Embedding, segment.embeddings[family.embeddings[0].rpartition(".")[2]])
+        head = first.weight.data
+    else:
+        head = reader.read(tied).to(model.dtype)
+    return Tail(norm, head)
+
+
+def set_adapter_dropout(segment: Segment, active: bool) -> None:
+    """Switch the adapters' dropout on for training and off for evaluation; nothing else changes."""
+    for linear in segment.linears.values():
+        linear.train(active)

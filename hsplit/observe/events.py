@@ -1,0 +1,118 @@
+"""The log of what happened in a run: one JSON object a line, each whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROUTINE_EVENTS = frozenset({"started", "planned", "step", "validated", "round", "checkpoint", "finished"})
+"""Kinds that are the normal course of a run; a report lists the events of every other kind."""
+
+_RESERVED = ("time", "event", "text")
+_BLOCK_BYTES = 1 << 16
+
+
+class EventLog:
+    """Appends to ``events.jsonl``: ``{"time": ISO 8601 in UTC, "event": kind, "text": ..., ...fields}``.
+
+    A line goes to the system in one write, so a kill can only cut the last one; opening the file again takes
+    such a half line away.
+
+    Args:
+        path: the file; made if it is missing.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = Path(path).open("ab+", buffering=0)  # noqa: SIM115  # open as long as the log is
+        _drop_half_line(self._file.fileno())
+
+    def write(self, kind: str, text: str, /, **fields: Any) -> None:
+        """Adds one event.
+
+        Args:
+            kind: what happened, one word, such as ``failure`` (see ``ROUTINE_EVENTS``).
+            text: a sentence for the user.
+            fields: figures and names; what JSON does not know is written as text, infinite and
+                undefined numbers too.
+
+        Raises:
+            ValueError: a field is named ``time``, ``event`` or ``text``, or the log is closed.
+            OSError: the line cannot be written.
+        """
+        for name in _RESERVED:
+            if name in fields:
+                raise ValueError(f"an event's field cannot be named {name!r}")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        event = {"time": now, "event": kind, "text": text, **_finite(fields)}
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        # bytes of a path that are no UTF-8 arrive as lone surrogates; JSON has an escape for them
+        left = memoryview(line.encode("utf-8", "backslashreplace"))
+        while left:
+            left = left[self._file.write(left) :]
+
+    def close(self) -> None:
+        """Closes the file; nothing can be written after it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """The events in ``path``, oldest first; none if there is no such file.
+
+    Lines that are no event are left out.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in content.split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:  # a half line, of a run that was killed or is writing it now
+            continue
+        if isinstance(event, dict) and {"time", "event", "text"} <= event.keys():
+            events.append(event)
+    return events
+
+
+def _drop_half_line(descriptor: int) -> None:
+    """Truncates the file after its last newline."""
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    keep = 0
+    start = end
+    while start > 0 and keep == 0:
+        size = min(_BLOCK_BYTES, start)
+        start -= size
+        os.lseek(descriptor, start, os.SEEK_SET)
+        found = os.read(descriptor, size).rfind(b"\n")
+        keep = start + found + 1 if found >= 0 else 0
+    if keep < end:
+        os.ftruncate(descriptor, keep)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with ``nan`` and infinities as text, since strict JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

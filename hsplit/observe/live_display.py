@@ -1,0 +1,158 @@
+"""A run's course in a terminal: a table of the holders that is redrawn in place, progress, perplexities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.pace import Pace
+from hsplit.observe.wording import (
+    NOTHING,
+    lacking_text,
+    memory_text,
+    number_text,
+    plan_lines,
+    printable,
+    ranks_range,
+    split_text,
+)
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+REFRESH_PER_S = 4
+_ROUNDS_SHOWN = 8
+_BAR_WIDTH = 60
+_LINES_BESIDE_ROWS = 11
+"""Lines that the live part needs besides its rows: the table's frame, server, progress, history, prompt."""
+
+
+class LiveDisplay:
+    """A table with one row a client and the server's, redrawn at most ``REFRESH_PER_S`` times a second.
+
+    A terminal too low for all clients shows the first, and says how many are left out.
+
+    Args:
+        stream: a terminal.
+        console: what to draw on instead, in tests.
+        pace: how far the run is.
+    """
+
+    def __init__(self, stream: TextIO | None = None, console: Console | None = None, pace: Pace | None = None) -> None:
+        self._console = console or Console(file=stream, highlight=False)
+        self._pace = pace or Pace()
+        # Drawn by rich's own thread: what it reads is replaced as a whole here, never changed in place.
+        self._plan: Plan | None = None
+        self._round = ""
+        self._losses: Mapping[str, float] = {}
+        self._states: Mapping[str, str] = {}
+        self._perplexities: tuple[tuple[int, float], ...] = ()
+        self._live = Live(
+            get_renderable=self._frame,
+            console=self._console,
+            refresh_per_second=REFRESH_PER_S,
+            vertical_overflow="ellipsis",
+        )
+
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        """Print the run's name and what it runs on."""
+        self._console.print(Text(f"Run {printable(run_name)}", style="bold"))
+        for line in lines:
+            self._console.print(Text(printable(line)))
+
+    def plan(self, plan: Plan) -> None:
+        """Show the plan, and begin to redraw."""
+        for line in plan_lines(plan):
+            self._console.print(Text(printable(line)))
+        self._plan = plan
+        if not self._live.is_started:  # not earlier: until there is a plan there is nothing to redraw
+            self._live.start()
+
+    def step(
+        self,
+        round: int,
+        rounds: int,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        states: Mapping[str, str],
+    ) -> None:
+        """Show the step's losses and states."""
+        self._pace.step(step, steps)
+        self._round = f"round {round}/{rounds}, step {step}/{steps}"
+        self._losses = {**self._losses, **losses}
+        self._states = {**self._states, **states}
+
+    def round_done(self, row: MetricsRow) -> None:
+        """Add the round to the perplexities."""
+        self._perplexities = (*self._perplexities, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+
+    def note(self, text: str) -> None:
+        """Print ``text`` above the table."""
+        self._console.print(Text(printable(text), style="yellow"))
+
+    def finished(self, lines: Sequence[str]) -> None:
+        """Stop redrawing and print where the results are."""
+        self._live.stop()
+        for line in lines:
+            self._console.print(Text(printable(line)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def _frame(self) -> RenderableType:
+        if self._plan is None:
+            return Text()
+        return Group(self._table(self._plan), self._progress(), self._history())
+
+    def _table(self, plan: Plan) -> Table:
+        table = Table()
+        table.add_column("name", overflow="ellipsis", no_wrap=True)
+        table.add_column("split", no_wrap=True)
+        table.add_column("ranks", no_wrap=True)
+        table.add_column("memory", no_wrap=True)
+        table.add_column("loss", justify="right", no_wrap=True)
+        table.add_column("state", overflow="fold")
+        room = max(1, self._console.height - _LINES_BESIDE_ROWS)
+        shown = plan.clients[:room]
+        for client in shown:
+            self._add_row(table, client, plan.layers)
+        if len(shown) < len(plan.clients):
+            table.add_row(Text(f"… {len(plan.clients) - len(shown)} more"), style="dim")
+        table.add_section()
+        self._add_row(table, plan.server, plan.layers)
+        return table
+
+    def _add_row(self, table: Table, holder: HolderPlan, layers: int) -> None:
+        state = self._states.get(holder.name, "") if holder.available else lacking_text(holder)
+        loss = self._losses.get(holder.name) if holder.available else None
+        cells = (
+            holder.name,
+            split_text(holder, layers),
+            ranks_range(holder.ranks),
+            memory_text(holder),
+            NOTHING if loss is None else number_text(loss),
+            state,
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells), style=None if holder.available else "dim")
+
+    def _progress(self) -> RenderableType:
+        bar = ProgressBar(total=max(1, self._pace.total), completed=self._pace.done, width=_BAR_WIDTH)
+        return Group(bar, Text(f"{self._round}: {self._pace}" if self._round else "preparing"))
+
+    def _history(self) -> Text:
+        if not self._perplexities:
+            return Text()
+        rounds = " → ".join(f"{number_text(ppl)} (round {round})" for round, ppl in self._perplexities)
+        return Text(f"validation perplexity {rounds}")

@@ -1,0 +1,245 @@
+"""The two tables of a run, ``metrics.csv`` and ``plan.csv``: their rows, and the files they are kept in."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
+
+from hsplit.config.files import displayed
+from hsplit.errors import InputError
+from hsplit.run_directory import write_text_atomically
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """One round in ``metrics.csv``; round 0 is the model before any training.
+
+    Steps, tokens and times are totals since the run's start, so that rows are points of curves.
+
+    Attributes:
+        round: rounds done.
+        step: local steps done.
+        train_loss: mean over the round's supervised tokens; None in round 0.
+        val_loss, val_ppl: mean over the held-out supervised tokens, and its exponential.
+        tokens: supervised tokens trained on.
+        wall_time_s: time that the run took, pauses between kill and resume left out.
+        virtual_time_s: time that it would have taken at the declared budgets (METHOD 8).
+        bytes_up, bytes_down: sent and received by the clients in this round, validation included.
+        captured_importance: of the plan that the round ran with (METHOD 5).
+        available_clients: how many clients that plan gives a part.
+    """
+
+    round: int
+    step: int
+    train_loss: float | None
+    val_loss: float
+    val_ppl: float
+    tokens: int
+    wall_time_s: float
+    virtual_time_s: float
+    bytes_up: int
+    bytes_down: int
+    captured_importance: float
+    available_clients: int
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One holder in one round in ``plan.csv``; memory in bytes, times in seconds for one local step.
+
+    Attributes:
+        kind: ``client`` or ``server``.
+        split: a client's number of layers, the server's first layer; None for an unavailable client.
+        rank_total: sum of the ranks of its adapters.
+        predicted_time_s: virtual.
+        measured_bytes, measured_time_s: None where nothing was measured.
+    """
+
+    round: int
+    name: str
+    kind: str
+    available: bool
+    split: int | None
+    rank_total: int
+    declared_bytes: int
+    predicted_bytes: int
+    measured_bytes: int | None
+    predicted_time_s: float
+    measured_time_s: float | None
+
+
+def plan_rows(
+    round: int,
+    plan: Plan,
+    measured_bytes: Mapping[str, int] | None = None,
+    measured_time_s: Mapping[str, float] | None = None,
+) -> list[PlanRow]:
+    """The rows of ``plan`` in ``round``, the server first; what was measured is given by holder name."""
+    sizes, times = measured_bytes or {}, measured_time_s or {}
+
+    def row(holder: HolderPlan) -> PlanRow:
+        return PlanRow(
+            round=round,
+            name=holder.name,
+            kind=holder.kind,
+            available=holder.available,
+            split=holder.split,
+            rank_total=holder.rank_total,
+            declared_bytes=holder.declared_bytes,
+            predicted_bytes=holder.predicted_bytes,
+            measured_bytes=sizes.get(holder.name),
+            predicted_time_s=holder.step_time_s,
+            measured_time_s=times.get(holder.name),
+        )
+
+    return [row(holder) for holder in (plan.server, *plan.clients)]
+
+
+Row = TypeVar("Row", bound=MetricsRow | PlanRow)
+
+
+def row_to_json(row: MetricsRow | PlanRow) -> dict[str, Any]:
+    """``row`` for a checkpoint's JSON."""
+    return asdict(row)
+
+
+def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
+    """What ``row_to_json`` made.
+
+    Raises:
+        TypeError: columns are missing or unknown.
+    """
+    return row_type(**data)
+
+
+class MetricsTable(Generic[Row]):
+    """A CSV file that is its rows in memory, rewritten whole at each change.
+
+    Tables are short (a row a round, or a row a round and holder), so rewriting is cheap, and a kill at any
+    moment leaves the last complete file. The file is not read: a run that goes on gives ``restore`` its rows.
+
+    Args:
+        path: the file; written at the first ``append`` or ``restore``.
+        row_type: ``MetricsRow`` or ``PlanRow``; its fields are the columns.
+    """
+
+    def __init__(self, path: str | Path, row_type: type[Row]) -> None:
+        self.path = Path(path)
+        self._row_type = row_type
+        self._rows: tuple[Row, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows, oldest first."""
+        return self._rows
+
+    def append(self, *rows: Row) -> None:
+        """Adds ``rows`` and writes the file once.
+
+        Raises:
+            OSError: it cannot be written; the file and the rows are as they were.
+        """
+        self.restore((*self._rows, *rows))
+
+    def restore(self, rows: Iterable[Row | Mapping[str, Any]]) -> None:
+        """Makes ``rows``, or their JSON, all there is: at resume, the rows of the checkpoint.
+
+        Raises:
+            OSError: the file cannot be written; the file and the rows are as they were.
+        """
+        kept = tuple(row_from_json(row, self._row_type) if isinstance(row, Mapping) else row for row in rows)
+        write_text_atomically(self.path, _csv(kept, self._row_type))
+        self._rows = kept
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows for a checkpoint; ``restore`` takes them back."""
+        return [row_to_json(row) for row in self._rows]
+
+
+def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
+    """The rows in ``path``, equal to those that were written, every float to its last digit.
+
+    Raises:
+        InputError: there is no such file, or it is not such a table; the text names the line.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            table = list(csv.reader(file))
+    except FileNotFoundError:
+        raise InputError(f"{displayed(path)}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{displayed(path)}: cannot be read ({error})") from None
+    columns = [field.name for field in fields(row_type)]
+    if not table or table[0] != columns:
+        raise InputError(f"{displayed(path)}:1: the columns must be {','.join(columns)}")
+    types = get_type_hints(row_type)
+    rows = []
+    for number, cells in enumerate(table[1:], start=2):
+        try:
+            named = zip(columns, cells, strict=True)
+            rows.append(row_type(**{column: _value(cell, types[column]) for column, cell in named}))
+        except ValueError as error:
+            raise InputError(f"{displayed(path)}:{number}: is no row of the table ({error})") from None
+    return rows
+
+
+def read_metrics(path: str | Path) -> pd.DataFrame:
+    """``metrics.csv`` as a frame with the columns of ``MetricsRow``; round 0's train_loss is NaN.
+
+    Raises:
+        InputError: there is no such file, or it is not such a table.
+    """
+    return _frame(read_rows(path, MetricsRow), MetricsRow)
+
+
+def read_plan(path: str | Path) -> pd.DataFrame:
+    """``plan.csv`` as a frame with the columns of ``PlanRow``; what is empty is missing (``NA``).
+
+    Raises:
+        InputError: there is no such file, or it is not such a table.
+    """
+    return _frame(read_rows(path, PlanRow), PlanRow)
+
+
+def _frame(rows: Sequence[Row], row_type: type[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    dtypes: dict[Any, str] = {int: "int64", int | None: "Int64", float: "float64", float | None: "float64"}
+    dtypes |= {bool: "bool", str: "object"}
+    types = get_type_hints(row_type)
+    values = {column: [getattr(row, column) for row in rows] for column in types}
+    return pd.DataFrame({column: pd.Series(values[column], dtype=dtypes[type_]) for column, type_ in types.items()})
+
+
+def _csv(rows: Sequence[Row], row_type: type[Row]) -> str:
+    types = get_type_hints(row_type)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(types)
+    writer.writerows([_cell(getattr(row, column), type_) for column, type_ in types.items()] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any, type_: Any) -> str:
+    if value is None:
+        return ""
+    # repr of Python's own float has the digits to be read back equal; numpy's and torch's have not
+    return repr(float(value)) if type_ in (float, float | None) else str(value)
+
+
+def _value(cell: str, type_: Any) -> Any:
+    if type_ in (int | None, float | None):
+        return None if cell == "" else _value(cell, int if type_ == int | None else float)
+    if type_ is bool:
+        if cell not in ("True", "False"):
+            raise ValueError(f"{cell!r} is neither True nor False")
+        return cell == "True"
+    return type_(cell)

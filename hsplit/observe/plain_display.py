@@ -1,0 +1,143 @@
+"""A run's course as plain lines, for files, pipes, notebooks and continuous integration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.pace import Pace
+from hsplit.observe.wording import (
+    bytes_text,
+    duration_text,
+    lacking_text,
+    layers_held,
+    memory_text,
+    number_text,
+    plan_lines,
+    printable,
+    ranks_range,
+    split_text,
+)
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+_ASCII = str.maketrans({"–": "-", "Σ": "sum", "→": "->", "…": "..."})
+
+
+class PlainDisplay:
+    """Prints a line at the start, one a holder for a plan, one every few steps, and one a round.
+
+    Args:
+        stream: where to; each line is flushed.
+        every_steps: how many steps of a round go by between two lines.
+        names_shown: up to how many clients the losses are given by name.
+        pace: how far the run is.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        every_steps: int = 5,
+        names_shown: int = 8,
+        pace: Pace | None = None,
+    ) -> None:
+        self._stream = stream
+        self._every_steps = every_steps
+        self._names_shown = names_shown
+        self._pace = pace or Pace()
+        self._stepped = False
+
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        """Print the run's name and what it runs on."""
+        self._print(f"run {run_name}")
+        for line in lines:
+            self._print(f"  {line}")
+
+    def plan(self, plan: Plan) -> None:
+        """Print who holds what."""
+        self._print("plan:")
+        for holder in (*plan.clients, plan.server):
+            self._print(f"  {_holder_line(holder, plan.layers)}")
+        for line in plan_lines(plan):
+            self._print(f"  {line}")
+
+    def step(
+        self,
+        round: int,
+        rounds: int,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        states: Mapping[str, str],
+    ) -> None:
+        """Print one line every few steps."""
+        self._pace.step(step, steps)
+        # the first one at once: it tells that the run has begun to train
+        if self._stepped and step % self._every_steps != 0:
+            return
+        self._stepped = True
+        absent = [f"{name}: {states[name]}" for name in states if name not in losses and name != "server"]
+        parts = [f"round {round}/{rounds} step {step}/{steps}", self._losses(losses), *absent]
+        self._print(f"{', '.join(parts)} ({self._pace})")
+
+    def round_done(self, row: MetricsRow) -> None:
+        """Print the round's figures."""
+        trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
+        parts = [
+            f"round {row.round} done: {trained}validation loss {number_text(row.val_loss)}",
+            f"validation perplexity {number_text(row.val_ppl)}",
+            f"{row.tokens:,} tokens",
+            f"{duration_text(row.wall_time_s)} (virtual {duration_text(row.virtual_time_s)})",
+            f"{bytes_text(row.bytes_up)} up, {bytes_text(row.bytes_down)} down",
+            f"{row.available_clients} clients",
+        ]
+        self._print(", ".join(parts))
+
+    def note(self, text: str) -> None:
+        """Print ``text`` as a note."""
+        self._print(f"note: {text}")
+
+    def finished(self, lines: Sequence[str]) -> None:
+        """Print where the results are."""
+        for line in lines:
+            self._print(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def _losses(self, losses: Mapping[str, float]) -> str:
+        if not losses:
+            return "no losses"
+        if len(losses) <= self._names_shown:
+            return "loss " + ", ".join(f"{name} {number_text(loss)}" for name, loss in losses.items())
+        low, high = min(losses.values()), max(losses.values())
+        return f"losses of {len(losses)} clients from {number_text(low)} to {number_text(high)}"
+
+    def _print(self, line: str) -> None:
+        line = printable(line)
+        encoding = self._stream.encoding or "utf-8"
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:
+            line = line.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+        print(line, file=self._stream, flush=True)
+
+
+def _holder_line(holder: HolderPlan, layers: int) -> str:
+    name = "server" if holder.kind == "server" else f"{holder.name} (client)"
+    if not holder.available:
+        return f"{name}: {lacking_text(holder)} (declared {bytes_text(holder.declared_bytes)})"
+    parts = [
+        f"split {split_text(holder, layers)}",
+        f"layers {layers_held(holder, layers)}",
+        f"ranks {ranks_range(holder.ranks)}",
+        f"memory {memory_text(holder)}",
+        f"{number_text(holder.step_time_s, 's')} a step (virtual)",
+    ]
+    return f"{name}: {', '.join(parts)}"

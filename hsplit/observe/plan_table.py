@@ -1,0 +1,54 @@
+"""The plan as ``hsplit plan`` prints it: who holds what, and why it fits."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from hsplit.observe.wording import (
+    NOTHING,
+    lacking_text,
+    layers_held,
+    memory_text,
+    number_text,
+    plan_lines,
+    printable,
+    ranks_by_kind,
+)
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row a client, then the server's; below it makespan, captured importance and where that came from.
+
+    Made to be read at 80 columns too, where the ranks by weight kind take several lines.
+    """
+    caption = Text("\n".join(plan_lines(plan)))
+    table = Table(caption=caption, caption_justify="left", caption_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("name", overflow="fold", min_width=8)
+    table.add_column("split", justify="right", no_wrap=True)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("ranks", overflow="fold")
+    table.add_column("predicted /\ndeclared", no_wrap=True)
+    table.add_column("step time\n(virtual)", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for client in plan.clients:
+        _add_row(table, client, plan.layers)
+    table.add_section()
+    _add_row(table, plan.server, plan.layers)
+    return table
+
+
+def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:
+    cells = (
+        printable(holder.name),
+        NOTHING if holder.split is None else str(holder.split),
+        layers_held(holder, layers),
+        ranks_by_kind(holder.ranks),
+        memory_text(holder),
+        number_text(holder.step_time_s, "s") if holder.available else NOTHING,
+        # two lines, so that the column is narrow without rich having to break it
+        "fits" if holder.available else lacking_text(holder).replace(", ", ",\n"),
+    )
+    table.add_row(*(Text(cell) for cell in cells), style=None if holder.available else "dim")

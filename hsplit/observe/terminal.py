@@ -1,0 +1,75 @@
+"""What a user sees while a run goes on: a live table in a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from hsplit.observe.live_display import LiveDisplay
+from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.plain_display import PlainDisplay
+from hsplit.observe.plan_table import plan_table
+from hsplit.scheduling.plan import Plan
+
+__all__ = ["Display", "LiveDisplay", "PlainDisplay", "display_for", "plan_table"]
+
+
+class Display(Protocol):
+    """Is told of a run's course, in the order of its methods.
+
+    A context manager, so that the terminal is left tidy however the run ends.
+    """
+
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        """The run has a directory and a name; ``lines`` say what it runs on."""
+
+    def plan(self, plan: Plan) -> None:
+        """The first plan, or one that replaces it."""
+
+    def step(
+        self,
+        round: int,
+        rounds: int,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        states: Mapping[str, str],
+    ) -> None:
+        """Step ``step`` of the run's ``steps`` is done, in round ``round`` of ``rounds``; all count from 1.
+
+        Args:
+            losses: mean loss of each client that took part.
+            states: what each holder does, in a word; a holder left out keeps its state.
+        """
+
+    def round_done(self, row: MetricsRow) -> None:
+        """A round ended, its validation done; round 0 is before any training."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know of now."""
+
+    def finished(self, lines: Sequence[str]) -> None:
+        """The run is complete; ``lines`` say where its results are."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def display_for(stream: TextIO) -> Display:
+    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise."""
+    if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and _shows(stream, "–Σ→━"):
+        return LiveDisplay(stream)
+    return PlainDisplay(stream)
+
+
+def _shows(stream: TextIO, text: str) -> bool:
+    try:
+        text.encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

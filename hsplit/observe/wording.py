@@ -1,0 +1,151 @@
+"""Figures of a plan and of a run as a user reads them, the same in terminals and in reports."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+NOTHING = "–"
+
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def layer_of(weight: str) -> int | None:
+    """The decoder layer in a weight's name (3 for ``model.layers.3.mlp.up_proj``), None if there is none."""
+    found = _LAYER.search(weight)
+    return int(found[1]) if found else None
+
+
+def number_text(value: float, unit: str = "") -> str:
+    """``value`` to three or four digits."""
+    if not math.isfinite(value):
+        text = str(value)
+    elif value != 0 and abs(value) < 0.01:
+        text = f"{value:.2g}"
+    elif abs(value) < 100:
+        text = f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+    else:
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+    return f"{text} {unit}".rstrip()
+
+
+def bytes_text(size: float) -> str:
+    """``size`` bytes in the largest unit that leaves it above a tenth, such as ``0.16 GB``."""
+    unit, factor = _unit(size)
+    return f"{_amount(size / factor, unit)} {unit}"
+
+
+def of_budget(predicted: float, declared: float) -> str:
+    """Predicted against declared bytes, in the unit of the budget: ``0.15 / 0.16 GB``."""
+    unit, factor = _unit(declared)
+    return f"{_amount(predicted / factor, unit)} / {_amount(declared / factor, unit)} {unit}"
+
+
+def memory_text(holder: HolderPlan) -> str:
+    """Predicted against declared memory of a holder; an unavailable one has no prediction."""
+    if holder.available:
+        return of_budget(holder.predicted_bytes, holder.declared_bytes)
+    return f"{NOTHING} / {bytes_text(holder.declared_bytes)}"
+
+
+def lacking_text(holder: HolderPlan) -> str:
+    """Why an unavailable client takes no part."""
+    return f"unavailable, lacks {bytes_text(holder.lacking_bytes)}"
+
+
+def duration_text(seconds: float) -> str:
+    """``seconds`` in one or two units: ``42 s``, ``3 min 05 s``, ``2 h 07 min``, ``4 d 01 h``."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds < 10:
+        return number_text(seconds, "s") if seconds > 0 else "0 s"
+    whole = round(seconds)
+    for unit, size, below, parts in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // parts:02d} {below}"
+    return f"{whole} s"
+
+
+def layers_held(holder: HolderPlan, layers: int) -> str:
+    """The decoder layers of a holder: ``0–2``, ``29``, or a dash for none."""
+    if not holder.available or holder.split is None:
+        return NOTHING
+    first, last = (holder.split, layers - 1) if holder.kind == "server" else (0, holder.split - 1)
+    if first > last:
+        return NOTHING
+    return f"{first}–{last}" if first < last else str(first)
+
+
+def split_text(holder: HolderPlan, layers: int) -> str:
+    """A client's split point out of all layers, or the server's first layer."""
+    if not holder.available or holder.split is None:
+        return NOTHING
+    return f"from {holder.split}" if holder.kind == "server" else f"{holder.split} of {layers}"
+
+
+def ranks_range(ranks: Mapping[str, int]) -> str:
+    """Least and greatest rank and their sum: ``1–8 (Σ 112)``."""
+    held = [rank for rank in ranks.values() if rank > 0]
+    return f"{_span(held)} (Σ {sum(held)})" if held else NOTHING
+
+
+def ranks_by_kind(ranks: Mapping[str, int]) -> str:
+    """Ranks by weight kind over all layers: ``all 8``, or ``q:8 k:2–4 down:1``."""
+    kinds: dict[str, list[int]] = {}
+    for weight, rank in ranks.items():
+        if rank > 0:
+            kinds.setdefault(_kind(weight), []).append(rank)
+    if not kinds:
+        return NOTHING
+    spans = {kind: _span(held) for kind, held in kinds.items()}
+    if len(set(spans.values())) == 1:
+        return f"all {next(iter(spans.values()))}"
+    last = [kind.rpartition(".")[2] for kind in spans]
+    # GPT-2 has a c_proj in its attention and one in its MLP: those keep their module's name
+    labels = [kind if last.count(short) > 1 else short for kind, short in zip(spans, last, strict=True)]
+    named = zip(labels, spans.values(), strict=True)
+    # no space within a pair, where a narrow table would break the line
+    return " ".join(f"{label.removesuffix('_proj')}:{span}" for label, span in named)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """What holds of the plan as a whole: its speed, its importance, and where that came from."""
+    available = len(plan.available)
+    lines = [
+        f"One local step takes {number_text(plan.makespan_s, 's')} (virtual: at the declared budgets).",
+        f"Captured importance: {number_text(plan.captured_importance)}, from {plan.importance}.",
+    ]
+    if available < len(plan.clients):
+        lines.append(f"{available} of {len(plan.clients)} clients take part.")
+    return lines
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters but newlines, so that no name can steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def _unit(size: float) -> tuple[str, float]:
+    # a tenth: 0.16 GB reads as cluster files have it, in GB
+    return next((unit for unit in _UNITS if size >= unit[1] / 10), _UNITS[-1])
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _span(ranks: list[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _kind(weight: str) -> str:
+    """What follows the layer's number: ``self_attn.q_proj``."""
+    found = _LAYER.search(weight)
+    return weight[found.end() :] if found else weight

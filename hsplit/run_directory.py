@@ -1,0 +1,173 @@
+"""Where a run keeps its files, and how one is written so that a kill leaves the last complete one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from hsplit.config.files import displayed
+from hsplit.config.refusals import refusals
+from hsplit.config.section import Name
+from hsplit.errors import InputError
+
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The layout of ``runs/NAME``; the properties name files and folders whether or not they exist yet.
+
+    Attributes:
+        path: the run's directory.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which the directory bears."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration; a directory is a run once this file is there."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """``plan.csv``."""
+        return self.path / "plan.csv"
+
+    @property
+    def metrics(self) -> Path:
+        """``metrics.csv``."""
+        return self.path / "metrics.csv"
+
+    @property
+    def events(self) -> Path:
+        """``events.jsonl``."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, there once a run is complete."""
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """``report.html``."""
+        return self.path / "report.html"
+
+    @property
+    def inbox(self) -> Path:
+        """Requests of ``budget``, ``join`` and ``leave``, taken at a round boundary."""
+        return self.path / "inbox"
+
+    @classmethod
+    def create(cls, runs_dir: str | Path, name: str | None = None) -> Self:
+        """Makes the directory of a new run, with empty ``checkpoints/`` and ``inbox/``.
+
+        Args:
+            runs_dir: where runs are kept; made if it is missing.
+            name: the run's name; None makes one of the local time, such as ``2026-11-22_09-54-12``.
+
+        Raises:
+            InputError: the name is not well-formed or taken, or ``runs_dir`` cannot be written.
+        """
+        runs_dir = Path(runs_dir)
+        try:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            run = cls(_new_directory(runs_dir) if name is None else _named_directory(runs_dir, name))
+            run.checkpoints.mkdir()
+            run.inbox.mkdir()
+        except OSError as error:
+            raise InputError(
+                f"--runs-dir {displayed(runs_dir)}: no run can be kept there ({error.strerror}); give a"
+                " directory that can be written"
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The run at ``path``.
+
+        Raises:
+            InputError: there is no such directory, or it is no run's.
+        """
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME")
+        if not run.config.is_file():
+            raise InputError(f"{displayed(path)}: has no config.yaml, so it is not a run; give one, as runs/NAME")
+        return run
+
+
+def _named_directory(runs_dir: Path, name: str) -> Path:
+    try:
+        path = runs_dir / _NAME.validate_python(name, strict=True)
+    except ValidationError as error:
+        raise InputError(f"--name: {refusals(error)[0].reason}") from None
+    try:
+        path.mkdir()
+    except FileExistsError:
+        where = displayed(path)
+        if (path / "config.yaml").is_file():
+            way_out = f"continue that run with `hsplit resume {where}`, or choose another name"
+        else:
+            way_out = "choose another name"
+        raise InputError(f"--name {name}: {where} exists already; {way_out}") from None
+    return path
+
+
+def _new_directory(runs_dir: Path) -> Path:
+    stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while True:  # mkdir decides, so that runs started in the same second get names of their own
+        path = runs_dir / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Writes ``text`` as UTF-8, without translating line ends, beside ``path`` and renames it there.
+
+    At any moment ``path`` holds the old text or the new one, whole, also after a loss of power.
+
+    Raises:
+        OSError: the file cannot be written; ``path`` is as it was.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a rename in ``path`` durable, where the system can (Windows cannot open directories)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

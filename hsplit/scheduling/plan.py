@@ -1,0 +1,80 @@
+"""The plan of a round: who holds which layers at which ranks, and why it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class HolderPlan:
+    """One holder's part of the plan.
+
+    Attributes:
+        name: client name or ``server``.
+        kind: ``client`` or ``server``.
+        available: whether any split fits; an unavailable client takes no part.
+        split: clients: layers ``[0, split)`` are its own; server: its first layer. ``None`` when unavailable.
+        ranks: LoRA rank by weight name.
+        declared_bytes, predicted_bytes: memory budget, and what the plan will need of it at its peak.
+        step_time_s: predicted time of its part of one local step, transfers included (virtual).
+        lacking_bytes: how much an unavailable client is short of the smallest assignment.
+    """
+
+    name: str
+    kind: str
+    available: bool
+    split: int | None
+    ranks: dict[str, int] = field(default_factory=dict)
+    declared_bytes: int = 0
+    predicted_bytes: int = 0
+    step_time_s: float = 0.0
+    lacking_bytes: int = 0
+
+    @property
+    def rank_total(self) -> int:
+        return sum(self.ranks.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the scheduler decided.
+
+    Attributes:
+        layers: decoder layers of the model.
+        server: the server's part.
+        clients: every declared client's part, in the cluster's order.
+        makespan_s: predicted time of one local step (METHOD 5, virtual).
+        captured_importance: METHOD 5's ``captured``.
+        importance: where the scores came from, in words.
+    """
+
+    layers: int
+    server: HolderPlan
+    clients: tuple[HolderPlan, ...]
+    makespan_s: float
+    captured_importance: float
+    importance: str
+
+    @property
+    def available(self) -> tuple[HolderPlan, ...]:
+        """The clients that take part, in the cluster's order."""
+        return tuple(c for c in self.clients if c.available)
+
+    def client(self, name: str) -> HolderPlan:
+        return next(c for c in self.clients if c.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        return Plan(
+            layers=data["layers"],
+            server=HolderPlan(**data["server"]),
+            clients=tuple(HolderPlan(**c) for c in data["clients"]),
+            makespan_s=data["makespan_s"],
+            captured_importance=data["captured_importance"],
+            importance=data["importance"],
+        )

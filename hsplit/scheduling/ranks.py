@@ -1,0 +1,72 @@
+"""The ranks of a holder's weights: where the memory that is left captures most importance (METHOD 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Levels = NDArray[np.int8]
+
+
+def captured_by(rank: Ints | Floats) -> Floats:
+    """``g(r) = log2(1 + r)``."""
+    return np.log2(1.0 + np.asarray(rank, dtype=np.float64))
+
+
+def greedy_levels(
+    slack: Floats, held: NDArray[np.bool_], unit: Floats, worth: Floats, rank_set: Ints
+) -> Levels:
+    """Spend what is left on the increments with the largest gain per byte, skipping what does not fit.
+
+    Every held weight starts at the smallest rank. Since ``g`` is concave and cost is linear in the rank, a weight's
+    increments come in their order by themselves, and more slack never captures less.
+
+    Args:
+        slack: bytes left at the smallest ranks, ``(M,)``, one row a holder (or a variant of one).
+        held: which weights each row holds, ``(M, W)``.
+        unit: bytes a unit of rank, ``(W,)`` or ``(M, W)``.
+        worth: importance times share of tokens, ``(W,)`` or ``(M, W)``.
+        rank_set: increasing ranks, ``(Q,)``.
+
+    Returns:
+        Index into ``rank_set`` by row and weight, ``(M, W)``; 0 where a weight is not held.
+    """
+    steps, gains = np.diff(rank_set).astype(np.float64), np.diff(captured_by(rank_set))
+    levels = np.where(held, len(steps), 0).astype(np.int8)
+    whole = (held * unit).sum(axis=1) * steps.sum() <= slack
+    tight = np.flatnonzero(~whole)
+    if not len(tight) or not len(steps):
+        return levels
+    unit, worth = np.atleast_2d(unit), np.atleast_2d(worth)
+    if len(unit) > 1 or len(worth) > 1:
+        # Each row has prices of its own, hence an order of its own.
+        unit, worth = np.broadcast_to(unit, held.shape), np.broadcast_to(worth, held.shape)
+        for row in tight:
+            levels[row] = _spend(slack[[row]], held[[row]], unit[row], worth[row], steps, gains)[0]
+    else:
+        levels[tight] = _spend(slack[tight], held[tight], unit[0], worth[0], steps, gains)
+    return levels
+
+
+def _spend(
+    slack: Floats, held: NDArray[np.bool_], unit: Floats, worth: Floats, steps: Floats, gains: Floats
+) -> Levels:
+    """Walk all increments once, best first, for all rows at the same time."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        density = (worth / unit)[:, None] * (gains / steps)
+    order = np.argsort(-np.nan_to_num(density), axis=None, kind="stable")
+    columns = np.ascontiguousarray(held.T)
+    levels = np.zeros(columns.shape, dtype=np.int8)
+    left = slack.astype(np.float64)
+    smallest = (unit[held.any(axis=0)].min(initial=np.inf)) * steps.min()
+    for weight, level in zip(*np.divmod(order, len(steps)), strict=True):
+        size = unit[weight] * steps[level]
+        taken = columns[weight] & (levels[weight] == level) & (size <= left)
+        if taken.any():
+            levels[weight] += taken
+            left -= size * taken
+            if left.max() < smallest:
+                break
+    return levels.T

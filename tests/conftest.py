@@ -1,0 +1,25 @@
+"""What tests share: tiny random models of both families, a tiny tokenizer, and runs in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+FAMILIES = ("llama", "gpt2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of a tiny random model of each family, with a tokenizer."""
+    from tests.tiny import save_tiny_model
+
+    return {family: save_tiny_model(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}

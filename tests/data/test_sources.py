@@ -1,0 +1,290 @@
+"""Every file format as it should be, and every refusal with its line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hsplit.data.examples import Example
+from hsplit.data.meaning import parse_meaning
+from hsplit.data.restaurants import restaurants
+from hsplit.data.sources import file_sha256, read_examples
+from hsplit.errors import InputError
+
+E2E = Path(__file__).parents[3] / "shared" / "data" / "e2e" / "devset.csv"
+
+
+def read(source: Path | str, **options: Any) -> list[Example]:
+    defaults: dict[str, Any] = {"examples": 10, "seed": 0, "label": None, "separator": None, "limit": None}
+    return read_examples(str(source), **(defaults | options))
+
+
+def test_restaurants_are_the_generator_s() -> None:
+    assert read("restaurants") == restaurants(10, seed=0)
+    assert [example.label for example in read("restaurants", label="eatType")] == [
+        (parse_meaning(example.prompt.removesuffix(" =>")) or {}).get("eatType", "none")
+        for example in restaurants(10, seed=0)
+    ]
+    assert all(example.prompt.endswith("] |") for example in read("restaurants", separator=" |"))
+
+
+ONE = Example("name[A b], food[Thai] =>", " A b is Thai.", "A b")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b'mr,ref\n"name[A b], food[Thai]",A b is Thai.\n', [ONE]),
+        ("bom.csv", b'\xef\xbb\xbfmr,ref\n"name[A b], food[Thai]",A b is Thai.\n', [ONE]),
+        ("crlf.CSV", b'mr,ref\r\n"name[A b], food[Thai]", A b is Thai. \r\n\r\n', [ONE]),
+        ("more.csv", b'id, ref, mr\n7,A b is Thai.,"name[A b], food[Thai]"', [ONE]),
+        (
+            "quoted.csv",
+            b'prompt,response\n"a ""b""\r\nc","d\n\ne"\n',
+            [Example('a "b"\nc\n', "d\n\ne", None)],
+        ),
+        ("a.txt", b"name[A b], food[Thai]||A b is Thai.\n", [ONE]),
+        (
+            "piped.txt",
+            b"name : A | food : Thai||A is Thai .\r\n",
+            [Example("name : A | food : Thai =>", " A is Thai .", "A")],
+        ),
+        ("prose.txt", b"q: one||two", [Example("q: one =>", " two", None)]),
+        (
+            "utf8.txt",
+            "caf\u00e9\u2028x||th\u00e9".encode(),
+            [Example("caf\u00e9\u2028x =>", " th\u00e9", None)],
+        ),
+        ("a.jsonl", b'{"prompt": "p", "response": " r "}\n\n', [Example("p\n", " r ", None)]),
+        (
+            "bom.jsonl",
+            b'\xef\xbb\xbf{"prompt": "p", "response": "r", "n": [1]}\r\n',
+            [Example("p\n", "r", None)],
+        ),
+    ],
+)
+def test_formats(tmp_path: Path, name: str, content: bytes, expected: list[Example]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert read(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("no.csv", None, "PATH: there is no such file"),
+        ("folder.csv", "folder", "PATH: is a folder; give the path of a .csv, .jsonl or .txt file"),
+        (
+            "a.parquet",
+            b"x",
+            "data.source: 'PATH' is unknown; give restaurants, or a file that ends in .csv, .jsonl, .txt",
+        ),
+        ("a.csv", b"", "PATH: the file is empty; at least one example is needed"),
+        ("a.csv", b"mr,ref\n", "PATH: has a header but no rows; at least one example is needed"),
+        ("a.csv", b"mr,text\na,b\n", "PATH: has columns mr, text; needs mr and ref, or prompt and response"),
+        ("a.csv", b"mr;ref\na;b\n", "PATH: has columns mr;ref; needs mr and ref, or prompt and response"),
+        (
+            "a.csv",
+            b"mr,ref,x,x\na,b,1,2\n",
+            "PATH: has columns mr, ref, x, x; each name may stand there once only",
+        ),
+        ("a.csv", b"mr,ref\na,b\n\n\nc,d\n", "PATH: row 3 is empty; delete it or fill it in"),
+        ("a.csv", b"mr,ref\na,b\n,\n", "PATH: row 3 is empty; delete it or fill it in"),
+        ("a.csv", b"mr,ref\na,b,c\n", "PATH: row 2 has 3 fields; the header has 2 (mr, ref)"),
+        ("a.csv", b"mr,ref\na,b\n ,c\n", "PATH: row 3: mr is blank; must be a text"),
+        ("a.csv", b'prompt,response\na," "\n', "PATH: row 2: response is blank; must be a text"),
+        ("a.csv", b'mr,ref\na,"b\nc,d\n', "PATH: line 3: is not CSV: unexpected end of data"),
+        ("a.csv", b"mr,ref\na,b\nc,\xe9\n", "PATH: line 3: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "response": "r"}\n{"prompt"\n',
+            "PATH: line 2 is not JSON: Expecting ':' delimiter; each line must be one object",
+        ),
+        ("a.jsonl", b"[1]\n", "PATH: line 1 is a JSON list; each line must be one object"),
+        (
+            "a.jsonl",
+            b"[" * 100_000,
+            "PATH: line 1 is not JSON: nested too deeply; each line must be one object",
+        ),
+        ("a.jsonl", b'{"q": "p"}\n', "PATH: line 1 has keys q; needs prompt and response, or messages"),
+        ("a.jsonl", b'{"prompt": 3, "response": "r"}', "PATH: line 1: prompt is 3; must be a text"),
+        ("a.jsonl", b'{"prompt": "p", "response": ""}', "PATH: line 1: response is blank; must be a text"),
+        (
+            "a.jsonl",
+            b'{"prompt": "\\ud800", "response": "r"}',
+            "PATH: line 1: prompt holds half of a surrogate pair (\\ud800 to \\udfff); must be valid Unicode",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "response": "r"}\n \n{}',
+            "PATH: line 2 is empty; delete it or fill it in",
+        ),
+        ("a.txt", b"a b\n", "PATH: line 1 has 0 separators ||; needs exactly one, as in prompt||response"),
+        (
+            "a.txt",
+            b"a||b||c\n",
+            "PATH: line 1 has 2 separators ||; needs exactly one, as in prompt||response",
+        ),
+        ("a.txt", b"a|| \n", "PATH: line 1: the response is blank; must be a text"),
+        ("a.txt", b"a||b\n\nc||d\n", "PATH: line 2 is empty; delete it or fill it in"),
+    ],
+)
+def test_refusals(tmp_path: Path, name: str, content: bytes | str | None, line: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    with pytest.raises(InputError) as refused:
+        read(path)
+    assert str(refused.value) == line.replace("PATH", str(path))
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(None, ["A", "B"]), ("food", ["Thai", "none"]), ("site", ["north", None]), ("name", ["A", "B"])],
+)
+def test_labels_of_a_csv(tmp_path: Path, label: str | None, expected: list[str | None]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('mr,ref,site\n"name[A], food[Thai]",x,north\nname[B],y,\n')
+    assert [example.label for example in read(path, label=label)] == expected
+
+
+def test_labels_of_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows: list[dict[str, Any]] = [{"ward": 3}, {"ward": None}, {}, {"ward": "x"}]
+    path.write_text("\n".join(json.dumps({"prompt": "p", "response": "r"} | row) for row in rows))
+    assert [example.label for example in read(path, label="ward")] == ["3", None, None, "x"]
+    with pytest.raises(
+        InputError, match=r"'room' is no column, key or slot of .* has prompt, response, ward"
+    ):
+        read(path, label="room")
+    path.write_text(json.dumps({"prompt": "p", "response": "r", "ward": [1]}))
+    with pytest.raises(InputError, match=r"line 1: ward, the data\.label, is a list; must be a single value"):
+        read(path, label="ward")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "prompt,response\np,r\n", "p ->"),
+        ("a.csv", "mr,ref\np,r\n", "p ->"),
+        ("a.txt", "p||r", "p ->"),
+        ("a.jsonl", '{"prompt": "p", "response": "r"}', "p ->"),
+    ],
+)
+def test_separator(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert read(path, separator=" ->")[0].prompt == expected
+    assert read(path, separator="")[0].prompt == "p"
+
+
+def test_limit_is_a_seeded_choice_in_file_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"p{n:03}||r" for n in range(200)))
+    whole = read(path)
+    some = read(path, limit=20)
+    assert len(some) == 20 and some == [example for example in whole if example in some]
+    assert some == read(path, limit=20) != read(path, limit=20, seed=1)
+    assert read(path, limit=500) == whole
+    with pytest.raises(InputError, match=r"data\.limit: 0 is too few"):
+        read(path, limit=0)
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("p||r")
+    assert read("~/a.txt") == [Example("p =>", " r", None)]
+    assert file_sha256("~/a.txt") == hashlib.sha256(b"p||r").hexdigest()
+    with pytest.raises(InputError, match="there is no such file"):
+        file_sha256(tmp_path / "b.txt")
+
+
+def chat_of(tokenizer: PreTrainedTokenizerFast) -> Any:
+    def chat(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(text, str)
+        return text
+
+    return chat
+
+
+def conversation(*turns: tuple[str, str], **others: str) -> str:
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]} | others)
+
+
+def test_chat(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(
+        conversation(("user", "a"), ("assistant", "b"))
+        + "\n"
+        + conversation(
+            ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), t="x"
+        )
+    )
+    first, second = read(path, chat=chat_of(chat_tokenizer), separator="unused", label="t")
+    assert first == Example("<bos>user\na<eos>\n<bos>assistant\n", "b<eos>", None)
+    assert second.prompt.endswith("<bos>user\nc<eos>\n<bos>assistant\n")
+    assert (second.response, second.label) == ("d<eos>", "x")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": "hi"}', "messages must be a list of at least two turns, the last one the assistant's"),
+        (conversation(("assistant", "b")), "messages must be a list of at least two turns"),
+        ('{"messages": [{"role": "user"}, {}]}', 'messages: turn 1 must be {"role": text, "content": text}'),
+        ('{"messages": [3, 4]}', 'messages: turn 1 must be {"role": text, "content": text}'),
+        (
+            conversation(("assistant", "b"), ("user", "a")),
+            "messages: the last turn is the user's; must be the assistant's",
+        ),
+        (
+            conversation(("user", "a"), ("assistant", " ")),
+            "messages: the assistant's last turn is blank; must be a text",
+        ),
+    ],
+)
+def test_chat_refusals(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, line: str, message: str
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(line)
+    with pytest.raises(InputError) as refused:
+        read(path, chat=chat_of(chat_tokenizer))
+    assert str(refused.value).startswith(f"{path}: line 1: {message}")
+
+
+def test_chat_needs_a_template_that_fits(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(conversation(("user", "a"), ("assistant", "b")))
+
+    def refusing(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        raise ValueError("roles must\nalternate")
+
+    with pytest.raises(
+        InputError, match="line 1: messages need a model with a chat template; this one has none"
+    ):
+        read(path)
+    with pytest.raises(InputError, match="refuses these messages: roles must alternate"):
+        read(path, chat=refusing)
+    with pytest.raises(InputError, match="does not put the answer behind the prompt"):
+        read(path, chat=lambda messages, add_generation_prompt: f"{add_generation_prompt}")
+
+
+@pytest.mark.skipif(not E2E.exists(), reason="the E2E development set is not beside the checkout")
+def test_the_real_e2e_set() -> None:
+    examples = read(E2E)
+    assert len(examples) == 4672 and len({example.prompt for example in examples}) == 547
+    assert examples[0].prompt == "name[Alimentum], area[city centre], familyFriendly[no] =>"
+    assert examples[0].label == "Alimentum" and examples[0].response.startswith(" There is a place")
+    assert all(example.label not in (None, "none") for example in examples)
+    assert {example.label for example in read(E2E, label="familyFriendly")} == {"yes", "no", "none"}

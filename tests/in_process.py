@@ -1,0 +1,108 @@
+"""Runs in this process: the product's coordinator, clients and server, with a plan and data given by the test."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.client import Client, base_model
+from hsplit.actors.executor import SCHEDULER, SERVER, InProcess
+from hsplit.actors.server import Server
+from hsplit.config import Client as ClientConfig
+from hsplit.config import Job, Policy, RunConfig
+from hsplit.coordinator import Coordinator, Inputs
+from hsplit.data import Example
+from hsplit.models.segment import linear_shapes, model_config, targeted
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import HolderPlan, Plan
+from tests.tiny import WORDS
+
+
+@dataclass
+class Recorder:
+    """A display that keeps what it is told."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    after_step: Any = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def started(self, run_name: str, lines: list[str]) -> None: ...
+
+    def plan(self, plan: Plan) -> None: ...
+
+    def step(self, round_: int, rounds: int, step: int, steps: int, losses: dict[str, float], states: Any) -> None:
+        self.losses.append(losses)
+        if self.after_step is not None:
+            self.after_step(step)
+
+    def round_done(self, row: Any) -> None:
+        self.rows.append(row)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finished(self, lines: list[str]) -> None: ...
+
+
+class FixedScheduler:
+    """Gives the plan that a test made."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self) -> Plan:
+        return self._plan
+
+
+def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
+    """Examples of the tiny tokenizer's words, of unequal lengths."""
+    draw = random.Random(seed)
+
+    def words(low: int) -> str:
+        return " ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(draw.randint(low, longest)))
+
+    return [Example(words(1), " " + words(1), None) for _ in range(count)]
+
+
+def fixed_plan(model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int) -> Plan:
+    """A plan with one rank a holder: client ``c{i}`` holds ``[0, splits[i])``."""
+    config = model_config(model)
+    shapes = targeted(linear_shapes(config), job.targets)
+    clients = tuple(
+        HolderPlan(f"c{i}", "client", True, split, {s.name: rank for s in shapes if s.layer < split})
+        for i, (split, rank) in enumerate(zip(splits, ranks, strict=True))
+    )
+    first = min(splits)
+    server = HolderPlan("server", "server", True, first, {s.name: server_rank for s in shapes if s.layer >= first})
+    return Plan(config.num_hidden_layers, server, clients, 1.0, 0.0, "none")
+
+
+def coordinator(
+    model: Path,
+    to: Path,
+    plan: Plan,
+    shares: Mapping[str, list[Example]],
+    recorder: Recorder,
+    policy: Policy | None = None,
+    directory: RunDirectory | None = None,
+    **job: Any,
+) -> Coordinator:
+    """A coordinator over plain objects, ready to run."""
+    settings = Job.model_validate({"dtype": "fp32", "wire": "fp32", "clip": None, "rounds": 1, **job})
+    policy = policy or Policy(name="hsplitlora", init="shared")
+    clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
+    run = RunConfig(clients=clients, job=settings, policy=policy)
+    base = base_model(model, settings)
+    actors: dict[str, Any] = {c.name: Client(c.name, settings, policy, base) for c in plan.clients}
+    actors |= {SERVER: Server(settings, policy, base), SCHEDULER: FixedScheduler(plan)}
+    directory = directory or RunDirectory.create(to, None)
+    return Coordinator(run, InProcess(actors), directory, Inputs(shares, "model", "data"), recorder)

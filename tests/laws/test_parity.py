@@ -1,0 +1,203 @@
+"""Laws E1 (parity with centralized LoRA) and E2 (parity with an unsplit model), METHOD section 2."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from hsplit.config import Policy
+from hsplit.data import Example
+from hsplit.lora.export import learned
+from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
+from tests.laws.reference import keep_double, lora_A, lora_B, mean_loss, peft_model
+from tests.tiny import LAYERS
+
+LR, ALPHA = 0.05, 16.0
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+laws = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@pytest.fixture(autouse=True)
+def _double(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_double(monkeypatch)
+
+
+def _unsupervised(client: Any) -> None:
+    """Take every target out of a client's training data: it computes, but has no supervised token."""
+    client._train = [replace(e, prompt_length=len(e.ids)) for e in client._train]
+
+
+@laws
+@given(
+    family=st.sampled_from(["llama", "gpt2"]),
+    splits=st.lists(st.integers(0, LAYERS), min_size=1, max_size=4),
+    labels=st.sampled_from(["server", "client"]),
+    base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
+    dtype=st.sampled_from(["fp32", "fp64"]),
+    accumulation=st.integers(1, 2),
+    silent=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@example(
+    family="llama", splits=[0, 2, 4], labels="server", base="nf4", dtype="fp64", accumulation=2, silent=True, seed=1
+)
+@example(family="gpt2", splits=[0, 0], labels="client", base="int8", dtype="fp64", accumulation=1, silent=False, seed=2)
+@example(
+    family="llama", splits=[4, 4], labels="server", base="bf16", dtype="fp32", accumulation=1, silent=False, seed=3
+)
+def test_e1_one_aggregated_step_is_the_centralized_step(
+    models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    splits: list[int],
+    labels: str,
+    base: str,
+    dtype: str,
+    accumulation: int,
+    silent: bool,
+    seed: int,
+) -> None:
+    rank = 3
+    job = {
+        "base": base,
+        "dtype": dtype,
+        "wire": dtype,
+        "local_steps": 1,
+        "lr": LR,
+        "optimizer": "sgd",
+        "alpha": ALPHA,
+        "seed": seed,
+        "grad_accumulation": accumulation,
+        "privacy": {"labels": labels},
+        "residual": {"max_rank": "full"},
+    }
+    shares = {f"c{i}": random_examples(8, seed + i) for i in range(len(splits))}
+    plan_job = _job(job)
+    plan = fixed_plan(models[family], plan_job, splits, [rank] * len(splits), rank)
+    run = coordinator(
+        models[family], tmp_path_factory.mktemp("e1"), plan, shares, Recorder(), Policy(init="shared"), **job
+    )
+    actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
+    if silent and len(splits) > 1:
+        load = actors["c1"].load_data
+
+        def load_then_silence(*arguments: Any) -> Any:
+            report = load(*arguments)
+            _unsupervised(actors["c1"])
+            return report
+
+        actors["c1"].load_data = load_then_silence
+    batches = []
+    original = {name: actors[name]._step_batches for name in shares}
+
+    def recording(name: str) -> Any:
+        def step_batches(step: int) -> Any:
+            drawn = original[name](step)
+            if (name, step) not in seen:
+                seen.add((name, step))
+                batches.extend(drawn)
+            return drawn
+
+        return step_batches
+
+    seen: set[tuple[str, int]] = set()
+    for name in shares:
+        actors[name]._step_batches = recording(name)
+    run.run()
+
+    reference = peft_model(models[family], base, DTYPES[dtype], rank, ALPHA, f"{seed}|shared|{{name}}|1")
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=LR)
+    mean_loss(reference, batches).backward()
+    optimizer.step()
+    sums = learned(actors["server"].state())
+    assert sums
+    for name, term in sums.items():
+        expected = (ALPHA / rank) * lora_B(reference, name) @ lora_A(reference, name)
+        error = (term.dense() - expected).norm() / expected.norm()
+        assert error < TOLERANCE[dtype], (name, float(error))
+
+
+@laws
+@given(
+    family=st.sampled_from(["llama", "gpt2"]),
+    split=st.integers(0, LAYERS),
+    labels=st.sampled_from(["server", "client"]),
+    base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
+    dtype=st.sampled_from(["fp32", "fp64"]),
+    seed=st.integers(0, 2**16),
+)
+@example(family="llama", split=0, labels="client", base="nf4", dtype="fp64", seed=0)
+@example(family="gpt2", split=4, labels="server", base="fp32", dtype="fp64", seed=1)
+def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
+    models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    split: int,
+    labels: str,
+    base: str,
+    dtype: str,
+    seed: int,
+) -> None:
+    rank, steps = 4, 20
+    job = {
+        "base": base,
+        "dtype": dtype,
+        "wire": dtype,
+        "local_steps": steps,
+        "lr": 2e-3,
+        "alpha": ALPHA,
+        "seed": seed,
+        "privacy": {"labels": labels},
+    }
+    recorder = Recorder()
+    plan = fixed_plan(models[family], _job(job), [split], [rank], rank)
+    run = coordinator(
+        models[family],
+        tmp_path_factory.mktemp("e2"),
+        plan,
+        {"c0": random_examples(30, seed)},
+        recorder,
+        Policy(init="shared"),
+        **job,
+    )
+    run.run()
+    client = run._executor.actors["c0"]  # type: ignore[attr-defined]  # in-process by construction
+
+    reference = peft_model(models[family], base, DTYPES[dtype], rank, ALPHA, f"{seed}|shared|{{name}}|1")
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    for step in range(steps):
+        loss = mean_loss(reference, client._step_batches(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert recorder.losses[step]["c0"] == pytest.approx(float(loss.detach()), rel=TOLERANCE[dtype]), step
+
+
+def test_a_rounded_wire_would_break_e2(models: dict[str, Path], tmp_path: Path) -> None:
+    """The law's tolerance is tight enough to notice bf16 on the wire."""
+    job = {"base": "fp32", "local_steps": 5, "lr": 2e-3, "alpha": ALPHA}
+    curves = []
+    for wire in ("fp32", "bf16"):
+        recorder = Recorder()
+        plan = fixed_plan(models["llama"], _job(job), [2], [4], 4)
+        shares: dict[str, list[Example]] = {"c0": random_examples(30, 0)}
+        coordinator(models["llama"], tmp_path / wire, plan, shares, recorder, **{**job, "wire": wire}).run()
+        curves.append([losses["c0"] for losses in recorder.losses])
+    assert curves[0] != pytest.approx(curves[1], rel=1e-5)
+
+
+def _job(job: dict[str, Any]) -> Any:
+    from hsplit.config import Job
+
+    return Job.model_validate(job)

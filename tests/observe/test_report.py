@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hsplit.errors import InputError
+from hsplit.observe.events import EventLog
+from hsplit.observe.metrics import MetricsRow, MetricsTable
+from hsplit.observe.report import write_report
+from hsplit.observe.report_data import Holding, load_run, load_runs
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import Plan
+from tests.observe.conftest import metrics_row
+
+MakeRun = Callable[..., Path]
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+ATTACK = "<script>alert(1)</script><img src=\"http://evil.invalid/x\" onerror='x'>"
+
+
+class Page(HTMLParser):
+    """Tags, attributes, ids and text of a page; fails on tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.labels: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag == "svg":
+            self.labels.append(dict(attrs)["aria-label"] or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.text += data + "\n"
+
+
+def report_of(to: Path, *runs: Path) -> tuple[str, Page]:
+    assert write_report(runs, to) == to
+    html = to.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def assert_self_contained(html: str, page: Page) -> None:
+    loading = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
+    assert all(value.startswith("#") for name, value in page.attributes if name in loading)
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert not page.tags.keys() & {"script", "link", "img", "iframe", "object", "image"}
+    assert not re.search(r"@import|url\((?!#)", html)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    referenced = {value[1:] for name, value in page.attributes if name in loading}
+    assert referenced | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+
+
+def test_report_of_one_run(fake_run: MakeRun, tmp_path: Path) -> None:
+    html, page = report_of(tmp_path / "new" / "report.html", fake_run("first"))
+    assert_self_contained(html, page)
+    assert [label.split(" by ")[0] for label in page.labels] == [
+        "validation perplexity against round",
+        "validation perplexity against tokens",
+        "validation perplexity against virtual time",
+        "train loss against round",
+        "train loss against tokens",
+        "train loss against virtual time",
+        "total LoRA rank",
+        "declared, predicted and measured memory",
+        "bytes up and down",
+    ]
+    for shown in (
+        "hsplit run first",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "nf4",
+        "hsplitlora",
+        "dirichlet 0.5",
+    ):
+        assert shown in page.text
+    for figure in ("21.75", "10.88", "7.250", "5.438", "3,702", "0.16 GB", "0.15 GB", "42.50", "42 s"):
+        assert figure in page.text
+    for holder in ("phone-0", "laptop", "watch", "server", "unavailable"):
+        assert holder in page.text
+    assert "virtual time (s)" in page.text
+    assert "\n24\n" in page.text  # the server's rank in a layer, written into the heat map
+    assert "measured" in page.text
+    assert "120 examples to train on" in page.text
+    assert "routine 1" not in page.text
+    assert "prefers-color-scheme: dark" in html
+    assert "#010203" not in html  # the page's own colours stand where these were drawn
+
+
+def test_report_of_two_runs_overlays_them(fake_run: MakeRun, tmp_path: Path) -> None:
+    first, second = fake_run("first"), fake_run("second", rounds=5, checkpoint=False, measured=False)
+    html, page = report_of(tmp_path / "report.html", first, second)
+    assert_self_contained(html, page)
+    assert page.tags["svg"] == 6 + 2 * 3
+    assert "2 hsplit runs" in page.text
+    assert "Side by side" in page.text
+    for name in ("first", "second"):
+        assert page.text.count(f"\n{name}\n") >= 6 + 2  # in each legend, the comparison, its own section
+    assert "from its split; no checkpoint tells the ranks" in page.text
+
+
+def test_runs_of_one_name_are_told_apart(fake_run: MakeRun, tmp_path: Path) -> None:
+    first = fake_run("same")
+    other = tmp_path / "elsewhere" / "same"
+    other.parent.mkdir()
+    first.rename(other)
+    names = [run.name for run in load_runs([fake_run("same"), other])]
+    assert names[0].endswith("runs/same")
+    assert names[1].endswith("elsewhere/same")
+
+
+def test_run_with_round_0_only(fake_run: MakeRun, tmp_path: Path) -> None:
+    html, page = report_of(tmp_path / "report.html", fake_run("young", rounds=0))
+    assert_self_contained(html, page)
+    assert page.tags["svg"] == 9
+    assert page.text.count("no round of training yet") == 3
+    assert "21.75" in page.text
+
+
+def test_run_without_any_round(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = fake_run("unborn", rounds=0, checkpoint=False)
+    for name in ("metrics.csv", "plan.csv", "events.jsonl"):
+        (run / name).unlink()
+    _, page = report_of(tmp_path / "report.html", run)
+    assert "No round has been validated yet." in page.text
+    assert "Nothing out of the ordinary." in page.text
+
+
+def test_diverged_run(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = RunDirectory.open(fake_run("diverged"))
+    bad = {"val_loss": float("nan"), "val_ppl": float("inf"), "train_loss": float("nan")}
+    MetricsTable(run.metrics, MetricsRow).restore([metrics_row(0), metrics_row(1, **bad)])
+    _, page = report_of(tmp_path / "report.html", run.path)
+    assert "inf" in page.text
+    assert "nan" in page.text
+
+
+def test_everything_is_escaped(fake_run: MakeRun, tmp_path: Path) -> None:
+    plain = fake_run("plain")
+    odd = plain.rename(plain.parent / "_$<b>odd & \\x$")
+    config = odd / "config.yaml"
+    config.write_text(config.read_text().replace("HuggingFaceTB/SmolLM2-135M-Instruct", "<i>model</i>"))
+    with EventLog(odd / "events.jsonl") as events:
+        events.write(ATTACK, f"{ATTACK} failed \udc80", client=ATTACK)
+    html, page = report_of(tmp_path / "report.html", odd, fake_run("other"))
+    assert_self_contained(html, page)
+    assert page.tags["b"] == page.tags["i"] == 0
+    assert f"{ATTACK} failed ?" in page.text
+    assert "<i>model</i>" in page.text
+    assert "<b>odd & \\x$" in page.text
+
+
+def test_damaged_checkpoint_is_passed_over(fake_run: MakeRun, plan: Plan) -> None:
+    run = fake_run("damaged")
+    later = run / "checkpoints" / "round-0009"
+    later.mkdir()
+    (later / "state.json").write_text('{"plan": {"layers"')
+    assert load_run(run).plan == plan
+
+
+def test_layers_held_come_from_the_plan_or_else_from_the_splits(fake_run: MakeRun) -> None:
+    assert load_run(fake_run("planned")).holdings() == [
+        Holding("phone-0", {0: 11, 1: 11}),
+        Holding("laptop", {0: 12, 1: 12, 2: 12}),
+        Holding("server", {2: 24, 3: 24, 4: 24, 5: 24}),
+    ]
+    assert load_run(fake_run("unplanned", checkpoint=False)).holdings() == [
+        Holding("phone-0", {0: None, 1: None}),
+        Holding("laptop", {0: None, 1: None, 2: None}),
+        Holding("server", {2: None}),
+    ]
+
+
+def test_what_is_not_a_run_is_refused(fake_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such directory"):
+        write_report([tmp_path / "none"], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"has no config\.yaml"):
+        write_report([fake_run("good"), tmp_path], tmp_path / "report.html")
+    with pytest.raises(InputError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_place_that_cannot_be_written_is_refused(fake_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--to .*cannot be written"):
+        write_report([fake_run("good")], tmp_path / "file" / "report.html")

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from hsplit.observe.pace import Pace
+from hsplit.observe.terminal import Display, LiveDisplay, PlainDisplay, display_for, plan_table
+from hsplit.scheduling.plan import HolderPlan, Plan
+from tests.observe.conftest import metrics_row
+
+
+class Ticking:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+def recorded(width: int = 110, height: int = 30) -> Console:
+    return Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def play(display: Display, plan: Plan, clock: Ticking) -> None:
+    display.started("first", ["model  tiny", "dashboard http"])
+    display.plan(plan)
+    display.round_done(metrics_row(0))
+    for step in range(1, 11):
+        clock.now += 6
+        losses = {"phone-0": 3.0 - step / 10, "laptop": 2.5}
+        display.step(1, 2, step, 20, losses, {"phone-0": "training", "laptop": "training"})
+    display.round_done(metrics_row(1))
+    display.note("laptop was late")
+
+
+@pytest.fixture
+def clock() -> Iterator[Ticking]:
+    return Ticking()
+
+
+def test_live_table_shows_what_a_user_must_see(plan: Plan, clock: Ticking) -> None:
+    console = recorded()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.finished(["report runs/first/report.html"])
+    lines = written(console)
+    before, _, last = lines.rpartition("┏")  # the last frame
+    phone, laptop, watch, server = (
+        next(line for line in last.splitlines() if name in line) for name in ("phone-0", "laptop", "watch", "server")
+    )
+    for cell in ("2 of 6", "1–8 (Σ 22)", "0.15 / 0.16 GB", "2.000", "training"):
+        assert cell in phone
+    assert "4 (Σ 36)" in laptop
+    assert "unavailable, lacks 71.0 MB" in watch
+    assert "from 2" in server
+    assert "8 (Σ 96)" in server
+    assert "round 1/2, step 10/20: 50%, 1 min 00 s elapsed, about 1 min 00 s left" in last
+    assert "validation perplexity 21.75 (round 0) → 10.88 (round 1)" in last
+    assert "report runs/first/report.html" in last
+    assert "Run first" in before
+    assert "equal importance per parameter (no scores yet)" in before
+    assert "laptop was late" in before
+
+
+def test_live_table_fits_80_columns(plan: Plan, clock: Ticking) -> None:
+    console = recorded(width=80)
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+    phone = [line for line in written(console).splitlines() if "phone-0" in line][-1]
+    assert "1–8 (Σ 22)" in phone
+    assert "0.15 / 0.16 GB" in phone
+    assert "training" in phone
+
+
+def test_low_terminal_says_how_many_clients_are_left_out(plan: Plan, clock: Ticking) -> None:
+    many = tuple(replace(plan.clients[0], name=f"phone-{number}") for number in range(50))
+    console = recorded(height=20)
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        display.plan(replace(plan, clients=many))
+    assert "… 41 more" in written(console)
+    assert "server" in written(console)
+
+
+def test_live_display_ends_tidily_on_errors(plan: Plan) -> None:
+    console = recorded()
+    display = LiveDisplay(console=console)
+    with pytest.raises(RuntimeError, match="boom"), display:
+        display.plan(plan)
+        assert "\x1b[?25l" in written(console)
+        raise RuntimeError("boom")
+    assert written(console).rindex("\x1b[?25h") > written(console).rindex("\x1b[?25l")  # the cursor is back
+    display.note("after")
+    assert written(console).rstrip().endswith("after")
+
+
+def test_live_display_before_any_plan(clock: Ticking) -> None:
+    console = recorded()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        display.started("first", ["model"])
+        display.note("loading")
+    assert written(console) == "Run first\nmodel\nloading\n"
+
+
+def test_plain_lines(plan: Plan, clock: Ticking) -> None:
+    stream = io.StringIO()
+    with PlainDisplay(stream, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.finished(["adapter runs/first/adapter"])
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == ["run first", "  model  tiny", "  dashboard http"]
+    assert (
+        "  phone-0 (client): split 2 of 6, layers 0–1, ranks 1–8 (Σ 22), memory 0.15 / 0.16 GB,"
+        " 0.500 s a step (virtual)"
+    ) in lines
+    assert "  watch (client): unavailable, lacks 71.0 MB (declared 50.0 MB)" in lines
+    assert any(line.startswith("  server: split from 2, layers 2–5, ranks 8 (Σ 96)") for line in lines)
+    steps = [line for line in lines if " step " in line and "round 1/2" in line]
+    assert [line.split(",")[0] for line in steps] == [f"round 1/2 step {step}/20" for step in (1, 5, 10)]
+    assert steps[-1].endswith("loss phone-0 2.000, laptop 2.500 (50%, 1 min 00 s elapsed, about 1 min 00 s left)")
+    assert any(line.startswith("round 0 done: validation loss 3.100, validation perplexity 21.75") for line in lines)
+    assert any(line.startswith("round 1 done: train loss 3.000, ") for line in lines)
+    assert lines[-2:] == ["note: laptop was late", "adapter runs/first/adapter"]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_plain_lines_of_many_clients_and_absent_ones(clock: Ticking) -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, names_shown=3, pace=Pace(clock))
+    display.step(1, 1, 1, 1, {f"c-{n}": float(n) for n in range(1, 6)}, {"c-9": "failed", "server": "busy"})
+    assert "losses of 5 clients from 1.000 to 5.000, c-9: failed" in stream.getvalue()
+    assert "busy" not in stream.getvalue()
+
+
+def test_plain_lines_on_a_stream_without_unicode(plan: Plan) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    PlainDisplay(stream).plan(plan)
+    assert b"layers 0-1, ranks 1-8 (sum 22)" in raw.getvalue()
+
+
+def test_no_text_steers_the_terminal(plan: Plan) -> None:
+    console, stream = recorded(), io.StringIO()
+    for display in (LiveDisplay(console=console), PlainDisplay(stream)):
+        display.note("[bold]not markup[/bold] \x1b]0;title\x07")
+        display.started("run", ["\x1b[2J"])
+    for text in (written(console), stream.getvalue()):
+        assert "[bold]not markup[/bold]" in text
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+
+def test_display_for_chooses_by_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(display_for(Terminal()), LiveDisplay)
+    assert isinstance(display_for(io.StringIO()), PlainDisplay)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(display_for(Terminal()), PlainDisplay)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Terminal, "encoding", "latin-1")
+    assert isinstance(display_for(Terminal()), PlainDisplay)
+
+
+def test_plan_table_says_who_holds_what_and_why_it_fits(plan: Plan) -> None:
+    console = recorded(width=140)
+    console.print(plan_table(plan))
+    lines = written(console).splitlines()
+    phone, laptop, watch = (next(line for line in lines if name in line) for name in ("phone-0", "laptop", "watch"))
+    for cell in ("2", "0–1", "q:1 k:2 down:8", "0.15 / 0.16 GB", "0.500 s", "fits"):
+        assert cell in phone
+    assert "all 4" in laptop
+    assert "unavailable," in watch
+    text = written(console)
+    assert "lacks 71.0 MB" in text
+    assert "One local step takes 1.500 s (virtual" in text
+    assert "Captured importance: 42.50, from equal importance per parameter (no scores yet)." in text
+    assert "2 of 3 clients take part." in text
+
+
+def test_plan_table_is_legible_at_80_columns(plan: Plan) -> None:
+    console = recorded(width=80)
+    long = replace(plan.clients[0], name="workstation-0")
+    console.print(plan_table(replace(plan, clients=(*plan.clients, long))))
+    lines = written(console).splitlines()
+    phone = next(line for line in lines if "phone-0" in line)
+    for cell in ("0–1", "q:1", "0.15 / 0.16 GB", "0.500 s", "fits"):
+        assert cell in phone
+    assert any("watch" in line and "unavailable," in line for line in lines)
+    assert any("lacks 71.0 MB" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_plan_table_without_decoder_layers_on_a_client(plan: Plan) -> None:
+    bare = HolderPlan("bare", "client", True, 0, {}, 99, 50, 0.1)
+    console = recorded(width=140)
+    console.print(plan_table(replace(plan, clients=(bare,))))
+    row = next(line for line in written(console).splitlines() if "bare" in line)
+    assert row.split()[:4] == ["bare", "0", "–", "–"]
+    assert "50 / 99 B" in written(console)
+
+
+def test_pace_of_a_resumed_run_counts_only_what_it_did(clock: Ticking) -> None:
+    pace = Pace(clock)
+    assert str(pace) == "0%, 0 s elapsed"
+    clock.now += 30  # set-up
+    pace.step(51, 100)
+    assert pace.left_s is None
+    clock.now += 2
+    pace.step(52, 100)
+    assert pace.left_s == pytest.approx(96)
+    clock.now += 1
+    assert pace.left_s == pytest.approx(95)
+    assert pace.share == pytest.approx(0.52)

@@ -1,0 +1,60 @@
+"""Tiny random models: the real architectures, four layers deep and 32 wide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYERS = 4
+WORDS = 96
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Configuration of a tiny model of ``family``."""
+    from transformers import GPT2Config, LlamaConfig
+
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **sizes, **dropout, **changes)
+    return LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+        **changes,
+    )
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokenizer of ``WORDS`` words ``w1 w2 …``, without a pad token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def save_tiny_model(family: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model of ``family`` with its tokenizer into ``directory``."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than the default init, so that losses move and layers matter.
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
