@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ class Progress:
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
     plan: dict[str, Any] | None = None
-    metrics: list[dict[str, Any]] | None = None
-    plans: list[dict[str, Any]] | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
     model_fingerprint: str = ""
     data_sha256: str = ""
 

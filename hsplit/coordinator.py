@@ -21,10 +21,10 @@ from hsplit.data import Example
 from hsplit.errors import InputError
 from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
-from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow
+from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.terminal import Display
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.plan import Plan
 
 # Losses of a step's rows, and a handle to each client's gradient.
 _Losses = tuple[list[LossReport], list[Any]]
@@ -118,8 +118,8 @@ class Coordinator:
         ):
             if then != now:
                 raise InputError(f"{self._directory.path}: the {what} is not the one that this run was started with")
-        self._metrics.restore([MetricsRow(**row) for row in self.progress.metrics or []])
-        self._plans.restore([PlanRow(**row) for row in self.progress.plans or []])
+        self._metrics.restore(self.progress.metrics)
+        self._plans.restore(self.progress.plans)
         assert self.progress.plan is not None
         self._adopt(Plan.from_json(self.progress.plan))
         self._load_data()
@@ -248,8 +248,10 @@ class Coordinator:
         held = [self._executor.call(client, "held") for client in self._clients]
         report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
         (report,) = self._executor.get([report])
-        self.progress.bytes_up += report.nbytes_up
-        self.progress.bytes_down += report.nbytes_down
+        up, down = report.nbytes_up, report.nbytes_down
+        self.progress.bytes_up += sum(up.values())
+        self.progress.bytes_down += sum(down.values())
+        self.progress.virtual_time_s += self._one(SCHEDULER, "transfer_time_s", up, down)
         if report.residual_cut:
             text = (
                 f"round {self.progress.round + 1}: the residual reached residual.max_rank; at most "
@@ -283,6 +285,7 @@ class Coordinator:
             ]
             losses += self._executor.get(tails)
             self.progress.bytes_down += self._executor.get([report])[0].nbytes
+        self.progress.virtual_time_s += self._one(SCHEDULER, "validation_time_s", self._plan, self._validation_batches)
         return sum(loss.loss_sum for loss in losses), sum(loss.tokens for loss in losses)
 
     def _close_round(self, validation: tuple[float, int]) -> None:
@@ -306,32 +309,14 @@ class Coordinator:
             available_clients=len(self._clients),
         )
         self._metrics.append(row)
-        for holder in (self._plan.server, *self._plan.clients):
-            self._plans.append(self._plan_row(holder))
-        progress.metrics = [asdict(r) for r in self._metrics.rows]
-        progress.plans = [asdict(r) for r in self._plans.rows]
+        measured_s = {name: seconds / self._job.local_steps for name, seconds in self._measured_s.items()}
+        self._plans.append(*plan_rows(progress.round, self._plan, measured_time_s=measured_s))
+        progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
         progress.round_loss_sum = 0.0
         self._measured_s.clear()
         self._events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **asdict(row))
         self._display.round_done(row)
-
-    def _plan_row(self, holder: HolderPlan) -> PlanRow:
-        steps = self._job.local_steps
-        measured = self._measured_s.get(holder.name)
-        return PlanRow(
-            round=self.progress.round,
-            name=holder.name,
-            kind=holder.kind,
-            available=holder.available,
-            split=holder.split,
-            rank_total=holder.rank_total,
-            declared_bytes=holder.declared_bytes,
-            predicted_bytes=holder.predicted_bytes,
-            measured_bytes=None,
-            predicted_time_s=holder.step_time_s,
-            measured_time_s=None if measured is None else measured / steps,
-        )
 
     def _checkpoint(self) -> None:
         names = [*self._clients, SERVER]

@@ -20,7 +20,7 @@ from hsplit.lora.export import export_peft, learned
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
-from hsplit.models.segment import linear_shapes, model_config, targeted
+from hsplit.models.segment import layer_count, linear_shapes, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.report import write_report
@@ -138,7 +138,7 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
     config = model_config(source.directory)
     family_of(config.model_type)
     targeted(linear_shapes(config), run.job.targets)
-    layers = int(config.num_hidden_layers)
+    layers = layer_count(config)
     if isinstance(run.policy.split, int) and run.policy.split > layers:
         raise InputError(
             f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray reads these once, when it is imported: its token authentication stays on in tests, with a token of this session's
+# own, so that nothing is written under the home directory.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = "t" * 64
 FAMILIES = ("llama", "gpt2")
 
 

@@ -62,6 +62,12 @@ class FixedScheduler:
     def plan(self) -> Plan:
         return self._plan
 
+    def transfer_time_s(self, up: dict[str, int], down: dict[str, int]) -> float:
+        return 0.25
+
+    def validation_time_s(self, plan: Plan, batches: dict[str, int]) -> float:
+        return 0.5
+
 
 def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
     """Examples of the tiny tokenizer's words, of unequal lengths."""

@@ -26,6 +26,7 @@ from hsplit.data import (
 )
 from hsplit.errors import InputError
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate, hash_seed
+from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment, targeted
 
 
@@ -163,7 +164,7 @@ class Client:
         """U-shape: loss and gradient of the token sum at the output of the last layer, labels staying here.
 
         Args:
-            deep: last layer's output for this client's rows, ``(b, T, d)``.
+            deep: last layer's output for this client's tokens, ``(n, d)``.
         """
         batch = self._step_batches(step)[micro]
         hidden = deep.unpack(self._base.dtype, self._device).requires_grad_()
@@ -222,7 +223,9 @@ class Client:
 
     def _front(self, batch: Batch) -> Tensor:
         segment = self.holder.segment
-        return segment.run(segment.embed(batch.ids.to(self._device)), 0, self._split)
+        packing = Packing.of(batch.lengths, self._device)
+        ids = pack_rows(batch.ids, batch.lengths).to(self._device)
+        return segment.run(segment.embed(ids, packing), packing, 0, self._split)
 
     def _noised(self, hidden: Tensor, step: int, index: int) -> Tensor:
         """Clip each position's activations and add Gaussian noise (``privacy.noise``), differentiably in ``hidden``.
@@ -255,13 +258,13 @@ class Client:
             lengths=batch.lengths,
             supervised=batch.supervised,
             step_supervised=step_supervised,
-            targets=None if at_home else batch.targets.numpy().astype(np.int32),
+            targets=None if at_home else pack_rows(batch.targets, batch.lengths).numpy().astype(np.int32),
         )
 
     def _loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         tail = self.holder.segment.tail
         assert tail is not None
-        targets = batch.targets.to(self._device)
+        targets = pack_rows(batch.targets, batch.lengths).to(self._device)
         at = targets != -100
         return tail.token_losses(hidden[at], targets[at]).sum()
 

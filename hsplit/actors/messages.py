@@ -44,16 +44,16 @@ class WireTensor:
 class Activations:
     """A client's rows at its split point (METHOD 2, step 1).
 
-    Lengths stand in for mask and positions: rows are padded on the right, so both follow from them.
+    Tokens travel packed, without padding, so lengths stand in for mask and positions: both follow from them.
 
     Attributes:
         client: who sends.
         split: the client's split point.
-        hidden: ``(b, T, d)``.
-        lengths: real tokens of each row.
+        hidden: ``(n, d)``, the sequences' tokens end to end.
+        lengths: tokens of each sequence; they sum to ``n``.
         supervised: ``n_i`` of these rows: supervised positions, counted after the label shift.
         step_supervised: ``n_i`` of the whole local step (all its accumulated batches): the divisor of the mean loss.
-        targets: ``(b, T)`` int32, the id each position must predict or -100; ``None`` when labels stay at home.
+        targets: ``(n,)`` int32, the id each position must predict or -100; ``None`` when labels stay at home.
     """
 
     client: str

@@ -1,4 +1,4 @@
-"""The scheduler: from budgets and importance to the plan of a round. Ray-free; reads only the model's config.json."""
+"""The scheduler: from budgets and importance to the plan of a round. Ray-free."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from hsplit.config import RunConfig
 from hsplit.models.segment import model_config
+from hsplit.scheduling.budgets import ClientBudget
 from hsplit.scheduling.clock import VirtualClock
-from hsplit.scheduling.cost import ClientBudget, CostModel
+from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import EQUAL, plan
@@ -32,7 +33,7 @@ class Scheduler:
             residual=policy.aggregation != "fedavg",
             top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
         )
-        self._importance: Mapping[str, float] = equal_importance(self.cost.weights)
+        self._importance: Mapping[str, float] = equal_importance(self.cost.model.weights)
         self._source = EQUAL
 
     def set_importance(self, scores: Mapping[str, float], source: str) -> None:
@@ -53,10 +54,13 @@ class Scheduler:
         policy, server = self._config.policy, self._config.server
         return plan(budgets, server, self.cost, self._importance, policy, current, self._source)
 
-    def step_time_s(self, plan: Plan) -> float:
-        """Virtual seconds of one local step under ``plan``."""
-        return plan.makespan_s
+    def transfer_time_s(self, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]) -> float:
+        """Virtual seconds of a round's end: adapters up, then residual changes and restarts down, by client name."""
+        return self._clock().transfer(up_bytes, down_bytes)
 
-    def clock(self, virtual_time_s: float = 0.0) -> VirtualClock:
-        """The run's virtual clock, standing at ``virtual_time_s``."""
-        return VirtualClock(self.cost, self._config.clients, self._config.server, virtual_time_s)
+    def validation_time_s(self, plan: Plan, batches: Mapping[str, int]) -> float:
+        """Virtual seconds of one validation under ``plan``; ``batches`` by client name."""
+        return self._clock().validation(plan, batches)
+
+    def _clock(self) -> VirtualClock:
+        return VirtualClock(self.cost, self._config.clients, self._config.server)

@@ -18,6 +18,7 @@ from hsplit.lora.aggregation import AGGREGATIONS, Contribution
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import Residual
+from hsplit.models.packing import Packing
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, targeted
 from hsplit.models.weights import is_quantized
 from hsplit.scheduling.plan import Plan
@@ -28,16 +29,16 @@ class _Joined:
     """A depth-joined batch after the last layer.
 
     Attributes:
-        output: ``(rows, T, d)``, all clients' rows.
+        output: ``(n, d)``, all clients' tokens.
         messages: the clients' messages, in the order in which they came.
         inputs: each client's hidden states at its split point, leaves of the graph.
-        rows: each client's rows of ``output``.
+        tokens: each client's tokens of ``output``.
     """
 
     output: Tensor
     messages: list[Activations]
     inputs: dict[str, Tensor]
-    rows: dict[str, slice]
+    tokens: dict[str, slice]
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class AggregationReport:
     """What an aggregation did.
 
     Attributes:
-        nbytes_up, nbytes_down: adapters that the clients sent, and what they get back.
+        nbytes_up, nbytes_down: adapters that each client sent, and what it gets back, by client name.
         residual_cut: largest part of a residual that the cap cut in this round, relative Frobenius norm.
         residual_bytes: bytes of all residuals together.
     """
 
-    nbytes_up: int
-    nbytes_down: int
+    nbytes_up: dict[str, int]
+    nbytes_down: dict[str, int]
     residual_cut: float
     residual_bytes: int
 
@@ -120,7 +121,7 @@ class Server:
         return _report(begun, gradients, losses), *gradients
 
     def forward(self, step: int, micro: int, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's rows ``(b, T, d)``; keeps the graph."""
+        """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph."""
         begun = time.perf_counter()
         joined = self._join(step, micro, messages, training=True)
         self._kept[step, micro] = joined
@@ -142,8 +143,7 @@ class Server:
         upstream = torch.zeros_like(joined.output)
         for message, gradient in zip(activations, sent[messages:], strict=True):
             assert isinstance(gradient, WireTensor)
-            rows = gradient.unpack(upstream.dtype, upstream.device)
-            upstream[joined.rows[message.client], : rows.shape[1]] = rows
+            upstream[joined.tokens[message.client]] = gradient.unpack(upstream.dtype, upstream.device)
         if joined.output.requires_grad:
             joined.output.backward(upstream)
         gradients = self._returned(joined, activations)
@@ -207,8 +207,8 @@ class Server:
             residual.mark_sent()
         self.restart(updates.pop(self.name))
         report = AggregationReport(
-            nbytes_up=sum(h.nbytes for h in held),
-            nbytes_down=sum(u.nbytes for u in updates.values()),
+            nbytes_up={h.holder: h.nbytes for h in held},
+            nbytes_down={name: update.nbytes for name, update in updates.items()},
             residual_cut=cut,
             residual_bytes=sum(r.nbytes for r in self._residuals.values()),
         )
@@ -272,36 +272,36 @@ class Server:
     def _update_for(self, round_: int, names: Sequence[str], whole: bool = False) -> RoundUpdate:
         # A merged base forms its working weight from W_0 anew and so needs the residual whole.
         whole = whole or not is_quantized(self._base.base)
-        changes = {name: self._residuals[name].update(whole) for name in names}
         return RoundUpdate(
             round_,
-            {name: change for name, change in changes.items() if change is not None},
+            {name: change for name in names if (change := self._residuals[name].update(whole)) is not None},
             {name: self._common[name] for name in names if name in self._common},
         )
 
     def _join(self, step: int, micro: int, messages: Sequence[Activations], training: bool) -> _Joined:
-        """Run the deep layers: start with the shallowest split, let rows join where their client's split lies."""
+        """Run the deep layers: start with the shallowest split, let tokens join where their client's split lies."""
         self.holder.begin_phase(step * 1_000 + micro, training)
         segment = self.holder.segment
         by_depth = sorted(messages, key=lambda m: m.split)
-        longest = max(m.hidden.shape[1] for m in messages)
         inputs: dict[str, Tensor] = {}
-        rows: dict[str, slice] = {}
-        batch: Tensor | None = None
+        tokens: dict[str, slice] = {}
+        lengths: tuple[int, ...] = ()
+        hidden: Tensor | None = None
         depth = by_depth[0].split
         for message in by_depth:
-            if batch is not None and message.split > depth:
-                batch = segment.run(batch, depth, message.split)
+            if hidden is not None and message.split > depth:
+                hidden = segment.run(hidden, Packing.of(lengths, self._device), depth, message.split)
                 depth = message.split
-            hidden = message.hidden.unpack(self._base.dtype, self._device)
+            joining = message.hidden.unpack(self._base.dtype, self._device)
             # A client without layers has nothing to train, so no gradient goes back to it.
-            inputs[message.client] = hidden.requires_grad_(training and message.split > 0)
-            padded = torch.nn.functional.pad(hidden, (0, 0, 0, longest - hidden.shape[1]))
-            start = 0 if batch is None else batch.shape[0]
-            rows[message.client] = slice(start, start + hidden.shape[0])
-            batch = padded if batch is None else torch.cat([batch, padded])
-        assert batch is not None
-        return _Joined(segment.run(batch, depth, self._layers), list(messages), inputs, rows)
+            inputs[message.client] = joining.requires_grad_(training and message.split > 0)
+            start = 0 if hidden is None else hidden.shape[0]
+            tokens[message.client] = slice(start, start + joining.shape[0])
+            lengths += message.lengths
+            hidden = joining if hidden is None else torch.cat([hidden, joining])
+        assert hidden is not None
+        output = segment.run(hidden, Packing.of(lengths, self._device), depth, self._layers)
+        return _Joined(output, list(messages), inputs, tokens)
 
     def _losses(self, joined: _Joined) -> tuple[Tensor, Tensor]:
         """Loss sums and supervised tokens of each client, in the order in which the messages came."""
@@ -312,7 +312,7 @@ class Server:
             assert message.targets is not None
             own = torch.from_numpy(message.targets.copy()).to(self._device).long()
             at = own != -100
-            hidden.append(joined.output[joined.rows[message.client], : own.shape[1]][at])
+            hidden.append(joined.output[joined.tokens[message.client]][at])
             targets.append(own[at])
             owners.append(torch.full((int(at.sum()),), index, device=self._device))
         losses = tail.token_losses(torch.cat(hidden), torch.cat(targets))
@@ -322,9 +322,7 @@ class Server:
         return sums, torch.bincount(owner, minlength=count)
 
     def _outputs(self, joined: _Joined, messages: Sequence[Activations]) -> tuple[WireTensor, ...]:
-        return tuple(
-            WireTensor.pack(joined.output[joined.rows[m.client], : m.hidden.shape[1]], self._job.wire) for m in messages
-        )
+        return tuple(WireTensor.pack(joined.output[joined.tokens[m.client]], self._job.wire) for m in messages)
 
     def _returned(self, joined: _Joined, messages: Sequence[Activations]) -> tuple[WireTensor | None, ...]:
         """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``."""

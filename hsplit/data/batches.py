@@ -72,16 +72,12 @@ def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
     return Batch(ids, targets, lengths)
 
 
-def validation_batches(
-    examples: Sequence[TokenizedExample], batch_size: int, padding: int = 0
-) -> list[Batch]:
+def validation_batches(examples: Sequence[TokenizedExample], batch_size: int, padding: int = 0) -> list[Batch]:
     """Every example once, shortest first so that little is padded; the last batch may be smaller."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    return [
-        collate(ordered[start : start + batch_size], padding) for start in range(0, len(ordered), batch_size)
-    ]
+    return [collate(ordered[start : start + batch_size], padding) for start in range(0, len(ordered), batch_size)]
 
 
 class BatchSampler:

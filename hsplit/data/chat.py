@@ -47,17 +47,14 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
     response = whole.removeprefix(prompt).rstrip("\n")
     if not whole.startswith(prompt) or not response.strip():
         raise InputError(
-            f"{where}: the model's chat template does not put the answer behind the prompt: "
-            "use prompt and response"
+            f"{where}: the model's chat template does not put the answer behind the prompt: use prompt and response"
         )
     return prompt, response
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or len(messages) < 2:
-        raise InputError(
-            f"{where}: messages must be a list of at least two turns, the last one the assistant's"
-        )
+        raise InputError(f"{where}: messages must be a list of at least two turns, the last one the assistant's")
     for number, turn in enumerate(messages, start=1):
         texts = [turn.get(key) for key in ("role", "content")] if isinstance(turn, dict) else [None]
         if not all(isinstance(text, str) for text in texts):

@@ -60,9 +60,7 @@ def csv_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
         if not any(value.strip() for value in values):
             raise InputError(f"{where} is empty; delete it or fill it in")
         if len(values) != len(header):
-            raise InputError(
-                f"{where} has {len(values)} fields; the header has {len(header)} ({listed(header)})"
-            )
+            raise InputError(f"{where} has {len(values)} fields; the header has {len(header)} ({listed(header)})")
         fields = dict(zip(header, values, strict=True))
         rows.append(_row(where, fields, prompt_key, response_key, style))
     return rows
@@ -104,9 +102,7 @@ def text_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
     for where, line in _lines(path):
         sides = line.split("||")
         if len(sides) != 2:
-            raise InputError(
-                f"{where} has {len(sides) - 1} separators ||; needs exactly one, as in prompt||response"
-            )
+            raise InputError(f"{where} has {len(sides) - 1} separators ||; needs exactly one, as in prompt||response")
         fields = {"the prompt": sides[0], "the response": sides[1]}
         rows.append(_row(where, fields, "the prompt", "the response", "meaning"))
     return rows

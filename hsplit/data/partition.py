@@ -72,19 +72,13 @@ def _parsed(spec: PartitionSpec, clients: int) -> tuple[str, Any]:
             raise InputError(f"data.partition.dirichlet: {value!r} is not allowed; must be a number above 0")
     elif kind == "unequal":
         if not _is_number(value) or not 0 <= value <= 20:
-            raise InputError(
-                f"data.partition.unequal: {value!r} is not allowed; must be a number from 0 to 20"
-            )
+            raise InputError(f"data.partition.unequal: {value!r} is not allowed; must be a number from 0 to 20")
     elif kind == "shares":
         listing = isinstance(value, Sequence) and not isinstance(value, str)
         if not listing or not all(_is_number(share) and share > 0 for share in value):
-            raise InputError(
-                f"data.partition.shares: {value!r} is not allowed; must be a list of numbers above 0"
-            )
+            raise InputError(f"data.partition.shares: {value!r} is not allowed; must be a list of numbers above 0")
         if len(value) != clients:
-            raise InputError(
-                f"data.partition.shares: has {len(value)} shares; must be {clients}, one for each client"
-            )
+            raise InputError(f"data.partition.shares: has {len(value)} shares; must be {clients}, one for each client")
     else:
         raise InputError(f"data.partition: {kind!r} is unknown; give {_KNOWN}")
     return kind, value
@@ -94,9 +88,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _by_label(
-    examples: Sequence[Example], clients: int, alpha: float, rng: np.random.Generator
-) -> list[list[int]]:
+def _by_label(examples: Sequence[Example], clients: int, alpha: float, rng: np.random.Generator) -> list[list[int]]:
     of_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         if example.label is None:
@@ -109,9 +101,7 @@ def _by_label(
     shares: list[list[int]] = [[] for _ in range(clients)]
     for label in sorted(of_label):
         proportions = rng.dirichlet([alpha] * clients).tolist()
-        for share, part in zip(
-            shares, _cut(rng.permutation(of_label[label]).tolist(), proportions), strict=True
-        ):
+        for share, part in zip(shares, _cut(rng.permutation(of_label[label]).tolist(), proportions), strict=True):
             share.extend(part)
     for share in shares:
         rng.shuffle(share)

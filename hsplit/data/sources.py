@@ -104,15 +104,11 @@ def _labels(rows: list[Row], source: str, label: str | None) -> list[str | None]
     if label is None:
         return [None] * len(rows)
     there = listed([*rows[0].fields, *(meanings[0] or ())])
-    raise InputError(
-        f"data.label: {label!r} is no column, key or slot of {source}; its first example has {there}"
-    )
+    raise InputError(f"data.label: {label!r} is no column, key or slot of {source}; its first example has {there}")
 
 
 def _field_label(row: Row, label: str) -> str | None:
     value = row.fields.get(label)
     if isinstance(value, (dict, list)):
-        raise InputError(
-            f"{row.where}: {label}, the data.label, is a {type(value).__name__}; must be a single value"
-        )
+        raise InputError(f"{row.where}: {label}, the data.label, is a {type(value).__name__}; must be a single value")
     return None if value is None else str(value).strip() or None

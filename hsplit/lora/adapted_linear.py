@@ -108,9 +108,8 @@ class AdaptedLinear(nn.Module):
         self._pristine = pristine
         self._residual: LowRank | None = None
         self._residual_matrix: Tensor | None = None
-        self._A: Tensor | None = None
-        self._B: Tensor | None = None
-        self._scale = 1.0
+        # In a tuple, which nn.Module does not register: the factors belong to the holder's AdapterSet.
+        self._adapter: tuple[Tensor | None, Tensor | None, float] = (None, None, 1.0)
         self.dropout = 0.0
 
     @property
@@ -120,7 +119,7 @@ class AdaptedLinear(nn.Module):
 
     def set_adapter(self, A: Tensor, B: Tensor, scale: float) -> None:
         """Train with factors ``A (r, d_in)`` and ``B (d_out, r)``; they stay the caller's tensors."""
-        self._A, self._B, self._scale = A, B, scale
+        self._adapter = (A, B, scale)
 
     def append_residual(self, start_rank: int, factors: LowRank) -> None:
         """Keep the first ``start_rank`` directions of the residual and append ``factors`` (fp32 or fp64).
@@ -160,12 +159,11 @@ class AdaptedLinear(nn.Module):
         y = frozen_linear(rows, self.weight, self.bias)
         if self._residual_matrix is not None:
             y = y + torch.nn.functional.linear(rows, self._residual_matrix)
-        if self.training and self.dropout and self._A is not None:
+        if self.training and self.dropout and self._adapter[0] is not None:
             y = add_low_rank(y, rows, self._residual, None, None, 1.0)
-            dropped = torch.nn.functional.dropout(rows, self.dropout)
-            y = add_low_rank(y, dropped, None, self._A, self._B, self._scale)
+            y = add_low_rank(y, torch.nn.functional.dropout(rows, self.dropout), None, *self._adapter)
         else:
-            y = add_low_rank(y, rows, self._residual, self._A, self._B, self._scale)
+            y = add_low_rank(y, rows, self._residual, *self._adapter)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _merge(self, residual: Tensor) -> None:

@@ -18,8 +18,8 @@ def learned(server_state: Mapping[str, Tensor]) -> dict[str, LowRank]:
     """What the model had learned at the last aggregation, by weight: the residual and what adapters restarted with.
 
     Args:
-        server_state: the server's tensors of a checkpoint: ``residual.W.B``, ``residual.W.A`` (or ``residual.W.matrix``)
-            and ``common.W.B``, ``common.W.A``.
+        server_state: the server's tensors of a checkpoint: ``residual.W.B`` and ``.A`` (or ``residual.W.matrix``),
+            ``common.W.B`` and ``.A``.
     """
     parts: dict[str, list[LowRank]] = {}
     for key, tensor in server_state.items():

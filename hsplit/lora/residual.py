@@ -45,6 +45,7 @@ class Residual:
         self.matrix: Tensor | None = None
         self._shape = (d_out, d_in)
         self._sent = 0
+        self._updates: dict[int, ResidualUpdate] = {}
 
     @property
     def rank(self) -> int:
@@ -64,6 +65,7 @@ class Residual:
         Returns:
             What the cap cut, as a Frobenius norm relative to ``R`` (0.0 when nothing was cut).
         """
+        self._updates.clear()
         if self.matrix is not None:
             self.matrix = (self.matrix.double() + delta.to(torch.float64).dense()).to(self.matrix.dtype)
             return 0.0
@@ -94,10 +96,14 @@ class Residual:
         start = 0 if whole else self._sent
         if self.factors.rank == start:
             return None
-        return ResidualUpdate(start, self.factors.from_rank(start))
+        if start not in self._updates:
+            # One copy serves every holder of the weight.
+            self._updates[start] = ResidualUpdate(start, self.factors.from_rank(start))
+        return self._updates[start]
 
     def mark_sent(self) -> None:
         self._sent = self.factors.rank
+        self._updates.clear()
 
     def restore(self, factors: LowRank | None, matrix: Tensor | None) -> None:
         """Take over a residual read from a checkpoint."""

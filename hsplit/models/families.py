@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from hsplit.errors import InputError
@@ -33,8 +32,8 @@ class Family:
     head: ClassVar[str] = "lm_head"
     transposed: ClassVar[bool] = False
 
-    def embed(self, modules: nn.ModuleDict, ids: Tensor) -> Tensor:
-        """Token ids ``(b, T)`` to the first hidden state ``(b, T, d)``."""
+    def embed(self, modules: nn.ModuleDict, ids: Tensor, positions: Tensor) -> Tensor:
+        """Packed token ids and their positions, both ``(n,)``, to the first hidden state ``(n, d)``."""
         raise NotImplementedError
 
     def window(self, layer: nn.Module, config: Any) -> int | None:
@@ -54,7 +53,7 @@ class LlamaFamily(Family):
     rotary = "model.rotary_emb"
     norm = "model.norm"
 
-    def embed(self, modules: nn.ModuleDict, ids: Tensor) -> Tensor:
+    def embed(self, modules: nn.ModuleDict, ids: Tensor, positions: Tensor) -> Tensor:
         hidden: Tensor = modules["embed_tokens"](ids)
         return hidden
 
@@ -73,8 +72,7 @@ class GPT2Family(Family):
     norm = "transformer.ln_f"
     transposed = True
 
-    def embed(self, modules: nn.ModuleDict, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def embed(self, modules: nn.ModuleDict, ids: Tensor, positions: Tensor) -> Tensor:
         hidden: Tensor = modules["wte"](ids) + modules["wpe"](positions)
         return hidden
 

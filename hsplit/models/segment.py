@@ -14,6 +14,7 @@ from hsplit.errors import InputError
 from hsplit.lora.adapted_linear import AdaptedLinear
 from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.families import Family, family_of
+from hsplit.models.packing import ATTENTION, Packing, register_attention
 from hsplit.models.tail import Tail
 from hsplit.models.weights import base_values, freeze, is_quantized
 
@@ -81,32 +82,24 @@ class Segment(nn.Module):
         """The layers' linears by weight name, in layer order."""
         return {m.name: m for m in self.layers.modules() if isinstance(m, AdaptedLinear)}
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids ``(b, T)`` to hidden states ``(b, T, d)``."""
-        return self.family.embed(self.embeddings, ids)
+    def embed(self, ids: Tensor, packing: Packing) -> Tensor:
+        """Packed token ids ``(n,)`` to hidden states ``(n, d)``."""
+        return self.family.embed(self.embeddings, ids, packing.positions)
 
-    def run(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Run layers ``[start, stop)`` over right-padded rows.
-
-        No padding mask is needed: attention is causal and padding stands on the right, so no real position ever
-        sees one, and nothing is read from padded positions.
-
-        Args:
-            hidden: ``(b, T, d)``.
-
-        Returns:
-            ``(b, T, d)``.
-        """
-        length = hidden.shape[1]
-        arguments: dict[str, Any] = {}
+    def run(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+        """Run layers ``[start, stop)`` over packed tokens ``(n, d)``, each sequence attending causally to itself."""
+        if start == stop:
+            return hidden
+        batch = hidden.unsqueeze(0)
+        arguments: dict[str, Any] = {"packing": packing}
         if self.rotary is not None:
-            positions = torch.arange(length, device=hidden.device).unsqueeze(0)
-            arguments["position_embeddings"] = self.rotary(hidden, position_ids=positions)
+            arguments["position_embeddings"] = self.rotary(batch, position_ids=packing.positions.unsqueeze(0))
         for index in range(start, stop):
             layer = self.layers[str(index)]
             window = self.family.window(layer, self.config)
-            hidden = layer(hidden, attention_mask=_window_mask(window, length, hidden.device), **arguments)
-        return hidden
+            mask = _window_mask(window, packing.longest, hidden.device)
+            batch = layer(batch, attention_mask=mask, **arguments)
+        return batch.squeeze(0)
 
 
 def _window_mask(window: int | None, length: int, device: torch.device) -> Tensor | None:
@@ -129,6 +122,7 @@ def model_config(directory: Path) -> Any:
 
 
 def layer_count(config: Any) -> int:
+    """``L``, the number of decoder layers."""
     return int(config.num_hidden_layers)
 
 
@@ -137,8 +131,9 @@ def skeleton(config: Any) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    register_attention()
     with init_empty_weights(include_buffers=False):
-        return cast(nn.Module, AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
 
 
 def _is_linear(module: nn.Module) -> bool:

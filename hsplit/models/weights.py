@@ -97,7 +97,7 @@ def is_quantized(base: str) -> bool:
 
 
 def base_values(values: Tensor, base: str, dtype: torch.dtype) -> Tensor:
-    """``W_0`` of a run: the checkpoint's ``values``, shape ``(d_out, d_in)``, as ``base`` defines them, in ``dtype``."""
+    """``W_0`` as ``base`` defines it: from the checkpoint's ``values``, shape ``(d_out, d_in)``, in ``dtype``."""
     if base in _QUANTIZED:
         return _QUANTIZED[base](values).dense(dtype)
     if base == "bf16":

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsplit.scheduling.cost import ClientBudget, CostModel, ServerBudget
+from hsplit.scheduling.budgets import ClientBudget, ServerBudget
+from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.plan import Plan
 
 
@@ -15,8 +16,8 @@ from hsplit.scheduling.plan import Plan
 class VirtualClock:
     """An account of virtual seconds, kept beside a run; deterministic, and no statement about the wall.
 
-    Not accounted: reading a segment's layers, which every holder does from its own disk, and the arithmetic of an
-    aggregation, which is small beside its transfers.
+    Not accounted: reading a segment's layers, which every holder does from its own disk, and the arithmetic
+    of an aggregation, which is small beside its transfers.
 
     Attributes:
         cost: what steps cost.
@@ -73,15 +74,15 @@ class VirtualClock:
 
     def _step_s(self, splits: Mapping[str, int]) -> float:
         """METHOD 5's makespan of the clients in ``splits``."""
-        phases = np.array([self.cost.client_times(self._budget(n))[k] for n, k in splits.items()])
-        counts = self.cost.clients_at(list(splits.values()))[None]
-        return float(phases.max(axis=0).sum() + self.cost.server_times(self.server, counts)[0])
+        phases = np.array([self.cost.times.client_times(self._budget(n))[k] for n, k in splits.items()])
+        counts = self.cost.model.clients_at(list(splits.values()))[None]
+        return float(phases.max(axis=0).sum() + self.cost.times.server_times(self.server, counts)[0])
 
     def _forward_s(self, splits: Mapping[str, int]) -> float:
-        clients = [self.cost.client_forward_s(self._budget(n), k) for n, k in splits.items()]
-        counts = self.cost.clients_at(list(splits.values()))[None]
+        clients = [self.cost.times.client_forward_s(self._budget(n), k) for n, k in splits.items()]
+        counts = self.cost.model.clients_at(list(splits.values()))[None]
         up, tail = (max(phase) for phase in zip(*clients, strict=True))
-        return up + self.cost.server_forward_s(self.server, counts[0]) + tail
+        return up + self.cost.times.server_forward_s(self.server, counts[0]) + tail
 
     def _slowest_link_s(self, nbytes: Mapping[str, int]) -> float:
-        return max((self.cost.sent_s(size, self._budget(name)) for name, size in nbytes.items()), default=0.0)
+        return max((self.cost.times.sent_s(size, self._budget(name)) for name, size in nbytes.items()), default=0.0)

@@ -15,13 +15,11 @@ def captured_by(rank: Ints | Floats) -> Floats:
     return np.log2(1.0 + np.asarray(rank, dtype=np.float64))
 
 
-def greedy_levels(
-    slack: Floats, held: NDArray[np.bool_], unit: Floats, worth: Floats, rank_set: Ints
-) -> Levels:
+def greedy_levels(slack: Floats, held: NDArray[np.bool_], unit: Floats, worth: Floats, rank_set: Ints) -> Levels:
     """Spend what is left on the increments with the largest gain per byte, skipping what does not fit.
 
-    Every held weight starts at the smallest rank. Since ``g`` is concave and cost is linear in the rank, a weight's
-    increments come in their order by themselves, and more slack never captures less.
+    Every held weight starts at the smallest rank. Since ``g`` is concave and cost is linear in the rank, a
+    weight's increments come in their order by themselves, and more slack never captures less.
 
     Args:
         slack: bytes left at the smallest ranks, ``(M,)``, one row a holder (or a variant of one).
@@ -37,36 +35,28 @@ def greedy_levels(
     levels = np.where(held, len(steps), 0).astype(np.int8)
     whole = (held * unit).sum(axis=1) * steps.sum() <= slack
     tight = np.flatnonzero(~whole)
-    if not len(tight) or not len(steps):
-        return levels
-    unit, worth = np.atleast_2d(unit), np.atleast_2d(worth)
-    if len(unit) > 1 or len(worth) > 1:
-        # Each row has prices of its own, hence an order of its own.
-        unit, worth = np.broadcast_to(unit, held.shape), np.broadcast_to(worth, held.shape)
-        for row in tight:
-            levels[row] = _spend(slack[[row]], held[[row]], unit[row], worth[row], steps, gains)[0]
-    else:
-        levels[tight] = _spend(slack[tight], held[tight], unit[0], worth[0], steps, gains)
+    if len(tight) and len(steps):
+        prices, values = np.broadcast_to(unit, held.shape)[tight], np.broadcast_to(worth, held.shape)[tight]
+        levels[tight] = _spend(slack[tight], held[tight], prices, values, steps, gains)
     return levels
 
 
-def _spend(
-    slack: Floats, held: NDArray[np.bool_], unit: Floats, worth: Floats, steps: Floats, gains: Floats
-) -> Levels:
-    """Walk all increments once, best first, for all rows at the same time."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        density = (worth / unit)[:, None] * (gains / steps)
-    order = np.argsort(-np.nan_to_num(density), axis=None, kind="stable")
-    columns = np.ascontiguousarray(held.T)
-    levels = np.zeros(columns.shape, dtype=np.int8)
+def _spend(slack: Floats, held: NDArray[np.bool_], unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> Levels:
+    """Walk all increments once, best first, for all rows at the same time, each in its own order."""
+    rows = np.arange(len(held))
+    # What is not held has no price; it never fits either.
+    unit = np.where(held, unit, np.inf)
+    density = (worth / unit)[:, :, None] * (gains / steps)
+    order = np.argsort(-density.reshape(len(rows), -1), axis=1, kind="stable")
+    weights, increments = np.divmod(order.T, len(steps))
+    sizes = unit[rows, weights] * steps[increments]
+    levels = np.zeros(held.shape, dtype=np.int8)
     left = slack.astype(np.float64)
-    smallest = (unit[held.any(axis=0)].min(initial=np.inf)) * steps.min()
-    for weight, level in zip(*np.divmod(order, len(steps)), strict=True):
-        size = unit[weight] * steps[level]
-        taken = columns[weight] & (levels[weight] == level) & (size <= left)
-        if taken.any():
-            levels[weight] += taken
-            left -= size * taken
-            if left.max() < smallest:
-                break
-    return levels.T
+    smallest = sizes.min(axis=0)
+    for weight, increment, size in zip(weights, increments, sizes, strict=True):
+        taken = (size <= left) & (levels[rows, weight] == increment)
+        levels[rows, weight] += taken
+        left -= np.where(taken, size, 0.0)
+        if (left < smallest).all():
+            break
+    return levels

@@ -64,9 +64,7 @@ def test_padding_id(tokenizer: PreTrainedTokenizerFast, make_tokenizer: MakeToke
 
 def token_lists(longest: int = 9) -> st.SearchStrategy[list[TokenizedExample]]:
     ids = st.lists(st.integers(0, 50), min_size=1, max_size=longest)
-    example = ids.flatmap(
-        lambda ids: st.builds(TokenizedExample, st.just(tuple(ids)), st.integers(0, len(ids)))
-    )
+    example = ids.flatmap(lambda ids: st.builds(TokenizedExample, st.just(tuple(ids)), st.integers(0, len(ids))))
     return st.lists(example, min_size=1, max_size=6)
 
 
@@ -87,9 +85,7 @@ def test_targets_are_the_next_response_ids(examples: list[TokenizedExample], pad
 
 
 @given(examples=token_lists(), batch_size=st.integers(1, 8))
-def test_validation_batches_hold_every_example_once(
-    examples: list[TokenizedExample], batch_size: int
-) -> None:
+def test_validation_batches_hold_every_example_once(examples: list[TokenizedExample], batch_size: int) -> None:
     batches = validation_batches(examples, batch_size)
     lengths = [length for batch in batches for length in batch.lengths]
     assert lengths == sorted(len(example.ids) for example in examples)

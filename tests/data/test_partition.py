@@ -69,9 +69,7 @@ def dominance(alpha: float) -> float:
     """The mean share of a client's most frequent label."""
     examples = labelled(2000)
     shares = partition(examples, 5, {"dirichlet": alpha}, 0)
-    counts = [
-        [sum(examples[index].label == f"l{k}" for index in share) for k in range(5)] for share in shares
-    ]
+    counts = [[sum(examples[index].label == f"l{k}" for index in share) for k in range(5)] for share in shares]
     return sum(max(count) / sum(count) for count in counts) / len(counts)
 
 

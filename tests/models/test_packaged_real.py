@@ -40,9 +40,7 @@ def test_the_converted_model_answers(converted: Path, capfd: pytest.CaptureFixtu
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     tokenizer = AutoTokenizer.from_pretrained(converted)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
 
@@ -85,9 +83,7 @@ def test_weights_are_those_of_the_gguf_file_to_bf16(converted: Path, gguf_file: 
         *layer, kind, _ = tensor.name.split(".")
         name = (f"model.layers.{layer[1]}." if layer else "") + names[kind] + ".weight"
         value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if (
-            kind in heads
-        ):  # GGUF keeps the two halves of a rotary pair side by side, transformers keeps them apart
+        if kind in heads:  # GGUF keeps the two halves of a rotary pair side by side, transformers keeps them apart
             rows, columns = value.shape
             value = value.reshape(heads[kind], rows // heads[kind] // 2, 2, columns).transpose(1, 2)
             value = value.reshape(rows, columns)

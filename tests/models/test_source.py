@@ -81,9 +81,7 @@ def test_a_relative_and_a_home_path_are_paths(tmp_path: Path, monkeypatch: pytes
     ("weights", "said"),
     [(("pytorch_model.bin",), "only safetensors are read; to convert"), ((), r"has no \*\.safetensors")],
 )
-def test_a_directory_without_safetensors_is_refused(
-    tmp_path: Path, weights: tuple[str, ...], said: str
-) -> None:
+def test_a_directory_without_safetensors_is_refused(tmp_path: Path, weights: tuple[str, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
         find_model(str(model_directory(tmp_path / "m", *weights)))
 
@@ -125,9 +123,7 @@ def test_a_hub_model_is_fetched_without_its_copies_in_other_formats() -> None:
     assert list(kept) == names
 
 
-def test_not_found_names_every_place_in_one_line(
-    fake_hub: FakeHub, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_not_found_names_every_place_in_one_line(fake_hub: FakeHub, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError) as failure:
         find_model("org/name")
     text = str(failure.value)
@@ -153,9 +149,7 @@ def test_an_unknown_or_private_model_says_so(fake_hub: FakeHub) -> None:
 
 def test_a_gated_model_says_what_to_do(fake_hub: FakeHub) -> None:
     fake_hub.answer = response_error(GatedRepoError)
-    with pytest.raises(
-        InputError, match=r"^job\.model: org/name is gated: accept its licence.*hf auth login"
-    ):
+    with pytest.raises(InputError, match=r"^job\.model: org/name is gated: accept its licence.*hf auth login"):
         find_model("org/name")
 
 
@@ -190,7 +184,4 @@ def test_a_reference_that_hsplit_does_not_know_says_that_it_was_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source, "packaged_model", lambda packaged, progress: (tmp_path, "ab12"))
-    assert (
-        "(sha256 ab12 recorded, not known to hsplit and so not checked)"
-        in find_model("pypi:a==1/b.gguf").origin
-    )
+    assert "(sha256 ab12 recorded, not known to hsplit and so not checked)" in find_model("pypi:a==1/b.gguf").origin

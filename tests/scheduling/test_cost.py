@@ -1,13 +1,14 @@
 """The cost model against what segments, adapters and messages really are."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from hsplit.actors.messages import Activations, WireTensor
-from hsplit.config import Job, Policy, RunConfig
+from hsplit.config import Job, Policy, Residual, RunConfig
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.scheduling.clock import VirtualClock
@@ -22,22 +23,24 @@ FAMILIES = ["llama", "gpt2"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("base", ["fp32", "nf4", "int8"])
-def test_stored_bytes_are_those_of_a_loaded_segment(family: str, base: str, tmp_path: Path) -> None:
+def test_stored_bytes_are_those_of_a_loaded_segment(
+    family: str, base: Literal["fp32", "nf4", "int8"], tmp_path: Path
+) -> None:
     directory = save_tiny_model(family, tmp_path)
     job = Job(dtype="fp32", base=base, max_length=16)
     model = CostModel(tiny_config(family), job, residual=False)
     segment = load_segment(BaseModel(directory, base, torch.float32), SegmentSpec(1, LAYERS), quantized=True)
     tensors = {t.data_ptr(): t.nbytes for t in (*segment.layers.parameters(), *segment.layers.buffers())}
-    assert model._server_layer_bytes[1:].sum() == sum(tensors.values())
+    assert model.model.stored_bytes[1:].sum() == sum(tensors.values())
     front = load_segment(BaseModel(directory, base, torch.float32), SegmentSpec(0, 2, embedding=True))
     held = [*front.layers.parameters(), *front.layers.buffers(), *front.embeddings.parameters()]
-    kept = model._embedding_bytes + model._dense_bytes[:2].sum()
+    kept = model.model.embedding_bytes + model.model.dense_bytes[:2].sum()
     assert kept == sum(t.nbytes for t in held)
 
 
 def test_adapters_cost_sixteen_bytes_a_parameter() -> None:
     model = cost()
-    names = [w for w in model.weights if w.layer == 0]
+    names = [w for w in model.model.weights if w.layer == 0]
     adapters = AdapterSet(names, {w.name: 4 for w in names}, 16.0, torch.float32)
     rows = 2 * 32 * 4
     grown = model.client_bytes(1, {w.name: 4 for w in names}) - model.client_bytes(1, {})
@@ -57,12 +60,16 @@ def test_wire_bytes_are_those_of_the_messages(labels: str, split: int) -> None:
     assert wire.deep == wire.slope == (hidden.nbytes if labels == "client" else 0)
 
 
-def test_a_deeper_split_costs_a_client_more_and_the_server_less() -> None:
-    model = cost()
-    front = [model.client_bytes(k, {}) for k in range(LAYERS + 1)]
-    deep = [model.server_bytes([k] * 3, {}) for k in range(LAYERS + 1)]
+def test_a_deeper_split_costs_a_client_more() -> None:
+    front = [cost().client_bytes(k, {}) for k in range(LAYERS + 1)]
     assert front == sorted(front)
-    assert deep == sorted(deep, reverse=True)
+
+
+def test_a_shallow_client_costs_the_server_its_rows() -> None:
+    # Low ranks, or the copies at a round's end would outweigh a model as small as this.
+    job = Job(dtype="fp32", max_length=64, rank_set=(1, 2), residual=Residual(max_rank=1))
+    costs = CostModel(tiny_config("llama"), job)
+    assert costs.server_bytes([1, 1, 2], {}) > costs.server_bytes([1, 2, 2], {})
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
@@ -73,21 +80,19 @@ def test_step_times_follow_the_declared_budget(labels: str) -> None:
     latency_s = (2 if labels == "server" else 4) * 1e-3
     computed = [model.step_time_s(c, 2).total_s - sent_s - latency_s for c in (slow, fast)]
     assert computed[0] == pytest.approx(2 * computed[1])
-    flops = model.forward_flops[:2].sum() + model.backward_flops[:2].sum()
+    flops = model.model.forward_flops[:2].sum() + model.model.backward_flops[:2].sum()
     tail = 4 * 64 * 32 * 96 if labels == "client" else 0
     assert computed[0] == pytest.approx((flops + tail) / 1e9)
 
 
 def test_the_virtual_clock_keeps_the_account() -> None:
     model, clients, deep = cost(), [client("one", 1e9), client("two", 1e9, 2e9)], server()
-    made = plan(clients, deep, model, equal_importance(model.weights), Policy())
+    made = plan(clients, deep, model, equal_importance(model.model.weights), Policy())
     clock = VirtualClock(model, clients, deep)
     assert clock.step(made, steps=3) == pytest.approx(3 * made.makespan_s)
     assert clock.step(made, absent=["one"]) < made.makespan_s
     before = clock.virtual_time_s
-    assert clock.transfer({"one": 10**6}, {"one": 10**6, "two": 2 * 10**6}) == pytest.approx(
-        0.08 + 0.16 + 2e-3
-    )
+    assert clock.transfer({"one": 10**6}, {"one": 10**6, "two": 2 * 10**6}) == pytest.approx(0.08 + 0.16 + 2e-3)
     single = clock.validation(made, {"one": 1, "two": 1})
     assert 0 < single < made.makespan_s
     assert clock.validation(made, {"one": 2, "two": 1}) > single
@@ -106,16 +111,14 @@ def test_the_scheduler_reads_the_configuration_file_alone(tmp_path: Path) -> Non
     first = scheduler.plan()
     assert scheduler.plan(first) == first
     assert "equal importance" in first.importance
-    assert scheduler.clock().step(first) == pytest.approx(scheduler.step_time_s(first))
+    assert scheduler.validation_time_s(first, {"one": 2}) == pytest.approx(2 * scheduler.validation_time_s(first, {"one": 1}))
+    assert scheduler.transfer_time_s({"one": 10**6}, {}) > scheduler.transfer_time_s({"one": 10**5}, {}) > 0
 
 
 def test_planning_imports_neither_ray_nor_peft_nor_bitsandbytes() -> None:
     import subprocess
     import sys
 
-    code = (
-        "import sys, hsplit.actors.scheduler;"
-        "print([m for m in ('ray', 'peft', 'bitsandbytes') if m in sys.modules])"
-    )
+    code = "import sys, hsplit.actors.scheduler;print([m for m in ('ray', 'peft', 'bitsandbytes') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"

@@ -7,8 +7,11 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from hsplit.lora.adapters import AdapterSet
+from hsplit.models.packing import Packing
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment
-from hsplit.scheduling.counting import LayerCounter, LayerSetting, _LiveBytes, saved_storages
+from hsplit.scheduling.counting import LayerCounter
+from hsplit.scheduling.fake_layer import LayerSetting
+from hsplit.scheduling.tracing import LiveBytes, saved_storages
 
 
 def tiny_llama() -> PreTrainedConfig:
@@ -50,14 +53,15 @@ def really_run(directory: Path, dtype: torch.dtype, rows: int, length: int, rank
     adapters.attach(segment)
     assert adapters.flat.grad is not None
     held = [*segment.parameters(), *segment.buffers(), adapters.flat, adapters.flat.grad]
-    with _LiveBytes(held) as live:
-        hidden = torch.zeros(rows, length, segment.config.hidden_size, dtype=dtype, requires_grad=True)
+    packing = Packing.of((length,) * rows)
+    with LiveBytes(held) as live:
+        hidden = torch.zeros(rows * length, segment.config.hidden_size, dtype=dtype, requires_grad=True)
         tables = []
         if segment.rotary is not None:
-            tables = list(segment.rotary(hidden, position_ids=torch.arange(length)[None]))
+            tables = list(segment.rotary(hidden[None], position_ids=packing.positions[None]))
             segment.rotary.forward = lambda *_, **__: tuple(tables)
         with saved_storages([*held, *tables]) as saved:
-            output = segment.run(hidden, 1, 2)
+            output = segment.run(hidden, packing, 1, 2)
         kept = sum(saved.values())
         output.backward(torch.zeros_like(output))
     return kept, live.peak - sum(t.nbytes for t in tables)
@@ -83,9 +87,7 @@ def test_flops_follow_the_formula(family: str, rank: int) -> None:
     rows, length = 2, 32
     config = TINY[family]()
     shapes = [s for s in linear_shapes(config) if s.layer == 0]
-    run = LayerCounter(config, {s.name for s in shapes}, length).run(
-        0, LayerSetting(rows, length, torch.float32, rank)
-    )
+    run = LayerCounter(config, {s.name for s in shapes}, length).run(0, LayerSetting(rows, length, torch.float32, rank))
     tokens = rows * length
     base = 2 * tokens * sum(s.parameters for s in shapes)
     thin = 2 * tokens * rank * sum(s.d_in + s.d_out for s in shapes)

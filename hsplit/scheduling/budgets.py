@@ -1,0 +1,29 @@
+"""What planning needs to know of a holder; the clients and the server of ``hsplit.config`` fit."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class ClientBudget(Protocol):
+    """What the cost model and the planner need of a client."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def flops(self) -> float: ...
+    @property
+    def bandwidth_bps(self) -> float: ...
+    @property
+    def latency_s(self) -> float: ...
+
+
+class ServerBudget(Protocol):
+    """What they need of the server: ``config.ServerSpec`` is one."""
+
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def flops(self) -> float: ...

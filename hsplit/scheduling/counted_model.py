@@ -1,0 +1,246 @@
+"""A model's layers with everything counted that a plan can ask of them (METHOD 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hsplit.config import Job
+from hsplit.models.dtype import DTYPES, resolve_dtype
+from hsplit.models.families import family_of
+from hsplit.models.segment import LinearShape, layer_count, linear_shapes, targeted
+from hsplit.models.tail import CHUNK_ROWS
+from hsplit.models.weights import NF4_BLOCK, is_quantized
+from hsplit.scheduling.counting import LayerCounter, LayerRun
+from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes of one batch of one client on the wire.
+
+    Attributes:
+        up: hidden states, lengths, count, and the labels where the server may see them.
+        deep: U-shape only: the last layer's output, to the client.
+        slope: U-shape only: its gradient, to the server.
+        down: the gradient at the split point; nothing for a client without layers.
+    """
+
+    up: int
+    deep: int
+    slope: int
+    down: int
+
+    @property
+    def to_server(self) -> int:
+        return self.up + self.slope
+
+    @property
+    def to_client(self) -> int:
+        return self.deep + self.down
+
+
+class CountedModel:
+    """One model under one job: sizes and counts by layer and by adapted weight.
+
+    Args:
+        config: the model's transformers configuration; no weights are read.
+        job: the run's settings.
+        residual: whether the run's aggregation keeps a residual at all.
+        top_rank: the largest rank that a plan may give; by default that of ``job.rank_set``.
+
+    Attributes:
+        layers: decoder layers ``L``.
+        weights: the adapted weights, in layer order: the order of every array over weights, ``(W,)``.
+        weight_layer: their layers, ``(W,)``.
+        sides: ``d_in + d_out`` of each, ``(W,)``.
+        saved: bytes that each layer keeps for the backward of one client's batch, at rank 0, ``(L,)``.
+        saved_per_rank: what a unit of rank of each weight adds to that, ``(W,)``.
+        transient: most that each layer needs at once beyond what it keeps, one client's batch, ``(L,)``.
+        forward_flops, backward_flops: of each layer for one client's batch, ``(L,)``.
+    """
+
+    def __init__(self, config: Any, job: Job, *, residual: bool = True, top_rank: int | None = None) -> None:
+        self.layers = layer_count(config)
+        self.job = job
+        # Read once: attributes of a transformers configuration are slow.
+        self.width, self.words = int(config.hidden_size), int(config.vocab_size)
+        self.tied = bool(config.tie_word_embeddings)
+        self.dtype = resolve_dtype(job.dtype)
+        self.master = torch.promote_types(self.dtype, torch.float32)
+        self.quantized = is_quantized(job.base)
+        self._family = family_of(config.model_type)
+        targets = "all-linear" if job.targets == "all-linear" else list(job.targets)
+        self.weights: list[LinearShape] = targeted(linear_shapes(config), targets)
+        self.weight_layer: Ints = np.array([w.layer for w in self.weights], dtype=np.int64)
+        self._index = {w.name: i for i, w in enumerate(self.weights)}
+        self.sides: Ints = np.array([w.d_out + w.d_in for w in self.weights], dtype=np.int64)
+        self.rank_set: tuple[int, ...] = tuple(job.rank_set)
+        self.top_rank = top_rank or max(job.rank_set)
+        self.keeps_residual = residual
+        self.counter = LayerCounter(config, set(self._index), job.max_length)
+        self._count_layers()
+
+    def setting(self, ranks: int, rows: int, codes: str | None) -> LayerSetting:
+        cap = self.job.residual.max_rank
+        # Uncapped factors become one matrix when they would outgrow it; counted as if they stopped there.
+        cap_rank = 10**9 if cap == "full" else cap
+        beside = cap_rank if self.quantized and self.keeps_residual else 0
+        length = self.job.max_length
+        return LayerSetting(rows, length, self.dtype, ranks, beside, codes, self.job.dropout)
+
+    def _count_layers(self) -> None:
+        job, counter = self.job, self.counter
+        rows = job.batch_size
+        low = [counter.run(layer, self.setting(1, rows, None)) for layer in range(self.layers)]
+        # Two ranks are needed to see the growth, also where only one may be given.
+        top = max(self.top_rank, 2)
+        high = [counter.run(layer, self.setting(top, rows, None)) for layer in range(self.layers)]
+        spread = top - 1
+        adapted = [max(sum(linear.adapted for linear in kind.linears), 1) for kind in counter.kinds]
+        # Every adapted weight keeps x A^T, of the same rows and of its rank's width: the growth is shared
+        # equally.
+        growth = [
+            -(-(much.saved_bytes - little.saved_bytes) // (spread * count))
+            for much, little, count in zip(high, low, adapted, strict=True)
+        ]
+        self.saved_per_rank: Floats = np.array([growth[w.layer] for w in self.weights], dtype=np.float64)
+        held = np.bincount(self.weight_layer, weights=self.saved_per_rank, minlength=self.layers)
+        self.saved: Floats = np.array([run.saved_bytes for run in low]) - held
+        self.transient: Floats = np.array([transient_bytes(run) for run in high], dtype=np.float64)
+        self.forward_flops: Floats = np.array([run.forward_flops for run in high], dtype=np.float64)
+        self.backward_flops: Floats = np.array([run.backward_flops for run in high], dtype=np.float64)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of one client's batch."""
+        return self.job.batch_size * self.job.max_length
+
+    @cached_property
+    def hidden_bytes(self) -> int:
+        return self.rows * self.width * self.dtype.itemsize
+
+    @cached_property
+    def residual_entries(self) -> Ints:
+        """Entries reserved for each residual: its factors at the cap, or one matrix where that is less."""
+        cap = self.job.residual.max_rank
+        entries = []
+        for w in self.weights:
+            factors = w.parameters if cap == "full" else min(cap, min(w.d_out, w.d_in) // 2) * (w.d_out + w.d_in)
+            entries.append(min(factors, w.parameters) if self.keeps_residual else 0)
+        return np.array(entries, dtype=np.int64)
+
+    @cached_property
+    def adapter_bytes(self) -> Floats:
+        # Parameter, gradient and two Adam moments in the master dtype: 16 bytes in fp32 (METHOD 3).
+        total: Floats = self.sides.astype(np.float64) * (4 * self.master.itemsize)
+        return total
+
+    @cached_property
+    def dense_bytes(self) -> Floats:
+        """Each layer stored dense in the compute dtype, as clients hold it, ``(L,)``."""
+        kinds = self.counter.kinds
+        return np.array([self.dtype.itemsize * float(k.weight_parameters + k.small_parameters) for k in kinds])
+
+    @cached_property
+    def stored_bytes(self) -> Floats:
+        item, base = self.dtype.itemsize, self.job.base
+        beside = self.by_layer(item * self.residual_entries) if self.quantized else np.zeros(self.layers)
+        stored = [_linear_bytes(kind, base, item) + item * kind.small_parameters for kind in self.counter.kinds]
+        return np.array(stored, dtype=np.float64) + beside
+
+    @cached_property
+    def copied_bytes(self) -> Floats:
+        """A copy of each layer's adapters at the largest rank, ``(L,)``."""
+        return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
+
+    @cached_property
+    def forming(self) -> Ints:
+        if not self.keeps_residual:
+            return np.zeros(len(self.weights), dtype=np.int64)
+        if self.quantized:
+            return 2 * self.dtype.itemsize * self.residual_entries
+        parameters: Ints = np.array([w.parameters for w in self.weights], dtype=np.int64)
+        return 3 * self.master.itemsize * parameters
+
+    @cached_property
+    def embedding_bytes(self) -> int:
+        return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
+
+    @cached_property
+    def rotary_bytes(self) -> int:
+        return self.counter.rotary_bytes(self.setting(1, 1, None))
+
+    def tail_bytes(self, head: bool) -> int:
+        entries = self.words * self.width if head else 0
+        return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
+
+    def tail_working_bytes(self, clients: int) -> float:
+        """Norm and loss: a chunk of logits, in the compute dtype and twice in fp32, and five hidden states.
+
+        The five: input, what the norm keeps (two), its output, and the gradient that the loss keeps.
+        """
+        exact = self.master.itemsize
+        logits = CHUNK_ROWS * self.words * (2 * exact + self.dtype.itemsize)
+        return float(logits + 5 * clients * self.hidden_bytes * exact // self.dtype.itemsize)
+
+    def wire_bytes(self, split: int) -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
+        rows, job = self.rows, self.job
+        hidden = rows * self.width * DTYPES[job.wire].itemsize
+        at_home = job.privacy.labels == "client"
+        up = hidden + 4 * job.batch_size + 8 + (0 if at_home else 4 * rows)
+        turn = hidden if at_home else 0
+        return WireBytes(up, turn, turn, hidden if split else 0)
+
+    def clients_at(self, splits: Sequence[int] | Ints) -> Ints:
+        """How many clients split at each layer: ``(L + 1,)``."""
+        return np.bincount(np.asarray(splits, dtype=np.int64), minlength=self.layers + 1)
+
+    def joined_clients(self, counts: Ints) -> Ints:
+        """How many clients' rows pass each layer at the server: ``(M, L)`` for ``counts`` ``(M, L + 1)``."""
+        joined: Ints = np.cumsum(counts, axis=1)[:, : self.layers]
+        return joined
+
+    def rank_vector(self, ranks: Mapping[str, int]) -> Ints:
+        """``ranks`` by weight name as an array ``(W,)``; a weight that is not named has rank 0."""
+        vector = np.zeros(len(self.weights), dtype=np.int64)
+        for name, rank in ranks.items():
+            vector[self._index[name]] = rank
+        return vector
+
+    def by_layer(self, values: Any, combine: np.ufunc = np.add) -> Floats:
+        """Values over weights gathered to values over layers, ``(L,)``."""
+        total = np.zeros(self.layers)
+        combine.at(total, self.weight_layer, values)
+        return total
+
+
+def prefix(values: Any) -> Floats:
+    """Sums over layers ``[0, k)`` for every k from 0."""
+    return np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+
+
+def transient_bytes(run: LayerRun) -> int:
+    """Most that a layer needs at once beyond what it keeps for the backward."""
+    return run.peak_bytes - run.saved_bytes
+
+
+def _linear_bytes(kind: LayerKind, base: str, item: int) -> int:
+    """Bytes of a layer's linears as the server stores them (see ``models.weights``)."""
+    if base == "nf4":
+        # Half a byte an entry, one fp32 scale a block, one code book of 16 fp32 values a weight.
+        sizes = [linear.d_out * linear.d_in for linear in kind.linears]
+        return sum(-(-n // 2) + 4 * -(-n // NF4_BLOCK) + 64 for n in sizes)
+    if base == "int8":
+        return sum(linear.d_out * linear.d_in + 4 * linear.d_out for linear in kind.linears)
+    return item * kind.weight_parameters

@@ -1,0 +1,90 @@
+"""The virtual seconds of a local step and of its parts (METHOD 4 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hsplit.scheduling.budgets import ClientBudget, ServerBudget
+from hsplit.scheduling.counted_model import CountedModel, Floats, Ints, prefix
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one client's part of a local step (virtual).
+
+    Attributes:
+        up_s: front forward and hidden states up.
+        turn_s: U-shape only: deep output down, tail, its gradient up.
+        down_s: gradient down and front backward.
+    """
+
+    up_s: float
+    turn_s: float
+    down_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.up_s + self.turn_s + self.down_s
+
+
+class StepTimes:
+    """Virtual seconds at the declared compute, bandwidth and latency.
+
+    They are those with the residual at its cap and every adapter at the largest rank, so that they depend on
+    the splits alone, as METHOD 5's ``makespan(K)`` does.
+    """
+
+    def __init__(self, model: CountedModel) -> None:
+        self._model = model
+
+    def client_times(self, client: ClientBudget) -> Floats:
+        """Seconds of a client's phases up, turn and down of one local step at each split: ``(L + 1, 3)``."""
+        times = np.zeros((self._model.layers + 1, 3))
+        wire = self._model.wire_bytes(1)
+        times[:, 0] = prefix(self._model.forward_flops) / client.flops + self.sent_s(wire.up, client)
+        if self._model.job.privacy.labels == "client":
+            times[:, 1] = (
+                self.sent_s(wire.deep, client) + self._tail_flops / client.flops + self.sent_s(wire.slope, client)
+            )
+        times[1:, 2] = prefix(self._model.backward_flops)[1:] / client.flops + self.sent_s(wire.down, client)
+        return times * self._model.job.grad_accumulation
+
+    def server_times(self, server: ServerBudget, counts: Ints) -> Floats:
+        """Virtual seconds of the server's phase of one local step: ``(M,)`` for ``counts`` ``(M, L + 1)``."""
+        flops = self._model.joined_clients(counts) @ (self._model.forward_flops + self._model.backward_flops)
+        if self._model.job.privacy.labels == "server":
+            flops = flops + counts.sum(axis=1) * self._tail_flops
+        times: Floats = flops / server.flops * self._model.job.grad_accumulation
+        return times
+
+    def client_forward_s(self, client: ClientBudget, split: int) -> tuple[float, float]:
+        """Virtual seconds of a client's forward of one batch: front and message up, and the tail if held."""
+        wire = self._model.wire_bytes(split)
+        up = float(self._model.forward_flops[:split].sum()) / client.flops + self.sent_s(wire.up, client)
+        if self._model.job.privacy.labels == "server":
+            return up, 0.0
+        return up, self.sent_s(wire.deep, client) + self._tail_forward_flops / client.flops
+
+    def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
+        """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""
+        flops = float((self._model.joined_clients(counts[None]) @ self._model.forward_flops)[0])
+        if self._model.job.privacy.labels == "server":
+            flops += int(counts.sum()) * self._tail_forward_flops
+        return flops / server.flops
+
+    @staticmethod
+    def sent_s(nbytes: int, client: ClientBudget) -> float:
+        """Virtual seconds for ``nbytes`` over a client's link, in either direction."""
+        return 8 * nbytes / client.bandwidth_bps + client.latency_s
+
+    @cached_property
+    def _tail_flops(self) -> float:
+        """Head forward and the gradient at its input, at every position, as if all were supervised."""
+        return 2.0 * self._tail_forward_flops
+
+    @property
+    def _tail_forward_flops(self) -> float:
+        return 2.0 * self._model.rows * self._model.width * self._model.words

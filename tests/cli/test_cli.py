@@ -1,0 +1,103 @@
+"""The command line: refusals are one line and exit 2, plans print, and nothing heavy is imported for --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hsplit.cli import main
+
+
+@pytest.fixture
+def cluster_file(tmp_path: Path, models: dict[str, Path]) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        f"""
+server: {{memory_gb: 1}}
+clients:
+  - {{name: small, memory_gb: 0.0006}}
+  - {{name: large, memory_gb: 0.002}}
+job: {{model: {models["llama"]}, max_length: 32, rank_set: [1, 2, 4]}}
+"""
+    )
+    return path
+
+
+def _call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, hsplit.cli; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'transformers', 'pandas')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert "launch" in _call("--help").output
+
+
+def test_plan_as_json_has_the_documented_keys(cluster_file: Path) -> None:
+    result = _call("plan", "--cluster", cluster_file, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["makespan_s"] > 0 and plan["captured_importance"] > 0
+    small, large = plan["clients"]
+    assert small["name"] == "small" and small["available"]
+    assert small["split"] <= large["split"]
+    assert small["memory_bytes"]["predicted"] <= small["memory_bytes"]["declared"] == 600_000
+    assert set(small["ranks"].values()) <= {1, 2, 4}
+    assert all(name.startswith("model.layers.") for name in small["ranks"])
+    assert small["step_time_s"] > 0
+
+
+def test_plan_as_a_table_names_everybody(cluster_file: Path) -> None:
+    result = _call("plan", "--cluster", cluster_file)
+    assert result.exit_code == 0
+    for word in ("small", "large", "server", "virtual", "equal importance"):
+        assert word in result.output
+
+
+def test_presets_are_found_by_name() -> None:
+    result = _call("plan", "--cluster", "no-such-preset")
+    assert result.exit_code == 2
+    for preset in ("hetero", "homo"):
+        assert preset in result.stderr
+
+
+BAD = [
+    (["--set", "job.rounds=0"], "--set job.rounds"),
+    (["--set", "clients.small.memory_gb=-1"], "memory_gb"),
+    (["--set", "no_such_key=1"], "no_such_key"),
+    (["--set", "job.model=/nowhere"], "job.model: there is no directory /nowhere"),
+    (["--set", "policy.split=5"], "split: must be at most 4"),
+    (["--set", "targets=[no_proj]"], "no linear named 'no_proj'"),
+    (["--set", "data.source=/nowhere.csv"], "/nowhere.csv"),
+    (["--set", "data.source=thing.xyz"], "thing.xyz"),
+    (["--set", "data.examples=3"], "more clients than examples"),
+    (["--policy", "no-such-policy"], "no-such-policy"),
+    (["--name", "../escape"], "../escape"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD, ids=[told for _, told in BAD])
+def test_wrong_input_is_one_line_on_stderr_and_exit_code_2_before_ray_starts(
+    cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+) -> None:
+    def starting(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", starting)
+    runs = tmp_path / "runs"
+    result = _call("launch", "--cluster", cluster_file, "--runs-dir", runs, *arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    assert not runs.exists() or not any(runs.iterdir())
+
+
+def test_resume_and_report_refuse_what_is_no_run(tmp_path: Path) -> None:
+    for command in ("resume", "report", "export"):
+        result = _call(command, tmp_path / "nothing")
+        assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,254 @@
+"""The product end to end on real Ray, with a tiny model."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hsplit
+from hsplit.actors.client import Client, base_model
+from hsplit.actors.scheduler import Scheduler
+from hsplit.config import RunConfig
+from hsplit.errors import InputError, RunError
+from hsplit.launcher import read_inputs
+from hsplit.models.source import find_model
+from hsplit.scheduling.plan import Plan
+from tests.in_process import Recorder, coordinator, random_examples
+from tests.laws.reference import lora_A, lora_B, mean_loss, peft_model
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_cluster: None, cluster_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[hsplit.Run, dict[str, dict[str, int]]]:
+    """An uninterrupted run, and what each of its actors held while it went on."""
+    import ray
+
+    held: dict[str, dict[str, int]] = {}
+
+    def look(step: int) -> None:
+        if step == 1:
+            for name in ("client:small", "client:large-0", "server"):
+                actor = ray.get_actor(f"hsplit:whole:{name}", namespace="hsplit")
+                held[name.removeprefix("client:")] = ray.get(actor.parameters_held.remote())
+
+    runs = tmp_path_factory.mktemp("runs")
+    run = hsplit.launch(cluster_file, runs_dir=runs, name="whole", display=Recorder(after_step=look))
+    return run, held
+
+
+def test_a_run_leaves_everything_and_learns(whole: tuple[hsplit.Run, Any]) -> None:
+    run, _ = whole
+    assert run.complete
+    metrics = run.metrics
+    assert list(metrics["round"]) == [0, 1, 2, 3]
+    assert metrics["val_loss"].iloc[-1] < metrics["val_loss"].iloc[0]
+    assert (metrics["bytes_up"] > 0).all() and (metrics["bytes_down"].iloc[1:] > 0).all()
+    assert (metrics["available_clients"] == 3).all()
+    for left in ("config.yaml", "plan.csv", "events.jsonl", "report.html", "adapter/adapter_model.safetensors"):
+        assert (run.path / left).stat().st_size > 0, left
+    assert [p.name for p in sorted((run.path / "checkpoints").iterdir())] == ["round-0002", "round-0003"]
+
+
+def test_every_actor_holds_its_own_segment_only(whole: tuple[hsplit.Run, dict[str, dict[str, int]]]) -> None:
+    run, held = whole
+    plan = _plan(run)
+    splits = {client.name: client.split for client in plan.clients}
+    assert splits["small"] < splits["large-0"], "unequal budgets must give unequal splits"
+    for name in ("small", "large-0"):
+        split = splits[name]
+        assert _layers(held[name]) == set(range(split))
+        # Embedding, the layers' linears and norms, rotary tables; no tail: the labels are the server's.
+        assert sum(held[name].values()) == 96 * 32 + split * (_linear_values() + 2 * 32) + 2 * 4
+    assert _layers(held["server"]) == set(range(plan.server.split or 0, 4))
+    assert not any(name.startswith("embeddings") for name in held["server"])
+    assert any(name.startswith("tail") for name in held["server"])
+
+
+def test_ray_and_in_process_give_the_same_numbers(whole: tuple[hsplit.Run, Any], tmp_path: Path) -> None:
+    """The code of the method is one; what the laws show in one process therefore holds on Ray."""
+    _assert_same_in_process(whole[0], tmp_path)
+
+
+def test_splitlora_with_labels_at_home_is_the_same_in_process(cluster_file: Path, tmp_path: Path) -> None:
+    # The tail needs room on clients that keep their labels.
+    overrides = {"privacy.labels": "client", "rounds": 2, "clients.small.memory_gb": 0.0006}
+    run = hsplit.launch(cluster_file, "splitlora", overrides, runs_dir=tmp_path, display=Recorder())
+    assert len({client.split for client in _plan(run).clients}) == 1
+    _assert_same_in_process(run, tmp_path)
+
+
+def _assert_same_in_process(on_ray: hsplit.Run, tmp_path: Path) -> None:
+    run = RunConfig.load(on_ray.path / "config.yaml")
+    source = find_model(run.job.model)
+    shares = read_inputs(run, source).shares
+    settings = run.job.model_dump(exclude={"model"})
+    here = coordinator(source.directory, tmp_path / "here", _plan(on_ray), shares, Recorder(), run.policy, **settings)
+    here.run()
+    ours = here.progress.metrics
+    for column in ("val_loss", "train_loss"):
+        assert [row[column] for row in ours][1:] == pytest.approx(on_ray.metrics[column].tolist()[1:], rel=1e-6)
+
+
+def test_law_e1_on_ray(cluster_file: Path, tmp_path: Path) -> None:
+    """One SGD step on three actors with unequal splits is the centralized step on the union of their batches."""
+    from safetensors.torch import load_file
+
+    settings = {"optimizer": "sgd", "rounds": 1, "local_steps": 1, "lr": 0.05, "clip": None, "wire": "fp32"}
+    overrides = {**settings, "policy.init": "shared", "policy.ranks": 2, "residual.max_rank": "full"}
+    run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
+    config = RunConfig.load(run.path / "config.yaml")
+    batches = [batch for client in _twins(config) for batch in client._step_batches(0)]
+    reference = peft_model(_model(run), "nf4", torch.float32, 2, config.job.alpha, "0|shared|{name}|1")
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.05)
+    mean_loss(reference, batches).backward()
+    optimizer.step()
+    exported = load_file(run.adapter / "adapter_model.safetensors")
+    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in exported}
+    assert len(names) == 4 * 7
+    for name in names:
+        key = f"base_model.model.{name}.lora_"
+        learned = exported[f"{key}B.weight"] @ exported[f"{key}A.weight"]
+        expected = (config.job.alpha / 2) * lora_B(reference, name) @ lora_A(reference, name)
+        assert (learned - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_law_e2_on_ray_with_data_that_the_driver_cannot_read(cluster_file: Path, tmp_path: Path) -> None:
+    """One client with a file of its own follows the unsplit PEFT model over twenty AdamW steps."""
+    own = tmp_path / "private.txt"
+    own.write_text("\n".join(f"{e.prompt}||{e.response.strip()}" for e in random_examples(60, seed=9)))
+    overrides = {"rounds": 1, "local_steps": 20, "wire": "fp32", "clip": None, "policy.init": "shared"}
+    overrides |= {"policy.ranks": 2, "clients.small.data": str(own)}
+    recorder = Recorder()
+    with _unreadable_here(own):
+        with pytest.raises(PermissionError):
+            own.read_text()
+        run = hsplit.launch(_single(cluster_file, tmp_path), None, overrides, runs_dir=tmp_path, display=recorder)
+    assert "small: 54 examples to train on, 6 held out" in (run.path / "events.jsonl").read_text()
+
+    config = RunConfig.load(run.path / "config.yaml")
+    (client,) = _twins(config)
+    reference = peft_model(_model(run), "nf4", torch.float32, 2, config.job.alpha, "0|shared|{name}|1")
+    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    for step, losses in enumerate(recorder.losses):
+        loss = mean_loss(reference, client._step_batches(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert losses["small"] == pytest.approx(float(loss.detach()), rel=1e-5), step
+
+
+def test_a_clients_unusable_data_is_one_clear_line(cluster_file: Path, tmp_path: Path) -> None:
+    overrides = {"clients.small.data": "/nowhere.csv"}
+    with pytest.raises(InputError, match=r"nowhere\.csv") as refusal:
+        hsplit.launch(_single(cluster_file, tmp_path), None, overrides, runs_dir=tmp_path, display=Recorder())
+    assert "\n" not in str(refusal.value)
+
+
+def test_stops_failures_and_resumes_change_no_number(
+    whole: tuple[hsplit.Run, Any], cluster_file: Path, tmp_path: Path
+) -> None:
+    """Stopped in round 2, resumed, a client killed in round 3, resumed again: the same metrics as undisturbed."""
+    import ray
+
+    def interrupt(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def kill_one(step: int) -> None:
+        if step == 10:
+            ray.kill(ray.get_actor("hsplit:disturbed:client:large-1", namespace="hsplit"))
+
+    stopped = hsplit.launch(cluster_file, runs_dir=tmp_path, name="disturbed", display=Recorder(after_step=interrupt))
+    assert not stopped.complete
+    assert (stopped.path / "checkpoints" / "round-0001-step-0006").is_dir()
+    with pytest.raises(RunError, match=r"large-1 failed in .* in round 3: .*hsplit resume"):
+        hsplit.resume(stopped.path, display=Recorder(after_step=kill_one))
+    resumed = hsplit.resume(stopped.path, display=Recorder())
+    assert resumed.complete
+    assert _comparable(resumed) == _comparable(whole[0])
+
+
+def test_a_gpu_that_no_node_has_is_refused_by_name(cluster_file: Path, tmp_path: Path) -> None:
+    overrides = {"clients.small.num_gpus": 0.25}
+    with pytest.raises(
+        InputError, match=r"small: num_gpus: 0\.25 asked, no node has more than 0; run on CPUs with --cpu"
+    ):
+        hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
+    with pytest.raises(InputError, match="node: elsewhere is not in the Ray cluster"):
+        hsplit.launch(cluster_file, None, {"server.node": "elsewhere"}, runs_dir=tmp_path, display=Recorder())
+
+
+def _comparable(run: hsplit.Run) -> str:
+    """metrics.csv without its wall-clock column."""
+    text: str = run.metrics.drop(columns="wall_time_s").to_csv(index=False)
+    return text
+
+
+def _model(run: hsplit.Run) -> Path:
+    return Path(RunConfig.load(run.path / "config.yaml").job.model)
+
+
+def _plan(run: hsplit.Run) -> Plan:
+    """The plan that the run began with."""
+    config = RunConfig.load(run.path / "config.yaml")
+    return Scheduler(config, find_model(config.job.model).directory).plan()
+
+
+def _single(cluster_file: Path, tmp_path: Path) -> Path:
+    """The cluster with its small client only."""
+    single = tmp_path / "single.yaml"
+    lines = cluster_file.read_text().splitlines()
+    single.write_text("\n".join(line for line in lines if "name: large" not in line))
+    return single
+
+
+def _twins(config: RunConfig) -> list[Client]:
+    """The run's clients once more in this process, to see the batches that they drew."""
+    source = find_model(config.job.model)
+    shares = read_inputs(config, source).shares
+    twins = []
+    for client in config.clients:
+        twin = Client(client.name, config.job, config.policy, base_model(source.directory, config.job))
+        twin.load_data(shares[client.name], client.data)
+        twins.append(twin)
+    return twins
+
+
+def _layers(held: dict[str, int]) -> set[int]:
+    return {int(name.split(".")[1]) for name in held if name.startswith("layers.")}
+
+
+def _linear_values() -> int:
+    """Values of one tiny Llama layer's seven linears."""
+    return 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
+
+
+@contextmanager
+def _unreadable_here(path: Path) -> Iterator[None]:
+    """Make ``path`` unreadable in this process only; actors are other processes."""
+    patch = pytest.MonkeyPatch()
+    opened = builtins.open
+
+    def refusing(file: Any, *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(file, str | Path) and Path(file) == path:
+            raise PermissionError(f"{file} is not readable here")
+        return opened(file, *arguments, **keywords)
+
+    patch.setattr(builtins, "open", refusing)
+    patch.setattr(io, "open", refusing)
+    try:
+        yield
+    finally:
+        patch.undo()
