@@ -24,13 +24,11 @@ NAMESPACE = "hsplit"
 
 # Read by worker processes when they start, so it must be in the environment before Ray is.
 WORKER_ENVIRONMENT = {
-    # Idle OpenMP threads sleep instead of spinning: with several actors on a few cores spinning costs half the time.
-    "OMP_WAIT_POLICY": "PASSIVE",
     # Imports dominate an actor's start; workers that wait have them done.
     "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate,bitsandbytes",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -68,11 +66,14 @@ def _refs(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _settle(threads: int | None) -> None:
-    """Threads on purpose, and no library chatter on the user's terminal."""
+    """Threads on purpose, and no library chatter on the user's terminal.
+
+    Processes with idle thread pools fight over cores. A client therefore runs as many threads as CPUs it reserved, one by
+    default, which needs no pool; the server computes while the clients wait and uses every core of its node.
+    """
     import torch
     import transformers
 
-    # The server computes while the clients wait, so it may use every core of its node.
     torch.set_num_threads(threads or os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
