@@ -68,8 +68,8 @@ def _refs(arguments: Sequence[Any]) -> list[Any]:
 def _settle(threads: int | None) -> None:
     """Threads on purpose, and no library chatter on the user's terminal.
 
-    Processes with idle thread pools fight over cores. A client therefore runs as many threads as CPUs it reserved, one by
-    default, which needs no pool; the server computes while the clients wait and uses every core of its node.
+    Processes with idle thread pools fight over cores. A client therefore runs as many threads as it reserved CPUs,
+    one by default, which needs no pool; the server computes while the clients wait and uses every core of its node.
     """
     import torch
     import transformers

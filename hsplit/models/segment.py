@@ -15,7 +15,7 @@ from hsplit.lora.adapted_linear import AdaptedLinear
 from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
-from hsplit.models.tail import Tail
+from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
 from hsplit.models.weights import base_values, freeze, is_quantized
 
 
@@ -262,7 +262,7 @@ def _load_tail(segment: Segment, empty: nn.Module, reader: CheckpointReader, mod
         head = first.weight.data
     else:
         head = reader.read(tied).to(model.dtype)
-    return Tail(norm, head)
+    return Tail(norm, head, CLIENT_CHUNK_ROWS if segment.spec.embedding else SERVER_CHUNK_ROWS)
 
 
 def set_adapter_dropout(segment: Segment, active: bool) -> None:

@@ -7,8 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# Rows of logits held at once: 64 rows of a 49,152-word vocabulary are 12.6 MB in fp32.
-CHUNK_ROWS = 64
+# Rows of logits held at once: 64 rows of a 49,152-word vocabulary are 12.6 MB in fp32. Fewer read the head more often,
+# so the server takes many; on a client memory is what is scarce.
+SERVER_CHUNK_ROWS = 64
+CLIENT_CHUNK_ROWS = 8
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -19,12 +21,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         losses = torch.empty(x.shape[0], dtype=exact, device=x.device)
         grads = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        for start in range(0, x.shape[0], CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start in range(0, x.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
             logits = (x[rows] @ weight.T).to(exact)
             target = targets[rows].unsqueeze(1)
             log_total = logits.logsumexp(dim=1, keepdim=True)
@@ -38,18 +40,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (upstream,) = grads
         (slope,) = ctx.saved_tensors
-        return slope * upstream.to(slope.dtype).unsqueeze(1), None, None
+        return slope * upstream.to(slope.dtype).unsqueeze(1), None, None, None
 
 
 class Tail(nn.Module):
-    """Final norm and head. Frozen; the head is ``(vocabulary, d)`` and may be the embedding's own tensor."""
+    """Final norm and head, frozen.
 
-    def __init__(self, norm: nn.Module, head: Tensor) -> None:
+    Args:
+        norm: the final norm.
+        head: ``(vocabulary, d)``; may be the embedding's own tensor.
+        chunk_rows: rows of logits held at once.
+    """
+
+    def __init__(self, norm: nn.Module, head: Tensor, chunk_rows: int) -> None:
         super().__init__()
         self.norm = norm
+        self._chunk_rows = chunk_rows
         self.head: Tensor
         self.register_buffer("head", head)
 
@@ -63,4 +72,4 @@ class Tail(nn.Module):
         Returns:
             ``(n,)`` losses in fp32 (fp64 for fp64 input), differentiable in ``hidden``.
         """
-        return cast(Tensor, _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets))
+        return cast(Tensor, _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets, self._chunk_rows))

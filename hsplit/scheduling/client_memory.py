@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hsplit.models.tail import CLIENT_CHUNK_ROWS
 from hsplit.scheduling.counted_model import CountedModel, Floats, prefix
 
 
@@ -28,7 +29,7 @@ class ClientMemory:
         transient = np.maximum.accumulate(np.concatenate([[2.0 * self._model.hidden_bytes], self._model.transient]))
         if at_home:
             fixed += self._model.tail_bytes(head=not self._model.tied)
-            transient = np.maximum(transient, self._model.tail_working_bytes(1))
+            transient = np.maximum(transient, self._model.tail_working_bytes(1, CLIENT_CHUNK_ROWS))
         wire = self._model.wire_bytes(1)
         # A message is alive as it was received and as the copy that it is unpacked from.
         step = prefix(self._model.saved) + transient + 2 * max(wire.up, wire.deep, wire.slope, wire.down)

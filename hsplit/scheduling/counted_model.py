@@ -15,7 +15,6 @@ from hsplit.config import Job
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import LinearShape, layer_count, linear_shapes, targeted
-from hsplit.models.tail import CHUNK_ROWS
 from hsplit.models.weights import NF4_BLOCK, is_quantized
 from hsplit.scheduling.counting import LayerCounter, LayerRun
 from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
@@ -184,13 +183,13 @@ class CountedModel:
         entries = self.words * self.width if head else 0
         return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
 
-    def tail_working_bytes(self, clients: int) -> float:
+    def tail_working_bytes(self, clients: int, chunk_rows: int) -> float:
         """Norm and loss: a chunk of logits, in the compute dtype and twice in fp32, and five hidden states.
 
         The five: input, what the norm keeps (two), its output, and the gradient that the loss keeps.
         """
         exact = self.master.itemsize
-        logits = CHUNK_ROWS * self.words * (2 * exact + self.dtype.itemsize)
+        logits = chunk_rows * self.words * (2 * exact + self.dtype.itemsize)
         return float(logits + 5 * clients * self.hidden_bytes * exact // self.dtype.itemsize)
 
     def wire_bytes(self, split: int) -> WireBytes:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hsplit.models.tail import SERVER_CHUNK_ROWS
 from hsplit.scheduling.counted_model import CountedModel, Floats, Ints, prefix, transient_bytes
 
 
@@ -29,7 +30,7 @@ class ServerMemory:
         transient = float(self._transient(clients))
         if self._model.job.privacy.labels == "server":
             fixed = fixed + self._model.tail_bytes(head=True)
-            transient = max(transient, self._model.tail_working_bytes(clients))
+            transient = max(transient, self._model.tail_working_bytes(clients, SERVER_CHUNK_ROWS))
         wire = self._model.wire_bytes(1)
         # Rows as received, their leaf in the graph and the leaf's gradient.
         boundary = clients * (wire.to_server + wire.to_client + 2 * self._model.hidden_bytes)

@@ -111,7 +111,9 @@ def test_the_scheduler_reads_the_configuration_file_alone(tmp_path: Path) -> Non
     first = scheduler.plan()
     assert scheduler.plan(first) == first
     assert "equal importance" in first.importance
-    assert scheduler.validation_time_s(first, {"one": 2}) == pytest.approx(2 * scheduler.validation_time_s(first, {"one": 1}))
+    assert scheduler.validation_time_s(first, {"one": 2}) == pytest.approx(
+        2 * scheduler.validation_time_s(first, {"one": 1})
+    )
     assert scheduler.transfer_time_s({"one": 10**6}, {}) > scheduler.transfer_time_s({"one": 10**5}, {}) > 0
 
 
