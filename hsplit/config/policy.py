@@ -36,7 +36,7 @@ class Policy(Section):
         description="`concat` sums the products without error; `fedavg` averages the factors",
     )
     reinit: Literal["random", "svd"] = Field(
-        default="random",
+        default="svd",
         description="what adapters restart with after `concat`: fresh, or the update's leading part",
     )
     moments: Literal["drop", "keep"] = Field(

@@ -58,6 +58,7 @@ job:
   model: {models["llama"]}
   data: {{source: {word_file}}}
   dtype: fp32
+  wire: fp32
   rounds: 3
   local_steps: 4
   max_length: 32

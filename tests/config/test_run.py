@@ -56,7 +56,7 @@ def test_overrides_reach_every_section(write: Any) -> None:
         "rounds=3",
         "job.lr=1e-4",
         "privacy.labels=client",
-        "policy.reinit=svd",
+        "policy.reinit=random",
         "server.num_gpus=1",
         "clients.phone.memory_gb=0.2",
         "clients.v1.2.tflops=7",
@@ -73,7 +73,7 @@ def test_overrides_reach_every_section(write: Any) -> None:
     assert config.job.rank_set == (4, 8)
     assert config.job.targets == ("q_proj", "v_proj")
     assert config.job.residual.max_rank == "full"
-    assert config.policy.reinit == "svd"
+    assert config.policy.reinit == "random"
     assert config.server.num_gpus == 1.0
     assert [client.memory_gb for client in config.clients] == [0.2, 0.2, 3.0]
     assert [client.tflops for client in config.clients] == [1.0, 1.0, 7.0]
@@ -101,8 +101,8 @@ def test_policy_s_name_is_its_file_s(write: Any) -> None:
 def test_published_policies(write: Any) -> None:
     path = write("c.yaml", TWO)
     for name, choices in {
-        "hsplitlora": ("planned", "importance", "concat", "random", "drop", "independent"),
-        "splitlora": ("uniform", "uniform", "fedavg", "random", "keep", "shared"),
+        "hsplitlora": ("planned", "importance", "concat", "svd", "drop", "independent"),
+        "splitlora": ("uniform", "uniform", "fedavg", "svd", "keep", "shared"),
     }.items():
         policy = load_run_config(path, name).policy
         assert policy.name == name
