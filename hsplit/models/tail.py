@@ -11,6 +11,9 @@ from torch import Tensor, nn
 # so the server takes many; on a client memory is what is scarce.
 SERVER_CHUNK_ROWS = 64
 CLIENT_CHUNK_ROWS = 8
+# BLAS takes what is left of a block of rows one by one, summing over the vocabulary ten times less exactly (measured:
+# 4e-6 against 4e-7 of the gradient). Whole blocks avoid it.
+BLOCK_ROWS = 8
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -23,6 +26,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
+        rows_given = x.shape[0]
+        missing = -rows_given % BLOCK_ROWS
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+        targets = torch.nn.functional.pad(targets, (0, missing))
         losses = torch.empty(x.shape[0], dtype=exact, device=x.device)
         grads = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for start in range(0, x.shape[0], chunk_rows):
@@ -36,8 +43,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
                 grads[rows] = slope.to(x.dtype) @ weight
         if grads is not None:
-            ctx.save_for_backward(grads)
-        return losses
+            ctx.save_for_backward(grads[:rows_given])
+        return losses[:rows_given]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -70,13 +70,17 @@ def lora_B(model: Any, name: str) -> Tensor:
 
 
 def mean_loss(model: Any, batches: Iterable[Batch]) -> Tensor:
-    """Mean cross-entropy over all supervised tokens of ``batches``, in the model's own dtype."""
-    total, count = torch.zeros((), dtype=next(model.parameters()).dtype), 0
+    """Mean cross-entropy over all supervised tokens of ``batches``.
+
+    The logits are the model's own; their log-softmax is taken in fp64, since torch's fp32 kernel sums 49,152
+    exponentials with a bias of 5e-6, half of what the law allows.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         columns = torch.arange(batch.ids.shape[1])
         mask = (columns[None, :] < torch.tensor(batch.lengths)[:, None]).long()
         logits = model(input_ids=batch.ids, attention_mask=mask).logits
         at = batch.targets != -100
-        total = total + torch.nn.functional.cross_entropy(logits[at], batch.targets[at], reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(logits[at].double(), batch.targets[at], reduction="sum")
         count += int(at.sum())
     return total / max(count, 1)
