@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hsplit.launcher import Run, launch, plan, resume
+    from hsplit.launcher import Run, change_budget, launch, plan, resume
 
-__all__ = ["Run", "__version__", "launch", "plan", "resume"]
+__all__ = ["Run", "__version__", "change_budget", "launch", "plan", "resume"]
 
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use: the command line must answer --help without importing torch and Ray.
-    if name in ("Run", "launch", "plan", "resume"):
+    if name in ("Run", "change_budget", "launch", "plan", "resume"):
         from hsplit import launcher
 
         return getattr(launcher, name)

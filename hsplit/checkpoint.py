@@ -31,6 +31,8 @@ class Progress:
         bytes_up, bytes_down: wire bytes of the round under way, client to server and back.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
         plan: the plan in force, as JSON.
+        scheduler: what decides later plans: budgets in force, importance history, as JSON.
+        measured_bytes: most memory that each holder took in the last round, by name.
         metrics, plans: rows of metrics.csv and plan.csv so far.
         model_fingerprint, data_sha256: what the run was started with.
     """
@@ -45,6 +47,8 @@ class Progress:
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
     plan: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    measured_bytes: dict[str, int] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     plans: list[dict[str, Any]] = field(default_factory=list)
     model_fingerprint: str = ""

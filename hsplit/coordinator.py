@@ -1,6 +1,6 @@
 """The round loop: the one place that tells the order of events. It reads top to bottom.
 
-prepare → validate → [local steps → aggregate → validate → checkpoint] per round → export
+prepare → validate → [review the plan → local steps → aggregate → validate → checkpoint] per round → export
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors.client import DataReport
-from hsplit.actors.executor import SCHEDULER, SERVER, Executor
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor
 from hsplit.actors.messages import LossReport
+from hsplit.actors.scheduler import Review
 from hsplit.checkpoint import Progress, checkpoint_name, read_checkpoint, save_checkpoint
 from hsplit.config import RunConfig
 from hsplit.data import Example
 from hsplit.errors import InputError
+from hsplit.inbox import take_requests
 from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.terminal import Display
+from hsplit.probe import probe_importance
 from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.budgets import BudgetRequest
+from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
 
 # Losses of a step's rows, and a handle to each client's gradient.
@@ -66,6 +71,7 @@ class Coordinator:
         self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
         self._clients: list[str] = []
         self._validation_batches: dict[str, int] = {}
+        self._step_time_s = 0.0
         self._measured_s: dict[str, float] = {}
         self._losses: dict[str, float] = {}
         self._saved: Path | None = None
@@ -87,6 +93,8 @@ class Coordinator:
             self._resume(resume_from)
         progress = self.progress
         while progress.round < job.rounds:
+            if progress.round > 0 and progress.step == progress.round * job.local_steps:
+                self._review()
             while progress.step < (progress.round + 1) * job.local_steps:
                 self._local_step(progress.step)
                 if self.stopping:
@@ -103,7 +111,7 @@ class Coordinator:
 
     def _start(self) -> None:
         self._adopt(self._one(SCHEDULER, "plan"))
-        self._load_data()
+        self._load_data(self._clients)
         self._configure()
         first = RoundUpdate(1, {}, {})
         self._wait([self._executor.call(name, "restart", first) for name in [*self._clients, SERVER]])
@@ -120,9 +128,10 @@ class Coordinator:
                 raise InputError(f"{self._directory.path}: the {what} is not the one that this run was started with")
         self._metrics.restore(self.progress.metrics)
         self._plans.restore(self.progress.plans)
-        assert self.progress.plan is not None
+        assert self.progress.plan is not None and self.progress.scheduler is not None
+        self._one(SCHEDULER, "load_state", self.progress.scheduler)
         self._adopt(Plan.from_json(self.progress.plan))
-        self._load_data()
+        self._load_data(self._clients)
         self._configure()
         _, *updates = self._executor.call_many(
             1 + len(self._clients), SERVER, "load_state", tensors[SERVER], *self._clients
@@ -142,6 +151,8 @@ class Coordinator:
         self._plan = plan
         self._clients = [client.name for client in plan.available]
         self.progress.plan = plan.to_json()
+        self._step_time_s = self._one(SCHEDULER, "step_time_s", plan)
+        self._events.write("planned", f"plan by {plan.importance}", round=self.progress.round, plan=self.progress.plan)
         self._display.plan(plan)
         for client in plan.clients:
             if not client.available:
@@ -151,9 +162,9 @@ class Coordinator:
                 )
                 self._note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
 
-    def _load_data(self) -> None:
+    def _load_data(self, clients: list[str]) -> None:
         own = {client.name: client.data for client in self._run.clients}
-        calls = [self._executor.call(c, "load_data", self._inputs.shares.get(c), own[c]) for c in self._clients]
+        calls = [self._executor.call(c, "load_data", self._inputs.shares.get(c), own[c]) for c in clients]
         reports: list[DataReport] = self._executor.get(calls)
         for report in reports:
             self._validation_batches[report.client] = report.validation_batches
@@ -168,6 +179,76 @@ class Coordinator:
         for client in self._plan.available:
             calls.append(self._executor.call(client.name, "configure", client.split, client.ranks))
         self._wait(calls)
+
+    # -- between two rounds (METHOD 3 and 5) ------------------------------------------------------------------------
+
+    def _review(self) -> None:
+        """Ask the scheduler whether budgets or importance have changed so much that another plan is due."""
+        progress = self.progress
+        requests = self._budget_requests()
+        reports = self._probe() if self._run.policy.probes else []
+        try:
+            review: Review = self._one(
+                SCHEDULER, "review", progress.round, self._plan, reports, progress.measured_bytes, requests
+            )
+        except InputError as error:
+            # The budgets were right when the run began, so this is a failure of the run and not of its input.
+            raise ActorFailure(SCHEDULER, "review", str(error)) from error
+        if review.importance is not None:
+            text = f"importance of {len(review.importance)} weights after round {progress.round}"
+            self._events.write("importance", text, round=progress.round, scores=review.importance)
+        if review.plan is not None:
+            text = f"planned anew after round {progress.round}: {'; '.join(review.reasons)}"
+            self._note("replanned", text, round=progress.round, reasons=review.reasons)
+            self._reconfigure(review.plan)
+        # Budgets may have changed without another plan.
+        self._step_time_s = self._one(SCHEDULER, "step_time_s", self._plan)
+
+    def _budget_requests(self) -> list[BudgetRequest]:
+        """What the cluster file foresees for the round that begins, then what the inbox holds."""
+        done = self.progress.round
+        requests = [
+            BudgetRequest(name, change.values())
+            for name, holder in [(SERVER, self._run.server), *((c.name, c) for c in self._run.clients)]
+            for change in holder.schedule
+            if change.round == done + 1
+        ]
+        asked, refused = take_requests(self._directory.inbox, done)
+        for text in refused:
+            self._note("refused", text, round=done)
+        for request in asked:
+            self._events.write("budget", f"{request.holder} asked for a new budget", round=done, **asdict(request))
+        return [*requests, *asked]
+
+    def _probe(self) -> list[ImportanceReport]:
+        tokens, labels = self._run.policy.importance.tokens, self._job.privacy.labels
+        probe = probe_importance(self._executor, self._clients, self.progress.round, tokens, labels)
+        self.progress.bytes_up += probe.bytes_up
+        self.progress.bytes_down += probe.bytes_down
+        self.progress.virtual_time_s += self._one(SCHEDULER, "probe_time_s", self._plan)
+        return probe.reports
+
+    def _reconfigure(self, plan: Plan) -> None:
+        """Put another plan in force without changing what the model computes (law E4)."""
+        before, had = self._plan, self._clients
+        self._adopt(plan)
+        self._wait([self._executor.call(name, "release") for name in had if name not in self._clients])
+        self._load_data([name for name in self._clients if name not in self._validation_batches])
+        report, *updates = self._executor.call_many(
+            1 + len(self._clients), SERVER, "reconfigure", self.progress.round + 1, plan, *self._clients
+        )
+        (report,) = self._executor.get([report])
+        down = report.nbytes_down
+        self._wait(
+            [
+                self._executor.call(client.name, "reconfigure", client.split, client.ranks, update)
+                for client, update in zip(plan.available, updates, strict=True)
+                if client.name in down
+            ]
+        )
+        self.progress.bytes_down += sum(down.values())
+        self.progress.virtual_time_s += self._one(SCHEDULER, "reconfiguration_time_s", before, plan, down)
+        self._record_cut(report.residual_cut)
 
     # -- one local step (METHOD 2) --------------------------------------------------------------------------------
 
@@ -232,7 +313,7 @@ class Coordinator:
             progress.round_tokens += tokens
         progress.tokens += sum(loss.tokens for loss in losses)
         progress.step += 1
-        progress.virtual_time_s += self._plan.makespan_s
+        progress.virtual_time_s += self._step_time_s
         self._display.step(
             progress.round + 1,
             job.rounds,
@@ -251,13 +332,8 @@ class Coordinator:
         up, down = report.nbytes_up, report.nbytes_down
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())
-        self.progress.virtual_time_s += self._one(SCHEDULER, "transfer_time_s", up, down)
-        if report.residual_cut:
-            text = (
-                f"round {self.progress.round + 1}: the residual reached residual.max_rank; at most "
-                f"{report.residual_cut:.2e} of a weight's residual (relative Frobenius norm) was cut"
-            )
-            self._events.write("residual_cut", text, relative_norm=report.residual_cut)
+        self.progress.virtual_time_s += self._one(SCHEDULER, "aggregation_time_s", self._plan, up, down)
+        self._record_cut(report.residual_cut)
         self._wait(
             [
                 self._executor.call(client, "restart", update)
@@ -265,11 +341,20 @@ class Coordinator:
             ]
         )
 
+    def _record_cut(self, cut: float) -> None:
+        if cut:
+            text = (
+                f"round {self.progress.round + 1}: the residual reached residual.max_rank; at most "
+                f"{cut:.2e} of a weight's residual (relative Frobenius norm) was cut"
+            )
+            self._events.write("residual_cut", text, relative_norm=cut)
+
     def _validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
         losses: list[LossReport] = []
-        for index in range(max(self._validation_batches.values())):
-            clients = [c for c in self._clients if index < self._validation_batches[c]]
+        batches = {client: self._validation_batches[client] for client in self._clients}
+        for index in range(max(batches.values())):
+            clients = [client for client, count in batches.items() if index < count]
             fronts = [self._executor.call_many(2, c, "validation_forward", index) for c in clients]
             activations = [message for _, message in fronts]
             for report in self._executor.get([report for report, _ in fronts]):
@@ -285,7 +370,7 @@ class Coordinator:
             ]
             losses += self._executor.get(tails)
             self.progress.bytes_down += self._executor.get([report])[0].nbytes
-        self.progress.virtual_time_s += self._one(SCHEDULER, "validation_time_s", self._plan, self._validation_batches)
+        self.progress.virtual_time_s += self._one(SCHEDULER, "validation_time_s", self._plan, batches)
         return sum(loss.loss_sum for loss in losses), sum(loss.tokens for loss in losses)
 
     def _close_round(self, validation: tuple[float, int]) -> None:
@@ -310,7 +395,10 @@ class Coordinator:
         )
         self._metrics.append(row)
         measured_s = {name: seconds / self._job.local_steps for name, seconds in self._measured_s.items()}
-        self._plans.append(*plan_rows(progress.round, self._plan, measured_time_s=measured_s))
+        holders = [*self._clients, SERVER]
+        peaks = self._executor.get([self._executor.call(name, "peak_bytes") for name in holders])
+        progress.measured_bytes = {name: peak for name, peak in zip(holders, peaks, strict=True) if peak}
+        self._plans.append(*plan_rows(progress.round, self._plan, progress.measured_bytes, measured_s))
         progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
         progress.round_loss_sum = 0.0
@@ -321,6 +409,7 @@ class Coordinator:
     def _checkpoint(self) -> None:
         names = [*self._clients, SERVER]
         states = self._executor.get([self._executor.call(name, "state") for name in names])
+        self.progress.scheduler = self._one(SCHEDULER, "state")
         self.progress.wall_time_s = time.monotonic() - self._begun
         name = checkpoint_name(self.progress, self._job.local_steps)
         tensors = dict(zip(names, states, strict=True))

@@ -10,9 +10,10 @@ from typing import Any
 
 from hsplit.actors.client import Client, base_model
 from hsplit.actors.executor import SCHEDULER, SERVER, InProcess
+from hsplit.actors.scheduler import Review, Scheduler
 from hsplit.actors.server import Server
 from hsplit.config import Client as ClientConfig
-from hsplit.config import Job, Policy, RunConfig
+from hsplit.config import Importance, Job, Policy, RunConfig
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.data import Example
 from hsplit.models.segment import linear_shapes, model_config, targeted
@@ -54,19 +55,51 @@ class Recorder:
 
 
 class FixedScheduler:
-    """Gives the plan that a test made."""
+    """Gives the plans that a test made: the first one, and then by rounds done.
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    Args:
+        plan: the first plan.
+        later: the plan from the end of a round on, by that round.
+    """
+
+    def __init__(self, plan: Plan, later: Mapping[int, Plan] | None = None) -> None:
+        self._plan, self._later = plan, later or {}
 
     def plan(self) -> Plan:
         return self._plan
 
-    def transfer_time_s(self, up: dict[str, int], down: dict[str, int]) -> float:
+    def review(self, round_: int, *found: Any) -> Review:
+        return Review(self._later.get(round_), ("the test says so",) if round_ in self._later else (), None)
+
+    def step_time_s(self, plan: Plan) -> float:
+        return plan.makespan_s
+
+    def probe_time_s(self, plan: Plan) -> float:
+        return 0.125
+
+    def aggregation_time_s(self, plan: Plan, up: dict[str, int], down: dict[str, int]) -> float:
         return 0.25
+
+    def reconfiguration_time_s(self, before: Plan, after: Plan, down: dict[str, int]) -> float:
+        return 2.0
 
     def validation_time_s(self, plan: Plan, batches: dict[str, int]) -> float:
         return 0.5
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def planned_run(
+    run: RunConfig, model: Path, directory: RunDirectory, shares: Mapping[str, list[Example]], recorder: Recorder
+) -> Coordinator:
+    """A coordinator over plain objects whose plans are the scheduler's own, ready to run."""
+    base = base_model(model, run.job)
+    actors: dict[str, Any] = {c.name: Client(c.name, run.job, run.policy, base, measure=False) for c in run.clients}
+    actors |= {SERVER: Server(run.job, run.policy, base, measure=False), SCHEDULER: Scheduler(run, model)}
+    return Coordinator(run, InProcess(actors), directory, Inputs(shares, "model", "data"), recorder)
 
 
 def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
@@ -100,15 +133,19 @@ def coordinator(
     recorder: Recorder,
     policy: Policy | None = None,
     directory: RunDirectory | None = None,
+    later: Mapping[int, Plan] | None = None,
     **job: Any,
 ) -> Coordinator:
-    """A coordinator over plain objects, ready to run."""
+    """A coordinator over plain objects, ready to run; ``later`` as :class:`FixedScheduler` has it.
+
+    Without a ``policy`` nothing is probed.
+    """
     settings = Job.model_validate({"dtype": "fp32", "wire": "fp32", "clip": None, "rounds": 1, **job})
-    policy = policy or Policy(name="hsplitlora", init="shared")
+    policy = policy or Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"))
     clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     run = RunConfig(clients=clients, job=settings, policy=policy)
     base = base_model(model, settings)
-    actors: dict[str, Any] = {c.name: Client(c.name, settings, policy, base) for c in plan.clients}
-    actors |= {SERVER: Server(settings, policy, base), SCHEDULER: FixedScheduler(plan)}
+    actors: dict[str, Any] = {c.name: Client(c.name, settings, policy, base, measure=False) for c in plan.clients}
+    actors |= {SERVER: Server(settings, policy, base, measure=False), SCHEDULER: FixedScheduler(plan, later)}
     directory = directory or RunDirectory.create(to, None)
     return Coordinator(run, InProcess(actors), directory, Inputs(shares, "model", "data"), recorder)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hsplit.actors.messages import Activations, ForwardReport, LossReport, WireTensor
+from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.config import Job, Policy
 from hsplit.data import (
     Batch,
@@ -24,10 +24,24 @@ from hsplit.data import (
     tokenize,
     validation_batches,
 )
+from hsplit.data.probe_batch import probe_batch
 from hsplit.errors import InputError
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate, hash_seed
+from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import Packing, pack_rows
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment, targeted
+from hsplit.models.segment import (
+    BaseModel,
+    LinearShape,
+    Segment,
+    SegmentSpec,
+    linear_shapes,
+    load_segment,
+    targeted,
+)
+from hsplit.scheduling.importance import ImportanceReport
+
+# Steps count from 0 and validation is -1; a probe's noise must repeat neither's.
+_PROBE = -2
 
 
 @dataclass(frozen=True)
@@ -56,17 +70,23 @@ class Client:
         job, policy: the run's settings.
         base: the base model as this client reads it.
         device: where it computes.
+        measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
     """
 
-    def __init__(self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu") -> None:
+    def __init__(
+        self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
+    ) -> None:
         self.name = name
         self._job, self._policy, self._base = job, policy, base
         self._device = torch.device(device)
+        self._memory = PeakMemory(self._device, measure)
         self._train: list[TokenizedExample] = []
         self._validation: list[Batch] = []
         self._sampler: BatchSampler | None = None
         self._holder: Holder | None = None
         self._split = 0
+        self._shapes: list[LinearShape] = []
+        self._probed: tuple[ImportanceProbe, Batch, Tensor] | None = None
         self._batches: dict[int, list[Batch]] = {}
         self._sent: dict[tuple[int, int], Tensor] = {}
 
@@ -120,19 +140,41 @@ class Client:
             too_long=too_long_train + too_long_validation,
         )
 
+    @measured
     def configure(self, split: int, ranks: dict[str, int]) -> None:
         """Read layers ``[0, split)`` and make adapters of ``ranks``; the round is begun by :meth:`restart`."""
+        self._hold(split, ranks, None)
+
+    @measured
+    def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
+        """Follow a change of plan between two rounds: read new layers, drop others, change ranks (law E4).
+
+        A client that had no part so far may join like this too.
+        """
+        kept = self._holder.segment if self._holder is not None else None
+        # Given up first, so that two sets of adapters never are in memory together.
+        self._holder = None
+        self._hold(split, ranks, kept)
+        self.holder.restart(update)
+
+    @measured
+    def release(self) -> None:
+        """Drop every layer and adapter: the client has no part in the rounds that follow."""
+        self._holder = None
+
+    def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
         tail = self._job.privacy.labels == "client"
         spec = SegmentSpec(0, split, embedding=True, tail=tail)
-        segment = load_segment(self._base, spec, device=self._device)
+        segment = load_segment(self._base, spec, device=self._device, kept=kept)
         shapes = targeted(linear_shapes(segment.config), self._job.targets)
-        self._split = split
+        self._split, self._shapes = split, shapes
         self._holder = Holder(
             self.name, segment, shapes, ranks, self._job, self._policy, self._base.dtype, self._device
         )
 
     # -- one local step -------------------------------------------------------------------------------------------
 
+    @measured_in_first_steps
     def forward(self, step: int, micro: int) -> tuple[ForwardReport, Activations]:
         """Run the front over batch ``micro`` of local step ``step`` (counted over the run) and keep its graph."""
         begun = time.perf_counter()
@@ -145,6 +187,7 @@ class Client:
         message = self._message(batch, hidden, sum(b.supervised for b in batches))
         return ForwardReport(self.name, message.nbytes, time.perf_counter() - begun), message
 
+    @measured_in_first_steps
     def backward(self, step: int, micro: int, gradient: WireTensor | None) -> float:
         """Take the gradient of this client's mean loss at the split point; step after the last batch.
 
@@ -160,22 +203,69 @@ class Client:
             self._batches.pop(step, None)
         return time.perf_counter() - begun
 
+    @measured_in_first_steps
     def tail(self, step: int, micro: int, deep: WireTensor) -> tuple[LossReport, WireTensor]:
         """U-shape: loss and gradient of the token sum at the output of the last layer, labels staying here.
 
         Args:
             deep: last layer's output for this client's tokens, ``(n, d)``.
         """
-        batch = self._step_batches(step)[micro]
-        hidden = deep.unpack(self._base.dtype, self._device).requires_grad_()
-        loss = self._loss_sum(hidden, batch)
-        loss.backward()
-        assert hidden.grad is not None
-        gradient = WireTensor.pack(hidden.grad, self._job.wire)
-        return LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes), gradient
+        return self._tail(deep, self._step_batches(step)[micro])
+
+    # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
+
+    @measured
+    def probe_forward(self, round_: int, tokens: int) -> tuple[ForwardReport, Activations]:
+        """Run the front over a probe batch with its adapted weights watched, and keep its graph.
+
+        The batch is drawn anew for each client and round, apart from the training batches, and depends on nothing
+        else. What is sent is noised as in a step.
+
+        Args:
+            round_: round of the probe.
+            tokens: supervised tokens wanted; fewer are used where ``batch_size`` examples have fewer.
+        """
+        begun = time.perf_counter()
+        job = self._job
+        seed = hash_seed(job.seed, self.name, "probe", round_)
+        batch = probe_batch(self._train, tokens, job.batch_size, seed)
+        self.holder.begin_phase(0, training=False)
+        probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        with probe.watching():
+            hidden = self._noised(self._front(batch, probing=True), _PROBE, round_)
+        self._probed = probe, batch, hidden
+        message = self._message(batch, hidden, batch.supervised)
+        return ForwardReport(self.name, message.nbytes, time.perf_counter() - begun), message
+
+    @measured
+    def probe_tail(self, deep: WireTensor) -> tuple[LossReport, WireTensor]:
+        """U-shape: as :meth:`tail`, for the probe's batch."""
+        assert self._probed is not None
+        return self._tail(deep, self._probed[1])
+
+    @measured
+    def probe_backward(self, gradient: WireTensor | None) -> ImportanceReport:
+        """Score this client's layers from the gradient of its mean loss at the split point, and forget the probe.
+
+        Args:
+            gradient: ``None`` for a client without layers, which has nothing to score.
+
+        Raises:
+            RuntimeError: a weight has not reported.
+        """
+        assert self._probed is not None
+        probe, batch, hidden = self._probed
+        self._probed = None
+        scores: dict[str, float] = {}
+        if self._split:
+            upstream = None if gradient is None else gradient.unpack(hidden.dtype, hidden.device)
+            rows = ProbedRows(self.name, slice(0, hidden.shape[0]), 0, 1)
+            scores = probe.scores(hidden, upstream, [rows])[self.name]
+        return ImportanceReport(self.name, batch.supervised, scores)
 
     # -- validation -----------------------------------------------------------------------------------------------
 
+    @measured_once_a_round
     @torch.no_grad()
     def validation_forward(self, index: int) -> tuple[ForwardReport, Activations]:
         """Front over validation batch ``index``, without a graph and without dropout."""
@@ -186,6 +276,7 @@ class Client:
         message = self._message(batch, hidden, batch.supervised)
         return ForwardReport(self.name, message.nbytes, time.perf_counter() - begun), message
 
+    @measured_once_a_round
     @torch.no_grad()
     def validation_tail(self, index: int, deep: WireTensor) -> LossReport:
         """U-shape: validation loss of batch ``index`` from the last layer's output."""
@@ -195,19 +286,27 @@ class Client:
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
+    @measured
     def held(self) -> HeldAdapters:
         return self.holder.held()
 
+    @measured
     def restart(self, update: RoundUpdate) -> None:
         self.holder.restart(update)
 
+    @measured
     def state(self) -> dict[str, Tensor]:
         return self.holder.state()
 
+    @measured
     def load_state(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
         """Resume: follow the residual in ``update`` and take over factors and moments."""
         self.holder.follow_residual(update.residuals)
         self.holder.load_state(tensors)
+
+    def peak_bytes(self) -> int:
+        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
+        return self._memory.peak_bytes()
 
     def parameters_held(self) -> dict[str, int]:
         """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
@@ -221,11 +320,23 @@ class Client:
             raise RuntimeError(f"client {self.name} has not been configured")
         return self._holder
 
-    def _front(self, batch: Batch) -> Tensor:
+    def _front(self, batch: Batch, probing: bool = False) -> Tensor:
         segment = self.holder.segment
         packing = Packing.of(batch.lengths, self._device)
         ids = pack_rows(batch.ids, batch.lengths).to(self._device)
-        return segment.run(segment.embed(ids, packing), packing, 0, self._split)
+        embedded = segment.embed(ids, packing)
+        if probing:
+            # The embedding is frozen: else no gradient would come to the first layer's first linears.
+            embedded.requires_grad_()
+        return segment.run(embedded, packing, 0, self._split)
+
+    def _tail(self, deep: WireTensor, batch: Batch) -> tuple[LossReport, WireTensor]:
+        hidden = deep.unpack(self._base.dtype, self._device).requires_grad_()
+        loss = self._loss_sum(hidden, batch)
+        loss.backward()
+        assert hidden.grad is not None
+        gradient = WireTensor.pack(hidden.grad, self._job.wire)
+        return LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes), gradient
 
     def _noised(self, hidden: Tensor, step: int, index: int) -> Tensor:
         """Clip each position's activations and add Gaussian noise (``privacy.noise``), differentiably in ``hidden``.
@@ -258,7 +369,7 @@ class Client:
             lengths=batch.lengths,
             supervised=batch.supervised,
             step_supervised=step_supervised,
-            targets=None if at_home else pack_rows(batch.targets, batch.lengths).numpy().astype(np.int32),
+            targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
         )
 
     def _loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What travels between client and server in a step, at the wire dtype, with its size counted."""
+"""What travels between client and server in a step or a probe, at the wire dtype, with its size counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from hsplit.scheduling.importance import ImportanceReport
 
 WIRE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,7 +34,9 @@ class WireTensor:
 
     def unpack(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A writable tensor of its own in ``dtype`` on ``device``."""
-        own = torch.from_numpy(self.data.copy())
+        # Allocated by torch, so that measurements see it; copied by numpy, as what Ray gives may be read-only.
+        own = torch.empty(self.nbytes, dtype=torch.uint8)
+        own.numpy()[...] = self.data
         return own.view(WIRE_DTYPES[self.wire]).view(self.shape).to(device, dtype)
 
     @property
@@ -112,5 +116,20 @@ class ServerReport:
     """
 
     losses: tuple[LossReport, ...]
+    nbytes: int
+    time_s: float
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Small companion of what the server sends back in a probe.
+
+    Attributes:
+        importance: one a client, over the layers that its tokens passed through here.
+        nbytes: bytes sent to the clients.
+        time_s: seconds of the wall that the server phase took.
+    """
+
+    importance: tuple[ImportanceReport, ...]
     nbytes: int
     time_s: float

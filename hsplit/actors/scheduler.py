@@ -1,22 +1,40 @@
-"""The scheduler: from budgets and importance to the plan of a round. Ray-free."""
+"""The scheduler: knows what matters, what each choice costs and who has what, and makes the plans. Ray-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hsplit.config import RunConfig
+from hsplit.actors.executor import SERVER
+from hsplit.config import Client, RunConfig
 from hsplit.models.segment import model_config
-from hsplit.scheduling.budgets import ClientBudget
+from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.clock import VirtualClock
 from hsplit.scheduling.cost import CostModel
-from hsplit.scheduling.importance import equal_importance
+from hsplit.scheduling.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import EQUAL, plan
 
 
+@dataclass(frozen=True)
+class Review:
+    """What the scheduler found at a round's end.
+
+    Attributes:
+        plan: the plan from now on; ``None``: the plan in force stays.
+        reasons: why it was planned anew, in words; empty when it was not.
+        importance: ``H_w`` by weight name, where a probe was made.
+    """
+
+    plan: Plan | None
+    reasons: tuple[str, ...]
+    importance: dict[str, float] | None
+
+
 class Scheduler:
-    """Plans rounds.
+    """Makes the first plan, and at each round's end looks whether another one is due (METHOD 5).
 
     Args:
         config: the run's configuration.
@@ -33,34 +51,149 @@ class Scheduler:
             residual=policy.aggregation != "fedavg",
             top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
         )
-        self._importance: Mapping[str, float] = equal_importance(self.cost.model.weights)
-        self._source = EQUAL
+        self._budgets: dict[str, dict[str, float]] = {}
+        # By client: how much more than predicted its plans really took, at most; 1 and below never counts.
+        self._excess: dict[str, float] = {}
+        # Reasons for a new plan that ``min_rounds`` has put off.
+        self._pending: list[str] = []
+        self._planned_in = 0
+        self._planned_with: Mapping[str, float] = equal_importance(self.cost.model.weights)
+        weighed = policy.importance
+        self._history = ImportanceHistory(rounds=job.rounds, lam_0=weighed.lam_0, lam_min=weighed.lam_min)
 
-    def set_importance(self, scores: Mapping[str, float], source: str) -> None:
-        """Plan with ``H_w`` by weight name from now on; ``source`` says in words where it is from."""
-        self._importance, self._source = dict(scores), source
+    # -- planning -------------------------------------------------------------------------------------------------
 
-    def plan(self, current: Plan | None = None, clients: Sequence[ClientBudget] | None = None) -> Plan:
-        """The next plan.
-
-        Args:
-            current: the plan in force, which the search then starts from too.
-            clients: budgets in place of the declared ones, after a change or a measurement.
+    def plan(self) -> Plan:
+        """The first plan; no score exists yet, so every parameter matters alike.
 
         Raises:
             InputError: see :func:`hsplit.scheduling.planner.plan`.
         """
-        budgets = self._config.clients if clients is None else clients
-        policy, server = self._config.policy, self._config.server
-        return plan(budgets, server, self.cost, self._importance, policy, current, self._source)
+        return self._plan(self._planned_with, None, EQUAL)
 
-    def transfer_time_s(self, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]) -> float:
-        """Virtual seconds of a round's end: adapters up, then residual changes and restarts down, by client name."""
-        return self._clock().transfer(up_bytes, down_bytes)
+    def review(
+        self,
+        round_: int,
+        current: Plan,
+        reports: Sequence[ImportanceReport],
+        measured_bytes: Mapping[str, int],
+        requests: Sequence[BudgetRequest],
+    ) -> Review:
+        """Look at a round's end whether another plan is due.
+
+        Args:
+            round_: rounds done.
+            current: the plan in force.
+            reports: of the importance probe; empty where none was made.
+            measured_bytes: peaks by holder name, where measured.
+            requests: changes of budgets, the later winning.
+
+        Raises:
+            InputError: nothing fits the budgets any more.
+        """
+        settings = self._config.policy.replan
+        reasons = list(self._pending)
+        for request in requests:
+            self._budgets.setdefault(request.holder, {}).update(request.values)
+            new = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+            reasons.append(f"the budget of {request.holder} is now {new}")
+        if settings.measured:
+            reasons += self._overruns(current, measured_bytes)
+        importance = self._planned_with
+        if reports:
+            importance = self._history.blend(
+                round_, scores(reports, self.cost.model.weights, self._config.policy.importance.metric)
+            )
+            moved = self._history.moved(self._planned_with)
+            if settings.tau is not None and moved > settings.tau:
+                reasons.append(f"normalized importance moved by {moved:.2f} in L1")
+        probed = dict(importance) if reports else None
+        if not reasons:
+            return Review(None, (), probed)
+        if round_ - self._planned_in < settings.min_rounds and self._holds(current):
+            self._pending = reasons
+            return Review(None, (), probed)
+        made = self._plan(importance, current, f"probed until round {round_}" if reports else current.importance)
+        self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
+        return Review(made, tuple(reasons), probed)
+
+    def _plan(self, importance: Mapping[str, float], current: Plan | None, source: str) -> Plan:
+        server = self._config.server.changed(self._budgets.get(SERVER, {}))
+        return plan(self._clients(), server, self.cost, importance, self._config.policy, current, source)
+
+    def _clients(self) -> list[Client]:
+        """The clients with the budgets in force, less what measurements took off them."""
+        clients = []
+        for client in self._declared():
+            excess = self._excess.get(client.name, 1.0)
+            clients.append(client.changed({"memory_gb": client.memory_gb / excess}) if excess > 1 else client)
+        return clients
+
+    def _declared(self) -> list[Client]:
+        return [client.changed(self._budgets.get(client.name, {})) for client in self._config.clients]
+
+    def _overruns(self, current: Plan, measured_bytes: Mapping[str, int]) -> list[str]:
+        """Give clients that took more than they declared less to hold from now on."""
+        found = []
+        for part in current.available:
+            measured = measured_bytes.get(part.name, 0)
+            if measured > part.declared_bytes:
+                self._excess[part.name] = max(self._excess.get(part.name, 1.0), measured / part.predicted_bytes)
+                found.append(
+                    f"{part.name} took {measured / 1e6:.1f} MB, {(measured - part.declared_bytes) / 1e6:.1f} more than "
+                    "it declared"
+                )
+        return found
+
+    def _holds(self, current: Plan) -> bool:
+        """Whether everybody still fits what ``current`` gives it."""
+        budgets = {client.name: client.memory_bytes for client in self._clients()}
+        budgets[SERVER] = self._config.server.changed(self._budgets.get(SERVER, {})).memory_bytes
+        return all(budgets[part.name] >= part.predicted_bytes for part in (current.server, *current.available))
+
+    # -- the virtual clock (METHOD 8) -----------------------------------------------------------------------------
+
+    def step_time_s(self, plan: Plan) -> float:
+        """Virtual seconds of one local step under ``plan``."""
+        return self._clock().step_s(plan)
+
+    def probe_time_s(self, plan: Plan) -> float:
+        """Virtual seconds of one importance probe."""
+        return self._clock().probe_s(plan)
+
+    def aggregation_time_s(self, plan: Plan, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]) -> float:
+        """Virtual seconds of a round's end: adapters up, the aggregation, residual changes and restarts down."""
+        return self._clock().aggregation_s(plan, self._config.policy, up_bytes, down_bytes)
+
+    def reconfiguration_time_s(self, before: Plan, after: Plan, down_bytes: Mapping[str, int]) -> float:
+        """Virtual seconds of moving layers, residuals and restarts after a change of plan."""
+        return self._clock().reconfiguration_s(before, after, down_bytes)
 
     def validation_time_s(self, plan: Plan, batches: Mapping[str, int]) -> float:
         """Virtual seconds of one validation under ``plan``; ``batches`` by client name."""
-        return self._clock().validation(plan, batches)
+        return self._clock().validation_s(plan, batches)
 
     def _clock(self) -> VirtualClock:
-        return VirtualClock(self.cost, self._config.clients, self._config.server)
+        server = self._config.server.changed(self._budgets.get(SERVER, {}))
+        return VirtualClock(self.cost, self._declared(), server)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that decides later plans, for a checkpoint's JSON."""
+        return {
+            "budgets": self._budgets,
+            "excess": self._excess,
+            "pending": self._pending,
+            "planned_in": self._planned_in,
+            "planned_with": dict(self._planned_with),
+            "history": self._history.to_json(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` gave."""
+        self._budgets = {name: dict(values) for name, values in state["budgets"].items()}
+        self._excess = dict(state["excess"])
+        self._pending = list(state["pending"])
+        self._planned_in, self._planned_with = state["planned_in"], state["planned_with"]
+        self._history = ImportanceHistory.from_json(state["history"])

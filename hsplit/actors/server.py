@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hsplit.actors.client import tensors_held
-from hsplit.actors.messages import Activations, LossReport, ServerReport, WireTensor
+from hsplit.actors.joined_batch import JoinedBatch
+from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor
+from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.aggregation import AGGREGATIONS, Contribution
+from hsplit.lora.aggregator import Aggregator
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
-from hsplit.lora.low_rank import LowRank
-from hsplit.lora.residual import Residual
-from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, targeted
+from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
+from hsplit.models.segment import (
+    BaseModel,
+    LinearShape,
+    Segment,
+    SegmentSpec,
+    linear_shapes,
+    load_segment,
+    model_config,
+    targeted,
+)
+from hsplit.models.tail import Tail
 from hsplit.models.weights import is_quantized
+from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
-
-
-@dataclass
-class _Joined:
-    """A depth-joined batch after the last layer.
-
-    Attributes:
-        output: ``(n, d)``, all clients' tokens.
-        messages: the clients' messages, in the order in which they came.
-        inputs: each client's hidden states at its split point, leaves of the graph.
-        tokens: each client's tokens of ``output``.
-    """
-
-    output: Tensor
-    messages: list[Activations]
-    inputs: dict[str, Tensor]
-    tokens: dict[str, slice]
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,19 @@ class AggregationReport:
     residual_bytes: int
 
 
+@dataclass(frozen=True)
+class ReconfigurationReport:
+    """What a change of plan moved.
+
+    Attributes:
+        nbytes_down: residuals and restarts that each client gets, by client name; who is not in it gets nothing.
+        residual_cut: as in :class:`AggregationReport`.
+    """
+
+    nbytes_down: dict[str, int]
+    residual_cut: float
+
+
 class Server:
     """Hosts layers ``[min_i k_i, L)``, stores a quantized base as bitsandbytes codes, and aggregates.
 
@@ -64,42 +71,87 @@ class Server:
         job, policy: the run's settings.
         base: the base model as the server reads it.
         device: where it computes.
+        measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
     """
 
     name = "server"
 
-    def __init__(self, job: Job, policy: Policy, base: BaseModel, device: str = "cpu") -> None:
+    def __init__(self, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True) -> None:
         self._job, self._policy, self._base = job, policy, base
         self._device = torch.device(device)
+        self._memory = PeakMemory(self._device, measure)
         self._layers = 0
         self._plan: Plan | None = None
         self._holder: Holder | None = None
-        self._kept: dict[tuple[int, int], _Joined] = {}
+        self._kept: dict[tuple[int, int], JoinedBatch] = {}
+        self._shapes: list[LinearShape] = []
+        self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
         self._step_tokens: dict[int, int] = defaultdict(int)
-        self._residuals: dict[str, Residual] = {}
-        self._common: dict[str, LowRank] = {}
+        self._aggregator: Aggregator | None = None
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
+    @measured
     def configure(self, plan: Plan) -> None:
         """Read the deep layers and the tail that ``plan`` gives the server; the round is begun by :meth:`restart`."""
-        assert plan.server.split is not None
-        first = plan.server.split
-        spec = SegmentSpec(first, plan.layers, tail=self._job.privacy.labels == "server")
-        segment = load_segment(self._base, spec, quantized=True, device=self._device)
-        shapes = targeted(linear_shapes(segment.config), self._job.targets)
-        self._plan, self._layers = plan, plan.layers
         job = self._job
-        self._holder = Holder(
-            self.name, segment, shapes, plan.server.ranks, job, self._policy, self._base.dtype, self._device
-        )
+        shapes = targeted(linear_shapes(model_config(self._base.directory)), job.targets)
         master = torch.promote_types(self._base.dtype, torch.float32)
-        cap = None if job.residual.max_rank == "full" else job.residual.max_rank
-        for shape in shapes:
-            self._residuals.setdefault(shape.name, Residual(shape.d_out, shape.d_in, cap, master))
+        self._aggregator = Aggregator(shapes, job, self._policy, master, merges=not is_quantized(job.base))
+        self._hold(plan, None)
+
+    @measured
+    def reconfigure(
+        self, round_: int, plan: Plan, *clients: str
+    ) -> tuple[ReconfigurationReport, *tuple[RoundUpdate | None, ...]]:
+        """Put ``plan`` in force between two rounds: take over layers, give others up, change ranks (law E4).
+
+        Call it when every adapter has just been restarted, and nothing was trained since.
+
+        Args:
+            round_: the round that begins.
+            plan: the new plan.
+            clients: the clients that take part in it.
+
+        Returns:
+            The report, then for each of ``clients`` what it needs to go on: ``None`` where nothing changes for it.
+        """
+        before, held = self._plan, self.holder.segment
+        assert before is not None and before.server.split is not None
+        cut, changed = self.aggregator.fit_restarts(_ranks_of(plan))
+        had = {c.name: c for c in before.available}
+        updates: list[RoundUpdate | None] = []
+        for name in clients:
+            part, old = plan.client(name), had.get(name)
+            if old is not None and old.ranks == part.ranks and changed.isdisjoint(part.ranks):
+                updates.append(None)
+                continue
+            new = part.ranks.keys() - (old.ranks.keys() if old is not None else set())
+            updates.append(self.aggregator.update_for(round_, part.ranks, whole=new))
+        new = plan.server.ranks.keys() - before.server.ranks.keys()
+        own = self.aggregator.update_for(round_, plan.server.ranks, whole=new)
+        self.aggregator.mark_sent()
+        # Given up first, so that two sets of adapters never are in memory together.
+        self._holder = None
+        self._hold(plan, held)
+        self.restart(own)
+        sent = {name: u.nbytes for name, u in zip(clients, updates, strict=True) if u is not None}
+        return ReconfigurationReport(sent, cut), *updates
+
+    def _hold(self, plan: Plan, kept: Segment | None) -> None:
+        """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
+        assert plan.server.split is not None
+        spec = SegmentSpec(plan.server.split, plan.layers, tail=self._job.privacy.labels == "server")
+        segment = load_segment(self._base, spec, quantized=True, device=self._device, kept=kept)
+        shapes = targeted(linear_shapes(segment.config), self._job.targets)
+        self._plan, self._layers, self._shapes = plan, plan.layers, shapes
+        self._holder = Holder(
+            self.name, segment, shapes, plan.server.ranks, self._job, self._policy, self._base.dtype, self._device
+        )
 
     # -- one local step -------------------------------------------------------------------------------------------
 
+    @measured_in_first_steps
     def train_step(
         self, step: int, micro: int, *messages: Activations
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
@@ -111,23 +163,25 @@ class Server:
         """
         begun = time.perf_counter()
         joined = self._join(step, micro, messages, training=True)
-        sums, counts = self._losses(joined)
+        sums, counts = joined.losses(self._tail)
         total = sums.sum()
         if total.requires_grad:
             total.backward()
-        gradients = self._returned(joined, messages)
+        gradients = joined.gradients(self._job.wire)
         self._finish(step, micro, messages)
         losses = _loss_reports(messages, sums.detach(), counts)
         return _report(begun, gradients, losses), *gradients
 
+    @measured_in_first_steps
     def forward(self, step: int, micro: int, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
         """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph."""
         begun = time.perf_counter()
         joined = self._join(step, micro, messages, training=True)
         self._kept[step, micro] = joined
-        outputs = self._outputs(joined, messages)
+        outputs = joined.outputs(self._job.wire)
         return _report(begun, outputs), *outputs
 
+    @measured_in_first_steps
     def backward(
         self, step: int, micro: int, messages: int, *sent: Activations | WireTensor
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
@@ -140,34 +194,74 @@ class Server:
         begun = time.perf_counter()
         activations = [m for m in sent[:messages] if isinstance(m, Activations)]
         joined = self._kept.pop((step, micro))
-        upstream = torch.zeros_like(joined.output)
-        for message, gradient in zip(activations, sent[messages:], strict=True):
-            assert isinstance(gradient, WireTensor)
-            upstream[joined.tokens[message.client]] = gradient.unpack(upstream.dtype, upstream.device)
+        upstream = joined.upstream(sent[messages:])
         if joined.output.requires_grad:
             joined.output.backward(upstream)
-        gradients = self._returned(joined, activations)
+        gradients = joined.gradients(self._job.wire)
         self._finish(step, micro, activations)
         return _report(begun, gradients), *gradients
 
+    # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
+
+    @measured
+    def probe(self, *messages: Activations) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """Labels on the server: score every weight here for each client, from its own tokens and mean loss alone.
+
+        Nothing is trained or counted, and the adapters get no gradient.
+
+        Returns:
+            The report, then for each message the gradient of that client's mean loss at its split point (``None`` for
+            a client without layers), in the order of ``messages``.
+
+        Raises:
+            RuntimeError: a weight has not reported.
+        """
+        begun = time.perf_counter()
+        probe, joined = self._watched(messages)
+        sums, _ = joined.losses(self._tail)
+        return self._scored(begun, probe, joined, sums.sum(), None)
+
+    @measured
+    def probe_forward(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
+        """U-shape: as :meth:`forward`, with the weights watched."""
+        begun = time.perf_counter()
+        probe, joined = self._watched(messages)
+        self._probed = probe, joined
+        outputs = joined.outputs(self._job.wire)
+        return _report(begun, outputs), *outputs
+
+    @measured
+    def probe_backward(
+        self, messages: int, *sent: Activations | WireTensor
+    ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """U-shape: as :meth:`probe`, from the gradients of every client's token sum; arguments as in backward."""
+        begun = time.perf_counter()
+        assert self._probed is not None
+        probe, joined = self._probed
+        self._probed = None
+        return self._scored(begun, probe, joined, joined.output, joined.upstream(sent[messages:]))
+
     # -- validation -----------------------------------------------------------------------------------------------
 
+    @measured_once_a_round
     @torch.no_grad()
     def evaluate(self, *messages: Activations) -> ServerReport:
         """Validation loss of each client's rows, labels on the server."""
         begun = time.perf_counter()
-        sums, counts = self._losses(self._join(0, 0, messages, training=False))
+        sums, counts = self._join(0, 0, messages, training=False).losses(self._tail)
         return _report(begun, (), _loss_reports(messages, sums, counts))
 
+    @measured_once_a_round
     @torch.no_grad()
     def evaluate_deep(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
         """U-shape: the report, then the deep layers' output for each client's validation rows."""
         begun = time.perf_counter()
-        outputs = self._outputs(self._join(0, 0, messages, training=False), messages)
+        outputs = self._join(0, 0, messages, training=False).outputs(self._job.wire)
         return _report(begun, outputs), *outputs
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
+    @measured
     def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate, ...]]:
         """Aggregate every weight over its holders (the server among them) and say how each goes on (METHOD 6).
 
@@ -180,59 +274,30 @@ class Server:
         """
         assert self._plan is not None
         own = self.holder.held()
-        everyone = [*held, own]
-        next_ranks = {h.name: h.ranks for h in (*self._plan.available, self._plan.server)}
-        rule = AGGREGATIONS[self._policy.aggregation]
-        cut = 0.0
-        self._common = {}
-        for name, residual in self._residuals.items():
-            holders = [h for h in everyone if name in h.terms]
-            tokens = [h.tokens.get(h.layers[name], 0) for h in holders]
-            total = sum(tokens)
-            if total == 0:
-                continue
-            contributions = [
-                Contribution(_on_cpu(h.terms[name]), count / total)
-                for h, count in zip(holders, tokens, strict=True)
-                if count
-            ]
-            smallest = min(ranks[name] for ranks in next_ranks.values() if ranks.get(name, 0) > 0)
-            outcome = rule(contributions, self._policy.reinit, smallest)
-            if outcome.residual is not None:
-                cut = max(cut, residual.add(outcome.residual))
-            if outcome.common is not None:
-                self._common[name] = outcome.common
-        updates = {h.holder: self._update_for(round_, list(h.terms)) for h in everyone}
-        for residual in self._residuals.values():
-            residual.mark_sent()
+        cut = self.aggregator.aggregate([*held, own], _ranks_of(self._plan))
+        updates = {h.holder: self.aggregator.update_for(round_, h.terms) for h in (*held, own)}
+        self.aggregator.mark_sent()
         self.restart(updates.pop(self.name))
         report = AggregationReport(
             nbytes_up={h.holder: h.nbytes for h in held},
             nbytes_down={name: update.nbytes for name, update in updates.items()},
             residual_cut=cut,
-            residual_bytes=sum(r.nbytes for r in self._residuals.values()),
+            residual_bytes=self.aggregator.nbytes,
         )
         return report, *(updates[h.holder] for h in held)
 
+    @measured
     def restart(self, update: RoundUpdate) -> None:
         self.holder.restart(update)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
+    @measured
     def state(self) -> dict[str, Tensor]:
         """Own adapters and moments, every residual and every common restart."""
-        tensors = self.holder.state()
-        for name, residual in self._residuals.items():
-            if residual.matrix is not None:
-                tensors[f"residual.{name}.matrix"] = residual.matrix
-            elif residual.rank:
-                tensors[f"residual.{name}.B"] = residual.factors.B.contiguous()
-                tensors[f"residual.{name}.A"] = residual.factors.A.contiguous()
-        for name, common in self._common.items():
-            tensors[f"common.{name}.B"] = common.B.contiguous()
-            tensors[f"common.{name}.A"] = common.A.contiguous()
-        return tensors
+        return self.holder.state() | self.aggregator.state()
 
+    @measured
     def load_state(self, tensors: dict[str, Tensor], *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
         """Resume.
 
@@ -240,18 +305,19 @@ class Server:
             Bytes of what follows: for each of ``clients`` what it needs to follow the residual again.
         """
         assert self._plan is not None
-        for name, residual in self._residuals.items():
-            matrix, B = tensors.get(f"residual.{name}.matrix"), tensors.get(f"residual.{name}.B")
-            factors = None if B is None else LowRank(B, tensors[f"residual.{name}.A"])
-            residual.restore(factors, matrix)
-            if f"common.{name}.B" in tensors:
-                self._common[name] = LowRank(tensors[f"common.{name}.B"], tensors[f"common.{name}.A"])
-        own = self._update_for(0, self.holder.adapters.names, whole=True)
-        self.holder.follow_residual(own.residuals)
+        self.aggregator.load_state(tensors)
+        names = self.holder.adapters.names
+        self.holder.follow_residual(self.aggregator.update_for(0, names, whole=names).residuals)
         self.holder.load_state(tensors)
         ranks = {c.name: list(c.ranks) for c in self._plan.available}
-        updates = [self._update_for(0, ranks[name], whole=True) for name in clients]
+        updates = [self.aggregator.update_for(0, ranks[name], whole=ranks[name]) for name in clients]
+        # Lets go of the copies that were made for the updates.
+        self.aggregator.mark_sent()
         return sum(u.nbytes for u in updates), *updates
+
+    def peak_bytes(self) -> int:
+        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
+        return self._memory.peak_bytes()
 
     def parameters_held(self) -> dict[str, int]:
         """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
@@ -266,74 +332,49 @@ class Server:
         return self._holder
 
     @property
+    def _tail(self) -> Tail:
+        tail = self.holder.segment.tail
+        assert tail is not None, "labels are at the clients"
+        return tail
+
+    @property
+    def aggregator(self) -> Aggregator:
+        if self._aggregator is None:
+            raise RuntimeError("the server has not been configured")
+        return self._aggregator
+
+    @property
     def adapters(self) -> AdapterSet:
         return self.holder.adapters
 
-    def _update_for(self, round_: int, names: Sequence[str], whole: bool = False) -> RoundUpdate:
-        # A merged base forms its working weight from W_0 anew and so needs the residual whole.
-        whole = whole or not is_quantized(self._base.base)
-        return RoundUpdate(
-            round_,
-            {name: change for name in names if (change := self._residuals[name].update(whole)) is not None},
-            {name: self._common[name] for name in names if name in self._common},
-        )
-
-    def _join(self, step: int, micro: int, messages: Sequence[Activations], training: bool) -> _Joined:
-        """Run the deep layers: start with the shallowest split, let tokens join where their client's split lies."""
+    def _join(self, step: int, micro: int, messages: Sequence[Activations], training: bool) -> JoinedBatch:
+        """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it."""
         self.holder.begin_phase(step * 1_000 + micro, training)
+        return self._run(messages, lambda message: training and message.split > 0)
+
+    def _run(self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool]) -> JoinedBatch:
         segment = self.holder.segment
-        by_depth = sorted(messages, key=lambda m: m.split)
-        inputs: dict[str, Tensor] = {}
-        tokens: dict[str, slice] = {}
-        lengths: tuple[int, ...] = ()
-        hidden: Tensor | None = None
-        depth = by_depth[0].split
-        for message in by_depth:
-            if hidden is not None and message.split > depth:
-                hidden = segment.run(hidden, Packing.of(lengths, self._device), depth, message.split)
-                depth = message.split
-            joining = message.hidden.unpack(self._base.dtype, self._device)
-            # A client without layers has nothing to train, so no gradient goes back to it.
-            inputs[message.client] = joining.requires_grad_(training and message.split > 0)
-            start = 0 if hidden is None else hidden.shape[0]
-            tokens[message.client] = slice(start, start + joining.shape[0])
-            lengths += message.lengths
-            hidden = joining if hidden is None else torch.cat([hidden, joining])
-        assert hidden is not None
-        output = segment.run(hidden, Packing.of(lengths, self._device), depth, self._layers)
-        return _Joined(output, list(messages), inputs, tokens)
+        return JoinedBatch.run(segment, self._layers, messages, self._base.dtype, self._device, differentiable)
 
-    def _losses(self, joined: _Joined) -> tuple[Tensor, Tensor]:
-        """Loss sums and supervised tokens of each client, in the order in which the messages came."""
-        tail = self.holder.segment.tail
-        assert tail is not None
-        hidden, targets, owners = [], [], []
-        for index, message in enumerate(joined.messages):
-            assert message.targets is not None
-            own = torch.from_numpy(message.targets.copy()).to(self._device).long()
-            at = own != -100
-            hidden.append(joined.output[joined.tokens[message.client]][at])
-            targets.append(own[at])
-            owners.append(torch.full((int(at.sum()),), index, device=self._device))
-        losses = tail.token_losses(torch.cat(hidden), torch.cat(targets))
-        owner = torch.cat(owners)
-        count = len(joined.messages)
-        sums = torch.zeros(count, dtype=losses.dtype, device=self._device).index_add(0, owner, losses)
-        return sums, torch.bincount(owner, minlength=count)
+    def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
+        """The joined batch of a probe, without dropout, and the probe that has watched it."""
+        probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        with probe.watching():
+            self.holder.begin_phase(0, training=False)
+            # A probe needs a gradient at layer 0 too, for the first linears there.
+            return probe, self._run(messages, lambda message: True)
 
-    def _outputs(self, joined: _Joined, messages: Sequence[Activations]) -> tuple[WireTensor, ...]:
-        return tuple(WireTensor.pack(joined.output[joined.tokens[m.client]], self._job.wire) for m in messages)
-
-    def _returned(self, joined: _Joined, messages: Sequence[Activations]) -> tuple[WireTensor | None, ...]:
-        """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``."""
-        gradients: list[WireTensor | None] = []
-        for message in messages:
-            gradient = joined.inputs[message.client].grad
-            if gradient is None:
-                gradients.append(None)
-            else:
-                gradients.append(WireTensor.pack(gradient / max(message.step_supervised, 1), self._job.wire))
-        return tuple(gradients)
+    def _scored(
+        self, begun: float, probe: ImportanceProbe, joined: JoinedBatch, output: Tensor, upstream: Tensor | None
+    ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """Scores and gradients from a backward of the token sum: a client's part of it over its ``n_i`` is its own."""
+        messages = joined.messages
+        rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
+        scores = probe.scores(output, upstream, rows)
+        gradients = joined.gradients(self._job.wire)
+        importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
+        nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+        return ProbeReport(importance, nbytes, time.perf_counter() - begun), *gradients
 
     def _finish(self, step: int, micro: int, messages: Sequence[Activations]) -> None:
         """Count tokens; after the step's last batch divide layer ``l``'s gradient by its ``n_l`` and step."""
@@ -358,5 +399,5 @@ def _loss_reports(messages: Sequence[Activations], sums: Tensor, counts: Tensor)
     return [LossReport(m.client, float(s), int(c)) for m, s, c in zip(messages, sums, counts, strict=True)]
 
 
-def _on_cpu(term: LowRank) -> LowRank:
-    return LowRank(term.B.cpu(), term.A.cpu())
+def _ranks_of(plan: Plan) -> dict[str, dict[str, int]]:
+    return {holder.name: holder.ranks for holder in (*plan.available, plan.server)}

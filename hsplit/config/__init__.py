@@ -4,25 +4,29 @@ Light on purpose: nothing here imports torch, Ray or transformers, so that wrong
 """
 
 from hsplit.config.budgets import Distribution
-from hsplit.config.cluster import Client, ClientSpec, Holder, ServerSpec
+from hsplit.config.cluster import BudgetChange, Client, ClientSpec, Holder, ScheduledChange, ServerSpec
 from hsplit.config.files import find_preset, preset_directory, read_yaml, to_yaml
 from hsplit.config.job import DataSpec, Job, Partition, Privacy, Residual, Validation
-from hsplit.config.policy import DEFAULT_POLICY, Policy
+from hsplit.config.policy import DEFAULT_POLICY, Importance, Policy, Replan
 from hsplit.config.run import RunConfig, load_run_config
 
 __all__ = [
     "DEFAULT_POLICY",
+    "BudgetChange",
     "Client",
     "ClientSpec",
     "DataSpec",
     "Distribution",
     "Holder",
+    "Importance",
     "Job",
     "Partition",
     "Policy",
     "Privacy",
+    "Replan",
     "Residual",
     "RunConfig",
+    "ScheduledChange",
     "ServerSpec",
     "Validation",
     "find_preset",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from hsplit.config.budgets import Budget, BudgetOrZero, drawn
-from hsplit.config.section import MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
+from hsplit.config.section import LIST, MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
 
 RESERVED_NAMES = frozenset({"server", "scheduler", "driver"})
 """Names of hsplit's own actors and processes, which no client may bear."""
 MAX_COUNT = 10_000
 BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")
-"""The fields of a client that may be drawn."""
+"""The fields of a client that may be drawn, and that may change during a run."""
+SERVER_BUDGET_FIELDS = ("memory_gb", "tflops")
+"""Those that the server has."""
 
 
 def _not_reserved(name: str) -> str:
@@ -47,6 +51,44 @@ _ModelPath = Annotated[
 ]
 
 
+class BudgetChange(Section):
+    """New values of a holder's budget, in the units of the cluster file; what is not given stays."""
+
+    memory_gb: Positive | None = Field(default=None, description="memory for the model's work, in GB (1e9 bytes)")
+    tflops: Positive | None = Field(default=None, description="compute, in TFLOP/s (1e12 operations a second)")
+    bandwidth_mbps: Positive | None = Field(default=None, description="link to the server, in Mbit/s")
+    latency_ms: NonNegative | None = Field(default=None, description="one-way delay to the server, in milliseconds")
+
+    def values(self) -> dict[str, float]:
+        """The fields that change, by name."""
+        return {field: value for field in BUDGET_FIELDS if (value := getattr(self, field)) is not None}
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.values():
+            raise refuse(f"must change at least one of: {', '.join(BUDGET_FIELDS)}")
+        return self
+
+
+class ScheduledChange(BudgetChange):
+    """A change of budget that the cluster file foresees."""
+
+    round: int = Field(ge=2, le=10**9, description="the first round, counted from 1, that the new budget holds for")
+
+
+def _in_order(changes: tuple[ScheduledChange, ...]) -> tuple[ScheduledChange, ...]:
+    for earlier, later in pairwise(changes):
+        if earlier.round >= later.round:
+            raise refuse(f"must be in the order of its rounds, each once (got {earlier.round}, then {later.round})")
+    return changes
+
+
+_Schedule = Annotated[
+    Annotated[tuple[ScheduledChange, ...], LIST, AfterValidator(_in_order)],
+    Field(description="changes of the budget during the run, such as {round: 3, memory_gb: 0.1}"),
+]
+
+
 class Holder(Section):
     """A machine with a budget of memory and compute, as METHOD.md section 1 has it."""
 
@@ -55,6 +97,14 @@ class Holder(Section):
     num_cpus: _Cpus = 1.0
     num_gpus: _Gpus = 0.0
     node: _Node = None
+    schedule: _Schedule = ()
+
+    def changed(self, values: Mapping[str, float]) -> Self:
+        """The same holder with new budget ``values`` by field name, which must be its fields."""
+        unknown = values.keys() - type(self).model_fields.keys()
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such field")
+        return self.model_copy(update=dict(values))
 
     @property
     def memory_bytes(self) -> int:
@@ -72,6 +122,15 @@ class ServerSpec(Holder):
 
     memory_gb: Positive = Field(default=8.0, description="memory for the model's work, in GB (1e9 bytes)")
     tflops: Positive = Field(default=20.0, description="compute, in TFLOP/s (1e12 operations a second)")
+
+    @model_validator(mode="after")
+    def _has_no_link(self) -> Self:
+        for index, change in enumerate(self.schedule):
+            for field in change.values():
+                if field not in SERVER_BUDGET_FIELDS:
+                    allowed = ", ".join(SERVER_BUDGET_FIELDS)
+                    raise refuse(f"the server's budget has no such part (it has {allowed})", "schedule", index, field)
+        return self
 
 
 class Client(Holder):
@@ -113,6 +172,7 @@ class ClientSpec(Section):
     node: _Node = None
     data: _DataPath = None
     model: _ModelPath = None
+    schedule: _Schedule = ()
 
     @model_validator(mode="after")
     def _numbered_names_fit(self) -> Self:

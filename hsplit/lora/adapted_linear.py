@@ -169,5 +169,5 @@ class AdaptedLinear(nn.Module):
     def _merge(self, residual: Tensor) -> None:
         assert self._pristine is not None and isinstance(self.weight, DenseWeight)
         # W_0 is read anew, so that rounding to the working dtype never accumulates over rounds.
-        working = self._pristine().to(residual.dtype) + residual
+        working = self._pristine().to(residual).add_(residual)
         self.weight.values.copy_(working)

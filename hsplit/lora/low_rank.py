@@ -37,6 +37,10 @@ class LowRank:
         """The factors from row ``start`` on, as tensors of their own."""
         return LowRank(self.B[:, start:].clone(), self.A[start:].clone())
 
+    def up_to_rank(self, stop: int) -> LowRank:
+        """The factors before row ``stop``, as tensors of their own."""
+        return LowRank(self.B[:, :stop].clone(), self.A[:stop].clone())
+
     def to(self, dtype: torch.dtype) -> LowRank:
         return LowRank(self.B.to(dtype), self.A.to(dtype))
 

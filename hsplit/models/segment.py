@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hsplit.errors import InputError
 from hsplit.lora.adapted_linear import AdaptedLinear
@@ -16,7 +18,7 @@ from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
-from hsplit.models.weights import base_values, freeze, is_quantized
+from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,25 @@ def layer_count(config: Any) -> int:
     return int(config.num_hidden_layers)
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Gives weights no memory from the first: accelerate alone lets each be allocated and frees it at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.empty and given.get("device") is None:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
 def skeleton(config: Any) -> nn.Module:
     """The causal LM of ``config`` with every parameter on the meta device and its small buffers real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     register_attention()
-    with init_empty_weights(include_buffers=False):
+    # Drawing initial values takes nine tenths of the time, even on the meta device.
+    with init_empty_weights(include_buffers=False), no_init_weights(), _EmptyOnMeta():
         return cast(nn.Module, AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
 
 
@@ -176,7 +190,7 @@ def _fill(module: nn.Module, path: str, reader: CheckpointReader, dtype: torch.d
     for name, parameter in list(module.named_parameters()):
         if parameter.device.type == "meta":
             owner = module.get_submodule(name.rpartition(".")[0])
-            value = nn.Parameter(reader.read(f"{path}.{name}").to(dtype), requires_grad=False)
+            value = nn.Parameter(reader.read(f"{path}.{name}", dtype), requires_grad=False)
             setattr(owner, name.rpartition(".")[2], value)
 
 
@@ -188,20 +202,15 @@ def _adapt_linears(
     layer: nn.Module, path: str, family: Family, reader: CheckpointReader, model: BaseModel, quantized: bool
 ) -> None:
     """Replace every linear of ``layer`` by an :class:`AdaptedLinear` holding its ``W_0``."""
-
-    def stored(name: str) -> Tensor:
-        values = reader.read(f"{name}.weight")
-        return values.T if family.transposed else values
-
     for inner, module in _linears_in(layer):
         name = f"{path}.{inner}"
-        bias = reader.read(f"{name}.bias").to(model.dtype) if module.bias is not None else None
-        weight = freeze(stored(name).contiguous(), model.base, model.dtype, quantized=quantized)
+        bias = reader.read(f"{name}.bias", model.dtype) if module.bias is not None else None
+        read = partial(reader.read, f"{name}.weight", transposed=family.transposed)
+        weight = freeze(read, model.base, model.dtype, quantized=quantized)
 
-        def pristine(name: str = name) -> Tensor:
+        def pristine(read: ReadWeight = read) -> Tensor:
             # fp64 runs keep their sum in fp64; everything else forms it in fp32.
-            exact = torch.promote_types(model.dtype, torch.float32)
-            return base_values(stored(name), model.base, exact)
+            return read_dense(read, model.base, torch.promote_types(model.dtype, torch.float32))
 
         adapted = AdaptedLinear(
             name, weight, bias, None if is_quantized(model.base) else pristine, compute_dtype=model.dtype
@@ -211,7 +220,12 @@ def _adapt_linears(
 
 
 def load_segment(
-    model: BaseModel, spec: SegmentSpec, *, quantized: bool = False, device: torch.device | str = "cpu"
+    model: BaseModel,
+    spec: SegmentSpec,
+    *,
+    quantized: bool = False,
+    device: torch.device | str = "cpu",
+    kept: Segment | None = None,
 ) -> Segment:
     """Read one segment: only its own tensors are ever read from the checkpoint.
 
@@ -220,6 +234,8 @@ def load_segment(
         spec: which part.
         quantized: keep an int8 or NF4 base as bitsandbytes codes; the server does.
         device: where the segment computes.
+        kept: the segment held so far: what ``spec`` has in common with it is taken over, residuals included, and not
+            read again.
 
     Returns:
         The segment, frozen, in eval mode: the base's own dropout (GPT-2's) stays off in fine-tuning, so that the
@@ -232,10 +248,17 @@ def load_segment(
     segment = Segment(family, config, spec)
     if spec.embedding:
         for path in family.embeddings:
+            name = path.rpartition(".")[2]
+            if kept is not None and name in kept.embeddings:
+                segment.embeddings[name] = kept.embeddings[name]
+                continue
             module = empty.get_submodule(path)
             _fill(module, path, reader, model.dtype)
-            segment.embeddings[path.rpartition(".")[2]] = module
+            segment.embeddings[name] = module
     for index in range(spec.first, spec.last):
+        if kept is not None and str(index) in kept.layers:
+            segment.layers[str(index)] = kept.layers[str(index)]
+            continue
         path = family.layer_name(index)
         layer = empty.get_submodule(path)
         _adapt_linears(layer, path, family, reader, model, quantized)
@@ -244,7 +267,8 @@ def load_segment(
     if family.rotary is not None and spec.last > spec.first:
         segment.rotary = empty.get_submodule(family.rotary)
     if spec.tail:
-        segment.tail = _load_tail(segment, empty, reader, model)
+        segment.tail = kept.tail if kept is not None else None
+        segment.tail = segment.tail or _load_tail(segment, empty, reader, model)
     # Base dropout stays off; AdaptedLinear's own dropout follows segment.train().
     return segment.to(device).eval()
 
@@ -255,13 +279,13 @@ def _load_tail(segment: Segment, empty: nn.Module, reader: CheckpointReader, mod
     _fill(norm, family.norm, reader, model.dtype)
     tied = f"{family.embeddings[0]}.weight"
     if f"{family.head}.weight" in reader and not segment.config.tie_word_embeddings:
-        head = reader.read(f"{family.head}.weight").to(model.dtype)
+        head = reader.read(f"{family.head}.weight", model.dtype)
     elif segment.spec.embedding:
         # One tensor serves as embedding and as tied head on a holder that has both.
         first = cast(nn.Embedding, segment.embeddings[family.embeddings[0].rpartition(".")[2]])
         head = first.weight.data
     else:
-        head = reader.read(tied).to(model.dtype)
+        head = reader.read(tied, model.dtype)
     return Tail(norm, head, CLIENT_CHUNK_ROWS if segment.spec.embedding else SERVER_CHUNK_ROWS)
 
 

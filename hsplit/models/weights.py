@@ -6,12 +6,15 @@ dequantized. Quantization is bitsandbytes': NF4 in blocks of 64 with fp32 scales
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 NF4_BLOCK = 64
+# Entries quantized at once: on a CPU bitsandbytes takes up to 16 bytes an entry in passing.
+QUANTIZED_AT_ONCE = 1 << 20
 
 
 class DenseWeight(nn.Module):
@@ -38,13 +41,21 @@ class NF4Weight(nn.Module):
         super().__init__()
         from bitsandbytes import functional as bnb
 
-        codes, state = bnb.quantize_4bit(values.float(), blocksize=NF4_BLOCK, quant_type="nf4")
         self.shape = cast("tuple[int, int]", tuple(values.shape))
+        size, flat = values.numel(), values.reshape(-1)
+        codes = torch.empty((-(-size // 2), 1), dtype=torch.uint8, device=values.device)
+        scales = torch.empty(-(-size // NF4_BLOCK), device=values.device)
+        # Slices of whole blocks have the codes that they have in the whole.
+        for start in range(0, size, QUANTIZED_AT_ONCE):
+            part = flat[start : start + QUANTIZED_AT_ONCE].float()
+            part_codes, state = bnb.quantize_4bit(part, blocksize=NF4_BLOCK, quant_type="nf4")
+            codes[start // 2 : start // 2 + len(part_codes)] = part_codes
+            scales[start // NF4_BLOCK : start // NF4_BLOCK + len(state.absmax)] = state.absmax
         self.codes: Tensor
         self.scales: Tensor
         self.code_book: Tensor
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", state.absmax)
+        self.register_buffer("scales", scales)
         self.register_buffer("code_book", state.code)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -70,7 +81,13 @@ class Int8Weight(nn.Module):
         super().__init__()
         from bitsandbytes import functional as bnb
 
-        codes, scales, _ = bnb.int8_vectorwise_quant(values.to(torch.float16))
+        rows, columns = values.shape
+        codes = torch.empty((rows, columns), dtype=torch.int8, device=values.device)
+        scales = torch.empty(rows, device=values.device)
+        at_once = max(1, QUANTIZED_AT_ONCE // columns)
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            codes[part], scales[part], _ = bnb.int8_vectorwise_quant(values[part].to(torch.float16))
         self.codes: Tensor
         self.scales: Tensor
         self.register_buffer("codes", codes)
@@ -82,9 +99,12 @@ class Int8Weight(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        values = self.codes.to(exact) * (self.scales.to(exact) / 127.0).unsqueeze(1)
+        values = self.codes.to(exact).mul_((self.scales.to(exact) / 127.0).unsqueeze(1))
         return values.to(torch.float32).to(dtype)
 
+
+ReadWeight = Callable[..., Tensor]
+"""Reads a weight from the checkpoint, ``(d_out, d_in)``: in the dtype that it is called with, or in its own."""
 
 FrozenWeight = DenseWeight | NF4Weight | Int8Weight
 
@@ -105,19 +125,26 @@ def base_values(values: Tensor, base: str, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def freeze(values: Tensor, base: str, dtype: torch.dtype, *, quantized: bool) -> FrozenWeight:
+def read_dense(read: ReadWeight, base: str, dtype: torch.dtype) -> Tensor:
+    """``W_0`` of a base that is not quantized, ``(d_out, d_in)`` in ``dtype``, a tensor of its own."""
+    return read(torch.bfloat16).to(dtype) if base == "bf16" else read(dtype)
+
+
+def freeze(read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool) -> FrozenWeight:
     """Store ``W_0`` of a linear.
 
     Args:
-        values: the checkpoint's weight, shape ``(d_out, d_in)``, any float dtype.
+        read: gives the checkpoint's weight, ``(d_out, d_in)``, in a dtype or by default in its own.
         base: ``fp32``, ``bf16``, ``int8`` or ``nf4``; decides the values.
         dtype: compute dtype, in which a dense store is kept.
         quantized: keep an ``int8`` or ``nf4`` base as its codes (less memory, a dequantization a pass) instead of
             as the dequantized values; the values are the same either way.
     """
-    if quantized and base in _QUANTIZED:
-        return _QUANTIZED[base](values)
-    return DenseWeight(base_values(values, base, dtype))
+    if not is_quantized(base):
+        return DenseWeight(read_dense(read, base, dtype))
+    # Int8 is quantized from fp16, whatever the checkpoint has.
+    codes = _QUANTIZED[base](read(torch.float16 if base == "int8" else None))
+    return codes if quantized else DenseWeight(codes.dense(dtype))
 
 
 class _DequantizedLinear(torch.autograd.Function):

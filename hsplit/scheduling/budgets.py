@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -27,3 +28,16 @@ class ServerBudget(Protocol):
     def memory_bytes(self) -> int: ...
     @property
     def flops(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class BudgetRequest:
+    """New values of one holder's budget.
+
+    Attributes:
+        holder: client name or ``server``.
+        values: budget field to new value, in the units of the cluster file.
+    """
+
+    holder: str
+    values: dict[str, float]

@@ -3,86 +3,140 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from hsplit.config import Policy
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.plan import Plan
 
 
-@dataclass
 class VirtualClock:
-    """An account of virtual seconds, kept beside a run; deterministic, and no statement about the wall.
+    """Virtual seconds of everything that a run does; deterministic, and no statement about the wall.
 
-    Not accounted: reading a segment's layers, which every holder does from its own disk, and the arithmetic
-    of an aggregation, which is small beside its transfers.
+    Every batch counts as a full one of ``max_length`` tokens, all of them supervised, as in plans. Clients compute
+    and send side by side; the server waits for the last of them.
 
-    Attributes:
+    Args:
         cost: what steps cost.
-        clients, server: the declared budgets.
-        virtual_time_s: the account: all that a checkpoint has to keep.
+        clients, server: the budgets in force.
     """
 
-    cost: CostModel
-    clients: Sequence[ClientBudget]
-    server: ServerBudget
-    virtual_time_s: float = 0.0
+    def __init__(self, cost: CostModel, clients: Sequence[ClientBudget], server: ServerBudget) -> None:
+        self._cost, self._server = cost, server
+        self._clients = {client.name: client for client in clients}
 
-    def step(self, plan: Plan, steps: int = 1, absent: Sequence[str] = ()) -> float:
-        """Account for local steps of all available clients; returns their seconds.
+    def step_s(self, plan: Plan) -> float:
+        """One local step of all available clients: METHOD 5's makespan."""
+        splits = _splits(plan)
+        phases = np.array([self._cost.times.client_times(self._clients[n])[k] for n, k in splits.items()])
+        return float(phases.max(axis=0).sum() + self._cost.times.server_times(self._server, self._counts(splits))[0])
+
+    def probe_s(self, plan: Plan) -> float:
+        """One importance probe: a batch forward and backward, and the gradient of every adapted weight."""
+        splits, batches = _splits(plan), self._cost.model.job.grad_accumulation
+        phases = []
+        for name, split in splits.items():
+            client = self._clients[name]
+            up, turn, down = self._cost.times.client_times(client)[split] / batches
+            phases.append((up, turn, down + self._gradient_flops[:split].sum() / client.flops))
+        counts = self._counts(splits)
+        deep = self._cost.times.server_times(self._server, counts)[0] / batches
+        deep += (self._cost.model.joined_clients(counts) @ self._gradient_flops)[0] / self._server.flops
+        return float(np.array(phases).max(axis=0).sum() + deep)
+
+    def aggregation_s(
+        self, plan: Plan, policy: Policy, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]
+    ) -> float:
+        """A round's end: adapters up, the aggregation, residual changes and restarts down.
+
+        Args:
+            plan: whose adapters are aggregated.
+            policy: its aggregation.
+            up_bytes, down_bytes: by client name.
+        """
+        arithmetic = self._aggregation_flops(plan, policy) / self._server.flops
+        return self.transfer_s(up_bytes) + arithmetic + self.transfer_s(down_bytes)
+
+    def transfer_s(self, nbytes: Mapping[str, int]) -> float:
+        """``nbytes`` by client name over every client's own link, until the last has it."""
+        sent = self._cost.times.sent_s
+        return max((sent(size, self._clients[name]) for name, size in nbytes.items()), default=0.0)
+
+    def reconfiguration_s(self, before: Plan, after: Plan, down_bytes: Mapping[str, int]) -> float:
+        """A change of plan: base weights of the layers that a client is new to, residuals and restarts.
+
+        Base weights count at the size of the run's base, as if they came over the client's link, which they need not
+        where its node has the model on disk. What the server takes over is on its own disk and does not count.
+
+        Args:
+            before, after: the two plans.
+            down_bytes: residuals and restarts by client name.
+        """
+        had = _splits(before)
+        moved = {
+            name: down_bytes.get(name, 0) + round(float(self._base_bytes[had.get(name, 0) : split].sum()))
+            for name, split in _splits(after).items()
+            if name in down_bytes or split > had.get(name, 0)
+        }
+        return self.transfer_s(moved)
+
+    def validation_s(self, plan: Plan, batches: Mapping[str, int]) -> float:
+        """Forward passes over each client's validation batches, joined one by one.
 
         Args:
             plan: the plan in force.
-            steps: how many.
-            absent: available clients that take no part in these steps.
+            batches: number of validation batches by client name.
         """
-        splits = {c.name: c.split or 0 for c in plan.available if c.name not in absent}
-        return self._add(steps * self._step_s(splits)) if splits else 0.0
-
-    def transfer(self, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]) -> float:
-        """Account for a round's end: adapters up to the aggregator, then residual changes and restarts down.
-
-        Args:
-            up_bytes, down_bytes: by client name; the clients' links work side by side.
-        """
-        return self._add(self._slowest_link_s(up_bytes) + self._slowest_link_s(down_bytes))
-
-    def validation(self, plan: Plan, batches: Mapping[str, int]) -> float:
-        """Account for forward passes over each client's validation batches, joined one by one.
-
-        Args:
-            plan: the plan in force.
-            batches: number of validation batches by client name, each counted as a full one.
-        """
-        splits = {c.name: c.split or 0 for c in plan.available if batches.get(c.name, 0) > 0}
+        splits = {name: k for name, k in _splits(plan).items() if batches.get(name, 0) > 0}
         seconds, done = 0.0, 0
         # Between two distinct batch counts the same clients take part.
         for count in sorted({batches[name] for name in splits}):
             taking_part = {name: split for name, split in splits.items() if batches[name] >= count}
             seconds += (count - done) * self._forward_s(taking_part)
             done = count
-        return self._add(seconds)
-
-    def _add(self, seconds: float) -> float:
-        self.virtual_time_s += seconds
         return seconds
 
-    def _budget(self, name: str) -> ClientBudget:
-        return next(c for c in self.clients if c.name == name)
-
-    def _step_s(self, splits: Mapping[str, int]) -> float:
-        """METHOD 5's makespan of the clients in ``splits``."""
-        phases = np.array([self.cost.times.client_times(self._budget(n))[k] for n, k in splits.items()])
-        counts = self.cost.model.clients_at(list(splits.values()))[None]
-        return float(phases.max(axis=0).sum() + self.cost.times.server_times(self.server, counts)[0])
-
     def _forward_s(self, splits: Mapping[str, int]) -> float:
-        clients = [self.cost.times.client_forward_s(self._budget(n), k) for n, k in splits.items()]
-        counts = self.cost.model.clients_at(list(splits.values()))[None]
+        clients = [self._cost.times.client_forward_s(self._clients[n], k) for n, k in splits.items()]
         up, tail = (max(phase) for phase in zip(*clients, strict=True))
-        return up + self.cost.times.server_forward_s(self.server, counts[0]) + tail
+        return up + self._cost.times.server_forward_s(self._server, self._counts(splits)[0]) + tail
 
-    def _slowest_link_s(self, nbytes: Mapping[str, int]) -> float:
-        return max((self.cost.times.sent_s(size, self._budget(name)) for name, size in nbytes.items()), default=0.0)
+    def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
+        return self._cost.model.clients_at(list(splits.values()))[None]
+
+    def _aggregation_flops(self, plan: Plan, policy: Policy) -> float:
+        """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
+        if policy.aggregation == "fedavg":
+            return 0.0
+        model = self._cost.model
+        rank: Ints = np.sum([model.rank_vector(holder.ranks) for holder in (*plan.available, plan.server)], axis=0)
+        cap, total = model.job.residual.max_rank, 0.0
+        decomposed = [rank] if policy.reinit == "svd" else []
+        if cap != "full":
+            decomposed.append(rank + cap)
+        for width in decomposed:
+            # Two QR with their Q formed and multiplied, and an SVD of the core.
+            total += float((6.0 * model.sides * width**2 + 22.0 * width**3).sum())
+        return total
+
+    @cached_property
+    def _gradient_flops(self) -> Floats:
+        """``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
+        model = self._cost.model
+        return model.by_layer([2.0 * model.rows * weight.parameters for weight in model.weights])
+
+    @cached_property
+    def _base_bytes(self) -> Floats:
+        """Each layer's base weights as they are stored, without residuals, ``(L,)``."""
+        model = self._cost.model
+        beside = model.by_layer(model.dtype.itemsize * model.residual_entries) if model.quantized else 0.0
+        base: Floats = model.stored_bytes - beside
+        return base
+
+
+def _splits(plan: Plan) -> dict[str, int]:
+    return {client.name: client.split or 0 for client in plan.available}

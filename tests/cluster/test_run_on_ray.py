@@ -21,8 +21,9 @@ from hsplit.config import RunConfig
 from hsplit.errors import InputError, RunError
 from hsplit.launcher import read_inputs
 from hsplit.models.source import find_model
+from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
-from tests.in_process import Recorder, coordinator, random_examples
+from tests.in_process import Recorder, planned_run, random_examples
 from tests.laws.reference import lora_A, lora_B, mean_loss, peft_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -93,12 +94,13 @@ def _assert_same_in_process(on_ray: hsplit.Run, tmp_path: Path) -> None:
     run = RunConfig.load(on_ray.path / "config.yaml")
     source = find_model(run.job.model)
     shares = read_inputs(run, source).shares
-    settings = run.job.model_dump(exclude={"model"})
-    here = coordinator(source.directory, tmp_path / "here", _plan(on_ray), shares, Recorder(), run.policy, **settings)
+    here = planned_run(run, source.directory, RunDirectory.create(tmp_path, "here"), shares, Recorder())
     here.run()
     ours = here.progress.metrics
     for column in ("val_loss", "train_loss"):
         assert [row[column] for row in ours][1:] == pytest.approx(on_ray.metrics[column].tolist()[1:], rel=1e-6)
+    for column in ("virtual_time_s", "bytes_up", "bytes_down", "captured_importance"):
+        assert [row[column] for row in ours] == on_ray.metrics[column].tolist()
 
 
 def test_law_e1_on_ray(cluster_file: Path, tmp_path: Path) -> None:

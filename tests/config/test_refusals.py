@@ -78,6 +78,28 @@ GROUPS = [
     (cluster(CLIENT, server="{tflops: .nan}"), "server.tflops: must be a finite number (got nan)"),
     (cluster(CLIENT, server="{num_gpus: -1}"), "server.num_gpus: must be at least 0 (got -1)"),
     (cluster(CLIENT, server="5"), "server: must be a mapping of keys (got 5)"),
+    # changes of budget
+    (
+        cluster(client(schedule="[{round: 1, memory_gb: 1}]")),
+        "clients[0].schedule[0].round: must be at least 2 (got 1)",
+    ),
+    (cluster(client(schedule="[{memory_gb: 1}]")), "clients[0].schedule[0].round: is required"),
+    (
+        cluster(client(schedule="[{round: 2}]")),
+        "clients[0].schedule[0]: must change at least one of: memory_gb, tflops, bandwidth_mbps, latency_ms",
+    ),
+    (
+        cluster(client(schedule="[{round: 2, memory_gb: 0}]")),
+        "clients[0].schedule[0].memory_gb: must be greater than 0 (got 0)",
+    ),
+    (
+        cluster(client(schedule="[{round: 3, tflops: 1}, {round: 2, tflops: 2}]")),
+        "clients[0].schedule: must be in the order of its rounds, each once (got 3, then 2)",
+    ),
+    (
+        cluster(CLIENT, server="{schedule: [{round: 2, latency_ms: 1}]}"),
+        "server.schedule[0].latency_ms: the server's budget has no such part (it has memory_gb, tflops)",
+    ),
     # distributions
     (
         cluster(client(memory_gb="{uniform: [20, 5]}")),
@@ -272,6 +294,12 @@ POLICIES = [
     ("{name: a/b}", "name: must be 1 to 64 letters"),
     ('{description: "\\ud800"}', "description: must be valid Unicode text (got '\\ud800')"),
     ("{rank: 3}", "rank: unknown key (did you mean 'ranks'?)"),
+    ("{importance: {metric: magic}}", "importance.metric: must be 'rngwp' or 'equal' (got 'magic')"),
+    ("{importance: {tokens: 0}}", "importance.tokens: must be at least 1 (got 0)"),
+    ("{importance: {lam_0: 1.5}}", "importance.lam_0: must be at most 1 (got 1.5)"),
+    ("{replan: {tau: -1}}", "replan.tau: must be a number from 0 to 2, or null (got -1)"),
+    ("{replan: {tau: never}}", "replan.tau: must be a number from 0 to 2, or null (got 'never')"),
+    ("{replan: {min_rounds: 0}}", "replan.min_rounds: must be at least 1 (got 0)"),
     (
         "{aggregation: fedavg}",
         "aggregation: fedavg averages factors of equal shape, so it needs one rank for all: set ranks to"

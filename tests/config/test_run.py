@@ -30,6 +30,24 @@ def test_clients_are_counted_out_in_si_units(write: Any) -> None:
     assert (config.server.memory_bytes, config.server.flops) == (8_000_000_000, 2e13)
 
 
+def test_changes_of_budget_are_every_clients_of_the_group(write: Any, tmp_path: Path) -> None:
+    group = "{name: phone, count: 2, memory_gb: 1, schedule: [{round: 3, memory_gb: 0.5}, {round: 5, tflops: 2}]}"
+    config = load_run_config(write("c.yaml", f"server: {{schedule: [{{round: 2, tflops: 1}}]}}\nclients: [{group}]\n"))
+    for client in config.clients:
+        assert [(c.round, c.values()) for c in client.schedule] == [(3, {"memory_gb": 0.5}), (5, {"tflops": 2.0})]
+    assert config.clients[0].changed(config.clients[0].schedule[0].values()).memory_bytes == 500_000_000
+    assert config.server.schedule[0].values() == {"tflops": 1.0}
+    config.save(tmp_path / "config.yaml")
+    assert RunConfig.load(tmp_path / "config.yaml") == config
+
+
+def test_only_a_plan_that_depends_on_importance_needs_a_probe() -> None:
+    assert Policy().probes
+    assert Policy(ranks=4).probes
+    assert not Policy(split=2, ranks="uniform").probes
+    assert not Policy.model_validate({"importance": {"metric": "equal"}}).probes
+
+
 def test_defaults(write: Any) -> None:
     config = load_run_config(write("c.yaml", TWO))
     assert config.job == Job()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from tests.in_process import Recorder, coordinator, fixed_plan
 from tests.laws.reference import mean_loss, peft_model
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def _assert_parity(tmp_path: Path, split: int, labels: str, base: str, steps: int) -> None:

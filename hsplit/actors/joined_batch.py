@@ -1,0 +1,111 @@
+"""The depth-joined batch: every client's tokens through the deep layers at once (METHOD 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsplit.actors.messages import Activations, WireTensor
+from hsplit.models.packing import Packing
+from hsplit.models.segment import Segment
+from hsplit.models.tail import Tail
+
+
+@dataclass
+class JoinedBatch:
+    """All clients' tokens after the last layer. Every method keeps to the order of ``messages``.
+
+    Attributes:
+        output: ``(n, d)``.
+        messages: the clients' messages, in the order in which they came.
+        inputs: each client's hidden states at its split point, leaves of the graph.
+        tokens: each client's tokens of ``output``.
+    """
+
+    output: Tensor
+    messages: tuple[Activations, ...]
+    inputs: dict[str, Tensor]
+    tokens: dict[str, slice]
+
+    @staticmethod
+    def run(
+        segment: Segment,
+        layers: int,
+        messages: Sequence[Activations],
+        dtype: torch.dtype,
+        device: torch.device,
+        differentiable: Callable[[Activations], bool],
+    ) -> JoinedBatch:
+        """Run the deep layers: start with the shallowest split, let tokens join where their client's split lies.
+
+        Args:
+            segment: holds the layers from the shallowest split on.
+            layers: of the whole model.
+            messages: one a client.
+            dtype: compute dtype.
+            device: where ``segment`` is.
+            differentiable: whose hidden states require a gradient.
+        """
+        by_depth = sorted(messages, key=lambda m: m.split)
+        inputs: dict[str, Tensor] = {}
+        tokens: dict[str, slice] = {}
+        lengths: tuple[int, ...] = ()
+        hidden: Tensor | None = None
+        depth = by_depth[0].split
+        for message in by_depth:
+            if hidden is not None and message.split > depth:
+                hidden = segment.run(hidden, Packing.of(lengths, device), depth, message.split)
+                depth = message.split
+            joining = message.hidden.unpack(dtype, device)
+            inputs[message.client] = joining.requires_grad_(differentiable(message))
+            start = 0 if hidden is None else hidden.shape[0]
+            tokens[message.client] = slice(start, start + joining.shape[0])
+            lengths += message.lengths
+            hidden = joining if hidden is None else torch.cat([hidden, joining])
+        assert hidden is not None
+        output = segment.run(hidden, Packing.of(lengths, device), depth, layers)
+        return JoinedBatch(output, tuple(messages), inputs, tokens)
+
+    def losses(self, tail: Tail) -> tuple[Tensor, Tensor]:
+        """Cross-entropy sum and number of supervised tokens of each client, ``(clients,)`` each."""
+        count, n, device = len(self.messages), self.output.shape[0], self.output.device
+        targets = torch.empty(n, dtype=torch.int64, device=device)
+        owner = torch.empty(n, dtype=torch.int64, device=device)
+        for index, message in enumerate(self.messages):
+            assert message.targets is not None
+            targets[self.tokens[message.client]] = torch.tensor(message.targets, dtype=torch.int64, device=device)
+            owner[self.tokens[message.client]] = index
+        # One selection from the joined batch: a copy a client would be as many more hidden states.
+        at = targets != -100
+        losses, owner = tail.token_losses(self.output[at], targets[at]), owner[at]
+        sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
+        return sums, torch.bincount(owner, minlength=count)
+
+    def outputs(self, wire: str) -> tuple[WireTensor, ...]:
+        """The last layer's output for each client's tokens ``(n_c, d)``, at the wire dtype."""
+        return tuple(WireTensor.pack(self.output[self.tokens[m.client]], wire) for m in self.messages)
+
+    def upstream(self, gradients: Sequence[Activations | WireTensor]) -> Tensor:
+        """U-shape: the clients' gradients, one a message, as the gradient of the joined output ``(n, d)``."""
+        upstream = torch.zeros_like(self.output)
+        for message, gradient in zip(self.messages, gradients, strict=True):
+            assert isinstance(gradient, WireTensor)
+            upstream[self.tokens[message.client]] = gradient.unpack(upstream.dtype, upstream.device)
+        return upstream
+
+    def gradients(self, wire: str) -> tuple[WireTensor | None, ...]:
+        """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
+
+        ``None`` for a client without layers.
+        """
+        returned: list[WireTensor | None] = []
+        for message in self.messages:
+            gradient = self.inputs[message.client].grad
+            if gradient is None or message.split == 0:
+                returned.append(None)
+            else:
+                returned.append(WireTensor.pack(gradient / max(message.step_supervised, 1), wire))
+        return tuple(returned)

@@ -1,0 +1,232 @@
+"""The most bytes that a holder really had allocated, read from the allocator itself (METHOD 4).
+
+On CUDA these are the caching allocator's own counters. On a CPU they are the events that PyTorch's allocator reports to
+its profiler: every block with its address, when it is given out and when it is freed. Nothing is shared with the code
+that predicts memory.
+
+What is not seen on a CPU: what does not come from PyTorch's allocator (Python objects, tokens, workspaces inside a
+kernel), and what threads other than the caller's allocate. A backward pass on a CPU runs on the caller's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# The profiler's library announces every start and stop on stderr; it reads its log level when it is first used.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class PeakMemory:
+    """Most bytes allocated above the start.
+
+    A holder's method calls are separate windows, and a profiler runs only inside them. Blocks are followed by address,
+    so that what one window leaves allocated is there when the next begins. Tensors that cross a window's border, as
+    arguments or as results, are watched by weak references: they count from when the holder has them until they are
+    gone, whoever lets them go. Arrays among the arguments count while the call works on them.
+
+    Between windows a holder may allocate what it frees again; what stays of such a call is not seen.
+
+    Args:
+        device: where the holder computes. On CUDA the counters are the process's: one holder a process.
+        enabled: without it nothing is measured and :meth:`peak_bytes` is 0.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool = True) -> None:
+        self._cuda = enabled and device.type == "cuda"
+        self._profiles = enabled and not self._cuda
+        self._device = device
+        self._live: dict[int, int] = {}
+        self._watched: dict[int, StorageWeakRef] = {}
+        self._now = self._peak = 0
+        self._open = False
+        self._steps: set[int] = set()
+        self._measured: set[str] = set()
+        self._start = torch.cuda.memory_allocated(device) if self._cuda else 0
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def peak_bytes(self) -> int:
+        """Most bytes above the start since the last call; the peak then begins anew at the bytes held now."""
+        if self._cuda:
+            most = torch.cuda.max_memory_allocated(self._device) - self._start
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return most
+        self._forget_expired()
+        most, self._peak = self._peak, self._now
+        return most
+
+    @contextmanager
+    def window(self, *received: Any) -> Iterator[Callable[[Any], None]]:
+        """Measure what happens inside. A window inside another is part of it.
+
+        Args:
+            received: arguments; the tensors and arrays in them are the holder's while it works on them.
+
+        Yields:
+            A function to be told what the window returns, which outlives it as long as somebody keeps it.
+        """
+        if not self._profiles or self._open:
+            yield lambda result: None
+            return
+        self._forget_expired()
+        beside = self._receive(received)
+        self._peak = max(self._peak, self._now + beside)
+        results: list[Any] = []
+        profiler = torch.autograd.profiler.profile(profile_memory=True)
+        self._open = True
+        try:
+            with profiler:
+                yield results.append
+        finally:
+            self._open = False
+            for address, size in _blocks(profiler):
+                self._follow(address, size)
+                self._peak = max(self._peak, self._now + beside)
+            for storage in _storages(results):
+                if storage.data_ptr() in self._live:
+                    self._watched[storage.data_ptr()] = StorageWeakRef(storage)
+
+    def begin_round(self) -> None:
+        """The holder has changed: what is measured only now and then is measured again."""
+        self._steps.clear()
+        self._measured.clear()
+
+    def selects_step(self, step: int) -> bool:
+        """Whether ``step`` is one of the first two since :meth:`begin_round`.
+
+        The first one makes the optimizer's moments, the second is the first to run beside them; later ones free what
+        they allocate.
+        """
+        if step not in self._steps and len(self._steps) < 2:
+            self._steps.add(step)
+        return step in self._steps
+
+    def selects_call(self, method: str) -> bool:
+        """Whether this is the first call of ``method`` since :meth:`begin_round`."""
+        first = method not in self._measured
+        self._measured.add(method)
+        return first
+
+    def _receive(self, received: Any) -> int:
+        """Take over the tensors that the caller gave; returns the bytes of the arrays beside them."""
+        for storage in _storages(received):
+            address = storage.data_ptr()
+            if address not in self._live:
+                self._follow(address, storage.nbytes())
+                self._watched[address] = StorageWeakRef(storage)
+        # An array over a tensor's memory that is in the account already does not count twice.
+        arrays = {array.ctypes.data: array.nbytes for array in _leaves(received, np.ndarray)}
+        return sum(size for address, size in arrays.items() if address not in self._live)
+
+    def _follow(self, address: int, size: int) -> None:
+        """``size`` bytes were given out at ``address``, or the block there was freed (``size <= 0``)."""
+        self._watched.pop(address, None)
+        # An address that is given out a second time was freed where nobody looked.
+        self._now -= self._live.pop(address, 0)
+        if size > 0:
+            self._live[address] = size
+            self._now += size
+
+    def _forget_expired(self) -> None:
+        for address in [a for a, storage in self._watched.items() if storage.expired()]:
+            self._follow(address, 0)
+
+
+def measured(method: _Method) -> _Method:
+    """Measure every call of a holder's ``method``: one that sets up, changes or hands over what it holds.
+
+    The holder keeps its :class:`PeakMemory` as ``_memory``.
+    """
+
+    @functools.wraps(method)
+    def call(holder: Any, *arguments: Any) -> Any:
+        holder._memory.begin_round()
+        return _windowed(method, holder, arguments)
+
+    return cast(_Method, call)
+
+
+def measured_in_first_steps(method: _Method) -> _Method:
+    """Measure a holder's ``method(step, ...)`` in the first two local steps of each round: a profiler takes time."""
+
+    @functools.wraps(method)
+    def call(holder: Any, step: int, *arguments: Any) -> Any:
+        if holder._memory.selects_step(step):
+            return _windowed(method, holder, (step, *arguments))
+        return method(holder, step, *arguments)
+
+    return cast(_Method, call)
+
+
+def measured_once_a_round(method: _Method) -> _Method:
+    """Measure the first call of a holder's ``method`` in each round: the first batch of a validation."""
+
+    @functools.wraps(method)
+    def call(holder: Any, *arguments: Any) -> Any:
+        if holder._memory.selects_call(method.__name__):
+            return _windowed(method, holder, arguments)
+        return method(holder, *arguments)
+
+    return cast(_Method, call)
+
+
+def _windowed(method: Callable[..., Any], holder: Any, arguments: tuple[Any, ...]) -> Any:
+    with holder._memory.window(*arguments) as returns:
+        result = method(holder, *arguments)
+        returns(result)
+    return result
+
+
+def _blocks(profiler: Any) -> list[tuple[int, int]]:
+    """Address and size of every block given out, and freed with its size below 0, in the order of time."""
+    events = list(reversed(profiler.kineto_results.experimental_event_tree()))
+    found = []
+    while events:
+        event = events.pop()
+        events.extend(reversed(event.children))
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    # Stable: the tree gives a thread's events in their order.
+    found.sort(key=lambda block: block[0])
+    return [(address, size) for _, address, size in found]
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """Storages on the CPU of every tensor in ``values``, and of those that arrays in it are views of."""
+    owners = [_owner(array) for array in _leaves(values, np.ndarray)]
+    tensors = [*_leaves(values, Tensor), *(owner for owner in owners if isinstance(owner, Tensor))]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu" and tensor.nbytes]
+
+
+def _owner(array: Any) -> Any:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array
+
+
+def _leaves(value: Any, kind: type) -> list[Any]:
+    """Everything of ``kind`` inside sequences, mappings and dataclasses."""
+    if isinstance(value, kind):
+        return [value]
+    if isinstance(value, Mapping):
+        inner: list[Any] = list(value.values())
+    elif isinstance(value, list | tuple):
+        inner = list(value)
+    elif is_dataclass(value):
+        inner = [getattr(value, field.name) for field in fields(value)]
+    else:
+        return []
+    return [leaf for part in inner for leaf in _leaves(part, kind)]

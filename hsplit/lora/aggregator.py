@@ -1,0 +1,150 @@
+"""The aggregator: what earlier rounds have learned, weight by weight, and what every holder goes on with (METHOD 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hsplit.config import Job, Policy
+from hsplit.lora.aggregation import AGGREGATIONS, Contribution
+from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.low_rank import LowRank
+from hsplit.lora.residual import Residual
+from hsplit.models.segment import LinearShape
+
+Ranks = Mapping[str, Mapping[str, int]]
+"""Ranks by holder and weight."""
+
+
+class Aggregator:
+    """Keeps ``R_w`` and the common restart of every adapted weight.
+
+    Args:
+        shapes: every adapted weight of the model.
+        job, policy: the run's settings.
+        master: dtype of what is kept: fp32, or fp64 in fp64 runs.
+        merges: whether holders merge the residual into a working weight, so that they need it whole at each change.
+    """
+
+    def __init__(
+        self, shapes: Sequence[LinearShape], job: Job, policy: Policy, master: torch.dtype, *, merges: bool
+    ) -> None:
+        self._policy, self._merges = policy, merges
+        cap = None if job.residual.max_rank == "full" else job.residual.max_rank
+        self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
+        self._common: dict[str, LowRank] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all residuals together."""
+        return sum(residual.nbytes for residual in self.residuals.values())
+
+    def aggregate(self, held: Sequence[HeldAdapters], next_ranks: Ranks) -> float:
+        """Aggregate every weight over its holders.
+
+        Args:
+            held: every holder's adapters at the end of the round.
+            next_ranks: of those who hold the weights from now on.
+
+        Returns:
+            The largest part of a residual that its cap cut, as a relative Frobenius norm.
+        """
+        rule = AGGREGATIONS[self._policy.aggregation]
+        cut = 0.0
+        before, self._common = self._common, {}
+        for name, residual in self.residuals.items():
+            holders = [h for h in held if name in h.terms]
+            tokens = [h.tokens.get(h.layers[name], 0) for h in holders]
+            total = sum(tokens)
+            if total == 0:
+                # Nobody trained it: the adapters still are what they restarted with, and do so again.
+                if name in before:
+                    self._common[name] = before[name]
+                continue
+            contributions = [
+                Contribution(_on_cpu(h.terms[name]), count / total)
+                for h, count in zip(holders, tokens, strict=True)
+                if count
+            ]
+            outcome = rule(contributions, self._policy.reinit, _smallest_rank(name, next_ranks))
+            if outcome.residual is not None:
+                cut = max(cut, residual.add(outcome.residual))
+            if outcome.common is not None:
+                self._common[name] = outcome.common
+        return cut
+
+    def fit_restarts(self, next_ranks: Ranks) -> tuple[float, set[str]]:
+        """Make the common restarts fit holders of other ranks: what no longer fits joins the residual (law E4).
+
+        Args:
+            next_ranks: of those who hold the weights from now on; their adapters have not been trained since the
+                last aggregation.
+
+        Returns:
+            What caps cut, as :meth:`aggregate` does, and the weights that change for every holder.
+        """
+        cut, changed = 0.0, set()
+        for name, common in list(self._common.items()):
+            room = _smallest_rank(name, next_ranks)
+            if common.rank <= room:
+                continue
+            # Exact for any factors: the sum of what stays and what joins the residual is what was there.
+            cut = max(cut, self.residuals[name].add(common.from_rank(room)))
+            changed.add(name)
+            if room:
+                self._common[name] = common.up_to_rank(room)
+            else:
+                del self._common[name]
+        return cut, changed
+
+    def update_for(self, round_: int, names: Iterable[str], whole: Iterable[str] = ()) -> RoundUpdate:
+        """What a holder of ``names`` needs to begin ``round_``: changes since :meth:`mark_sent` and restarts.
+
+        Args:
+            whole: those of ``names`` whose residual it does not have yet.
+        """
+        names, new = list(names), set(whole)
+        changes = {n: self.residuals[n].update(self._merges or n in new) for n in names}
+        return RoundUpdate(
+            round_,
+            {name: change for name, change in changes.items() if change is not None},
+            {name: self._common[name] for name in names if name in self._common},
+        )
+
+    def mark_sent(self) -> None:
+        """Every holder now follows every residual."""
+        for residual in self.residuals.values():
+            residual.mark_sent()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every residual and every common restart, for a checkpoint."""
+        tensors = {}
+        for name, residual in self.residuals.items():
+            if residual.matrix is not None:
+                tensors[f"residual.{name}.matrix"] = residual.matrix
+            elif residual.rank:
+                tensors[f"residual.{name}.B"] = residual.factors.B.contiguous()
+                tensors[f"residual.{name}.A"] = residual.factors.A.contiguous()
+        for name, common in self._common.items():
+            tensors[f"common.{name}.B"] = common.B.contiguous()
+            tensors[f"common.{name}.A"] = common.A.contiguous()
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        for name, residual in self.residuals.items():
+            matrix, B = tensors.get(f"residual.{name}.matrix"), tensors.get(f"residual.{name}.B")
+            factors = None if B is None else LowRank(B, tensors[f"residual.{name}.A"])
+            residual.restore(factors, matrix)
+            if f"common.{name}.B" in tensors:
+                self._common[name] = LowRank(tensors[f"common.{name}.B"], tensors[f"common.{name}.A"])
+
+
+def _smallest_rank(name: str, ranks: Ranks) -> int:
+    return min((own[name] for own in ranks.values() if own.get(name, 0) > 0), default=0)
+
+
+def _on_cpu(term: LowRank) -> LowRank:
+    return LowRank(term.B.cpu(), term.A.cpu())

@@ -1,0 +1,192 @@
+"""The probe behind important weight identification: ``sum |W G|`` of every adapted weight of a segment (METHOD 3).
+
+A gradient with respect to a weight is ``G = delta^T x``: ``x`` is the input of its linear, ``delta`` the gradient of
+its output. The probe keeps a reference to ``x`` in the forward, forms ``G`` when ``delta`` arrives in the backward,
+reduces it to one number a client and drops it. No gradient of a weight or of an adapter is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsplit.lora.adapted_linear import AdaptedLinear
+from hsplit.lora.adapters import AdapterSet
+from hsplit.models.segment import LinearShape, Segment
+
+# Rows of G and of the effective weight are formed this many bytes at a time (one row, where a row is larger).
+PROBE_CHUNK_BYTES = 1 << 20
+
+
+def probe_working_bytes(d_out: int, d_in: int, tokens: int, directions: int, dtype: torch.dtype) -> int:
+    """Most bytes that scoring one weight allocates at once beside the activations that training keeps too.
+
+    A chunk of ``G`` and one of the effective weight; under a compute dtype narrower than fp32 also ``x``, ``delta`` and
+    the residual's factors, widened. A weight kept as codes is dequantized whole for its turn, as
+    it is once more in the same backward, right after: that is reserved for training already.
+
+    Args:
+        d_out, d_in: the weight's shape.
+        tokens: packed tokens of the batch, all clients' together.
+        directions: the rank of the residual where it is applied beside the base, 0 elsewhere.
+        dtype: compute dtype.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    chunks = 2 * max(PROBE_CHUNK_BYTES, d_in * exact.itemsize)
+    chunks = min(chunks, 2 * d_out * d_in * exact.itemsize)
+    return chunks if dtype == exact else chunks + (tokens + directions) * (d_out + d_in) * exact.itemsize
+
+
+@dataclass(frozen=True)
+class ProbedRows:
+    """One client's tokens in a probe.
+
+    Attributes:
+        client: whose they are.
+        tokens: where they stand among the packed tokens.
+        first: the first of this holder's layers that they pass through.
+        divisor: what turns the gradient that the backward carries into that of the client's own mean loss: its
+            supervised tokens for a backward of the token sum, 1 for one of the mean.
+    """
+
+    client: str
+    tokens: slice
+    first: int
+    divisor: int
+
+
+class ImportanceProbe:
+    """Scores the adapted weights of a segment over one forward and one backward.
+
+    The adapters count as part of the weights but get no gradient, so optimizer and training see nothing of a probe.
+    The caller switches dropout off and makes the first hidden state require a gradient: with a frozen embedding nothing
+    would at the first layer, and its first linears could not report.
+
+    Args:
+        segment: what is held here.
+        adapters: the live factors, attached to ``segment``.
+        shapes: the weights to score; those that ``segment`` does not hold are passed over.
+    """
+
+    def __init__(self, segment: Segment, adapters: AdapterSet, shapes: Sequence[LinearShape]) -> None:
+        self._linears = segment.linears
+        self._adapters = adapters
+        self._shapes = [shape for shape in shapes if shape.name in self._linears]
+        self._rows: Sequence[ProbedRows] = ()
+        self._inputs: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, str], Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run the forward inside: each linear's input is kept, and the graph is built without the adapters' leaves."""
+        handles = [self._linears[shape.name].register_forward_hook(self._watch(shape)) for shape in self._shapes]
+        adapters = self._adapters
+        try:
+            for name in adapters.names:
+                live = adapters.A(name).detach(), adapters.B(name).detach()
+                self._linears[name].set_adapter(*live, adapters.scale(name))
+            yield
+        finally:
+            for name in adapters.names:
+                self._linears[name].set_adapter(adapters.A(name), adapters.B(name), adapters.scale(name))
+            for handle in handles:
+                handle.remove()
+
+    def scores(
+        self, output: Tensor, gradient: Tensor | None, rows: Sequence[ProbedRows]
+    ) -> dict[str, dict[str, float]]:
+        """Run the backward from ``output`` and score.
+
+        Args:
+            output: what the forward under :meth:`watching` led to.
+            gradient: of the loss with respect to ``output``; ``None`` where ``output`` is the loss.
+            rows: whose tokens are to be scored; each client alone, never the joint sum.
+
+        Returns:
+            ``sum_ij |W_ij G_ij|`` by weight name by client, ``G`` being the gradient of that client's mean loss at the
+            effective weight ``W``.
+
+        Raises:
+            RuntimeError: a weight that a client's tokens passed through has not reported.
+        """
+        self._rows = rows
+        try:
+            if output.requires_grad:
+                output.backward(gradient)
+        finally:
+            self._inputs.clear()
+        found = {
+            row.client: {
+                shape.name: float(self._sums[row.client, shape.name]) / row.divisor
+                for shape in self._shapes
+                if (row.client, shape.name) in self._sums
+            }
+            for row in rows
+        }
+        for row in rows:
+            missing = [s.name for s in self._shapes if s.layer >= row.first and s.name not in found[row.client]]
+            if missing:
+                raise RuntimeError(f"no gradient of {row.client}'s probe reached {', '.join(missing)}")
+        return found
+
+    def _watch(self, shape: LinearShape) -> Any:
+        def keep_input(linear: AdaptedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                self._inputs[shape.name] = inputs[0].detach()
+                output.register_hook(lambda delta: self._score(shape, linear, delta))
+
+        return keep_input
+
+    @torch.no_grad()
+    def _score(self, shape: LinearShape, linear: AdaptedLinear, delta: Tensor) -> None:
+        """Reduce the gradient of one weight to a number a client, a chunk of its rows at a time."""
+        exact = torch.promote_types(linear.compute_dtype, torch.float32)
+        x = self._inputs.pop(shape.name).reshape(-1, shape.d_in).to(exact)
+        delta = delta.reshape(-1, shape.d_out).to(exact)
+        owners = [row for row in self._rows if shape.layer >= row.first]
+        sums = [torch.zeros((), dtype=torch.float64, device=delta.device) for _ in owners]
+        weight = _EffectiveWeight(shape.name, linear, self._adapters, exact)
+        rows = max(1, PROBE_CHUNK_BYTES // (shape.d_in * exact.itemsize))
+        for start in range(0, shape.d_out, rows):
+            chunk = slice(start, start + rows)
+            W = weight.rows(chunk)
+            for owner, total in zip(owners, sums, strict=True):
+                G = delta[owner.tokens, chunk].T @ x[owner.tokens]
+                total += G.mul_(W).abs_().sum(dtype=torch.float64)
+                del G
+        for owner, total in zip(owners, sums, strict=True):
+            self._sums[owner.client, shape.name] = total
+
+
+class _EffectiveWeight:
+    """``W_0 + R + s B A`` of one linear, by chunks of rows in dtype ``exact``.
+
+    The base's values are those of the compute dtype, which the forward has used: a dense store is read in place, codes
+    are dequantized whole.
+    """
+
+    def __init__(self, name: str, linear: AdaptedLinear, adapters: AdapterSet, exact: torch.dtype) -> None:
+        self._exact = exact
+        self._base = linear.weight.dense(linear.compute_dtype)
+        # A merged residual is in the base's working weight; what is beside it is one of these two.
+        self._matrix, residual = linear._residual_matrix, linear._residual
+        self._terms: list[tuple[Tensor, Tensor, float]] = []
+        if residual is not None:
+            self._terms.append((residual.B.to(exact), residual.A.to(exact), 1.0))
+        if name in adapters.names:
+            live = adapters.B(name).detach().to(exact), adapters.A(name).detach().to(exact)
+            self._terms.append((*live, adapters.scale(name)))
+
+    def rows(self, chunk: slice) -> Tensor:
+        """Rows ``chunk`` of the weight: ``(rows, d_in)``, a tensor of its own."""
+        values = self._base[chunk].to(self._exact, copy=True)
+        if self._matrix is not None:
+            values += self._matrix[chunk]
+        for B, A, scale in self._terms:
+            values.addmm_(B[chunk], A, alpha=scale)
+        return values
