@@ -70,6 +70,7 @@ class Coordinator:
         self._plans = MetricsTable(directory.plan, PlanRow)
         self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
         self._clients: list[str] = []
+        self._unavailable: set[str] = set()
         self._validation_batches: dict[str, int] = {}
         self._step_time_s = 0.0
         self._measured_s: dict[str, float] = {}
@@ -147,7 +148,7 @@ class Coordinator:
         self._note("resumed", f"resumed from {checkpoint.name}")
 
     def _adopt(self, plan: Plan) -> None:
-        """Put ``plan`` in force and say who cannot take part."""
+        """Put ``plan`` in force and say who cannot take part any more."""
         self._plan = plan
         self._clients = [client.name for client in plan.available]
         self.progress.plan = plan.to_json()
@@ -155,12 +156,13 @@ class Coordinator:
         self._events.write("planned", f"plan by {plan.importance}", round=self.progress.round, plan=self.progress.plan)
         self._display.plan(plan)
         for client in plan.clients:
-            if not client.available:
+            if not client.available and client.name not in self._unavailable:
                 text = (
                     f"{client.name} is unavailable: it lacks {client.lacking_bytes / 1e6:.1f} MB of memory "
                     "for the smallest part of the model"
                 )
                 self._note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
+        self._unavailable = {client.name for client in plan.clients if not client.available}
 
     def _load_data(self, clients: list[str]) -> None:
         own = {client.name: client.data for client in self._run.clients}
@@ -217,7 +219,8 @@ class Coordinator:
         for text in refused:
             self._note("refused", text, round=done)
         for request in asked:
-            self._events.write("budget", f"{request.holder} asked for a new budget", round=done, **asdict(request))
+            asked_for = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+            self._events.write("budget", f"{request.holder}: {asked_for} asked for", round=done, **asdict(request))
         return [*requests, *asked]
 
     def _probe(self) -> list[ImportanceReport]:

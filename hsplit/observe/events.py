@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-ROUTINE_EVENTS = frozenset({"started", "planned", "step", "validated", "round", "checkpoint", "finished"})
-"""Kinds that are the normal course of a run; a report lists the events of every other kind."""
+ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validated", "round", "checkpoint", "finished"})
+"""Kinds that are the normal course of a run; a report lists the events of every other kind, ``replanned`` and
+``budget`` among them."""
 
 _RESERVED = ("time", "event", "text")
 _BLOCK_BYTES = 1 << 16

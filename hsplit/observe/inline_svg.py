@@ -21,6 +21,7 @@ _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 _PAGE_COLOURS = {INK: "currentColor", GRID: "var(--line)"}
 _REFERENCE = re.compile(r"url\(#")
+_FINE_DIGITS = re.compile(r"(\.\d\d)\d+")
 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: to be selected, searched and read aloud
@@ -86,12 +87,20 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def literal(name: str) -> str:
+    """``name`` without what matplotlib takes for mathematics, or for a label to leave out of a legend."""
+    return f"\u200b{name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
+
+
 def _adapt(element: ElementTree.Element, key: str) -> None:
     for name, value in element.attrib.items():
         if name == "id":
             value = f"{key}-{value}"
         elif name == _XLINK:
             value = value.replace("#", f"#{key}-", 1)
+        elif name == "d":
+            # a hundredth of a point is not seen, and most of a heat map's bytes would be finer digits
+            value = _FINE_DIGITS.sub(r"\1", value)
         else:
             value = _REFERENCE.sub(f"url(#{key}-", value)
         if name in ("style", "fill", "stroke"):

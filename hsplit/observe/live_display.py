@@ -67,9 +67,11 @@ class LiveDisplay:
             self._console.print(Text(printable(line)))
 
     def plan(self, plan: Plan) -> None:
-        """Show the plan, and begin to redraw."""
+        """Show the plan, and begin to redraw; one that replaces another is shown in its place."""
         for line in plan_lines(plan):
             self._console.print(Text(printable(line)))
+        if self._plan is not None:
+            self._welcome(self._plan, plan)
         self._plan = plan
         if not self._live.is_started:  # not earlier: until there is a plan there is nothing to redraw
             self._live.start()
@@ -110,6 +112,12 @@ class LiveDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def _welcome(self, before: Plan, after: Plan) -> None:
+        """Who takes part from now on trains as the others do; a loss from before it was away would be stale."""
+        back = {client.name for client in after.available} - {client.name for client in before.available}
+        self._losses = {name: loss for name, loss in self._losses.items() if name not in back}
+        self._states = {**self._states, **dict.fromkeys(back, "training")}
 
     def _frame(self) -> RenderableType:
         if self._plan is None:

@@ -8,25 +8,15 @@ from typing import Self, TextIO
 
 from hsplit.observe.metrics import MetricsRow
 from hsplit.observe.pace import Pace
-from hsplit.observe.wording import (
-    bytes_text,
-    duration_text,
-    lacking_text,
-    layers_held,
-    memory_text,
-    number_text,
-    plan_lines,
-    printable,
-    ranks_range,
-    split_text,
-)
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.observe.plan_changes import holder_line, plan_changes
+from hsplit.observe.wording import bytes_text, duration_text, number_text, plan_lines, printable
+from hsplit.scheduling.plan import Plan
 
 _ASCII = str.maketrans({"–": "-", "Σ": "sum", "→": "->", "…": "..."})
 
 
 class PlainDisplay:
-    """Prints a line at the start, one a holder for a plan, one every few steps, and one a round.
+    """Prints a line at the start, one a holder that a plan concerns, one every few steps, and one a round.
 
     Args:
         stream: where to; each line is flushed.
@@ -47,6 +37,7 @@ class PlainDisplay:
         self._names_shown = names_shown
         self._pace = pace or Pace()
         self._stepped = False
+        self._plan: Plan | None = None
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
         """Print the run's name and what it runs on."""
@@ -55,11 +46,15 @@ class PlainDisplay:
             self._print(f"  {line}")
 
     def plan(self, plan: Plan) -> None:
-        """Print who holds what."""
-        self._print("plan:")
-        for holder in (*plan.clients, plan.server):
-            self._print(f"  {_holder_line(holder, plan.layers)}")
-        for line in plan_lines(plan):
+        """Print who holds what; of a plan that replaces another, only what it changes."""
+        if self._plan is None:
+            self._print("plan:")
+            lines = [holder_line(holder, plan.layers) for holder in (*plan.clients, plan.server)]
+        else:
+            self._print("new plan:")
+            lines = plan_changes(self._plan, plan) or ["every holder keeps its part"]
+        self._plan = plan
+        for line in (*lines, *plan_lines(plan)):
             self._print(f"  {line}")
 
     def step(
@@ -127,17 +122,3 @@ class PlainDisplay:
         except UnicodeEncodeError:
             line = line.translate(_ASCII).encode(encoding, "replace").decode(encoding)
         print(line, file=self._stream, flush=True)
-
-
-def _holder_line(holder: HolderPlan, layers: int) -> str:
-    name = "server" if holder.kind == "server" else f"{holder.name} (client)"
-    if not holder.available:
-        return f"{name}: {lacking_text(holder)} (declared {bytes_text(holder.declared_bytes)})"
-    parts = [
-        f"split {split_text(holder, layers)}",
-        f"layers {layers_held(holder, layers)}",
-        f"ranks {ranks_range(holder.ranks)}",
-        f"memory {memory_text(holder)}",
-        f"{number_text(holder.step_time_s, 's')} a step (virtual)",
-    ]
-    return f"{name}: {', '.join(parts)}"

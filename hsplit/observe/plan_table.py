@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from hsplit.observe.wording import (
     NOTHING,
+    insight_lines,
     lacking_text,
     layers_held,
     memory_text,
@@ -15,24 +18,31 @@ from hsplit.observe.wording import (
     plan_lines,
     printable,
     ranks_by_kind,
+    share_text,
 )
 from hsplit.scheduling.plan import HolderPlan, Plan
 
+if TYPE_CHECKING:
+    from hsplit.scheduling.insight import Insight
 
-def plan_table(plan: Plan) -> Table:
+
+def plan_table(plan: Plan, insight: Insight | None = None) -> Table:
     """One row a client, then the server's; below it makespan, captured importance and where that came from.
+
+    With an insight, also who the bottleneck is and what one more GB of memory would buy.
 
     Made to be read at 80 columns too, where the ranks by weight kind take several lines.
     """
-    caption = Text("\n".join(plan_lines(plan)))
+    lines = plan_lines(plan) + ([] if insight is None else insight_lines(insight, plan))
+    caption = Text("\n".join(map(printable, lines)))
     table = Table(caption=caption, caption_justify="left", caption_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("name", overflow="fold", min_width=8)
     table.add_column("split", justify="right", no_wrap=True)
     table.add_column("layers", no_wrap=True)
-    table.add_column("ranks", overflow="fold")
+    table.add_column("ranks", overflow="fold", min_width=14)
     table.add_column("predicted /\ndeclared", no_wrap=True)
     table.add_column("step time\n(virtual)", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    table.add_column("share of\ncaptured", justify="right", no_wrap=True)
     for client in plan.clients:
         _add_row(table, client, plan.layers)
     table.add_section()
@@ -41,14 +51,15 @@ def plan_table(plan: Plan) -> Table:
 
 
 def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:
+    # two lines, so that the column is narrow without rich having to break it
+    ranks = ranks_by_kind(holder.ranks) if holder.available else lacking_text(holder).replace(", ", ",\n")
     cells = (
         printable(holder.name),
         NOTHING if holder.split is None else str(holder.split),
         layers_held(holder, layers),
-        ranks_by_kind(holder.ranks),
+        ranks,
         memory_text(holder),
         number_text(holder.step_time_s, "s") if holder.available else NOTHING,
-        # two lines, so that the column is narrow without rich having to break it
-        "fits" if holder.available else lacking_text(holder).replace(", ", ",\n"),
+        share_text(holder),
     )
     table.add_row(*(Text(cell) for cell in cells), style=None if holder.available else "dim")

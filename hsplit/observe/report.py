@@ -8,17 +8,18 @@ from typing import Any
 
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.report_data import RunRecord, load_runs
 from hsplit.observe.report_figures import (
     CURVES,
     MAX_HOLDERS,
     curve_svg,
     holdings_svg,
-    memory_svg,
     traffic_svg,
 )
+from hsplit.observe.report_memory import memory_section
 from hsplit.observe.report_page import event_list, facts, page, plot, table, text
+from hsplit.observe.report_schedule import schedule_section
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text
 from hsplit.run_directory import write_text_atomically
 
@@ -65,7 +66,7 @@ def _comparison(records: Sequence[RunRecord]) -> str:
         "policy",
         "model",
         "clients",
-        *("rounds", "perplexity", "tokens", "time", "virtual time"),
+        *("rounds", "perplexity", "tokens", "wall time", "virtual time"),
     )
     rows = []
     for record in records:
@@ -101,18 +102,20 @@ def _run(record: RunRecord, key: str) -> str:
     holdings = record.holdings()
     if holdings:
         caption = (
-            "Total LoRA rank in each layer that a holder has, from the newest checkpoint's plan."
+            "Total LoRA rank in each layer that a holder has, by the last plan."
             if record.plan
-            else "Layers that each holder has, from its split; no checkpoint tells the ranks. The server holds"
-            " all the layers after these too."
+            else "Layers that each holder has, from its split; no event and no checkpoint tells the ranks. The server"
+            " holds all the layers after these too."
         )
         more = f" The first {MAX_HOLDERS - 1} and the last are shown." if len(holdings) > MAX_HOLDERS else ""
         svg = holdings_svg(holdings, f"{key}-holdings")
         parts.append(f"<h3>Who holds what</h3>{plot(svg, caption + more, wide=True)}")
     if record.plan_rows:
-        svg = memory_svg(record.plan_rows, f"{key}-memory")
-        caption = f"Declared, predicted and, where there is one, measured peak in round {record.plan_rows[0].round}."
-        parts.append(f"<h3>Memory</h3>{plot(svg, caption, wide=True)}{_memory_table(record)}")
+        parts.append(_parts_table(record.last_plan_rows))
+    if record.history.plans:
+        parts.append(schedule_section(record.history, record.clients(), record.rounds_done, key))
+    if record.plan_rows:
+        parts.append(memory_section(record.plan_rows, f"{key}-memory"))
     if record.metrics:
         svg = traffic_svg(record.metrics, f"{key}-traffic")
         sent, received = sum(r.bytes_up for r in record.metrics), sum(r.bytes_down for r in record.metrics)
@@ -149,7 +152,7 @@ def _clients(record: RunRecord) -> str:
 
 def _rounds(metrics: Sequence[MetricsRow]) -> str:
     columns = (
-        *("round", "step", "train loss", "val. loss", "val. perplexity", "tokens", "time", "virtual time"),
+        *("round", "step", "train loss", "val. loss", "val. perplexity", "tokens", "wall time", "virtual time"),
         *("up", "down", "captured importance", "clients"),
     )
     rows = [
@@ -167,23 +170,20 @@ def _rounds(metrics: Sequence[MetricsRow]) -> str:
     return f"<h3>Rounds</h3>{table(columns, rows, caption='Round 0 is the model before any training.')}"
 
 
-def _memory_table(record: RunRecord) -> str:
-    rows = [
+def _parts_table(rows: Sequence[PlanRow]) -> str:
+    """What each holder had to do in the last round, and how long a step of it took."""
+    cells = [
         (
-            *(row.name, "takes part" if row.available else "unavailable", bytes_text(row.declared_bytes)),
-            bytes_text(row.predicted_bytes) if row.available else NOTHING,
-            NOTHING if row.measured_bytes is None else bytes_text(row.measured_bytes),
-            row.rank_total,
+            *(row.name, "takes part" if row.available else "unavailable"),
+            *(NOTHING if row.split is None else row.split, row.rank_total),
             number_text(row.predicted_time_s, "s") if row.available else NOTHING,
             NOTHING if row.measured_time_s is None else number_text(row.measured_time_s, "s"),
         )
-        for row in record.plan_rows
+        for row in rows
     ]
-    columns = (
-        *("holder", "state", "declared", "predicted", "measured", "Σ ranks"),
-        *("step time (virtual)", "step time (measured)"),
-    )
-    return table(columns, rows, text_columns=2)
+    columns = ("holder", "state", "split", "Σ ranks", "step time (virtual)", "step time (measured)")
+    note = f"In round {rows[0].round}. The server's split is its first layer."
+    return table(columns, cells, text_columns=2, caption=note)
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from hsplit.config.files import displayed, read_yaml
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, read_events
 from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
+from hsplit.observe.plan_history import PlanHistory, plan_history, plan_or_none
 from hsplit.observe.wording import layer_of
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
@@ -38,8 +39,9 @@ class RunRecord:
         name: the run's name; told apart from others' by its path where two runs have the same.
         config: the resolved configuration as plain mappings, of whichever version wrote it.
         metrics: rows of ``metrics.csv``, round 0 first.
-        plan_rows: rows of ``plan.csv`` of the last round in it.
-        plan: the plan of the newest checkpoint, None if there is none.
+        plan_rows: rows of ``plan.csv``, of all its rounds.
+        history: every plan and every importance that the events tell of.
+        plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
         events: all but the routine ones, oldest first.
     """
 
@@ -47,6 +49,7 @@ class RunRecord:
     config: Mapping[str, Any]
     metrics: tuple[MetricsRow, ...]
     plan_rows: tuple[PlanRow, ...]
+    history: PlanHistory
     plan: Plan | None
     events: tuple[Mapping[str, Any], ...]
 
@@ -56,6 +59,17 @@ class RunRecord:
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
+
+    @property
+    def last_plan_rows(self) -> tuple[PlanRow, ...]:
+        """The rows of ``plan.csv`` of the last round in it."""
+        last = max((row.round for row in self.plan_rows), default=0)
+        return tuple(row for row in self.plan_rows if row.round == last)
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds of training the tables know of."""
+        return max([row.round for row in self.metrics] + [row.round for row in self.plan_rows], default=0)
 
     def clients(self) -> list[Mapping[str, Any]]:
         """The clients of the configuration."""
@@ -69,11 +83,11 @@ class RunRecord:
             holdings = [Holding(c.name, _ranks(c.ranks, range(c.split or 0))) for c in plan.available]
             server = _ranks(plan.server.ranks, range(plan.server.split or 0, plan.layers))
             return [*holdings, Holding(plan.server.name, server)]
-        splits = {r.name: r.split for r in self.plan_rows if r.split is not None and r.kind == "client"}
+        splits = {r.name: r.split for r in self.last_plan_rows if r.split is not None and r.kind == "client"}
         deepest = max(splits.values(), default=0)
         unknown = [Holding(name, dict.fromkeys(range(split))) for name, split in splits.items()]
         # how many layers the model has is not in the table: the server's are shown as far as the deepest client's
-        first = [r for r in self.plan_rows if r.kind == "server" and r.split is not None]
+        first = [r for r in self.last_plan_rows if r.kind == "server" and r.split is not None]
         unknown += [Holding(r.name, dict.fromkeys(range(r.split or 0, deepest))) for r in first]
         return unknown
 
@@ -87,15 +101,16 @@ def load_run(path: str | Path) -> RunRecord:
     directory = RunDirectory.open(path)
     metrics = read_rows(directory.metrics, MetricsRow) if directory.metrics.is_file() else []
     plan_rows = read_rows(directory.plan, PlanRow) if directory.plan.is_file() else []
-    last = max((row.round for row in plan_rows), default=0)
-    events = [event for event in read_events(directory.events) if event["event"] not in ROUTINE_EVENTS]
+    events = read_events(directory.events)
+    history = plan_history(events)
     return RunRecord(
         name=directory.name,
         config=read_yaml(directory.config),
         metrics=tuple(metrics),
-        plan_rows=tuple(row for row in plan_rows if row.round == last),
-        plan=_newest_plan(directory.checkpoints),
-        events=tuple(events),
+        plan_rows=tuple(plan_rows),
+        history=history,
+        plan=history.plans[max(history.plans)] if history.plans else _newest_plan(directory.checkpoints),
+        events=tuple(event for event in events if event["event"] not in ROUTINE_EVENTS),
     )
 
 
@@ -119,9 +134,11 @@ def _newest_plan(checkpoints: Path) -> Plan | None:
     """The plan in the last checkpoint that has a readable one; a damaged one costs only its detail."""
     for state in sorted(checkpoints.glob("round-*/state.json"), reverse=True):
         try:
-            return Plan.from_json(json.loads(state.read_text(encoding="utf-8"))["plan"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            plan = plan_or_none(json.loads(state.read_text(encoding="utf-8"))["plan"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
+        if plan is not None:
+            return plan
     return None
 
 

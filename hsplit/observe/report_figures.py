@@ -1,4 +1,4 @@
-"""The report's figures: curves over rounds, tokens and virtual time, who holds what, memory, bytes."""
+"""The report's figures: curves over rounds, tokens, wall and virtual time, who holds what, bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hsplit.observe.inline_svg import drawing_style, inline_svg
-from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.inline_svg import drawing_style, inline_svg, literal
+from hsplit.observe.metrics import MetricsRow
 from hsplit.observe.report_data import Holding, RunRecord
 
 COLOURS = ("#3b82c4", "#d9772b", "#2f9e6e", "#c94f7c", "#8b6cc4", "#a0803c", "#4aa3b5", "#7d8590")
@@ -40,6 +40,7 @@ def _curves() -> tuple[Curve, ...]:
     across: tuple[tuple[str, str, Callable[[MetricsRow], float]], ...] = (
         ("round", "round", lambda row: row.round),
         ("tokens", "supervised tokens trained on", lambda row: row.tokens),
+        ("wall-time", "wall time (s)", lambda row: row.wall_time_s),
         ("virtual-time", "virtual time (s)", lambda row: row.virtual_time_s),
     )
     up: tuple[tuple[str, str, Callable[[MetricsRow], float | None]], ...] = (
@@ -78,7 +79,7 @@ def curve_svg(curve: Curve, runs: Sequence[RunRecord]) -> str:
                 linestyle=_LINES[index // len(COLOURS) % len(_LINES)],
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=4,
-                label=_literal(run.name),
+                label=literal(run.name),
             )
         axes.set_xlabel(curve.x_label)
         axes.set_ylabel(curve.y_label)
@@ -98,7 +99,7 @@ def holdings_svg(holdings: Sequence[Holding], key: str) -> str:
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    shown = _capped(holdings)
+    shown = capped(holdings)
     layers = 1 + max((layer for holding in shown for layer in holding.ranks), default=0)
     highest = max((rank or 0 for holding in shown for rank in holding.ranks.values()), default=0)
     with drawing_style():
@@ -121,41 +122,10 @@ def holdings_svg(holdings: Sequence[Holding], key: str) -> str:
                     )
         axes.set_xlim(-0.5, layers - 0.5)
         axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.set_yticks(range(len(shown)), [_literal(holding.name) for holding in shown])
+        axes.set_yticks(range(len(shown)), [literal(holding.name) for holding in shown])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         return inline_svg(figure, key, "total LoRA rank by holder and layer")
-
-
-def memory_svg(rows: Sequence[PlanRow], key: str) -> str:
-    """Declared, predicted and measured memory; the server, often far larger, has a scale of its own."""
-    from matplotlib.figure import Figure
-
-    clients = _capped([row for row in rows if row.kind == "client"])
-    groups = [group for group in (clients, [row for row in rows if row.kind != "client"]) if group]
-    with drawing_style():
-        figure = Figure(figsize=(9.5, 1.4 + 0.45 * sum(map(len, groups))), layout="constrained")
-        heights = [len(group) + 0.7 for group in groups]
-        all_axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, group in zip(all_axes, groups, strict=True):
-            series: dict[str, list[int | None]] = {
-                "declared": [row.declared_bytes for row in group],
-                "predicted": [row.predicted_bytes if row.available else None for row in group],
-                "measured": [row.measured_bytes for row in group],
-            }
-            measured = any(size is not None for size in series["measured"])
-            kinds = list(series) if measured else ["declared", "predicted"]
-            thickness = 0.8 / len(kinds)
-            for index, kind in enumerate(kinds):
-                places = [row + (index - (len(kinds) - 1) / 2) * thickness for row in range(len(group))]
-                sizes = [(size or 0) / 1e9 for size in series[kind]]
-                axes.barh(places, sizes, thickness * 0.9, color=COLOURS[(7, 0, 1)[index]], label=kind)
-            axes.set_yticks(range(len(group)), [_literal(row.name) for row in group])
-            axes.invert_yaxis()
-            axes.grid(visible=False, axis="y")
-        all_axes[-1].set_xlabel("memory (GB)")
-        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        return inline_svg(figure, key, "declared, predicted and measured memory by holder")
 
 
 def traffic_svg(rows: Sequence[MetricsRow], key: str) -> str:
@@ -179,11 +149,6 @@ def traffic_svg(rows: Sequence[MetricsRow], key: str) -> str:
         return inline_svg(figure, key, "bytes up and down by round")
 
 
-def _capped(holders: Sequence[T]) -> list[T]:
+def capped(holders: Sequence[T]) -> list[T]:
     """At most ``MAX_HOLDERS``, of which the last, the server where there is one, stays."""
     return list(holders) if len(holders) <= MAX_HOLDERS else [*holders[: MAX_HOLDERS - 1], holders[-1]]
-
-
-def _literal(name: str) -> str:
-    """``name`` without what matplotlib takes for mathematics, or for a label to leave out of a legend."""
-    return f"\u200b{name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")

@@ -36,6 +36,8 @@ td.text { white-space: normal; min-width: 6rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: .5rem 0; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
+details { margin: .35rem 0; }
+summary { cursor: pointer; color: var(--soft); }
 ul.events { list-style: none; padding: 0; }
 ul.events li { padding: .35rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 ul.events .kind { font-weight: 600; margin: 0 .5rem; }
@@ -89,6 +91,11 @@ def plot(svg: str, caption: str, wide: bool = False) -> str:
     """A figure; ``svg`` is an element as ``inline_svg`` makes it."""
     kind = ' class="wide"' if wide else ""
     return f"<figure{kind}>{svg}<figcaption>{text(caption)}</figcaption></figure>"
+
+
+def disclosure(summary: str, html: str) -> str:
+    """``html`` behind a line that opens it, without any script."""
+    return f"<details><summary>{text(summary)}</summary>{html}</details>"
 
 
 def event_list(events: Iterable[Mapping[str, object]]) -> str:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from hsplit.scheduling.plan import HolderPlan, Plan
 
+if TYPE_CHECKING:
+    from hsplit.scheduling.insight import Insight
+
 NOTHING = "–"
+# How many holders are named to whom one more GB of memory would bring most.
+SHOWN_GAINS = 3
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -18,6 +24,20 @@ def layer_of(weight: str) -> int | None:
     """The decoder layer in a weight's name (3 for ``model.layers.3.mlp.up_proj``), None if there is none."""
     found = _LAYER.search(weight)
     return int(found[1]) if found else None
+
+
+def weight_place(weight: str) -> tuple[int, str] | None:
+    """Layer and kind of a weight (3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``), None without a layer."""
+    layer = layer_of(weight)
+    return None if layer is None else (layer, _kind(weight))
+
+
+def kind_labels(kinds: Sequence[str]) -> list[str]:
+    """A short name for each weight kind, such as ``q`` for ``self_attn.q_proj``."""
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    # GPT-2 has a c_proj in its attention and one in its MLP: those keep their module's name
+    labels = [kind if last.count(short) > 1 else short for kind, short in zip(kinds, last, strict=True)]
+    return [label.removesuffix("_proj") for label in labels]
 
 
 def number_text(value: float, unit: str = "") -> str:
@@ -55,6 +75,11 @@ def memory_text(holder: HolderPlan) -> str:
 def lacking_text(holder: HolderPlan) -> str:
     """Why an unavailable client takes no part."""
     return f"unavailable, lacks {bytes_text(holder.lacking_bytes)}"
+
+
+def share_text(holder: HolderPlan) -> str:
+    """A holder's part of the captured importance: ``12.3 %``."""
+    return f"{100 * holder.captured_share:.1f} %" if holder.available else NOTHING
 
 
 def duration_text(seconds: float) -> str:
@@ -122,6 +147,35 @@ def plan_lines(plan: Plan) -> list[str]:
     if available < len(plan.clients):
         lines.append(f"{available} of {len(plan.clients)} clients take part.")
     return lines
+
+
+def insight_lines(insight: Insight, plan: Plan) -> list[str]:
+    """Whom the step waits for most, and what one more GB of memory would buy, for the few to whom it brings most."""
+    waits = insight.bottleneck
+    part = waits.shortens_s / plan.makespan_s
+    lines = [
+        f"Bottleneck: {_holders(waits.name, waits.alike)}; infinitely fast, it would make a step"
+        f" {number_text(waits.shortens_s, 's')} ({part:.0%}) shorter.",
+    ]
+    objective = plan.captured_importance / plan.makespan_s
+    buys = [gain for gain in insight.one_more_gb if gain.joins or gain.objective_change > 1e-9 * objective]
+    if not buys:
+        lines.append("One more GB of memory would buy nothing, at no holder.")
+    for gain in buys[:SHOWN_GAINS]:
+        more = gain.objective_change / objective
+        captured = gain.captured_importance_change / plan.captured_importance
+        joins = " It would take part." if gain.joins else ""
+        lines.append(
+            f"One more GB at {_holders(gain.name, gain.alike, 'one of ')}: {more:+.1%} captured per second"
+            f" ({captured:+.1%} captured, step {gain.makespan_change_s / plan.makespan_s:+.1%}).{joins}"
+        )
+    if insight.kinds_left_out:
+        lines.append(f"Not tried with one more GB: {insight.kinds_left_out} kinds of clients that promise less.")
+    return lines
+
+
+def _holders(name: str, alike: int, which: str = "") -> str:
+    return name if alike == 1 else f"{name} ({which}{alike} alike)"
 
 
 def printable(text: str) -> str:

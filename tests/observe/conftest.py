@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,45 @@ def plan() -> Plan:
         captured_importance=42.5,
         importance="equal importance per parameter (no scores yet)",
     )
+
+
+@pytest.fixture
+def other_plan(plan: Plan) -> Plan:
+    """Replaces ``plan``: the phone leaves, the watch comes, the laptop goes deeper, the server's ranks change."""
+    laptop = plan.clients[1]
+    return replace(
+        plan,
+        server=replace(plan.server, split=1, ranks=ranks(1, LAYERS, 16, 8, 4), predicted_bytes=420_000_000),
+        clients=(
+            HolderPlan("phone-0", "client", False, None, {}, 1_000_000, 0, 0.0, lacking_bytes=93_000_000),
+            replace(laptop, split=5, ranks=ranks(0, 5, 2, 4, 8), predicted_bytes=230_000_000),
+            HolderPlan("watch", "client", True, 1, ranks(0, 1, 1, 1, 1), 150_000_000, 121_000_000, 0.75),
+        ),
+        makespan_s=2.25,
+        captured_importance=55.5,
+        importance="probed until round 2",
+    )
+
+
+def scores(*by_kind: float) -> dict[str, float]:
+    """The same scores in every layer."""
+    return {
+        f"model.layers.{layer}.{kind}": score
+        for layer in range(LAYERS)
+        for kind, score in zip(KINDS, by_kind, strict=True)
+    }
+
+
+def write_decisions(run: Path, plan: Plan, other: Plan) -> None:
+    """The events of a run that probes after each round and plans anew after the second, for a budget that changed."""
+    with EventLog(run / "events.jsonl") as events:
+        events.write("planned", "plan by equal importance", round=0, plan=plan.to_json())
+        events.write("importance", "importance of 18 weights after round 1", round=1, scores=scores(1.0, 1.0, 2.0))
+        events.write("budget", "phone-0 asked for a new budget", round=2, holder="phone-0", values={"memory_gb": 0.001})
+        events.write("importance", "importance of 18 weights after round 2", round=2, scores=scores(1.0, 2.0, 5.0))
+        why = "the budget of phone-0 is now memory_gb 0.001"
+        events.write("replanned", f"planned anew after round 2: {why}", round=2, reasons=[why])
+        events.write("planned", "plan by probed until round 2", round=2, plan=other.to_json())
 
 
 def metrics_row(round: int, **changes: float) -> MetricsRow:

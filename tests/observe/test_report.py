@@ -79,9 +79,11 @@ def test_report_of_one_run(fake_run: MakeRun, tmp_path: Path) -> None:
     assert [label.split(" by ")[0] for label in page.labels] == [
         "validation perplexity against round",
         "validation perplexity against tokens",
+        "validation perplexity against wall time",
         "validation perplexity against virtual time",
         "train loss against round",
         "train loss against tokens",
+        "train loss against wall time",
         "train loss against virtual time",
         "total LoRA rank",
         "declared, predicted and measured memory",
@@ -99,7 +101,8 @@ def test_report_of_one_run(fake_run: MakeRun, tmp_path: Path) -> None:
         assert figure in page.text
     for holder in ("phone-0", "laptop", "watch", "server", "unavailable"):
         assert holder in page.text
-    assert "virtual time (s)" in page.text
+    for axis in ("wall time (s)", "virtual time (s)"):
+        assert page.text.count(f"\n{axis}\n") == 2
     assert "\n24\n" in page.text  # the server's rank in a layer, written into the heat map
     assert "measured" in page.text
     assert "120 examples to train on" in page.text
@@ -112,12 +115,12 @@ def test_report_of_two_runs_overlays_them(fake_run: MakeRun, tmp_path: Path) -> 
     first, second = fake_run("first"), fake_run("second", rounds=5, checkpoint=False, measured=False)
     html, page = report_of(tmp_path / "report.html", first, second)
     assert_self_contained(html, page)
-    assert page.tags["svg"] == 6 + 2 * 3
+    assert page.tags["svg"] == 8 + 2 * 3
     assert "2 hsplit runs" in page.text
     assert "Side by side" in page.text
     for name in ("first", "second"):
-        assert page.text.count(f"\n{name}\n") >= 6 + 2  # in each legend, the comparison, its own section
-    assert "from its split; no checkpoint tells the ranks" in page.text
+        assert page.text.count(f"\n{name}\n") >= 8 + 2  # in each legend, the comparison, its own section
+    assert "from its split; no event and no checkpoint tells the ranks" in page.text
 
 
 def test_runs_of_one_name_are_told_apart(fake_run: MakeRun, tmp_path: Path) -> None:
@@ -133,8 +136,8 @@ def test_runs_of_one_name_are_told_apart(fake_run: MakeRun, tmp_path: Path) -> N
 def test_run_with_round_0_only(fake_run: MakeRun, tmp_path: Path) -> None:
     html, page = report_of(tmp_path / "report.html", fake_run("young", rounds=0))
     assert_self_contained(html, page)
-    assert page.tags["svg"] == 9
-    assert page.text.count("no round of training yet") == 3
+    assert page.tags["svg"] == 11
+    assert page.text.count("no round of training yet") == 4
     assert "21.75" in page.text
 
 

@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 
 from hsplit.observe.pace import Pace
+from hsplit.observe.plan_changes import plan_changes
 from hsplit.observe.terminal import Display, LiveDisplay, PlainDisplay, display_for, plan_table
+from hsplit.observe.wording import plan_lines
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.observe.conftest import metrics_row
 
@@ -99,6 +101,42 @@ def test_low_terminal_says_how_many_clients_are_left_out(plan: Plan, clock: Tick
     assert "server" in written(console)
 
 
+def test_live_table_shows_another_plan_in_mid_run(plan: Plan, other_plan: Plan, clock: Ticking) -> None:
+    console = recorded()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.plan(other_plan)
+        display.step(2, 2, 11, 20, {"laptop": 2.25}, {"laptop": "training"})
+    last = written(console).rpartition("┏")[2]
+    phone, laptop, watch, server = (
+        next(line for line in last.splitlines() if name in line) for name in ("phone-0", "laptop", "watch", "server")
+    )
+    assert "unavailable, lacks 93.0 MB" in phone
+    assert "2.000" not in phone  # the loss from when it took part
+    assert "training" not in phone
+    for cell in ("5 of 6", "2–8 (Σ 70)", "0.23 / 0.25 GB", "2.250", "training"):
+        assert cell in laptop
+    for cell in ("1 of 6", "1 (Σ 3)", "0.12 / 0.15 GB", "training"):
+        assert cell in watch
+    for cell in ("from 1", "4–16 (Σ 140)", "0.42 / 8.00 GB"):
+        assert cell in server
+    assert "One local step takes 2.250 s (virtual" in written(console)
+
+
+def test_live_table_shows_a_client_that_comes_back_as_training(plan: Plan, other_plan: Plan, clock: Ticking) -> None:
+    console = recorded()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.plan(other_plan)
+        display.plan(plan)
+    lines = written(console).rpartition("┏")[2].splitlines()
+    phone, watch = (next(line for line in lines if name in line) for name in ("phone-0", "watch"))
+    assert "training" in phone
+    assert "2 of 6" in phone
+    assert "2.000" not in phone  # its loss from before is stale
+    assert "unavailable, lacks 71.0 MB" in watch
+
+
 def test_live_display_ends_tidily_on_errors(plan: Plan) -> None:
     console = recorded()
     display = LiveDisplay(console=console)
@@ -139,6 +177,43 @@ def test_plain_lines(plan: Plan, clock: Ticking) -> None:
     assert any(line.startswith("round 1 done: train loss 3.000, ") for line in lines)
     assert lines[-2:] == ["note: laptop was late", "adapter runs/first/adapter"]
     assert "\x1b" not in stream.getvalue()
+
+
+def test_plain_lines_of_another_plan_say_what_it_changes(plan: Plan, other_plan: Plan, clock: Ticking) -> None:
+    stream = io.StringIO()
+    with PlainDisplay(stream, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.plan(other_plan)
+        display.plan(plan)
+        display.plan(replace(plan, makespan_s=9.0))
+    first, second, third = [part.splitlines()[1:] for part in stream.getvalue().split("new plan:")[1:]]
+    assert first == [
+        "  phone-0 (client): unavailable, lacks 93.0 MB (declared 1.00 MB), had split 2 of 6",
+        "  laptop (client): split 3 → 5 of 6, ranks 4 (Σ 36) → 2–8 (Σ 70), memory 0.20 / 0.25 GB → 0.23 / 0.25 GB",
+        "  watch (client): split 1 of 6, layers 0, ranks 1 (Σ 3), memory 0.12 / 0.15 GB,"
+        " 0.750 s a step (virtual), back",
+        "  server: split 2 → from 1, ranks 8 (Σ 96) → 4–16 (Σ 140), memory 0.31 / 8.00 GB → 0.42 / 8.00 GB",
+        *(f"  {line}" for line in plan_lines(other_plan)),
+    ]
+    assert [line.split(":")[0] for line in second[:4]] == [
+        *("  phone-0 (client)", "  laptop (client)", "  watch (client)", "  server"),
+    ]
+    assert second[0].endswith(", back")
+    assert third[0] == "  every holder keeps its part"
+
+
+def test_ranks_that_only_move_between_weights_are_said_to_move(plan: Plan) -> None:
+    laptop = plan.clients[1]
+    first, *rest = laptop.ranks
+    uneven = replace(laptop, ranks={first: 2, **dict.fromkeys(rest, 4)})
+    moved = replace(laptop, ranks={**dict.fromkeys(rest, 4), first: 4, rest[0]: 2})
+    before = replace(plan, clients=(plan.clients[0], uneven))
+    after = replace(plan, clients=(moved, replace(laptop, name="new")))
+    assert plan_changes(before, after) == [
+        "laptop (client): ranks 2–4 (Σ 34) moved between weights",
+        "new (client): split 3 of 6, layers 0–2, ranks 4 (Σ 36), memory 0.20 / 0.25 GB, 0.125 s a step (virtual), new",
+        "phone-0 (client): left",
+    ]
 
 
 def test_plain_lines_of_many_clients_and_absent_ones(clock: Ticking) -> None:
