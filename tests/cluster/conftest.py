@@ -46,14 +46,17 @@ def word_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster_file(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], word_file: Path) -> Path:
-    """Three unequal clients and a tiny model; in fp32, so that runs can be compared number by number."""
+    """Three unequal clients, two of which have less in the last round, and a tiny model.
+
+    In fp32, so that runs can be compared number by number.
+    """
     path = tmp_path_factory.mktemp("cluster") / "tiny.yaml"
     path.write_text(
         f"""
 server: {{memory_gb: 1, tflops: 0.001}}
 clients:
-  - {{name: small, memory_gb: 0.00032, tflops: 0.001}}
-  - {{name: large, count: 2, memory_gb: 0.0009, tflops: 0.01}}
+  - {{name: small, memory_gb: 0.00113, tflops: 0.001}}
+  - {{name: large, count: 2, memory_gb: 0.0014, tflops: 0.01, schedule: [{{round: 3, memory_gb: 0.00118}}]}}
 job:
   model: {models["llama"]}
   data: {{source: {word_file}}}

@@ -33,7 +33,9 @@ def plan() -> Plan:
         layers=LAYERS,
         server=HolderPlan("server", "server", True, 2, ranks(2, LAYERS, 8, 8, 8), 8_000_000_000, 310_000_000, 0.25),
         clients=(
-            HolderPlan("phone-0", "client", True, 2, ranks(0, 2, 1, 2, 8), 160_000_000, 150_000_000, 0.5),
+            HolderPlan(
+                "phone-0", "client", True, 2, ranks(0, 2, 1, 2, 8), 160_000_000, 150_000_000, 0.5, captured_share=0.125
+            ),
             HolderPlan("laptop", "client", True, 3, ranks(0, 3, 4, 4, 4), 250_000_000, 201_000_000, 0.125),
             HolderPlan("watch", "client", False, None, {}, 50_000_000, 0, 0.0, lacking_bytes=71_000_000),
         ),

@@ -11,6 +11,7 @@ from hsplit.observe.pace import Pace
 from hsplit.observe.plan_changes import plan_changes
 from hsplit.observe.terminal import Display, LiveDisplay, PlainDisplay, display_for, plan_table
 from hsplit.observe.wording import plan_lines
+from hsplit.scheduling.insight import Bottleneck, Insight, OneMoreGB
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.observe.conftest import metrics_row
 
@@ -259,7 +260,7 @@ def test_plan_table_says_who_holds_what_and_why_it_fits(plan: Plan) -> None:
     console.print(plan_table(plan))
     lines = written(console).splitlines()
     phone, laptop, watch = (next(line for line in lines if name in line) for name in ("phone-0", "laptop", "watch"))
-    for cell in ("2", "0–1", "q:1 k:2 down:8", "0.15 / 0.16 GB", "0.500 s", "fits"):
+    for cell in ("2", "0–1", "q:1 k:2 down:8", "0.15 / 0.16 GB", "0.500 s", "12.5 %"):
         assert cell in phone
     assert "all 4" in laptop
     assert "unavailable," in watch
@@ -276,11 +277,37 @@ def test_plan_table_is_legible_at_80_columns(plan: Plan) -> None:
     console.print(plan_table(replace(plan, clients=(*plan.clients, long))))
     lines = written(console).splitlines()
     phone = next(line for line in lines if "phone-0" in line)
-    for cell in ("0–1", "q:1", "0.15 / 0.16 GB", "0.500 s", "fits"):
+    for cell in ("0–1", "q:1", "0.15 / 0.16 GB", "0.500 s", "12.5 %"):
         assert cell in phone
     assert any("watch" in line and "unavailable," in line for line in lines)
     assert any("lacks 71.0 MB" in line for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_plan_table_says_who_is_waited_for_and_what_memory_would_buy(plan: Plan) -> None:
+    told = Insight(
+        Bottleneck("phone-0", "client", 2, 0.75),
+        (
+            OneMoreGB("watch", "client", 1, True, 2.834, 4.25, 0.0),
+            OneMoreGB("phone-0", "client", 2, False, 1.417, 0.85, -0.15),
+            OneMoreGB("server", "server", 1, False, 0.0, 0.0, 0.0),
+        ),
+        3,
+    )
+    console = recorded(width=80)
+    console.print(plan_table(plan, told))
+    lines = written(console).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "Bottleneck: phone-0 (2 alike); infinitely fast, it would make a step 0.750 s (50%) shorter." in text
+    watch = "One more GB at watch: +10.0% captured per second (+10.0% captured, step +0.0%). It would take part."
+    assert watch in text
+    assert "One more GB at phone-0 (one of 2 alike): +5.0% captured per second (+2.0% captured, step -10.0%)." in text
+    assert "One more GB at server" not in text
+    assert "3 kinds of clients that promise less" in text
+    console = recorded(width=80)
+    console.print(plan_table(plan, replace(told, one_more_gb=(), kinds_left_out=0)))
+    assert "One more GB of memory would buy nothing, at no holder." in written(console)
 
 
 def test_plan_table_without_decoder_layers_on_a_client(plan: Plan) -> None:
