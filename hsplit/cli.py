@@ -94,19 +94,34 @@ def resume(run: Path, address: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool, as_json: bool) -> None:
     """Show who would hold which layers at which ranks, without training."""
-    from hsplit.launcher import plan as make
+    from hsplit.launcher import explained_plan
 
-    made = make(cluster, policy, overrides, cpu=cpu)
+    made, insight = explained_plan(cluster, policy, overrides, cpu=cpu)
     if as_json:
         from hsplit.launcher import plan_summary
 
-        click.echo(json.dumps(plan_summary(made), indent=2))
+        click.echo(json.dumps(plan_summary(made, insight), indent=2))
         return
     from rich.console import Console
 
     from hsplit.observe.terminal import plan_table
 
-    Console().print(plan_table(made))
+    Console().print(plan_table(made, insight))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("holder", metavar="CLIENT|server")
+@click.argument("values", nargs=-1, required=True, metavar="FIELD=VALUE...")
+def budget(run: Path, holder: str, values: tuple[str, ...]) -> None:
+    """Change a budget of a run that is under way: memory_gb, tflops, bandwidth_mbps, latency_ms.
+
+    It holds from the next round's end on; the run plans anew for it.
+    """
+    from hsplit.launcher import change_budget
+
+    change_budget(run, holder, values)
+    click.echo(f"{holder}: taken at the next round's end")
 
 
 @main.command()
@@ -130,3 +145,18 @@ def export(run: Path, to: Path | None, kind: str) -> None:
     from hsplit.launcher import export as write
 
     click.echo(write(run, to))
+
+
+@main.group()
+def bench() -> None:
+    """Repeat an experiment of benchmarks/ on this machine."""
+
+
+# The experiment reads its flags itself, --help included.
+@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def planner(arguments: tuple[str, ...]) -> None:
+    """How long planning takes as clients grow in number, and what it is worth (--help for its flags)."""
+    from hsplit.benchmark import run_benchmark
+
+    run_benchmark("planner", arguments)

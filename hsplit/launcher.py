@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,11 @@ from hsplit.actors.executor import SERVER, ActorFailure
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import Partition, RunConfig, load_run_config
+from hsplit.config.files import parse_yaml
+from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError
+from hsplit.inbox import post_budget
 from hsplit.lora.export import export_peft, learned
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
@@ -26,12 +29,12 @@ from hsplit.observe.metrics import read_metrics
 from hsplit.observe.report import write_report
 from hsplit.observe.terminal import Display, display_for
 from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.importance import equal_importance
+from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
 
 if TYPE_CHECKING:
     import pandas
-
-Overrides = Sequence[str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,48 @@ def plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> Plan:
     """The plan that :func:`launch` would start with; reads the model's ``config.json`` only."""
+    _, scheduler = _planning(cluster, policy, overrides, cpu)
+    return scheduler.plan()
+
+
+def explained_plan(
+    cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
+) -> tuple[Plan, Insight]:
+    """:func:`plan`, with whom it waits for most and what one more GB of memory would buy."""
+    run, scheduler = _planning(cluster, policy, overrides, cpu)
+    made, cost = scheduler.plan(), scheduler.cost
+    importance = equal_importance(cost.model.weights)
+    return made, explained(made, run.clients, run.server, cost, importance, run.policy)
+
+
+def _planning(
+    cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool
+) -> tuple[RunConfig, Scheduler]:
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
     source = find_model(run.job.model, progress=sys.stderr.isatty())
     check_model(run, source)
-    return Scheduler(run, source.directory).plan()
+    return run, Scheduler(run, source.directory)
+
+
+def change_budget(path: str | Path, holder: str, values: Overrides) -> None:
+    """Change a budget of a run that is under way, from its next round's end on.
+
+    Args:
+        path: the run's directory.
+        holder: client name or ``server``.
+        values: ``field=value`` strings, or a mapping: memory_gb, tflops, bandwidth_mbps, latency_ms.
+
+    Raises:
+        InputError: there is no such run, holder or field, or a value is out of range.
+    """
+    directory = RunDirectory.open(Path(path))
+    if not isinstance(values, Mapping):
+        pairs = [text.partition("=") for text in values]
+        for field, equals, _ in pairs:
+            if not equals:
+                raise InputError(f"{field}: must be FIELD=VALUE, such as memory_gb=0.1")
+        values = {field: parse_yaml(value, field) for field, _, value in pairs}
+    post_budget(directory, holder, values)
 
 
 # -- before anything starts ---------------------------------------------------------------------------------------
@@ -307,7 +348,7 @@ def _closing_lines(directory: RunDirectory, complete: bool) -> list[str]:
     return [f"adapter  {directory.adapter}", f"report   {directory.report}"]
 
 
-def plan_summary(made: Plan) -> dict[str, Any]:
+def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:
     """The plan as ``hsplit plan --json`` prints it."""
 
     def holder(part: Any) -> dict[str, Any]:
@@ -318,12 +359,15 @@ def plan_summary(made: Plan) -> dict[str, Any]:
             "ranks": part.ranks,
             "memory_bytes": {"declared": part.declared_bytes, "predicted": part.predicted_bytes},
             "step_time_s": part.step_time_s,
+            "captured_share": part.captured_share,
         }
 
     return {
         "makespan_s": made.makespan_s,
         "captured_importance": made.captured_importance,
         "importance": made.importance,
+        "bottleneck": asdict(insight.bottleneck),
+        "one_more_gb": [asdict(gain) for gain in insight.one_more_gb],
         "server": holder(made.server),
         "clients": [holder(client) | {"lacking_bytes": client.lacking_bytes} for client in made.clients],
     }

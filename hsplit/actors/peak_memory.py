@@ -95,7 +95,7 @@ class PeakMemory:
             for address, size in _blocks(profiler):
                 self._follow(address, size)
                 self._peak = max(self._peak, self._now + beside)
-            for storage in _storages(results):
+            for storage in _storages([*_leaves(results, Tensor), *_tensors_of_arrays(results)]):
                 if storage.data_ptr() in self._live:
                     self._watched[storage.data_ptr()] = StorageWeakRef(storage)
 
@@ -122,7 +122,7 @@ class PeakMemory:
 
     def _receive(self, received: Any) -> int:
         """Take over the tensors that the caller gave; returns the bytes of the arrays beside them."""
-        for storage in _storages(received):
+        for storage in _storages(_leaves(received, Tensor)):
             address = storage.data_ptr()
             if address not in self._live:
                 self._follow(address, storage.nbytes())
@@ -204,11 +204,13 @@ def _blocks(profiler: Any) -> list[tuple[int, int]]:
     return [(address, size) for _, address, size in found]
 
 
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    """Storages on the CPU of every tensor in ``values``, and of those that arrays in it are views of."""
-    owners = [_owner(array) for array in _leaves(values, np.ndarray)]
-    tensors = [*_leaves(values, Tensor), *(owner for owner in owners if isinstance(owner, Tensor))]
+def _storages(tensors: list[Any]) -> list[torch.UntypedStorage]:
     return [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu" and tensor.nbytes]
+
+
+def _tensors_of_arrays(values: Any) -> list[Tensor]:
+    """The tensors whose memory the arrays in ``values`` show."""
+    return [owner for array in _leaves(values, np.ndarray) if isinstance(owner := _owner(array), Tensor)]
 
 
 def _owner(array: Any) -> Any:

@@ -119,10 +119,7 @@ class Scheduler:
 
     def _plan(self, importance: Mapping[str, float], current: Plan | None, source: str) -> Plan:
         server = self._config.server.changed(self._budgets.get(SERVER, {}))
-        # Only proportions matter; shares make what plans capture comparable over the rounds.
-        total = sum(importance.values())
-        shares = {name: score / total for name, score in importance.items()}
-        return plan(self._clients(), server, self.cost, shares, self._config.policy, current, source)
+        return plan(self._clients(), server, self.cost, importance, self._config.policy, current, source)
 
     def _clients(self) -> list[Client]:
         """The clients with the budgets in force, less what measurements took off them."""

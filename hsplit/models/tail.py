@@ -42,6 +42,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope = logits.sub_(log_total).exp_()
                 slope.scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
                 grads[rows] = slope.to(x.dtype) @ weight
+                del slope
+            # Not beside the next chunk's.
+            del logits
         if grads is not None:
             ctx.save_for_backward(grads[:rows_given])
         return losses[:rows_given]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hsplit.scheduling.insight import Insight
 
 
-def plan_table(plan: Plan, insight: Insight | None = None) -> Table:
+def plan_table(plan: Plan, insight: Insight | None = None) -> Group:
     """One row a client, then the server's; below it makespan, captured importance and where that came from.
 
     With an insight, also who the bottleneck is and what one more GB of memory would buy.
@@ -34,8 +35,7 @@ def plan_table(plan: Plan, insight: Insight | None = None) -> Table:
     Made to be read at 80 columns too, where the ranks by weight kind take several lines.
     """
     lines = plan_lines(plan) + ([] if insight is None else insight_lines(insight, plan))
-    caption = Text("\n".join(map(printable, lines)))
-    table = Table(caption=caption, caption_justify="left", caption_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("name", overflow="fold", min_width=8)
     table.add_column("split", justify="right", no_wrap=True)
     table.add_column("layers", no_wrap=True)
@@ -47,7 +47,8 @@ def plan_table(plan: Plan, insight: Insight | None = None) -> Table:
         _add_row(table, client, plan.layers)
     table.add_section()
     _add_row(table, plan.server, plan.layers)
-    return table
+    # Not as the table's caption, which would be broken at the table's width.
+    return Group(table, Text("\n".join(map(printable, lines))))
 
 
 def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:

@@ -7,8 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from hsplit.models.checkpoint_reader import CHUNK_BYTES
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
 from hsplit.scheduling.counted_model import CountedModel, Floats, prefix
+from hsplit.scheduling.counting import UNSEEN
 
 
 class ClientMemory:
@@ -20,20 +22,14 @@ class ClientMemory:
     @cached_property
     def constant(self) -> Floats:
         """Bytes of a client at each split from 0 to ``layers`` apart from its ranks, ``(L + 1,)``."""
-        item = self._model.dtype.itemsize
-        fixed = prefix(self._model.dense_bytes) + self._model.embedding_bytes + self._model.rotary_bytes
-        fixed[0] -= self._model.rotary_bytes
-        if self._model.quantized:
-            fixed += prefix(self._model.by_layer(item * self._model.residual_entries))
-        at_home = self._model.job.privacy.labels == "client"
-        transient = np.maximum.accumulate(np.concatenate([[2.0 * self._model.hidden_bytes], self._model.transient]))
-        if at_home:
-            fixed += self._model.tail_bytes(head=not self._model.tied)
-            transient = np.maximum(transient, self._model.tail_working_bytes(1, CLIENT_CHUNK_ROWS))
-        wire = self._model.wire_bytes(1)
-        # A message is alive as it was received and as the copy that it is unpacked from.
-        step = prefix(self._model.saved) + transient + 2 * max(wire.up, wire.deep, wire.slope, wire.down)
-        total: Floats = np.ceil(fixed + np.maximum(step, self._round_bytes))
+        model = self._model
+        fixed = prefix(model.dense_bytes) + model.embedding_bytes + model.rotary_bytes
+        fixed[0] -= model.rotary_bytes
+        if model.quantized:
+            fixed += prefix(model.by_layer(model.dtype.itemsize * model.residual_entries))
+        if model.job.privacy.labels == "client":
+            fixed += model.tail_bytes(head=not model.tied)
+        total: Floats = np.ceil(fixed + np.maximum.reduce([self._step_bytes, self._round_bytes, self._loading_bytes]))
         return total
 
     @cached_property
@@ -47,17 +43,58 @@ class ClientMemory:
         return round(float(self.constant[split] + self.per_rank @ vector))
 
     @cached_property
-    def _round_bytes(self) -> Floats:
-        """What a round's end needs beside what a client always holds, by split, when no activation is alive.
+    def _step_bytes(self) -> Floats:
+        """A local step or an importance probe, beside what a client always holds, by split."""
+        model = self._model
+        wire = model.wire_bytes(1)
+        # The gradient as received; in the backward its converted form is its layer's.
+        layers = _running_maximum(model.transient) + wire.down
+        # A client without layers, and the beginning of all others: the embedding's work, then the message.
+        layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
+        if model.job.privacy.labels == "client":
+            # The front's output, the deep layers' as received and as unpacked, then norm, head and loss.
+            unpacked = 2 * model.hidden_bytes + wire.deep
+            layers = np.maximum(layers, unpacked + model.tail_run(CLIENT_CHUNK_ROWS).peak_bytes(model.rows))
+        if model.job.privacy.noise:
+            # What was clipped is kept beside the result; clipping, noise and its scaled form pass before a backward.
+            layers = np.maximum(layers + model.hidden_bytes, 6 * model.hidden_bytes)
+        return UNSEEN * (prefix(model.saved) + layers) + model.batch_bytes
 
-        Copies of the adapters, the residual's change for all weights held, and for one weight at a time
-        either the new factors (quantized bases) or its working weight formed anew: residual, ``W_0`` and
-        their sum.
+    @cached_property
+    def _round_bytes(self) -> Floats:
+        """What a round's end or a resumption needs, by split, when no activation is alive.
+
+        As received: the residual's change for all weights held and the common restarts, which are no larger than the
+        adapters; at a resumption factors and both moments too, but then a residual that is kept as it is received
+        is not there before. Beside it what following the residual takes, one weight at a time. What is proportional to
+        the ranks counts at the largest, as far as it is more than the activations in :attr:`per_rank`.
         """
-        master = self._model.master.itemsize
-        copies = prefix(
-            self._model.by_layer(master * (self._model.top_rank * self._model.sides + self._model.residual_entries))
-        )
-        return copies + np.concatenate(
-            [[0.0], np.maximum.accumulate(self._model.by_layer(self._model.forming, np.maximum))]
-        )
+        model = self._model
+        residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries))
+        kept_as_received = model.quantized and model.dtype == model.master
+        restart = residual + self._copies(1)
+        resumption = (0.0 if kept_as_received else residual) + self._copies(4)
+        return np.maximum(restart, resumption) + _running_maximum(model.following)
+
+    def _copies(self, count: int) -> Floats:
+        """So many copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
+        model = self._model
+        beyond = np.maximum(count * model.master.itemsize * model.sides - model.saved_per_rank, 0)
+        return prefix(model.by_layer(model.top_rank * beyond))
+
+    @cached_property
+    def _loading_bytes(self) -> Floats:
+        """Reading the layers, by split, when neither adapters nor the last layer's residual are there yet.
+
+        Embedding and head are converted in chunks.
+        """
+        model = self._model
+        most = np.maximum(_running_maximum(model.loading(codes=False)), CHUNK_BYTES)
+        if model.quantized:
+            most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
+        return np.maximum(most - prefix(model.by_layer(model.rank_set[0] * model.adapter_bytes)), 0.0)
+
+
+def _running_maximum(values: Floats) -> Floats:
+    """Largest over layers ``[0, k)`` for every k from 0."""
+    return np.concatenate([[0.0], np.maximum.accumulate(values)])

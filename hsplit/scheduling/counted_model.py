@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from hsplit.config import Job
+from hsplit.models.checkpoint_reader import CHUNK_BYTES
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import LinearShape, layer_count, linear_shapes, targeted
-from hsplit.models.weights import NF4_BLOCK, is_quantized
-from hsplit.scheduling.counting import LayerCounter, LayerRun
+from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
+from hsplit.scheduling.counting import LayerCounter, TailRun
 from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
 
 Floats = NDArray[np.float64]
@@ -64,7 +65,8 @@ class CountedModel:
         sides: ``d_in + d_out`` of each, ``(W,)``.
         saved: bytes that each layer keeps for the backward of one client's batch, at rank 0, ``(L,)``.
         saved_per_rank: what a unit of rank of each weight adds to that, ``(W,)``.
-        transient: most that each layer needs at once beyond what it keeps, one client's batch, ``(L,)``.
+        transient: most that each layer needs at once beyond what it keeps, one client's batch, in a step or in an
+            importance probe, ``(L,)``.
         forward_flops, backward_flops: of each layer for one client's batch, ``(L,)``.
     """
 
@@ -86,6 +88,7 @@ class CountedModel:
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.top_rank = top_rank or max(job.rank_set)
         self.keeps_residual = residual
+        self._tails: dict[int, TailRun] = {}
         self.counter = LayerCounter(config, set(self._index), job.max_length)
         self._count_layers()
 
@@ -95,7 +98,16 @@ class CountedModel:
         cap_rank = 10**9 if cap == "full" else cap
         beside = cap_rank if self.quantized and self.keeps_residual else 0
         length = self.job.max_length
-        return LayerSetting(rows, length, self.dtype, ranks, beside, codes, self.job.dropout)
+        dropout = self.job.dropout
+        return LayerSetting(rows, length, self.dtype, ranks, beside, codes, dropout, probed=not dropout)
+
+    def transient_bytes(self, layer: int, rows: int, codes: str | None) -> int:
+        """Most that ``layer`` needs at once beyond what it keeps for the backward, in a step or a probe."""
+        setting = self.setting(self.top_rank, rows, codes)
+        run = self.counter.run(layer, setting)
+        # A probe runs without dropout.
+        probe = self.counter.run(layer, replace(setting, dropout=0.0, probed=True))
+        return max(run.peak_bytes, probe.peak_bytes) - run.saved_bytes
 
     def _count_layers(self) -> None:
         job, counter = self.job, self.counter
@@ -115,7 +127,8 @@ class CountedModel:
         self.saved_per_rank: Floats = np.array([growth[w.layer] for w in self.weights], dtype=np.float64)
         held = np.bincount(self.weight_layer, weights=self.saved_per_rank, minlength=self.layers)
         self.saved: Floats = np.array([run.saved_bytes for run in low]) - held
-        self.transient: Floats = np.array([transient_bytes(run) for run in high], dtype=np.float64)
+        transient = [self.transient_bytes(layer, rows, None) for layer in range(self.layers)]
+        self.transient: Floats = np.array(transient, dtype=np.float64)
         self.forward_flops: Floats = np.array([run.forward_flops for run in high], dtype=np.float64)
         self.backward_flops: Floats = np.array([run.backward_flops for run in high], dtype=np.float64)
 
@@ -123,6 +136,11 @@ class CountedModel:
     def rows(self) -> int:
         """Tokens of one client's batch."""
         return self.job.batch_size * self.job.max_length
+
+    @property
+    def batch_bytes(self) -> int:
+        """Ids and targets of one client's batches of a step, and what packing one takes, int64."""
+        return 8 * self.rows * (2 * self.job.grad_accumulation + 4)
 
     @cached_property
     def hidden_bytes(self) -> int:
@@ -163,17 +181,57 @@ class CountedModel:
         return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
 
     @cached_property
-    def forming(self) -> Ints:
-        if not self.keeps_residual:
-            return np.zeros(len(self.weights), dtype=np.int64)
-        if self.quantized:
-            return 2 * self.dtype.itemsize * self.residual_entries
-        parameters: Ints = np.array([w.parameters for w in self.weights], dtype=np.int64)
-        return 3 * self.master.itemsize * parameters
+    def following(self) -> Floats:
+        """Most that each layer's linears need, one at a time, to begin a round, ``(L,)``.
+
+        A quantized base narrows its residual's new factors to the compute dtype. A dense one forms the residual and
+        ``W_0`` and adds them (``AdaptedLinear``); ``W_0`` is read in chunks, and a bf16 base is read as such before it
+        is widened. Then ``A`` is drawn anew, in three tensors of its size (``initial_A``).
+        """
+        exact = self.master.itemsize
+        drawn = [3 * exact * self.top_rank * w.d_in for w in self.weights]
+        formed = [0 for _ in self.weights]
+        if self.keeps_residual and self.quantized:
+            formed = [self.dtype.itemsize * int(n) * (self.dtype != self.master) for n in self.residual_entries]
+        elif self.keeps_residual:
+            entry = 2 * exact + (2 if self.job.base == "bf16" else 0)
+            formed = [entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters) for w in self.weights]
+        return self.by_layer(np.maximum(formed, drawn), np.maximum)
+
+    def loading(self, codes: bool) -> Floats:
+        """Most that reading each layer needs beyond what it then stores, ``(L,)``.
+
+        Args:
+            codes: a quantized base stays as codes (the server) instead of being dequantized (clients).
+        """
+        most = [max(self._loading_bytes(w.d_out * w.d_in, codes) for w in kind.linears) for kind in self.counter.kinds]
+        return np.array(most, dtype=np.float64)
+
+    def _loading_bytes(self, size: int, codes: bool) -> int:
+        """Of one linear with ``size`` entries, beyond its stored size (see ``models.weights``)."""
+        item, base = self.dtype.itemsize, self.job.base
+        if not self.quantized:
+            return min(CHUNK_BYTES, 4 * size) + (2 * size if base == "bf16" and item > 2 else 0)
+        at_once = min(size, QUANTIZED_AT_ONCE)
+        if base == "nf4":
+            # The checkpoint's values, fp32 at most, and 12 bytes an entry that is quantized.
+            made, kept = 4 * size + 12 * at_once, -(-size // 2) + size // 16
+        else:
+            # The checkpoint's values in fp16, and 9 bytes an entry that is quantized; codes widened to dequantize.
+            made, kept = 2 * size + 9 * at_once, size
+        if codes:
+            return made
+        widened = 4 * size if base == "int8" and item < 4 else 0
+        return kept + max(made - item * size, widened)
 
     @cached_property
     def embedding_bytes(self) -> int:
         return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
+
+    @cached_property
+    def embedding_working_bytes(self) -> int:
+        """Hidden states alive at once while the embeddings make the first one."""
+        return self.hidden_bytes * (2 * len(self._family.embeddings) - 1)
 
     @cached_property
     def rotary_bytes(self) -> int:
@@ -183,14 +241,11 @@ class CountedModel:
         entries = self.words * self.width if head else 0
         return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
 
-    def tail_working_bytes(self, clients: int, chunk_rows: int) -> float:
-        """Norm and loss: a chunk of logits, in the compute dtype and twice in fp32, and five hidden states.
-
-        The five: input, what the norm keeps (two), its output, and the gradient that the loss keeps.
-        """
-        exact = self.master.itemsize
-        logits = chunk_rows * self.words * (2 * exact + self.dtype.itemsize)
-        return float(logits + 5 * clients * self.hidden_bytes * exact // self.dtype.itemsize)
+    def tail_run(self, chunk_rows: int) -> TailRun:
+        """What norm, head and loss take."""
+        if chunk_rows not in self._tails:
+            self._tails[chunk_rows] = self.counter.tail(self.dtype, chunk_rows)
+        return self._tails[chunk_rows]
 
     def wire_bytes(self, split: int) -> WireBytes:
         """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
@@ -227,11 +282,6 @@ class CountedModel:
 def prefix(values: Any) -> Floats:
     """Sums over layers ``[0, k)`` for every k from 0."""
     return np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-
-
-def transient_bytes(run: LayerRun) -> int:
-    """Most that a layer needs at once beyond what it keeps for the backward."""
-    return run.peak_bytes - run.saved_bytes
 
 
 def _linear_bytes(kind: LayerKind, base: str, item: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.lora.adapted_linear import AdaptedLinear
+from hsplit.lora.importance_probe import PROBE_CHUNK_BYTES, probe_working_bytes
 from hsplit.lora.low_rank import LowRank
 from hsplit.models.families import Family
 from hsplit.models.packing import Packing
@@ -67,6 +68,7 @@ class LayerSetting:
         residual_rank: rank of the residual applied beside a quantized base, 0 for none; at most ``rank_cap``.
         codes: ``nf4`` or ``int8`` for a holder that dequantizes in every pass, ``None`` for a dense store.
         dropout: the adapters' dropout.
+        probed: every adapted weight is scored in the backward, as an importance probe does.
     """
 
     rows: int
@@ -76,6 +78,7 @@ class LayerSetting:
     residual_rank: int = 0
     codes: str | None = None
     dropout: float = 0.0
+    probed: bool = False
 
 
 class RotaryTables(nn.Module):
@@ -115,8 +118,8 @@ class _Codes(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         if self._base == "nf4":
             return torch.empty(self.shape, dtype=dtype)
-        # Int8: codes widened to fp32, times the rows' scales, then narrowed.
-        return (torch.empty(self.shape, dtype=torch.float32) * 1.0).to(dtype)
+        # Int8: codes widened to fp32, scaled in place, then narrowed.
+        return torch.empty(self.shape, dtype=torch.float32).to(dtype)
 
 
 def fill_layer(layer: nn.Module, kind: LayerKind, setting: LayerSetting) -> Iterator[Tensor]:
@@ -148,8 +151,38 @@ def fill_layer(layer: nn.Module, kind: LayerKind, setting: LayerSetting) -> Iter
                 yield from (up, down)
         owner, _, attribute = linear.path.rpartition(".")
         setattr(layer.get_submodule(owner), attribute, adapted)
-    for module in layer.modules():
-        for name, parameter in module._parameters.items():
+    fill_parameters(layer, setting.dtype)
+
+
+def watch_linears(linears: Iterable[AdaptedLinear], kind: LayerKind, setting: LayerSetting) -> None:
+    """Allocate in the backward what an importance probe does when the gradient of a linear's output arrives."""
+    tokens = setting.rows * setting.length
+    for module, linear in zip(linears, kind.linears, strict=True):
+        if linear.adapted:
+            size, directions = linear.d_out * linear.d_in, min(setting.residual_rank, linear.rank_cap)
+            working = probe_working_bytes(linear.d_out, linear.d_in, tokens, directions, setting.dtype)
+            # Each chunk is summed in fp64, of a copy.
+            working += 8 * min(max(PROBE_CHUNK_BYTES // 4, linear.d_in), size)
+            _watch(module, working, setting.dtype)
+
+
+def _watch(module: AdaptedLinear, working_bytes: int, dtype: torch.dtype) -> None:
+    def keep_input(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept = [inputs[0].detach()]
+
+        def score(delta: Tensor) -> None:
+            # The input goes once it is scored, though the graph keeps its hooks.
+            held = kept.pop(), delta, module.weight.dense(dtype), torch.empty(working_bytes, dtype=torch.uint8)
+            del held
+
+        output.register_hook(score)
+
+    module.register_forward_hook(keep_input)
+
+
+def fill_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter of the meta ``module`` a fake value, frozen."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
-                values = torch.empty(parameter.shape, dtype=setting.dtype)
-                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)

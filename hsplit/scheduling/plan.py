@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -16,10 +16,11 @@ class HolderPlan:
         kind: ``client`` or ``server``.
         available: whether any split fits; an unavailable client takes no part.
         split: clients: layers ``[0, split)`` are its own; server: its first layer. ``None`` when unavailable.
-        ranks: LoRA rank by weight name.
+        ranks: LoRA rank by weight name; holders with equal ranks may share one mapping, so copy it to change it.
         declared_bytes, predicted_bytes: memory budget, and what the plan will need of it at its peak.
         step_time_s: predicted time of its part of one local step, transfers included (virtual).
         lacking_bytes: how much an unavailable client is short of the smallest assignment.
+        captured_share: its part of the plan's captured importance, 0 to 1; all holders' add up to 1.
     """
 
     name: str
@@ -31,6 +32,7 @@ class HolderPlan:
     predicted_bytes: int = 0
     step_time_s: float = 0.0
     lacking_bytes: int = 0
+    captured_share: float = 0.0
 
     @property
     def rank_total(self) -> int:
@@ -66,7 +68,9 @@ class Plan:
         return next(c for c in self.clients if c.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # asdict would copy each of the ranks on its own, which takes seconds for thousands of clients.
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        return whole | {"server": _holder_json(self.server), "clients": tuple(map(_holder_json, self.clients))}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
@@ -78,3 +82,7 @@ class Plan:
             captured_importance=data["captured_importance"],
             importance=data["importance"],
         )
+
+
+def _holder_json(holder: HolderPlan) -> dict[str, Any]:
+    return {f.name: getattr(holder, f.name) for f in fields(holder)} | {"ranks": dict(holder.ranks)}

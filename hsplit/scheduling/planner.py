@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hsplit.config import Policy
 from hsplit.errors import InputError
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Ints
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.holders import planned
+from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.problem import Problem, minimal_bytes
 from hsplit.scheduling.search import best_splits, searched_splits
 
@@ -47,7 +47,7 @@ def plan(
             f"policy: split: must be at most {cost.model.layers}, the number of layers (got {policy.split})"
         )
     smallest = policy.split if isinstance(policy.split, int) else 1
-    ranks = _rank_choices(cost, policy)
+    ranks = rank_choices(cost, policy)
     needed = minimal_bytes(cost, int(ranks[0]))
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
     if not available:
@@ -59,10 +59,12 @@ def plan(
         splits = best_splits([np.full(len(available), k) for k in range(1, int(problem.deepest.min()) + 1)], problem)
     else:
         splits = np.full(len(available), smallest)
-    return _as_plan(problem, splits, clients, int(needed[smallest]), source)
+    _check_server(problem, splits)
+    return planned(problem, splits, clients, int(needed[smallest]), source)
 
 
-def _rank_choices(cost: CostModel, policy: Policy) -> Ints:
+def rank_choices(cost: CostModel, policy: Policy) -> Ints:
+    """The ranks that a plan under ``policy`` chooses from, ``(Q,)``."""
     if isinstance(policy.ranks, int):
         return np.array([policy.ranks], dtype=np.int64)
     return np.array(cost.rank_set, dtype=np.int64)
@@ -78,64 +80,12 @@ def _no_client(clients: Sequence[ClientBudget], needed: float, split: int, rank:
     )
 
 
-def _as_plan(problem: Problem, splits: Ints, clients: Sequence[ClientBudget], smallest_bytes: int, source: str) -> Plan:
-    cost, state = problem.cost, problem.state(splits)
-    lacking = float(problem.server_minimal(state.counts)[0]) - problem.server.memory_bytes
+def _check_server(problem: Problem, splits: Ints) -> None:
+    needed = float(problem.server_minimal(problem.state(splits).counts)[0])
+    lacking = needed - problem.server.memory_bytes
     if lacking > 0:
         raise InputError(
             f"server: memory_gb: {problem.server.memory_bytes / 1e9:.3f} is {lacking / 1e9:.3f} GB too little"
             f" for its layers and {len(problem.clients)} clients; raise it, or lower job.batch_size,"
             " job.max_length or job.residual.max_rank"
         )
-    coupled_level = int(min(state.level[0], problem.server_level(state.counts)[0]))
-    joined = cost.model.joined_clients(state.counts)[0][cost.model.weight_layer] > 0
-
-    def named(levels: NDArray[np.int8], held: NDArray[np.bool_]) -> dict[str, int]:
-        chosen = np.full(len(held), coupled_level) if problem.coupled else levels
-        return {cost.model.weights[w].name: int(problem.rank_set[chosen[w]]) for w in np.flatnonzero(held)}
-
-    assigned = {c.name: (i, int(splits[i])) for i, c in enumerate(problem.clients)}
-    drawn: dict[tuple[int, int], dict[str, int]] = {}
-    parts = []
-    for client in clients:
-        if client.name not in assigned:
-            missing = smallest_bytes - client.memory_bytes
-            parts.append(
-                HolderPlan(
-                    client.name,
-                    "client",
-                    False,
-                    None,
-                    declared_bytes=client.memory_bytes,
-                    lacking_bytes=missing,
-                )
-            )
-            continue
-        index, split = assigned[client.name]
-        kind = int(problem.kind[index])
-        if (kind, split) not in drawn:
-            levels = problem.client_ranks_at(np.array([kind]), split)[0]
-            drawn[kind, split] = named(levels, problem.held[split])
-        ranks = dict(drawn[kind, split])
-        seconds = float(problem.times[kind, split].sum())
-        predicted = cost.client_bytes(split, ranks)
-        parts.append(HolderPlan(client.name, "client", True, split, ranks, client.memory_bytes, predicted, seconds))
-    own = named(problem.server_levels(state.counts)[0], joined)
-    deep = HolderPlan(
-        "server",
-        "server",
-        True,
-        int(splits.min()),
-        own,
-        problem.server.memory_bytes,
-        cost.server_bytes(splits.tolist(), own),
-        float(cost.times.server_times(problem.server, state.counts)[0]),
-    )
-    return Plan(
-        cost.model.layers,
-        deep,
-        tuple(parts),
-        float(problem.makespan(state)[0]),
-        float(problem.captured(state)[0]),
-        source,
-    )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Floats, Ints
+from hsplit.scheduling.ladder import Ladder
 from hsplit.scheduling.ranks import captured_by, greedy_levels
 
 
@@ -42,11 +43,22 @@ class State:
 class Problem:
     """One planning problem over the available clients, with all that can be computed before searching.
 
+    Clients of equal budgets are one **kind**; every table is over kinds.
+
     Args:
         clients: the available clients, ``N`` of them.
         server, cost, importance: as for :func:`plan`.
         rank_set: ranks to choose from, ``(Q,)``.
         coupled: one rank for all weights and holders instead of greedy ones.
+
+    Attributes:
+        kind: each client's kind, ``(N,)``.
+        members: how many clients each kind has, ``(K,)``.
+        memory: their bytes, ``(K,)``.
+        times: seconds of their phases at each split, ``(K, L + 1, 3)``; they never fall with the split.
+        needed: bytes that each split takes at the smallest rank, ``(L + 1,)``.
+        deepest_of_kind: the deepest split that each kind fits, ``(K,)``.
+        worth: importance of each weight, ``(W,)``.
     """
 
     def __init__(
@@ -60,14 +72,16 @@ class Problem:
     ) -> None:
         self.clients, self.server, self.cost = clients, server, cost
         self.rank_set, self.coupled = rank_set, coupled
-        self.worth: Floats = np.array([importance[w.name] for w in cost.model.weights], dtype=np.float64)
+        scores = np.array([importance[w.name] for w in cost.model.weights], dtype=np.float64)
+        # Only proportions matter; shares make what plans capture comparable, whatever the scores' unit.
+        self.worth: Floats = scores / scores.sum()
+        self._ladders: dict[int, Ladder] = {}
         kinds: dict[tuple[float, ...], int] = {}
-        self.kind: Ints = np.array(
-            [kinds.setdefault((c.memory_bytes, c.flops, c.bandwidth_bps, c.latency_s), len(kinds)) for c in clients]
-        )
-        first = [int(np.flatnonzero(self.kind == k)[0]) for k in range(len(kinds))]
+        self.kind: Ints = np.array([kinds.setdefault(budget_of(c), len(kinds)) for c in clients], dtype=np.int64)
+        first = np.unique(self.kind, return_index=True)[1].tolist()
+        self.members: Ints = np.bincount(self.kind)
         self.memory: Floats = np.array([clients[i].memory_bytes for i in first], dtype=np.float64)
-        self.times: Floats = np.stack([cost.times.client_times(clients[i]) for i in first])
+        self.times: Floats = cost.times.all_client_times([clients[i] for i in first])
         self.needed = minimal_bytes(cost, int(rank_set[0]))
         # Bytes grow with the split, so the splits that fit are those up to the deepest.
         self.deepest_of_kind: Ints = (self.needed <= self.memory[:, None]).sum(axis=1) - 1
@@ -76,6 +90,13 @@ class Problem:
     def deepest(self) -> Ints:
         """Deepest split that each client fits, ``(N,)``."""
         return self.deepest_of_kind[self.kind]
+
+    @cached_property
+    def fits(self) -> NDArray[np.bool_]:
+        """Which splits from 1 each kind fits, ``(K, L + 1)``: those that planning chooses from."""
+        splits = np.arange(self.cost.model.layers + 1)
+        fits: NDArray[np.bool_] = (splits >= 1) & (splits <= self.deepest_of_kind[:, None])
+        return fits
 
     @cached_property
     def held(self) -> NDArray[np.bool_]:
@@ -95,50 +116,41 @@ class Problem:
     @cached_property
     def client_gains(self) -> Floats:
         """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``."""
-        kinds, splits = len(self.memory), self.cost.model.layers + 1
+        table: Floats = np.zeros(self.fits.shape)
         if self.coupled:
-            return np.zeros((kinds, splits))
-        table = np.zeros((kinds, splits))
-        for split in range(1, splits):
+            return table
+        for split in range(1, self.cost.model.layers + 1):
             fitting = np.flatnonzero(self.deepest_of_kind >= split)
             if len(fitting):
-                levels = self.client_ranks_at(fitting, split)
-                table[fitting, split] = (captured_by(self.rank_set)[levels] * self.held[split]) @ self.worth
+                table[fitting, split] = self._ladder(split).captured(self.memory[fitting] - self.needed[split])
         return table
 
     def client_ranks_at(self, kinds: Ints, split: int) -> NDArray[np.int8]:
-        """Greedy levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``."""
-        held = np.broadcast_to(self.held[split], (len(kinds), len(self.worth)))
-        slack = self.memory[kinds] - self.needed[split]
-        return greedy_levels(slack, held, self.cost.client.per_rank, self.worth, self.rank_set)
+        """Greedy levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""
+        levels = np.zeros((len(kinds), len(self.worth)), dtype=np.int8)
+        levels[:, self.held[split]] = self._ladder(split).levels(self.memory[kinds] - self.needed[split])
+        return levels
+
+    def _ladder(self, split: int) -> Ladder:
+        if split not in self._ladders:
+            held = self.held[split]
+            self._ladders[split] = Ladder(self.cost.client.per_rank[held], self.worth[held], self.rank_set)
+        return self._ladders[split]
 
     def state(self, splits: Ints) -> State:
-        """The state of one assignment ``(N,)``, as a single row."""
-        times = self.times[self.kind, splits]
+        """The state of one assignment ``(N,)`` as a single row, or of several ``(M, N)``."""
+        splits = np.atleast_2d(splits)
+        width = self.cost.model.layers + 1
+        rows = np.arange(len(splits))[:, None]
+        counts = np.bincount((splits + rows * width).ravel(), minlength=len(splits) * width)
         return State(
-            self.cost.model.clients_at(splits)[None],
-            np.array([self.client_gains[self.kind, splits].sum()]),
-            times.max(axis=0)[None],
-            np.array([self.client_levels[self.kind, splits].min()]),
-        )
-
-    def moves(self, splits: Ints, members: Ints, targets: Ints) -> State:
-        """The states after moving ``members``, alike and at one split, to each of ``targets`` ``(M,)``."""
-        kind, now = int(self.kind[members[0]]), int(splits[members[0]])
-        others = np.ones(len(splits), dtype=bool)
-        others[members] = False
-        counts = np.repeat(self.cost.model.clients_at(splits)[None], len(targets), axis=0)
-        counts[:, now] -= len(members)
-        counts[np.arange(len(targets)), targets] += len(members)
-        gains = self.client_gains
-        rest = gains[self.kind[others], splits[others]].sum()
-        slowest = self.times[self.kind[others], splits[others]].max(axis=0, initial=0.0)
-        level = self.client_levels[self.kind[others], splits[others]].min(initial=len(self.rank_set))
-        return State(
-            counts,
-            rest + len(members) * gains[kind, targets],
-            np.maximum(slowest, self.times[kind, targets]),
-            np.minimum(level, self.client_levels[kind, targets]),
+            counts.reshape(len(splits), width),
+            self.client_gains[self.kind, splits].sum(axis=1),
+            # Phase by phase: a third of the memory.
+            np.stack([self.times[self.kind, splits, phase].max(axis=1) for phase in range(3)], axis=1),
+            self.client_levels[self.kind, splits].min(axis=1)
+            if self.coupled
+            else np.zeros(len(splits), dtype=np.int64),
         )
 
     def objective(self, state: State) -> Floats:
@@ -157,11 +169,19 @@ class Problem:
             level = np.maximum(np.minimum(state.level, self.server_level(state.counts)), 0)
             captured: Floats = captured_by(self.rank_set)[level] * self.worth.sum()
             return captured
-        clients = len(self.clients)
-        share = self.cost.model.joined_clients(state.counts)[:, self.cost.model.weight_layer] / clients
-        own = (captured_by(self.rank_set)[self.server_levels(state.counts)] * share) @ self.worth
-        total: Floats = state.gain / clients + own
+        total: Floats = state.gain / len(self.clients) + self.server_captured(state.counts)
         return total
+
+    def uniform_levels(self, state: State) -> Ints:
+        """With one rank for all: the level of every weight under the first row of ``state``, ``(W,)``."""
+        level = min(int(state.level[0]), int(self.server_level(state.counts)[0]))
+        return np.full(len(self.worth), max(level, 0), dtype=np.int64)
+
+    def server_captured(self, counts: Ints) -> Floats:
+        """The server's part of the captured importance with greedy ranks, ``(M,)``."""
+        share = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer] / len(self.clients)
+        own: Floats = (captured_by(self.rank_set)[self.server_levels(counts)] * share) @ self.worth
+        return own
 
     def server_minimal(self, counts: Ints) -> Floats:
         """Bytes of the server with every weight at the smallest rank, ``(M,)``."""
@@ -182,3 +202,8 @@ class Problem:
         needed = self.cost.server.constant(counts)[:, None] + unit[:, None] * self.rank_set
         levels: Ints = (needed <= self.server.memory_bytes).sum(axis=1) - 1
         return levels
+
+
+def budget_of(client: ClientBudget) -> tuple[float, float, float, float]:
+    """What makes two clients the same to the planner: memory, compute, bandwidth and latency."""
+    return client.memory_bytes, client.flops, client.bandwidth_bps, client.latency_s

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsplit.models.tail import SERVER_CHUNK_ROWS
-from hsplit.scheduling.counted_model import CountedModel, Floats, Ints, prefix, transient_bytes
+from hsplit.scheduling.counted_model import CountedModel, Floats, Ints, prefix
+from hsplit.scheduling.counting import UNSEEN
+
+# Up to the first number of clients each is counted for itself, beyond it only these: counting takes time and memory
+# that grow with the rows.
+COUNTED_CLIENTS = (8, 16, 32, 64)
 
 
 class ServerMemory:
@@ -16,7 +23,7 @@ class ServerMemory:
 
     def __init__(self, model: CountedModel) -> None:
         self._model = model
-        self._transients: dict[int, int] = {}
+        self._transients: dict[int, float] = {}
 
     def constant(self, counts: Ints) -> Floats:
         """Bytes of the server apart from its own ranks: ``(M,)``.
@@ -24,19 +31,25 @@ class ServerMemory:
         Args:
             counts: rows of :meth:`clients_at`, ``(M, L + 1)``, all of equally many clients.
         """
-        clients, joined = int(counts[0].sum()), self._model.joined_clients(counts)
+        model, clients, joined = self._model, int(counts[0].sum()), self._model.joined_clients(counts)
         held = joined > 0
-        fixed = held @ self._model.stored_bytes + float(self._store_bytes) + self._model.rotary_bytes
-        transient = float(self._transient(clients))
-        if self._model.job.privacy.labels == "server":
-            fixed = fixed + self._model.tail_bytes(head=True)
-            transient = max(transient, self._model.tail_working_bytes(clients, SERVER_CHUNK_ROWS))
-        wire = self._model.wire_bytes(1)
-        # Rows as received, their leaf in the graph and the leaf's gradient.
-        boundary = clients * (wire.to_server + wire.to_client + 2 * self._model.hidden_bytes)
-        step = joined @ self._model.saved + transient + boundary
-        received = counts @ prefix(self._model.copied_bytes) + held @ self._model.copied_bytes
-        total: Floats = np.ceil(fixed + np.maximum(step, received + self._recompression_bytes(clients)))
+        fixed = held @ model.stored_bytes + model.rotary_bytes + float(self._store_bytes)
+        working: Floats = self._transients_of(joined[:, -1])
+        wire = model.wire_bytes(1)
+        if model.job.privacy.labels == "server":
+            fixed = fixed + model.tail_bytes(head=True)
+            tail = model.tail_run(SERVER_CHUNK_ROWS).peak_bytes(clients * model.rows)
+            working = np.maximum(working, clients * model.hidden_bytes + tail)
+        # Messages as received, each client's rows as a leaf of the graph, targets and owners of all tokens.
+        boundary = clients * (wire.to_server + model.hidden_bytes + 4 * 8 * model.rows)
+        step = UNSEEN * (joined @ model.saved + working + boundary)
+        copies = held @ model.copied_bytes
+        received = counts @ prefix(model.copied_bytes) + copies
+        passing = np.maximum(self._recompression_bytes(clients), self._residual_bytes + self._following(held))
+        # Resuming instead: own factors and both moments as received.
+        round_end = np.maximum(received + passing, 3.0 * copies + self._residual_bytes + self._following(held))
+        load = np.where(held, model.loading(codes=True), 0.0).max(axis=1)
+        total: Floats = np.ceil(fixed + np.maximum.reduce([step, round_end, load]))
         return total
 
     def per_rank(self, counts: Ints) -> Floats:
@@ -56,22 +69,56 @@ class ServerMemory:
         return round(float((self.constant(counts) + self.per_rank(counts) @ vector)[0]))
 
     @cached_property
-    def _store_bytes(self) -> int:
-        """The aggregator's residuals of all weights, and one copy of them on its way to the holders."""
-        return 2 * self._model.master.itemsize * int(self._model.residual_entries.sum())
+    def _residual_bytes(self) -> int:
+        """All weights' residuals as they are kept, or as they travel to the holders."""
+        return self._model.master.itemsize * int(self._model.residual_entries.sum())
 
-    def _transient(self, clients: int) -> int:
+    @cached_property
+    def _store_bytes(self) -> float:
+        """What the aggregator keeps of all weights: residuals and common restarts."""
+        return self._residual_bytes + float(self._model.copied_bytes.sum())
+
+    def _following(self, held: NDArray[np.bool_]) -> Floats:
+        return np.where(held, self._model.following, 0.0).max(axis=1)
+
+    def _transients_of(self, joined: Ints) -> Floats:
+        """Most that a layer needs at once with so many clients' rows, ``(M,)``."""
+        distinct, places = np.unique(joined, return_inverse=True)
+        return np.array([self._transient(int(clients)) for clients in distinct])[places]
+
+    def _transient(self, clients: int) -> float:
+        """Counted for few clients; for more, on the chord between numbers that were counted.
+
+        Each moment of a layer takes bytes linear in the rows, so the most of them is convex: a chord is never below it.
+        Beyond the largest number counted it goes on as between the last two.
+        """
+        if clients <= COUNTED_CLIENTS[0]:
+            return self._counted_transient(clients)
+        above = bisect_left(COUNTED_CLIENTS, min(clients, COUNTED_CLIENTS[-1]))
+        few, many = COUNTED_CLIENTS[above - 1], COUNTED_CLIENTS[above]
+        least, most = self._counted_transient(few), self._counted_transient(many)
+        return least + (clients - few) * (most - least) / (many - few)
+
+    def _counted_transient(self, clients: int) -> float:
+        if clients == 0:
+            return 0.0
         if clients not in self._transients:
-            codes = self._model.job.base if self._model.quantized else None
-            setting = self._model.setting(self._model.top_rank, clients * self._model.job.batch_size, codes)
-            runs = [self._model.counter.run(layer, setting) for layer in range(self._model.layers)]
-            self._transients[clients] = max(map(transient_bytes, runs)) + clients * self._model.hidden_bytes
+            model = self._model
+            codes, rows = model.job.base if model.quantized else None, clients * model.job.batch_size
+            most = max(model.transient_bytes(layer, rows, codes) for layer in range(model.layers))
+            self._transients[clients] = float(most)
         return self._transients[clients]
 
     def _recompression_bytes(self, clients: int) -> float:
-        """One weight's residual on its way through the cap: concatenation, QR, core and result in fp64."""
-        if not self._model.keeps_residual:
+        """One weight's update on its way into its residual: the update's and the residual's decompositions in fp64.
+
+        Measured: at most three times the factors at their joint rank. No weight has more holders than there are
+        clients, since the server holds what some client does not. Without a cap a residual may become a matrix.
+        """
+        model = self._model
+        if not model.keeps_residual:
             return 0.0
-        cap = self._model.job.residual.max_rank
-        rank = (0 if cap == "full" else cap) + (clients + 1) * self._model.top_rank
-        return float(int(self._model.forming.max(initial=0)) + 4 * 8 * rank * int(self._model.sides.max(initial=0)))
+        cap = model.job.residual.max_rank
+        rank = (0 if cap == "full" else cap) + clients * model.top_rank
+        matrix = 3 * 8 * max((w.parameters for w in model.weights), default=0) if cap == "full" else 0
+        return float(3 * 8 * rank * int(model.sides.max(initial=0)) + matrix)

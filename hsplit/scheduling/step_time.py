@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,14 +43,23 @@ class StepTimes:
 
     def client_times(self, client: ClientBudget) -> Floats:
         """Seconds of a client's phases up, turn and down of one local step at each split: ``(L + 1, 3)``."""
-        times = np.zeros((self._model.layers + 1, 3))
+        return self.all_client_times([client])[0]
+
+    def all_client_times(self, clients: Sequence[ClientBudget]) -> Floats:
+        """:meth:`client_times` of many clients at once: ``(C, L + 1, 3)``."""
+        budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
+        flops, bandwidth, latency = budgets.reshape(-1, 3).T[:, :, None]
         wire = self._model.wire_bytes(1)
-        times[:, 0] = prefix(self._model.forward_flops) / client.flops + self.sent_s(wire.up, client)
+
+        def sent(nbytes: int) -> Floats:
+            seconds: Floats = 8 * nbytes / bandwidth + latency
+            return seconds
+
+        times = np.zeros((len(clients), self._model.layers + 1, 3))
+        times[:, :, 0] = prefix(self._model.forward_flops) / flops + sent(wire.up)
         if self._model.job.privacy.labels == "client":
-            times[:, 1] = (
-                self.sent_s(wire.deep, client) + self._tail_flops / client.flops + self.sent_s(wire.slope, client)
-            )
-        times[1:, 2] = prefix(self._model.backward_flops)[1:] / client.flops + self.sent_s(wire.down, client)
+            times[:, :, 1] = sent(wire.deep) + self._tail_flops / flops + sent(wire.slope)
+        times[:, 1:, 2] = prefix(self._model.backward_flops)[1:] / flops + sent(wire.down)
         return times * self._model.job.grad_accumulation
 
     def server_times(self, server: ServerBudget, counts: Ints) -> Floats:

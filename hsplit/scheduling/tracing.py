@@ -84,6 +84,10 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self._now)
         return result
 
+    def begin_peak(self) -> None:
+        """Forget the peak so far: what is alive now is the new one's beginning."""
+        self.peak = self._now
+
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._held or key in self._alive:

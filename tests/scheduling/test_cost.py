@@ -101,3 +101,9 @@ def test_planning_imports_neither_ray_nor_peft_nor_bitsandbytes() -> None:
     code = "import sys, hsplit.actors.scheduler;print([m for m in ('ray', 'peft', 'bitsandbytes') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("clients", [9, 20, 64, 100])
+def test_what_is_counted_for_few_clients_holds_for_many(clients: int) -> None:
+    memory = cost().server
+    assert memory._transient(clients) == memory._counted_transient(clients)

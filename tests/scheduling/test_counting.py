@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from hsplit.config import Job
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.packing import Packing
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment
-from hsplit.scheduling.counting import LayerCounter
-from hsplit.scheduling.fake_layer import LayerSetting
+from hsplit.models.tail import Tail
+from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.counting import LayerCounter, LayerRun
+from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
 from hsplit.scheduling.tracing import LiveBytes, saved_storages
 
 
@@ -151,6 +154,68 @@ def test_large_models_are_counted_from_their_configuration_alone(name: str) -> N
     # Every weight keeps x A^T beside x: one entry a token and unit of rank.
     assert high.saved_bytes - low.saved_bytes == 8 * adapted * 2 * 128 * 2
     assert counter.run(5, LayerSetting(2, 128, torch.bfloat16, 1)) is low
+
+
+PARAMETERS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "gpt2-large": 774_030_080,
+    "qwen2.5-0.5b": 494_032_768,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_cost_bytes_and_seconds_from_their_configuration_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    really_run_layer = LayerCounter._run
+
+    def watched(self: LayerCounter, index: int, kind: LayerKind, setting: LayerSetting) -> LayerRun:
+        counted.append((kind, setting))
+        return really_run_layer(self, index, kind, setting)
+
+    monkeypatch.setattr(LayerCounter, "_run", watched)
+    config = LARGE[name]
+    costs = CostModel(config, Job(dtype="bf16", base="bf16", max_length=512))
+    model = costs.model
+    # Front, deep and tail together have each parameter once, and a tied head has none of its own.
+    parts = model.embedding_bytes + model.dense_bytes.sum() + model.tail_bytes(head=not config.tie_word_embeddings)
+    assert parts == 2 * PARAMETERS[name]
+    layers = model.layers
+    ranks = {k: {w.name: 8 for w in model.weights if w.layer < k} for k in (1, layers // 2, layers)}
+    client = [costs.client_bytes(split, own) for split, own in ranks.items()]
+    assert client == sorted(client)
+    deep = costs.server_bytes([1, layers // 2, layers], ranks[layers])
+    assert deep > costs.server_bytes([layers, layers, layers], {})
+    # All layers are of one kind, so each setting is counted once: two ranks, and as many rows as the server joins.
+    assert len(counted) == len(set(counted)) == 3
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("chunk_rows", [8, 16])
+def test_a_tail_takes_little_less_than_counted(checkpoints: dict[str, Path], family: str, chunk_rows: int) -> None:
+    tokens = 8 * chunk_rows + 3
+    base = BaseModel(checkpoints[family], "fp32", torch.float32)
+    tail = load_segment(base, SegmentSpec(2, 2, tail=True)).tail
+    assert tail is not None
+    tail = Tail(tail.norm, tail.head, chunk_rows)
+    hidden = torch.randn(tokens, 48, requires_grad=True)
+    with LiveBytes([*tail.parameters(), *tail.buffers(), hidden]) as live:
+        at = torch.arange(tokens)
+        tail.token_losses(hidden[at], at % 64).sum().backward()
+    counted = LayerCounter(TINY[family](), set(), 16).tail(torch.float32, chunk_rows).peak_bytes(tokens)
+    assert live.peak <= counted <= 1.1 * live.peak + 4 * 64 * chunk_rows
+
+
+def test_a_probe_adds_its_working_bytes_at_most() -> None:
+    config = tiny_llama()
+    counter = LayerCounter(config, {s.name for s in linear_shapes(config)}, 32)
+    plain = counter.run(0, LayerSetting(2, 32, torch.float32, 4))
+    probed = counter.run(0, LayerSetting(2, 32, torch.float32, 4, probed=True))
+    assert probed.saved_bytes == plain.saved_bytes
+    assert (probed.forward_flops, probed.backward_flops) == (plain.forward_flops, plain.backward_flops)
+    assert plain.peak_bytes <= probed.peak_bytes <= plain.peak_bytes + 4 * 4 * 48 * 96
 
 
 @pytest.mark.parametrize("codes", ["nf4", "int8"])

@@ -1,0 +1,421 @@
+"""Predicted against measured peak memory of clients and of the server (METHOD 4).
+
+    python -m benchmarks.memory [--out FOLDER] [--only PART_OF_A_NAME]
+
+A real ``Client`` (or ``Server``) goes through what a run asks of it, under what a plan reserves for: batches of the
+greatest length with every token supervised, residuals at their cap, an importance probe, a resumption. What the other
+side would send is random numbers of the right shape, so that only one holder's memory is in the process. Every
+combination runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsplit.actors.client import Client
+from hsplit.actors.messages import Activations, WireTensor
+from hsplit.actors.server import Server
+from hsplit.config import Job, Policy
+from hsplit.data import Example
+from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.low_rank import LowRank
+from hsplit.lora.residual import ResidualUpdate
+from hsplit.models.dtype import DTYPES
+from hsplit.models.segment import BaseModel, LinearShape, layer_count, linear_shapes, model_config, targeted
+from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination.
+
+    Attributes:
+        model: name in the table.
+        base, dtype, wire: of the job.
+        splits: one client's split point, or for the server those of all its clients.
+        rank: of every adapted weight, and the largest that the job allows.
+        batch_size, length: a client's batch.
+        labels: where the tail is: ``server`` or ``client``.
+        cap: ``residual.max_rank``.
+        dropout: the adapters'.
+        noise: ``privacy.noise``.
+        grad_accumulation: batches a step.
+    """
+
+    model: str
+    base: str
+    splits: tuple[int, ...]
+    rank: int = 8
+    batch_size: int = 2
+    length: int = 64
+    labels: str = "server"
+    dtype: str = "fp32"
+    wire: str = "bf16"
+    cap: int | str = 32
+    dropout: float = 0.0
+    noise: float = 0.0
+    grad_accumulation: int = 1
+
+    @property
+    def job(self) -> Job:
+        return Job.model_validate(
+            {
+                "base": self.base,
+                "dtype": self.dtype,
+                "wire": self.wire,
+                "rank_set": [self.rank],
+                "batch_size": self.batch_size,
+                "max_length": self.length,
+                "residual": {"max_rank": self.cap},
+                "privacy": {"labels": self.labels, "noise": self.noise},
+                "dropout": self.dropout,
+                "grad_accumulation": self.grad_accumulation,
+                "validation": {"max_examples": self.batch_size, "share": 0.5},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a holder did with memory, in bytes above its start.
+
+    Attributes:
+        rest: held when nothing runs: weights, adapters with gradients, moments, and the residual at its cap.
+        peak: most at any time.
+        parts: most during each part of a round.
+        predicted: the cost model's peak.
+    """
+
+    rest: int
+    peak: int
+    parts: dict[str, int]
+    predicted: int
+
+    @property
+    def error(self) -> float:
+        """How much more was predicted than measured, of what is above the start."""
+        return self.predicted / self.peak - 1
+
+    @property
+    def error_at_work(self) -> float:
+        """The same of what is above the holder at rest."""
+        return (self.predicted - self.peak) / max(self.peak - self.rest, 1)
+
+
+class _Holder:
+    """Counts one holder's memory part by part."""
+
+    def __init__(self, actor: Client | Server) -> None:
+        self.actor = actor
+        self.parts: dict[str, int] = {}
+        self._part = "start"
+
+    @property
+    def peak(self) -> int:
+        return max(peak for part, peak in self.parts.items() if part != "filling")
+
+    def call(self, part: str, method: str, *arguments: Any) -> Any:
+        self.settle(part)
+        return getattr(self.actor, method)(*arguments)
+
+    def settle(self, part: str = "rest") -> int:
+        """Read the last call's peak once its arguments and results are gone; returns the bytes held then."""
+        self.parts[self._part] = max(self.parts.get(self._part, 0), self.actor.peak_bytes())
+        self._part = part
+        return self.actor.peak_bytes()
+
+
+def measured_client(directory: Path, case: Case) -> Measured:
+    """Drive one client of ``case`` through all that a run asks of it."""
+    job, policy = case.job, Policy(name="hsplitlora")
+    config = model_config(directory)
+    shapes = targeted(linear_shapes(config), job.targets)
+    (split,) = case.splits
+    ranks = {s.name: case.rank for s in shapes if s.layer < split}
+    actor = Client("one", job, policy, BaseModel(directory, case.base, DTYPES[case.dtype]))
+    examples = [Example("", text, None) for text in [_text(directory, case.length)] * 2 * case.batch_size]
+    report = actor.load_data(examples, None)
+    if report.too_long:
+        raise RuntimeError("the examples are longer than they should be")
+    holder = _Holder(actor)
+    held = [s for s in shapes if s.name in ranks]
+    holder.call("load", "configure", split, ranks)
+    holder.call("round", "restart", RoundUpdate(1, {}, {}))
+    _client_steps(holder, case, config.hidden_size, 0)
+    # As after a resumption, which brings the state back and the residual whole.
+    state = {name: tensor.clone() for name, tensor in holder.call("round", "state").items()}
+    holder.call("round", "load_state", state, _update(held, case))
+    del state
+    # The residual is at its cap already, and all of it changes.
+    holder.call("round", "restart", _update(held, case))
+    _client_steps(holder, case, config.hidden_size, 1)
+    _client_checks(holder, case, config.hidden_size)
+    holder.call("round", "held")
+    rest = holder.settle()
+    predicted = CostModel(config, job).client_bytes(split, ranks)
+    return Measured(rest, holder.peak, holder.parts, predicted)
+
+
+def _client_steps(holder: _Holder, case: Case, width: int, round_: int) -> None:
+    shape = (case.batch_size * case.length, width)
+    at_home = case.labels == "client"
+    for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
+        holder.call("step", "forward", step, micro)
+        if at_home:
+            holder.call("step", "tail", step, micro, _random(shape, case.wire))
+        holder.call("step", "backward", step, micro, _random(shape, case.wire) if case.splits[0] else None)
+
+
+def _client_checks(holder: _Holder, case: Case, width: int) -> None:
+    shape = (case.batch_size * case.length, width)
+    at_home = case.labels == "client"
+    holder.call("validation", "validation_forward", 0)
+    if at_home:
+        holder.call("validation", "validation_tail", 0, _random(shape, case.wire))
+    holder.call("probe", "probe_forward", 1, shape[0])
+    if at_home:
+        holder.call("probe", "probe_tail", _random(shape, case.wire))
+    holder.call("probe", "probe_backward", _random(shape, case.wire) if case.splits[0] else None)
+
+
+def measured_server(directory: Path, case: Case) -> Measured:
+    """Drive the server of ``case`` through all that a run asks of it, with residuals at their cap."""
+    job, policy = case.job, Policy(name="hsplitlora")
+    config = model_config(directory)
+    shapes = targeted(linear_shapes(config), job.targets)
+    plan = _plan(config, shapes, case)
+    holder = _Holder(Server(job, policy, BaseModel(directory, case.base, DTYPES[case.dtype])))
+    holder.call("load", "configure", plan)
+    holder.call("round", "restart", RoundUpdate(1, {}, {}))
+    messages = [_activations(f"c{i}", split, case, config) for i, split in enumerate(case.splits)]
+    gradients = [_random((case.batch_size * case.length, config.hidden_size), case.wire) for _ in messages]
+    _server_steps(holder, case, messages, gradients, 0)
+    tensors = holder.actor.state()
+    for s in shapes:
+        factors = _factors(s, _cap(s, case), case)
+        tensors[f"residual.{s.name}.B"], tensors[f"residual.{s.name}.A"] = factors.B, factors.A
+    holder.call("round", "load_state", tensors, *(c.name for c in plan.clients))
+    del tensors, factors
+    # What this replaces was made here, outside the allocator's sight, so that its end is not seen.
+    holder.call("filling", "aggregate", 2, *[_held(c, shapes, case) for c in plan.clients])
+    _server_steps(holder, case, messages, gradients, 1)
+    _server_checks(holder, case, messages, gradients)
+    holder.call("round", "aggregate", 3, *[_held(c, shapes, case) for c in plan.clients])
+    _server_steps(holder, case, messages, gradients, 2)
+    del messages, gradients
+    holder.call("round", "state")
+    rest = holder.settle()
+    predicted = CostModel(config, job).server_bytes(case.splits, plan.server.ranks)
+    return Measured(rest, holder.peak, holder.parts, predicted)
+
+
+def _server_steps(
+    holder: _Holder, case: Case, messages: Sequence[Activations], gradients: Sequence[WireTensor], round_: int
+) -> None:
+    for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
+        if case.labels == "server":
+            holder.call("step", "train_step", step, micro, *messages)
+        else:
+            holder.call("step", "forward", step, micro, *messages)
+            holder.call("step", "backward", step, micro, len(messages), *messages, *gradients)
+
+
+def _server_checks(
+    holder: _Holder, case: Case, messages: Sequence[Activations], gradients: Sequence[WireTensor]
+) -> None:
+    if case.labels == "server":
+        holder.call("validation", "evaluate", *messages)
+        holder.call("probe", "probe", *messages)
+    else:
+        holder.call("validation", "evaluate_deep", *messages)
+        holder.call("probe", "probe_forward", *messages)
+        holder.call("probe", "probe_backward", len(messages), *messages, *gradients)
+
+
+# -- what the other side would send -------------------------------------------------------------------------------
+
+
+def _random(shape: tuple[int, int], wire: str) -> WireTensor:
+    return WireTensor.pack(torch.randn(shape) / 100, wire)
+
+
+def _activations(name: str, split: int, case: Case, config: Any) -> Activations:
+    rows = case.batch_size * case.length
+    targets = torch.randint(config.vocab_size, (rows,), dtype=torch.int32).numpy()
+    hidden = _random((rows, config.hidden_size), case.wire)
+    lengths = (case.length,) * case.batch_size
+    return Activations(name, split, hidden, lengths, rows, rows, targets if case.labels == "server" else None)
+
+
+def _cap(shape: LinearShape, case: Case) -> int:
+    most = min(shape.d_out, shape.d_in) // 2
+    return most if isinstance(case.cap, str) else min(case.cap, most)
+
+
+def _factors(shape: LinearShape, rank: int, case: Case) -> LowRank:
+    master = torch.promote_types(DTYPES[case.dtype], torch.float32)
+    B, A = torch.randn(shape.d_out, rank, dtype=master), torch.randn(rank, shape.d_in, dtype=master)
+    return LowRank(B.mul_(1e-3), A.mul_(1e-3))
+
+
+def _update(shapes: Sequence[LinearShape], case: Case) -> RoundUpdate:
+    residuals = {s.name: ResidualUpdate(0, _factors(s, _cap(s, case), case)) for s in shapes}
+    return RoundUpdate(2, residuals, {s.name: _factors(s, case.rank, case) for s in shapes})
+
+
+def _held(client: HolderPlan, shapes: Sequence[LinearShape], case: Case) -> HeldAdapters:
+    own = [s for s in shapes if s.name in client.ranks]
+    tokens = case.batch_size * case.length
+    terms = {s.name: _factors(s, case.rank, case) for s in own}
+    return HeldAdapters(client.name, terms, {s.layer: tokens for s in own}, {s.name: s.layer for s in own})
+
+
+def _plan(config: Any, shapes: Sequence[LinearShape], case: Case) -> Plan:
+    def ranks(first: int, last: int) -> dict[str, int]:
+        return {s.name: case.rank for s in shapes if first <= s.layer < last}
+
+    layers, first = layer_count(config), min(case.splits)
+    clients = [HolderPlan(f"c{i}", "client", True, k, ranks(0, k)) for i, k in enumerate(case.splits)]
+    server = HolderPlan("server", "server", True, first, ranks(first, layers))
+    return Plan(layers, server, tuple(clients), 1.0, 0.0, "none")
+
+
+def _text(directory: Path, length: int) -> str:
+    """A response of ``length`` tokens, its end included."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = " a" * (length - 1 if tokenizer.eos_token_id is not None else length)
+    if len(tokenizer(text, add_special_tokens=False)["input_ids"]) != text.count("a"):
+        raise RuntimeError(f"{directory}: the tokenizer does not make one token of ' a'")
+    return text
+
+
+# -- the table ----------------------------------------------------------------------------------------------------
+
+SMOLLM2, GPT2 = "SmolLM2-135M", "GPT-2 small (random)"
+# Few in bf16, which takes minutes where a processor only emulates it.
+CLIENTS = (
+    Case(SMOLLM2, "fp32", (4,)),
+    Case(SMOLLM2, "fp32", (8,), rank=16, batch_size=4, labels="client"),
+    Case(SMOLLM2, "nf4", (2,), rank=32, length=128),
+    Case(SMOLLM2, "nf4", (10,), length=128),
+    Case(SMOLLM2, "int8", (6,), rank=4, batch_size=1, length=256, labels="client"),
+    Case(SMOLLM2, "bf16", (6,), dtype="bf16", length=32),
+    Case(SMOLLM2, "nf4", (4,), rank=32, batch_size=1, length=16, cap=128),
+    Case(GPT2, "fp32", (3,), length=128),
+    Case(GPT2, "nf4", (6,), rank=16, labels="client"),
+    Case(GPT2, "int8", (2,), batch_size=8, wire="fp32"),
+    Case(GPT2, "nf4", (4,), dtype="bf16", rank=4, length=32),
+    Case(GPT2, "nf4", (1,), rank=32, batch_size=1, length=32),
+)
+SERVERS = (
+    Case(SMOLLM2, "nf4", (4,), rank=16, length=128),
+    Case(SMOLLM2, "nf4", (2, 6, 10, 20)),
+    Case(SMOLLM2, "int8", (4, 16), labels="client"),
+    Case(GPT2, "nf4", (1, 2, 4, 8), rank=16),
+    Case(GPT2, "fp32", (3, 9), labels="client"),
+    Case(GPT2, "int8", (6, 6, 6)),
+)
+
+
+def random_model(to: Path, config: Any) -> Path:
+    """Save a model of ``config`` with random weights, and a tokenizer that makes one token of every `` a``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    AutoModelForCausalLM.from_config(config).save_pretrained(to)
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.save_pretrained(to)
+    return to
+
+
+def row_of(directory: Path, case: Case) -> dict[str, Any]:
+    """One row of the table: the combination, and bytes that a plan would need, that were predicted and measured."""
+    begun = time.perf_counter()
+    server = case in SERVERS
+    measured = (measured_server if server else measured_client)(directory, case)
+    row = asdict(case) | {"holder": "server" if server else "client", "splits": " ".join(map(str, case.splits))}
+    row |= {f"{part}_bytes": measured.parts.get(part, 0) for part in ("load", "step", "probe", "round", "validation")}
+    # A budget below the prediction is refused, so this is what has to be declared at least.
+    row |= {"declared_bytes": measured.predicted, "predicted_bytes": measured.predicted}
+    row |= {"measured_bytes": measured.peak, "rest_bytes": measured.rest, "error": measured.error}
+    return row | {"error_at_work": measured.error_at_work, "wall_time_s": time.perf_counter() - begun}
+
+
+def _measure_apart(directory: Path, case: Case, results: Any) -> None:
+    torch.set_num_threads(2)
+    results.put(row_of(directory, case))
+
+
+def main() -> None:
+    """Measure every combination, write the rows and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    arguments = parser.parse_args()
+
+    from transformers import GPT2Config
+
+    from hsplit.models.source import find_model
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "bos_token_id": 0, "eos_token_id": 0}
+        places = {SMOLLM2: lambda: find_model(DEFAULT_MODEL).directory}
+        places[GPT2] = lambda: random_model(Path(folder), GPT2Config(**sizes))
+        directories = {name: find() for name, find in places.items() if arguments.only in name}
+        # Forked processes would inherit memory; spawned ones begin with none.
+        context = multiprocessing.get_context("spawn")
+        for case in (*CLIENTS, *SERVERS):
+            if case.model in directories:
+                results = context.Queue()
+                process = context.Process(target=_measure_apart, args=(directories[case.model], case, results))
+                process.start()
+                rows.append(results.get(timeout=600))
+                process.join()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "memory.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    show(rows)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table, in MB (1e6 bytes) above the holder's start."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Peak memory in MB above the holder's start; error: predicted over measured")
+    for column in ("holder", "model", "base", "dtype", "splits", "rank", "batch", "labels"):
+        table.add_column(column)
+    for column in ("declared", "predicted", "measured", "error", "at rest", "error at work"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        named = [str(row[key]) for key in ("holder", "model", "base", "dtype", "splits", "rank")]
+        sizes = [f"{row[f'{key}_bytes'] / 1e6:.1f}" for key in ("declared", "predicted", "measured")]
+        batch = f"{row['batch_size']} x {row['length']}"
+        errors = [f"{row['error']:+.1%}", f"{row['rest_bytes'] / 1e6:.1f}", f"{row['error_at_work']:+.1%}"]
+        table.add_row(*named, batch, row["labels"], *sizes, *errors)
+    Console(width=180).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""How long planning takes as clients grow in number, and what planning is worth.
+
+    python benchmarks/planner.py                    # or: hsplit bench planner
+
+First part: clients of as many different budgets, drawn, plan for a Llama-2-7B that is built as its configuration
+alone. All seconds are wall time of ``planner.plan`` on one core of the machine at hand. The first plan is timed apart,
+since the cost model counts on its way what it has not met yet, and keeps it. A server with ample memory gives every
+adapter the largest rank; one that is short of it has 80 % of what the ample one's plan takes, so that splits and ranks
+must be traded against its memory.
+
+Second part: captured importance per second of makespan of the planned configuration on a cluster file, against
+uniform splits and ranks, and against splits chosen by memory alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy and torch read them.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_variable] = "1"
+
+import argparse  # noqa: E402
+import csv  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import platform  # noqa: E402
+import statistics  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from dataclasses import asdict, dataclass, replace  # noqa: E402
+from importlib.metadata import version  # noqa: E402
+from itertools import groupby  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+from rich.box import SIMPLE_HEAD  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from hsplit.benchmark import results_directory  # noqa: E402
+from hsplit.config import Job, Policy, load_run_config  # noqa: E402
+from hsplit.observe.wording import number_text  # noqa: E402
+from hsplit.scheduling.cost import CostModel  # noqa: E402
+from hsplit.scheduling.holders import planned  # noqa: E402
+from hsplit.scheduling.importance import equal_importance  # noqa: E402
+from hsplit.scheduling.plan import Plan  # noqa: E402
+from hsplit.scheduling.planner import EQUAL, plan  # noqa: E402
+from hsplit.scheduling.problem import Problem, budget_of  # noqa: E402
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+}
+# Of what the plan takes at a server with ample memory.
+SHORT = 0.8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A drawn client, or the server: bytes, FLOP/s, bit/s, seconds."""
+
+    name: str
+    memory_bytes: int
+    flops: float
+    bandwidth_bps: float = 1.0
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row of the first table.
+
+    Attributes:
+        server_memory: ``ample`` or ``short``.
+        clients, distinct_budgets: how many, and how many of them differ.
+        first_s: wall seconds of the first plan, with what the cost model counts on its way.
+        seconds_min, seconds_median: wall seconds of planning once that is known, over the repeats.
+        seconds_per_client: of the median.
+        growth_exponent: of the median seconds against the next smaller number of clients.
+        objective: captured importance per second of makespan (virtual) of the plan.
+    """
+
+    server_memory: str
+    clients: int
+    distinct_budgets: int
+    first_s: float
+    seconds_min: float
+    seconds_median: float
+    seconds_per_client: float
+    growth_exponent: float | None
+    objective: float
+
+
+@dataclass(frozen=True)
+class Worth:
+    """One row of the second table; times are virtual."""
+
+    configuration: str
+    clients_taking_part: int
+    splits: str
+    captured_importance: float
+    makespan_s: float
+    captured_per_second: float
+    of_planned: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run both parts, print their tables and write them down."""
+    options = _options(arguments)
+    machine = _one_core()
+    options.to.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    timings = _timings(options, console)
+    _write(options.to / "planner.csv", timings, machine | {"model": options.model, "repeats": options.repeat})
+    _draw(timings, options.to / "planner.svg", machine)
+    worths = _worths(options.cluster)
+    console.print(_worth_table(worths, options.cluster))
+    _write(options.to / "configurations.csv", worths, machine | {"cluster": options.cluster, "importance": EQUAL})
+    console.print(f"written to {options.to}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hsplit bench planner",
+        description="Time planning on one core as clients grow in number; say what planning is worth.",
+    )
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000, 10000], metavar="N")
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama-2-7b")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="how often each plan is timed after the first (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn budgets (default: 0)")
+    parser.add_argument("--cluster", default="hetero", help="cluster file or preset of the second part")
+    parser.add_argument("--to", type=Path, default=results_directory("planner"), help="directory to write")
+    options = parser.parse_args(arguments)
+    if min(options.clients) < 1 or options.repeat < 1:
+        parser.error("--clients and --repeat must be at least 1")
+    options.clients = sorted(set(options.clients))
+    return options
+
+
+def _one_core() -> dict[str, str]:
+    """Keep to one core and one thread; what the figures were measured on."""
+    import torch
+
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return {
+        "seconds": "wall time on one core, measured",
+        "processor": _processor(),
+        "system": platform.platform(),
+        "versions": ", ".join(
+            [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("numpy", "torch"))]
+        ),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# -- how long planning takes --------------------------------------------------------------------------------------
+
+
+def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
+    from transformers import LlamaConfig
+
+    job = Job(model=options.model, base="nf4", dtype="bf16")
+    begun = time.perf_counter()
+    cost = CostModel(LlamaConfig(**MODELS[options.model]), job)
+    # The tables over splits and weights are counted once too.
+    _ = cost.client.constant, cost.client.per_rank
+    console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.perf_counter() - begun:.2f} s")
+    timings: list[Timing] = []
+    for count in options.clients:
+        clients = _drawn(count, options.seed)
+        # Without a limit first, to know what that takes; compute grows with the clients.
+        server = Budget("server", 10**18, 3e14 * max(1.0, count / 100))
+        ample, seconds = _timed(clients, server, cost, options.repeat)
+        timings.append(_timing("ample", clients, seconds, ample, timings))
+        short = replace(server, memory_bytes=int(SHORT * ample.server.predicted_bytes))
+        tight, seconds = _timed(clients, short, cost, options.repeat)
+        timings.append(_timing("short", clients, seconds, tight, timings))
+    timings.sort(key=lambda t: t.server_memory)
+    console.print(_timing_table(timings))
+    return timings
+
+
+def _drawn(count: int, seed: int) -> list[Budget]:
+    """Clients that all differ: the papers' 5 to 20 GB, from a phone's compute and link to a workstation's."""
+    draw = np.random.default_rng(seed)
+    return [
+        Budget(
+            f"client-{i}",
+            memory_bytes=int(draw.uniform(5e9, 20e9)),
+            flops=float(10 ** draw.uniform(11.7, 13.3)),
+            bandwidth_bps=float(10 ** draw.uniform(7.5, 9.0)),
+            latency_s=float(draw.uniform(0.001, 0.05)),
+        )
+        for i in range(count)
+    ]
+
+
+def _timed(clients: list[Budget], server: Budget, cost: CostModel, repeat: int) -> tuple[Plan, list[float]]:
+    importance = equal_importance(cost.model.weights)
+    seconds = []
+    for _ in range(1 + repeat):
+        begun = time.perf_counter()
+        made = plan(clients, server, cost, importance, Policy())
+        seconds.append(time.perf_counter() - begun)
+    return made, seconds
+
+
+def _timing(memory: str, clients: list[Budget], seconds: list[float], made: Plan, before: list[Timing]) -> Timing:
+    first, *repeats = seconds
+    median, count = statistics.median(repeats), len(clients)
+    smaller = [t for t in before if t.server_memory == memory]
+    exponent = None
+    if smaller:
+        last = smaller[-1]
+        exponent = math.log(median / last.seconds_median) / math.log(count / last.clients)
+    return Timing(
+        memory,
+        count,
+        len({budget_of(c) for c in clients}),
+        first,
+        min(repeats),
+        median,
+        median / count,
+        exponent,
+        made.captured_importance / made.makespan_s,
+    )
+
+
+def _timing_table(timings: list[Timing]) -> Table:
+    table = _table("Planning on one core, in wall seconds (what is captured a second is virtual)")
+    columns = "server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"
+    for name in (*columns, "captured\na second"):
+        table.add_column(name, justify="right")
+    for t in timings:
+        table.add_row(
+            t.server_memory,
+            str(t.clients),
+            str(t.distinct_budgets),
+            f"{t.first_s:.3f}",
+            f"{t.seconds_min:.3f}",
+            f"{t.seconds_median:.3f}",
+            f"{t.seconds_per_client * 1e3:.2f}",
+            "" if t.growth_exponent is None else f"{t.growth_exponent:.2f}",
+            number_text(t.objective),
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same figures give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "hsplit"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for memory, rows in groupby(timings, key=lambda t: t.server_memory):
+        own = list(rows)
+        axes.loglog([t.clients for t in own], [t.seconds_median for t in own], "o-", label=f"server memory {memory}")
+    axes.set(xlabel="clients, all of different budgets", ylabel="seconds to plan, one core (median)")
+    axes.set_title(machine["processor"], fontsize="small")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# -- what planning is worth ---------------------------------------------------------------------------------------
+
+
+def _worths(cluster: str) -> list[Worth]:
+    from hsplit.launcher import settled
+    from hsplit.models.segment import model_config
+    from hsplit.models.source import find_model
+
+    run = settled(load_run_config(cluster))
+    cost = CostModel(model_config(find_model(run.job.model).directory), run.job)
+    importance = equal_importance(cost.model.weights)
+    best = plan(run.clients, run.server, cost, importance, Policy())
+    uniform = plan(run.clients, run.server, cost, importance, Policy(split="uniform", ranks="uniform"))
+    taking_part = [c for c in run.clients if best.client(c.name).available]
+    problem = Problem(taking_part, run.server, cost, importance, np.array(cost.rank_set), coupled=False)
+    by_memory = planned(problem, problem.deepest, run.clients, int(problem.needed[1]), EQUAL)
+    made = {"planned": best, "uniform split and rank": uniform, "by memory alone": by_memory}
+    reference = best.captured_importance / best.makespan_s
+    return [_worth(name, each, reference) for name, each in made.items()]
+
+
+def _worth(name: str, made: Plan, reference: float) -> Worth:
+    objective = made.captured_importance / made.makespan_s
+    splits = " ".join(str(c.split) for c in made.available)
+    captured, makespan = made.captured_importance, made.makespan_s
+    return Worth(name, len(made.available), splits, captured, makespan, objective, objective / reference)
+
+
+def _worth_table(worths: list[Worth], cluster: str) -> Table:
+    table = _table(f"{cluster}: captured importance per second of makespan (virtual)")
+    table.add_column("configuration")
+    for name in ("clients", "splits", "captured", "makespan", "captured\na second", "of\nplanned"):
+        table.add_column(name, justify="right")
+    for w in worths:
+        figures = number_text(w.captured_importance), number_text(w.makespan_s, "s"), number_text(w.captured_per_second)
+        table.add_row(w.configuration, str(w.clients_taking_part), w.splits, *figures, f"{w.of_planned:.1%}")
+    return table
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, rows: Sequence[Timing | Worth], header: dict[str, Any]) -> None:
+    """A CSV with ``# key: value`` lines before its header, which pandas reads with ``comment="#"``; and JSON."""
+    records = [asdict(row) for row in rows]
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
+        writer = csv.DictWriter(file, records[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    path.with_suffix(".json").write_text(json.dumps({**header, "rows": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""From splits to the plan: each holder's ranks, bytes, seconds and share of what is captured (METHOD 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsplit.scheduling.budgets import ClientBudget
+from hsplit.scheduling.counted_model import Ints
+from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.problem import Problem
+from hsplit.scheduling.ranks import Flags, Levels, captured_by
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a client holds: ranks by weight name, its predicted bytes, and what it captures of its own tokens."""
+
+    ranks: dict[str, int]
+    predicted_bytes: int
+    gain: float
+
+
+def planned(
+    problem: Problem, splits: Ints, clients: Sequence[ClientBudget], smallest_bytes: int, importance: str
+) -> Plan:
+    """The plan that gives the available clients ``splits`` ``(N,)`` and everybody its ranks.
+
+    Args:
+        problem: of the available clients.
+        splits: their split points; the server must have room for them.
+        clients: every declared client, in the cluster's order.
+        smallest_bytes: what the smallest assignment takes, which an unavailable client lacks in part.
+        importance: where the scores came from, in words.
+    """
+    state = problem.state(splits)
+    level = int(min(state.level[0], problem.server_level(state.counts)[0])) if problem.coupled else None
+    captured = float(problem.captured(state)[0])
+    held = _held_by_clients(problem, splits, level)
+    seconds = problem.times.sum(axis=2)[problem.kind, splits].tolist()
+    placed = {c.name: i for i, c in enumerate(problem.clients)}
+    parts = []
+    for client in clients:
+        i = placed.get(client.name)
+        if i is None:
+            missing = smallest_bytes - client.memory_bytes
+            parts.append(HolderPlan(client.name, "client", False, None, {}, client.memory_bytes, lacking_bytes=missing))
+            continue
+        part = HolderPlan(
+            client.name,
+            "client",
+            available=True,
+            split=int(splits[i]),
+            ranks=held[i].ranks,
+            declared_bytes=client.memory_bytes,
+            predicted_bytes=held[i].predicted_bytes,
+            step_time_s=seconds[i],
+            captured_share=held[i].gain / len(problem.clients) / captured if captured > 0 else 0.0,
+        )
+        parts.append(part)
+    deep = _server_part(problem, splits, level, 1.0 - sum(part.captured_share for part in parts))
+    makespan = float(problem.makespan(state)[0])
+    return Plan(problem.cost.model.layers, deep, tuple(parts), makespan, captured, importance)
+
+
+def _held_by_clients(problem: Problem, splits: Ints, level: int | None) -> list[_Held]:
+    """Each client's part, ``N`` of them; what is equal is made once."""
+    names = np.array([w.name for w in problem.cost.model.weights], dtype=object)
+    made: dict[tuple[int, bytes], _Held] = {}
+    parts: list[_Held] = [_Held({}, 0, 0.0)] * len(splits)
+    for split in np.unique(splits).tolist():
+        at_split = np.flatnonzero(splits == split)
+        kinds, of_client = np.unique(problem.kind[at_split], return_inverse=True)
+        levels = _levels(problem, kinds, split, level)
+        flags = problem.held[split]
+        ranks = problem.rank_set[levels[:, flags]]
+        gains = (captured_by(ranks) @ problem.worth[flags]).tolist()
+        held = list(map(str, names[flags]))
+        of_kind = []
+        for row, gain in zip(ranks, gains, strict=True):
+            key = (split, row.tobytes())
+            if key not in made:
+                by_name = dict(zip(held, row.tolist(), strict=True))
+                made[key] = _Held(by_name, problem.cost.client_bytes(split, by_name), gain)
+            of_kind.append(made[key])
+        for client, kind in zip(at_split.tolist(), of_client.tolist(), strict=True):
+            parts[client] = of_kind[kind]
+    return parts
+
+
+def _levels(problem: Problem, kinds: Ints, split: int, level: int | None) -> Levels:
+    if level is None:
+        return problem.client_ranks_at(kinds, split)
+    return np.full((len(kinds), len(problem.worth)), level, dtype=np.int8)
+
+
+def _server_part(problem: Problem, splits: Ints, level: int | None, share: float) -> HolderPlan:
+    cost, counts = problem.cost, problem.state(splits).counts
+    held: Flags = cost.model.joined_clients(counts)[0][cost.model.weight_layer] > 0
+    levels = problem.server_levels(counts)[0] if level is None else np.full(len(held), level)
+    ranks = {cost.model.weights[w].name: int(problem.rank_set[levels[w]]) for w in np.flatnonzero(held)}
+    return HolderPlan(
+        "server",
+        "server",
+        available=True,
+        split=int(splits.min()),
+        ranks=ranks,
+        declared_bytes=problem.server.memory_bytes,
+        predicted_bytes=cost.server_bytes(splits.tolist(), ranks),
+        step_time_s=float(cost.times.server_times(problem.server, counts)[0]),
+        captured_share=max(share, 0.0),
+    )
