@@ -71,6 +71,7 @@ class Coordinator:
         self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
         self._clients: list[str] = []
         self._unavailable: set[str] = set()
+        self._probe_peaks: dict[str, int] = {}
         self._validation_batches: dict[str, int] = {}
         self._step_time_s = 0.0
         self._measured_s: dict[str, float] = {}
@@ -189,10 +190,11 @@ class Coordinator:
         progress = self.progress
         requests = self._budget_requests()
         reports = self._probe() if self._run.policy.probes else []
+        # The probe ran under the plan that is being looked at, so it counts with the round before.
+        self._probe_peaks = self._peaks([*self._clients, SERVER])
+        measured = _larger(progress.measured_bytes, self._probe_peaks)
         try:
-            review: Review = self._one(
-                SCHEDULER, "review", progress.round, self._plan, reports, progress.measured_bytes, requests
-            )
+            review: Review = self._one(SCHEDULER, "review", progress.round, self._plan, reports, measured, requests)
         except InputError as error:
             # The budgets were right when the run began, so this is a failure of the run and not of its input.
             raise ActorFailure(SCHEDULER, "review", str(error)) from error
@@ -242,11 +244,16 @@ class Coordinator:
         )
         (report,) = self._executor.get([report])
         down = report.nbytes_down
+        moving = [client for client in plan.available if client.name in down]
+        self._wait([self._executor.call(client.name, "give_up", client.split) for client in moving])
+        # What the old plan took is over; from here on the new one is measured.
+        for name in self._peaks([client.name for client in moving]):
+            self._probe_peaks.pop(name, None)
         self._wait(
             [
                 self._executor.call(client.name, "reconfigure", client.split, client.ranks, update)
                 for client, update in zip(plan.available, updates, strict=True)
-                if client.name in down
+                if client in moving
             ]
         )
         self.progress.bytes_down += sum(down.values())
@@ -398,9 +405,8 @@ class Coordinator:
         )
         self._metrics.append(row)
         measured_s = {name: seconds / self._job.local_steps for name, seconds in self._measured_s.items()}
-        holders = [*self._clients, SERVER]
-        peaks = self._executor.get([self._executor.call(name, "peak_bytes") for name in holders])
-        progress.measured_bytes = {name: peak for name, peak in zip(holders, peaks, strict=True) if peak}
+        progress.measured_bytes = _larger(self._peaks([*self._clients, SERVER]), self._probe_peaks)
+        self._probe_peaks = {}
         self._plans.append(*plan_rows(progress.round, self._plan, progress.measured_bytes, measured_s))
         progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
@@ -427,9 +433,19 @@ class Coordinator:
         (value,) = self._executor.get([self._executor.call(actor, method, *arguments)])
         return value
 
+    def _peaks(self, holders: list[str]) -> dict[str, int]:
+        """Most memory that each of ``holders`` took since the last call, by name, where it was measured."""
+        peaks = self._executor.get([self._executor.call(name, "peak_bytes") for name in holders])
+        return {name: peak for name, peak in zip(holders, peaks, strict=True) if peak}
+
     def _wait(self, handles: list[Any]) -> None:
         self._executor.get(handles)
 
     def _note(self, event: str, text: str, **fields: Any) -> None:
         self._events.write(event, text, **fields)
         self._display.note(text)
+
+
+def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """By name the larger of two numbers."""
+    return {name: max(one.get(name, 0), other.get(name, 0)) for name in {**one, **other}}

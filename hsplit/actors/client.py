@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Client:
         self._validation: list[Batch] = []
         self._sampler: BatchSampler | None = None
         self._holder: Holder | None = None
+        self._kept: Segment | None = None
         self._split = 0
         self._shapes: list[LinearShape] = []
         self._probed: tuple[ImportanceProbe, Batch, Tensor] | None = None
@@ -146,14 +147,22 @@ class Client:
         self._hold(split, ranks, None)
 
     @measured
-    def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
-        """Follow a change of plan between two rounds: read new layers, drop others, change ranks (law E4).
+    def give_up(self, split: int) -> None:
+        """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure`.
 
-        A client that had no part so far may join like this too.
+        A step of its own, so that what an old plan held does not count as the new one's memory.
         """
-        kept = self._holder.segment if self._holder is not None else None
-        # Given up first, so that two sets of adapters never are in memory together.
-        self._holder = None
+        if self._holder is not None:
+            held, self._holder = self._holder.segment, None
+            self._kept = load_segment(self._base, replace(held.spec, last=min(split, held.spec.last)), kept=held)
+
+    @measured
+    def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
+        """Follow a change of plan between two rounds: read new layers, change ranks (law E4).
+
+        Call it after :meth:`give_up`. A client that had no part so far may join like this too.
+        """
+        kept, self._kept = self._kept, None
         self._hold(split, ranks, kept)
         self.holder.restart(update)
 

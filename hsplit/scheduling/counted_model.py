@@ -88,6 +88,7 @@ class CountedModel:
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.top_rank = top_rank or max(job.rank_set)
         self.keeps_residual = residual
+        self._loading: dict[bool, Floats] = {}
         self._tails: dict[int, TailRun] = {}
         self.counter = LayerCounter(config, set(self._index), job.max_length)
         self._count_layers()
@@ -204,8 +205,11 @@ class CountedModel:
         Args:
             codes: a quantized base stays as codes (the server) instead of being dequantized (clients).
         """
-        most = [max(self._loading_bytes(w.d_out * w.d_in, codes) for w in kind.linears) for kind in self.counter.kinds]
-        return np.array(most, dtype=np.float64)
+        if codes not in self._loading:
+            kinds = self.counter.kinds
+            most = [max(self._loading_bytes(w.d_out * w.d_in, codes) for w in kind.linears) for kind in kinds]
+            self._loading[codes] = np.array(most, dtype=np.float64)
+        return self._loading[codes]
 
     def _loading_bytes(self, size: int, codes: bool) -> int:
         """Of one linear with ``size`` entries, beyond its stored size (see ``models.weights``)."""

@@ -20,7 +20,7 @@ def cluster_file(tmp_path: Path, models: dict[str, Path]) -> Path:
         f"""
 server: {{memory_gb: 1}}
 clients:
-  - {{name: small, memory_gb: 0.0006}}
+  - {{name: small, memory_gb: 0.00113}}
   - {{name: large, memory_gb: 0.002}}
 job: {{model: {models["llama"]}, max_length: 32, rank_set: [1, 2, 4]}}
 """
@@ -46,7 +46,7 @@ def test_plan_as_json_has_the_documented_keys(cluster_file: Path) -> None:
     small, large = plan["clients"]
     assert small["name"] == "small" and small["available"]
     assert small["split"] <= large["split"]
-    assert small["memory_bytes"]["predicted"] <= small["memory_bytes"]["declared"] == 600_000
+    assert small["memory_bytes"]["predicted"] <= small["memory_bytes"]["declared"] == 1_130_000
     assert set(small["ranks"].values()) <= {1, 2, 4}
     assert all(name.startswith("model.layers.") for name in small["ranks"])
     assert small["step_time_s"] > 0

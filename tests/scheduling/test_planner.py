@@ -178,18 +178,20 @@ def every_split_tried(instance: Instance, model: CostModel, coupled: bool) -> fl
 
 
 @pytest.mark.parametrize(
-    ("most_clients", "labels", "policy"),
+    ("instances", "most_clients", "labels", "policy"),
     [
-        (3, "server", Policy()),
-        (4, "server", Policy()),
-        (4, "client", Policy()),
-        (4, "server", Policy(ranks="uniform")),
-        (4, "client", Policy(ranks="uniform")),
+        (200, 3, "server", Policy()),
+        (100, 4, "server", Policy()),
+        (100, 4, "client", Policy()),
+        (50, 4, "server", Policy(ranks="uniform")),
+        (50, 4, "client", Policy(ranks="uniform")),
     ],
 )
-def test_objective_is_close_to_that_of_every_split_tried(most_clients: int, labels: str, policy: Policy) -> None:
+def test_objective_is_close_to_that_of_every_split_tried(
+    instances: int, most_clients: int, labels: str, policy: Policy
+) -> None:
     losses = []
-    for seed in range(200):
+    for seed in range(instances):
         instance = random_instance(seed, most_clients)
         try:
             made = plan(instance.clients, instance.server, cost(labels), instance.scores, policy)
@@ -204,7 +206,7 @@ def test_objective_is_close_to_that_of_every_split_tried(most_clients: int, labe
             dataclasses.replace(instance, clients=fitting), cost(labels), policy.ranks == "uniform"
         )
         losses.append(1 - objective(made) / best)
-    assert len(losses) > 150
+    assert len(losses) > 0.75 * instances
     assert statistics.median(losses) <= 0.01
     assert max(losses) <= 0.05
 
