@@ -42,13 +42,11 @@ class AggregationReport:
     Attributes:
         nbytes_up, nbytes_down: adapters that each client sent, and what it gets back, by client name.
         residual_cut: largest part of a residual that the cap cut in this round, relative Frobenius norm.
-        residual_bytes: bytes of all residuals together.
     """
 
     nbytes_up: dict[str, int]
     nbytes_down: dict[str, int]
     residual_cut: float
-    residual_bytes: int
 
 
 @dataclass(frozen=True)
@@ -282,7 +280,6 @@ class Server:
             nbytes_up={h.holder: h.nbytes for h in held},
             nbytes_down={name: update.nbytes for name, update in updates.items()},
             residual_cut=cut,
-            residual_bytes=self.aggregator.nbytes,
         )
         return report, *(updates[h.holder] for h in held)
 

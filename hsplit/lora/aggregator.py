@@ -36,11 +36,6 @@ class Aggregator:
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
         self._common: dict[str, LowRank] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all residuals together."""
-        return sum(residual.nbytes for residual in self.residuals.values())
-
     def aggregate(self, held: Sequence[HeldAdapters], next_ranks: Ranks) -> float:
         """Aggregate every weight over its holders.
 

@@ -109,12 +109,11 @@ def explained(
 ) -> Insight:
     """Bottleneck of a plan and worth of one more GB; the arguments are those that it was :func:`planned <plan>` with.
 
-    Of the importance only the proportions matter: it is taken at the scale that ``made`` was planned at.
+    Of the importance only the proportions matter.
 
     Plans anew once for the server and for at most ``MAX_KINDS`` kinds of clients, with ``made`` as a start. Of more
     kinds, those are taken whose present share of the plan would grow most if nobody else's part changed.
     """
-    importance = _at_scale_of(made, clients, server, cost, importance, policy)
     first = _first_of_kind(clients)
     tried = _most_promising(made, clients, server, cost, importance, policy, list(first)) if first else []
     gains = []
@@ -171,25 +170,6 @@ def _first_of_kind(clients: Sequence[ClientBudget]) -> dict[int, int]:
 def _grown(client: ClientBudget) -> _Grown:
     memory, flops, bandwidth, latency = budget_of(client)
     return _Grown(client.name, int(memory) + GIGABYTE, flops, bandwidth, latency)
-
-
-def _at_scale_of(
-    made: Plan,
-    clients: Sequence[ClientBudget],
-    server: ServerBudget,
-    cost: CostModel,
-    importance: Mapping[str, float],
-    policy: Policy,
-) -> dict[str, float]:
-    """``importance`` in proportion, such that ``made`` captures of it what it says it does."""
-    splits = {part.name: part.split or 0 for part in made.available}
-    available = [c for c in clients if c.name in splits]
-    problem = Problem(
-        available, server, cost, importance, rank_choices(cost, policy), coupled=policy.ranks != "importance"
-    )
-    state = problem.state(np.array([splits[c.name] for c in available]))
-    scale = made.captured_importance / float(problem.captured(state)[0])
-    return {name: scale * score for name, score in importance.items()}
 
 
 def _gain(
