@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from hsplit.actors.client import Client
 from hsplit.actors.messages import Activations, WireTensor
+from hsplit.actors.participant import Participant
+from hsplit.actors.participants import participant_class
 from hsplit.actors.server import Server
 from hsplit.config import Job, Policy
 from hsplit.data import Example
@@ -54,6 +55,7 @@ class Case:
         dropout: the adapters'.
         noise: ``privacy.noise``.
         grad_accumulation: batches a step.
+        holds: ``front``, the whole ``model``, or all ``weights`` to train them.
     """
 
     model: str
@@ -69,6 +71,15 @@ class Case:
     dropout: float = 0.0
     noise: float = 0.0
     grad_accumulation: int = 1
+    holds: str = "front"
+
+    @property
+    def policy(self) -> Policy:
+        if self.holds == "front":
+            return Policy()
+        if self.holds == "model":
+            return Policy(placement="full")
+        return Policy(placement="single", train="weights", aggregation="none")
 
     @property
     def job(self) -> Job:
@@ -119,7 +130,7 @@ class Measured:
 class _Holder:
     """Counts one holder's memory part by part."""
 
-    def __init__(self, actor: Client | Server) -> None:
+    def __init__(self, actor: Participant | Server) -> None:
         self.actor = actor
         self.parts: dict[str, int] = {}
         self._part = "start"
@@ -141,14 +152,15 @@ class _Holder:
 
 def measured_client(directory: Path, case: Case) -> Measured:
     """Drive one client of ``case`` through all that a run asks of it."""
-    job, policy = case.job, Policy(name="hsplitlora")
+    job, policy = case.job, case.policy
     config = model_config(directory)
     shapes = targeted(linear_shapes(config), job.targets)
     (split,) = case.splits
-    ranks = {s.name: case.rank for s in shapes if s.layer < split}
-    actor = Client("one", job, policy, BaseModel(directory, case.base, DTYPES[case.dtype]))
+    ranks = {} if case.holds == "weights" else {s.name: case.rank for s in shapes if s.layer < split}
+    base = BaseModel(directory, case.base, DTYPES[case.dtype])
+    actor = participant_class(policy)("one", job, policy, base)
     examples = [Example("", text, None) for text in [_text(directory, case.length)] * 2 * case.batch_size]
-    report = actor.load_data(examples, None)
+    report = actor.load_data({actor.name: examples}, None)
     if report.too_long:
         raise RuntimeError("the examples are longer than they should be")
     holder = _Holder(actor)
@@ -166,13 +178,18 @@ def measured_client(directory: Path, case: Case) -> Measured:
     _client_checks(holder, case, config.hidden_size)
     holder.call("round", "held")
     rest = holder.settle()
-    predicted = CostModel(config, job).client_bytes(split, ranks)
+    cost = CostModel(config, job, whole=case.holds != "front", trains_weights=case.holds == "weights")
+    predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
     return Measured(rest, holder.peak, holder.parts, predicted)
 
 
 def _client_steps(holder: _Holder, case: Case, width: int, round_: int) -> None:
     shape = (case.batch_size * case.length, width)
     at_home = case.labels == "client"
+    if case.holds != "front":
+        for step in (2 * round_, 2 * round_ + 1):
+            holder.call("step", "train_step", step)
+        return
     for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
         holder.call("step", "forward", step, micro)
         if at_home:
@@ -183,6 +200,11 @@ def _client_steps(holder: _Holder, case: Case, width: int, round_: int) -> None:
 def _client_checks(holder: _Holder, case: Case, width: int) -> None:
     shape = (case.batch_size * case.length, width)
     at_home = case.labels == "client"
+    if case.holds != "front":
+        holder.call("validation", "validate", 0)
+        if case.holds == "model":
+            holder.call("probe", "probe", 1, shape[0])
+        return
     holder.call("validation", "validation_forward", 0)
     if at_home:
         holder.call("validation", "validation_tail", 0, _random(shape, case.wire))
@@ -322,6 +344,10 @@ CLIENTS = (
     Case(GPT2, "int8", (2,), batch_size=8, wire="fp32"),
     Case(GPT2, "nf4", (4,), dtype="bf16", rank=4, length=32),
     Case(GPT2, "nf4", (1,), rank=32, batch_size=1, length=32),
+    Case(SMOLLM2, "nf4", (30,), length=128, holds="model"),
+    Case(GPT2, "fp32", (12,), rank=16, holds="model"),
+    Case(SMOLLM2, "int8", (30,), batch_size=4, cap=16, holds="model"),
+    Case(GPT2, "nf4", (12,), batch_size=4, holds="weights"),
 )
 SERVERS = (
     Case(SMOLLM2, "nf4", (4,), rank=16, length=128),

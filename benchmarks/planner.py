@@ -48,6 +48,7 @@ from hsplit.scheduling.importance import equal_importance  # noqa: E402
 from hsplit.scheduling.plan import Plan  # noqa: E402
 from hsplit.scheduling.planner import EQUAL, plan  # noqa: E402
 from hsplit.scheduling.problem import Problem, budget_of  # noqa: E402
+from hsplit.scheduling.rank_rules import RANK_RULES  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -307,7 +308,7 @@ def _worths(cluster: str) -> list[Worth]:
     best = plan(run.clients, run.server, cost, importance, Policy())
     uniform = plan(run.clients, run.server, cost, importance, Policy(split="uniform", ranks="uniform"))
     taking_part = [c for c in run.clients if best.client(c.name).available]
-    problem = Problem(taking_part, run.server, cost, importance, np.array(cost.rank_set), coupled=False)
+    problem = Problem(taking_part, run.server, cost, importance, np.array(cost.rank_set), RANK_RULES["importance"])
     by_memory = planned(problem, problem.deepest, run.clients, int(problem.needed[1]), EQUAL)
     made = {"planned": best, "uniform split and rank": uniform, "by memory alone": by_memory}
     reference = best.captured_importance / best.makespan_s

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.client import DataReport
 from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor
 from hsplit.actors.messages import LossReport
+from hsplit.actors.participant import DataReport
 from hsplit.actors.scheduler import Review
 from hsplit.checkpoint import Progress, checkpoint_name, read_checkpoint, save_checkpoint
 from hsplit.config import RunConfig
+from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
 from hsplit.errors import InputError
 from hsplit.inbox import take_requests
@@ -25,14 +26,11 @@ from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.terminal import Display
-from hsplit.probe import probe_importance
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
-
-# Losses of a step's rows, and a handle to each client's gradient.
-_Losses = tuple[list[LossReport], list[Any]]
+from hsplit.training import training_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Coordinator:
     ) -> None:
         self._run, self._job = run, run.job
         self._executor, self._directory, self._inputs, self._display = executor, directory, inputs, display
+        self._training = training_of(run, executor)
         self._events = EventLog(directory.events)
         self._metrics = MetricsTable(directory.metrics, MetricsRow)
         self._plans = MetricsTable(directory.plan, PlanRow)
@@ -72,6 +71,7 @@ class Coordinator:
         self._clients: list[str] = []
         self._unavailable: set[str] = set()
         self._probe_peaks: dict[str, int] = {}
+        self._examples: dict[str, int] = {}
         self._validation_batches: dict[str, int] = {}
         self._step_time_s = 0.0
         self._measured_s: dict[str, float] = {}
@@ -113,7 +113,9 @@ class Coordinator:
 
     def _start(self) -> None:
         self._adopt(self._one(SCHEDULER, "plan"))
-        self._load_data(self._clients)
+        # Those without a place too: what is lost with them is counted where it lies.
+        self._load_data([client.name for client in self._plan.clients])
+        self._say_what_is_lost()
         self._configure()
         first = RoundUpdate(1, {}, {})
         self._wait([self._executor.call(name, "restart", first) for name in [*self._clients, SERVER]])
@@ -133,7 +135,7 @@ class Coordinator:
         assert self.progress.plan is not None and self.progress.scheduler is not None
         self._one(SCHEDULER, "load_state", self.progress.scheduler)
         self._adopt(Plan.from_json(self.progress.plan))
-        self._load_data(self._clients)
+        self._load_data([client.name for client in self._plan.clients])
         self._configure()
         _, *updates = self._executor.call_many(
             1 + len(self._clients), SERVER, "load_state", tensors[SERVER], *self._clients
@@ -165,17 +167,33 @@ class Coordinator:
                 self._note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
         self._unavailable = {client.name for client in plan.clients if not client.available}
 
-    def _load_data(self, clients: list[str]) -> None:
+    def _load_data(self, names: list[str]) -> None:
         own = {client.name: client.data for client in self._run.clients}
-        calls = [self._executor.call(c, "load_data", self._inputs.shares.get(c), own[c]) for c in clients]
+        # A single node has everybody's data.
+        every = self._inputs.shares
+        shares = {name: every if name == CENTRAL else {name: every.get(name)} for name in names}
+        calls = [self._executor.call(name, "load_data", shares[name], own.get(name)) for name in names]
         reports: list[DataReport] = self._executor.get(calls)
         for report in reports:
+            self._examples[report.client] = report.train + report.validation
             self._validation_batches[report.client] = report.validation_batches
             text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
             self._events.write("data", text, **asdict(report))
             if report.too_long:
                 text = f"{report.client}: {report.too_long} examples over {self._job.max_length} tokens are left out"
                 self._note("too_long", text, client=report.client, count=report.too_long)
+
+    def _say_what_is_lost(self) -> None:
+        """How many clients, and how much of the data, the plan has no place for."""
+        lost = [client.name for client in self._plan.clients if not client.available]
+        if not lost:
+            return
+        examples, total = sum(self._examples[name] for name in lost), sum(self._examples.values())
+        text = (
+            f"{len(lost)} of {len(self._plan.clients)} clients are unavailable, and with them {examples} of {total}"
+            f" examples ({examples / total:.1%}) are not trained on"
+        )
+        self._note("data_lost", text, clients=lost, examples=examples, of_examples=total)
 
     def _configure(self) -> None:
         calls = [self._executor.call(SERVER, "configure", self._plan)]
@@ -226,8 +244,7 @@ class Coordinator:
         return [*requests, *asked]
 
     def _probe(self) -> list[ImportanceReport]:
-        tokens, labels = self._run.policy.importance.tokens, self._job.privacy.labels
-        probe = probe_importance(self._executor, self._clients, self.progress.round, tokens, labels)
+        probe = self._training.probe(self._clients, self.progress.round, self._run.policy.importance.tokens)
         self.progress.bytes_up += probe.bytes_up
         self.progress.bytes_down += probe.bytes_down
         self.progress.virtual_time_s += self._one(SCHEDULER, "probe_time_s", self._plan)
@@ -238,7 +255,8 @@ class Coordinator:
         before, had = self._plan, self._clients
         self._adopt(plan)
         self._wait([self._executor.call(name, "release") for name in had if name not in self._clients])
-        self._load_data([name for name in self._clients if name not in self._validation_batches])
+        if {client.name for client in before.available} != set(self._clients):
+            self._say_what_is_lost()
         report, *updates = self._executor.call_many(
             1 + len(self._clients), SERVER, "reconfigure", self.progress.round + 1, plan, *self._clients
         )
@@ -263,55 +281,12 @@ class Coordinator:
     # -- one local step (METHOD 2) --------------------------------------------------------------------------------
 
     def _local_step(self, step: int) -> None:
-        losses: list[LossReport] = []
-        for micro in range(self._job.grad_accumulation):
-            fronts = {c: self._executor.call_many(2, c, "forward", step, micro) for c in self._clients}
-            # The small reports come first: a client that failed is found before its tensors are passed on.
-            forwards = self._executor.get([report for report, _ in fronts.values()])
-            activations = [message for _, message in fronts.values()]
-            at_home = self._job.privacy.labels == "client"
-            server_side = self._u_shaped_step if at_home else self._server_step
-            step_losses, gradients = server_side(step, micro, activations)
-            losses += step_losses
-            done = [
-                self._executor.call(client, "backward", step, micro, gradient)
-                for client, gradient in zip(self._clients, gradients, strict=True)
-            ]
-            backwards = self._executor.get(done)
-            for client, forward, backward_s in zip(self._clients, forwards, backwards, strict=True):
-                self.progress.bytes_up += forward.nbytes
-                self._measured_s[client] = self._measured_s.get(client, 0.0) + forward.time_s + backward_s
-        self._record_step(losses)
-
-    def _server_step(self, step: int, micro: int, activations: list[Any]) -> _Losses:
-        """Labels on the server: one call does forward, loss and backward of the depth-joined batch."""
-        report, *gradients = self._executor.call_many(
-            1 + len(activations), SERVER, "train_step", step, micro, *activations
-        )
-        (report,) = self._executor.get([report])
-        self._measure_server(report)
-        return list(report.losses), gradients
-
-    def _u_shaped_step(self, step: int, micro: int, activations: list[Any]) -> _Losses:
-        """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
-        count = len(activations)
-        up, *deep = self._executor.call_many(1 + count, SERVER, "forward", step, micro, *activations)
-        tails = [
-            self._executor.call_many(2, client, "tail", step, micro, output)
-            for client, output in zip(self._clients, deep, strict=True)
-        ]
-        losses: list[LossReport] = self._executor.get([report for report, _ in tails])
-        down, *gradients = self._executor.call_many(
-            1 + count, SERVER, "backward", step, micro, count, *activations, *[gradient for _, gradient in tails]
-        )
-        for report in self._executor.get([up, down]):
-            self._measure_server(report)
-        self.progress.bytes_up += sum(loss.nbytes for loss in losses)
-        return losses, gradients
-
-    def _measure_server(self, report: Any) -> None:
-        self.progress.bytes_down += report.nbytes
-        self._measured_s[SERVER] = self._measured_s.get(SERVER, 0.0) + report.time_s
+        done = self._training.step(step, self._clients)
+        self.progress.bytes_up += done.bytes_up
+        self.progress.bytes_down += done.bytes_down
+        for name, seconds in done.time_s.items():
+            self._measured_s[name] = self._measured_s.get(name, 0.0) + seconds
+        self._record_step(done.losses)
 
     def _record_step(self, losses: list[LossReport]) -> None:
         progress, job = self.progress, self._job
@@ -340,6 +315,9 @@ class Coordinator:
         report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
         (report,) = self._executor.get([report])
         up, down = report.nbytes_up, report.nbytes_down
+        if self._run.policy.placement == "single":
+            # The one node is the server's: nothing travels.
+            up, down = {}, {}
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())
         self.progress.virtual_time_s += self._one(SCHEDULER, "aggregation_time_s", self._plan, up, down)
@@ -361,27 +339,12 @@ class Coordinator:
 
     def _validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
-        losses: list[LossReport] = []
         batches = {client: self._validation_batches[client] for client in self._clients}
-        for index in range(max(batches.values())):
-            clients = [client for client, count in batches.items() if index < count]
-            fronts = [self._executor.call_many(2, c, "validation_forward", index) for c in clients]
-            activations = [message for _, message in fronts]
-            for report in self._executor.get([report for report, _ in fronts]):
-                self.progress.bytes_up += report.nbytes
-            if self._job.privacy.labels == "server":
-                (report,) = self._executor.get([self._executor.call(SERVER, "evaluate", *activations)])
-                losses += report.losses
-                continue
-            report, *deep = self._executor.call_many(1 + len(clients), SERVER, "evaluate_deep", *activations)
-            tails = [
-                self._executor.call(client, "validation_tail", index, output)
-                for client, output in zip(clients, deep, strict=True)
-            ]
-            losses += self._executor.get(tails)
-            self.progress.bytes_down += self._executor.get([report])[0].nbytes
+        done = self._training.validation(batches)
+        self.progress.bytes_up += done.bytes_up
+        self.progress.bytes_down += done.bytes_down
         self.progress.virtual_time_s += self._one(SCHEDULER, "validation_time_s", self._plan, batches)
-        return sum(loss.loss_sum for loss in losses), sum(loss.tokens for loss in losses)
+        return sum(loss.loss_sum for loss in done.losses), sum(loss.tokens for loss in done.losses)
 
     def _close_round(self, validation: tuple[float, int]) -> None:
         """Write the round's rows and begin counting anew."""

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.client import Client, base_model
-from hsplit.actors.executor import SCHEDULER, SERVER, InProcess
-from hsplit.actors.scheduler import Review, Scheduler
-from hsplit.actors.server import Server
+from hsplit.actors.scheduler import Review
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Importance, Job, Policy, RunConfig
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.data import Example
+from hsplit.local_run import local_run
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
@@ -96,10 +94,7 @@ def planned_run(
     run: RunConfig, model: Path, directory: RunDirectory, shares: Mapping[str, list[Example]], recorder: Recorder
 ) -> Coordinator:
     """A coordinator over plain objects whose plans are the scheduler's own, ready to run."""
-    base = base_model(model, run.job)
-    actors: dict[str, Any] = {c.name: Client(c.name, run.job, run.policy, base, measure=False) for c in run.clients}
-    actors |= {SERVER: Server(run.job, run.policy, base, measure=False), SCHEDULER: Scheduler(run, model)}
-    return Coordinator(run, InProcess(actors), directory, Inputs(shares, "model", "data"), recorder)
+    return local_run(run, model, directory, Inputs(shares, "model", "data"), recorder)
 
 
 def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
@@ -144,8 +139,6 @@ def coordinator(
     policy = policy or Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"))
     clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     run = RunConfig(clients=clients, job=settings, policy=policy)
-    base = base_model(model, settings)
-    actors: dict[str, Any] = {c.name: Client(c.name, settings, policy, base, measure=False) for c in plan.clients}
-    actors |= {SERVER: Server(settings, policy, base, measure=False), SCHEDULER: FixedScheduler(plan, later)}
     directory = directory or RunDirectory.create(to, None)
-    return Coordinator(run, InProcess(actors), directory, Inputs(shares, "model", "data"), recorder)
+    inputs, scheduler = Inputs(shares, "model", "data"), FixedScheduler(plan, later)
+    return local_run(run, model, directory, inputs, recorder, scheduler=scheduler)

@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hsplit.actors.client import Client, base_model
+from hsplit.actors.client import Client
+from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
 from hsplit.launcher import read_inputs
 from hsplit.models.source import find_model
@@ -38,7 +39,7 @@ def main(run: Path) -> None:
     total, count = 0.0, 0
     for client in config.clients:
         twin = Client(client.name, config.job, config.policy, base_model(source.directory, config.job))
-        twin.load_data(shares[client.name], client.data)
+        twin.load_data({client.name: shares[client.name]}, client.data)
         for batch in twin._validation:
             mask = (torch.arange(batch.ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]).long()
             with torch.no_grad():

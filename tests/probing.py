@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.actors.client import Client, base_model
+from hsplit.actors.client import Client
 from hsplit.actors.executor import SERVER, InProcess
+from hsplit.actors.participant import base_model
 from hsplit.actors.server import Server
 from hsplit.config import Job, Policy
 from hsplit.data.batches import Batch
-from hsplit.lora.holder import RoundUpdate, hash_seed
+from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.families import family_of
 from hsplit.models.segment import LinearShape, linear_shapes, model_config, targeted
 from hsplit.models.weights import base_values
+from hsplit.seeds import hash_seed
 from tests.in_process import fixed_plan, random_examples
 from tests.laws.reference import mean_loss
 
@@ -50,7 +52,7 @@ def probed_actors(
     server = Server(job, policy, base)
     server.configure(plan)
     for i, (name, client) in enumerate(clients.items()):
-        client.load_data(random_examples(12, i), None)
+        client.load_data({client.name: random_examples(12, i)}, None)
         client.configure(splits[i], plan.client(name).ranks)
     dtype = torch.promote_types(base.dtype, torch.float32)
     for holder in [server.holder, *(client.holder for client in clients.values())]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +12,22 @@ from torch import Tensor
 from hsplit.scheduling.importance import ImportanceReport
 
 WIRE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+_LARGEST_CODE = 127
+# Entries quantized at once: the fp32 copies that it takes stay small beside a message.
+_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
 class WireTensor:
     """A tensor as it travels: raw bytes (which Ray moves without a copy) with dtype and shape.
 
+    ``int8`` is one code an entry and one fp32 scale a token (a row of the last dimension): ``code * scale`` with
+    ``scale = max |row| / 127``, so that no entry errs by more than half a scale. A row with an entry that is not finite
+    arrives as NaN throughout.
+
     Attributes:
-        data: uint8 array of the tensor's bytes, row-major.
-        wire: ``fp32``, ``bf16`` or ``fp64``.
+        data: uint8 array of the tensor's bytes, row-major; for ``int8`` the scales, then the codes.
+        wire: ``fp32``, ``bf16``, ``int8`` or ``fp64``.
         shape: the tensor's shape.
     """
 
@@ -29,19 +37,66 @@ class WireTensor:
 
     @staticmethod
     def pack(tensor: Tensor, wire: str) -> WireTensor:
+        shape = tuple(tensor.shape)
+        if wire == "int8":
+            return WireTensor(_quantized(tensor.detach()).cpu().numpy(), wire, shape)
         flat = tensor.detach().to("cpu", WIRE_DTYPES[wire]).contiguous().view(-1)
-        return WireTensor(flat.view(torch.uint8).numpy(), wire, tuple(tensor.shape))
+        return WireTensor(flat.view(torch.uint8).numpy(), wire, shape)
 
     def unpack(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A writable tensor of its own in ``dtype`` on ``device``."""
         # Allocated by torch, so that measurements see it; copied by numpy, as what Ray gives may be read-only.
         own = torch.empty(self.nbytes, dtype=torch.uint8)
         own.numpy()[...] = self.data
+        if self.wire == "int8":
+            return _dequantized(own.to(device), self.shape, dtype)
         return own.view(WIRE_DTYPES[self.wire]).view(self.shape).to(device, dtype)
 
     @property
     def nbytes(self) -> int:
         return int(self.data.nbytes)
+
+
+def _quantized(tensor: Tensor) -> Tensor:
+    """Scales and codes of a tensor ``(..., d)``, uint8 ``(n (d + 4),)`` for its ``n`` rows."""
+    rows, width = _rows_of(tuple(tensor.shape))
+    values = tensor.reshape(rows, width)
+    data = torch.empty(rows * (width + 4), dtype=torch.uint8, device=tensor.device)
+    scales, codes = _scales_and_codes(data, rows, width)
+    for part in _parts(rows, width):
+        exact = values[part].float()
+        # A NaN is the largest of its row, and so in the scale; an infinite scale makes NaN of every code.
+        scales[part] = exact.abs().amax(dim=1) / _LARGEST_CODE
+        # A row of zeros has no scale to divide by.
+        scaled = exact / torch.where(scales[part] == 0, 1.0, scales[part])[:, None]
+        codes[part] = scaled.nan_to_num_(nan=0.0).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
+    return data
+
+
+def _dequantized(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor that :func:`_quantized` was given, to half a scale."""
+    rows, width = _rows_of(shape)
+    scales, codes = _scales_and_codes(data, rows, width)
+    values = torch.empty(rows, width, dtype=dtype, device=data.device)
+    for part in _parts(rows, width):
+        values[part] = codes[part].float().mul_(scales[part, None])
+    return values.view(shape)
+
+
+def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and their width; an empty tensor has no rows, a tensor without a dimension one entry."""
+    size = math.prod(shape)
+    return (size // shape[-1], shape[-1]) if size and shape else (size, 1)
+
+
+def _scales_and_codes(data: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Views of ``data``: fp32 ``(rows,)`` and int8 ``(rows, width)``."""
+    return data[: 4 * rows].view(torch.float32), data[4 * rows :].view(torch.int8).view(rows, width)
+
+
+def _parts(rows: int, width: int) -> list[slice]:
+    at_once = max(1, _AT_ONCE // width)
+    return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,15 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hsplit.actors.client import Client, base_model
+from hsplit.actors.client import Client
 from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, one_line
+from hsplit.actors.participant import Participant, base_model
+from hsplit.actors.participants import participant_class
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
+from hsplit.actors.whole_client import WholeClient
 from hsplit.config import Holder, Job, Policy, RunConfig
+from hsplit.config.cluster import CENTRAL
 from hsplit.errors import InputError
 
 NAMESPACE = "hsplit"
@@ -79,12 +83,22 @@ def _settle(threads: int | None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-class ClientActor(Client):
-    """The shell of a client: settles threads and finds the model on its node."""
+class _ParticipantActor(Participant):
+    """The shell of a participant: settles threads and finds the model on its node."""
 
-    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, threads: int) -> None:
+    def __init__(
+        self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, threads: int | None
+    ) -> None:
         _settle(threads)
         super().__init__(name, job, policy, base_model(model.locate(), job), device)
+
+
+class ClientActor(_ParticipantActor, Client):
+    """A client of a split model."""
+
+
+class WholeClientActor(_ParticipantActor, WholeClient):
+    """A participant with the whole model."""
 
 
 class ServerActor(Server):
@@ -134,7 +148,7 @@ def check_requests(run: RunConfig) -> None:
         InputError: names the holder, what it asks for and what the largest node has.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.clients)]:
+    for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.participants)]:
         fitting = _matching_nodes(nodes, name, holder)
         for resource, wanted in (("CPU", holder.num_cpus), ("GPU", holder.num_gpus)):
             most = max(node["Resources"].get(resource, 0.0) for node in fitting)
@@ -168,10 +182,12 @@ class RayExecutor:
         check_requests(run)
         self._handles: dict[str, Any] = {}
         shared = ModelReference(run.job.model, model)
-        for client in run.clients:
+        actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
+        for client in run.participants:
             own = shared if client.model is None else ModelReference(client.model, None)
-            actor = _remote(ClientActor, f"hsplit:{run_name}:client:{client.name}", client)
-            threads = max(1, int(client.num_cpus))
+            actor = _remote(actor_class, f"hsplit:{run_name}:client:{client.name}", client)
+            # A single node computes alone, on every core of its machine.
+            threads = None if client.name == CENTRAL else max(1, int(client.num_cpus))
             device = _device(client)
             self._handles[client.name] = actor.remote(client.name, run.job, run.policy, own, device, threads)
         server = _remote(ServerActor, f"hsplit:{run_name}:server", run.server)

@@ -44,13 +44,7 @@ class Scheduler:
     def __init__(self, config: RunConfig, directory: Path) -> None:
         self._config = config
         policy, job = config.policy, config.job
-        self.cost = CostModel(
-            model_config(directory),
-            job,
-            # FedAvg of the factors leaves the residual empty.
-            residual=policy.aggregation != "fedavg",
-            top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
-        )
+        self.cost = CostModel.of_run(model_config(directory), config)
         self._budgets: dict[str, dict[str, float]] = {}
         # By client: how much more than predicted its plans really took, at most; 1 and below never counts.
         self._excess: dict[str, float] = {}
@@ -130,6 +124,10 @@ class Scheduler:
         return clients
 
     def _declared(self) -> list[Client]:
+        if self._config.policy.placement == "single":
+            # The one node is the server's.
+            server = self._config.server.changed(self._budgets.get(SERVER, {}))
+            return list(self._config.model_copy(update={"server": server}).participants)
         return [client.changed(self._budgets.get(client.name, {})) for client in self._config.clients]
 
     def _overruns(self, current: Plan, measured_bytes: Mapping[str, int]) -> list[str]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsplit.actors.client import tensors_held
 from hsplit.actors.joined_batch import JoinedBatch
 from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor
+from hsplit.actors.participant import tensors_held
 from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
@@ -64,6 +64,8 @@ class ReconfigurationReport:
 
 class Server:
     """Hosts layers ``[min_i k_i, L)``, stores a quantized base as bitsandbytes codes, and aggregates.
+
+    Where participants hold the whole model (placement ``full`` or ``single``) it hosts no layer, and aggregates.
 
     Args:
         job, policy: the run's settings.
@@ -139,7 +141,8 @@ class Server:
     def _hold(self, plan: Plan, kept: Segment | None) -> None:
         """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
         assert plan.server.split is not None
-        spec = SegmentSpec(plan.server.split, plan.layers, tail=self._job.privacy.labels == "server")
+        tail = self._policy.placement == "split" and self._job.privacy.labels == "server"
+        spec = SegmentSpec(plan.server.split, plan.layers, tail=tail)
         segment = load_segment(self._base, spec, quantized=True, device=self._device, kept=kept)
         shapes = targeted(linear_shapes(segment.config), self._job.targets)
         self._plan, self._layers, self._shapes = plan, plan.layers, shapes
@@ -272,8 +275,8 @@ class Server:
         """
         assert self._plan is not None
         own = self.holder.held()
-        cut = self.aggregator.aggregate([*held, own], _ranks_of(self._plan))
-        updates = {h.holder: self.aggregator.update_for(round_, h.terms) for h in (*held, own)}
+        cut = self.aggregator.aggregate([*held, own])
+        updates = {h.holder: self.aggregator.update_for(round_, h.ranks) for h in (*held, own)}
         self.aggregator.mark_sent()
         self.restart(updates.pop(self.name))
         report = AggregationReport(
@@ -303,10 +306,10 @@ class Server:
         """
         assert self._plan is not None
         self.aggregator.load_state(tensors)
-        names = self.holder.adapters.names
-        self.holder.follow_residual(self.aggregator.update_for(0, names, whole=names).residuals)
+        own = self.holder.adapters.ranks
+        self.holder.follow_residual(self.aggregator.update_for(0, own, whole=own).residuals)
         self.holder.load_state(tensors)
-        ranks = {c.name: list(c.ranks) for c in self._plan.available}
+        ranks = {c.name: c.ranks for c in self._plan.available}
         updates = [self.aggregator.update_for(0, ranks[name], whole=ranks[name]) for name in clients]
         # Lets go of the copies that were made for the updates.
         self.aggregator.mark_sent()

@@ -7,7 +7,7 @@ from hsplit.config.budgets import Distribution
 from hsplit.config.cluster import BudgetChange, Client, ClientSpec, Holder, ScheduledChange, ServerSpec
 from hsplit.config.files import find_preset, preset_directory, read_yaml, to_yaml
 from hsplit.config.job import DataSpec, Job, Partition, Privacy, Residual, Validation
-from hsplit.config.policy import DEFAULT_POLICY, Importance, Policy, Replan
+from hsplit.config.policy import DEFAULT_POLICY, Importance, Policy, Replan, SelfPruning
 from hsplit.config.run import RunConfig, load_run_config
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Residual",
     "RunConfig",
     "ScheduledChange",
+    "SelfPruning",
     "ServerSpec",
     "Validation",
     "find_preset",

@@ -12,7 +12,9 @@ from pydantic import AfterValidator, Field, model_validator
 from hsplit.config.budgets import Budget, BudgetOrZero, drawn
 from hsplit.config.section import LIST, MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
 
-RESERVED_NAMES = frozenset({"server", "scheduler", "driver"})
+CENTRAL = "central"
+"""The one node of a policy with ``placement: single``."""
+RESERVED_NAMES = frozenset({"server", "scheduler", "driver", CENTRAL})
 """Names of hsplit's own actors and processes, which no client may bear."""
 MAX_COUNT = 10_000
 BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")

@@ -65,6 +65,12 @@ class DataSpec(Section):
         default=None, description="text between an example's prompt and its answer; null = the source's own"
     )
     limit: Count | None = Field(default=None, description="use the first so many examples; null = all")
+    test: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="part of the distinct prompts that no client gets, kept for `hsplit eval` (0 to 1)",
+    )
 
 
 class Validation(Section):
@@ -157,8 +163,9 @@ class Job(Section):
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of everything drawn, budgets included")
     validation: Validation = Field(default=Validation(), description="held-out data")
-    wire: Literal["fp32", "bf16", "fp64"] = Field(
-        default="bf16", description="type of the activations and gradients that are sent"
+    wire: Literal["fp32", "bf16", "int8", "fp64"] = Field(
+        default="bf16",
+        description="type of the activations and gradients that are sent; int8 has one scale a token",
     )
     clock: Literal["real"] = Field(default="real", description="what paces the run")
     keep_checkpoints: Count = Field(default=2, description="how many of the last checkpoints stay")

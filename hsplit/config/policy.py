@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hsplit.config.section import AnyText, Count, Name, Section, meaning, refuse, shown
+from hsplit.config.section import (
+    REFERENCE,
+    AnyText,
+    Count,
+    Name,
+    NonNegative,
+    Section,
+    is_reference,
+    meaning,
+    refuse,
+    shown,
+)
 
 DEFAULT_POLICY = "hsplitlora"
 
+_Reference = Annotated[str, Field(pattern=REFERENCE)]
+_OWN = "package.module:name"
+
+
 _Split = Annotated[
-    Literal["planned", "uniform"] | Annotated[int, Field(ge=0, le=10**6)],
-    meaning("'planned', 'uniform' or a number of layers from 0"),
+    Literal["planned", "uniform"] | Annotated[int, Field(ge=0, le=10**6)] | _Reference,
+    meaning(f"'planned', 'uniform', a number of layers from 0, or {_OWN}"),
 ]
-_Ranks = Annotated[Literal["importance", "uniform"] | Count, meaning("'importance', 'uniform' or a rank of at least 1")]
+_Ranks = Annotated[
+    Literal["importance", "budget", "uniform"] | Count | _Reference,
+    meaning(f"'importance', 'budget', 'uniform', a rank of at least 1, or {_OWN}"),
+]
+_AGGREGATIONS = Literal["concat", "fedavg", "hetlora", "flexlora", "raflora", "none"]
+_Aggregation = Annotated[
+    _AGGREGATIONS | _Reference,
+    meaning(f"'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'none', or {_OWN}"),
+]
+_Metric = Annotated[Literal["rngwp", "equal"] | _Reference, meaning(f"'rngwp', 'equal', or {_OWN}")]
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -23,9 +48,9 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 class Importance(Section):
     """How it is found out which weights matter (METHOD.md section 3)."""
 
-    metric: Literal["rngwp", "equal"] = Field(
+    metric: _Metric = Field(
         default="rngwp",
-        description="`rngwp` probes gradients at each round's end; `equal` takes all parameters alike",
+        description="`rngwp` probes gradients at each round's end; `equal` takes all parameters alike; or your own",
     )
     tokens: Count = Field(default=64, description="supervised tokens of one client's probe, at most those of a batch")
     lam_0: _Share = Field(default=0.9, description="trust in the newest probe at the run's start, falling to its end")
@@ -44,23 +69,43 @@ class Replan(Section):
     )
 
 
+class SelfPruning(Section):
+    """How holders give up directions that they do not need, as HetLoRA does."""
+
+    decay: float = Field(default=0.99, gt=0, lt=1, description="part of its rank that a holder keeps when it prunes")
+    penalty: NonNegative = Field(default=5e-3, description="weight of the trailing directions' size in the loss")
+
+
 class Policy(Section):
     """The choices that tell one published method from another; the defaults are HSplitLoRA's."""
 
     name: Name = Field(default=DEFAULT_POLICY, description="the policy's name; by default the file's, less .yaml")
     description: AnyText = Field(default="", description="what it is, in a sentence")
-    placement: Literal["split"] = Field(default="split", description="where the model is: split, client and server")
+    placement: Literal["split", "full", "single"] = Field(
+        default="split",
+        description="where the model is: `split` over client and server, in `full` on each client, or on a `single`"
+        " node (the server's) with everybody's data",
+    )
+    train: Literal["adapters", "weights"] = Field(
+        default="adapters", description="what is trained: LoRA `adapters`, or all `weights` (on a single node)"
+    )
     split: _Split = Field(
         default="planned",
-        description="layers on a client: `planned` for each, `uniform` (what the weakest fits), or a number",
+        description="layers on a client: `planned` for each, `uniform` (what the weakest fits), a number, or your own"
+        " rule; only for placement `split`",
     )
     ranks: _Ranks = Field(
         default="importance",
-        description="LoRA rank of a weight: by `importance` and holder, `uniform` (one for all), or a number",
+        description="LoRA rank of a weight: by `importance` and holder, one for each holder by its `budget`, `uniform`"
+        " (one for all), a number, or your own rule",
     )
-    aggregation: Literal["concat", "fedavg"] = Field(
+    aggregation: _Aggregation = Field(
         default="concat",
-        description="`concat` sums the products without error; `fedavg` averages the factors",
+        description="`concat` sums the products without error; `fedavg` averages the factors; `hetlora` pads and"
+        " truncates them; `flexlora` and `raflora` redistribute by SVD; `none` on a single node; or your own rule",
+    )
+    self_pruning: SelfPruning | None = Field(
+        default=None, description="whether holders give up ranks that they do not need; with `hetlora`"
     )
     reinit: Literal["random", "svd"] = Field(
         default="svd",
@@ -79,14 +124,36 @@ class Policy(Section):
     @property
     def probes(self) -> bool:
         """Whether a run has to measure importance: some plan depends on it."""
-        return self.importance.metric != "equal" and (self.ranks == "importance" or self.split == "planned")
+        by_importance = self.ranks == "importance" or is_reference(self.ranks)
+        split_by_importance = self.placement == "split" and (self.split == "planned" or is_reference(self.split))
+        return self.train == "adapters" and self.importance.metric != "equal" and (by_importance or split_by_importance)
 
     @model_validator(mode="after")
-    def _shapes_agree(self) -> Self:
-        if self.aggregation == "fedavg" and self.ranks == "importance":
-            raise refuse(
+    def _parts_agree(self) -> Self:
+        for key, reason in self._contradictions():
+            raise refuse(reason, key)
+        return self
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """What cannot be combined: key and reason."""
+        one_rank = self.ranks == "uniform" or isinstance(self.ranks, int)
+        if self.aggregation == "fedavg" and not one_rank:
+            yield (
+                "aggregation",
                 "fedavg averages factors of equal shape, so it needs one rank for all: set ranks to 'uniform'"
                 f" or a number, or aggregation to 'concat' (got ranks {shown(self.ranks)})",
-                "aggregation",
             )
-        return self
+        if self.placement != "split" and self.split != "planned":
+            yield "split", f"placement {self.placement!r} splits nothing: leave split out (got {shown(self.split)})"
+        if self.placement == "single" and self.aggregation != "none":
+            yield "aggregation", f"must be 'none' on a single node (got {shown(self.aggregation)})"
+        if self.placement != "single" and self.aggregation == "none":
+            yield "aggregation", "'none' would leave every holder with a model of its own; it needs placement 'single'"
+        if self.train == "weights" and self.placement != "single":
+            yield "train", f"'weights' needs placement 'single' (got {shown(self.placement)})"
+        if self.self_pruning is not None and self.aggregation != "hetlora":
+            yield (
+                "self_pruning",
+                "needs aggregation 'hetlora', which keeps the order of the directions"
+                f" (got aggregation {shown(self.aggregation)})",
+            )

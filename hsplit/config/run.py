@@ -8,13 +8,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from hsplit.config.cluster import Client, ClientSpec, ServerSpec, unique_names
+from hsplit.config.cluster import CENTRAL, Client, ClientSpec, ServerSpec, unique_names
 from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
 from hsplit.config.job import Job, Partition
 from hsplit.config.overrides import Override, Overrides, below, parse_overrides
 from hsplit.config.policy import DEFAULT_POLICY, Policy
 from hsplit.config.refusals import Refusal, first_of, input_error, refusals
-from hsplit.config.section import LIST, NOT_EMPTY, Section, refuse, shown
+from hsplit.config.section import LARGEST, LIST, NOT_EMPTY, Section, refuse, shown
 from hsplit.errors import InputError
 
 _HEADER = "# The configuration of this run with every default, override and draw written out; made by hsplit.\n"
@@ -39,6 +39,29 @@ def _check_shares(job: Job, sharing: int) -> None:
         )
 
 
+def _check_placement(job: Job, policy: Policy, own_data: list[str]) -> None:
+    """Refuse settings of the job that a policy's placement gives no meaning to."""
+    if policy.placement == "split":
+        return
+    if job.privacy.noise:
+        raise refuse(
+            f"placement {policy.placement!r} sends no activations that noise could hide: set it to 0, or choose a"
+            " policy that splits the model",
+            *("job", "privacy", "noise"),
+        )
+    if policy.placement == "single" and job.privacy.labels == "client":
+        raise refuse(
+            "placement 'single' gathers everybody's data on one node, labels included: set it to 'server'",
+            *("job", "privacy", "labels"),
+        )
+    if policy.placement == "single" and own_data:
+        raise refuse(
+            f"'single' gathers everybody's data on one node, but {own_data[0]} keeps its own: leave its `data` out, or"
+            " choose another policy",
+            *("policy", "placement"),
+        )
+
+
 class RunConfig(Section):
     """All that decides a run: who takes part, what is trained, and how."""
 
@@ -52,7 +75,29 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _shares_for_all(self) -> Self:
         _check_shares(self.job, sum(client.data is None for client in self.clients))
+        _check_placement(self.job, self.policy, [client.name for client in self.clients if client.data is not None])
         return self
+
+    @property
+    def participants(self) -> tuple[Client, ...]:
+        """Who trains: the clients, or with placement ``single`` the one node, which has the server's budget."""
+        if self.policy.placement != "single":
+            return self.clients
+        server = self.server
+        # Its name is reserved, so that no client of a file may bear it.
+        central = Client.model_construct(
+            name=CENTRAL,
+            kind=CENTRAL,
+            memory_gb=server.memory_gb,
+            tflops=server.tflops,
+            num_cpus=server.num_cpus,
+            num_gpus=server.num_gpus,
+            node=server.node,
+            # It talks to nobody: its link is no limit.
+            bandwidth_mbps=float(LARGEST),
+            latency_ms=0.0,
+        )
+        return (central,)
 
     def save(self, path: str | Path) -> None:
         """Writes the configuration as YAML; the file is there whole or not at all."""
@@ -95,6 +140,7 @@ class _Declared(Section):
     @model_validator(mode="after")
     def _shares_for_all(self) -> Self:
         _check_shares(self.job, sum(group.count for group in self.clients if group.data is None))
+        _check_placement(self.job, self.policy, [group.name for group in self.clients if group.data is not None])
         return self
 
     def resolved(self, *, cpu: bool) -> RunConfig:

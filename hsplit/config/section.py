@@ -130,6 +130,16 @@ def _well_formed(name: str) -> str:
     return name
 
 
+_IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
+REFERENCE = rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*:{_IDENTIFIER}$"
+"""The form ``package.module:name`` of a user's own function."""
+
+
+def is_reference(word: object) -> bool:
+    """Whether ``word`` has the form ``package.module:name``."""
+    return isinstance(word, str) and re.fullmatch(REFERENCE, word) is not None
+
+
 LARGEST = 1_000_000_000
 """Upper bound of every number in a configuration, so that no product of two of them overflows."""
 

@@ -4,6 +4,7 @@ from hsplit.data.batches import Batch, BatchSampler, collate, validation_batches
 from hsplit.data.chat import ChatTemplate
 from hsplit.data.examples import Example
 from hsplit.data.files import file_sha256
+from hsplit.data.held_out_prompts import split_off_test
 from hsplit.data.holdout import hold_out
 from hsplit.data.partition import partition
 from hsplit.data.restaurants import restaurants
@@ -23,6 +24,7 @@ __all__ = [
     "partition",
     "read_examples",
     "restaurants",
+    "split_off_test",
     "tokenize",
     "validation_batches",
 ]

@@ -142,6 +142,6 @@ class AdapterSet:
         for slot in self._slots.values():
             self.flat.grad[slot.start : slot.stop].mul_(factors[slot.shape.layer])
 
-    def live(self, name: str) -> LowRank:
-        """A copy of the live term ``s B A``, scale folded into ``B``."""
-        return LowRank(self.B(name).detach() * self.scale(name), self.A(name).detach().clone())
+    def live(self, name: str, rank: int | None = None) -> LowRank:
+        """A copy of the live term ``s B A``, scale folded into ``B``; of its leading ``rank`` directions, if given."""
+        return LowRank(self.B(name).detach()[:, :rank] * self.scale(name), self.A(name).detach()[:rank].clone())

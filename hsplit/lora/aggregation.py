@@ -1,7 +1,7 @@
 """How the adapters of a weight's holders become one update. A new rule is one function and one registry line.
 
 A rule splits the new global term of a weight into two parts whose sum is what the model has learned: what joins the
-residual, and what every holder restarts with.
+residual, and what the holders restart with. A user's own rule is given as ``package.module:name``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hsplit.lora.low_rank import LowRank, concatenate, spectral
+from hsplit.extension import find_part
+from hsplit.lora.low_rank import LowRank, LowRankSum, leading_and_rest, spectral
 
 
 @dataclass(frozen=True)
@@ -28,53 +29,175 @@ class Contribution:
 
 
 @dataclass(frozen=True)
+class Restart:
+    """What the holders of one weight are to go on with.
+
+    Attributes:
+        reinit: the policy's: ``random`` or ``svd``.
+        ranks: rank of each next holder of the weight; empty where nobody holds it any more.
+    """
+
+    reinit: str
+    ranks: tuple[int, ...]
+
+    @property
+    def smallest(self) -> int:
+        return min(self.ranks, default=0)
+
+    @property
+    def largest(self) -> int:
+        return max(self.ranks, default=0)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a rule made of the contributions.
 
     Attributes:
         residual: joins ``R_w``; ``None`` for nothing.
-        common: what every holder restarts with, scale folded in; ``None`` for a fresh start. Its rank is at most
-            the smallest of the holders' next ranks.
+        common: what the holders restart with, scale folded in; ``None`` for a fresh start. Each takes the leading
+            directions that its rank has room for, so up to the smallest rank nothing is lost.
     """
 
-    residual: LowRank | None
+    residual: LowRank | LowRankSum | None
     common: LowRank | None
 
 
-Rule = Callable[[Sequence[Contribution], str, int], Outcome]
+Rule = Callable[[Sequence[Contribution], Restart], Outcome]
+"""From the contributions of a weight's holders (at least one) to the outcome."""
 
 
-def noise_free(contributions: Sequence[Contribution], reinit: str, restart_rank: int) -> Outcome:
+def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """Noise-free aggregation (METHOD 6): the exact token-weighted sum, concatenated along the rank.
 
     ``sum_c p_c s_c B_c A_c`` already contains what the adapters started the round with, and the residual does not
     (it left ``R_w`` at the restart), so the sum of residual and restart is the new global term and nothing has to be
-    subtracted.
+    subtracted. With ``reinit: random`` this is what FLoRA (arXiv 2409.05976) calls stacking.
 
-    Args:
-        reinit: ``random``: all of it joins the residual; ``svd``: its leading ``restart_rank`` directions stay in the
-            adapters, the rest joins.
-        restart_rank: smallest rank among the weight's next holders.
+    With ``reinit: svd`` the sum's leading directions, as many as the smallest next rank, stay in the adapters; the
+    rest joins the residual.
     """
-    total = concatenate([LowRank(c.term.B * c.share, c.term.A) for c in contributions])
-    if reinit == "random" or restart_rank == 0:
+    total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
+    if restart.reinit == "random" or restart.smallest == 0:
         return Outcome(total, None)
-    parts = spectral(total)
-    dtype = total.A.dtype
-    # Beyond the matrix's own size there are no directions left to restart from.
-    kept = min(restart_rank, len(parts.S))
-    rest = parts.part(kept, len(parts.S), dtype)
-    return Outcome(rest if rest.rank else None, parts.part(0, kept, dtype))
+    common, rest = leading_and_rest(total, restart.smallest, contributions[0].term.A.dtype)
+    return Outcome(rest, common)
 
 
-def average_factors(contributions: Sequence[Contribution], reinit: str, restart_rank: int) -> Outcome:
+def average_factors(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """FedAvg of A and of B separately, as SplitLoRA does: needs equal ranks and carries the aggregation noise.
 
     ``mean(B) mean(A)`` is not ``mean(B A)``; holders go on from the averages and the residual stays as it is.
     """
-    B = torch.stack([c.term.B * c.share for c in contributions]).sum(0)
-    A = torch.stack([c.term.A * c.share for c in contributions]).sum(0)
-    return Outcome(None, LowRank(B, A))
+    return Outcome(None, _averaged(contributions, [c.share for c in contributions]))
 
 
-AGGREGATIONS: dict[str, Rule] = {"concat": noise_free, "fedavg": average_factors}
+def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
+    """HetLoRA (arXiv 2401.06432): A and B padded with zeros to the largest rank and averaged, weighted by
+    ``||B_c A_c||_F``; each holder then goes on with the leading directions that its rank has room for.
+
+    The averages carry the aggregation noise, and what a small rank cuts is lost to its holder. Adapters that have
+    learned nothing yet have no weight; where none has, token weights are taken.
+    """
+    norms = [_product_norm(c.term) for c in contributions]
+    weights = norms if sum(norms) > 0 else [c.share for c in contributions]
+    return Outcome(None, _averaged(contributions, [w / sum(weights) for w in weights]))
+
+
+def averaged_products(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
+    """FlexLoRA (arXiv 2402.11505): the average of the products, then to each holder its SVD's leading directions.
+
+    The average is exact; what a holder's rank cuts off is lost to that holder, and beyond the largest rank to all.
+    As published, B takes the singular values.
+    """
+    total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
+    return _redistributed(total, restart)
+
+
+def averaged_slices(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
+    """RaFLoRA (arXiv 2602.13486): as FlexLoRA, with each slice of the rank averaged over the holders that have it.
+
+    A slice is what lies between two neighbouring ranks of the holders; its token weights are renormalized over the
+    holders whose rank reaches it, so that directions that few have are not averaged away.
+    """
+    terms: list[LowRank] = []
+    weights: list[float] = []
+    begin = 0
+    for end in sorted({c.term.rank for c in contributions}):
+        having = [c for c in contributions if c.term.rank >= end]
+        total = sum(c.share for c in having)
+        terms += [LowRank(c.term.B[:, begin:end], c.term.A[begin:end]) for c in having]
+        weights += [c.share / total for c in having]
+        begin = end
+    return _redistributed(LowRankSum(tuple(terms), tuple(weights)), restart)
+
+
+def continued(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
+    """No aggregation: the one holder goes on with what it has."""
+    (only,) = contributions
+    return Outcome(None, only.term)
+
+
+def _averaged(contributions: Sequence[Contribution], weights: Sequence[float]) -> LowRank:
+    """Weighted means of B and of A, zero beyond a holder's own rank."""
+    first = contributions[0].term
+    rank = max(c.term.rank for c in contributions)
+    B, A = first.B.new_zeros(first.B.shape[0], rank), first.A.new_zeros(rank, first.A.shape[1])
+    for contribution, weight in zip(contributions, weights, strict=True):
+        term = contribution.term
+        B[:, : term.rank].add_(term.B, alpha=weight)
+        A[: term.rank].add_(term.A, alpha=weight)
+    return LowRank(B, A)
+
+
+def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
+    """The leading directions of ``total``, as many as the largest rank, B with the singular values."""
+    dtype = total.terms[0].A.dtype
+    parts = spectral(total)
+    leading = parts.part(0, min(restart.largest, len(parts.S)), torch.float64)
+    root = parts.S[: leading.rank].sqrt()
+    # From balanced factors to U diag(S) and V; a direction of no weight has no side to move it to.
+    safe = torch.where(root > 0, root, torch.ones_like(root))
+    return Outcome(None, LowRank(leading.B * root, leading.A / safe[:, None]).to(dtype))
+
+
+def _product_norm(term: LowRank) -> float:
+    """``||B A||_F`` without forming the product: ``trace((B^T B)(A A^T))``, in fp64."""
+    B, A = term.B.double(), term.A.double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt())
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """A rule and what the rest of hsplit must know of it.
+
+    Attributes:
+        rule: the rule.
+        keeps_residual: whether anything ever joins the residual. Without, plans reserve no memory for one, and holders
+            of smaller ranks simply take less of the common restart.
+        decomposes: whether it takes singular value decompositions, which cost memory and time.
+    """
+
+    rule: Rule
+    keeps_residual: bool = True
+    decomposes: bool = True
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "concat": Aggregation(noise_free),
+    "fedavg": Aggregation(average_factors, keeps_residual=False, decomposes=False),
+    "hetlora": Aggregation(sparsity_weighted, keeps_residual=False, decomposes=False),
+    "flexlora": Aggregation(averaged_products, keeps_residual=False),
+    "raflora": Aggregation(averaged_slices, keeps_residual=False),
+    "none": Aggregation(continued, keeps_residual=False, decomposes=False),
+}
+
+
+def find_aggregation(name: str) -> Aggregation:
+    """The aggregation that a policy names; a user's own rule may use the residual.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    found = find_part(name, AGGREGATIONS, "policy: aggregation")
+    return found if isinstance(found, Aggregation) else Aggregation(found)

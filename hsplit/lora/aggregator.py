@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsplit.config import Job, Policy
-from hsplit.lora.aggregation import AGGREGATIONS, Contribution
+from hsplit.lora.aggregation import Contribution, Restart, find_aggregation
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import Residual
@@ -31,22 +31,21 @@ class Aggregator:
     def __init__(
         self, shapes: Sequence[LinearShape], job: Job, policy: Policy, master: torch.dtype, *, merges: bool
     ) -> None:
-        self._policy, self._merges = policy, merges
+        self._reinit, self._merges = policy.reinit, merges
+        self._aggregation = find_aggregation(policy.aggregation)
         cap = None if job.residual.max_rank == "full" else job.residual.max_rank
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
         self._common: dict[str, LowRank] = {}
 
-    def aggregate(self, held: Sequence[HeldAdapters], next_ranks: Ranks) -> float:
+    def aggregate(self, held: Sequence[HeldAdapters]) -> float:
         """Aggregate every weight over its holders.
 
         Args:
-            held: every holder's adapters at the end of the round.
-            next_ranks: of those who hold the weights from now on.
+            held: every holder's adapters at the end of the round; the same holders go on at the same ranks.
 
         Returns:
             The largest part of a residual that its cap cut, as a relative Frobenius norm.
         """
-        rule = AGGREGATIONS[self._policy.aggregation]
         cut = 0.0
         before, self._common = self._common, {}
         for name, residual in self.residuals.items():
@@ -63,7 +62,8 @@ class Aggregator:
                 for h, count in zip(holders, tokens, strict=True)
                 if count
             ]
-            outcome = rule(contributions, self._policy.reinit, _smallest_rank(name, next_ranks))
+            restart = Restart(self._reinit, tuple(h.terms[name].rank for h in holders))
+            outcome = self._aggregation.rule(contributions, restart)
             if outcome.residual is not None:
                 cut = max(cut, residual.add(outcome.residual))
             if outcome.common is not None:
@@ -73,6 +73,8 @@ class Aggregator:
     def fit_restarts(self, next_ranks: Ranks) -> tuple[float, set[str]]:
         """Make the common restarts fit holders of other ranks: what no longer fits joins the residual (law E4).
 
+        An aggregation without a residual leaves them as they are: its holders take what their ranks have room for.
+
         Args:
             next_ranks: of those who hold the weights from now on; their adapters have not been trained since the
                 last aggregation.
@@ -80,7 +82,9 @@ class Aggregator:
         Returns:
             What caps cut, as :meth:`aggregate` does, and the weights that change for every holder.
         """
-        cut, changed = 0.0, set()
+        cut, changed = 0.0, set[str]()
+        if not self._aggregation.keeps_residual:
+            return cut, changed
         for name, common in list(self._common.items()):
             room = _smallest_rank(name, next_ranks)
             if common.rank <= room:
@@ -94,19 +98,17 @@ class Aggregator:
                 del self._common[name]
         return cut, changed
 
-    def update_for(self, round_: int, names: Iterable[str], whole: Iterable[str] = ()) -> RoundUpdate:
-        """What a holder of ``names`` needs to begin ``round_``: changes since :meth:`mark_sent` and restarts.
+    def update_for(self, round_: int, ranks: Mapping[str, int], whole: Iterable[str] = ()) -> RoundUpdate:
+        """What a holder needs to begin ``round_``: changes since :meth:`mark_sent` and restarts.
 
         Args:
-            whole: those of ``names`` whose residual it does not have yet.
+            ranks: its rank by weight name.
+            whole: those of its weights whose residual it does not have yet.
         """
-        names, new = list(names), set(whole)
-        changes = {n: self.residuals[n].update(self._merges or n in new) for n in names}
-        return RoundUpdate(
-            round_,
-            {name: change for name, change in changes.items() if change is not None},
-            {name: self._common[name] for name in names if name in self._common},
-        )
+        new = set(whole)
+        changes = {n: self.residuals[n].update(self._merges or n in new) for n in ranks}
+        common = {n: _leading(self._common[n], rank) for n, rank in ranks.items() if n in self._common}
+        return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
 
     def mark_sent(self) -> None:
         """Every holder now follows every residual."""
@@ -139,6 +141,10 @@ class Aggregator:
 
 def _smallest_rank(name: str, ranks: Ranks) -> int:
     return min((own[name] for own in ranks.values() if own.get(name, 0) > 0), default=0)
+
+
+def _leading(common: LowRank, rank: int) -> LowRank:
+    return common if common.rank <= rank else common.up_to_rank(rank)
 
 
 def _on_cpu(term: LowRank) -> LowRank:

@@ -14,7 +14,9 @@ from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.schedule import learning_rate
+from hsplit.lora.self_pruning import RankPruner
 from hsplit.models.segment import LinearShape, Segment, set_adapter_dropout
+from hsplit.seeds import hash_seed
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class HeldAdapters:
     terms: dict[str, LowRank]
     tokens: dict[int, int]
     layers: dict[str, int]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by weight name."""
+        return {name: term.rank for name, term in self.terms.items()}
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +62,13 @@ class RoundUpdate:
     @property
     def nbytes(self) -> int:
         return sum(u.nbytes for u in self.residuals.values()) + sum(c.nbytes for c in self.common.values())
+
+
+def new_optimizer(job: Job, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The job's optimizer, without moments."""
+    if job.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=job.lr, weight_decay=job.weight_decay)
+    return torch.optim.AdamW(parameters, lr=job.lr, weight_decay=job.weight_decay, fused=True)
 
 
 class Holder:
@@ -85,14 +99,12 @@ class Holder:
         master = torch.promote_types(dtype, torch.float32)
         self.adapters = AdapterSet(shapes, ranks, job.alpha, master, device)
         self.adapters.attach(segment, job.dropout)
+        self._pruner = None if policy.self_pruning is None else RankPruner(policy.self_pruning, self.adapters)
         self.tokens: dict[int, int] = defaultdict(int)
         self._optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        parameters = [self.adapters.flat]
-        if self._job.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=self._job.lr, weight_decay=self._job.weight_decay)
-        return torch.optim.AdamW(parameters, lr=self._job.lr, weight_decay=self._job.weight_decay, fused=True)
+        return new_optimizer(self._job, [self.adapters.flat])
 
     def begin_phase(self, step: int, training: bool) -> None:
         """Set the adapters' dropout for what follows; its random numbers depend on run, holder and step alone."""
@@ -111,21 +123,25 @@ class Holder:
         if flat.numel() == 0:
             return
         job = self._job
-        total = job.rounds * job.local_steps
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, job.lr, job.schedule, job.warmup)
+            group["lr"] = learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
         assert flat.grad is not None
+        if self._pruner is not None:
+            self._pruner.add_gradient()
         if job.clip is not None:
             torch.nn.utils.clip_grad_norm_([flat], job.clip)
         self._optimizer.step()
         flat.grad.zero_()
 
     def held(self) -> HeldAdapters:
-        """The live adapters as aggregation takes them."""
+        """The live adapters as aggregation takes them, at the round's end."""
         names = self.adapters.names
+        if self._pruner is not None:
+            self._pruner.end_round()
+        ranks = self.adapters.ranks if self._pruner is None else self._pruner.ranks
         return HeldAdapters(
             self.name,
-            {n: self.adapters.live(n) for n in names},
+            {n: self.adapters.live(n, ranks[n]) for n in names},
             dict(self.tokens),
             {n: self.adapters.layer(n) for n in names},
         )
@@ -136,6 +152,8 @@ class Holder:
         scope = self.name if self._policy.init == "independent" else "shared"
         keys = {n: f"{self._job.seed}|{scope}|{n}|{update.round}" for n in self.adapters.names}
         self.adapters.restart(keys, update.common)
+        if self._pruner is not None:
+            self._pruner.begin_round()
         self.tokens.clear()
         if self._policy.moments == "drop":
             self._optimizer = self._new_optimizer()
@@ -157,6 +175,8 @@ class Holder:
             "parameters": self.adapters.flat.detach().cpu().clone(),
             "tokens": torch.tensor([[layer, self.tokens[layer]] for layer in layers], dtype=torch.int64),
         }
+        if self._pruner is not None:
+            tensors["pruning"] = self._pruner.state()
         for key, value in self._optimizer.state.get(self.adapters.flat, {}).items():
             tensors[f"optimizer.{key}"] = torch.as_tensor(value).detach().cpu().clone()
         return tensors
@@ -166,6 +186,8 @@ class Holder:
         flat = self.adapters.flat
         with torch.no_grad():
             flat.copy_(tensors["parameters"])
+        if self._pruner is not None:
+            self._pruner.load_state(tensors["pruning"])
         self.tokens.clear()
         self.tokens.update({int(layer): int(count) for layer, count in tensors["tokens"].reshape(-1, 2)})
         moments = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
@@ -173,10 +195,3 @@ class Holder:
         if moments:
             state = {k: v.clone() if k == "step" else v.to(flat.device).clone() for k, v in moments.items()}
             self._optimizer.state[flat] = state
-
-
-def hash_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on ``parts`` alone."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsplit.lora.low_rank import LowRank, concatenate, empty, spectral
+from hsplit.lora.low_rank import LowRank, LowRankSum, concatenate, empty, spectral
+
+# Rows of a residual's matrix that are formed at once in fp64.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Residual:
         self.cap = None if max_rank is None else min(max_rank, min(d_out, d_in) // 2)
         self.factors = empty(d_out, d_in, dtype)
         self.matrix: Tensor | None = None
-        self._shape = (d_out, d_in)
+        self._shape, self._dtype = (d_out, d_in), dtype
         self._sent = 0
         self._updates: dict[int, ResidualUpdate] = {}
 
@@ -56,35 +59,51 @@ class Residual:
     def nbytes(self) -> int:
         return self.factors.nbytes if self.matrix is None else self.matrix.nbytes
 
-    def add(self, delta: LowRank) -> float:
+    def add(self, delta: LowRank | LowRankSum) -> float:
         """``R <- R + delta``.
 
+        Past the cap, ``R`` and all terms of ``delta`` are decomposed at once, without being concatenated.
+
         Args:
-            delta: scale and token weights folded in.
+            delta: scale and token weights folded in, or a sum of such terms by reference.
 
         Returns:
             What the cap cut, as a Frobenius norm relative to ``R`` (0.0 when nothing was cut).
         """
         self._updates.clear()
-        if self.matrix is not None:
-            self.matrix = (self.matrix.double() + delta.to(torch.float64).dense()).to(self.matrix.dtype)
-            return 0.0
-        total = concatenate([self.factors, delta.to(self.factors.A.dtype)])
+        if isinstance(delta, LowRank):
+            delta = LowRankSum((delta,), (1.0,))
+        dtype = self._dtype
+        joint = self.rank + delta.rank
         d_out, d_in = self._shape
-        if self.cap is None:
-            if total.rank * (d_out + d_in) > d_out * d_in:
-                self.matrix = total.to(torch.float64).dense().to(total.A.dtype)
-                total = empty(d_out, d_in, total.A.dtype)
-            self.factors = total
-            return 0.0
-        if total.rank <= self.cap:
-            self.factors = total
-            return 0.0
+        if self.matrix is not None:
+            self.matrix = self._summed(self.matrix, delta)
+        elif self.cap is None and joint * (d_out + d_in) > d_out * d_in:
+            self.matrix = self._summed(self.factors.B.new_zeros(self._shape), delta.plus(self.factors))
+            self.factors = empty(d_out, d_in, dtype)
+        elif self.cap is None or joint <= self.cap:
+            self.factors = concatenate([self.factors, delta.compressed(dtype)])
+        else:
+            return self._recompress(delta.plus(self.factors))
+        return 0.0
+
+    def _recompress(self, total: LowRankSum) -> float:
+        """Keep the leading directions of ``total``, as many as the cap allows; returns the relative cut."""
         decomposed = spectral(total)
-        norm = float(decomposed.S.norm())
-        self.factors = decomposed.part(0, self.cap, total.A.dtype)
+        # No room is spent on directions that are rounding errors of fp64; one stays, so that holders hear of a change.
+        kept = min(self.cap or 0, max(decomposed.rank, 1))
+        self.factors = decomposed.part(0, kept, self._dtype)
         self._sent = 0
-        return decomposed.norm_beyond(self.cap) / norm if norm else 0.0
+        norm = float(decomposed.S.norm())
+        return decomposed.norm_beyond(kept) / norm if norm else 0.0
+
+    def _summed(self, matrix: Tensor, delta: LowRankSum) -> Tensor:
+        """``matrix + delta``, summed in fp64 a few rows at a time."""
+        total = torch.empty_like(matrix)
+        for start in range(0, len(matrix), _ROWS_AT_ONCE):
+            rows = slice(start, min(start + _ROWS_AT_ONCE, len(matrix)))
+            total[rows] = delta.dense_rows(rows.start, rows.stop).add_(matrix[rows])
+        return total
 
     def update(self, whole: bool) -> ResidualUpdate | None:
         """What changed since the last call, or everything for a holder that needs it ``whole``; ``None`` if nothing.
@@ -108,5 +127,5 @@ class Residual:
     def restore(self, factors: LowRank | None, matrix: Tensor | None) -> None:
         """Take over a residual read from a checkpoint."""
         self.matrix = matrix
-        self.factors = factors if factors is not None else empty(*self._shape, dtype=self.factors.A.dtype)
+        self.factors = factors if factors is not None else empty(*self._shape, dtype=self._dtype)
         self._sent = self.factors.rank

@@ -57,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class Tail(nn.Module):
-    """Final norm and head, frozen.
+    """Final norm and head, frozen but for :meth:`train_head`.
 
     Args:
         norm: the final norm.
@@ -72,6 +72,11 @@ class Tail(nn.Module):
         self.head: Tensor
         self.register_buffer("head", head)
 
+    def train_head(self, head: nn.Parameter) -> None:
+        """Take a head that gets gradients, for full fine-tuning: then all logits are held at once."""
+        del self.head
+        self.register_parameter("head", head)
+
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each row.
 
@@ -82,4 +87,8 @@ class Tail(nn.Module):
         Returns:
             ``(n,)`` losses in fp32 (fp64 for fp64 input), differentiable in ``hidden``.
         """
+        if self.head.requires_grad:
+            logits = torch.nn.functional.linear(self.norm(hidden), self.head)
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            return torch.nn.functional.cross_entropy(logits.to(exact), targets, reduction="none")
         return cast(Tensor, _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets, self._chunk_rows))

@@ -23,11 +23,14 @@ class ClientMemory:
     def constant(self) -> Floats:
         """Bytes of a client at each split from 0 to ``layers`` apart from its ranks, ``(L + 1,)``."""
         model = self._model
-        fixed = prefix(model.dense_bytes) + model.embedding_bytes + model.rotary_bytes
+        codes = model.client_codes is not None
+        layers = prefix(model.stored_bytes if codes else model.dense_bytes)
+        fixed = layers + model.embedding_bytes + model.rotary_bytes
         fixed[0] -= model.rotary_bytes
-        if model.quantized:
+        # What is stored as codes has the residual beside it counted already.
+        if model.quantized and not codes:
             fixed += prefix(model.by_layer(model.dtype.itemsize * model.residual_entries))
-        if model.job.privacy.labels == "client":
+        if model.tail_at_client:
             fixed += model.tail_bytes(head=not model.tied)
         total: Floats = np.ceil(fixed + np.maximum.reduce([self._step_bytes, self._round_bytes, self._loading_bytes]))
         return total
@@ -36,6 +39,21 @@ class ClientMemory:
     def per_rank(self) -> Floats:
         """Bytes that one more unit of rank of each weight costs a client, ``(W,)``."""
         return self._model.adapter_bytes + self._model.saved_per_rank
+
+    @cached_property
+    def training_bytes(self) -> int:
+        """Peak bytes of a node that trains every weight.
+
+        It always holds each value with two Adam moments in the master dtype; in a step the gradients too, activations,
+        and the logits of all positions with what the loss makes of them; for a checkpoint, or from one, a copy of all.
+        """
+        model = self._model
+        nbytes = model.dense_bytes.sum() + model.embedding_bytes + model.tail_bytes(head=not model.tied)
+        values = model.master.itemsize * nbytes / model.dtype.itemsize
+        logits = 4 * model.master.itemsize * model.rows * model.words
+        work = prefix(model.saved)[-1] + model.transient.max() + logits
+        step = 4 * values + UNSEEN * work + model.batch_bytes
+        return round(float(max(step, 2 * 3 * values)))
 
     def peak_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
         """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
@@ -51,7 +69,7 @@ class ClientMemory:
         layers = _running_maximum(model.transient) + wire.down
         # A client without layers, and the beginning of all others: the embedding's work, then the message.
         layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
-        if model.job.privacy.labels == "client":
+        if model.tail_at_client:
             # The front's output, the deep layers' as received and as unpacked, then norm, head and loss.
             unpacked = 2 * model.hidden_bytes + wire.deep
             layers = np.maximum(layers, unpacked + model.tail_run(CLIENT_CHUNK_ROWS).peak_bytes(model.rows))
@@ -89,7 +107,7 @@ class ClientMemory:
         Embedding and head are converted in chunks.
         """
         model = self._model
-        most = np.maximum(_running_maximum(model.loading(codes=False)), CHUNK_BYTES)
+        most = np.maximum(_running_maximum(model.loading(codes=model.client_codes is not None)), CHUNK_BYTES)
         if model.quantized:
             most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
         return np.maximum(most - prefix(model.by_layer(model.rank_set[0] * model.adapter_bytes)), 0.0)

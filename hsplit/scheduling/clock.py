@@ -42,10 +42,11 @@ class VirtualClock:
         for name, split in splits.items():
             client = self._clients[name]
             up, turn, down = self._cost.times.client_times(client)[split] / batches
-            phases.append((up, turn, down + self._gradient_flops[:split].sum() / client.flops))
+            phases.append((up, turn, down + self._cost.model.weight_gradient_flops[:split].sum() / client.flops))
         counts = self._counts(splits)
         deep = self._cost.times.server_times(self._server, counts)[0] / batches
-        deep += (self._cost.model.joined_clients(counts) @ self._gradient_flops)[0] / self._server.flops
+        model = self._cost.model
+        deep += (model.joined_clients(counts) @ model.weight_gradient_flops)[0] / self._server.flops
         return float(np.array(phases).max(axis=0).sum() + deep)
 
     def aggregation_s(
@@ -110,24 +111,18 @@ class VirtualClock:
 
     def _aggregation_flops(self, plan: Plan, policy: Policy) -> float:
         """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
-        if policy.aggregation == "fedavg":
-            return 0.0
         model = self._cost.model
+        if not model.decomposes:
+            return 0.0
         rank: Ints = np.sum([model.rank_vector(holder.ranks) for holder in (*plan.available, plan.server)], axis=0)
         cap, total = model.job.residual.max_rank, 0.0
-        decomposed = [rank] if policy.reinit == "svd" else []
-        if cap != "full":
+        decomposed = [rank] if policy.reinit == "svd" or not model.keeps_residual else []
+        if cap != "full" and model.keeps_residual:
             decomposed.append(rank + cap)
         for width in decomposed:
             # Two QR with their Q formed and multiplied, and an SVD of the core.
             total += float((6.0 * model.sides * width**2 + 22.0 * width**3).sum())
         return total
-
-    @cached_property
-    def _gradient_flops(self) -> Floats:
-        """``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
-        model = self._cost.model
-        return model.by_layer([2.0 * model.rows * weight.parameters for weight in model.weights])
 
     @cached_property
     def _base_bytes(self) -> Floats:

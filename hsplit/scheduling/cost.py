@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hsplit.config import Job
+from hsplit.config import Job, RunConfig
+from hsplit.lora.aggregation import find_aggregation
 from hsplit.scheduling.budgets import ClientBudget
 from hsplit.scheduling.client_memory import ClientMemory
 from hsplit.scheduling.counted_model import CountedModel, WireBytes
@@ -27,8 +28,7 @@ class CostModel:
     Args:
         config: the model's transformers configuration; no weights are read.
         job: the run's settings.
-        residual: whether the run's aggregation keeps a residual at all.
-        top_rank: the largest rank that a plan may give; by default that of ``job.rank_set``.
+        setting: what the policy decides, see :class:`~hsplit.scheduling.counted_model.CountedModel`.
 
     Attributes:
         model: what was counted.
@@ -37,9 +37,9 @@ class CostModel:
         times: virtual seconds.
     """
 
-    def __init__(self, config: Any, job: Job, *, residual: bool = True, top_rank: int | None = None) -> None:
+    def __init__(self, config: Any, job: Job, **setting: Any) -> None:
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
-        self.model = CountedModel(config, job, residual=residual, top_rank=top_rank)
+        self.model = CountedModel(config, job, **setting)
         self.client = ClientMemory(self.model)
         self.server = ServerMemory(self.model)
         self.times = StepTimes(self.model)
@@ -48,9 +48,33 @@ class CostModel:
         """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
         return self.client.peak_bytes(split, ranks)
 
+    @property
+    def training_bytes(self) -> int:
+        """Peak bytes of a node that trains every weight of the model."""
+        return self.client.training_bytes
+
     def server_bytes(self, splits: Sequence[int], ranks: Mapping[str, int]) -> int:
         """Peak bytes of the server beside clients that split at ``splits``, with ``ranks`` of its own."""
         return self.server.peak_bytes(splits, ranks)
+
+    @staticmethod
+    def of_run(config: Any, run: RunConfig) -> CostModel:
+        """The costs of a run: a single node's batch is everybody's."""
+        policy, job = run.policy, run.job
+        if policy.placement == "single":
+            together = sum(client.data is None for client in run.clients)
+            job = job.model_copy(update={"batch_size": job.batch_size * together})
+        aggregation = find_aggregation(policy.aggregation)
+        return CostModel(
+            config,
+            job,
+            # Plans reserve memory for a residual only where something joins it.
+            residual=aggregation.keeps_residual,
+            decomposes=aggregation.decomposes,
+            top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
+            whole=policy.placement != "split",
+            trains_weights=policy.train == "weights",
+        )
 
     def step_time_s(self, client: ClientBudget, split: int) -> StepTime:
         """Virtual seconds of a client's part of one local step."""

@@ -56,7 +56,11 @@ class CountedModel:
         config: the model's transformers configuration; no weights are read.
         job: the run's settings.
         residual: whether the run's aggregation keeps a residual at all.
+        decomposes: whether it takes singular value decompositions.
         top_rank: the largest rank that a plan may give; by default that of ``job.rank_set``.
+        whole: clients hold the full model (placement ``full`` or ``single``): the tail is theirs, the base stays as it
+            is stored, and nothing of a step travels.
+        trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
 
     Attributes:
         layers: decoder layers ``L``.
@@ -70,15 +74,28 @@ class CountedModel:
         forward_flops, backward_flops: of each layer for one client's batch, ``(L,)``.
     """
 
-    def __init__(self, config: Any, job: Job, *, residual: bool = True, top_rank: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        job: Job,
+        *,
+        residual: bool = True,
+        decomposes: bool = True,
+        top_rank: int | None = None,
+        whole: bool = False,
+        trains_weights: bool = False,
+    ) -> None:
         self.layers = layer_count(config)
-        self.job = job
+        self.job, self.whole, self.trains_weights = job, whole, trains_weights
+        self.tail_at_client = whole or job.privacy.labels == "client"
         # Read once: attributes of a transformers configuration are slow.
         self.width, self.words = int(config.hidden_size), int(config.vocab_size)
         self.tied = bool(config.tie_word_embeddings)
         self.dtype = resolve_dtype(job.dtype)
         self.master = torch.promote_types(self.dtype, torch.float32)
         self.quantized = is_quantized(job.base)
+        # A client with the full model stores a quantized base as its codes, as the server does.
+        self.client_codes = job.base if whole and self.quantized and not trains_weights else None
         self._family = family_of(config.model_type)
         targets = "all-linear" if job.targets == "all-linear" else list(job.targets)
         self.weights: list[LinearShape] = targeted(linear_shapes(config), targets)
@@ -87,7 +104,7 @@ class CountedModel:
         self.sides: Ints = np.array([w.d_out + w.d_in for w in self.weights], dtype=np.int64)
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.top_rank = top_rank or max(job.rank_set)
-        self.keeps_residual = residual
+        self.keeps_residual, self.decomposes = residual, decomposes
         self._loading: dict[bool, Floats] = {}
         self._tails: dict[int, TailRun] = {}
         self.counter = LayerCounter(config, set(self._index), job.max_length)
@@ -113,10 +130,11 @@ class CountedModel:
     def _count_layers(self) -> None:
         job, counter = self.job, self.counter
         rows = job.batch_size
-        low = [counter.run(layer, self.setting(1, rows, None)) for layer in range(self.layers)]
+        codes = self.client_codes
+        low = [counter.run(layer, self.setting(1, rows, codes)) for layer in range(self.layers)]
         # Two ranks are needed to see the growth, also where only one may be given.
         top = max(self.top_rank, 2)
-        high = [counter.run(layer, self.setting(top, rows, None)) for layer in range(self.layers)]
+        high = [counter.run(layer, self.setting(top, rows, codes)) for layer in range(self.layers)]
         spread = top - 1
         adapted = [max(sum(linear.adapted for linear in kind.linears), 1) for kind in counter.kinds]
         # Every adapted weight keeps x A^T, of the same rows and of its rank's width: the growth is shared
@@ -128,7 +146,7 @@ class CountedModel:
         self.saved_per_rank: Floats = np.array([growth[w.layer] for w in self.weights], dtype=np.float64)
         held = np.bincount(self.weight_layer, weights=self.saved_per_rank, minlength=self.layers)
         self.saved: Floats = np.array([run.saved_bytes for run in low]) - held
-        transient = [self.transient_bytes(layer, rows, None) for layer in range(self.layers)]
+        transient = [self.transient_bytes(layer, rows, codes) for layer in range(self.layers)]
         self.transient: Floats = np.array(transient, dtype=np.float64)
         self.forward_flops: Floats = np.array([run.forward_flops for run in high], dtype=np.float64)
         self.backward_flops: Floats = np.array([run.backward_flops for run in high], dtype=np.float64)
@@ -162,6 +180,11 @@ class CountedModel:
         # Parameter, gradient and two Adam moments in the master dtype: 16 bytes in fp32 (METHOD 3).
         total: Floats = self.sides.astype(np.float64) * (4 * self.master.itemsize)
         return total
+
+    @cached_property
+    def weight_gradient_flops(self) -> Floats:
+        """``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
+        return self.by_layer([2.0 * self.rows * weight.parameters for weight in self.weights])
 
     @cached_property
     def dense_bytes(self) -> Floats:
@@ -253,9 +276,13 @@ class CountedModel:
 
     def wire_bytes(self, split: int) -> WireBytes:
         """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
+        if self.whole:
+            return WireBytes(0, 0, 0, 0)
         rows, job = self.rows, self.job
-        hidden = rows * self.width * DTYPES[job.wire].itemsize
-        at_home = job.privacy.labels == "client"
+        # In int8 every token has an fp32 scale beside its codes.
+        token = self.width + 4 if job.wire == "int8" else self.width * DTYPES[job.wire].itemsize
+        hidden = rows * token
+        at_home = self.tail_at_client
         up = hidden + 4 * job.batch_size + 8 + (0 if at_home else 4 * rows)
         turn = hidden if at_home else 0
         return WireBytes(up, turn, turn, hidden if split else 0)

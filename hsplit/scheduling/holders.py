@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hsplit.scheduling.budgets import ClientBudget
+from hsplit.errors import InputError
+from hsplit.scheduling.budgets import ClientBudget, ServerBudget
+from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Ints
 from hsplit.scheduling.plan import HolderPlan, Plan
 from hsplit.scheduling.problem import Problem
@@ -63,6 +65,32 @@ def planned(
     deep = _server_part(problem, splits, level, 1.0 - sum(part.captured_share for part in parts))
     makespan = float(problem.makespan(state)[0])
     return Plan(problem.cost.model.layers, deep, tuple(parts), makespan, captured, importance)
+
+
+def whole_model(
+    clients: Sequence[ClientBudget], server: ServerBudget, cost: CostModel, importance: Mapping[str, float]
+) -> Plan:
+    """The plan of a node that trains every weight: no adapters, so nothing to choose.
+
+    What it captures counts each weight at its full rank, ``g(min(d_out, d_in))``.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    (node,) = clients
+    needed = cost.training_bytes
+    if node.memory_bytes < needed:
+        raise InputError(
+            f"server: memory_gb: {node.memory_bytes / 1e9:.3f} is too little to train every weight: that takes"
+            f" {needed / 1e9:.3f} GB; raise it, or lower job.batch_size or job.max_length"
+        )
+    layers, seconds = cost.model.layers, float(cost.times.client_times(node)[cost.model.layers].sum())
+    total = sum(importance.values())
+    full_rank = captured_by(np.array([min(w.d_out, w.d_in) for w in cost.model.weights]))
+    captured = float(full_rank @ np.array([importance[w.name] / total for w in cost.model.weights]))
+    part = HolderPlan(node.name, "client", True, layers, {}, node.memory_bytes, needed, seconds, captured_share=1.0)
+    deep = HolderPlan("server", "server", True, layers, {}, server.memory_bytes, cost.server_bytes([layers], {}), 0.0)
+    return Plan(layers, deep, (part,), seconds, captured, "every weight at its full rank")
 
 
 def _held_by_clients(problem: Problem, splits: Ints, level: int | None) -> list[_Held]:

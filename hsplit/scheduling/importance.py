@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hsplit.extension import find_part
 from hsplit.models.segment import LinearShape
 
 # fp32 parameter, gradient and two Adam moments (METHOD 3).
@@ -62,6 +63,16 @@ IMPORTANCE: dict[str, Metric] = {
 }
 
 
+def find_metric(name: str) -> Metric:
+    """The metric that a policy names; a user's own has the same form.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    found: Metric = find_part(name, IMPORTANCE, "policy: importance: metric")
+    return found
+
+
 def _cost_bytes(shape: LinearShape) -> int:
     return BYTES_PER_PARAMETER * (shape.d_in + shape.d_out)
 
@@ -74,14 +85,14 @@ def scores(
     Args:
         reports: of every client, from every holder of its layers.
         shapes: every adapted weight.
-        metric: a name in :data:`IMPORTANCE`.
+        metric: a name in :data:`IMPORTANCE`, or ``package.module:name``.
 
     Returns:
         A score by weight name, in the order of ``shapes``.
 
     Raises:
         ValueError: a weight has no sum, two sums or one that is not a finite number for some client, or no client had
-            a supervised token.
+            a supervised token; or the metric does not give every weight a finite score of at least 0, one above it.
     """
     sums: dict[str, dict[str, float]] = defaultdict(dict)
     tokens: dict[str, int] = {}
@@ -99,7 +110,11 @@ def scores(
         if bad:
             raise ValueError(f"importance: missing or not finite for {client}: {', '.join(bad)}")
     mean = {s.name: sum(tokens[c] / total * own[s.name] for c, own in sums.items()) for s in shapes}
-    return IMPORTANCE[metric](mean, shapes)
+    found = find_metric(metric)(mean, shapes)
+    scored = {s.name: float(found.get(s.name, math.nan)) for s in shapes}
+    if not all(math.isfinite(score) and score >= 0 for score in scored.values()) or not any(scored.values()):
+        raise ValueError(f"importance: {metric} must give every weight a finite score of at least 0, not all of them 0")
+    return scored
 
 
 class ImportanceHistory:

@@ -17,6 +17,7 @@ from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import plan, rank_choices
 from hsplit.scheduling.prices import server_prices
 from hsplit.scheduling.problem import Problem, budget_of
+from hsplit.scheduling.rank_rules import RANK_RULES
 
 GIGABYTE = 10**9
 # Kinds of clients for which one more GB is planned anew; of more kinds, those that promise most.
@@ -217,8 +218,8 @@ def _most_promising(
         return indices
     ranks = rank_choices(cost, policy)
     now = np.array([made.clients[i].split or 0 for i in indices])
-    before = Problem([clients[i] for i in indices], server, cost, importance, ranks, coupled=False)
-    after = Problem([_grown(clients[i]) for i in indices], server, cost, importance, ranks, coupled=False)
+    before = Problem([clients[i] for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
+    after = Problem([_grown(clients[i]) for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
     counts = cost.model.clients_at([part.split or 0 for part in made.available])
     prices = server_prices(after, counts, np.full(len(after.worth), len(ranks) - 1))
     brings = _worth(made, after, prices.captured, prices.seconds)

@@ -11,10 +11,11 @@ from hsplit.errors import InputError
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Ints
-from hsplit.scheduling.holders import planned
+from hsplit.scheduling.holders import planned, whole_model
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.problem import Problem, minimal_bytes
-from hsplit.scheduling.search import best_splits, searched_splits
+from hsplit.scheduling.rank_rules import find_rank_rule
+from hsplit.scheduling.split_rules import find_split_rule
 
 EQUAL = "equal importance per parameter (no score yet)"
 
@@ -35,30 +36,28 @@ def plan(
         server: the server's budget.
         cost: what splits and ranks cost.
         importance: ``H_w`` by weight name, for every adapted weight.
-        policy: its ``split`` and ``ranks``.
+        policy: its ``placement``, ``train``, ``split`` and ``ranks``.
         current: the plan in force, a start of the search.
         source: where the importance comes from, in words.
 
     Raises:
         InputError: the policy's split is no layer of the model, no client fits, or the server does not.
     """
-    if isinstance(policy.split, int) and policy.split > cost.model.layers:
-        raise InputError(
-            f"policy: split: must be at most {cost.model.layers}, the number of layers (got {policy.split})"
-        )
-    smallest = policy.split if isinstance(policy.split, int) else 1
+    layers = cost.model.layers
+    if isinstance(policy.split, int) and policy.split > layers:
+        raise InputError(f"policy: split: must be at most {layers}, the number of layers (got {policy.split})")
+    if policy.train == "weights":
+        return whole_model(clients, server, cost, importance)
+    smallest = layers if policy.placement != "split" else policy.split if isinstance(policy.split, int) else 1
     ranks = rank_choices(cost, policy)
     needed = minimal_bytes(cost, int(ranks[0]))
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
     if not available:
-        raise _no_client(clients, float(needed[smallest]), smallest, int(ranks[0]))
-    problem = Problem(available, server, cost, importance, ranks, coupled=policy.ranks != "importance")
-    if policy.split == "planned":
-        splits = searched_splits(problem, current)
-    elif policy.split == "uniform":
-        splits = best_splits([np.full(len(available), k) for k in range(1, int(problem.deepest.min()) + 1)], problem)
-    else:
-        splits = np.full(len(available), smallest)
+        raise _no_client(clients, float(needed[smallest]), smallest, int(ranks[0]), policy)
+    problem = Problem(available, server, cost, importance, ranks, find_rank_rule(policy.ranks))
+    # Whoever holds the full model holds every layer.
+    split_rule = find_split_rule(policy.split if policy.placement == "split" else layers)
+    splits = split_rule(problem, current)
     _check_server(problem, splits)
     return planned(problem, splits, clients, int(needed[smallest]), source)
 
@@ -70,11 +69,13 @@ def rank_choices(cost: CostModel, policy: Policy) -> Ints:
     return np.array(cost.rank_set, dtype=np.int64)
 
 
-def _no_client(clients: Sequence[ClientBudget], needed: float, split: int, rank: int) -> InputError:
+def _no_client(clients: Sequence[ClientBudget], needed: float, split: int, rank: int, policy: Policy) -> InputError:
     closest = max(clients, key=lambda c: c.memory_bytes)
     has = closest.memory_bytes / 1e9
+    part = f"{split} layer{'' if split == 1 else 's'}" if policy.placement == "split" else "the full model"
+    whose = "server: memory_gb: too small" if policy.placement == "single" else "clients: none has the memory"
     return InputError(
-        f"clients: none has the memory for {split} layer{'' if split == 1 else 's'} at rank {rank}:"
+        f"{whose} for {part} at rank {rank}:"
         f" that takes {needed / 1e9:.3f} GB, and {closest.name} has the most with {has:.3f};"
         " raise memory_gb, or lower job.batch_size, job.max_length or job.residual.max_rank"
     )

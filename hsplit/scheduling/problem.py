@@ -13,7 +13,8 @@ from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.ladder import Ladder
-from hsplit.scheduling.ranks import captured_by, greedy_levels
+from hsplit.scheduling.rank_rules import RankRule
+from hsplit.scheduling.ranks import Levels, captured_by
 
 
 def minimal_bytes(cost: CostModel, rank: int) -> Floats:
@@ -49,9 +50,10 @@ class Problem:
         clients: the available clients, ``N`` of them.
         server, cost, importance: as for :func:`plan`.
         rank_set: ranks to choose from, ``(Q,)``.
-        coupled: one rank for all weights and holders instead of greedy ones.
+        rule: how ranks are chosen.
 
     Attributes:
+        coupled: one rank for all weights and holders.
         kind: each client's kind, ``(N,)``.
         members: how many clients each kind has, ``(K,)``.
         memory: their bytes, ``(K,)``.
@@ -68,10 +70,10 @@ class Problem:
         cost: CostModel,
         importance: Mapping[str, float],
         rank_set: Ints,
-        coupled: bool,
+        rule: RankRule,
     ) -> None:
         self.clients, self.server, self.cost = clients, server, cost
-        self.rank_set, self.coupled = rank_set, coupled
+        self.rank_set, self.coupled, self._rule = rank_set, rule.coupled, rule
         scores = np.array([importance[w.name] for w in cost.model.weights], dtype=np.float64)
         # Only proportions matter; shares make what plans capture comparable, whatever the scores' unit.
         self.worth: Floats = scores / scores.sum()
@@ -116,22 +118,14 @@ class Problem:
     @cached_property
     def client_gains(self) -> Floats:
         """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``."""
-        table: Floats = np.zeros(self.fits.shape)
-        if self.coupled:
-            return table
-        for split in range(1, self.cost.model.layers + 1):
-            fitting = np.flatnonzero(self.deepest_of_kind >= split)
-            if len(fitting):
-                table[fitting, split] = self._ladder(split).captured(self.memory[fitting] - self.needed[split])
-        return table
+        return self._rule.client_gains(self)
 
-    def client_ranks_at(self, kinds: Ints, split: int) -> NDArray[np.int8]:
-        """Greedy levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""
-        levels = np.zeros((len(kinds), len(self.worth)), dtype=np.int8)
-        levels[:, self.held[split]] = self._ladder(split).levels(self.memory[kinds] - self.needed[split])
-        return levels
+    def client_ranks_at(self, kinds: Ints, split: int) -> Levels:
+        """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""
+        return self._rule.client_levels(self, kinds, split)
 
-    def _ladder(self, split: int) -> Ladder:
+    def ladder(self, split: int) -> Ladder:
+        """What memory captures of the weights that a client holds at ``split``."""
         if split not in self._ladders:
             held = self.held[split]
             self._ladders[split] = Ladder(self.cost.client.per_rank[held], self.worth[held], self.rank_set)
@@ -178,7 +172,7 @@ class Problem:
         return np.full(len(self.worth), max(level, 0), dtype=np.int64)
 
     def server_captured(self, counts: Ints) -> Floats:
-        """The server's part of the captured importance with greedy ranks, ``(M,)``."""
+        """The server's part of the captured importance, ``(M,)``."""
         share = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer] / len(self.clients)
         own: Floats = (captured_by(self.rank_set)[self.server_levels(counts)] * share) @ self.worth
         return own
@@ -189,12 +183,9 @@ class Problem:
         total: Floats = self.cost.server.constant(counts) + self.rank_set[0] * unit
         return total
 
-    def server_levels(self, counts: Ints) -> NDArray[np.int8]:
-        """Greedy levels of the server, ``(M, W)``."""
-        unit = self.cost.server.per_rank(counts)
-        joined = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer]
-        slack = self.server.memory_bytes - self.server_minimal(counts)
-        return greedy_levels(slack, joined > 0, unit, self.worth * joined, self.rank_set)
+    def server_levels(self, counts: Ints) -> Levels:
+        """Levels of the server, ``(M, W)``."""
+        return self._rule.server_levels(self, counts)
 
     def server_level(self, counts: Ints) -> Ints:
         """With one rank for all: index of the largest that the server fits, ``(M,)``."""

@@ -36,12 +36,15 @@ class ServerMemory:
         fixed = held @ model.stored_bytes + model.rotary_bytes + float(self._store_bytes)
         working: Floats = self._transients_of(joined[:, -1])
         wire = model.wire_bytes(1)
-        if model.job.privacy.labels == "server":
+        if not model.tail_at_client:
             fixed = fixed + model.tail_bytes(head=True)
             tail = model.tail_run(SERVER_CHUNK_ROWS).peak_bytes(clients * model.rows)
             working = np.maximum(working, clients * model.hidden_bytes + tail)
         # Messages as received, each client's rows as a leaf of the graph, targets and owners of all tokens.
         boundary = clients * (wire.to_server + model.hidden_bytes + 4 * 8 * model.rows)
+        if model.whole:
+            # Nothing of a step comes here.
+            boundary = 0
         step = UNSEEN * (joined @ model.saved + working + boundary)
         copies = held @ model.copied_bytes
         received = counts @ prefix(model.copied_bytes) + copies
@@ -110,15 +113,27 @@ class ServerMemory:
         return self._transients[clients]
 
     def _recompression_bytes(self, clients: int) -> float:
-        """One weight's update on its way into its residual: the update's and the residual's decompositions in fp64.
+        """One weight's update on its way into its residual: the decomposition in fp64 (``lora.low_rank.spectral``).
 
-        Measured: at most three times the factors at their joint rank. No weight has more holders than there are
-        clients, since the server holds what some client does not. Without a cap a residual may become a matrix.
+        Measured on 100 holders of a 4096 x 4096 weight: 4 % less than this. No weight has more holders than there are
+        clients, since the server holds what some client does not; a common restart joins their terms. Without a cap a
+        residual may become a matrix.
         """
         model = self._model
-        if not model.keeps_residual:
+        if not model.decomposes:
             return 0.0
-        cap = model.job.residual.max_rank
-        rank = (0 if cap == "full" else cap) + clients * model.top_rank
-        matrix = 3 * 8 * max((w.parameters for w in model.weights), default=0) if cap == "full" else 0
-        return float(3 * 8 * rank * int(model.sides.max(initial=0)) + matrix)
+        cap, exact = model.job.residual.max_rank if model.keeps_residual else 0, model.master.itemsize
+        rank = (0 if cap == "full" else cap) + (clients + 1) * model.top_rank
+        most = 0
+        for d_out, d_in in {(w.d_out, w.d_in) for w in model.weights}:
+            small, sides = min(d_out, d_in), d_out + d_in
+            r = min(rank, small)
+            kept = r if cap == "full" else min(cap, r)
+            # One factor and two triangles, or what the core's decomposition takes; of so many terms, the matrix's own.
+            core = max(r * max(d_out, d_in) + 2 * r * r, 4 * r * r)
+            working = core if rank < small else 2 * d_out * d_in + 2 * r * r
+            # Then the directions that are kept: the core's, their products with the triangles, and their factors.
+            forming = 3 * r * r + kept * (r + sides)
+            matrix = d_out * d_in if cap == "full" else 0
+            most = max(most, 8 * max(working, forming) + exact * (kept * sides + matrix))
+        return float(most)

@@ -56,8 +56,13 @@ class StepTimes:
             return seconds
 
         times = np.zeros((len(clients), self._model.layers + 1, 3))
+        if self._model.whole:
+            # A step of its own: no phase waits for anybody.
+            work = prefix(self._model.forward_flops + self._model.backward_flops + self._weight_gradient_flops)
+            times[:, :, 0] = (work + self._tail_flops) / flops
+            return times * self._model.job.grad_accumulation
         times[:, :, 0] = prefix(self._model.forward_flops) / flops + sent(wire.up)
-        if self._model.job.privacy.labels == "client":
+        if self._model.tail_at_client:
             times[:, :, 1] = sent(wire.deep) + self._tail_flops / flops + sent(wire.slope)
         times[:, 1:, 2] = prefix(self._model.backward_flops)[1:] / flops + sent(wire.down)
         return times * self._model.job.grad_accumulation
@@ -65,23 +70,25 @@ class StepTimes:
     def server_times(self, server: ServerBudget, counts: Ints) -> Floats:
         """Virtual seconds of the server's phase of one local step: ``(M,)`` for ``counts`` ``(M, L + 1)``."""
         flops = self._model.joined_clients(counts) @ (self._model.forward_flops + self._model.backward_flops)
-        if self._model.job.privacy.labels == "server":
+        if not self._model.tail_at_client:
             flops = flops + counts.sum(axis=1) * self._tail_flops
         times: Floats = flops / server.flops * self._model.job.grad_accumulation
         return times
 
     def client_forward_s(self, client: ClientBudget, split: int) -> tuple[float, float]:
         """Virtual seconds of a client's forward of one batch: front and message up, and the tail if held."""
+        if self._model.whole:
+            return (float(self._model.forward_flops[:split].sum()) + self._tail_forward_flops) / client.flops, 0.0
         wire = self._model.wire_bytes(split)
         up = float(self._model.forward_flops[:split].sum()) / client.flops + self.sent_s(wire.up, client)
-        if self._model.job.privacy.labels == "server":
+        if not self._model.tail_at_client:
             return up, 0.0
         return up, self.sent_s(wire.deep, client) + self._tail_forward_flops / client.flops
 
     def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
         """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""
         flops = float((self._model.joined_clients(counts[None]) @ self._model.forward_flops)[0])
-        if self._model.job.privacy.labels == "server":
+        if not self._model.tail_at_client:
             flops += int(counts.sum()) * self._tail_forward_flops
         return flops / server.flops
 
@@ -94,6 +101,12 @@ class StepTimes:
     def _tail_flops(self) -> float:
         """Head forward and the gradient at its input, at every position, as if all were supervised."""
         return 2.0 * self._tail_forward_flops
+
+    @property
+    def _weight_gradient_flops(self) -> Floats:
+        """``delta^T x`` of every weight over one batch where weights are trained, by layer, ``(L,)``."""
+        model = self._model
+        return model.weight_gradient_flops if model.trains_weights else np.zeros(model.layers)
 
     @property
     def _tail_forward_flops(self) -> float:

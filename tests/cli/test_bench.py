@@ -63,6 +63,53 @@ job: {{model: {models["llama"]}, max_length: 32, rank_set: [1, 2, 4]}}
     assert (tmp_path / "results" / "planner.svg").read_text().startswith("<?xml")
 
 
+def _bench(experiment: str, *flags: str) -> str:
+    """What ``hsplit bench`` prints, from a process of its own: an experiment may keep itself to one core."""
+    code = "from hsplit.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", experiment, *flags]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_aggregation_benchmark_writes_what_merging_loses(tmp_path: Path, models: dict[str, Path]) -> None:
+    results = tmp_path / "results"
+    shown = _bench("aggregation", "--quick", "--model", str(models["llama"]), "--to", str(results))
+    assert "What merging an update loses" in shown and "noise of averaging" in shown
+    size = pandas.read_csv(results / "size.csv", comment="#")
+    assert set(size.way) == {"noise-free, random", "noise-free, svd", "dense"}
+    assert (size.error < 1e-6).all()
+    merging = pandas.read_csv(results / "merging.csv", comment="#")
+    assert set(merging.base) == {"fp32", "bf16", "int8", "nf4"}
+    worst = merging[merging.merged > 0.01].base.unique()
+    assert "nf4" in worst and "int8" in worst and "fp32" not in worst
+    # A tiny model's cap may cut; otherwise what is kept is the update to the rounding of fp32.
+    assert merging.kept.median() < 1e-6
+    noise = pandas.read_csv(results / "noise.csv", comment="#")
+    assert noise[noise.init == "independent"].noise.min() > 0.1
+    # With a shared A and B = 0 the first step changes B alone: averages of equal ranks are exact then.
+    assert noise[(noise.init == "shared") & (noise.steps == 1) & (noise["ranks"] == "8 8 8")].noise.max() < 1e-6
+    assert (results / "aggregation.md").read_text().count("\n## ") == 3
+
+
+def test_the_wire_benchmark_counts_fewer_bytes_for_narrower_wires(tmp_path: Path, models: dict[str, Path]) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        f"""
+server: {{memory_gb: 1, tflops: 0.001}}
+clients: [{{name: pair, count: 2, memory_gb: 0.02, tflops: 0.001}}]
+job:
+  {{model: {models["llama"]}, rank_set: [1, 2], data: {{examples: 40}}, validation: {{max_examples: 2}}}}
+"""
+    )
+    flags = ["--wires", "fp32", "int8", "--to", str(tmp_path / "results")]
+    assert "narrower wire" in _bench("wire", "--cluster", str(cluster), "--rounds", "1", "--steps", "1", *flags)
+    wires = pandas.read_csv(tmp_path / "results" / "wire.csv", comment="#").set_index("wire")
+    assert wires.index.tolist() == ["fp32", "int8"]
+    assert wires.bytes_up.is_monotonic_decreasing and wires.bytes_down.is_monotonic_decreasing
+    assert (wires.val_loss_difference.abs() < 0.1).all()
+    rounds = pandas.read_csv(tmp_path / "results" / "rounds.csv", comment="#")
+    assert rounds.groupby("wire")["round"].max().eq(1).all()
+
+
 def test_experiments_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (benchmark.benchmark_directory() / "planner.py").is_file()
     assert benchmark.results_directory("planner") == benchmark.benchmark_directory() / "results" / "planner"

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import hsplit
-from hsplit.actors.client import Client, base_model
+from hsplit.actors.client import Client
+from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
 from hsplit.errors import InputError, RunError
@@ -97,6 +98,33 @@ def test_splitlora_with_labels_at_home_is_the_same_in_process(cluster_file: Path
     overrides = {"privacy.labels": "client", "rounds": 2}
     run = hsplit.launch(cluster_file, "splitlora", overrides, runs_dir=tmp_path, display=Recorder())
     assert len({client.split for client in _plan(run).clients}) == 1
+    _assert_same_in_process(run, tmp_path)
+
+
+def test_full_models_on_clients_with_an_own_rule_are_the_same_in_process(cluster_file: Path, tmp_path: Path) -> None:
+    own = {"policy.aggregation": "tests.cluster.own_rule:equal_voices"}
+    # The small client cannot hold the whole model.
+    overrides = {"rounds": 2, "clients.small.memory_gb": 0.0002, "clients.large.memory_gb": 0.005, **own}
+    recorder = Recorder()
+    run = hsplit.launch(cluster_file, "flora", overrides, runs_dir=tmp_path, display=recorder)
+    assert [client.split for client in _plan(run).clients] == [None, 4, 4]
+    assert any("1 of 3 clients are unavailable, and with them 27 of 80 examples" in note for note in recorder.notes)
+    assert (run.metrics["available_clients"] == 2).all()
+    plans = read_plan(run.path / "plan.csv")
+    measured = plans[(plans["kind"] == "client") & plans["available"]]
+    assert (measured["measured_bytes"] <= measured["declared_bytes"]).all()
+    _assert_same_in_process(run, tmp_path)
+
+
+def test_full_fine_tuning_leaves_a_model_and_a_report(cluster_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = hsplit.launch(cluster_file, "ft", {"rounds": 1, "lr": 1e-3}, runs_dir=tmp_path, display=Recorder())
+    assert run.complete and (run.path / "report.html").stat().st_size > 0
+    assert (run.metrics[["bytes_up", "bytes_down"]] == 0).all(axis=None)
+    exported = AutoModelForCausalLM.from_pretrained(run.path / "model")
+    base = AutoModelForCausalLM.from_pretrained(_model(run))
+    assert not torch.equal(exported.lm_head.weight, base.lm_head.weight)
     _assert_same_in_process(run, tmp_path)
 
 
@@ -233,7 +261,7 @@ def _twins(config: RunConfig) -> list[Client]:
     twins = []
     for client in config.clients:
         twin = Client(client.name, config.job, config.policy, base_model(source.directory, config.job))
-        twin.load_data(shares[client.name], client.data)
+        twin.load_data({client.name: shares[client.name]}, client.data)
         twins.append(twin)
     return twins
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hsplit.lora.adapted_linear import AdaptedLinear
-from hsplit.lora.aggregation import Contribution, average_factors, noise_free
+from hsplit.lora.aggregation import Contribution, Restart, average_factors, noise_free
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import Residual
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
@@ -66,7 +66,7 @@ def test_e3_residual_and_restart_hold_the_exact_sum(
             if count:
                 contributions.append(Contribution(LowRank(B, A), share))
         started = _dense64(common)
-        outcome = noise_free(contributions, reinit, min(ranks))
+        outcome = noise_free(contributions, Restart(reinit, tuple(ranks)))
         cut = 0.0 if outcome.residual is None else residual.add(outcome.residual)
         common = outcome.common
         after = _dense64(residual.factors) if residual.matrix is None else residual.matrix.double()
@@ -81,7 +81,7 @@ def test_averaging_the_factors_is_not_noise_free() -> None:
     terms = [LowRank(torch.randn(16, 4, generator=draw), torch.randn(4, 16, generator=draw)) for _ in range(3)]
     contributions = [Contribution(term, 1 / 3) for term in terms]
     exact = _dense64(*terms) / 3
-    averaged = average_factors(contributions, "random", 4)
+    averaged = average_factors(contributions, Restart("random", (4, 4, 4)))
     assert averaged.common is not None
     assert (_dense64(averaged.common) - exact).norm() > 0.1 * exact.norm()
 

@@ -34,7 +34,8 @@ def _double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _unsupervised(client: Any) -> None:
     """Take every target out of a client's training data: it computes, but has no supervised token."""
-    client._train = [replace(e, prompt_length=len(e.ids)) for e in client._train]
+    for data in client._data:
+        data.train = [replace(e, prompt_length=len(e.ids)) for e in data.train]
 
 
 @laws

@@ -6,11 +6,12 @@ import pytest
 
 from hsplit.config import Policy
 from hsplit.scheduling.clock import VirtualClock
+from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import plan
-from tests.scheduling.test_planner import client, cost, server
-from tests.tiny import LAYERS
+from tests.scheduling.test_planner import JOB, client, cost, server
+from tests.tiny import LAYERS, tiny_config
 
 MODEL = cost()
 CLIENTS = [client("one", 1e9), client("two", 1e9, 2e9)]
@@ -35,7 +36,9 @@ def test_transfers_run_side_by_side_and_the_last_counts() -> None:
 def test_an_aggregation_is_transfers_and_arithmetic() -> None:
     up, down = {"one": 10**6, "two": 10**5}, {"one": 10**6, "two": 2 * 10**6}
     sent = CLOCK.transfer_s(up) + CLOCK.transfer_s(down)
-    averaged = CLOCK.aggregation_s(PLAN, Policy(aggregation="fedavg", ranks="uniform"), up, down)
+    model = CostModel(tiny_config("llama"), JOB, residual=False, decomposes=False)
+    averaging = VirtualClock(model, CLIENTS, server())
+    averaged = averaging.aggregation_s(PLAN, Policy(aggregation="fedavg", ranks="uniform"), up, down)
     fresh = CLOCK.aggregation_s(PLAN, Policy(reinit="random"), up, down)
     restarted = CLOCK.aggregation_s(PLAN, Policy(), up, down)
     assert sent == pytest.approx(averaged)

@@ -17,6 +17,7 @@ from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import plan
 from hsplit.scheduling.problem import Problem
+from hsplit.scheduling.rank_rules import RANK_RULES
 from tests.tiny import LAYERS, tiny_config
 
 JOB = Job(dtype="fp32", batch_size=2, max_length=32)
@@ -119,7 +120,9 @@ def test_no_plan_exceeds_a_budget_and_the_same_input_gives_the_same_plan(given_:
 
 
 def captured_at(instance: Instance, splits: np.ndarray) -> float:
-    problem = Problem(instance.clients, instance.server, cost(), instance.scores, np.array(JOB.rank_set), coupled=False)
+    problem = Problem(
+        instance.clients, instance.server, cost(), instance.scores, np.array(JOB.rank_set), RANK_RULES["importance"]
+    )
     state = problem.state(splits)
     if problem.server_minimal(state.counts)[0] > instance.server.memory_bytes:
         return 0.0
@@ -172,7 +175,14 @@ def random_instance(seed: int, most_clients: int = 3) -> Instance:
 def every_split_tried(instance: Instance, model: CostModel, coupled: bool) -> float:
     """The largest objective of any splits."""
     ranks = np.array(JOB.rank_set)
-    problem = Problem(instance.clients, instance.server, model, instance.scores, ranks, coupled)
+    problem = Problem(
+        instance.clients,
+        instance.server,
+        model,
+        instance.scores,
+        ranks,
+        RANK_RULES["uniform" if coupled else "importance"],
+    )
     choices = [range(1, int(d) + 1) for d in problem.deepest]
     return float(problem.objective(problem.state(np.array(list(itertools.product(*choices))))).max())
 

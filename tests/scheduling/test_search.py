@@ -11,6 +11,7 @@ from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import plan
 from hsplit.scheduling.prices import server_prices
 from hsplit.scheduling.problem import Problem
+from hsplit.scheduling.rank_rules import RANK_RULES
 from tests.scheduling.test_planner import JOB, LARGEST, SMALLEST, client, cost, importance, objective, server
 
 RANKS = np.array(JOB.rank_set)
@@ -31,7 +32,9 @@ def many_clients(count: int, seed: int = 0) -> list:
 
 
 def problem_of(clients: list, deep: ServerSpec = AMPLE, labels: str = "server", coupled: bool = False) -> Problem:
-    return Problem(clients, deep, cost(labels), importance(0), RANKS, coupled)
+    return Problem(
+        clients, deep, cost(labels), importance(0), RANKS, RANK_RULES["uniform" if coupled else "importance"]
+    )
 
 
 def short_of_memory(clients: list, made: Plan) -> ServerSpec:

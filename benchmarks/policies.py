@@ -1,0 +1,265 @@
+"""Every policy of the papers on one cluster and the same number of tokens (METHOD 7).
+
+    hsplit bench policies [--cluster hetero] [--policies NAME ...] [--set KEY=VALUE ...] [--out FOLDER]
+
+Runs in this process, without Ray, with the product's coordinator, clients, server and scheduler. A policy under which
+clients are unavailable trains fewer clients a step; it gets as many more local steps a round as make up for that, so
+that all policies see about the same number of tokens, which the table shows. What clients find in their own
+validation data depends on who is available; the perplexity to compare is the last column's: the final model on
+everybody's held-out examples, computed on the run's base without a split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hsplit.actors.executor import SERVER
+from hsplit.actors.participant import base_model
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.whole_client import WholeClient
+from hsplit.benchmark import results_directory
+from hsplit.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.config import Policy, RunConfig, load_run_config
+from hsplit.config.cluster import CENTRAL
+from hsplit.coordinator import Inputs
+from hsplit.launcher import check_model, read_inputs, settled
+from hsplit.local_run import local_run
+from hsplit.lora.export import learned
+from hsplit.lora.holder import RoundUpdate
+from hsplit.lora.residual import ResidualUpdate
+from hsplit.lora.weight_holder import WEIGHT
+from hsplit.models.segment import layer_count, model_config
+from hsplit.models.source import ModelSource, find_model
+from hsplit.run_directory import RunDirectory
+
+POLICIES = ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
+# Full fine-tuning diverges at LoRA's learning rates.
+FT_LR = 5e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy's run.
+
+    Attributes:
+        policy: its name.
+        lr: learning rate.
+        steps: optimizer steps.
+        tokens: supervised tokens trained on.
+        available, clients: clients that took part; declared ones. A single node counts for all: it has their data.
+        data_lost: part of the examples that belong to unavailable clients.
+        captured_importance: of the last plan.
+        client_mb: largest predicted peak of a participant, MB.
+        bytes_up_mb, bytes_down_mb: sent over the whole run, validation included, MB.
+        virtual_time_s: at the declared budgets (virtual).
+        wall_time_s: in this process.
+        val_ppl: final perplexity as the run itself reports it, on the available clients' held-out examples.
+        ppl: perplexity of the final model on everybody's held-out examples.
+    """
+
+    policy: str
+    lr: float
+    steps: int
+    tokens: int
+    available: int
+    clients: int
+    data_lost: float
+    captured_importance: float
+    client_mb: float
+    bytes_up_mb: float
+    bytes_down_mb: float
+    virtual_time_s: float
+    wall_time_s: float
+    val_ppl: float
+    ppl: float
+
+
+class _Quiet:
+    """A display that says what a run notes, and nothing else."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.rows: list[Any] = []
+        self.plans: list[Any] = []
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def started(self, run_name: str, lines: list[str]) -> None: ...
+
+    def plan(self, plan: Any) -> None:
+        self.plans.append(plan)
+
+    def step(self, *progress: Any) -> None: ...
+
+    def round_done(self, row: Any) -> None:
+        self.rows.append(row)
+        self._console.print(f"  round {row.round}: validation perplexity {row.val_ppl:.3f}, {row.tokens:,} tokens")
+
+    def note(self, text: str) -> None:
+        self._console.print(f"  {text}")
+
+    def finished(self, lines: list[str]) -> None: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the policies and write ``policies.csv`` and ``policies.md``."""
+    parser = argparse.ArgumentParser(prog="hsplit bench policies", description=__doc__.split("\n")[0])
+    parser.add_argument("--cluster", default="hetero")
+    parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="NAME")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--ft-lr", type=float, default=FT_LR, help="learning rate of full fine-tuning")
+    parser.add_argument("--out", type=Path, default=results_directory("policies"))
+    given = parser.parse_args(arguments)
+    console = Console()
+    rows = []
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name in given.policies:
+        console.print(name)
+        rows.append(measured(given.cluster, name, given.overrides, given.ft_lr, console))
+        # After each, so that a long experiment leaves what it has.
+        _write(given.out, rows, [given.cluster, *given.overrides])
+    console.print(_table(rows))
+
+
+def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, console: Console) -> Row:
+    """Run one policy and measure what it came to."""
+    run = settled(load_run_config(cluster, policy, overrides))
+    source = find_model(run.job.model)
+    check_model(run, source)
+    inputs = read_inputs(run, source)
+    if run.policy.train == "weights":
+        run = _with_job(run, lr=ft_lr)
+    with tempfile.TemporaryDirectory() as folder:
+        directory, display = RunDirectory.create(Path(folder), policy), _Quiet(console)
+        plan = Scheduler(run, source.directory).plan()
+        if run.policy.placement == "full":
+            more = len(plan.clients) / len(plan.available)
+            run = _with_job(run, local_steps=round(run.job.local_steps * more))
+        coordinator = local_run(run, source.directory, directory, inputs, display)
+        begun = time.monotonic()
+        coordinator.run()
+        wall = time.monotonic() - begun
+        perplexity = final_perplexity(run, source, inputs, directory)
+    last, final_plan = display.rows[-1], display.plans[-1]
+    sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
+    lost = sum(sizes.get(c.name, 0) for c in final_plan.clients if not c.available)
+    single = run.policy.placement == "single"
+    return Row(
+        policy=policy,
+        lr=run.job.lr,
+        steps=last.step,
+        tokens=last.tokens,
+        available=len(run.clients) if single else last.available_clients,
+        clients=len(run.clients),
+        data_lost=lost / sum(sizes.values()),
+        captured_importance=last.captured_importance,
+        client_mb=max(c.predicted_bytes for c in final_plan.available) / 1e6,
+        bytes_up_mb=sum(row.bytes_up for row in display.rows) / 1e6,
+        bytes_down_mb=sum(row.bytes_down for row in display.rows) / 1e6,
+        virtual_time_s=last.virtual_time_s,
+        wall_time_s=wall,
+        val_ppl=last.val_ppl,
+        ppl=perplexity,
+    )
+
+
+def final_perplexity(run: RunConfig, source: ModelSource, inputs: Inputs, directory: RunDirectory) -> float:
+    """Perplexity of what the run's last checkpoint has learned, on every client's held-out examples."""
+    checkpoint, _ = latest_checkpoint(directory.checkpoints)
+    _, tensors = read_checkpoint(checkpoint)
+    whole = run.policy.train == "weights"
+    policy = run.policy if whole else Policy(placement="single", aggregation="none")
+    judge = WholeClient(CENTRAL, run.job, policy, base_model(source.directory, run.job), measure=False)
+    report = judge.load_data(inputs.shares, None)
+    judge.configure(layer_count(model_config(source.directory)), {})
+    if whole:
+        judge.load_state(tensors[CENTRAL], RoundUpdate(0, {}, {}))
+        assert any(key.startswith(WEIGHT) for key in tensors[CENTRAL])
+    else:
+        terms = {name: ResidualUpdate(0, term) for name, term in learned(tensors[SERVER]).items()}
+        judge.restart(RoundUpdate(0, terms, {}))
+    losses = [judge.validate(index) for index in range(report.validation_batches)]
+    return math.exp(sum(loss.loss_sum for loss in losses) / sum(loss.tokens for loss in losses))
+
+
+def _with_job(run: RunConfig, **changes: Any) -> RunConfig:
+    return run.model_copy(update={"job": run.job.model_copy(update=changes)})
+
+
+COLUMNS = {
+    "policy": "policy",
+    "ppl": "perplexity, everybody's data",
+    "val_ppl": "perplexity, own report",
+    "tokens": "tokens",
+    "steps": "steps",
+    "lr": "lr",
+    "available": "clients available",
+    "data_lost": "data lost",
+    "captured_importance": "captured importance",
+    "client_mb": "client memory, MB (predicted)",
+    "bytes_up_mb": "MB up",
+    "bytes_down_mb": "MB down",
+    "virtual_time_s": "s (virtual)",
+}
+
+
+def _cells(row: Row) -> list[str]:
+    shown = {
+        **{key: str(value) for key, value in asdict(row).items()},
+        "ppl": f"{row.ppl:.3f}",
+        "val_ppl": f"{row.val_ppl:.3f}",
+        "tokens": f"{row.tokens:,}",
+        "lr": f"{row.lr:g}",
+        "available": f"{row.available} of {row.clients}",
+        "data_lost": f"{row.data_lost:.0%}",
+        "captured_importance": f"{row.captured_importance:.2f}",
+        "client_mb": f"{row.client_mb:.0f}",
+        "bytes_up_mb": f"{row.bytes_up_mb:.1f}",
+        "bytes_down_mb": f"{row.bytes_down_mb:.1f}",
+        "virtual_time_s": f"{row.virtual_time_s:.0f}",
+    }
+    return [shown[key] for key in COLUMNS]
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table()
+    for title in COLUMNS.values():
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _write(out: Path, rows: Sequence[Row], setting: Sequence[str]) -> None:
+    with (out / "policies.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    lines = [
+        f"`hsplit bench policies --cluster {setting[0]}{''.join(f' --set {o}' for o in setting[1:])}`,"
+        f" torch {torch.__version__} on a CPU. One seed: differences of a few hundredths mean nothing.",
+        "",
+        f"| {' | '.join(COLUMNS.values())} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+    ]
+    (out / "policies.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""What every participant has: its data, its part of the model with adapters, and what a round asks of it. Ray-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsplit.actors.peak_memory import PeakMemory, measured
+from hsplit.config import Job, Policy
+from hsplit.data import Batch, Example, collate, read_examples
+from hsplit.data.local import LocalData
+from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
+from hsplit.lora.importance_probe import ImportanceProbe
+from hsplit.lora.weight_holder import WeightHolder
+from hsplit.models.packing import Packing, pack_rows
+from hsplit.models.segment import (
+    BaseModel,
+    LinearShape,
+    Segment,
+    SegmentSpec,
+    linear_shapes,
+    load_segment,
+    targeted,
+)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a participant found in its data.
+
+    Attributes:
+        client: whose data.
+        train, validation: examples in use.
+        validation_batches: batches that the validation examples make.
+        too_long: examples over ``job.max_length``, left out whole.
+    """
+
+    client: str
+    train: int
+    validation: int
+    validation_batches: int
+    too_long: int
+
+
+class Participant:
+    """Holds data and a segment that begins with the embedding.
+
+    Args:
+        name: its name.
+        job, policy: the run's settings.
+        base: the base model as this participant reads it.
+        device: where it computes.
+        measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
+    """
+
+    def __init__(
+        self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
+    ) -> None:
+        self.name = name
+        self._job, self._policy, self._base = job, policy, base
+        self._device = torch.device(device)
+        self._memory = PeakMemory(self._device, measure)
+        self._data: list[LocalData] = []
+        self._validation: list[Batch] = []
+        self._holder: Holder | WeightHolder | None = None
+        self._kept: Segment | None = None
+        self._split = 0
+        self._shapes: list[LinearShape] = []
+        self._batches: dict[int, list[Batch]] = {}
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def load_data(self, shares: Mapping[str, Sequence[Example] | None], own: str | None) -> DataReport:
+        """Tokenize data and hold out a validation share of it, client by client.
+
+        Args:
+            shares: parts of the job's shared source by client: this one's alone, or everybody's on a single node;
+                ``None`` for a client with a file of its own.
+            own: path of that file, read here and nowhere else.
+
+        Raises:
+            InputError: the file is unusable, or too little of the data fits ``job.max_length``.
+        """
+        from transformers import AutoTokenizer
+
+        job = self._job
+        tokenizer = AutoTokenizer.from_pretrained(self._base.directory)
+        self._data = []
+        for client, share in shares.items():
+            if share is None:
+                assert own is not None
+                share = read_examples(
+                    own,
+                    examples=job.data.examples,
+                    seed=job.seed,
+                    label=job.data.label,
+                    separator=job.data.separator,
+                    limit=job.data.limit,
+                    chat=chat_template(tokenizer),
+                )
+            self._data.append(LocalData(client, share, tokenizer, job))
+        self._validation = [batch for data in self._data for batch in data.validation]
+        return DataReport(
+            client=self.name,
+            train=sum(len(data.train) for data in self._data),
+            validation=sum(data.held_out for data in self._data),
+            validation_batches=len(self._validation),
+            too_long=sum(data.too_long for data in self._data),
+        )
+
+    @measured
+    def configure(self, split: int, ranks: dict[str, int]) -> None:
+        """Read layers ``[0, split)`` and make adapters of ``ranks``; the round is begun by :meth:`restart`."""
+        self._hold(split, ranks, None)
+
+    @measured
+    def give_up(self, split: int) -> None:
+        """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure`.
+
+        A step of its own, so that what an old plan held does not count as the new one's memory.
+        """
+        if self._holder is not None:
+            held, self._holder = self._holder.segment, None
+            self._kept = load_segment(self._base, replace(held.spec, last=min(split, held.spec.last)), kept=held)
+
+    @measured
+    def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
+        """Follow a change of plan between two rounds: read new layers, change ranks (law E4).
+
+        Call it after :meth:`give_up`. A client that had no part so far may join like this too.
+        """
+        kept, self._kept = self._kept, None
+        self._hold(split, ranks, kept)
+        self.holder.restart(update)
+
+    @measured
+    def release(self) -> None:
+        """Drop every layer and adapter: the client has no part in the rounds that follow."""
+        self._holder = None
+
+    def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
+        """Hold layers ``[0, split)``; layers of ``kept`` are not read again."""
+        raise NotImplementedError
+
+    def _hold_segment(self, spec: SegmentSpec, ranks: dict[str, int], kept: Segment | None, *, quantized: bool) -> None:
+        segment = load_segment(self._base, spec, quantized=quantized, device=self._device, kept=kept)
+        shapes = targeted(linear_shapes(segment.config), self._job.targets)
+        self._split, self._shapes = spec.last, shapes
+        self._holder = Holder(
+            self.name, segment, shapes, ranks, self._job, self._policy, self._base.dtype, self._device
+        )
+
+    # -- rounds ---------------------------------------------------------------------------------------------------
+
+    @measured
+    def held(self) -> HeldAdapters:
+        return self.holder.held()
+
+    @measured
+    def restart(self, update: RoundUpdate) -> None:
+        self.holder.restart(update)
+
+    @measured
+    def state(self) -> dict[str, Tensor]:
+        return self.holder.state()
+
+    @measured
+    def load_state(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
+        """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
+        self.holder.follow_residual(update.residuals)
+        self.holder.load_state(tensors)
+
+    def peak_bytes(self) -> int:
+        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
+        return self._memory.peak_bytes()
+
+    def parameters_held(self) -> dict[str, int]:
+        """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
+        return tensors_held(self.holder.segment)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def holder(self) -> Holder | WeightHolder:
+        if self._holder is None:
+            raise RuntimeError(f"{self.name} has not been configured")
+        return self._holder
+
+    def _new_probe(self) -> ImportanceProbe:
+        assert isinstance(self.holder, Holder)
+        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+
+    def _front(self, batch: Batch, probing: bool = False) -> Tensor:
+        segment = self.holder.segment
+        packing = Packing.of(batch.lengths, self._device)
+        ids = pack_rows(batch.ids, batch.lengths).to(self._device)
+        embedded = segment.embed(ids, packing)
+        if probing:
+            # The embedding is frozen: else no gradient would come to the first layer's first linears.
+            embedded.requires_grad_()
+        return segment.run(embedded, packing, 0, self._split)
+
+    def _step_batches(self, step: int) -> list[Batch]:
+        if step not in self._batches:
+            count = self._job.grad_accumulation
+            self._batches[step] = [
+                collate([example for data in self._data for example in data.draw(step * count + micro)])
+                for micro in range(count)
+            ]
+        return self._batches[step]
+
+    def _loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+        tail = self.holder.segment.tail
+        assert tail is not None
+        targets = pack_rows(batch.targets, batch.lengths).to(self._device)
+        at = targets != -100
+        return tail.token_losses(hidden[at], targets[at]).sum()
+
+
+def tensors_held(segment: Segment) -> dict[str, int]:
+    """Numbers of values of every parameter and buffer of a segment, by path."""
+    named: list[tuple[str, Any]] = [*segment.named_parameters(), *segment.named_buffers()]
+    return {name: tensor.numel() for name, tensor in named}
+
+
+def chat_template(tokenizer: Any) -> Any:
+    """The tokenizer's chat template as ``data.read_examples`` wants it, or ``None`` if it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    return render
+
+
+def base_model(directory: Path, job: Job) -> BaseModel:
+    """The base as ``job`` defines it, read from ``directory``; ``job.dtype`` is already resolved."""
+    from hsplit.models.dtype import resolve_dtype
+
+    return BaseModel(directory, job.base, resolve_dtype(job.dtype))

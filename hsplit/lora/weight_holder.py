@@ -1,0 +1,151 @@
+"""A holder that trains every weight of the model instead of adapters: full fine-tuning, FT (METHOD 7)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hsplit.config import Job
+from hsplit.lora.holder import HeldAdapters, RoundUpdate, new_optimizer
+from hsplit.lora.residual import ResidualUpdate
+from hsplit.lora.schedule import learning_rate
+from hsplit.models.segment import Segment
+from hsplit.models.weights import DenseWeight
+
+WEIGHT = "weight."
+"""Prefix of a trained weight's key in a checkpoint; what follows is the parameter's name in the causal LM."""
+
+
+class WeightHolder:
+    """Trains embedding, layers, norms and head of a whole model, from the values that ``job.base`` gives them.
+
+    Everything is kept in the segment's dtype (fp32); whoever computes in bf16 does so under autocast.
+
+    Args:
+        name: whose.
+        segment: the whole model, dense, with embedding and tail.
+        job: the run's settings.
+    """
+
+    def __init__(self, name: str, segment: Segment, job: Job) -> None:
+        self.name, self.segment, self._job = name, segment, job
+        self.weights: dict[str, nn.Parameter] = dict(_made_trainable(segment))
+        self.tokens: dict[int, int] = defaultdict(int)
+        self._optimizer = new_optimizer(job, list(self.weights.values()))
+
+    def begin_phase(self, step: int, training: bool) -> None:
+        """Nothing to set: there are no adapters that could drop their input."""
+
+    def count_tokens(self, layers: Sequence[int], tokens: int) -> None:
+        """Record that ``tokens`` supervised tokens passed through each of ``layers`` in this round."""
+        for layer in layers:
+            self.tokens[layer] += tokens
+
+    def step(self, step: int) -> None:
+        """One optimizer step from the gradients gathered since the last one; ``step`` counts from 0 over the run."""
+        job = self._job
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
+        if job.clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.weights.values()), job.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def held(self) -> HeldAdapters:
+        """No adapters: there is nobody to aggregate with."""
+        return HeldAdapters(self.name, {}, dict(self.tokens), {})
+
+    def restart(self, update: RoundUpdate) -> None:
+        """Begin a round: training goes on where it is."""
+        self.tokens.clear()
+
+    def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
+        """There is no residual: the weights themselves have changed."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Every weight under :data:`WEIGHT` in the checkpoint's own layout, moments, round's token counts."""
+        layers = sorted(self.tokens)
+        tensors = {
+            "tokens": torch.tensor([[layer, self.tokens[layer]] for layer in layers], dtype=torch.int64),
+        }
+        for name, weight in self.weights.items():
+            values = weight.detach().T if name in self._transposed else weight.detach()
+            tensors[f"{WEIGHT}{name}"] = values.cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in self._optimizer.state.get(weight, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        self.tokens.clear()
+        self.tokens.update({int(layer): int(count) for layer, count in tensors["tokens"].reshape(-1, 2)})
+        self._optimizer = new_optimizer(self._job, list(self.weights.values()))
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                values = tensors[f"{WEIGHT}{name}"]
+                weight.copy_(values.T if name in self._transposed else values)
+        for name, weight in self.weights.items():
+            moments = {
+                key.split(".")[1]: value
+                for key, value in tensors.items()
+                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+            }
+            if moments:
+                self._optimizer.state[weight] = {
+                    key: value.clone() if key == "step" else value.to(weight.device).clone()
+                    for key, value in moments.items()
+                }
+
+    @property
+    def _transposed(self) -> set[str]:
+        """Linear weights that the family stores as ``(d_in, d_out)``."""
+        if not self.segment.family.transposed:
+            return set()
+        return {f"{name}.weight" for name in self.segment.linears}
+
+
+def _made_trainable(segment: Segment) -> Iterator[tuple[str, nn.Parameter]]:
+    """Make every value of ``segment`` a parameter that takes gradients, each once, by its name in the causal LM."""
+    family, tail = segment.family, segment.tail
+    assert tail is not None
+    for path in family.embeddings:
+        yield from _named(path, segment.embeddings[path.rpartition(".")[2]])
+    for linear in segment.linears.values():
+        assert isinstance(linear.weight, DenseWeight)
+        yield f"{linear.name}.weight", _as_parameter(linear.weight, "values")
+        if linear.bias is not None:
+            yield f"{linear.name}.bias", _as_parameter(linear, "bias")
+    for index, layer in segment.layers.items():
+        linears = tuple(name for name, module in layer.named_modules() if hasattr(module, "append_residual"))
+        for name, parameter in layer.named_parameters():
+            if not name.startswith(linears):
+                parameter.requires_grad_(True)
+                yield f"{family.layer_name(int(index))}.{name}", parameter
+    yield from _named(family.norm, tail.norm)
+    first = cast(nn.Parameter, segment.embeddings[family.embeddings[0].rpartition(".")[2]].weight)
+    if tail.head.data_ptr() == first.data_ptr():
+        # Tied: one parameter serves as embedding and as head.
+        tail.train_head(first)
+    else:
+        head = nn.Parameter(tail.head)
+        tail.train_head(head)
+        yield f"{family.head}.weight", head
+
+
+def _named(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(True)
+        yield f"{path}.{name}", parameter
+
+
+def _as_parameter(module: nn.Module, buffer: str) -> nn.Parameter:
+    """Turn a module's buffer into a parameter of the same name."""
+    values = cast(Tensor, getattr(module, buffer))
+    delattr(module, buffer)
+    parameter = nn.Parameter(values)
+    module.register_parameter(buffer, parameter)
+    return parameter
