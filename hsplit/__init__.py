@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hsplit.evaluation.evaluate import evaluate
+    from hsplit.exporting import export
     from hsplit.launcher import Run, change_budget, launch, plan, resume
 
-__all__ = ["Run", "__version__", "change_budget", "launch", "plan", "resume"]
+__all__ = ["Run", "__version__", "change_budget", "evaluate", "export", "launch", "plan", "resume"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +23,12 @@ def __getattr__(name: str) -> Any:
         from hsplit import launcher
 
         return getattr(launcher, name)
+    if name == "export":
+        from hsplit import exporting
+
+        return exporting.export
+    if name == "evaluate":
+        from hsplit.evaluation import evaluate
+
+        return evaluate.evaluate
     raise AttributeError(f"module 'hsplit' has no attribute {name!r}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import os
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from hsplit.errors import InputError
 
@@ -31,10 +36,59 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: there is no experiment of that name.
     """
+    load_benchmark(name).main(arguments)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """The module ``name`` of ``benchmarks/``, an experiment or a part of one.
+
+    Raises:
+        InputError: there is none of that name.
+    """
     path = benchmark_directory() / f"{name}.py"
     if not path.is_file():
         raise InputError(f"bench: there is no experiment {name} in {path.parent}")
-    _loaded(path).main(arguments)
+    return _loaded(path)
+
+
+def keep_to_one_core() -> None:
+    """Compute on one thread of one core, so that seconds can be compared."""
+    import torch
+
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def machine_description(*packages: str) -> dict[str, str]:
+    """What figures were measured on: processor, system, and versions of Python and of ``packages``."""
+    versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+    return {"processor": _processor(), "system": platform.platform(), "versions": ", ".join(versions)}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any]) -> None:
+    """A CSV with ``# key: value`` lines before its header, which pandas reads with ``comment="#"``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a markdown file, the first column to the left and the others to the right."""
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _loaded(path: Path) -> ModuleType:

@@ -136,15 +136,60 @@ def report(runs: tuple[Path, ...], to: Path | None) -> None:
     click.echo(write_report([d.path for d in directories], to or directories[0].report))
 
 
+@main.command("eval")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--data", metavar="FILE", help="What to evaluate on; default: the test part of the run's own data.")
+@click.option("--limit", type=int, metavar="N", help="Evaluate at most N inputs, chosen by the run's seed.")
+@click.option("--beams", type=int, default=1, show_default=True, help="Beams of the search; 1 is greedy.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Most tokens of an answer.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Examples computed at once.")
+@click.option("--metrics", default="all", show_default=True, metavar="all|ppl,bleu,...", help="What to measure.")
+@click.option("--client", metavar="NAME", help="Cut a run's model at this client's split; default: the deepest.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def evaluate(target: Path, data: str | None, as_json: bool, **options: Any) -> None:
+    """Perplexity, BLEU, NIST, METEOR, ROUGE-L and CIDEr of a run, an adapter or an exported model.
+
+    A run is measured through its split model, and eval.json and generations.jsonl are written into its directory.
+    """
+    from rich.console import Console
+
+    from hsplit.evaluation.evaluate import evaluate as measure
+
+    with Console(stderr=True).status("loading") as status:
+        found = measure(target, data, **options, progress=status.update)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        Console().print(found.table())
+
+
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path), help="Directory to write; default: adapter in the run.")
-@click.option("--format", "kind", type=click.Choice(["peft"]), default="peft", show_default=True)
-def export(run: Path, to: Path | None, kind: str) -> None:
-    """Write what a run has learned by its last checkpoint as a PEFT adapter."""
-    from hsplit.launcher import export as write
+@click.option("--to", type=click.Path(path_type=Path), help="Directory to write; default: adapter or model in the run.")
+@click.option(
+    "--format",
+    type=click.Choice(["peft", "merged"]),
+    help="A PEFT adapter, or one merged model; default: peft, but merged where every weight was trained.",
+)
+@click.option("--rank", type=int, metavar="R", help="peft: cut every weight's update to its R leading directions.")
+@click.option(
+    "--base",
+    type=click.Choice(["run", "original"]),
+    default="run",
+    show_default=True,
+    help="merged: add to the base values that the run trained on, or to the checkpoint's own.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="merged: type of the files."
+)
+def export(run: Path, to: Path | None, **options: Any) -> None:
+    """Write what a run has learned by its last checkpoint, for PeftModel or AutoModelForCausalLM.from_pretrained."""
+    from hsplit.exporting import ExportOptions, export_run
 
-    click.echo(write(run, to))
+    written = export_run(run, to, ExportOptions(**options))
+    for line in written.lines:
+        click.echo(line, err=True)
+    click.echo(written.path)
 
 
 @main.group()
@@ -155,8 +200,36 @@ def bench() -> None:
 # The experiment reads its flags itself, --help included.
 @bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def policies(arguments: tuple[str, ...]) -> None:
+    """Every policy of the papers on one cluster and the same number of tokens (--help for its flags)."""
+    from hsplit.benchmark import run_benchmark
+
+    run_benchmark("policies", arguments)
+
+
+# The experiment reads its flags itself, --help included.
+@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def planner(arguments: tuple[str, ...]) -> None:
     """How long planning takes as clients grow in number, and what it is worth (--help for its flags)."""
     from hsplit.benchmark import run_benchmark
 
     run_benchmark("planner", arguments)
+
+
+@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def aggregation(arguments: tuple[str, ...]) -> None:
+    """Time, memory and error of aggregation at size, and what merging an update loses (--help for its flags)."""
+    from hsplit.benchmark import run_benchmark
+
+    run_benchmark("aggregation", arguments)
+
+
+@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def wire(arguments: tuple[str, ...]) -> None:
+    """What sending activations and gradients in bf16 and int8 costs in perplexity (--help for its flags)."""
+    from hsplit.benchmark import run_benchmark
+
+    run_benchmark("wire", arguments)

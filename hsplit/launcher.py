@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsplit.actors.executor import SERVER, ActorFailure
+from hsplit.actors.executor import ActorFailure
 from hsplit.actors.scheduler import Scheduler
-from hsplit.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.checkpoint import latest_checkpoint
 from hsplit.config import Partition, RunConfig, load_run_config
 from hsplit.config.files import parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError
+from hsplit.exporting import export
 from hsplit.inbox import post_budget
-from hsplit.lora.export import export_peft, learned
+from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
@@ -29,12 +30,16 @@ from hsplit.observe.metrics import read_metrics
 from hsplit.observe.report import write_report
 from hsplit.observe.terminal import Display, display_for
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.importance import equal_importance
+from hsplit.scheduling.importance import equal_importance, find_metric
 from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
+from hsplit.scheduling.rank_rules import find_rank_rule
+from hsplit.scheduling.split_rules import find_split_rule
 
 if TYPE_CHECKING:
     import pandas
+
+    from hsplit.data import Example
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def explained_plan(
     run, scheduler = _planning(cluster, policy, overrides, cpu)
     made, cost = scheduler.plan(), scheduler.cost
     importance = equal_importance(cost.model.weights)
-    return made, explained(made, run.clients, run.server, cost, importance, run.policy)
+    return made, explained(made, run.participants, run.server, cost, importance, run.policy)
 
 
 def _planning(
@@ -175,7 +180,14 @@ def settled(run: RunConfig) -> RunConfig:
 
 
 def check_model(run: RunConfig, source: ModelSource) -> None:
-    """Refuse a model without a family, targets that match nothing, and a split past the last layer."""
+    """Refuse a model without a family, targets that match nothing, a split past the last layer, and a user's own part
+    of the policy that cannot be found.
+    """
+    policy = run.policy
+    find_aggregation(policy.aggregation)
+    find_rank_rule(policy.ranks)
+    find_split_rule(policy.split)
+    find_metric(policy.importance.metric)
     config = model_config(source.directory)
     family_of(config.model_type)
     targeted(linear_shapes(config), run.job.targets)
@@ -187,24 +199,33 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
         )
 
 
+def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], list[Example]]:
+    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees."""
+    from hsplit.data import read_examples, split_off_test
+
+    job, data = run.job, run.job.data
+    examples = read_examples(
+        data.source,
+        examples=data.examples,
+        seed=job.seed,
+        label=data.label,
+        separator=data.separator,
+        limit=data.limit,
+        chat=_chat_of(source),
+    )
+    return split_off_test(examples, data.test, job.seed)
+
+
 def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
     """Read the shared data and share it out over the clients that bring none of their own."""
-    from hsplit.data import file_sha256, partition, read_examples
+    from hsplit.data import file_sha256, partition
 
     job, data = run.job, run.job.data
     sharing = [client.name for client in run.clients if client.data is None]
     shares: dict[str, Any] = {client.name: None for client in run.clients}
     digest = ""
     if sharing:
-        examples = read_examples(
-            data.source,
-            examples=data.examples,
-            seed=job.seed,
-            label=data.label,
-            separator=data.separator,
-            limit=data.limit,
-            chat=_chat_of(source),
-        )
+        examples, _ = read_shared(run, source)
         spec = data.partition
         how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
         parts = partition(examples, len(sharing), how, job.seed)
@@ -216,7 +237,7 @@ def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
 
 
 def _chat_of(source: ModelSource) -> Any:
-    from hsplit.actors.client import chat_template
+    from hsplit.actors.participant import chat_template
 
     def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from transformers import AutoTokenizer
@@ -246,7 +267,7 @@ def _drive(
 
     from hsplit.actors.ray_executor import RayExecutor, connect
 
-    requested = sum(h.num_cpus for h in (run.server, *run.clients))
+    requested = sum(h.num_cpus for h in (run.server, *run.participants))
     shown = display or display_for(sys.stdout)
     already_connected = ray.is_initialized()
     dashboard = None if already_connected else connect(address, requested)
@@ -263,10 +284,9 @@ def _drive(
                         f"{failure.actor} failed in {failure.method} in round {coordinator.progress.round + 1}: "
                         f"{failure.reason}; go on from the last checkpoint with: hsplit resume {directory.path}"
                     ) from failure
-            if complete:
-                export(directory.path)
+            exported = export(directory.path) if complete else None
             write_report([directory.path], directory.report)
-            shown.finished(_closing_lines(directory, complete))
+            shown.finished(_closing_lines(directory, exported))
     finally:
         if not already_connected:
             ray.shutdown()
@@ -304,32 +324,6 @@ def _stop_on_signal(coordinator: Coordinator, display: Display) -> Iterator[None
             signal.signal(number, handler)
 
 
-def export(path: str | Path, to: str | Path | None = None) -> Path:
-    """Write what a run had learned at its last aggregation as a PEFT adapter.
-
-    Args:
-        path: the run's directory.
-        to: directory to write; ``adapter/`` in the run's by default.
-
-    Raises:
-        InputError: ``path`` is not a run, or it has no complete checkpoint.
-    """
-    directory = RunDirectory.open(Path(path))
-    run = RunConfig.load(directory.config)
-    checkpoint, _ = latest_checkpoint(directory.checkpoints)
-    _, tensors = read_checkpoint(checkpoint)
-    source = find_model(run.job.model, progress=sys.stderr.isatty())
-    config = model_config(source.directory)
-    shapes = targeted(linear_shapes(config), run.job.targets)
-    return export_peft(
-        learned(tensors[SERVER]),
-        shapes,
-        base=str(source.directory),
-        fan_in_fan_out=family_of(config.model_type).transposed,
-        to=directory.adapter if to is None else Path(to),
-    )
-
-
 def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None) -> list[str]:
     job = run.job
     lines = [
@@ -342,10 +336,10 @@ def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, das
     return lines
 
 
-def _closing_lines(directory: RunDirectory, complete: bool) -> list[str]:
-    if not complete:
+def _closing_lines(directory: RunDirectory, exported: Path | None) -> list[str]:
+    if exported is None:
         return [f"stopped; go on with: hsplit resume {directory.path}"]
-    return [f"adapter  {directory.adapter}", f"report   {directory.report}"]
+    return [f"{exported.name:<8} {exported}", f"report   {directory.report}"]
 
 
 def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:

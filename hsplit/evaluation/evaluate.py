@@ -1,0 +1,214 @@
+"""``hsplit eval``: perplexity and the scores of generated text, of a run or of what was exported from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.participant import chat_template
+from hsplit.config.files import displayed
+from hsplit.data import hold_out, read_examples, tokenize
+from hsplit.errors import InputError
+from hsplit.evaluation.generation import generate, prompt_ids
+from hsplit.evaluation.inputs import TestInput, grouped, limited, without
+from hsplit.evaluation.perplexity import cross_entropy
+from hsplit.evaluation.report import Evaluation, Generation
+from hsplit.evaluation.scores import PERPLEXITY, SCORES, chosen_metrics, text_scores
+from hsplit.evaluation.targets import Target, open_target
+from hsplit.seeds import hash_seed
+
+
+def evaluate(
+    target: str | Path,
+    data: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    beams: int = 1,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    metrics: str | Sequence[str] = "all",
+    client: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Measure what a run has learned by its last checkpoint, or an exported directory.
+
+    A run is measured through its split model, computing as its holders do; ``eval.json`` and ``generations.jsonl`` are
+    written into its directory.
+
+    Args:
+        target: a run's directory, a PEFT adapter's, or a merged model's.
+        data: a file of examples, as ``data.source`` takes them; by default the test part of the run's own data. Inputs
+            that the run trained on are left out.
+        limit: evaluate at most so many inputs, chosen by the run's seed.
+        beams: 1 is greedy.
+        max_new_tokens: most tokens of an answer.
+        batch_size: how many examples, or prompts, are computed at once.
+        metrics: ``all``, or some of ``ppl``, ``bleu``, ``nist``, ``meteor``, ``rouge_l`` and ``cider``.
+        client: of a run: whose split the model is cut at; by default the deepest.
+        progress: told what is under way.
+
+    Raises:
+        InputError: something given is wrong, a library is missing, or nothing is left to evaluate on.
+    """
+    for name, value in (
+        ("--limit", limit),
+        ("--beams", beams),
+        ("--max-new-tokens", max_new_tokens),
+        ("--batch-size", batch_size),
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: {value} is too few; must be at least 1")
+    chosen = chosen_metrics(metrics)
+    opened = open_target(Path(target), client)
+    notes = list(opened.notes)
+    inputs, described = _inputs(opened, Path(target), data, notes)
+    inputs = limited(inputs, limit, opened.seed)
+    inputs = _fitting(opened, inputs, notes)
+
+    scores: dict[str, float] = {}
+    supervised = None
+    if PERPLEXITY in chosen:
+        progress(f"perplexity over {len(inputs)} inputs")
+        examples = [example for one in inputs for example in one.examples]
+        tokenized, _ = tokenize(examples, opened.tokenizer, _context(opened.model))
+        measured = cross_entropy(opened.model, opened.tokenizer, tokenized, batch_size)
+        scores[PERPLEXITY], supervised = measured.perplexity, measured.tokens
+    generations: tuple[Generation, ...] = ()
+    of_text = [name for name in chosen if name in SCORES]
+    if of_text:
+        prompts = prompt_ids(opened.tokenizer, [one.prompt for one in inputs])
+        max_new_tokens = _room(opened, prompts, max_new_tokens, notes)
+        outputs = generate(
+            opened.model,
+            opened.tokenizer,
+            prompts,
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=lambda done: progress(f"generated {done} of {len(inputs)}"),
+        )
+        special = opened.tokenizer.all_special_tokens
+        generations = tuple(
+            Generation(one.prompt, output, tuple(one.references(special)))
+            for one, output in zip(inputs, outputs, strict=True)
+        )
+        progress("scores")
+        found, left_out = text_scores(of_text, outputs, [one.references for one in generations])
+        scores |= found
+        notes += left_out
+    evaluation = Evaluation(
+        target=str(target),
+        model=opened.how,
+        data=described,
+        inputs=len(inputs),
+        references=sum(len(one.responses) for one in inputs),
+        supervised_tokens=supervised,
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        scores=scores,
+        notes=tuple(notes),
+        generations=generations,
+    )
+    if opened.run is not None:
+        evaluation.write(Path(target))
+    return evaluation
+
+
+# -- what to evaluate on ------------------------------------------------------------------------------------------
+
+
+def _inputs(opened: Target, path: Path, data: str | Path | None, notes: list[str]) -> tuple[list[TestInput], str]:
+    """The inputs, and in words what they are."""
+    if data is None:
+        return _test_part(opened, path)
+    examples = read_examples(
+        str(data),
+        examples=1,
+        seed=opened.seed,
+        label=None,
+        separator=opened.separator,
+        limit=None,
+        chat=chat_template(opened.tokenizer),
+    )
+    inputs = grouped(examples)
+    if opened.run is None:
+        notes.append("what it was trained on is not known here, so no input was left out for that")
+        return inputs, Path(data).name
+    trained = _trained_on(opened, notes)
+    left = without(inputs, trained)
+    if len(left) < len(inputs):
+        notes.append(f"{len(inputs) - len(left)} of {len(inputs)} inputs are left out: the run trained on them")
+    if not left:
+        raise InputError(
+            f"--data {displayed(data)}: the run trained on every one of its {len(inputs)} inputs; give data that it "
+            "has not seen"
+        )
+    return left, Path(data).name
+
+
+def _test_part(opened: Target, path: Path) -> tuple[list[TestInput], str]:
+    from hsplit.launcher import read_shared
+
+    if opened.run is None or opened.source is None:
+        raise InputError(f"{displayed(path)}: is an exported directory, which has no data of its own; give --data FILE")
+    data = opened.run.job.data
+    if data.test == 0 or all(client.data is not None for client in opened.run.clients):
+        raise InputError(
+            f"{displayed(path)}: the run kept no test part of its data (data.test is 0, or all data is the clients' "
+            "own); give --data FILE, or launch with --set data.test=0.1"
+        )
+    _, test = read_shared(opened.run, opened.source)
+    return grouped(test), f"the test part ({data.test:g}) of {Path(data.source).name}"
+
+
+def _trained_on(opened: Target, notes: list[str]) -> set[str]:
+    """The prompts of the shared data that some client trained on."""
+    from hsplit.launcher import read_inputs
+
+    run, source = opened.run, opened.source
+    assert run is not None and source is not None
+    if any(client.data is not None for client in run.clients):
+        notes.append("what clients with data of their own trained on is not known here")
+    try:
+        shares = read_inputs(run, source).shares
+    except InputError as error:
+        notes.append(f"the run's data cannot be read, so no input was left out for having been trained on ({error})")
+        return set()
+    validation = run.job.validation
+    prompts: set[str] = set()
+    for name, share in shares.items():
+        if share is not None:
+            # As each client's data is held out from, on whatever node it lies.
+            train, _ = hold_out(share, validation.share, validation.max_examples, hash_seed(run.job.seed, name))
+            prompts.update(example.prompt for example in train)
+    return prompts
+
+
+def _context(model: Any) -> int:
+    """Tokens that the model has positions for."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
+
+
+def _fitting(opened: Target, inputs: Sequence[TestInput], notes: list[str]) -> list[TestInput]:
+    """The inputs whose every example fits the model's context.
+
+    Raises:
+        InputError: none does.
+    """
+    context = _context(opened.model)
+    fitting = [one for one in inputs if not tokenize(one.examples, opened.tokenizer, context)[1]]
+    if not fitting:
+        raise InputError(f"--data: no input fits the model's context of {context} tokens")
+    if len(fitting) < len(inputs):
+        notes.append(f"{len(inputs) - len(fitting)} inputs are left out: over the model's context of {context} tokens")
+    return fitting
+
+
+def _room(opened: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, notes: list[str]) -> int:
+    """How many tokens an answer to the longest prompt has room for, at most ``max_new_tokens``."""
+    context = _context(opened.model)
+    room = min(max_new_tokens, context - max(map(len, prompts)))
+    if room < max_new_tokens:
+        notes.append(f"answers have {room} tokens at most: the model's context is {context}")
+    return room

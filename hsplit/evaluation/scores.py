@@ -1,0 +1,167 @@
+"""Scores of generated text against its references, on the field's own implementations.
+
+A new score is one function and one line of ``SCORES``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from hsplit.errors import InputError
+from hsplit.evaluation.meteor import meteor
+from hsplit.evaluation.undefined import Undefined
+
+PERPLEXITY = "ppl"
+
+References = Sequence[Sequence[str]]
+"""The references of each input: at least one each, not equally many."""
+
+
+@cache
+def _tokenizer() -> Any:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    return Tokenizer13a()
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-cased tokens by sacrebleu's 13a (mteval-v13a's), for NIST and CIDEr.
+
+    The scripts that published these scores lower-case too; CIDEr's own tokenizer (Penn Treebank, in Java) also drops
+    punctuation, which stays here, so figures are comparable with one another and only nearly with published ones.
+    """
+    return str(_tokenizer()(text.lower())).split()
+
+
+def bleu(outputs: Sequence[str], references: References) -> float:
+    """Corpus BLEU, 0 to 100 (Papineni et al. 2002) as sacrebleu has it: case kept, 13a tokens, every reference.
+
+    Inputs with fewer references than others are padded with ``None``, which sacrebleu leaves out.
+    """
+    from sacrebleu.metrics import BLEU
+
+    width = max(map(len, references))
+    # sacrebleu's own type forgets the None that its documentation allows.
+    streams: Any = [[own[i] if i < len(own) else None for own in references] for i in range(width)]
+    return float(BLEU().corpus_score(list(outputs), streams).score)
+
+
+def nist(outputs: Sequence[str], references: References) -> float:
+    """Corpus NIST of order 5 (Doddington 2002), nltk's, over :func:`tokens`; 0 upwards.
+
+    Raises:
+        Undefined: no output has five tokens, so that there is no 5-gram precision.
+    """
+    from nltk.translate.nist_score import corpus_nist
+
+    hypotheses = [tokens(output) for output in outputs]
+    if max(map(len, hypotheses)) < 5:
+        raise Undefined("no output has five tokens, which its 5-grams need")
+    return float(corpus_nist([[tokens(text) for text in own] for own in references], hypotheses))
+
+
+def rouge_l(outputs: Sequence[str], references: References) -> float:
+    """ROUGE-L F1, 0 to 1 (Lin 2004), without stemming: of each output against its best reference, mean of all."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    best = [
+        scorer.score_multi(list(own), output)["rougeL"].fmeasure
+        for output, own in zip(outputs, references, strict=True)
+    ]
+    return float(math.fsum(best) / len(best))
+
+
+def cider(outputs: Sequence[str], references: References) -> float:
+    """CIDEr-D, 0 to 10 (Vedantam et al. 2015), pycocoevalcap's, over :func:`tokens`.
+
+    Raises:
+        Undefined: with one input alone, where every n-gram's inverse document frequency is zero.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    if len(outputs) < 2:
+        raise Undefined("it weighs words by the inputs they occur in, so it needs at least two inputs")
+    found = {i: [" ".join(tokens(output))] for i, output in enumerate(outputs)}
+    wanted = {i: [" ".join(tokens(text)) for text in own] for i, own in enumerate(references)}
+    value, _ = Cider().compute_score(wanted, found)
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of generated text.
+
+    Attributes:
+        name: as ``--metrics`` and ``eval.json`` have it.
+        title: as tables have it.
+        libraries: modules that it needs.
+        compute: from outputs and the references of each; may raise ``Undefined``.
+    """
+
+    name: str
+    title: str
+    libraries: tuple[str, ...]
+    compute: Callable[[Sequence[str], References], float]
+
+
+SCORES: Mapping[str, Score] = {
+    score.name: score
+    for score in (
+        Score("bleu", "BLEU", ("sacrebleu",), bleu),
+        Score("nist", "NIST", ("nltk", "sacrebleu"), nist),
+        Score("meteor", "METEOR", ("pycocoevalcap",), meteor),
+        Score("rouge_l", "ROUGE-L", ("rouge_score",), rouge_l),
+        Score("cider", "CIDEr", ("pycocoevalcap", "sacrebleu"), cider),
+    )
+}
+
+
+def chosen_metrics(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """The metrics that ``--metrics`` names: ``all``, or names separated by commas, perplexity (``ppl``) among them.
+
+    Raises:
+        InputError: a name is unknown, or a library that a score needs is not installed.
+    """
+    known = (PERPLEXITY, *SCORES)
+    parts = wanted.split(",") if isinstance(wanted, str) else wanted
+    names = [part.strip().lower().replace("-", "_") for part in parts]
+    if names == ["all"]:
+        names = list(known)
+    for name in names:
+        if name not in known:
+            raise InputError(f"--metrics: {name!r} is unknown; give all, or some of {', '.join(known)}")
+    libraries = {library for name in names if name in SCORES for library in SCORES[name].libraries}
+    missing = sorted(library for library in libraries if importlib.util.find_spec(library) is None)
+    if missing:
+        raise InputError(
+            f"--metrics: {', '.join(missing)} is not installed; run: pip install 'hsplit[eval]', "
+            f"or ask for --metrics {PERPLEXITY} alone"
+        )
+    return tuple(name for name in known if name in names)
+
+
+def text_scores(
+    names: Sequence[str], outputs: Sequence[str], references: References
+) -> tuple[dict[str, float], list[str]]:
+    """The scores by name, and a sentence for each that cannot be had for these texts or on this machine.
+
+    Args:
+        names: of ``SCORES``.
+        outputs: one text an input, at least one; line ends count as spaces.
+        references: the references of each output.
+    """
+    flat = [" ".join(output.split()) for output in outputs]
+    wanted = [[" ".join(text.split()) for text in own] for own in references]
+    found, notes = {}, []
+    for name in names:
+        try:
+            found[name] = SCORES[name].compute(flat, wanted)
+        except Undefined as reason:
+            notes.append(f"{SCORES[name].title} is left out: {reason}")
+    return found, notes

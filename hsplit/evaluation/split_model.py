@@ -1,0 +1,126 @@
+"""The split model as one transformers causal LM: the holders' own segments, with the wire between them.
+
+So perplexity is what the run's holders compute, and generation, greedy or by beams, comes with transformers' KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hsplit.actors.messages import WireTensor
+from hsplit.lora.export import LearnedTerm
+from hsplit.lora.low_rank import LowRank
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, layer_count, load_segment, model_config, skeleton
+from hsplit.models.tail import Tail
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the model is cut, and what crosses there.
+
+    Attributes:
+        split: layers ``[0, split)`` are the client's.
+        wire: ``job.wire``, the type in which hidden states travel.
+        labels: ``job.privacy.labels``: ``client`` has the tail at home, so that hidden states travel back to it.
+    """
+
+    split: int
+    wire: str
+    labels: str
+
+
+def split_model(
+    base: BaseModel, learned: Mapping[str, LearnedTerm], cut: Cut | None, device: torch.device | str = "cpu"
+) -> Any:
+    """The run's model in eval mode, computing as its holders do.
+
+    The client's part stores the base dense, the server's an int8 or NF4 base as its codes with the residual beside it,
+    and every hidden state that passes a cut is packed for the wire and unpacked. ``privacy.noise`` is not added.
+
+    Args:
+        base: the run's base model.
+        learned: what each weight has learned.
+        cut: where the model is cut; ``None`` for a model that one holder has whole.
+        device: where to compute.
+
+    Returns:
+        A transformers causal LM whose decoder layers are the segments' own modules, with SDPA attention.
+    """
+    config = model_config(base.directory)
+    layers = layer_count(config)
+    if cut is None:
+        front = deep = load_segment(base, SegmentSpec(0, layers, embedding=True, tail=True), device=device)
+    else:
+        at_home = cut.labels == "client"
+        front = load_segment(base, SegmentSpec(0, cut.split, embedding=True, tail=at_home), device=device)
+        spec = SegmentSpec(cut.split, layers, tail=not at_home)
+        deep = load_segment(base, spec, quantized=True, device=device)
+    for segment in {id(s): s for s in (front, deep)}.values():
+        _follow(segment, learned, device)
+    model = _assembled(config, front, deep).to(device)
+    if cut is not None:
+        points = {cut.split} if cut.labels == "server" else {cut.split, layers}
+        for point in points:
+            _module_after(model, front, point).register_forward_pre_hook(partial(_through_wire, wire=cut.wire))
+    return model
+
+
+def _follow(segment: Segment, learned: Mapping[str, LearnedTerm], device: torch.device | str) -> None:
+    for name, linear in segment.linears.items():
+        term = learned.get(name, LearnedTerm())
+        if term.matrix is not None:
+            linear.set_residual_matrix(term.matrix.to(device))
+        elif term.residual is not None:
+            linear.append_residual(0, _on(term.residual, device))
+        if term.common is not None:
+            common = _on(term.common, device)
+            linear.set_adapter(common.A, common.B, 1.0)
+
+
+def _on(term: LowRank, device: torch.device | str) -> LowRank:
+    return LowRank(term.B.to(device), term.A.to(device))
+
+
+def _assembled(config: Any, front: Segment, deep: Segment) -> Any:
+    family = front.family
+    model: Any = skeleton(config)
+    for path in family.embeddings:
+        _replace(model, path, front.embeddings[path.rpartition(".")[2]])
+    for segment in (front, deep):
+        for index, layer in segment.layers.items():
+            _replace(model, family.layer_name(int(index)), layer)
+    tail = cast(Tail, deep.tail if deep.tail is not None else front.tail)
+    _replace(model, family.norm, tail.norm)
+    head = nn.Linear(1, 1, bias=False, device="meta")
+    head.weight = nn.Parameter(tail.head, requires_grad=False)
+    _replace(model, family.head, head)
+    model.eval()
+    # The segments ran packed rows; here a KV cache and left padding are wanted, which transformers' own attention has.
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), type(model.config)):
+            module.config = model.config
+    return model
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
+
+
+def _module_after(model: nn.Module, segment: Segment, layers: int) -> nn.Module:
+    """What takes the hidden states that come out of the first ``layers`` layers."""
+    family, all_layers = segment.family, layer_count(segment.config)
+    return model.get_submodule(family.layer_name(layers) if layers < all_layers else family.norm)
+
+
+def _through_wire(module: nn.Module, inputs: tuple[Any, ...], wire: str) -> tuple[Any, ...]:
+    hidden: Tensor = inputs[0]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return (WireTensor.pack(rows, wire).unpack(hidden.dtype, hidden.device).view_as(hidden), *inputs[1:])

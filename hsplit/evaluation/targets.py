@@ -1,0 +1,224 @@
+"""What can be evaluated: a run, through its split model, or an exported directory, with transformers and PEFT alone."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsplit.actors.participant import base_model
+from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
+from hsplit.config import RunConfig
+from hsplit.config.files import displayed
+from hsplit.errors import InputError
+from hsplit.evaluation.split_model import Cut, split_model
+from hsplit.lora.export import learned_parts, trained_weights
+from hsplit.model_card import METADATA
+from hsplit.models.checkpoint_reader import CheckpointReader
+from hsplit.models.dtype import DTYPES, resolve_dtype
+from hsplit.models.families import family_of
+from hsplit.models.segment import linear_shapes, model_config
+from hsplit.models.source import ModelSource, find_model
+from hsplit.models.weights import freeze
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import Plan
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model ready to be evaluated.
+
+    Attributes:
+        model: a causal LM in eval mode.
+        tokenizer: its tokenizer.
+        how: in words, how it computes.
+        separator: ``job.data.separator`` of the run that it is from, where that is known.
+        seed: the run's, 0 for an exported directory.
+        run, source: the run's configuration and base, ``None`` for an exported directory.
+        notes: what else there is to say.
+    """
+
+    model: Any
+    tokenizer: Any
+    how: str
+    separator: str | None = None
+    seed: int = 0
+    run: RunConfig | None = None
+    source: ModelSource | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def open_target(path: Path, client: str | None = None) -> Target:
+    """The model in ``path``: a run's directory, a PEFT adapter, or a merged model.
+
+    Args:
+        path: the directory.
+        client: of a run with a split model: whose split to cut at; by default that of the deepest one.
+
+    Raises:
+        InputError: it is none of these, cannot be read, or has no such client.
+    """
+    if not path.is_dir():
+        raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME, or an export")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (path / "config.yaml").is_file():
+        return _run(RunDirectory.open(path), client, device)
+    if client is not None:
+        raise InputError(f"--client {client}: {displayed(path)} is not a run's directory, so nothing is split there")
+    if (path / "adapter_config.json").is_file():
+        return _adapter(path, device)
+    if (path / "config.json").is_file():
+        return _merged(path, device)
+    raise InputError(
+        f"{displayed(path)}: is no run (config.yaml), no PEFT adapter (adapter_config.json) and no model (config.json)"
+    )
+
+
+# -- a run --------------------------------------------------------------------------------------------------------
+
+
+def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
+    run = RunConfig.load(directory.config)
+    checkpoint, notes = latest_checkpoint(directory.checkpoints)
+    progress, tensors = read_checkpoint(checkpoint)
+    source = find_model(run.job.model)
+    trained = trained_weights(tensors)
+    where = f"checkpoint {checkpoint.name}, base {run.job.base}, computed in {'fp32' if trained else run.job.dtype}"
+    if trained:
+        _refuse_client(client, "every weight was trained on one node")
+        model, how = _trained_model(run, source, trained, device), f"as one model, every weight trained; {where}"
+    else:
+        cut, how = _cut(run, progress, client)
+        learned = learned_parts({key: tensor for own in tensors.values() for key, tensor in own.items()})
+        model, how = split_model(base_model(source.directory, run.job), learned, cut, device), f"{how}; {where}"
+    if run.job.privacy.noise:
+        notes = [*notes, "the noise that clients add to activations (privacy.noise) is left out"]
+    tokenizer = _tokenizer(source.directory)
+    return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, list(notes))
+
+
+def _cut(run: RunConfig, progress: Progress, client: str | None) -> tuple[Cut | None, str]:
+    if run.policy.placement != "split":
+        _refuse_client(client, f"policy {run.policy.name} splits nothing (placement {run.policy.placement!r})")
+        return None, "as one model, which each holder has whole"
+    assert progress.plan is not None
+    plan = Plan.from_json(progress.plan)
+    if client is None:
+        chosen = max(plan.available, key=lambda holder: holder.split or 0)
+    else:
+        found = [holder for holder in plan.available if holder.name == client]
+        if not found:
+            names = ", ".join(holder.name for holder in plan.available)
+            raise InputError(f"--client {client}: has no part in the run's last plan; give one of {names}")
+        chosen = found[0]
+    assert chosen.split is not None
+    job = run.job
+    how = f"through the split model, cut at layer {chosen.split} of {plan.layers} as {chosen.name} is, wire {job.wire}"
+    return Cut(chosen.split, job.wire, job.privacy.labels), how
+
+
+def _refuse_client(client: str | None, reason: str) -> None:
+    if client is not None:
+        raise InputError(f"--client {client}: {reason}, so there is no client to cut at; leave it out")
+
+
+def _trained_model(run: RunConfig, source: ModelSource, trained: Mapping[str, Tensor], device: str) -> Any:
+    model = _loaded(source.directory, torch.float32)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in trained.items():
+            if name not in parameters:
+                raise InputError(
+                    f"{run.job.model}: the model has no parameter {name}, which the checkpoint has trained"
+                )
+            parameters[name].copy_(values)
+    return model.to(device).eval()
+
+
+# -- exported directories -----------------------------------------------------------------------------------------
+
+
+def _adapter(path: Path, device: str) -> Target:
+    """The adapter on its base, whose linears get the values that ``job.base`` gives them (METHOD 1)."""
+    from peft import PeftModel
+
+    try:
+        named = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(
+            f"{displayed(path / 'adapter_config.json')}: names no base_model_name_or_path; an adapter needs its base"
+        ) from None
+    directory = Path(named) if Path(named).is_dir() else find_model(named).directory
+    known = _metadata(path)
+    model = _loaded(directory, torch.float32)
+    base = known.get("base")
+    if base is not None and base != "fp32":
+        _give_base_values(model, directory, base)
+    notes = (
+        [] if base is not None else ["its card does not say which base values it was trained on; the base's own are"]
+    )
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that is about to change: nothing for users.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = PeftModel.from_pretrained(model, path).to(device).eval()
+    how = f"as one model, by transformers and PEFT, in fp32 on base values of {base or 'the base itself'}"
+    return Target(model, _tokenizer(directory), how, known.get("separator"), notes=notes)
+
+
+def _give_base_values(model: Any, directory: Path, base: str) -> None:
+    config = model_config(directory)
+    transposed, reader = family_of(config.model_type).transposed, CheckpointReader(directory)
+    for shape in linear_shapes(config):
+        read = partial(reader.read, f"{shape.name}.weight", transposed=transposed)
+        values = freeze(read, base, torch.float32, quantized=False).dense(torch.float32)
+        with torch.no_grad():
+            model.get_submodule(shape.name).weight.copy_(values.T if transposed else values)
+
+
+def _merged(path: Path, device: str) -> Target:
+    known = _metadata(path)
+    # In the files' own type where the device computes with it, and with the files' values in any case.
+    stored = str(getattr(model_config(path), "dtype", None)).removeprefix("torch.")
+    own = {"bfloat16": "bf16"}.get(stored, "fp32")
+    dtype = resolve_dtype("auto", device) if own == "bf16" else DTYPES["fp32"]
+    model = _loaded(path, dtype).to(device).eval()
+    how = f"as one model, by transformers, in {str(dtype).removeprefix('torch.')}"
+    return Target(model, _tokenizer(path), how, known.get("separator"))
+
+
+def _loaded(directory: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{displayed(directory)}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What an export's card says of its run; empty for a directory that hsplit did not write."""
+    from huggingface_hub import ModelCard
+
+    card = path / "README.md"
+    if not card.is_file():
+        return {}
+    return dict(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get(METADATA) or {})
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)

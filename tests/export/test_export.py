@@ -1,0 +1,280 @@
+"""Exports: plain PEFT and transformers load them and compute what the split model computes; errors told are true."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hsplit.actors.participant import base_model
+from hsplit.cli import main
+from hsplit.errors import InputError
+from hsplit.evaluation.split_model import Cut, split_model
+from hsplit.evaluation.targets import open_target
+from hsplit.exporting import ExportOptions, export, export_run
+from hsplit.lora.export import learned, learned_parts, trained_weights
+from hsplit.lora.low_rank import LowRank
+from hsplit.lora.merge import export_merged
+from hsplit.lora.truncation import truncated
+from hsplit.models.segment import linear_shapes, model_config
+from hsplit.models.weights import base_values
+from tests.finished_run import FinishedRun, finished_run, logits_of
+from tests.tiny import save_tiny_model
+
+CASES = [("llama", "nf4"), ("llama", "bf16"), ("gpt2", "int8"), ("gpt2", "fp32")]
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], FinishedRun]:
+    return {
+        (family, base): finished_run(tmp_path_factory.mktemp("run"), models[family], base=base)
+        for family, base in CASES
+    }
+
+
+def _split_logits(run: FinishedRun) -> torch.Tensor:
+    _, tensors = run.checkpoint()
+    return logits_of(
+        split_model(base_model(run.model, run.config.job), learned_parts(tensors["server"]), Cut(3, "fp32", "server"))
+    )
+
+
+def _load(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_merged_model_loads_with_transformers_and_has_the_split_models_logits(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path, case: tuple[str, str]
+) -> None:
+    run = runs[case]
+    written = export_run(run.path, tmp_path / "merged", ExportOptions(format="merged"))
+    assert written.lines == ()
+    model, wanted = _load(written.path), _split_logits(run)
+    assert model.dtype == torch.float32
+    assert (logits_of(model) - wanted).abs().max() < 1e-4
+    assert (logits_of(_load(run.model)) - wanted).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(written.path)("w5 w6")["input_ids"] == [5, 6]
+    # Tied weights are written once.
+    assert "lm_head.weight" not in load_file(written.path / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_an_adapter_loads_with_peft_and_has_the_split_models_logits_on_the_runs_base_values(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path, case: tuple[str, str]
+) -> None:
+    run = runs[case]
+    path = export(run.path, tmp_path / "adapter")
+    assert (logits_of(open_target(path).model) - _split_logits(run)).abs().max() < 1e-4
+
+
+def test_an_untied_model_in_several_files_loads_as_one(tmp_path: Path) -> None:
+    model = save_tiny_model("gpt2", tmp_path / "model", tie_word_embeddings=False)
+    (tmp_path / "out").mkdir()
+    draw = torch.Generator().manual_seed(0)
+    terms = {
+        s.name: LowRank(torch.randn(s.d_out, 2, generator=draw) / 9, torch.randn(2, s.d_in, generator=draw))
+        for s in linear_shapes(model_config(model))
+    }
+    export_merged(model, "fp32", terms, tmp_path / "out", shard_bytes=40_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    expected = _load(model)
+    with torch.no_grad():
+        for name, term in terms.items():
+            expected.get_submodule(name).weight += term.dense().T
+    assert (logits_of(_load(tmp_path / "out")) - logits_of(expected)).abs().max() < 1e-4
+
+
+def test_a_cut_adapter_has_the_error_that_is_told(runs: dict[tuple[str, str], FinishedRun], tmp_path: Path) -> None:
+    run = runs["llama", "nf4"]
+    written = export_run(run.path, tmp_path / "cut", ExportOptions(rank=2))
+    whole = learned(run.checkpoint()[1]["server"])
+    tensors = load_file(written.path / "adapter_model.safetensors")
+    squares, relative = [0.0, 0.0], {}
+    for name, term in whole.items():
+        key = f"base_model.model.{name}.lora_"
+        assert tensors[f"{key}A.weight"].shape[0] <= 2
+        dense = term.to(torch.float64).dense()
+        error = tensors[f"{key}B.weight"].double() @ tensors[f"{key}A.weight"].double() - dense
+        # The best of its rank: what the singular values beyond it make.
+        best = torch.linalg.svdvals(dense)[2:].norm()
+        assert float(error.norm()) == pytest.approx(float(best), rel=1e-4)
+        relative[name] = float(error.norm() / dense.norm())
+        squares = [squares[0] + float(error.norm()) ** 2, squares[1] + float(dense.norm()) ** 2]
+    worst = max(relative, key=lambda name: relative[name])
+    total = (squares[0] / squares[1]) ** 0.5
+    assert total > 0.01
+    (line,) = written.lines
+    assert line.endswith(f"{total:.3e} over all weights, at worst {relative[worst]:.3e} ({worst})")
+    assert line in (written.path / "README.md").read_text()
+
+
+def test_a_cut_beyond_what_was_learned_cuts_nothing() -> None:
+    term = LowRank(torch.randn(8, 3), torch.randn(3, 6))
+    cut, error = truncated({"w": term, "none": LowRank(torch.zeros(8, 0), torch.zeros(0, 6))}, 3)
+    assert cut["w"] is term and error is not None and error.total == 0.0
+    assert truncated({}, 3) == ({}, None)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_merge_onto_the_original_weights_tells_how_far_the_two_bases_are_apart(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path, case: tuple[str, str]
+) -> None:
+    run = runs[case]
+    written = export_run(run.path, tmp_path / "original", ExportOptions(format="merged", base="original"))
+    terms, original, merged = learned(run.checkpoint()[1]["server"]), _load(run.model), _load(written.path)
+    transposed, difference, size = case[0] == "gpt2", 0.0, 0.0
+    for shape in linear_shapes(model_config(run.model)):
+        before, after = (m.get_submodule(shape.name).weight.data for m in (original, merged))
+        if transposed:
+            before, after = before.T, after.T
+        assert torch.allclose(after, before + terms[shape.name].dense(), atol=1e-6)
+        # int8 is quantized from fp16.
+        half = before.half() if case[1] == "int8" else before
+        difference += float((base_values(half.contiguous(), case[1], torch.float32) - before).norm()) ** 2
+        size += float(before.norm()) ** 2
+    (line,) = written.lines
+    if case[1] == "fp32":
+        assert line.endswith("difference of the two bases: none")
+    else:
+        assert f"two bases: {(difference / size) ** 0.5:.3e} over all weights" in line
+    assert torch.equal(original.get_input_embeddings().weight, merged.get_input_embeddings().weight)
+
+
+def test_bf16_files_tell_how_much_of_the_update_rounding_took(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path
+) -> None:
+    run = runs["llama", "bf16"]
+    written = export_run(run.path, tmp_path / "bf16", ExportOptions(format="merged", dtype="bf16"))
+    model, whole = _load(written.path), _load(export(run.path, tmp_path / "fp32", format="merged"))
+    assert model.dtype == torch.bfloat16
+    error = size = 0.0
+    for name, term in learned(run.checkpoint()[1]["server"]).items():
+        exact = whole.get_submodule(name).weight.data.double()
+        error += float((model.get_submodule(name).weight.data.double() - exact).norm()) ** 2
+        size += float(term.to(torch.float64).dense().norm()) ** 2
+    # On a bf16 base only the update has digits to lose.
+    told = float(written.lines[0].split("learned update ")[1].split()[0])
+    assert told == pytest.approx((error / size) ** 0.5, rel=1e-2) and told > 1e-4
+
+
+# -- full fine-tuning ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_run_that_trained_every_weight_exports_and_evaluates_those(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path, family: str
+) -> None:
+    original = runs[next(case for case in CASES if case[0] == family)]
+    path = Path(shutil.copytree(original.path, tmp_path / "run"))
+    run = FinishedRun(type(original.directory)(path), original.config, original.data, original.model)
+    trained = _load(run.model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    weights = {f"weight.{name}": p.detach().clone() for name, p in trained.named_parameters()}
+    run.replace_checkpoint({"central": {**weights, "tokens": torch.zeros(1, 2)}, "server": {}})
+    assert trained_weights(run.checkpoint()[1]).keys() == dict(trained.named_parameters()).keys()
+
+    # As at a run's end, where nothing is asked for: a merged model in place of the adapter.
+    exported = export(path)
+    assert exported == path / "model"
+    assert torch.equal(logits_of(_load(exported)), logits_of(trained))
+    assert torch.equal(logits_of(open_target(path).model), logits_of(trained))
+    for options, told in (
+        ({"format": "peft"}, "every weight was trained"),
+        ({"format": "merged", "base": "original"}, "no other base"),
+    ):
+        with pytest.raises(InputError, match=told):
+            export(path, tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+
+
+# -- model card ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("format_", "library"), [("peft", "peft"), ("merged", "transformers")])
+def test_the_card_has_front_matter_for_the_hub_and_tells_where_the_model_comes_from(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path, format_: str, library: str
+) -> None:
+    path = Path(shutil.copytree(runs["llama", "nf4"].path, tmp_path / "run"))
+    scores = {"scores": {"ppl": 12.5, "bleu": 33.25}, "data": "the test part", "inputs": 4, "references": 12}
+    (path / "eval.json").write_text(json.dumps({**scores, "model": "split", "beams": 2}))
+    card = ModelCard.load(export(path, tmp_path / "out", format=format_) / "README.md")
+    data = card.data
+    assert data.library_name == library and {"hsplit", "lora"} <= set(data.tags)
+    assert {(r.metric_type, r.metric_value) for r in data.eval_results or []} == {("ppl", 12.5), ("bleu", 33.25)}
+    # A directory of this machine is no base that the hub could know.
+    assert data.base_model is None and str(runs["llama", "nf4"].model) not in card.content
+    for told in (
+        *("from_pretrained", "nf4", "hsplitlora: for tests", "data.csv", "0.2 of the distinct prompts"),
+        *("| c1 | client | 3 |", "Validation perplexity", "33.25", "2 beams", "(virtual: computed, not measured)"),
+    ):
+        assert told in card.text, told
+
+
+def test_a_hub_model_is_named_by_its_id(
+    runs: dict[tuple[str, str], FinishedRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from hsplit.models.source import ModelSource
+
+    run = runs["gpt2", "fp32"]
+    path = Path(shutil.copytree(run.path, tmp_path / "run"))
+    named = run.config.model_copy(update={"job": run.config.job.model_copy(update={"model": "org/some-model"})})
+    named.save(path / "config.yaml")
+    found = ModelSource(run.model, f"the hub: org/some-model in {run.model}")
+    monkeypatch.setattr("hsplit.exporting.find_model", lambda *_, **__: found)
+    card = ModelCard.load(export(path) / "README.md")
+    settings = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "org/some-model"
+    assert card.data.base_model == "org/some-model" and 'base = "org/some-model"' in card.text
+    assert str(run.model) not in card.content and str(tmp_path) not in card.content
+
+
+# -- what is refused, and what stays ------------------------------------------------------------------------------
+
+
+REFUSED = [
+    (["--rank", "0"], "--rank: 0 is too small"),
+    (["--rank", "4", "--format", "merged"], "--rank: cuts an adapter"),
+    (["--base", "original"], "--base and --dtype: belong to --format merged"),
+    (["--dtype", "bf16", "--format", "peft"], "--base and --dtype: belong to --format merged"),
+    (["--to", "{model}"], "holds a merged export already; give another directory"),
+    (["--to", "{file}"], "cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[told for _, told in REFUSED])
+def test_wrong_input_is_one_line_and_exit_code_2(
+    runs: dict[tuple[str, str], FinishedRun], arguments: list[str], told: str
+) -> None:
+    run = runs["llama", "nf4"]
+    filled = [a.format(model=run.model, file=run.path / "config.yaml" / "x") for a in arguments]
+    result = CliRunner().invoke(main, ["export", str(run.path), *filled])
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+
+
+def test_an_export_over_an_older_one_leaves_no_shard_of_it_and_nothing_of_others_is_touched(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path
+) -> None:
+    run, to = runs["gpt2", "fp32"], tmp_path / "out"
+    to.mkdir()
+    for name in ("model-00001-of-00009.safetensors", "model.safetensors.index.json", "notes.txt"):
+        (to / name).write_text("old")
+    result = CliRunner().invoke(main, ["export", str(run.path), "--to", str(to), "--format", "merged"])
+    assert result.exit_code == 0 and result.stdout.strip() == str(to), result.output
+    left = {file.name for file in to.iterdir()}
+    assert {"model.safetensors", "notes.txt", "README.md", "config.json"} <= left
+    assert not {"model-00001-of-00009.safetensors", "model.safetensors.index.json"} & left
+    assert not any(name.startswith(".partial") for name in left)
+    assert logits_of(_load(to)).isfinite().all()
