@@ -1,0 +1,259 @@
+"""Noise-free aggregation at size against the dense way, and what merging an update would lose (METHOD 6).
+
+    python benchmarks/aggregation.py [--run runs/NAME]       # or: hsplit bench aggregation
+
+First part: holders of unequal ranks share one weight; their adapters are drawn, and go through several rounds with a
+residual whose rank is capped. Beside it the dense way: the sum as one fp32 matrix and, for the cap, an SVD of it all.
+Second part (``merging.py``): a real update, merged into bases of four kinds, beside what hsplit keeps; and the noise of
+averaging A and B apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hsplit.actors.peak_memory import PeakMemory
+from hsplit.benchmark import (
+    keep_to_one_core,
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    write_rows,
+)
+from hsplit.lora.aggregation import Contribution, Restart, noise_free
+from hsplit.lora.low_rank import LowRank, LowRankSum
+from hsplit.lora.residual import Residual
+
+CAP = 128
+RANKS = (1, 32)
+# What a holder's B learns in a round; with it, alpha / r folded in.
+LEARNED = 1e-2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of the first table.
+
+    Attributes:
+        way: ``noise-free, random``, ``noise-free, svd`` (restarts), or ``dense``.
+        side: the weight is ``side x side``.
+        holders, rank_sum: how many, and their ranks together.
+        rounds: aggregations; figures are of the worst of them, seconds of the median.
+        seconds: wall time of one aggregation.
+        factors_bytes: the holders' fp32 factors, and the residual's.
+        peak_bytes: most that torch allocated above them.
+        peak_over_factors, peak_over_dense: the same, in units of the factors and of one fp32 matrix.
+        cut: what the cap cut in the last round, relative to the residual (Frobenius).
+        error: of law E3: what the residual lacks besides the recorded cut, relative to the update; of the dense way
+            what its fp32 sum errs by.
+    """
+
+    way: str
+    side: int
+    holders: int
+    rank_sum: int
+    rounds: int
+    seconds: float
+    factors_bytes: int
+    peak_bytes: int
+    peak_over_factors: float
+    peak_over_dense: float
+    cut: float
+    error: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run both parts, print their tables and write them down."""
+    options = _options(arguments)
+    keep_to_one_core()
+    machine = machine_description("torch", "bitsandbytes") | {"seconds": "wall time on one core, measured"}
+    machine["command"] = " ".join(["hsplit bench aggregation", *(sys.argv[1:] if arguments is None else arguments)])
+    console = Console(width=150)
+    tables = []
+    if options.part in ("all", "size"):
+        tables.append(_at_size(options, console, machine))
+    if options.part in ("all", "merging"):
+        tables += load_benchmark("merging").tables(options, console, machine)
+    path = options.to / ("aggregation.md" if options.part == "all" else f"{options.part}.md")
+    facts = "\n".join(f"- {key}: {value}" for key, value in machine.items())
+    path.write_text("\n".join([f"{facts}\n", *tables]))
+    console.print(f"written to {options.to}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hsplit bench aggregation",
+        description="Time, memory and error of aggregation as weights and holders grow; what merging an update loses.",
+    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[576, 1024, 2048, 4096], metavar="N")
+    parser.add_argument("--holders", type=int, nargs="+", default=[5, 20, 100], metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, help="aggregations of each (default: 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the second part")
+    parser.add_argument("--steps", type=int, default=20, help="AdamW steps of the real update (default: 20)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="their learning rate (default: 1e-3)")
+    parser.add_argument("--layers", type=int, help="merge into the first so many layers only (default: all)")
+    parser.add_argument("--run", type=Path, help="merge what this run has learned instead, from its last checkpoint")
+    parser.add_argument("--part", choices=["all", "size", "merging"], default="all", help="which part (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few steps, to see that it works")
+    parser.add_argument("--to", type=Path, default=results_directory("aggregation"), help="directory to write")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.sides, options.holders, options.rounds, options.steps, options.layers = [64, 96], [3, 40], 2, 2, 1
+    options.to.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def _at_size(options: argparse.Namespace, console: Console, machine: dict[str, str]) -> str:
+    rows: list[Measured] = []
+    for side in options.sides:
+        for holders in options.holders:
+            chance = random.Random(options.seed)
+            ranks = [chance.randint(*RANKS) for _ in range(holders)]
+            for reinit in ("random", "svd"):
+                rows.append(_noise_free(side, ranks, reinit, options))
+                console.print(_line(rows[-1]), highlight=False)
+            rows.append(_dense_way(side, ranks, options))
+            console.print(_line(rows[-1]), highlight=False)
+    write_rows(options.to / "size.csv", [asdict(row) for row in rows], machine)
+    title = f"Aggregating one weight, residual capped at {CAP}, ranks {RANKS[0]} to {RANKS[1]} mixed"
+    columns = ["way", "side", "holders", "ranks together", "seconds", "peak / factors", "peak / dense", "cut", "error"]
+    cells = [_cells(row) for row in rows]
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for line in cells:
+        table.add_row(*line)
+    console.print(table)
+    return f"## {title}\n\n{markdown_table(columns, cells)}"
+
+
+def _cells(row: Measured) -> list[str]:
+    sizes = [str(row.side), str(row.holders), str(row.rank_sum), f"{row.seconds:.3f}"]
+    peaks = [f"{row.peak_over_factors:.2f}", f"{row.peak_over_dense:.2f}"]
+    return [row.way, *sizes, *peaks, f"{row.cut:.3f}", f"{row.error:.1e}"]
+
+
+def _line(row: Measured) -> str:
+    return "  ".join(_cells(row))
+
+
+# -- one weight ---------------------------------------------------------------------------------------------------
+
+
+def _noise_free(side: int, ranks: list[int], reinit: str, options: argparse.Namespace) -> Measured:
+    """Rounds of the product's own aggregation."""
+    residual, restart = Residual(side, side, CAP), Restart(reinit, tuple(ranks))
+    common: LowRank | None = None
+    seconds, peaks, errors, cut, given = [], [], [], 0.0, 0
+    for round_ in range(options.rounds):
+        held = _contributions(side, ranks, common, options.seed + round_)
+        given = sum(c.term.nbytes for c in held) + residual.nbytes
+        before, started = _dense(residual.factors), _dense(common)
+
+        def aggregate(held: list[Contribution] = held) -> tuple[LowRank | None, float]:
+            outcome = noise_free(held, restart)
+            return outcome.common, 0.0 if outcome.residual is None else residual.add(outcome.residual)
+
+        (common, cut), peak, wall = _metered(aggregate)
+        total = _sum(held, side)
+        update = float((total - (started if started is not None else 0)).norm())
+        # In place, since fp64 matrices of this size are large: what should have joined, then what is missing of it.
+        for part, sign in ((before, 1), (_dense(common), -1)):
+            if part is not None:
+                total.add_(part, alpha=sign)
+        joined = float(total.norm())
+        missing = float(total.sub_(_dense(residual.factors)).norm())
+        seconds.append(wall)
+        peaks.append(peak)
+        errors.append(_beside(missing, cut * joined) / update)
+    return _row(f"noise-free, {reinit}", side, ranks, seconds, given, max(peaks), cut, max(errors))
+
+
+def _dense_way(side: int, ranks: list[int], options: argparse.Namespace) -> Measured:
+    """One round as matrices: the sum in fp32 and, where it has more directions than the cap, an SVD of it."""
+    held = _contributions(side, ranks, None, options.seed)
+
+    def aggregate() -> tuple[Tensor, float]:
+        total = torch.zeros(side, side)
+        for c in held:
+            total += c.share * (c.term.B @ c.term.A)
+        cap = min(CAP, side // 2)
+        if sum(ranks) <= cap:
+            return total, 0.0
+        U, S, V = torch.linalg.svd(total)
+        # What a run would keep; the sum itself is returned, since the question is what it errs by.
+        _ = (U[:, :cap] * S[:cap]) @ V[:cap]
+        return total, float(S[cap:].norm() / S.norm())
+
+    (total, cut), peak, wall = _metered(aggregate)
+    exact = _sum(held, side)
+    size = float(exact.norm())
+    error = float(exact.sub_(total).norm()) / size
+    return _row("dense", side, ranks, [wall], sum(c.term.nbytes for c in held), peak, cut, error)
+
+
+def _row(
+    way: str, side: int, ranks: list[int], seconds: list[float], given: int, peak: int, cut: float, error: float
+) -> Measured:
+    median, over = statistics.median(seconds), peak / (4 * side * side)
+    return Measured(
+        way, side, len(ranks), sum(ranks), len(seconds), median, given, peak, peak / given, over, cut, error
+    )
+
+
+def _metered(work: Callable[[], Any]) -> tuple[Any, int, float]:
+    """What ``work`` returns, the most bytes that torch had allocated meanwhile, and its wall seconds."""
+    memory = PeakMemory(torch.device("cpu"))
+    with memory.window():
+        begun = time.perf_counter()
+        result = work()
+        wall = time.perf_counter() - begun
+    return result, memory.peak_bytes(), wall
+
+
+def _contributions(side: int, ranks: list[int], common: LowRank | None, seed: int) -> list[Contribution]:
+    """Holders' adapters at a round's end: a restart, and what was learned since."""
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for rank in ranks:
+        B, A = torch.zeros(side, rank), torch.randn(rank, side, generator=draw).mul_(side**-0.5)
+        if common is not None:
+            shared = min(rank, common.rank)
+            B[:, :shared], A[:shared] = common.B[:, :shared], common.A[:shared]
+        B.add_(torch.randn(side, rank, generator=draw), alpha=LEARNED)
+        made.append(Contribution(LowRank(B, A), 1 / len(ranks)))
+    return made
+
+
+def _sum(held: list[Contribution], side: int) -> Tensor:
+    """The exact sum as one fp64 matrix, which only this comparison forms."""
+    return LowRankSum(tuple(c.term for c in held), tuple(c.share for c in held)).dense_rows(0, side)
+
+
+def _beside(missing: float, cut: float) -> float:
+    """Norm of what is missing beside a cut, to which it is orthogonal; fp64 resolves 1e-8 of the cut."""
+    return abs(missing**2 - cut**2) ** 0.5
+
+
+def _dense(term: LowRank | None) -> Tensor | None:
+    return None if term is None else term.to(torch.float64).dense()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What a narrower wire costs: the same short run with activations and gradients in fp32, bf16 and int8.
+
+    python -m benchmarks.wire [--rounds N] [--steps N]        # or: hsplit bench wire
+
+The run is a cluster file's (``cluster/hetero.yaml`` by default), in this process, with the plans that its budgets give
+and the same seeds. Only ``job.wire`` differs: a narrower wire would move the splits, so all go by the plans that are
+made for the first wire, each timed at its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hsplit.actors.scheduler import Scheduler
+from hsplit.benchmark import machine_description, markdown_table, results_directory, write_rows
+from hsplit.config import RunConfig, load_run_config
+from hsplit.coordinator import Inputs
+from hsplit.launcher import check_model, read_inputs, settled
+from hsplit.local_run import local_run
+from hsplit.models.source import find_model
+from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.plain_display import PlainDisplay
+from hsplit.run_directory import RunDirectory
+
+WIRES = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """One wire's row.
+
+    Attributes:
+        wire: ``job.wire``.
+        val_ppl_before, val_ppl: validation perplexity before any training, and at the end.
+        val_loss_difference: of the final validation loss to the first wire's, in nats.
+        bytes_up, bytes_down: sent and received by all clients in the whole run, adapters and validation included.
+        bytes_of_first: both together, relative to the first wire.
+        virtual_time_s: what the run would have taken at the declared budgets.
+        wall_time_s: what it took here, on a machine that may have been busy.
+    """
+
+    wire: str
+    val_ppl_before: float
+    val_ppl: float
+    val_loss_difference: float
+    bytes_up: int
+    bytes_down: int
+    bytes_of_first: float
+    virtual_time_s: float
+    wall_time_s: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every wire, print the table and write it down."""
+    options = _options(arguments)
+    console = Console(width=130)
+    overrides = list(options.set)
+    overrides += [f"job.rounds={options.rounds}"] if options.rounds else []
+    overrides += [f"job.local_steps={options.steps}"] if options.steps else []
+    curves: dict[str, list[MetricsRow]] = {}
+    first = None
+    for wire in options.wires:
+        run = settled(load_run_config(options.cluster, options.policy, [*overrides, f"job.wire={wire}"]))
+        source = find_model(run.job.model)
+        check_model(run, source)
+        first = first or run
+        console.print(f"wire {wire}: {run.job.rounds} rounds of {run.job.local_steps} steps")
+        curves[wire] = _run(run, first, source.directory, read_inputs(run, source))
+    assert first is not None
+    job = first.job
+    rows = [_row(wire, curve, curves[options.wires[0]]) for wire, curve in curves.items()]
+    machine = machine_description("torch", "bitsandbytes", "transformers") | {
+        "command": " ".join(["hsplit bench wire", *(sys.argv[1:] if arguments is None else arguments)]),
+        "run": f"{options.cluster}, {job.model}, base {job.base}, {job.rounds} rounds of {job.local_steps} steps",
+        "seeds": "1",
+    }
+    options.to.mkdir(parents=True, exist_ok=True)
+    write_rows(options.to / "wire.csv", [asdict(row) for row in rows], machine)
+    points = [{"wire": wire, **asdict(point)} for wire, curve in curves.items() for point in curve]
+    write_rows(options.to / "rounds.csv", points, machine)
+    columns = ["wire", "perplexity before", "after", "loss against first", "MB up", "MB down", "bytes", "virtual s"]
+    cells = [_cells(row) for row in rows]
+    facts = "\n".join(f"- {key}: {value}" for key, value in machine.items())
+    (options.to / "wire.md").write_text(f"{facts}\n\n{markdown_table(columns, cells)}")
+    table = Table(title=f"{options.cluster}: activations and gradients at a narrower wire", box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "wire" else "right")
+    for line in cells:
+        table.add_row(*line)
+    console.print(table)
+    console.print(f"written to {options.to}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hsplit bench wire", description="The same run with activations and gradients in fp32, bf16 and int8."
+    )
+    parser.add_argument("--cluster", default="hetero", help="cluster file or preset (default: hetero)")
+    parser.add_argument("--policy", help="policy file or name")
+    parser.add_argument("--wires", nargs="+", choices=WIRES, default=list(WIRES), help="the first is compared with")
+    parser.add_argument("--rounds", type=int, help="instead of the cluster file's")
+    parser.add_argument("--steps", type=int, help="local steps a round, instead of the cluster file's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other override")
+    parser.add_argument("--to", type=Path, default=results_directory("wire"), help="directory to write")
+    return parser.parse_args(arguments)
+
+
+class _Rows(PlainDisplay):
+    """Keeps the rounds' rows beside showing them."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self.rows: list[MetricsRow] = []
+
+    def round_done(self, row: MetricsRow) -> None:
+        self.rows.append(row)
+        super().round_done(row)
+
+
+class _PlannedAsFirst:
+    """Plans as if the wire were the first one's, and tells times of the run's own."""
+
+    def __init__(self, run: RunConfig, first: RunConfig, model: Path) -> None:
+        self._own, self._first = Scheduler(run, model), Scheduler(first, model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own if name.endswith("_time_s") else self._first, name)
+
+
+def _run(run: RunConfig, first: RunConfig, model: Path, inputs: Inputs) -> list[MetricsRow]:
+    display, scheduler = _Rows(), _PlannedAsFirst(run, first, model)
+    with tempfile.TemporaryDirectory() as folder:
+        local_run(run, model, RunDirectory.create(Path(folder), "wire"), inputs, display, scheduler=scheduler).run()
+    return display.rows
+
+
+def _row(wire: str, curve: list[MetricsRow], first: list[MetricsRow]) -> Narrowed:
+    sent, received = sum(r.bytes_up for r in curve), sum(r.bytes_down for r in curve)
+    of_first = (sent + received) / sum(r.bytes_up + r.bytes_down for r in first)
+    last = curve[-1]
+    difference = last.val_loss - first[-1].val_loss
+    times = last.virtual_time_s, last.wall_time_s
+    return Narrowed(wire, curve[0].val_ppl, last.val_ppl, difference, sent, received, of_first, *times)
+
+
+def _cells(row: Narrowed) -> list[str]:
+    quality = [f"{row.val_ppl_before:.3f}", f"{row.val_ppl:.4f}", f"{row.val_loss_difference:+.5f}"]
+    sizes = [f"{row.bytes_up / 1e6:.2f}", f"{row.bytes_down / 1e6:.2f}", f"{row.bytes_of_first:.1%}"]
+    return [row.wire, *quality, *sizes, f"{row.virtual_time_s:.1f}"]
+
+
+if __name__ == "__main__":
+    main()
