@@ -1,6 +1,6 @@
 """Every policy of the papers on one cluster and the same number of tokens (METHOD 7).
 
-    hsplit bench policies [--cluster hetero] [--policies NAME ...] [--set KEY=VALUE ...] [--out FOLDER]
+    hsplit bench policies [--cluster hetero] [--policies NAME ...] [--set KEY=VALUE ...] [--to FOLDER]
 
 Runs in this process, without Ray, with the product's coordinator, clients, server and scheduler. A policy under which
 clients are unavailable trains fewer clients a step; it gets as many more local steps a round as make up for that, so
@@ -123,16 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="NAME")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--ft-lr", type=float, default=FT_LR, help="learning rate of full fine-tuning")
-    parser.add_argument("--out", type=Path, default=results_directory("policies"))
+    parser.add_argument("--to", type=Path, default=results_directory("policies"))
     given = parser.parse_args(arguments)
     console = Console()
     rows = []
-    given.out.mkdir(parents=True, exist_ok=True)
+    given.to.mkdir(parents=True, exist_ok=True)
     for name in given.policies:
         console.print(name)
         rows.append(measured(given.cluster, name, given.overrides, given.ft_lr, console))
         # After each, so that a long experiment leaves what it has.
-        _write(given.out, rows, [given.cluster, *given.overrides])
+        _write(given.to, rows, [given.cluster, *given.overrides])
     console.print(_table(rows))
 
 

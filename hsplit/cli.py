@@ -197,39 +197,31 @@ def bench() -> None:
     """Repeat an experiment of benchmarks/ on this machine."""
 
 
-# The experiment reads its flags itself, --help included.
-@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def policies(arguments: tuple[str, ...]) -> None:
-    """Every policy of the papers on one cluster and the same number of tokens (--help for its flags)."""
-    from hsplit.benchmark import run_benchmark
 
-    run_benchmark("policies", arguments)
-
-
-# The experiment reads its flags itself, --help included.
-@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def planner(arguments: tuple[str, ...]) -> None:
-    """How long planning takes as clients grow in number, and what it is worth (--help for its flags)."""
-    from hsplit.benchmark import run_benchmark
-
-    run_benchmark("planner", arguments)
+_EXPERIMENTS = {
+    "planner": "How long planning takes as clients grow in number, and what it is worth",
+    "policies": "Every policy of the papers on one cluster and the same number of tokens",
+    "aggregation": "Time, memory and error of aggregation at size, and what merging an update loses",
+    "wire": "What sending activations and gradients in bf16 and int8 costs in perplexity",
+}
 
 
-@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def aggregation(arguments: tuple[str, ...]) -> None:
-    """Time, memory and error of aggregation at size, and what merging an update loses (--help for its flags)."""
-    from hsplit.benchmark import run_benchmark
+def _experiment(name: str, about: str) -> click.Command:
+    # The experiment reads its flags itself, --help included.
+    @click.command(
+        name,
+        help=f"{about} (--help for its flags).",
+        context_settings={"ignore_unknown_options": True},
+        add_help_option=False,
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> None:
+        from hsplit.benchmark import run_benchmark
 
-    run_benchmark("aggregation", arguments)
+        run_benchmark(name, arguments)
+
+    return command
 
 
-@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def wire(arguments: tuple[str, ...]) -> None:
-    """What sending activations and gradients in bf16 and int8 costs in perplexity (--help for its flags)."""
-    from hsplit.benchmark import run_benchmark
-
-    run_benchmark("wire", arguments)
+for _name, _about in _EXPERIMENTS.items():
+    bench.add_command(_experiment(_name, _about))

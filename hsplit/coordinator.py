@@ -335,7 +335,7 @@ class Coordinator:
                 f"round {self.progress.round + 1}: the residual reached residual.max_rank; at most "
                 f"{cut:.2e} of a weight's residual (relative Frobenius norm) was cut"
             )
-            self._events.write("residual_cut", text, relative_norm=cut)
+            self._note("residual_cut", text, relative_norm=cut)
 
     def _validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""

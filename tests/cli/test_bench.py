@@ -110,6 +110,32 @@ job:
     assert rounds.groupby("wire")["round"].max().eq(1).all()
 
 
+def test_the_policies_benchmark_counts_who_and_what_is_lost(tmp_path: Path, models: dict[str, Path]) -> None:
+    from benchmarks.policies import main
+
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        f"""
+server: {{memory_gb: 1, tflops: 0.001}}
+clients: [{{name: small, memory_gb: 0.002, tflops: 0.001}}, {{name: large, memory_gb: 0.05, tflops: 0.001}}]
+job:
+  {{model: {models["llama"]}, rank_set: [1, 2], rounds: 1, local_steps: 2, data: {{examples: 40}}}}
+"""
+    )
+    flags = ["--policies", "hsplitlora", "flexlora", "ft", "--to", str(tmp_path / "results")]
+    main(["--cluster", str(cluster), *flags])
+    rows = pandas.read_csv(tmp_path / "results" / "policies.csv").set_index("policy")
+    assert rows.available.tolist() == [2, 1, 2]
+    # Half as many clients take twice the steps, so that the tokens are about the same.
+    assert rows.steps.tolist() == [2, 4, 2]
+    assert rows.data_lost.tolist() == [0, 0.5, 0]
+    assert (rows.bytes_up_mb > 0).tolist() == [True, True, False]
+    # Everybody's data is judged alike; what the run says of itself is of those who took part.
+    assert rows.ppl["hsplitlora"] == pytest.approx(rows.val_ppl["hsplitlora"], rel=1e-2)
+    assert rows.ppl["ft"] == pytest.approx(rows.val_ppl["ft"], rel=1e-5)
+    assert "| flexlora |" in (tmp_path / "results" / "policies.md").read_text()
+
+
 def test_experiments_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (benchmark.benchmark_directory() / "planner.py").is_file()
     assert benchmark.results_directory("planner") == benchmark.benchmark_directory() / "results" / "planner"
