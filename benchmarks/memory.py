@@ -27,7 +27,8 @@ from hsplit.actors.messages import Activations, WireTensor
 from hsplit.actors.participant import Participant
 from hsplit.actors.participants import participant_class
 from hsplit.actors.server import Server
-from hsplit.config import Job, Policy
+from hsplit.config import Client as ClientConfig
+from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.lora.low_rank import LowRank
@@ -56,6 +57,7 @@ class Case:
         noise: ``privacy.noise``.
         grad_accumulation: batches a step.
         holds: ``front``, the whole ``model``, or all ``weights`` to train them.
+        aggregation: the policy's.
     """
 
     model: str
@@ -72,14 +74,19 @@ class Case:
     noise: float = 0.0
     grad_accumulation: int = 1
     holds: str = "front"
+    aggregation: str = "concat"
 
     @property
     def policy(self) -> Policy:
-        if self.holds == "front":
-            return Policy()
-        if self.holds == "model":
-            return Policy(placement="full")
-        return Policy(placement="single", train="weights", aggregation="none")
+        if self.holds == "weights":
+            return Policy(placement="single", train="weights", aggregation="none")
+        placement = "split" if self.holds == "front" else "full"
+        return Policy.model_validate({"placement": placement, "ranks": self.rank, "aggregation": self.aggregation})
+
+    def cost(self, config: Any) -> CostModel:
+        """What a run of this job under this policy would count."""
+        one = ClientConfig(name="one", kind="one", memory_gb=1.0, tflops=1.0)
+        return CostModel.of_run(config, RunConfig(clients=(one,), job=self.job, policy=self.policy))
 
     @property
     def job(self) -> Job:
@@ -178,7 +185,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
     _client_checks(holder, case, config.hidden_size)
     holder.call("round", "held")
     rest = holder.settle()
-    cost = CostModel(config, job, whole=case.holds != "front", trains_weights=case.holds == "weights")
+    cost = case.cost(config)
     predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
     return Measured(rest, holder.peak, holder.parts, predicted)
 
@@ -216,7 +223,7 @@ def _client_checks(holder: _Holder, case: Case, width: int) -> None:
 
 def measured_server(directory: Path, case: Case) -> Measured:
     """Drive the server of ``case`` through all that a run asks of it, with residuals at their cap."""
-    job, policy = case.job, Policy(name="hsplitlora")
+    job, policy = case.job, case.policy
     config = model_config(directory)
     shapes = targeted(linear_shapes(config), job.targets)
     plan = _plan(config, shapes, case)
@@ -227,11 +234,13 @@ def measured_server(directory: Path, case: Case) -> Measured:
     gradients = [_random((case.batch_size * case.length, config.hidden_size), case.wire) for _ in messages]
     _server_steps(holder, case, messages, gradients, 0)
     tensors = holder.actor.state()
-    for s in shapes:
-        factors = _factors(s, _cap(s, case), case)
-        tensors[f"residual.{s.name}.B"], tensors[f"residual.{s.name}.A"] = factors.B, factors.A
+    if case.aggregation == "concat":
+        for s in shapes:
+            factors = _factors(s, _cap(s, case), case)
+            tensors[f"residual.{s.name}.B"], tensors[f"residual.{s.name}.A"] = factors.B, factors.A
+        del factors
     holder.call("round", "load_state", tensors, *(c.name for c in plan.clients))
-    del tensors, factors
+    del tensors
     # What this replaces was made here, outside the allocator's sight, so that its end is not seen.
     holder.call("filling", "aggregate", 2, *[_held(c, shapes, case) for c in plan.clients])
     _server_steps(holder, case, messages, gradients, 1)
@@ -241,13 +250,16 @@ def measured_server(directory: Path, case: Case) -> Measured:
     del messages, gradients
     holder.call("round", "state")
     rest = holder.settle()
-    predicted = CostModel(config, job).server_bytes(case.splits, plan.server.ranks)
+    predicted = case.cost(config).server_bytes(case.splits, plan.server.ranks)
     return Measured(rest, holder.peak, holder.parts, predicted)
 
 
 def _server_steps(
     holder: _Holder, case: Case, messages: Sequence[Activations], gradients: Sequence[WireTensor], round_: int
 ) -> None:
+    if case.holds != "front":
+        # Nothing of a step comes here.
+        return
     for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
         if case.labels == "server":
             holder.call("step", "train_step", step, micro, *messages)
@@ -259,6 +271,8 @@ def _server_steps(
 def _server_checks(
     holder: _Holder, case: Case, messages: Sequence[Activations], gradients: Sequence[WireTensor]
 ) -> None:
+    if case.holds != "front":
+        return
     if case.labels == "server":
         holder.call("validation", "evaluate", *messages)
         holder.call("probe", "probe", *messages)
@@ -356,6 +370,9 @@ SERVERS = (
     Case(GPT2, "nf4", (1, 2, 4, 8), rank=16),
     Case(GPT2, "fp32", (3, 9), labels="client"),
     Case(GPT2, "int8", (6, 6, 6)),
+    Case(SMOLLM2, "nf4", (30, 30, 30), holds="model", rank=16, aggregation="hetlora"),
+    Case(SMOLLM2, "nf4", (30, 30), holds="model", aggregation="flexlora"),
+    Case(GPT2, "fp32", (12,), holds="model", rank=16, aggregation="fedavg"),
 )
 
 

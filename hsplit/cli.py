@@ -197,7 +197,6 @@ def bench() -> None:
     """Repeat an experiment of benchmarks/ on this machine."""
 
 
-
 _EXPERIMENTS = {
     "planner": "How long planning takes as clients grow in number, and what it is worth",
     "policies": "Every policy of the papers on one cluster and the same number of tokens",

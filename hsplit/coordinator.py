@@ -68,6 +68,8 @@ class Coordinator:
         self._metrics = MetricsTable(directory.metrics, MetricsRow)
         self._plans = MetricsTable(directory.plan, PlanRow)
         self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
+        # The one node is the server's: nothing travels.
+        self._single = run.policy.placement == "single"
         self._clients: list[str] = []
         self._unavailable: set[str] = set()
         self._probe_peaks: dict[str, int] = {}
@@ -172,9 +174,18 @@ class Coordinator:
         # A single node has everybody's data.
         every = self._inputs.shares
         shares = {name: every if name == CENTRAL else {name: every.get(name)} for name in names}
-        calls = [self._executor.call(name, "load_data", shares[name], own.get(name)) for name in names]
-        reports: list[DataReport] = self._executor.get(calls)
-        for report in reports:
+        calls = {name: self._executor.call(name, "load_data", shares[name], own.get(name)) for name in names}
+        for name, call in calls.items():
+            try:
+                report: DataReport
+                (report,) = self._executor.get([call])
+            except InputError as error:
+                if name not in self._unavailable:
+                    raise
+                # Who has no part cannot fail the run.
+                self._examples[name] = 0
+                self._note("data", f"{name}, which is unavailable: {error}", client=name)
+                continue
             self._examples[report.client] = report.train + report.validation
             self._validation_batches[report.client] = report.validation_batches
             text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
@@ -231,7 +242,7 @@ class Coordinator:
         done = self.progress.round
         requests = [
             BudgetRequest(name, change.values())
-            for name, holder in [(SERVER, self._run.server), *((c.name, c) for c in self._run.clients)]
+            for name, holder in [(SERVER, self._run.server), *((c.name, c) for c in self._run.participants)]
             for change in holder.schedule
             if change.round == done + 1
         ]
@@ -274,6 +285,8 @@ class Coordinator:
                 if client in moving
             ]
         )
+        if self._single:
+            down = {}
         self.progress.bytes_down += sum(down.values())
         self.progress.virtual_time_s += self._one(SCHEDULER, "reconfiguration_time_s", before, plan, down)
         self._record_cut(report.residual_cut)
@@ -315,8 +328,7 @@ class Coordinator:
         report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
         (report,) = self._executor.get([report])
         up, down = report.nbytes_up, report.nbytes_down
-        if self._run.policy.placement == "single":
-            # The one node is the server's: nothing travels.
+        if self._single:
             up, down = {}, {}
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())

@@ -14,7 +14,7 @@ from hsplit.errors import InputError
 Part = TypeVar("Part")
 
 
-def find_part(word: str, built_in: Mapping[str, Part], key: str) -> Part | Any:
+def find_part(word: str, built_in: Mapping[str, Part], key: str, kind: type | tuple[type, ...] = ()) -> Part | Any:
     """What a policy's ``key`` means: a built-in part by its name, or a user's own.
 
     A user's module must be importable on every node: installed there, or in the directory that the run is started
@@ -24,6 +24,7 @@ def find_part(word: str, built_in: Mapping[str, Part], key: str) -> Part | Any:
         word: a name in ``built_in``, or ``package.module:name``.
         built_in: the registry.
         key: for messages, such as ``policy: aggregation``.
+        kind: what a user's own may be instead of a function.
 
     Raises:
         InputError: there is no such module or name, it cannot be imported, or it cannot be called.
@@ -34,18 +35,19 @@ def find_part(word: str, built_in: Mapping[str, Part], key: str) -> Part | Any:
         raise InputError(f"{key}: must be one of {', '.join(built_in)}, or package.module:name (got {word!r})")
     module_name, _, name = word.partition(":")
     try:
-        part = getattr(_imported(module_name), name)
+        module = _imported(module_name)
     except ModuleNotFoundError as error:
         why = f"no module named {error.name!r} (it must be importable on every node)"
         raise InputError(f"{key}: {word}: {why}") from None
-    except AttributeError:
-        raise InputError(f"{key}: {word}: the module {module_name} has no {name!r}") from None
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"{key}: {word}: importing {module_name} failed: {type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
-    if not callable(part):
+    part = getattr(module, name, None)
+    if part is None:
+        raise InputError(f"{key}: {word}: the module {module_name} has no {name!r}")
+    if not callable(part) and not isinstance(part, kind):
         raise InputError(f"{key}: {word}: must be a function (got {type(part).__name__})")
     return part
 

@@ -34,7 +34,9 @@ def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float
     Raises:
         InputError: the run has no such holder, its budget no such field, or a value is out of range.
     """
-    known = [*(client.name for client in RunConfig.load(directory.config).clients), SERVER]
+    run = RunConfig.load(directory.config)
+    # A single node has the server's budget; the clients only lend their data.
+    known = [*(client.name for client in run.clients if run.policy.placement != "single"), SERVER]
     if holder not in known:
         raise InputError(f"{displayed(directory.path)}: has no holder {holder!r}; it has: {', '.join(known)}")
     try:

@@ -54,7 +54,7 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     job = run.job
-    evaluation = _evaluation(directory)
+    evaluation = _evaluation(directory, progress.round)
     data = ModelCardData(
         base_model=job.model if is_hub_id(job.model) else None,
         library_name="peft" if format_ == "peft" else "transformers",
@@ -223,10 +223,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _evaluation(directory: RunDirectory) -> dict[str, Any] | None:
-    """What ``hsplit eval`` left in the run's directory."""
+def _evaluation(directory: RunDirectory, round_: int) -> dict[str, Any] | None:
+    """What ``hsplit eval`` left in the run's directory, if that is of this round."""
     file = directory.path / "eval.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if found.get("round") == round_ else None
 
 
 def _eval_results(evaluation: dict[str, Any] | None, source: str) -> list[EvalResult] | None:

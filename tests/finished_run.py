@@ -77,9 +77,10 @@ def finished_run(folder: Path, model: Path, **job: Any) -> FinishedRun:
     plan = fixed_plan(model, wanted, [1, 3], [2, 4], 4)
     clients = tuple(Client(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     config = RunConfig(clients=clients, job=wanted, policy=policy)
-    shares = read_inputs(config, find_model(str(model))).shares
+    inputs = read_inputs(config, find_model(str(model)))
     directory = RunDirectory.create(folder / "runs", "tiny")
-    made = coordinator(model, folder, plan, shares, Recorder(), policy=policy, directory=directory, **settings)
+    known = {"policy": policy, "directory": directory, "data_sha256": inputs.data_sha256}
+    made = coordinator(model, folder, plan, inputs.shares, Recorder(), **known, **settings)
     assert made.run()
     config.save(directory.config)
     return FinishedRun(directory, config, source, model)

@@ -129,6 +129,7 @@ def coordinator(
     policy: Policy | None = None,
     directory: RunDirectory | None = None,
     later: Mapping[int, Plan] | None = None,
+    data_sha256: str = "data",
     **job: Any,
 ) -> Coordinator:
     """A coordinator over plain objects, ready to run; ``later`` as :class:`FixedScheduler` has it.
@@ -140,5 +141,5 @@ def coordinator(
     clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     run = RunConfig(clients=clients, job=settings, policy=policy)
     directory = directory or RunDirectory.create(to, None)
-    inputs, scheduler = Inputs(shares, "model", "data"), FixedScheduler(plan, later)
+    inputs, scheduler = Inputs(shares, "model", data_sha256), FixedScheduler(plan, later)
     return local_run(run, model, directory, inputs, recorder, scheduler=scheduler)

@@ -151,7 +151,7 @@ def test_ft_is_plain_training_of_every_weight(models: dict[str, Path], tmp_path:
     [
         CENLORA,
         FT,
-        {"placement": "full", "ranks": "budget", "aggregation": "hetlora", "self_pruning": {"decay": 0.7}},
+        {"placement": "full", "ranks": 8, "aggregation": "hetlora", "self_pruning": {"decay": 0.7, "penalty": 50.0}},
         {"placement": "full", "ranks": "importance", "importance": {"metric": "rngwp"}},
         {"placement": "split", "ranks": "budget", "aggregation": "raflora"},
     ],
@@ -271,3 +271,63 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(
 def test_settings_without_a_meaning_under_a_placement_are_refused(policy: str, override: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         load_run_config("hetero", policy, [override])
+
+
+def unequal(policy: dict[str, Any], model: Path, **job: Any) -> RunConfig:
+    """A run whose clients have memory for the full model at ranks 32, 8 and 2."""
+    run = a_run(policy, **job)
+    cost = CostModel.of_run(model_config(model), run)
+    sizes = [cost.client_bytes(LAYERS, {w.name: rank for w in cost.model.weights}) + 1 for rank in (32, 8, 2)]
+    clients = tuple(c.changed({"memory_gb": size / 1e9}) for c, size in zip(run.clients, sizes, strict=True))
+    return run.model_copy(update={"clients": clients})
+
+
+@pytest.mark.parametrize("aggregation", ["hetlora", "flexlora", "raflora"])
+def test_holders_of_smaller_ranks_go_on_with_the_leading_directions_and_a_resumed_run_too(
+    models: dict[str, Path], tmp_path: Path, aggregation: str
+) -> None:
+    policy = {"placement": "full", "ranks": "budget", "aggregation": aggregation, "init": "shared"}
+    run = unequal(policy, models["llama"], rounds=3, local_steps=2)
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    made = started(run, models["llama"], tmp_path / "whole", whole)
+    made.run()
+    assert [set(client.ranks.values()) for client in made._plan.clients] == [{32}, {8}, {2}]
+    _, tensors = read_checkpoint(latest_checkpoint(made._directory.checkpoints)[0])
+    learnt = learned(tensors["server"])
+    # Nothing was trained since the last restart, so every holder still has what it took.
+    for name, rank in zip(NAMES, (32, 8, 2), strict=True):
+        adapters = actors(made)[name].holder.adapters
+        for weight, term in learnt.items():
+            expected = term.up_to_rank(rank)
+            live = adapters.live(weight, expected.rank)
+            assert torch.allclose(live.dense(), expected.dense(), atol=1e-6), (name, weight)
+    interrupted = started(run, models["llama"], tmp_path / "cut", first)
+    first.after_step = lambda step: setattr(interrupted, "stopping", step == 3)
+    assert not interrupted.run()
+    shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
+    checkpoint, _ = latest_checkpoint(interrupted._directory.checkpoints)
+    assert planned_run(run, models["llama"], interrupted._directory, shares, second).run(checkpoint)
+    assert [row.val_loss for row in (*first.rows, *second.rows)] == [row.val_loss for row in whole.rows]
+
+
+@pytest.mark.parametrize("policy", [{"ranks": "uniform", "aggregation": "fedavg", "init": "shared"}, CENLORA])
+def test_e4_holds_for_rules_without_a_residual_when_ranks_fall(
+    models: dict[str, Path], tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    """One rank for all falls between two rounds: what no longer fits the adapters joins the residual."""
+    from hsplit.lora.aggregator import Aggregator
+    from hsplit.lora.holder import HeldAdapters
+    from hsplit.lora.low_rank import LowRank
+
+    run = a_run(policy)
+    shape = linear_shapes(model_config(models["llama"]))[0]
+    aggregator = Aggregator([shape], run.job, run.policy, torch.float32, merges=False)
+    term = LowRank(torch.randn(shape.d_out, 4), torch.randn(4, shape.d_in))
+    held = HeldAdapters("c0", {shape.name: term}, {shape.layer: 3}, {shape.name: shape.layer})
+    aggregator.aggregate([held])
+    _, changed = aggregator.fit_restarts({"c0": {shape.name: 2}})
+    assert changed == {shape.name}
+    update = aggregator.update_for(2, {shape.name: 2}, whole=[shape.name])
+    kept, moved = update.common[shape.name], update.residuals[shape.name].factors
+    assert kept.rank == 2 and moved is not None
+    assert torch.allclose(kept.dense() + moved.dense(), term.dense(), atol=1e-5)

@@ -141,6 +141,13 @@ def connect(address: str | None, cpus: float, dashboard: bool = True) -> str | N
     return context.dashboard_url or None
 
 
+def server_request(run: RunConfig) -> Holder:
+    """What Ray must reserve for the server: nothing beside a single node, which has the server's resources."""
+    if run.policy.placement != "single":
+        return run.server
+    return run.server.model_copy(update={"num_cpus": 0.0, "num_gpus": 0.0})
+
+
 def check_requests(run: RunConfig) -> None:
     """Refuse at once what no node could ever give.
 
@@ -148,7 +155,7 @@ def check_requests(run: RunConfig) -> None:
         InputError: names the holder, what it asks for and what the largest node has.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.participants)]:
+    for name, holder in [(SERVER, server_request(run)), *((c.name, c) for c in run.participants)]:
         fitting = _matching_nodes(nodes, name, holder)
         for resource, wanted in (("CPU", holder.num_cpus), ("GPU", holder.num_gpus)):
             most = max(node["Resources"].get(resource, 0.0) for node in fitting)
@@ -190,8 +197,9 @@ class RayExecutor:
             threads = None if client.name == CENTRAL else max(1, int(client.num_cpus))
             device = _device(client)
             self._handles[client.name] = actor.remote(client.name, run.job, run.policy, own, device, threads)
-        server = _remote(ServerActor, f"hsplit:{run_name}:server", run.server)
-        self._handles[SERVER] = server.remote(run.job, run.policy, shared, _device(run.server))
+        holder = server_request(run)
+        server = _remote(ServerActor, f"hsplit:{run_name}:server", holder)
+        self._handles[SERVER] = server.remote(run.job, run.policy, shared, _device(holder))
         scheduler = ray.remote(SchedulerActor).options(
             name=f"hsplit:{run_name}:scheduler", namespace=NAMESPACE, num_cpus=0
         )

@@ -91,7 +91,8 @@ class Scheduler:
             self._budgets.setdefault(request.holder, {}).update(request.values)
             new = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
             reasons.append(f"the budget of {request.holder} is now {new}")
-        if settings.measured:
+        if settings.measured and self._config.policy.placement != "single":
+            # A single node has nobody to give anything to.
             reasons += self._overruns(current, measured_bytes)
         importance = self._planned_with
         if reports:
@@ -125,9 +126,11 @@ class Scheduler:
 
     def _declared(self) -> list[Client]:
         if self._config.policy.placement == "single":
-            # The one node is the server's.
+            # The one node is the server's, and has what the aggregator beside it leaves.
             server = self._config.server.changed(self._budgets.get(SERVER, {}))
-            return list(self._config.model_copy(update={"server": server}).participants)
+            (node,) = self._config.model_copy(update={"server": server}).participants
+            left = server.memory_bytes - self.cost.server_bytes([self.cost.model.layers], {})
+            return [node.changed({"memory_gb": max(left, 0) / 1e9})]
         return [client.changed(self._budgets.get(client.name, {})) for client in self._config.clients]
 
     def _overruns(self, current: Plan, measured_bytes: Mapping[str, int]) -> list[str]:

@@ -70,7 +70,7 @@ class Replan(Section):
 
 
 class SelfPruning(Section):
-    """How holders give up directions that they do not need, as HetLoRA does."""
+    """How holders give up directions that they do not need, as HetLoRA does, until another plan gives ranks anew."""
 
     decay: float = Field(default=0.99, gt=0, lt=1, description="part of its rank that a holder keeps when it prunes")
     penalty: NonNegative = Field(default=5e-3, description="weight of the trailing directions' size in the loss")
@@ -124,8 +124,11 @@ class Policy(Section):
     @property
     def probes(self) -> bool:
         """Whether a run has to measure importance: some plan depends on it."""
+        by_importance = self.ranks in ("importance", "budget") or is_reference(self.ranks)
+        # One rank for all captures the same at every split, whatever matters.
+        searched = self.placement == "split" and self.split == "planned" and by_importance
         by_importance = self.ranks == "importance" or is_reference(self.ranks)
-        split_by_importance = self.placement == "split" and (self.split == "planned" or is_reference(self.split))
+        split_by_importance = searched or (self.placement == "split" and is_reference(self.split))
         return self.train == "adapters" and self.importance.metric != "equal" and (by_importance or split_by_importance)
 
     @model_validator(mode="after")
@@ -151,6 +154,8 @@ class Policy(Section):
             yield "aggregation", "'none' would leave every holder with a model of its own; it needs placement 'single'"
         if self.train == "weights" and self.placement != "single":
             yield "train", f"'weights' needs placement 'single' (got {shown(self.placement)})"
+        if self.self_pruning is not None and self.moments == "keep":
+            yield "self_pruning", "needs moments 'drop': kept moments would move directions that were given up"
         if self.self_pruning is not None and self.aggregation != "hetlora":
             yield (
                 "self_pruning",

@@ -41,6 +41,9 @@ def _check_shares(job: Job, sharing: int) -> None:
 
 def _check_placement(job: Job, policy: Policy, own_data: list[str]) -> None:
     """Refuse settings of the job that a policy's placement gives no meaning to."""
+    if policy.train == "weights" and (job.dropout or job.targets != "all-linear"):
+        key = "dropout" if job.dropout else "targets"
+        raise refuse("is of adapters, and this policy trains every weight: leave it out", "job", key)
     if policy.placement == "split":
         return
     if job.privacy.noise:

@@ -107,6 +107,7 @@ def evaluate(
         beams=beams,
         max_new_tokens=max_new_tokens,
         scores=scores,
+        round=None if opened.progress is None else opened.progress.round,
         notes=tuple(notes),
         generations=generations,
     )
@@ -148,7 +149,7 @@ def _inputs(opened: Target, path: Path, data: str | Path | None, notes: list[str
 
 
 def _test_part(opened: Target, path: Path) -> tuple[list[TestInput], str]:
-    from hsplit.launcher import read_shared
+    from hsplit.launcher import read_inputs, read_shared
 
     if opened.run is None or opened.source is None:
         raise InputError(f"{displayed(path)}: is an exported directory, which has no data of its own; give --data FILE")
@@ -158,8 +159,16 @@ def _test_part(opened: Target, path: Path) -> tuple[list[TestInput], str]:
             f"{displayed(path)}: the run kept no test part of its data (data.test is 0, or all data is the clients' "
             "own); give --data FILE, or launch with --set data.test=0.1"
         )
+    _same_data(opened, read_inputs(opened.run, opened.source).data_sha256)
     _, test = read_shared(opened.run, opened.source)
     return grouped(test), f"the test part ({data.test:g}) of {Path(data.source).name}"
+
+
+def _same_data(opened: Target, data_sha256: str) -> None:
+    """Refuse data that has changed since the run began: what was trained on could not be told from it."""
+    assert opened.run is not None and opened.progress is not None
+    if data_sha256 != opened.progress.data_sha256:
+        raise InputError(f"{opened.run.job.data.source}: is not the data that the run was started with")
 
 
 def _trained_on(opened: Target, notes: list[str]) -> set[str]:
@@ -171,13 +180,14 @@ def _trained_on(opened: Target, notes: list[str]) -> set[str]:
     if any(client.data is not None for client in run.clients):
         notes.append("what clients with data of their own trained on is not known here")
     try:
-        shares = read_inputs(run, source).shares
+        inputs = read_inputs(run, source)
+        _same_data(opened, inputs.data_sha256)
     except InputError as error:
         notes.append(f"the run's data cannot be read, so no input was left out for having been trained on ({error})")
         return set()
     validation = run.job.validation
     prompts: set[str] = set()
-    for name, share in shares.items():
+    for name, share in inputs.shares.items():
         if share is not None:
             # As each client's data is held out from, on whatever node it lies.
             train, _ = hold_out(share, validation.share, validation.max_examples, hash_seed(run.job.seed, name))

@@ -42,6 +42,7 @@ class Evaluation:
         supervised_tokens: that perplexity is over; ``None`` where it was not asked for.
         beams, max_new_tokens: of the generation.
         scores: by name: ``ppl``, ``bleu`` (0 to 100), ``nist``, ``meteor``, ``rouge_l`` (0 to 1), ``cider``.
+        round: rounds that the run had done; ``None`` for an exported directory.
         notes: what was left out and why, and other things to know.
         generations: one an input; empty where only perplexity was asked for.
     """
@@ -55,6 +56,7 @@ class Evaluation:
     beams: int
     max_new_tokens: int
     scores: dict[str, float]
+    round: int | None
     notes: tuple[str, ...]
     generations: tuple[Generation, ...] = ()
 

@@ -19,6 +19,7 @@ from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
+from hsplit.lora.aggregation import find_aggregation
 from hsplit.lora.export import learned_parts, trained_weights
 from hsplit.model_card import METADATA
 from hsplit.models.checkpoint_reader import CheckpointReader
@@ -41,7 +42,7 @@ class Target:
         how: in words, how it computes.
         separator: ``job.data.separator`` of the run that it is from, where that is known.
         seed: the run's, 0 for an exported directory.
-        run, source: the run's configuration and base, ``None`` for an exported directory.
+        run, source, progress: the run's configuration, base and last checkpoint, ``None`` for an exported directory.
         notes: what else there is to say.
     """
 
@@ -52,6 +53,7 @@ class Target:
     seed: int = 0
     run: RunConfig | None = None
     source: ModelSource | None = None
+    progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -101,13 +103,19 @@ def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
     if run.job.privacy.noise:
         notes = [*notes, "the noise that clients add to activations (privacy.noise) is left out"]
     tokenizer = _tokenizer(source.directory)
-    return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, list(notes))
+    return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, progress, list(notes))
+
+
+def _global(run: RunConfig) -> str:
+    """Where holders of smaller ranks compute with a part of it only."""
+    truncates = find_aggregation(run.policy.aggregation).truncates
+    return " (the global one: holders of smaller ranks have its leading directions)" if truncates else ""
 
 
 def _cut(run: RunConfig, progress: Progress, client: str | None) -> tuple[Cut | None, str]:
     if run.policy.placement != "split":
         _refuse_client(client, f"policy {run.policy.name} splits nothing (placement {run.policy.placement!r})")
-        return None, "as one model, which each holder has whole"
+        return None, f"as one model, which each holder has whole{_global(run)}"
     assert progress.plan is not None
     plan = Plan.from_json(progress.plan)
     if client is None:
@@ -120,7 +128,10 @@ def _cut(run: RunConfig, progress: Progress, client: str | None) -> tuple[Cut | 
         chosen = found[0]
     assert chosen.split is not None
     job = run.job
-    how = f"through the split model, cut at layer {chosen.split} of {plan.layers} as {chosen.name} is, wire {job.wire}"
+    how = (
+        f"through the split model, cut at layer {chosen.split} of {plan.layers} as {chosen.name} is, wire {job.wire}"
+        f"{_global(run)}"
+    )
     return Cut(chosen.split, job.wire, job.privacy.labels), how
 
 

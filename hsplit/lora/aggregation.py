@@ -154,11 +154,13 @@ def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
     """The leading directions of ``total``, as many as the largest rank, B with the singular values."""
     dtype = total.terms[0].A.dtype
     parts = spectral(total)
-    leading = parts.part(0, min(restart.largest, len(parts.S)), torch.float64)
-    root = parts.S[: leading.rank].sqrt()
-    # From balanced factors to U diag(S) and V; a direction of no weight has no side to move it to.
-    safe = torch.where(root > 0, root, torch.ones_like(root))
-    return Outcome(None, LowRank(leading.B * root, leading.A / safe[:, None]).to(dtype))
+    # Directions of rounding errors are left out, so that what remains of the rank starts fresh instead of dead.
+    kept = min(restart.largest, parts.rank)
+    if kept == 0:
+        return Outcome(None, None)
+    leading, root = parts.part(0, kept, torch.float64), parts.S[:kept].sqrt()
+    # From balanced factors to U diag(S) and V.
+    return Outcome(None, LowRank(leading.B * root, leading.A / root[:, None]).to(dtype))
 
 
 def _product_norm(term: LowRank) -> float:
@@ -173,31 +175,32 @@ class Aggregation:
 
     Attributes:
         rule: the rule.
-        keeps_residual: whether anything ever joins the residual. Without, plans reserve no memory for one, and holders
-            of smaller ranks simply take less of the common restart.
+        keeps_residual: whether anything joins the residual at a round's end. Without, plans reserve no memory for one.
+        truncates: whether holders take as much of the common restart as their ranks have room for, and lose the rest.
         decomposes: whether it takes singular value decompositions, which cost memory and time.
     """
 
     rule: Rule
     keeps_residual: bool = True
+    truncates: bool = False
     decomposes: bool = True
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "concat": Aggregation(noise_free),
     "fedavg": Aggregation(average_factors, keeps_residual=False, decomposes=False),
-    "hetlora": Aggregation(sparsity_weighted, keeps_residual=False, decomposes=False),
-    "flexlora": Aggregation(averaged_products, keeps_residual=False),
-    "raflora": Aggregation(averaged_slices, keeps_residual=False),
+    "hetlora": Aggregation(sparsity_weighted, keeps_residual=False, truncates=True, decomposes=False),
+    "flexlora": Aggregation(averaged_products, keeps_residual=False, truncates=True),
+    "raflora": Aggregation(averaged_slices, keeps_residual=False, truncates=True),
     "none": Aggregation(continued, keeps_residual=False, decomposes=False),
 }
 
 
 def find_aggregation(name: str) -> Aggregation:
-    """The aggregation that a policy names; a user's own rule may use the residual.
+    """The aggregation that a policy names; a user's own is an ``Aggregation``, or a rule that may use the residual.
 
     Raises:
         InputError: there is none of that name.
     """
-    found = find_part(name, AGGREGATIONS, "policy: aggregation")
+    found = find_part(name, AGGREGATIONS, "policy: aggregation", Aggregation)
     return found if isinstance(found, Aggregation) else Aggregation(found)

@@ -57,6 +57,8 @@ class Aggregator:
                 if name in before:
                     self._common[name] = before[name]
                 continue
+            # Gone before its successor is made, so that two sets of restarts never are in memory together.
+            before.pop(name, None)
             contributions = [
                 Contribution(_on_cpu(h.terms[name]), count / total)
                 for h, count in zip(holders, tokens, strict=True)
@@ -73,7 +75,7 @@ class Aggregator:
     def fit_restarts(self, next_ranks: Ranks) -> tuple[float, set[str]]:
         """Make the common restarts fit holders of other ranks: what no longer fits joins the residual (law E4).
 
-        An aggregation without a residual leaves them as they are: its holders take what their ranks have room for.
+        An aggregation that truncates leaves them as they are: its holders take what their ranks have room for.
 
         Args:
             next_ranks: of those who hold the weights from now on; their adapters have not been trained since the
@@ -83,7 +85,7 @@ class Aggregator:
             What caps cut, as :meth:`aggregate` does, and the weights that change for every holder.
         """
         cut, changed = 0.0, set[str]()
-        if not self._aggregation.keeps_residual:
+        if self._aggregation.truncates:
             return cut, changed
         for name, common in list(self._common.items()):
             room = _smallest_rank(name, next_ranks)

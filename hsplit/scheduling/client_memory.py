@@ -51,8 +51,11 @@ class ClientMemory:
         nbytes = model.dense_bytes.sum() + model.embedding_bytes + model.tail_bytes(head=not model.tied)
         values = model.master.itemsize * nbytes / model.dtype.itemsize
         logits = 4 * model.master.itemsize * model.rows * model.words
-        work = prefix(model.saved)[-1] + model.transient.max() + logits
-        step = 4 * values + UNSEEN * work + model.batch_bytes
+        # The input of every linear is counted; norms keep theirs too where they are trained, twice a layer and last.
+        norms = (2 * model.layers + 1) * model.hidden_bytes
+        work = prefix(model.saved)[-1] + norms + model.transient.max() + logits
+        narrow = model.narrow_bytes * values / model.master.itemsize
+        step = 4 * values + narrow + UNSEEN * work + model.batch_bytes
         return round(float(max(step, 2 * 3 * values)))
 
     def peak_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
@@ -110,7 +113,9 @@ class ClientMemory:
         most = np.maximum(_running_maximum(model.loading(codes=model.client_codes is not None)), CHUNK_BYTES)
         if model.quantized:
             most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
-        return np.maximum(most - prefix(model.by_layer(model.rank_set[0] * model.adapter_bytes)), 0.0)
+        return np.maximum(
+            most - prefix(model.by_layer(min(model.rank_set[0], model.top_rank) * model.adapter_bytes)), 0.0
+        )
 
 
 def _running_maximum(values: Floats) -> Floats:

@@ -120,8 +120,8 @@ class VirtualClock:
         if cap != "full" and model.keeps_residual:
             decomposed.append(rank + cap)
         for width in decomposed:
-            # Two QR with their Q formed and multiplied, and an SVD of the core.
-            total += float((6.0 * model.sides * width**2 + 22.0 * width**3).sum())
+            # Two QR, an SVD of the core, and at most all directions formed by products with the factors.
+            total += float((4.0 * model.sides * width**2 + 22.0 * width**3).sum())
         return total
 
     @cached_property

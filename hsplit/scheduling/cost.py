@@ -71,6 +71,7 @@ class CostModel:
             # Plans reserve memory for a residual only where something joins it.
             residual=aggregation.keeps_residual,
             decomposes=aggregation.decomposes,
+            truncates=aggregation.truncates,
             top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
             whole=policy.placement != "split",
             trains_weights=policy.train == "weights",

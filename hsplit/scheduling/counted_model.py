@@ -57,6 +57,7 @@ class CountedModel:
         job: the run's settings.
         residual: whether the run's aggregation keeps a residual at all.
         decomposes: whether it takes singular value decompositions.
+        truncates: whether each holder gets its own part of the common restarts.
         top_rank: the largest rank that a plan may give; by default that of ``job.rank_set``.
         whole: clients hold the full model (placement ``full`` or ``single``): the tail is theirs, the base stays as it
             is stored, and nothing of a step travels.
@@ -81,6 +82,7 @@ class CountedModel:
         *,
         residual: bool = True,
         decomposes: bool = True,
+        truncates: bool = False,
         top_rank: int | None = None,
         whole: bool = False,
         trains_weights: bool = False,
@@ -93,18 +95,22 @@ class CountedModel:
         self.tied = bool(config.tie_word_embeddings)
         self.dtype = resolve_dtype(job.dtype)
         self.master = torch.promote_types(self.dtype, torch.float32)
+        self.narrow_bytes = self.dtype.itemsize if trains_weights and self.dtype != self.master else 0
+        if trains_weights:
+            # Weights are kept in the master dtype, and so is what flows between layers under autocast.
+            self.dtype = self.master
         self.quantized = is_quantized(job.base)
         # A client with the full model stores a quantized base as its codes, as the server does.
         self.client_codes = job.base if whole and self.quantized and not trains_weights else None
         self._family = family_of(config.model_type)
-        targets = "all-linear" if job.targets == "all-linear" else list(job.targets)
+        targets = "all-linear" if job.targets == "all-linear" or trains_weights else list(job.targets)
         self.weights: list[LinearShape] = targeted(linear_shapes(config), targets)
         self.weight_layer: Ints = np.array([w.layer for w in self.weights], dtype=np.int64)
         self._index = {w.name: i for i, w in enumerate(self.weights)}
         self.sides: Ints = np.array([w.d_out + w.d_in for w in self.weights], dtype=np.int64)
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
-        self.top_rank = top_rank or max(job.rank_set)
-        self.keeps_residual, self.decomposes = residual, decomposes
+        self.top_rank = 1 if trains_weights else top_rank or max(job.rank_set)
+        self.keeps_residual, self.decomposes, self.truncates = residual, decomposes, truncates
         self._loading: dict[bool, Floats] = {}
         self._tails: dict[int, TailRun] = {}
         self.counter = LayerCounter(config, set(self._index), job.max_length)

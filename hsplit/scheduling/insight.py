@@ -124,10 +124,12 @@ def explained(
         gain = _gain(made, grown, server, cost, importance, policy, clients[index].name, first[index], not available)
         if gain is not None:
             gains.append(gain)
-    more = _GrownServer(server.memory_bytes + GIGABYTE, server.flops)
-    gain = _gain(made, clients, more, cost, importance, policy, "server", 1, False)
-    if gain is not None:
-        gains.append(gain)
+    if policy.placement != "single":
+        # A single node is the server's, and has been looked at.
+        more = _GrownServer(server.memory_bytes + GIGABYTE, server.flops)
+        gain = _gain(made, clients, more, cost, importance, policy, "server", 1, False)
+        if gain is not None:
+            gains.append(gain)
     gains.sort(key=lambda g: -g.objective_change)
     return Insight(bottleneck(made, clients, cost), tuple(gains), len(first) - len(tried))
 

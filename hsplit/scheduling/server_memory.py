@@ -48,6 +48,9 @@ class ServerMemory:
         step = UNSEEN * (joined @ model.saved + working + boundary)
         copies = held @ model.copied_bytes
         received = counts @ prefix(model.copied_bytes) + copies
+        if model.truncates:
+            # What each holder takes of the restarts is its own copy.
+            received = 2 * received
         passing = np.maximum(self._recompression_bytes(clients), self._residual_bytes + self._following(held))
         # Resuming instead: own factors and both moments as received.
         round_end = np.maximum(received + passing, 3.0 * copies + self._residual_bytes + self._following(held))

@@ -99,8 +99,10 @@ class StepTimes:
 
     @cached_property
     def _tail_flops(self) -> float:
-        """Head forward and the gradient at its input, at every position, as if all were supervised."""
-        return 2.0 * self._tail_forward_flops
+        """Head forward and the gradient at its input (and of itself, where it is trained), at every position, as if all
+        were supervised.
+        """
+        return (3.0 if self._model.trains_weights else 2.0) * self._tail_forward_flops
 
     @property
     def _weight_gradient_flops(self) -> Floats:

@@ -159,9 +159,9 @@ GROUPS = [
     *(
         (
             cluster(client(name=name)),
-            f"clients[0].name: '{name}' is reserved (so are driver, scheduler, server); choose another name",
+            f"clients[0].name: '{name}' is reserved (so are central, driver, scheduler, server); choose another name",
         )
-        for name in ["server", "scheduler", "driver"]
+        for name in ["server", "scheduler", "driver", "central"]
     ),
     (
         cluster(client(name="phone-1"), client(name="phone", count="2")),
@@ -203,7 +203,7 @@ JOBS = [
     ("{optimizer: adam}", "optimizer: must be 'adamw' or 'sgd' (got 'adam')"),
     ("{base: fp16}", "base: must be 'fp32', 'bf16', 'int8' or 'nf4' (got 'fp16')"),
     ("{dtype: fp16}", "dtype: must be 'auto', 'fp32', 'bf16' or 'fp64' (got 'fp16')"),
-    ("{wire: int8}", "wire: must be 'fp32', 'bf16' or 'fp64' (got 'int8')"),
+    ("{wire: int4}", "wire: must be 'fp32', 'bf16', 'int8' or 'fp64' (got 'int4')"),
     ("{clock: virtual}", "clock: must be 'real' (got 'virtual')"),
     ("{model: ''}", "model: must not be empty (got '')"),
     ('{model: "\\ud800"}', "model: must be valid Unicode text (got '\\ud800')"),
@@ -278,23 +278,32 @@ JOBS = [
 ]
 
 POLICIES = [
-    ("{placement: full}", "placement: must be 'split' (got 'full')"),
+    ("{placement: here}", "placement: must be 'split', 'full' or 'single' (got 'here')"),
     *(
-        (f"{{split: {value}}}", "split: must be 'planned', 'uniform' or a number of layers from 0")
-        for value in ["-1", "deep", "true", "1.5", "null"]
+        (
+            f"{{split: {value}}}",
+            "split: must be 'planned', 'uniform', a number of layers from 0, or package.module:name",
+        )
+        for value in ["-1", "deep", "true", "1.5", "null", "'my_rules:'", "'a b:c'", "'a:b:c'"]
     ),
     *(
-        (f"{{ranks: {value}}}", "ranks: must be 'importance', 'uniform' or a rank of at least 1")
-        for value in ["0", "budget", "false"]
+        (f"{{ranks: {value}}}", "ranks: must be 'importance', 'budget', 'uniform', a rank of at least 1, or")
+        for value in ["0", "budgets", "false"]
     ),
-    ("{aggregation: mean}", "aggregation: must be 'concat' or 'fedavg' (got 'mean')"),
+    (
+        "{aggregation: mean}",
+        "aggregation: must be 'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'none', or pack",
+    ),
     ("{reinit: zero}", "reinit: must be 'random' or 'svd' (got 'zero')"),
     ("{moments: false}", "moments: must be 'drop' or 'keep' (got false)"),
     ("{init: same}", "init: must be 'shared' or 'independent' (got 'same')"),
     ("{name: a/b}", "name: must be 1 to 64 letters"),
     ('{description: "\\ud800"}', "description: must be valid Unicode text (got '\\ud800')"),
     ("{rank: 3}", "rank: unknown key (did you mean 'ranks'?)"),
-    ("{importance: {metric: magic}}", "importance.metric: must be 'rngwp' or 'equal' (got 'magic')"),
+    (
+        "{importance: {metric: magic}}",
+        "importance.metric: must be 'rngwp', 'equal', or package.module:name (got 'magic')",
+    ),
     ("{importance: {tokens: 0}}", "importance.tokens: must be at least 1 (got 0)"),
     ("{importance: {lam_0: 1.5}}", "importance.lam_0: must be at most 1 (got 1.5)"),
     ("{replan: {tau: -1}}", "replan.tau: must be a number from 0 to 2, or null (got -1)"),

@@ -43,7 +43,9 @@ def test_changes_of_budget_are_every_clients_of_the_group(write: Any, tmp_path: 
 
 def test_only_a_plan_that_depends_on_importance_needs_a_probe() -> None:
     assert Policy().probes
-    assert Policy(ranks=4).probes
+    assert Policy(ranks="budget").probes
+    # One rank for all captures the same wherever the model is split.
+    assert not Policy(ranks=4).probes and not Policy(ranks="uniform").probes
     assert not Policy(split=2, ranks="uniform").probes
     assert not Policy.model_validate({"importance": {"metric": "equal"}}).probes
 

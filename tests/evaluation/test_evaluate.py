@@ -177,3 +177,15 @@ def test_a_run_without_a_test_part_says_what_to_do(models: dict[str, Path], tmp_
     run = finished_run(tmp_path, models["gpt2"], base="fp32", rounds=1, data=data)
     with pytest.raises(InputError, match=r"kept no test part.*give --data FILE, or launch with --set data\.test=0\.1"):
         hsplit.evaluate(run.path, metrics="ppl")
+
+
+def test_data_that_changed_since_the_run_began_is_refused(runs: dict[str, FinishedRun]) -> None:
+    """A test part of other data could hold what was trained on."""
+    run = runs["llama"]
+    before = run.data.read_text()
+    try:
+        run.data.write_text(before + "w2 w3,w4 w5\n")
+        with pytest.raises(InputError, match="is not the data that the run was started with"):
+            evaluate(run.path, metrics="ppl")
+    finally:
+        run.data.write_text(before)

@@ -207,7 +207,11 @@ def test_the_card_has_front_matter_for_the_hub_and_tells_where_the_model_comes_f
 ) -> None:
     path = Path(shutil.copytree(runs["llama", "nf4"].path, tmp_path / "run"))
     scores = {"scores": {"ppl": 12.5, "bleu": 33.25}, "data": "the test part", "inputs": 4, "references": 12}
-    (path / "eval.json").write_text(json.dumps({**scores, "model": "split", "beams": 2}))
+    (path / "eval.json").write_text(json.dumps({**scores, "model": "split", "beams": 2, "round": 1}))
+    # Scores of an earlier round are not this model's.
+    earlier = ModelCard.load(export(path, tmp_path / "earlier", format=format_) / "README.md")
+    assert not earlier.data.eval_results and "33.25" not in earlier.text
+    (path / "eval.json").write_text(json.dumps({**scores, "model": "split", "beams": 2, "round": 2}))
     card = ModelCard.load(export(path, tmp_path / "out", format=format_) / "README.md")
     data = card.data
     assert data.library_name == library and {"hsplit", "lora"} <= set(data.tags)
