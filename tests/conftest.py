@@ -16,6 +16,11 @@ os.environ["RAY_AUTH_TOKEN"] = "t" * 64
 FAMILIES = ("llama", "gpt2")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the default tier; the other tiers' runs need the machine for themselves."""
+    return 0 if config.option.markexpr in ("real", "drill") else 2
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Tiny models gain nothing from a second one, and threads that wait for each other lose much on a busy machine.

@@ -186,6 +186,6 @@ def test_data_that_changed_since_the_run_began_is_refused(runs: dict[str, Finish
     try:
         run.data.write_text(before + "w2 w3,w4 w5\n")
         with pytest.raises(InputError, match="is not the data that the run was started with"):
-            evaluate(run.path, metrics="ppl")
+            hsplit.evaluate(run.path, metrics="ppl")
     finally:
         run.data.write_text(before)
