@@ -75,13 +75,17 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
     subtracted. With ``reinit: random`` this is what FLoRA (arXiv 2409.05976) calls stacking.
 
     With ``reinit: svd`` the sum's leading directions, as many as the smallest next rank, stay in the adapters; the
-    rest joins the residual.
+    rest joins the residual. They go on with an ``A`` of the size that a fresh one has: ``B`` learns at the pace of
+    ``A``, and a decomposition's balanced factors would slow every round but the first. A weight that only one holder
+    has trained goes on as it is.
     """
     total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
     if restart.reinit == "random" or restart.smallest == 0:
         return Outcome(total, None)
+    if len(contributions) == 1 and total.width <= restart.smallest:
+        return Outcome(None, contributions[0].term)
     common, rest = leading_and_rest(total, restart.smallest, contributions[0].term.A.dtype)
-    return Outcome(rest, common)
+    return Outcome(rest, _as_large_as_fresh(common))
 
 
 def average_factors(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -161,6 +165,16 @@ def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
     leading, root = parts.part(0, kept, torch.float64), parts.S[:kept].sqrt()
     # From balanced factors to U diag(S) and V.
     return Outcome(None, LowRank(leading.B * root, leading.A / root[:, None]).to(dtype))
+
+
+def _as_large_as_fresh(term: LowRank) -> LowRank:
+    """The same product with every row of ``A`` about as long as a fresh one's, ``1 / sqrt(3)``.
+
+    The factors are powers of two, so nothing is rounded.
+    """
+    lengths = torch.linalg.vector_norm(term.A, dim=1)
+    powers = torch.where(lengths > 0, (3**-0.5 / lengths).log2().round(), 0.0)
+    return LowRank(torch.ldexp(term.B, -powers), torch.ldexp(term.A, powers[:, None]))
 
 
 def _product_norm(term: LowRank) -> float:

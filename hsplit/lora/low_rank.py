@@ -291,6 +291,7 @@ def leading_and_rest(total: LowRankSum, rank: int, dtype: torch.dtype) -> tuple[
         rounded; ``None`` where nothing is left.
     """
     parts = spectral(total)
-    kept = min(rank, len(parts.S))
+    # Directions of rounding errors would come as zeros, and factors of zeros never learn.
+    kept = min(rank, parts.rank)
     leading, left = parts.part(0, kept, dtype), parts.rank - kept
     return leading, total.plus(leading, -1.0, bound=left) if left > 0 else None

@@ -47,6 +47,34 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @rules
 @holders
+def test_a_spectral_restart_goes_on_with_rows_of_a_fresh_length(ranks: list[int], tokens: list[int], seed: int) -> None:
+    # Large B and small A, as after a while of training.
+    given = [
+        Contribution(LowRank(50 * c.term.B, 1e-3 * c.term.A), c.share) for c in contributions(ranks, tokens, seed)
+    ]
+    outcome = aggregated("concat", given, "svd")
+    assert outcome.common is not None
+    total = sum(c.share * c.term.dense().double() for c in given)
+    rest = 0 if outcome.residual is None else dense(outcome.residual)
+    assert close(dense(outcome.common) + rest, total)
+    if len(given) == 1:
+        assert outcome.residual is None and outcome.common is given[0].term
+    else:
+        # A fresh row of U(-1/sqrt(d), 1/sqrt(d)) has a length of 1/sqrt(3) or so; powers of two come within sqrt(2).
+        lengths = outcome.common.A.norm(dim=1) * 3**0.5
+        assert 0.7 < float(lengths.min()) and float(lengths.max()) < 1.42
+        assert outcome.common.rank == min(*ranks, D_OUT, D_IN)
+
+
+def test_what_one_holder_alone_has_trained_is_cut_only_where_the_next_rank_is_smaller() -> None:
+    (only,) = contributions([8], [10], 0)
+    outcome = AGGREGATIONS["concat"].rule([only], Restart("svd", (8, 2)))
+    assert outcome.common is not None and outcome.common.rank == 2 and outcome.residual is not None
+    assert close(dense(outcome.common) + dense(outcome.residual), only.term.dense())
+
+
+@rules
+@holders
 def test_concat_is_floras_stack(ranks: list[int], tokens: list[int], seed: int) -> None:
     given = contributions(ranks, tokens, seed)
     # FLoRA, algorithm 1: A = p_1 A_1 (+) ... (+) p_K A_K stacked by rows, B = B_1 (+) ... (+) B_K by columns.

@@ -72,7 +72,7 @@ def test_singular_values_and_directions_are_those_of_the_dense_sum(total: LowRan
 def test_leading_part_and_rest_are_the_sum(total: LowRankSum, rank: int) -> None:
     dense, size = _dense(total), _size(total)
     leading, rest = leading_and_rest(total, rank, torch.float32)
-    assert leading.rank == min(rank, len(spectral(total).S))
+    assert leading.rank == min(rank, spectral(total).rank)
     split = leading.to(EXACT).dense()
     if rest is not None:
         # By reference the rest takes up even what rounding the leading part to fp32 has left.
