@@ -61,8 +61,13 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The PEFT adapter, once the run is complete."""
+        """The PEFT adapter, once the run is complete; a run that trained every weight leaves :attr:`model` instead."""
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The merged model of a run that trained every weight, once it is complete."""
+        return self.path / "model"
 
 
 def launch(
