@@ -55,6 +55,7 @@ class Row:
 
     Attributes:
         policy: its name.
+        dtype: of the computations.
         lr: learning rate.
         steps: optimizer steps.
         tokens: supervised tokens trained on.
@@ -70,6 +71,7 @@ class Row:
     """
 
     policy: str
+    dtype: str
     lr: float
     steps: int
     tokens: int
@@ -161,6 +163,7 @@ def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, 
     single = run.policy.placement == "single"
     return Row(
         policy=policy,
+        dtype=run.job.dtype,
         lr=run.job.lr,
         steps=last.step,
         tokens=last.tokens,
@@ -252,7 +255,8 @@ def _write(out: Path, rows: Sequence[Row], setting: Sequence[str]) -> None:
         writer.writerows(asdict(row) for row in rows)
     lines = [
         f"`hsplit bench policies --cluster {setting[0]}{''.join(f' --set {o}' for o in setting[1:])}`,"
-        f" torch {torch.__version__} on a CPU. One seed: differences of a few hundredths mean nothing.",
+        f" computed in {rows[0].dtype}, torch {torch.__version__} on a CPU. One seed: differences of a few hundredths"
+        " mean nothing.",
         "",
         f"| {' | '.join(COLUMNS.values())} |",
         f"|{'---|' * len(COLUMNS)}",

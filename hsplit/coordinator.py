@@ -92,7 +92,7 @@ class Coordinator:
         """
         job = self._job
         if resume_from is None:
-            self._start()
+            self.start()
         else:
             self._resume(resume_from)
         progress = self.progress
@@ -100,12 +100,12 @@ class Coordinator:
             if progress.round > 0 and progress.step == progress.round * job.local_steps:
                 self._review()
             while progress.step < (progress.round + 1) * job.local_steps:
-                self._local_step(progress.step)
+                self.local_step(progress.step)
                 if self.stopping:
                     self._checkpoint()
                     self._note("stopped", f"stopped on request in round {progress.round + 1}")
                     return False
-            self._aggregate()
+            self.aggregate()
             progress.round += 1
             self._close_round(self._validate())
             self._checkpoint()
@@ -113,7 +113,7 @@ class Coordinator:
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self._adopt(self._one(SCHEDULER, "plan"))
         # Those without a place too: what is lost with them is counted where it lies.
         self._load_data([client.name for client in self._plan.clients])
@@ -293,7 +293,7 @@ class Coordinator:
 
     # -- one local step (METHOD 2) --------------------------------------------------------------------------------
 
-    def _local_step(self, step: int) -> None:
+    def local_step(self, step: int) -> None:
         done = self._training.step(step, self._clients)
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
@@ -323,7 +323,7 @@ class Coordinator:
 
     # -- the end of a round (METHOD 6) ----------------------------------------------------------------------------
 
-    def _aggregate(self) -> None:
+    def aggregate(self) -> None:
         held = [self._executor.call(client, "held") for client in self._clients]
         report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
         (report,) = self._executor.get([report])

@@ -5,6 +5,7 @@ Tensors pass from actor to actor as handles; only losses, sizes and times arrive
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,15 @@ class Done:
         losses: of each client's rows; a client may have several.
         bytes_up, bytes_down: sent to the server; sent back.
         time_s: seconds of the wall by holder.
+        outside_s: seconds in which the phase under way was waited for beyond its slowest holder's own time: messages,
+            serialization, scheduling.
     """
 
     losses: list[LossReport] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
     time_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    outside_s: float = 0.0
 
     def server_took(self, report: Any) -> None:
         self.bytes_down += report.nbytes
@@ -72,6 +76,7 @@ class SplitTraining:
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = Done()
+        begun, busy_s = time.perf_counter(), 0.0
         for micro in range(self._job.grad_accumulation):
             fronts = {c: self._executor.call_many(2, c, "forward", step, micro) for c in clients}
             # The small reports come first: a client that failed is found before its tensors are passed on.
@@ -84,9 +89,12 @@ class SplitTraining:
                 self._executor.call(client, "backward", step, micro, gradient)
                 for client, gradient in zip(clients, gradients, strict=True)
             ]
-            for client, forward, backward_s in zip(clients, forwards, self._executor.get(calls), strict=True):
+            backwards = self._executor.get(calls)
+            for client, forward, backward_s in zip(clients, forwards, backwards, strict=True):
                 done.bytes_up += forward.nbytes
                 done.time_s[client] += forward.time_s + backward_s
+            busy_s += max(forward.time_s for forward in forwards) + max(backwards)
+        done.outside_s = time.perf_counter() - begun - busy_s - done.time_s[SERVER]
         return done
 
     def _server_step(

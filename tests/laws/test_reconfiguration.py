@@ -99,12 +99,12 @@ def test_e4_another_plan_changes_no_output(
     to = tmp_path_factory.mktemp("run")
     run = coordinator(models[family], to, before, shares, Recorder(), policy, **job)
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
-    run._start()
+    run.start()
     plans = [after, before]
     for round_, plan in enumerate(plans, start=1):
         while run.progress.step < round_ * settings_.local_steps:
-            run._local_step(run.progress.step)
-        run._aggregate()
+            run.local_step(run.progress.step)
+        run.aggregate()
         run.progress.round += 1
         settled = _loss(run)
         assert sum(float(term.dense().norm()) for term in learned(actors["server"].state()).values()) > 0

@@ -49,9 +49,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 @holders
 def test_a_spectral_restart_goes_on_with_rows_of_a_fresh_length(ranks: list[int], tokens: list[int], seed: int) -> None:
     # Large B and small A, as after a while of training.
-    given = [
-        Contribution(LowRank(50 * c.term.B, 1e-3 * c.term.A), c.share) for c in contributions(ranks, tokens, seed)
-    ]
+    given = [Contribution(LowRank(50 * c.term.B, 1e-3 * c.term.A), c.share) for c in contributions(ranks, tokens, seed)]
     outcome = aggregated("concat", given, "svd")
     assert outcome.common is not None
     total = sum(c.share * c.term.dense().double() for c in given)
@@ -62,7 +60,7 @@ def test_a_spectral_restart_goes_on_with_rows_of_a_fresh_length(ranks: list[int]
     else:
         # A fresh row of U(-1/sqrt(d), 1/sqrt(d)) has a length of 1/sqrt(3) or so; powers of two come within sqrt(2).
         lengths = outcome.common.A.norm(dim=1) * 3**0.5
-        assert 0.7 < float(lengths.min()) and float(lengths.max()) < 1.42
+        assert float(lengths.min()) > 0.7 and float(lengths.max()) < 1.42
         assert outcome.common.rank == min(*ranks, D_OUT, D_IN)
 
 

@@ -1,0 +1,186 @@
+"""What people would write instead of hsplit, plainly: the loops that ``throughput.py`` compares with.
+
+Each trains LoRA on the same model, tokenized examples, rank and dtype, with transformers and PEFT as they come: AdamW
+over the adapters' parameters, the model's own loss. Each is one process; the threads are torch's default.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from hsplit.data import Batch, Example, collate
+from hsplit.data.batches import IGNORED
+from hsplit.data.local import LocalData
+
+
+class Rival:
+    """Data, model and one loop.
+
+    Args:
+        model: directory.
+        dtype: of the base; PEFT keeps adapters in fp32.
+        shares: examples by client.
+        job: batch size, longest example, learning rate and seed.
+        rank, alpha: of every adapter.
+        split: layers on a client.
+        threads: to compute with.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        shares: dict[str, list[Example]],
+        job: Any,
+        rank: int,
+        split: int,
+        threads: int,
+    ) -> None:
+        import logging
+
+        import transformers
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        self.model_directory, self.dtype, self.job, self.rank, self.split = model, dtype, job, rank, split
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self.data = [LocalData(name, share, tokenizer, job) for name, share in shares.items()]
+        torch.manual_seed(job.seed)
+        self.set_up()
+
+    def set_up(self) -> None:
+        raise NotImplementedError
+
+    def step(self, step: int) -> float:
+        """One local step of every client; returns a mean loss."""
+        raise NotImplementedError
+
+    def run(self, first: int, steps: int) -> tuple[float, float]:
+        """Steps ``[first, first + steps)``: seconds of the wall, and the last loss."""
+        begun, loss = time.perf_counter(), 0.0
+        for step in range(first, first + steps):
+            loss = self.step(step)
+        return time.perf_counter() - begun, loss
+
+    def load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.model_directory, dtype=self.dtype)
+
+    def lora(self) -> LoraConfig:
+        return LoraConfig(r=self.rank, lora_alpha=self.job.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.job.lr, weight_decay=0.0)
+
+    def batches(self, step: int, width: int | None = None) -> list[dict[str, Tensor]]:
+        """Each client's batch as a causal LM takes it, padded to its longest or to ``width``."""
+        return [_arguments(collate(data.draw(step)), width) for data in self.data]
+
+
+def _arguments(batch: Batch, width: int | None = None) -> dict[str, Tensor]:
+    labels = nn.functional.pad(batch.targets[:, :-1], (1, 0), value=IGNORED)
+    lengths = torch.tensor(batch.lengths)
+    given = {
+        "input_ids": batch.ids,
+        "attention_mask": (torch.arange(batch.ids.shape[1]) < lengths[:, None]).long(),
+        "labels": labels,
+    }
+    if width is None:
+        return given
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {k: nn.functional.pad(v, (0, width - v.shape[1]), value=fill[k]) for k, v in given.items()}
+
+
+class Unsplit(Rival):
+    """One model, everybody's examples in one batch padded to its longest."""
+
+    def set_up(self) -> None:
+        self.model = get_peft_model(self.load(), self.lora()).train()
+        self.adam = self.optimizer(self.model)
+
+    def step(self, step: int) -> float:
+        batch = _arguments(collate([example for data in self.data for example in data.draw(step)]))
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.adam.step()
+        self.adam.zero_grad()
+        return float(loss)
+
+
+class PublicSplitLora(Rival):
+    """In the manner of the public SplitLoRA code: one process, clients one after another, padded to the longest
+    example that is allowed.
+    """
+
+    def set_up(self) -> None:
+        self.fronts, self.adams = [], []
+        for _ in self.data:
+            front = self.load()
+            front.model.layers = front.model.layers[: self.split]
+            front.model.norm = nn.Identity()
+            self.fronts.append(get_peft_model(front, self.lora()).train())
+            self.adams.append(self.optimizer(self.fronts[-1]))
+        deep = self.load()
+        deep.model.layers = deep.model.layers[self.split :]
+        self.server = get_peft_model(deep, self.lora()).train()
+        self.server_adam = self.optimizer(self.server)
+
+    def step(self, step: int) -> float:
+        total = 0.0
+        for front, adam, batch in zip(self.fronts, self.adams, self.batches(step, self.job.max_length), strict=True):
+            mask = batch["attention_mask"]
+            activations = front.base_model.model.model(batch["input_ids"], attention_mask=mask, use_cache=False)[0]
+            received = activations.detach().requires_grad_()
+            loss = self.server(inputs_embeds=received, attention_mask=mask, labels=batch["labels"]).loss
+            loss.backward()
+            self.server_adam.step()
+            self.server_adam.zero_grad()
+            activations.backward(received.grad)
+            adam.step()
+            adam.zero_grad()
+            total += float(loss)
+        return total / len(self.data)
+
+
+class Federated(Rival):
+    """Federated LoRA: the full model for each client, one after another, and FedAvg of the factors every 8 steps."""
+
+    def set_up(self) -> None:
+        self.models = [get_peft_model(self.load(), self.lora()).train() for _ in self.data]
+        self.adams = [self.optimizer(model) for model in self.models]
+
+    def step(self, step: int) -> float:
+        total = 0.0
+        for model, adam, batch in zip(self.models, self.adams, self.batches(step), strict=True):
+            loss = model(**batch).loss
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+            total += float(loss)
+        if (step + 1) % self.job.local_steps == 0:
+            self.average()
+        return total / len(self.data)
+
+    def average(self) -> None:
+        states = [get_peft_model_state_dict(model) for model in self.models]
+        mean = {key: sum(state[key] for state in states) / len(states) for key in states[0]}
+        for model in self.models:
+            set_peft_model_state_dict(model, mean)
+
+
+RIVALS: dict[str, type[Rival]] = {"unsplit": Unsplit, "splitlora": PublicSplitLora, "federated": Federated}
+
+
+def meanings(rivals: Sequence[str]) -> dict[str, str]:
+    """What each rival is, in its own first line."""
+    return {name: " ".join((RIVALS[name].__doc__ or "").split("\n\n")[0].split()) for name in rivals}
