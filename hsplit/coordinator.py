@@ -30,7 +30,7 @@ from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
-from hsplit.training import training_of
+from hsplit.training import Done, training_of
 
 
 @dataclass(frozen=True)
@@ -293,13 +293,14 @@ class Coordinator:
 
     # -- one local step (METHOD 2) --------------------------------------------------------------------------------
 
-    def local_step(self, step: int) -> None:
+    def local_step(self, step: int) -> Done:
         done = self._training.step(step, self._clients)
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
         for name, seconds in done.time_s.items():
             self._measured_s[name] = self._measured_s.get(name, 0.0) + seconds
         self._record_step(done.losses)
+        return done
 
     def _record_step(self, losses: list[LossReport]) -> None:
         progress, job = self.progress, self._job

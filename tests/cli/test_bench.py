@@ -117,7 +117,7 @@ def test_the_policies_benchmark_counts_who_and_what_is_lost(tmp_path: Path, mode
     cluster.write_text(
         f"""
 server: {{memory_gb: 1, tflops: 0.001}}
-clients: [{{name: small, memory_gb: 0.002, tflops: 0.001}}, {{name: large, memory_gb: 0.05, tflops: 0.001}}]
+clients: [{{name: small, memory_gb: 0.0012, tflops: 0.001}}, {{name: large, memory_gb: 0.05, tflops: 0.001}}]
 job:
   {{model: {models["llama"]}, rank_set: [1, 2], rounds: 1, local_steps: 2, data: {{examples: 40}}}}
 """
