@@ -58,6 +58,7 @@ class Case:
         grad_accumulation: batches a step.
         holds: ``front``, the whole ``model``, or all ``weights`` to train them.
         aggregation: the policy's.
+        optimizer: the job's.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Case:
     grad_accumulation: int = 1
     holds: str = "front"
     aggregation: str = "concat"
+    optimizer: str = "adamw"
 
     @property
     def policy(self) -> Policy:
@@ -102,6 +104,7 @@ class Case:
                 "privacy": {"labels": self.labels, "noise": self.noise},
                 "dropout": self.dropout,
                 "grad_accumulation": self.grad_accumulation,
+                "optimizer": self.optimizer,
                 "validation": {"max_examples": self.batch_size, "share": 0.5},
             }
         )

@@ -1,11 +1,13 @@
 """Examples a second: hsplit on Ray against what people would write instead, interleaved in one run.
 
-    hsplit bench throughput [--data devset.csv] [--dtypes fp32 bf16] [--repeat 5] [--steps 4]
+    hsplit bench throughput [--data devset.csv] [--parts step ...] [--dtypes fp32 bf16] [--repeat 5] [--steps 2]
 
 Every contender trains the same model on the same examples at the same rank, and is given the same steps in turn: while
 one computes, the others wait. What counts are the ratios of seconds within one repeat. hsplit is the product: actors,
-messages, optimizers. The rivals are in ``rivals.py``. A second part serves an NF4 base to 4 and to 16 clients, joined
-by depth and one client after another.
+messages, optimizers. The rivals are in ``rivals.py``. Further parts serve an NF4 base to 4 and to 16 clients, joined by
+depth and one client after another; hold what travels and what a client takes of memory against the tensors and against
+a federated client (``footprint.py``); cut batches into microbatches on emulated speeds (``overlap.py``); and time the
+start (``startup.py``).
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hsplit.actors.fork_server import MODULES, ForkServer
 from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.observe.timing import timing_rows
+from hsplit.observe.timing_record import step_shares
 
+PARTS = ("step", "server", "client", "overlap", "start")
 WARM_UP = 2
 ROUNDS_BEFORE = 4
 CLUSTER = """
@@ -61,7 +67,8 @@ class Timing:
         seconds: of the wall, a step.
         examples_per_s: examples of all clients a second.
         loss: mean loss of the last step.
-        outside: hsplit only: part of the time in which the phase under way had no actor computing.
+        overhead: hsplit only: part of the time that was not the model's arithmetic, on the way that everybody waits
+            for: the slowest client's and the server's.
     """
 
     dtype: str
@@ -70,7 +77,7 @@ class Timing:
     seconds: float
     examples_per_s: float
     loss: float
-    outside: float | None = None
+    overhead: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         phases = [phase for clients in (4, 16) for phase in server_phases(options, clients)]
         write_rows(options.to / "server.csv", [asdict(p) for p in phases], header)
         tables.append(_server_summary(phases))
+    if "client" in options.parts:
+        footprint = load_benchmark("footprint")
+        messages, peaks = footprint.messages(options), footprint.peaks(options)
+        write_rows(options.to / "wire.csv", [asdict(m) for m in messages], header)
+        write_rows(options.to / "memory.csv", [asdict(p) for p in peaks], header)
+        tables += [footprint.message_table(messages), footprint.peak_table(peaks)]
+    if "overlap" in options.parts:
+        overlap = load_benchmark("overlap")
+        overlaps = overlap.overlaps(options.steps, console)
+        write_rows(options.to / "overlap.csv", [asdict(o) for o in overlaps], header)
+        tables.append(overlap.table(overlaps))
+    if "start" in options.parts:
+        startup = load_benchmark("startup")
+        starts = startup.starts("hetero", 3)
+        write_rows(options.to / "start.csv", [asdict(s) for s in starts], header)
+        tables.append(startup.table(starts))
     facts = "\n".join(f"- {key}: {value}" for key, value in header.items())
     (options.to / "throughput.md").write_text("\n".join([facts, *("\n" + markdown_table(*t) for t in tables)]))
     for columns, rows in tables:
@@ -124,12 +147,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="restaurants", help="as job.data.source (default: the built-in texts)")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--rivals", nargs="+", default=["unsplit", "splitlora", "federated"])
-    parser.add_argument("--parts", nargs="+", choices=("step", "server"), default=["step", "server"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--split", type=int, default=4, help="layers on a client")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each contender in a repeat")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each contender in a repeat")
     parser.add_argument("--model", help="instead of SmolLM2-135M")
     parser.add_argument("--to", type=Path, default=results_directory("throughput"))
     return parser.parse_args(arguments)
@@ -141,7 +164,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _configured(options: argparse.Namespace, dtype: str, base: str, clients: int, folder: Path) -> Any:
+def configured(
+    options: argparse.Namespace, dtype: str, base: str, clients: int, folder: Path, wire: str | None = None
+) -> Any:
+    """The resolved configuration of equal clients, all at ``options.split`` and ``options.rank``."""
     from hsplit.config import load_run_config
     from hsplit.launcher import settled
 
@@ -149,7 +175,7 @@ def _configured(options: argparse.Namespace, dtype: str, base: str, clients: int
     data = Path(options.data).resolve() if Path(options.data).is_file() else options.data
     local_steps = 8
     cluster.write_text(
-        CLUSTER.format(clients=clients, base=base, dtype=dtype, wire=dtype, data=data, local_steps=local_steps)
+        CLUSTER.format(clients=clients, base=base, dtype=dtype, wire=wire or dtype, data=data, local_steps=local_steps)
     )
     policy.write_text(POLICY.format(split=options.split, rank=options.rank))
     return settled(load_run_config(cluster, policy, [f"job.model={options.model}"] if options.model else []))
@@ -164,52 +190,56 @@ def step_timings(options: argparse.Namespace, dtype: str, console: Console) -> l
 
     from hsplit.actors.ray_executor import connect
     from hsplit.launcher import read_inputs
-    from hsplit.models.dtype import resolve_dtype
     from hsplit.models.source import find_model
 
     rivals = load_benchmark("rivals")
     ray.cloudpickle.register_pickle_by_value(rivals)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = _configured(options, dtype, dtype, options.clients, folder)
+        run = configured(options, dtype, dtype, options.clients, folder)
         source = find_model(run.job.model)
         inputs = read_inputs(run, source)
-        connect(None, 2 * (run.server.num_cpus + len(run.clients)), dashboard=False)
-        try:
-            products = {
-                "hsplit": _Product("now", run, source, inputs, folder, 0),
-                "hsplit-later": _Product("later", run, source, inputs, folder, ROUNDS_BEFORE),
-            }
-            contenders: dict[str, Contender] = {name: product.run for name, product in products.items()}
-            for rival in options.rivals:
-                actor = ray.remote(rivals.RIVALS[rival]).options(num_cpus=0)
-                handle = actor.remote(
-                    source.directory,
-                    resolve_dtype(dtype),
-                    inputs.shares,
-                    run.job,
-                    options.rank,
-                    options.split,
-                    _cores(),
-                )
-                contenders[rival] = lambda first, steps, handle=handle: ray.get(handle.run.remote(first, steps))
-            for contender in contenders.values():
-                contender(0, WARM_UP)
-            timings = []
-            examples = run.job.batch_size * len(run.clients)
-            for repeat in range(options.repeat):
-                first = WARM_UP + repeat * options.steps
-                # Everybody is first once, should the machine's pace change within a repeat.
-                order = list(contenders)[repeat % len(contenders) :] + list(contenders)[: repeat % len(contenders)]
-                for contender in order:
-                    seconds, loss = contenders[contender](first, options.steps)
-                    each = seconds / options.steps
-                    outside = products[contender].outside / seconds if contender in products else None
-                    timings.append(Timing(dtype, contender, repeat, each, examples / each, loss, outside))
-                    console.print(f"{dtype} repeat {repeat} {contender}: {each:.3f} s a step, loss {loss:.3f}")
-            return timings
-        finally:
-            ray.shutdown()
+        with ForkServer((*MODULES, "peft")) as fork_server:
+            cpus = 2 * (run.server.num_cpus + len(run.clients))
+            connect(None, cpus, dashboard=False, fork_server=fork_server)
+            try:
+                return _interleaved(options, dtype, run, source, inputs, folder, console)
+            finally:
+                ray.shutdown()
+
+
+def _interleaved(
+    options: argparse.Namespace, dtype: str, run: Any, source: Any, inputs: Any, folder: Path, console: Console
+) -> list[Timing]:
+    import ray
+
+    from hsplit.models.dtype import resolve_dtype
+
+    products = {
+        "hsplit": _Product("now", run, source, inputs, folder, 0),
+        "hsplit-later": _Product("later", run, source, inputs, folder, ROUNDS_BEFORE),
+    }
+    contenders: dict[str, Contender] = {name: product.run for name, product in products.items()}
+    given = (resolve_dtype(dtype), inputs.shares, run.job, options.rank, options.split, _cores())
+    for rival in options.rivals:
+        actor = ray.remote(load_benchmark("rivals").RIVALS[rival]).options(num_cpus=0)
+        handle = actor.remote(source.directory, *given)
+        contenders[rival] = lambda first, steps, handle=handle: ray.get(handle.run.remote(first, steps))
+    for contender in contenders.values():
+        contender(0, WARM_UP)
+    timings = []
+    examples = run.job.batch_size * len(run.clients)
+    for repeat in range(options.repeat):
+        first = WARM_UP + repeat * options.steps
+        # Everybody is first once, should the machine's pace change within a repeat.
+        turn = repeat % len(contenders)
+        for contender in [*list(contenders)[turn:], *list(contenders)[:turn]]:
+            seconds, loss = contenders[contender](first, options.steps)
+            each = seconds / options.steps
+            overhead = products[contender].overhead if contender in products else None
+            timings.append(Timing(dtype, contender, repeat, each, examples / each, loss, overhead))
+            console.print(f"{dtype} repeat {repeat} {contender}: {each:.3f} s a step, loss {loss:.3f}")
+    return timings
 
 
 class _Product:
@@ -226,27 +256,28 @@ class _Product:
 
         self._executor = RayExecutor(name, run, source.directory)
         directory = RunDirectory.create(folder, name)
-        self._coordinator = Coordinator(run, self._executor, directory, inputs, _Silent())
+        self._coordinator = Coordinator(run, self._executor, directory, inputs, load_benchmark("overlap").Silent())
         self._coordinator.start()
         for round_ in range(rounds):
             self._coordinator.local_step(round_)
             self._coordinator.aggregate()
-        self.outside = 0.0
+        self.overhead = 0.0
 
     def run(self, first: int, steps: int) -> tuple[float, float]:
-        begun, loss, self.outside = time.perf_counter(), 0.0, 0.0
+        begun, loss = time.perf_counter(), 0.0
+        spent: dict[str, dict[str, float]] = {}
         for step in range(first, first + steps):
             done = self._coordinator.local_step(step)
-            self.outside += done.outside_s
+            for name, phases in done.seconds.items():
+                own = spent.setdefault(name, {})
+                for phase, seconds in phases.items():
+                    own[phase] = own.get(phase, 0.0) + seconds
             loss = sum(part.loss_sum / part.tokens for part in done.losses) / len(done.losses)
-        return time.perf_counter() - begun, loss
-
-
-class _Silent:
-    """A display that shows nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments: None
+        elapsed = time.perf_counter() - begun
+        shares = step_shares(timing_rows(1, spent, elapsed))
+        assert shares is not None
+        self.overhead = 1 - shares.arithmetic
+        return elapsed, loss
 
 
 def _ratios(timings: Sequence[Timing], dtype: str, contender: str) -> list[float]:
@@ -261,7 +292,7 @@ def _summary(timings: Sequence[Timing]) -> tuple[list[str], list[list[str]]]:
     for dtype, contender in dict.fromkeys((t.dtype, t.contender) for t in timings):
         own = [t for t in timings if (t.dtype, t.contender) == (dtype, contender)]
         ratios = _ratios(timings, dtype, contender)
-        outside = [t.outside for t in own if t.outside is not None]
+        overhead = [t.overhead for t in own if t.overhead is not None]
         rows.append(
             [
                 f"{contender}, {dtype}",
@@ -269,11 +300,11 @@ def _summary(timings: Sequence[Timing]) -> tuple[list[str], list[list[str]]]:
                 f"{median(t.examples_per_s for t in own):.2f}",
                 f"{median(ratios):.2f}",
                 f"{min(ratios):.2f}-{max(ratios):.2f}",
-                f"{median(outside):.1%}" if outside else "",
+                f"{median(overhead):.1%}" if overhead else "",
                 f"{own[-1].loss:.4f}",
             ]
         )
-    columns = ["contender", "s a step", "examples/s", "hsplit is faster by", "spread", "not computing", "last loss"]
+    columns = ["contender", "s a step", "examples/s", "hsplit is faster by", "spread", "not arithmetic", "last loss"]
     return columns, rows
 
 
@@ -311,7 +342,7 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
     from hsplit.models.source import find_model
 
     with tempfile.TemporaryDirectory() as folder:
-        run = _configured(options, "fp32", "nf4", clients, Path(folder))
+        run = configured(options, "fp32", "nf4", clients, Path(folder))
         source = find_model(run.job.model)
         inputs = read_inputs(run, source)
     base = base_model(source.directory, run.job)

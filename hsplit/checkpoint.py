@@ -33,7 +33,7 @@ class Progress:
         plan: the plan in force, as JSON.
         scheduler: what decides later plans: budgets in force, importance history, as JSON.
         measured_bytes: most memory that each holder took in the last round, by name.
-        metrics, plans: rows of metrics.csv and plan.csv so far.
+        metrics, plans, timing: rows of metrics.csv, plan.csv and timing.csv so far.
         model_fingerprint, data_sha256: what the run was started with.
     """
 
@@ -51,6 +51,7 @@ class Progress:
     measured_bytes: dict[str, int] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     plans: list[dict[str, Any]] = field(default_factory=list)
+    timing: list[dict[str, Any]] = field(default_factory=list)
     model_fingerprint: str = ""
     data_sha256: str = ""
 

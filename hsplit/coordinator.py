@@ -26,6 +26,7 @@ from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.terminal import Display
+from hsplit.observe.timing import TimingRow, timing_rows
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.importance import ImportanceReport
@@ -67,6 +68,7 @@ class Coordinator:
         self._events = EventLog(directory.events)
         self._metrics = MetricsTable(directory.metrics, MetricsRow)
         self._plans = MetricsTable(directory.plan, PlanRow)
+        self._timing = MetricsTable(directory.timing, TimingRow)
         self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
         # The one node is the server's: nothing travels.
         self._single = run.policy.placement == "single"
@@ -76,7 +78,10 @@ class Coordinator:
         self._examples: dict[str, int] = {}
         self._validation_batches: dict[str, int] = {}
         self._step_time_s = 0.0
-        self._measured_s: dict[str, float] = {}
+        # Of the round under way: seconds by holder and phase, of the whole steps, and who was late (clock: emulated).
+        self._spent_s: dict[str, dict[str, float]] = {}
+        self._steps_s = 0.0
+        self._late: set[str] = set()
         self._losses: dict[str, float] = {}
         self._saved: Path | None = None
         self._begun = time.monotonic()
@@ -96,6 +101,7 @@ class Coordinator:
         else:
             self._resume(resume_from)
         progress = self.progress
+        self._events.write("training", f"training begins with step {progress.step + 1}", step=progress.step + 1)
         while progress.round < job.rounds:
             if progress.round > 0 and progress.step == progress.round * job.local_steps:
                 self._review()
@@ -114,9 +120,11 @@ class Coordinator:
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._adopt(self._one(SCHEDULER, "plan"))
-        # Those without a place too: what is lost with them is counted where it lies.
-        self._load_data([client.name for client in self._plan.clients])
+        planned = self._executor.call(SCHEDULER, "plan")
+        # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
+        reading = self._begin_loading_data([client.name for client in self._run.participants])
+        self._adopt(*self._executor.get([planned]))
+        self._finish_loading_data(reading)
         self._say_what_is_lost()
         self._configure()
         first = RoundUpdate(1, {}, {})
@@ -134,10 +142,11 @@ class Coordinator:
                 raise InputError(f"{self._directory.path}: the {what} is not the one that this run was started with")
         self._metrics.restore(self.progress.metrics)
         self._plans.restore(self.progress.plans)
+        self._timing.restore(self.progress.timing)
         assert self.progress.plan is not None and self.progress.scheduler is not None
         self._one(SCHEDULER, "load_state", self.progress.scheduler)
         self._adopt(Plan.from_json(self.progress.plan))
-        self._load_data([client.name for client in self._plan.clients])
+        self._finish_loading_data(self._begin_loading_data([client.name for client in self._plan.clients]))
         self._configure()
         _, *updates = self._executor.call_many(
             1 + len(self._clients), SERVER, "load_state", tensors[SERVER], *self._clients
@@ -169,12 +178,14 @@ class Coordinator:
                 self._note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
         self._unavailable = {client.name for client in plan.clients if not client.available}
 
-    def _load_data(self, names: list[str]) -> None:
+    def _begin_loading_data(self, names: list[str]) -> dict[str, Any]:
         own = {client.name: client.data for client in self._run.clients}
         # A single node has everybody's data.
         every = self._inputs.shares
         shares = {name: every if name == CENTRAL else {name: every.get(name)} for name in names}
-        calls = {name: self._executor.call(name, "load_data", shares[name], own.get(name)) for name in names}
+        return {name: self._executor.call(name, "load_data", shares[name], own.get(name)) for name in names}
+
+    def _finish_loading_data(self, calls: dict[str, Any]) -> None:
         for name, call in calls.items():
             try:
                 report: DataReport
@@ -211,6 +222,35 @@ class Coordinator:
         for client in self._plan.available:
             calls.append(self._executor.call(client.name, "configure", client.split, client.ranks))
         self._wait(calls)
+        self._set_pace()
+
+    # -- the emulated clock (METHOD 8) ----------------------------------------------------------------------------
+
+    def _set_pace(self) -> None:
+        """Tell everybody how long each call of a step is to take, where the clock is emulated."""
+        if self._job.clock != "emulated":
+            return
+        calls: dict[str, dict[str, float]] = self._one(SCHEDULER, "call_times_s", self._plan)
+        speedup = self._job.clock_speedup
+        self._wait(
+            [
+                self._executor.call(name, "set_pace", {what: seconds / speedup for what, seconds in own.items()})
+                for name, own in calls.items()
+            ]
+        )
+
+    def _count(self, virtual_s: float, begun: float) -> None:
+        """Add what something took by the virtual clock; where the clock is emulated, wait until that has passed.
+
+        Local steps are not counted here: there everybody waits for itself.
+
+        Args:
+            virtual_s: declared seconds.
+            begun: when it began, by ``time.monotonic``.
+        """
+        self.progress.virtual_time_s += virtual_s
+        if self._job.clock == "emulated":
+            time.sleep(max(0.0, begun + virtual_s / self._job.clock_speedup - time.monotonic()))
 
     # -- between two rounds (METHOD 3 and 5) ------------------------------------------------------------------------
 
@@ -236,6 +276,7 @@ class Coordinator:
             self._reconfigure(review.plan)
         # Budgets may have changed without another plan.
         self._step_time_s = self._one(SCHEDULER, "step_time_s", self._plan)
+        self._set_pace()
 
     def _budget_requests(self) -> list[BudgetRequest]:
         """What the cluster file foresees for the round that begins, then what the inbox holds."""
@@ -255,15 +296,16 @@ class Coordinator:
         return [*requests, *asked]
 
     def _probe(self) -> list[ImportanceReport]:
+        begun = time.monotonic()
         probe = self._training.probe(self._clients, self.progress.round, self._run.policy.importance.tokens)
         self.progress.bytes_up += probe.bytes_up
         self.progress.bytes_down += probe.bytes_down
-        self.progress.virtual_time_s += self._one(SCHEDULER, "probe_time_s", self._plan)
+        self._count(self._one(SCHEDULER, "probe_time_s", self._plan), begun)
         return probe.reports
 
     def _reconfigure(self, plan: Plan) -> None:
         """Put another plan in force without changing what the model computes (law E4)."""
-        before, had = self._plan, self._clients
+        begun, before, had = time.monotonic(), self._plan, self._clients
         self._adopt(plan)
         self._wait([self._executor.call(name, "release") for name in had if name not in self._clients])
         if {client.name for client in before.available} != set(self._clients):
@@ -288,17 +330,22 @@ class Coordinator:
         if self._single:
             down = {}
         self.progress.bytes_down += sum(down.values())
-        self.progress.virtual_time_s += self._one(SCHEDULER, "reconfiguration_time_s", before, plan, down)
+        self._count(self._one(SCHEDULER, "reconfiguration_time_s", before, plan, down), begun)
         self._record_cut(report.residual_cut)
 
     # -- one local step (METHOD 2) --------------------------------------------------------------------------------
 
     def local_step(self, step: int) -> Done:
+        begun = time.monotonic()
         done = self._training.step(step, self._clients)
+        self._steps_s += time.monotonic() - begun
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
-        for name, seconds in done.time_s.items():
-            self._measured_s[name] = self._measured_s.get(name, 0.0) + seconds
+        for name, phases in done.seconds.items():
+            spent = self._spent_s.setdefault(name, {})
+            for phase, seconds in phases.items():
+                spent[phase] = spent.get(phase, 0.0) + seconds
+        self._late |= done.late
         self._record_step(done.losses)
         return done
 
@@ -325,6 +372,7 @@ class Coordinator:
     # -- the end of a round (METHOD 6) ----------------------------------------------------------------------------
 
     def aggregate(self) -> None:
+        begun = time.monotonic()
         held = [self._executor.call(client, "held") for client in self._clients]
         report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
         (report,) = self._executor.get([report])
@@ -333,7 +381,6 @@ class Coordinator:
             up, down = {}, {}
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())
-        self.progress.virtual_time_s += self._one(SCHEDULER, "aggregation_time_s", self._plan, up, down)
         self._record_cut(report.residual_cut)
         self._wait(
             [
@@ -341,6 +388,7 @@ class Coordinator:
                 for client, update in zip(self._clients, updates, strict=True)
             ]
         )
+        self._count(self._one(SCHEDULER, "aggregation_time_s", self._plan, up, down), begun)
 
     def _record_cut(self, cut: float) -> None:
         if cut:
@@ -352,11 +400,12 @@ class Coordinator:
 
     def _validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
+        begun = time.monotonic()
         batches = {client: self._validation_batches[client] for client in self._clients}
         done = self._training.validation(batches)
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
-        self.progress.virtual_time_s += self._one(SCHEDULER, "validation_time_s", self._plan, batches)
+        self._count(self._one(SCHEDULER, "validation_time_s", self._plan, batches), begun)
         return sum(loss.loss_sum for loss in done.losses), sum(loss.tokens for loss in done.losses)
 
     def _close_round(self, validation: tuple[float, int]) -> None:
@@ -380,16 +429,29 @@ class Coordinator:
             available_clients=len(self._clients),
         )
         self._metrics.append(row)
-        measured_s = {name: seconds / self._job.local_steps for name, seconds in self._measured_s.items()}
+        measured_s = {name: sum(own.values()) / self._job.local_steps for name, own in self._spent_s.items()}
         progress.measured_bytes = _larger(self._peaks([*self._clients, SERVER]), self._probe_peaks)
         self._probe_peaks = {}
         self._plans.append(*plan_rows(progress.round, self._plan, progress.measured_bytes, measured_s))
+        self._timing.append(*timing_rows(progress.round, self._spent_s, self._steps_s))
         progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
+        progress.timing = self._timing.to_json()
+        self._say_who_is_late()
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
         progress.round_loss_sum = 0.0
-        self._measured_s.clear()
+        self._spent_s.clear()
+        self._steps_s = 0.0
         self._events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **asdict(row))
         self._display.round_done(row)
+
+    def _say_who_is_late(self) -> None:
+        if self._late and self._job.clock == "emulated":
+            text = (
+                f"round {self.progress.round}: {', '.join(sorted(self._late))} computed longer than declared, so the"
+                " emulated clock is late; a smaller job.clock_speedup gives more time"
+            )
+            self._note("late", text, holders=sorted(self._late))
+        self._late.clear()
 
     def _checkpoint(self) -> None:
         names = [*self._clients, SERVER]

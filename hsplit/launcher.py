@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsplit.actors.executor import ActorFailure
+from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import latest_checkpoint
 from hsplit.config import Partition, RunConfig, load_run_config
@@ -97,12 +98,13 @@ def launch(
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
-    source = find_model(run.job.model, progress=sys.stderr.isatty())
-    check_model(run, source)
-    inputs = read_inputs(run, source)
-    directory = RunDirectory.create(Path(runs_dir), name)
-    run.save(directory.config)
-    return _drive(run, source, inputs, directory, address, display, None)
+    with _forking(run, address) as fork_server:
+        source = find_model(run.job.model, progress=sys.stderr.isatty())
+        check_model(run, source)
+        inputs = read_inputs(run, source)
+        directory = RunDirectory.create(Path(runs_dir), name)
+        run.save(directory.config)
+        return _drive(run, source, inputs, directory, address, display, None, fork_server)
 
 
 def resume(path: str | Path, *, address: str | None = None, display: Display | None = None) -> Run:
@@ -110,12 +112,13 @@ def resume(path: str | Path, *, address: str | None = None, display: Display | N
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
     checkpoint, passed_over = latest_checkpoint(directory.checkpoints)
-    source = find_model(run.job.model, progress=sys.stderr.isatty())
-    inputs = read_inputs(run, source)
-    shown = display or display_for(sys.stdout)
-    for text in passed_over:
-        shown.note(text)
-    return _drive(run, source, inputs, directory, address, shown, checkpoint)
+    with _forking(run, address) as fork_server:
+        source = find_model(run.job.model, progress=sys.stderr.isatty())
+        inputs = read_inputs(run, source)
+        shown = display or display_for(sys.stdout)
+        for text in passed_over:
+            shown.note(text)
+        return _drive(run, source, inputs, directory, address, shown, checkpoint, fork_server)
 
 
 def plan(
@@ -255,6 +258,21 @@ def _chat_of(source: ModelSource) -> Any:
     return render
 
 
+@contextmanager
+def _forking(run: RunConfig, address: str | None) -> Iterator[ForkServer | None]:
+    """The process that a local cluster's workers are forked from, importing while everything is checked; ``None`` for a
+    running cluster, and where a holder has a GPU, which a forked process may be unable to use.
+    """
+    import ray
+
+    holders = (run.server, *run.participants)
+    if address is not None or ray.is_initialized() or any(holder.num_gpus for holder in holders):
+        yield None
+        return
+    with ForkServer() as fork_server:
+        yield fork_server
+
+
 # -- the run ------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +284,7 @@ def _drive(
     address: str | None,
     display: Display | None,
     checkpoint: Path | None,
+    fork_server: ForkServer | None,
 ) -> Run:
     """Start Ray and the actors, run the coordinator, leave everything tidy."""
     import ray
@@ -275,7 +294,7 @@ def _drive(
     requested = sum(h.num_cpus for h in (run.server, *run.participants))
     shown = display or display_for(sys.stdout)
     already_connected = ray.is_initialized()
-    dashboard = None if already_connected else connect(address, requested)
+    dashboard = None if already_connected else connect(address, requested, fork_server=fork_server)
     try:
         executor = RayExecutor(directory.path.name, run, source.directory)
         with shown, _closing(executor):

@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "metrics.csv"
 
     @property
+    def timing(self) -> Path:
+        """``timing.csv``."""
+        return self.path / "timing.csv"
+
+    @property
     def events(self) -> Path:
         """``events.jsonl``."""
         return self.path / "events.jsonl"

@@ -5,20 +5,19 @@ Tensors pass from actor to actor as handles; only losses, sizes and times arrive
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hsplit.actors.executor import SERVER, Executor
-from hsplit.actors.messages import LossReport
+from hsplit.actors.messages import LossReport, ServerReport
 from hsplit.config import Job, RunConfig
 from hsplit.probe import ProbeOutcome, probe_importance
 from hsplit.scheduling.importance import ImportanceReport
 
-# Losses of a step's rows, and a handle to each client's gradient.
-_Losses = tuple[list[LossReport], list[Any]]
+# Handles to the reports of server and tails, in the order of events; and by part to each client's gradient.
+_ServerSide = tuple[list[Any], list[list[Any]]]
 
 
 @dataclass
@@ -28,20 +27,26 @@ class Done:
     Attributes:
         losses: of each client's rows; a client may have several.
         bytes_up, bytes_down: sent to the server; sent back.
-        time_s: seconds of the wall by holder.
-        outside_s: seconds in which the phase under way was waited for beyond its slowest holder's own time: messages,
-            serialization, scheduling.
+        seconds: of the wall, by holder and phase (:data:`hsplit.observe.timing.PHASES`, without ``waiting``).
+        late: holders that took longer than declared where the clock is emulated.
     """
 
     losses: list[LossReport] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
-    time_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    outside_s: float = 0.0
+    seconds: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    late: set[str] = field(default_factory=set)
 
-    def server_took(self, report: Any) -> None:
+    def took(self, holder: str, seconds: Mapping[str, float]) -> None:
+        """Count one call's phases towards ``holder``."""
+        for phase, spent in seconds.items():
+            self.seconds[holder][phase] += spent
+        if "paced" not in seconds:
+            self.late.add(holder)
+
+    def server_took(self, report: ServerReport) -> None:
         self.bytes_down += report.nbytes
-        self.time_s[SERVER] += report.time_s
+        self.took(SERVER, report.seconds)
 
 
 class Training(Protocol):
@@ -76,56 +81,76 @@ class SplitTraining:
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = Done()
-        begun, busy_s = time.perf_counter(), 0.0
-        for micro in range(self._job.grad_accumulation):
-            fronts = {c: self._executor.call_many(2, c, "forward", step, micro) for c in clients}
-            # The small reports come first: a client that failed is found before its tensors are passed on.
-            forwards = self._executor.get([report for report, _ in fronts.values()])
-            activations = [message for _, message in fronts.values()]
-            server_side = self._u_shaped_step if self._labels_at_home else self._server_step
-            losses, gradients = server_side(done, step, micro, clients, activations)
-            done.losses += losses
-            calls = [
-                self._executor.call(client, "backward", step, micro, gradient)
-                for client, gradient in zip(clients, gradients, strict=True)
-            ]
-            backwards = self._executor.get(calls)
-            for client, forward, backward_s in zip(clients, forwards, backwards, strict=True):
-                done.bytes_up += forward.nbytes
-                done.time_s[client] += forward.time_s + backward_s
-            busy_s += max(forward.time_s for forward in forwards) + max(backwards)
-        done.outside_s = time.perf_counter() - begun - busy_s - done.time_s[SERVER]
+        parts = self._job.pipeline.microbatches
+        for first in range(0, self._job.batches_per_step, parts):
+            self._batch(done, step, range(first, first + parts), clients)
         return done
 
-    def _server_step(
-        self, done: Done, step: int, micro: int, clients: Sequence[str], activations: list[Any]
-    ) -> _Losses:
-        """Labels on the server: one call does forward, loss and backward of the depth-joined batch."""
-        report, *gradients = self._executor.call_many(
-            1 + len(activations), SERVER, "train_step", step, micro, *activations
-        )
-        (report,) = self._executor.get([report])
-        done.server_took(report)
-        return list(report.losses), gradients
+    def _batch(self, done: Done, step: int, parts: range, clients: Sequence[str]) -> None:
+        """One batch of every client, in microbatches ``parts``.
 
-    def _u_shaped_step(
-        self, done: Done, step: int, micro: int, clients: Sequence[str], activations: list[Any]
-    ) -> _Losses:
-        """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
-        count = len(activations)
-        up, *deep = self._executor.call_many(1 + count, SERVER, "forward", step, micro, *activations)
-        tails = [
-            self._executor.call_many(2, client, "tail", step, micro, output)
-            for client, output in zip(clients, deep, strict=True)
+        An actor does what it is asked in the order in which it is asked. So all fronts are asked for first, and the
+        server is given each part once it has been sent: meanwhile clients compute the next, or go back over the last.
+        """
+        fronts = [[self._executor.call_many(2, c, "forward", step, part) for c in clients] for part in parts]
+        server_side = self._u_shaped if self._labels_at_home else self._at_server
+        reports, gradients = server_side(done, step, parts, clients, fronts)
+        backwards = [
+            (client, self._executor.call(client, "backward", step, part, gradient))
+            for part, sent in zip(parts, gradients, strict=True)
+            for client, gradient in zip(clients, sent, strict=True)
         ]
-        losses: list[LossReport] = self._executor.get([report for report, _ in tails])
-        down, *gradients = self._executor.call_many(
-            1 + count, SERVER, "backward", step, micro, count, *activations, *[gradient for _, gradient in tails]
-        )
-        for report in self._executor.get([up, down]):
-            done.server_took(report)
-        done.bytes_up += sum(loss.nbytes for loss in losses)
-        return losses, gradients
+        for report in self._executor.get(reports):
+            if isinstance(report, ServerReport):
+                done.server_took(report)
+                done.losses += report.losses
+            else:
+                done.bytes_up += report.nbytes
+                done.took(report.client, report.seconds)
+                done.losses.append(report)
+        seconds = self._executor.get([call for _, call in backwards])
+        for (client, _), spent in zip(backwards, seconds, strict=True):
+            done.took(client, spent)
+
+    def _sent(self, done: Done, front: list[list[Any]]) -> list[Any]:
+        """Wait for one part's fronts and count them; returns the handles of their activations."""
+        # The small reports come first: a client that failed is found before its tensors are passed on.
+        for report in self._executor.get([report for report, _ in front]):
+            done.bytes_up += report.nbytes
+            done.took(report.client, report.seconds)
+        return [message for _, message in front]
+
+    def _at_server(
+        self, done: Done, step: int, parts: range, clients: Sequence[str], fronts: list[list[list[Any]]]
+    ) -> _ServerSide:
+        """Labels on the server: one call does forward, loss and backward of the depth-joined batch."""
+        count = 1 + len(clients)
+        calls = [
+            self._executor.call_many(count, SERVER, "train_step", step, part, *self._sent(done, front))
+            for part, front in zip(parts, fronts, strict=True)
+        ]
+        return [report for report, *_ in calls], [gradients for _, *gradients in calls]
+
+    def _u_shaped(
+        self, done: Done, step: int, parts: range, clients: Sequence[str], fronts: list[list[list[Any]]]
+    ) -> _ServerSide:
+        """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
+        count, call_many = len(clients), self._executor.call_many
+        reports: list[Any] = []
+        sent: list[list[Any]] = []
+        for part, front in zip(parts, fronts, strict=True):
+            activations = self._sent(done, front)
+            report, *deep = call_many(1 + count, SERVER, "forward", step, part, *activations)
+            tails = [call_many(2, c, "tail", step, part, output) for c, output in zip(clients, deep, strict=True)]
+            reports += [report, *[loss for loss, _ in tails]]
+            sent.append([*activations, *[gradient for _, gradient in tails]])
+        gradients = []
+        # After every part's forward, so that the server computes one part while the clients' tails do another.
+        for part, tensors in zip(parts, sent, strict=True):
+            report, *returned = call_many(1 + count, SERVER, "backward", step, part, count, *tensors)
+            reports.append(report)
+            gradients.append(returned)
+        return reports, gradients
 
     def validation(self, batches: Mapping[str, int]) -> Done:
         done = Done()
@@ -164,9 +189,9 @@ class WholeTraining:
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = Done()
         calls = [self._executor.call(client, "train_step", step) for client in clients]
-        for client, (loss, seconds) in zip(clients, self._executor.get(calls), strict=True):
+        for loss in self._executor.get(calls):
             done.losses.append(loss)
-            done.time_s[client] += seconds
+            done.took(loss.client, loss.seconds)
         return done
 
     def validation(self, batches: Mapping[str, int]) -> Done:

@@ -5,7 +5,8 @@ Ray-free.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from hsplit.actors.messages import Activations, ForwardReport, LossReport, WireTensor
 from hsplit.actors.participant import Participant
 from hsplit.actors.peak_memory import measured, measured_in_first_steps, measured_once_a_round
-from hsplit.data import Batch
+from hsplit.actors.stopwatch import Stopwatch
+from hsplit.data import Batch, TokenizedExample
 from hsplit.data.probe_batch import probe_batch
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import pack_rows
@@ -43,31 +45,40 @@ class Client(Participant):
     @measured_in_first_steps
     def forward(self, step: int, micro: int) -> tuple[ForwardReport, Activations]:
         """Run the front over batch ``micro`` of local step ``step`` (counted over the run) and keep its graph."""
-        begun = time.perf_counter()
-        batches = self._step_batches(step)
-        batch = batches[micro]
-        self.holder.begin_phase(hash_seed(step, micro), training=True)
-        hidden = self._noised(self._front(batch), step, micro)
+        watch = Stopwatch(self._device)
+        with watch.phase("data"):
+            batches = self._step_batches(step)
+            batch = batches[micro]
+        with watch.phase("forward"):
+            self.holder.begin_phase(hash_seed(step, micro), training=True)
+            hidden = self._noised(self._front(batch), step, micro)
         self._sent[step, micro] = hidden
         self.holder.count_tokens(range(self._split), batch.supervised)
-        message = self._message(batch, hidden, sum(b.supervised for b in batches))
-        return ForwardReport(self.name, message.nbytes, time.perf_counter() - begun), message
+        with watch.phase("pack"):
+            message = self._message(batch, hidden, sum(b.supervised for b in batches))
+        watch.pace(self._pace.get("up"))
+        return ForwardReport(self.name, message.nbytes, watch.seconds), message
 
     @measured_in_first_steps
-    def backward(self, step: int, micro: int, gradient: WireTensor | None) -> float:
+    def backward(self, step: int, micro: int, gradient: WireTensor | None) -> Mapping[str, float]:
         """Take the gradient of this client's mean loss at the split point; step after the last batch.
 
         Returns:
-            Seconds of the wall spent here.
+            Seconds of the wall by phase.
         """
-        begun = time.perf_counter()
+        watch = Stopwatch(self._device)
         hidden = self._sent.pop((step, micro))
         if gradient is not None and hidden.requires_grad:
-            hidden.backward(gradient.unpack(hidden.dtype, hidden.device))
-        if micro == self._job.grad_accumulation - 1:
-            self.holder.step(step)
+            with watch.phase("unpack"):
+                upstream = gradient.unpack(hidden.dtype, hidden.device)
+            with watch.phase("backward"):
+                hidden.backward(upstream)
+        if micro == self._job.batches_per_step - 1:
+            with watch.phase("optimizer"):
+                self.holder.step(step)
             self._batches.pop(step, None)
-        return time.perf_counter() - begun
+        watch.pace(self._pace.get("down"))
+        return watch.seconds
 
     @measured_in_first_steps
     def tail(self, step: int, micro: int, deep: WireTensor) -> tuple[LossReport, WireTensor]:
@@ -76,7 +87,7 @@ class Client(Participant):
         Args:
             deep: last layer's output for this client's tokens, ``(n, d)``.
         """
-        return self._tail(deep, self._step_batches(step)[micro])
+        return self._tail(deep, self._step_batches(step)[micro], self._pace.get("turn"))
 
     # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
 
@@ -91,7 +102,6 @@ class Client(Participant):
             round_: round of the probe.
             tokens: supervised tokens wanted; fewer are used where ``batch_size`` examples have fewer.
         """
-        begun = time.perf_counter()
         job = self._job
         seed = hash_seed(job.seed, self.name, "probe", round_)
         batch = probe_batch(self._data[0].train, tokens, job.batch_size, seed)
@@ -101,13 +111,13 @@ class Client(Participant):
             hidden = self._noised(self._front(batch, probing=True), _PROBE, round_)
         self._probed = probe, batch, hidden
         message = self._message(batch, hidden, batch.supervised)
-        return ForwardReport(self.name, message.nbytes, time.perf_counter() - begun), message
+        return ForwardReport(self.name, message.nbytes), message
 
     @measured
     def probe_tail(self, deep: WireTensor) -> tuple[LossReport, WireTensor]:
         """U-shape: as :meth:`tail`, for the probe's batch."""
         assert self._probed is not None
-        return self._tail(deep, self._probed[1])
+        return self._tail(deep, self._probed[1], None)
 
     @measured
     def probe_backward(self, gradient: WireTensor | None) -> ImportanceReport:
@@ -135,12 +145,11 @@ class Client(Participant):
     @torch.no_grad()
     def validation_forward(self, index: int) -> tuple[ForwardReport, Activations]:
         """Front over validation batch ``index``, without a graph and without dropout."""
-        begun = time.perf_counter()
         batch = self._validation[index]
         self.holder.begin_phase(0, training=False)
         hidden = self._noised(self._front(batch), -1, index)
         message = self._message(batch, hidden, batch.supervised)
-        return ForwardReport(self.name, message.nbytes, time.perf_counter() - begun), message
+        return ForwardReport(self.name, message.nbytes), message
 
     @measured_once_a_round
     @torch.no_grad()
@@ -152,13 +161,27 @@ class Client(Participant):
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _tail(self, deep: WireTensor, batch: Batch) -> tuple[LossReport, WireTensor]:
-        hidden = deep.unpack(self._base.dtype, self._device).requires_grad_()
-        loss = self._loss_sum(hidden, batch)
-        loss.backward()
+    def _tail(self, deep: WireTensor, batch: Batch, pace_s: float | None) -> tuple[LossReport, WireTensor]:
+        watch = Stopwatch(self._device)
+        with watch.phase("unpack"):
+            hidden = deep.unpack(self._base.dtype, self._device).requires_grad_()
+        with watch.phase("tail"):
+            loss = self._loss_sum(hidden, batch)
+            loss.backward()
         assert hidden.grad is not None
-        gradient = WireTensor.pack(hidden.grad, self._job.wire)
-        return LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes), gradient
+        with watch.phase("pack"):
+            gradient = WireTensor.pack(hidden.grad, self._job.wire, self._job.transport)
+        watch.pace(pace_s)
+        report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
+        return report, gradient
+
+    def _step_batches(self, step: int) -> list[Batch]:
+        """What :class:`Participant` draws, each batch cut into its microbatches."""
+        if step not in self._batches:
+            parts = self._job.pipeline.microbatches
+            drawn = self._drawn(step)
+            self._batches[step] = [self._batch(part) for examples in drawn for part in _cut(examples, parts)]
+        return self._batches[step]
 
     def _noised(self, hidden: Tensor, step: int, index: int) -> Tensor:
         """Clip each position's activations and add Gaussian noise (``privacy.noise``), differentiably in ``hidden``.
@@ -179,9 +202,15 @@ class Client(Participant):
         return Activations(
             client=self.name,
             split=self._split,
-            hidden=WireTensor.pack(hidden, self._job.wire),
+            hidden=WireTensor.pack(hidden, self._job.wire, self._job.transport),
             lengths=batch.lengths,
             supervised=batch.supervised,
             step_supervised=step_supervised,
             targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
         )
+
+
+def _cut(examples: Sequence[TokenizedExample], parts: int) -> list[Sequence[TokenizedExample]]:
+    """``examples`` in ``parts`` of as equal a number as can be."""
+    borders = [len(examples) * part // parts for part in range(parts + 1)]
+    return [examples[start:stop] for start, stop in pairwise(borders)]

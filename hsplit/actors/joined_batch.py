@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,7 @@ class JoinedBatch:
 
     @staticmethod
     def run(
-        segment: Segment,
-        layers: int,
-        messages: Sequence[Activations],
-        dtype: torch.dtype,
-        device: torch.device,
-        differentiable: Callable[[Activations], bool],
+        segment: Segment, layers: int, messages: Sequence[Activations], inputs: Mapping[str, Tensor]
     ) -> JoinedBatch:
         """Run the deep layers: start with the shallowest split, let tokens join where their client's split lies.
 
@@ -45,32 +40,33 @@ class JoinedBatch:
             segment: holds the layers from the shallowest split on.
             layers: of the whole model.
             messages: one a client.
-            dtype: compute dtype.
-            device: where ``segment`` is.
-            differentiable: whose hidden states require a gradient.
+            inputs: by client its hidden states, unpacked, ``(n_c, d)``.
         """
         by_depth = sorted(messages, key=lambda m: m.split)
-        inputs: dict[str, Tensor] = {}
         tokens: dict[str, slice] = {}
         lengths: tuple[int, ...] = ()
         hidden: Tensor | None = None
         depth = by_depth[0].split
         for message in by_depth:
+            joining = inputs[message.client]
             if hidden is not None and message.split > depth:
-                hidden = segment.run(hidden, Packing.of(lengths, device), depth, message.split)
+                hidden = segment.run(hidden, Packing.of(lengths, joining.device), depth, message.split)
                 depth = message.split
-            joining = message.hidden.unpack(dtype, device)
-            inputs[message.client] = joining.requires_grad_(differentiable(message))
             start = 0 if hidden is None else hidden.shape[0]
             tokens[message.client] = slice(start, start + joining.shape[0])
             lengths += message.lengths
             hidden = joining if hidden is None else torch.cat([hidden, joining])
         assert hidden is not None
-        output = segment.run(hidden, Packing.of(lengths, device), depth, layers)
-        return JoinedBatch(output, tuple(messages), inputs, tokens)
+        output = segment.run(hidden, Packing.of(lengths, hidden.device), depth, layers)
+        return JoinedBatch(output, tuple(messages), dict(inputs), tokens)
 
-    def losses(self, tail: Tail) -> tuple[Tensor, Tensor]:
-        """Cross-entropy sum and number of supervised tokens of each client, ``(clients,)`` each."""
+    def losses(self, tail: Tail, rows_only: bool = True) -> tuple[Tensor, Tensor]:
+        """Cross-entropy sum and number of supervised tokens of each client, ``(clients,)`` each.
+
+        Args:
+            tail: final norm and head.
+            rows_only: see :meth:`Tail.supervised_losses`.
+        """
         count, n, device = len(self.messages), self.output.shape[0], self.output.device
         targets = torch.empty(n, dtype=torch.int64, device=device)
         owner = torch.empty(n, dtype=torch.int64, device=device)
@@ -79,14 +75,13 @@ class JoinedBatch:
             targets[self.tokens[message.client]] = torch.tensor(message.targets, dtype=torch.int64, device=device)
             owner[self.tokens[message.client]] = index
         # One selection from the joined batch: a copy a client would be as many more hidden states.
-        at = targets != -100
-        losses, owner = tail.token_losses(self.output[at], targets[at]), owner[at]
+        losses, owner = tail.supervised_losses(self.output, targets, rows_only), owner[targets != -100]
         sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
         return sums, torch.bincount(owner, minlength=count)
 
-    def outputs(self, wire: str) -> tuple[WireTensor, ...]:
+    def outputs(self, wire: str, transport: str) -> tuple[WireTensor, ...]:
         """The last layer's output for each client's tokens ``(n_c, d)``, at the wire dtype."""
-        return tuple(WireTensor.pack(self.output[self.tokens[m.client]], wire) for m in self.messages)
+        return tuple(WireTensor.pack(self.output[self.tokens[m.client]], wire, transport) for m in self.messages)
 
     def upstream(self, gradients: Sequence[Activations | WireTensor]) -> Tensor:
         """U-shape: the clients' gradients, one a message, as the gradient of the joined output ``(n, d)``."""
@@ -96,7 +91,7 @@ class JoinedBatch:
             upstream[self.tokens[message.client]] = gradient.unpack(upstream.dtype, upstream.device)
         return upstream
 
-    def gradients(self, wire: str) -> tuple[WireTensor | None, ...]:
+    def gradients(self, wire: str, transport: str) -> tuple[WireTensor | None, ...]:
         """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
 
         ``None`` for a client without layers.
@@ -107,5 +102,5 @@ class JoinedBatch:
             if gradient is None or message.split == 0:
                 returned.append(None)
             else:
-                returned.append(WireTensor.pack(gradient / max(message.step_supervised, 1), wire))
+                returned.append(WireTensor.pack(gradient / max(message.step_supervised, 1), wire, transport))
         return tuple(returned)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,28 +27,34 @@ class WireTensor:
     arrives as NaN throughout.
 
     Attributes:
-        data: uint8 array of the tensor's bytes, row-major; for ``int8`` the scales, then the codes.
+        data: uint8 array of the tensor's bytes, row-major; for ``int8`` the scales, then the codes. A tensor, on the
+            device where it was made, where Ray's object store is gone round (``job.transport``).
         wire: ``fp32``, ``bf16``, ``int8`` or ``fp64``.
         shape: the tensor's shape.
     """
 
-    data: np.ndarray
+    data: np.ndarray | Tensor
     wire: str
     shape: tuple[int, ...]
 
     @staticmethod
-    def pack(tensor: Tensor, wire: str) -> WireTensor:
-        shape = tuple(tensor.shape)
+    def pack(tensor: Tensor, wire: str, transport: str = "store") -> WireTensor:
+        """``tensor`` in the type ``wire``, as ``job.transport`` wants it."""
+        detached, shape = tensor.detach(), tuple(tensor.shape)
         if wire == "int8":
-            return WireTensor(_quantized(tensor.detach()).cpu().numpy(), wire, shape)
-        flat = tensor.detach().to("cpu", WIRE_DTYPES[wire]).contiguous().view(-1)
-        return WireTensor(flat.view(torch.uint8).numpy(), wire, shape)
+            flat = _quantized(detached)
+        else:
+            flat = detached.to(WIRE_DTYPES[wire]).contiguous().view(-1).view(torch.uint8)
+        return WireTensor(flat.cpu().numpy() if transport == "store" else flat, wire, shape)
 
     def unpack(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A writable tensor of its own in ``dtype`` on ``device``."""
-        # Allocated by torch, so that measurements see it; copied by numpy, as what Ray gives may be read-only.
-        own = torch.empty(self.nbytes, dtype=torch.uint8)
-        own.numpy()[...] = self.data
+        # Allocated by torch, so that measurements see it, and not shared: what Ray gives may be read-only.
+        if isinstance(self.data, Tensor):
+            own = self.data.clone()
+        else:
+            own = torch.empty(self.nbytes, dtype=torch.uint8)
+            own.numpy()[...] = self.data
         if self.wire == "int8":
             return _dequantized(own.to(device), self.shape, dtype)
         return own.view(WIRE_DTYPES[self.wire]).view(self.shape).to(device, dtype)
@@ -135,12 +142,12 @@ class ForwardReport:
     Attributes:
         client: who sent.
         nbytes: size of the activations on the wire.
-        time_s: seconds of the wall that the front took.
+        seconds: of the wall by phase.
     """
 
     client: str
     nbytes: int
-    time_s: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,12 +159,14 @@ class LossReport:
         loss_sum: cross-entropy summed over supervised tokens, nats.
         tokens: supervised tokens.
         nbytes: bytes of the gradient that a client's tail sends up with it.
+        seconds: of the wall by phase, where a client computed it in a step.
     """
 
     client: str
     loss_sum: float
     tokens: int
     nbytes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,12 +176,12 @@ class ServerReport:
     Attributes:
         losses: one a client where the labels are here, otherwise empty.
         nbytes: bytes sent to the clients.
-        time_s: seconds of the wall that the server phase took.
+        seconds: of the wall by phase.
     """
 
     losses: tuple[LossReport, ...]
     nbytes: int
-    time_s: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,9 +191,7 @@ class ProbeReport:
     Attributes:
         importance: one a client, over the layers that its tokens passed through here.
         nbytes: bytes sent to the clients.
-        time_s: seconds of the wall that the server phase took.
     """
 
     importance: tuple[ImportanceReport, ...]
     nbytes: int
-    time_s: float

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hsplit.actors.peak_memory import PeakMemory, measured
 from hsplit.config import Job, Policy
-from hsplit.data import Batch, Example, collate, read_examples
+from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples
 from hsplit.data.local import LocalData
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe
@@ -72,6 +72,7 @@ class Participant:
         self._split = 0
         self._shapes: list[LinearShape] = []
         self._batches: dict[int, list[Batch]] = {}
+        self._pace: Mapping[str, float] = {}
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,10 @@ class Participant:
         self.holder.follow_residual(update.residuals)
         self.holder.load_state(tensors)
 
+    def set_pace(self, seconds: Mapping[str, float]) -> None:
+        """From now on spend these seconds in each call of a step, by what it does: up, turn, down (METHOD 8)."""
+        self._pace = dict(seconds)
+
     def peak_bytes(self) -> int:
         """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
         return self._memory.peak_bytes()
@@ -206,20 +211,27 @@ class Participant:
         return segment.run(embedded, packing, 0, self._split)
 
     def _step_batches(self, step: int) -> list[Batch]:
+        """Batches of local step ``step`` (counted over the run), kept until it is done."""
         if step not in self._batches:
-            count = self._job.grad_accumulation
-            self._batches[step] = [
-                collate([example for data in self._data for example in data.draw(step * count + micro)])
-                for micro in range(count)
-            ]
+            self._batches[step] = [self._batch(examples) for examples in self._drawn(step)]
         return self._batches[step]
+
+    def _batch(self, examples: Sequence[TokenizedExample]) -> Batch:
+        batch = collate(examples)
+        return batch if self._job.fast.packed else batch.padded()
+
+    def _drawn(self, step: int) -> list[list[TokenizedExample]]:
+        """The examples of each of the step's ``grad_accumulation`` batches."""
+        count = self._job.grad_accumulation
+        return [
+            [example for data in self._data for example in data.draw(step * count + index)] for index in range(count)
+        ]
 
     def _loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         tail = self.holder.segment.tail
         assert tail is not None
         targets = pack_rows(batch.targets, batch.lengths).to(self._device)
-        at = targets != -100
-        return tail.token_losses(hidden[at], targets[at]).sum()
+        return tail.supervised_losses(hidden, targets, self._job.fast.loss_rows).sum()
 
 
 def tensors_held(segment: Segment) -> dict[str, int]:

@@ -40,29 +40,34 @@ class PeakMemory:
     Between windows a holder may allocate what it frees again; what stays of such a call is not seen.
 
     Args:
-        device: where the holder computes. On CUDA the counters are the process's: one holder a process.
+        device: where the holder computes. On CUDA the counters are the process's, one holder a process; those of
+            several GPUs are added up, though their peaks need not fall together.
         enabled: without it nothing is measured and :meth:`peak_bytes` is 0.
     """
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         self._cuda = enabled and device.type == "cuda"
         self._profiles = enabled and not self._cuda
-        self._device = device
+        # "cuda" stands for all GPUs that the process sees: several, where a server's layers are spread over them.
+        several = self._cuda and device.index is None
+        self._gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if several else [device]
         self._live: dict[int, int] = {}
         self._watched: dict[int, StorageWeakRef] = {}
         self._now = self._peak = 0
         self._open = False
         self._steps: set[int] = set()
         self._measured: set[str] = set()
-        self._start = torch.cuda.memory_allocated(device) if self._cuda else 0
+        self._start = sum(map(torch.cuda.memory_allocated, self._gpus)) if self._cuda else 0
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats(device)
+            # The counters of a numbered GPU are not there before.
+            torch.cuda.init()
+            self._reset_gpus()
 
     def peak_bytes(self) -> int:
         """Most bytes above the start since the last call; the peak then begins anew at the bytes held now."""
         if self._cuda:
-            most = torch.cuda.max_memory_allocated(self._device) - self._start
-            torch.cuda.reset_peak_memory_stats(self._device)
+            most = sum(map(torch.cuda.max_memory_allocated, self._gpus)) - self._start
+            self._reset_gpus()
             return most
         self._forget_expired()
         most, self._peak = self._peak, self._now
@@ -119,6 +124,10 @@ class PeakMemory:
         first = method not in self._measured
         self._measured.add(method)
         return first
+
+    def _reset_gpus(self) -> None:
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
 
     def _receive(self, received: Any) -> int:
         """Take over the tensors that the caller gave; returns the bytes of the arrays beside them."""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit.actors.client import Client
 from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, one_line
+from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
 from hsplit.actors.scheduler import Scheduler
@@ -34,6 +36,14 @@ WORKER_ENVIRONMENT = {
     "BITSANDBYTES_NOWELCOME": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+# What is called in a step or a probe and returns activations or gradients behind its report.
+STEP_METHODS = frozenset(
+    {"forward", "train_step", "tail", "backward", "validation_forward", "evaluate_deep"}
+    | {"probe", "probe_forward", "probe_tail", "probe_backward"}
+)
+# Workers that Ray would start before they are asked for are not forked.
+NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,24 @@ def _settle(threads: int | None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-class _ParticipantActor(Participant):
+class _Returning:
+    """Hands out what a method returned one value at a time: Ray Direct Transport moves one value a call.
+
+    Its tensors stay on their device until the receiver takes them, or for good where that is the same device.
+    """
+
+    def begin(self, ticket: int, method: str, *arguments: Any) -> Any:
+        """Call ``method`` and return the first of the values that it returns; :meth:`rest` has the others."""
+        report, *rest = getattr(self, method)(*arguments)
+        self._returned: dict[tuple[int, int], Any] = getattr(self, "_returned", {})
+        self._returned |= {(ticket, index): value for index, value in enumerate(rest)}
+        return report
+
+    def rest(self, ticket: int, index: int) -> Any:
+        return self._returned.pop((ticket, index))
+
+
+class _ParticipantActor(Participant, _Returning):
     """The shell of a participant: settles threads and finds the model on its node."""
 
     def __init__(
@@ -101,7 +128,7 @@ class WholeClientActor(_ParticipantActor, WholeClient):
     """A participant with the whole model."""
 
 
-class ServerActor(Server):
+class ServerActor(Server, _Returning):
     """The shell of the server."""
 
     def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
@@ -117,8 +144,16 @@ class SchedulerActor(Scheduler):
         super().__init__(run, model.locate())
 
 
-def connect(address: str | None, cpus: float, dashboard: bool = True) -> str | None:
+def connect(
+    address: str | None, cpus: float, dashboard: bool = True, fork_server: ForkServer | None = None
+) -> str | None:
     """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
+
+    Args:
+        address: of a running cluster.
+        cpus: least number of logical CPUs of a local one.
+        dashboard: whether a local one has a dashboard.
+        fork_server: forks the worker processes of a local one.
 
     Returns:
         The dashboard's URL, or ``None``.
@@ -132,6 +167,9 @@ def connect(address: str | None, cpus: float, dashboard: bool = True) -> str | N
     if address is None:
         # Actors wait most of the time, so a laptop may have more of them than cores.
         logical = max(os.cpu_count() or 1, math.ceil(cpus))
+        if fork_server is not None:
+            quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
+            os.environ |= NOT_BEFOREHAND
         context = ray.init(address="local", num_cpus=logical, include_dashboard=dashboard, **quiet)
     else:
         try:
@@ -188,30 +226,49 @@ class RayExecutor:
     def __init__(self, run_name: str, run: RunConfig, model: Path) -> None:
         check_requests(run)
         self._handles: dict[str, Any] = {}
+        self._transport = run.job.transport
+        self._tickets = count()
         shared = ModelReference(run.job.model, model)
+        # First, so that it plans while the others start.
+        scheduler = ray.remote(SchedulerActor).options(
+            name=f"hsplit:{run_name}:scheduler", namespace=NAMESPACE, num_cpus=0
+        )
+        self._handles[SCHEDULER] = scheduler.remote(run, shared)
         actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
         for client in run.participants:
             own = shared if client.model is None else ModelReference(client.model, None)
-            actor = _remote(actor_class, f"hsplit:{run_name}:client:{client.name}", client)
+            actor = _remote(actor_class, f"hsplit:{run_name}:client:{client.name}", client, run.job.transport)
             # A single node computes alone, on every core of its machine.
             threads = None if client.name == CENTRAL else max(1, int(client.num_cpus))
             device = _device(client)
             self._handles[client.name] = actor.remote(client.name, run.job, run.policy, own, device, threads)
         holder = server_request(run)
-        server = _remote(ServerActor, f"hsplit:{run_name}:server", holder)
+        server = _remote(ServerActor, f"hsplit:{run_name}:server", holder, run.job.transport)
         self._handles[SERVER] = server.remote(run.job, run.policy, shared, _device(holder))
-        scheduler = ray.remote(SchedulerActor).options(
-            name=f"hsplit:{run_name}:scheduler", namespace=NAMESPACE, num_cpus=0
-        )
-        self._handles[SCHEDULER] = scheduler.remote(run, shared)
+
+        if self._transport in ("gloo", "nccl"):
+            from ray.experimental.collective import create_collective_group
+
+            moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
+            create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
 
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
         ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
         return _Handle(ref, actor, method)
 
     def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
+        if self._transport != "store" and method in STEP_METHODS:
+            return self._directly(returns, actor, method, *arguments)
         bound = getattr(self._handles[actor], method).options(num_returns=returns)
         refs = bound.remote(*_refs(arguments))
+        return [_Handle(ref, actor, method) for ref in refs]
+
+    def _directly(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
+        """As :meth:`call_many`, all values but the report by Ray Direct Transport."""
+        handle, ticket = self._handles[actor], next(self._tickets)
+        refs = [handle.begin.remote(ticket, method, *_refs(arguments))]
+        rest = handle.rest.options(tensor_transport=self._transport)
+        refs += [rest.remote(ticket, index) for index in range(returns - 1)]
         return [_Handle(ref, actor, method) for ref in refs]
 
     def get(self, handles: Sequence[Any]) -> list[Any]:
@@ -234,7 +291,7 @@ class RayExecutor:
         self._handles.clear()
 
 
-def _remote(cls: type, name: str, holder: Holder) -> Any:
+def _remote(cls: type, name: str, holder: Holder, transport: str) -> Any:
     options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
@@ -245,7 +302,8 @@ def _remote(cls: type, name: str, holder: Holder) -> Any:
     if holder.node is not None:
         (node,) = _matching_nodes([n for n in ray.nodes() if n["Alive"]], name, holder)[:1]
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(cls).options(**options)
+    transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
+    return transported.options(**options)
 
 
 def _device(holder: Holder) -> str:

@@ -158,6 +158,10 @@ class Scheduler:
         """Virtual seconds of one local step under ``plan``."""
         return self._clock().step_s(plan)
 
+    def call_times_s(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """Virtual seconds of each call of a local step under ``plan``, by holder and by what is called for."""
+        return self._clock().call_s(plan)
+
     def probe_time_s(self, plan: Plan) -> float:
         """Virtual seconds of one importance probe."""
         return self._clock().probe_s(plan)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from hsplit.actors.joined_batch import JoinedBatch
 from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor
 from hsplit.actors.participant import tensors_held
 from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
+from hsplit.actors.stopwatch import Stopwatch
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.aggregator import Aggregator
@@ -83,7 +83,8 @@ class Server:
         self._layers = 0
         self._plan: Plan | None = None
         self._holder: Holder | None = None
-        self._kept: dict[tuple[int, int], JoinedBatch] = {}
+        self._kept: dict[tuple[int, int], list[JoinedBatch]] = {}
+        self._pace: Mapping[str, float] = {}
         self._shapes: list[LinearShape] = []
         self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
         self._step_tokens: dict[int, int] = defaultdict(int)
@@ -162,25 +163,37 @@ class Server:
             The report with a loss a message, then for each message the gradient of that client's own mean loss at
             its split point (``None`` for a client without layers), in the order of ``messages``.
         """
-        begun = time.perf_counter()
-        joined = self._join(step, micro, messages, training=True)
-        sums, counts = joined.losses(self._tail)
-        total = sums.sum()
-        if total.requires_grad:
-            total.backward()
-        gradients = joined.gradients(self._job.wire)
-        self._finish(step, micro, messages)
-        losses = _loss_reports(messages, sums.detach(), counts)
-        return _report(begun, gradients, losses), *gradients
+        watch = Stopwatch(self._device)
+        losses: list[LossReport] = []
+        gradients: list[WireTensor | None] = []
+        for group in self._groups(messages):
+            joined = self._join(step, micro, group, watch, training=True)
+            with watch.phase("tail"):
+                sums, counts = self._losses(joined)
+                total = sums.sum()
+            with watch.phase("backward"):
+                if total.requires_grad:
+                    total.backward()
+            with watch.phase("pack"):
+                gradients += joined.gradients(self._job.wire, self._job.transport)
+            losses += _loss_reports(group, sums.detach(), counts)
+        self._finish(step, micro, messages, watch)
+        watch.pace(self._pace.get("step"))
+        return _report(watch, gradients, losses), *gradients
 
     @measured_in_first_steps
     def forward(self, step: int, micro: int, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
         """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph."""
-        begun = time.perf_counter()
-        joined = self._join(step, micro, messages, training=True)
-        self._kept[step, micro] = joined
-        outputs = joined.outputs(self._job.wire)
-        return _report(begun, outputs), *outputs
+        watch = Stopwatch(self._device)
+        self._kept[step, micro] = []
+        outputs: list[WireTensor] = []
+        for group in self._groups(messages):
+            joined = self._join(step, micro, group, watch, training=True)
+            self._kept[step, micro].append(joined)
+            with watch.phase("pack"):
+                outputs += joined.outputs(self._job.wire, self._job.transport)
+        watch.pace(self._pace.get("forward"))
+        return _report(watch, outputs), *outputs
 
     @measured_in_first_steps
     def backward(
@@ -192,15 +205,22 @@ class Server:
             messages: how many of ``sent`` are the step's activations; the rest are the clients' gradients, in the
                 same order.
         """
-        begun = time.perf_counter()
+        watch = Stopwatch(self._device)
         activations = [m for m in sent[:messages] if isinstance(m, Activations)]
-        joined = self._kept.pop((step, micro))
-        upstream = joined.upstream(sent[messages:])
-        if joined.output.requires_grad:
-            joined.output.backward(upstream)
-        gradients = joined.gradients(self._job.wire)
-        self._finish(step, micro, activations)
-        return _report(begun, gradients), *gradients
+        slopes = list(sent[messages:])
+        gradients: list[WireTensor | None] = []
+        for joined in self._kept.pop((step, micro)):
+            own, slopes = slopes[: len(joined.messages)], slopes[len(joined.messages) :]
+            with watch.phase("unpack"):
+                upstream = joined.upstream(own)
+            with watch.phase("backward"):
+                if joined.output.requires_grad:
+                    joined.output.backward(upstream)
+            with watch.phase("pack"):
+                gradients += joined.gradients(self._job.wire, self._job.transport)
+        self._finish(step, micro, activations, watch)
+        watch.pace(self._pace.get("backward"))
+        return _report(watch, gradients), *gradients
 
     # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
 
@@ -217,30 +237,27 @@ class Server:
         Raises:
             RuntimeError: a weight has not reported.
         """
-        begun = time.perf_counter()
         probe, joined = self._watched(messages)
-        sums, _ = joined.losses(self._tail)
-        return self._scored(begun, probe, joined, sums.sum(), None)
+        sums, _ = self._losses(joined)
+        return self._scored(probe, joined, sums.sum(), None)
 
     @measured
     def probe_forward(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
         """U-shape: as :meth:`forward`, with the weights watched."""
-        begun = time.perf_counter()
         probe, joined = self._watched(messages)
         self._probed = probe, joined
-        outputs = joined.outputs(self._job.wire)
-        return _report(begun, outputs), *outputs
+        outputs = joined.outputs(self._job.wire, self._job.transport)
+        return _report(None, outputs), *outputs
 
     @measured
     def probe_backward(
         self, messages: int, *sent: Activations | WireTensor
     ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
         """U-shape: as :meth:`probe`, from the gradients of every client's token sum; arguments as in backward."""
-        begun = time.perf_counter()
         assert self._probed is not None
         probe, joined = self._probed
         self._probed = None
-        return self._scored(begun, probe, joined, joined.output, joined.upstream(sent[messages:]))
+        return self._scored(probe, joined, joined.output, joined.upstream(sent[messages:]))
 
     # -- validation -----------------------------------------------------------------------------------------------
 
@@ -248,17 +265,21 @@ class Server:
     @torch.no_grad()
     def evaluate(self, *messages: Activations) -> ServerReport:
         """Validation loss of each client's rows, labels on the server."""
-        begun = time.perf_counter()
-        sums, counts = self._join(0, 0, messages, training=False).losses(self._tail)
-        return _report(begun, (), _loss_reports(messages, sums, counts))
+        losses: list[LossReport] = []
+        for group in self._groups(messages):
+            joined = self._join(0, 0, group, Stopwatch(self._device), training=False)
+            losses += _loss_reports(group, *self._losses(joined))
+        return _report(None, (), losses)
 
     @measured_once_a_round
     @torch.no_grad()
     def evaluate_deep(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
         """U-shape: the report, then the deep layers' output for each client's validation rows."""
-        begun = time.perf_counter()
-        outputs = self._join(0, 0, messages, training=False).outputs(self._job.wire)
-        return _report(begun, outputs), *outputs
+        outputs: list[WireTensor] = []
+        for group in self._groups(messages):
+            joined = self._join(0, 0, group, Stopwatch(self._device), training=False)
+            outputs += joined.outputs(self._job.wire, self._job.transport)
+        return _report(None, outputs), *outputs
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
@@ -315,6 +336,12 @@ class Server:
         self.aggregator.mark_sent()
         return sum(u.nbytes for u in updates), *updates
 
+    def set_pace(self, seconds: Mapping[str, float]) -> None:
+        """From now on spend these seconds in each call of a step, by what it does (METHOD 8): step, or where labels
+        stay at home forward and backward.
+        """
+        self._pace = dict(seconds)
+
     def peak_bytes(self) -> int:
         """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
         return self._memory.peak_bytes()
@@ -347,14 +374,31 @@ class Server:
     def adapters(self) -> AdapterSet:
         return self.holder.adapters
 
-    def _join(self, step: int, micro: int, messages: Sequence[Activations], training: bool) -> JoinedBatch:
+    def _groups(self, messages: Sequence[Activations]) -> list[Sequence[Activations]]:
+        """What is computed together: everybody, or with ``fast.depth_joined`` off one client after another."""
+        return [messages] if self._job.fast.depth_joined else [[message] for message in messages]
+
+    def _join(
+        self, step: int, micro: int, messages: Sequence[Activations], watch: Stopwatch, training: bool
+    ) -> JoinedBatch:
         """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it."""
         self.holder.begin_phase(step * 1_000 + micro, training)
-        return self._run(messages, lambda message: training and message.split > 0)
+        with watch.phase("unpack"):
+            inputs = self._unpacked(messages, lambda message: training and message.split > 0)
+        with watch.phase("forward"):
+            return JoinedBatch.run(self.holder.segment, self._layers, messages, inputs)
 
-    def _run(self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool]) -> JoinedBatch:
-        segment = self.holder.segment
-        return JoinedBatch.run(segment, self._layers, messages, self._base.dtype, self._device, differentiable)
+    def _losses(self, joined: JoinedBatch) -> tuple[Tensor, Tensor]:
+        return joined.losses(self._tail, self._job.fast.loss_rows)
+
+    def _unpacked(
+        self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool]
+    ) -> dict[str, Tensor]:
+        """By client the hidden states at its split point, in the compute dtype, as leaves of a graph."""
+        return {
+            m.client: m.hidden.unpack(self._base.dtype, self._device).requires_grad_(differentiable(m))
+            for m in messages
+        }
 
     def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
         """The joined batch of a probe, without dropout, and the probe that has watched it."""
@@ -362,37 +406,41 @@ class Server:
         with probe.watching():
             self.holder.begin_phase(0, training=False)
             # A probe needs a gradient at layer 0 too, for the first linears there.
-            return probe, self._run(messages, lambda message: True)
+            inputs = self._unpacked(messages, lambda message: True)
+            return probe, JoinedBatch.run(self.holder.segment, self._layers, messages, inputs)
 
     def _scored(
-        self, begun: float, probe: ImportanceProbe, joined: JoinedBatch, output: Tensor, upstream: Tensor | None
+        self, probe: ImportanceProbe, joined: JoinedBatch, output: Tensor, upstream: Tensor | None
     ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
         """Scores and gradients from a backward of the token sum: a client's part of it over its ``n_i`` is its own."""
         messages = joined.messages
         rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
         scores = probe.scores(output, upstream, rows)
-        gradients = joined.gradients(self._job.wire)
+        gradients = joined.gradients(self._job.wire, self._job.transport)
         importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-        return ProbeReport(importance, nbytes, time.perf_counter() - begun), *gradients
+        return ProbeReport(importance, nbytes), *gradients
 
-    def _finish(self, step: int, micro: int, messages: Sequence[Activations]) -> None:
+    def _finish(self, step: int, micro: int, messages: Sequence[Activations], watch: Stopwatch) -> None:
         """Count tokens; after the step's last batch divide layer ``l``'s gradient by its ``n_l`` and step."""
         first = self.holder.segment.spec.first
         for message in messages:
             for layer in range(max(first, message.split), self._layers):
                 self._step_tokens[layer] += message.supervised
                 self.holder.count_tokens([layer], message.supervised)
-        if micro == self._job.grad_accumulation - 1:
+        if micro == self._job.batches_per_step - 1:
             layers = range(first, self._layers)
-            self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
-            self.holder.step(step)
+            with watch.phase("optimizer"):
+                self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
+                self.holder.step(step)
             self._step_tokens.clear()
 
 
-def _report(begun: float, sent: Sequence[WireTensor | None], losses: Sequence[LossReport] = ()) -> ServerReport:
+def _report(
+    watch: Stopwatch | None, sent: Sequence[WireTensor | None], losses: Sequence[LossReport] = ()
+) -> ServerReport:
     nbytes = sum(tensor.nbytes for tensor in sent if tensor is not None)
-    return ServerReport(tuple(losses), nbytes, time.perf_counter() - begun)
+    return ServerReport(tuple(losses), nbytes, {} if watch is None else watch.seconds)
 
 
 def _loss_reports(messages: Sequence[Activations], sums: Tensor, counts: Tensor) -> list[LossReport]:

@@ -5,7 +5,6 @@ Ray-free. Nothing of a step leaves it: data, activations and labels stay; adapte
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ import torch
 from hsplit.actors.messages import LossReport
 from hsplit.actors.participant import Participant
 from hsplit.actors.peak_memory import measured, measured_in_first_steps, measured_once_a_round
+from hsplit.actors.stopwatch import Stopwatch
 from hsplit.data.probe_batch import probe_batch
 from hsplit.lora.importance_probe import ProbedRows
 from hsplit.lora.weight_holder import WeightHolder
@@ -36,26 +36,29 @@ class WholeClient(Participant):
         self._holder = WeightHolder(self.name, segment, self._job)
 
     @measured_in_first_steps
-    def train_step(self, step: int) -> tuple[LossReport, float]:
-        """The whole local step ``step`` (counted over the run), all its accumulated batches.
-
-        Returns:
-            Its loss, and the seconds of the wall spent here.
-        """
-        begun = time.perf_counter()
-        batches = self._step_batches(step)
+    def train_step(self, step: int) -> LossReport:
+        """The whole local step ``step`` (counted over the run), all its accumulated batches."""
+        watch = Stopwatch(self._device)
+        with watch.phase("data"):
+            batches = self._step_batches(step)
         tokens = sum(batch.supervised for batch in batches)
         loss_sum = 0.0
         for index, batch in enumerate(batches):
             self.holder.begin_phase(hash_seed(step, index), training=True)
             with self._autocast():
-                loss = self._loss_sum(self._front(batch), batch)
-            (loss / max(tokens, 1)).backward()
+                with watch.phase("forward"):
+                    hidden = self._front(batch)
+                with watch.phase("tail"):
+                    loss = self._loss_sum(hidden, batch)
+            with watch.phase("backward"):
+                (loss / max(tokens, 1)).backward()
             loss_sum += float(loss.detach())
         self.holder.count_tokens(range(self._split), tokens)
-        self.holder.step(step)
+        with watch.phase("optimizer"):
+            self.holder.step(step)
         self._batches.pop(step, None)
-        return LossReport(self.name, loss_sum, tokens), time.perf_counter() - begun
+        watch.pace(self._pace.get("up"))
+        return LossReport(self.name, loss_sum, tokens, seconds=watch.seconds)
 
     @measured
     def probe(self, round_: int, tokens: int) -> list[ImportanceReport]:

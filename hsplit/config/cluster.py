@@ -42,6 +42,9 @@ def _absolute_if_dotted(model: str) -> str:
 _ClientName = Annotated[Name, AfterValidator(_not_reserved)]
 _Cpus = Annotated[NonNegative, Field(description="CPU cores that Ray reserves for the actor")]
 _Gpus = Annotated[NonNegative, Field(description="share of a GPU that Ray reserves for the actor (0.25 = a quarter)")]
+_ClientGpus = Annotated[
+    float, Field(ge=0, le=1, description="share of a GPU that Ray reserves for the client (0.25 = a quarter)")
+]
 _Node = Annotated[Text | None, Field(description="host name or IP address of the node to run on; null = any")]
 _DataPath = Annotated[
     Annotated[Text, AfterValidator(_absolute)] | None,
@@ -124,6 +127,15 @@ class ServerSpec(Holder):
 
     memory_gb: Positive = Field(default=8.0, description="memory for the model's work, in GB (1e9 bytes)")
     tflops: Positive = Field(default=20.0, description="compute, in TFLOP/s (1e12 operations a second)")
+    num_gpus: NonNegative = Field(
+        default=0.0, description="share of a GPU that Ray reserves, or how many GPUs to spread the server's layers over"
+    )
+
+    @model_validator(mode="after")
+    def _gpus_are_whole(self) -> Self:
+        if self.num_gpus > 1 and not self.num_gpus.is_integer():
+            raise refuse(f"must be a share of one GPU, or a whole number of them (got {self.num_gpus:g})", "num_gpus")
+        return self
 
     @model_validator(mode="after")
     def _has_no_link(self) -> Self:
@@ -142,6 +154,7 @@ class Client(Holder):
     kind: _ClientName = Field(description="name of the group it came from")
     bandwidth_mbps: Positive = Field(default=100.0, description="link to the server, in Mbit/s (1e6 bits a second)")
     latency_ms: NonNegative = Field(default=10.0, description="one-way delay to the server, in milliseconds")
+    num_gpus: _ClientGpus = 0.0
     data: _DataPath = None
     model: _ModelPath = None
 
@@ -170,7 +183,7 @@ class ClientSpec(Section):
         default=10.0, description="one-way delay to the server, in milliseconds, or a distribution"
     )
     num_cpus: _Cpus = 1.0
-    num_gpus: _Gpus = 0.0
+    num_gpus: _ClientGpus = 0.0
     node: _Node = None
     data: _DataPath = None
     model: _ModelPath = None

@@ -24,6 +24,8 @@ from hsplit.config.section import (
 )
 
 MAX_SEED = 2**32 - 1
+TORCH_OPTIMIZERS = frozenset({"adamw", "sgd"})
+"""The optimizers that are torch's own; the others are bitsandbytes', which step in fp32."""
 
 
 class Partition(OneKey):
@@ -104,6 +106,25 @@ class Residual(Section):
     )
 
 
+class Pipeline(Section):
+    """How a step's work is cut so that clients compute while the server does."""
+
+    microbatches: Count = Field(
+        default=1,
+        description="parts that each batch is cut into, at most batch_size; 1 = clients and server take turns",
+    )
+
+
+class FastPaths(Section):
+    """Ways of computing the same thing faster; each can be switched off, for comparison."""
+
+    packed: bool = Field(default=True, description="no padding tokens in linears, norms and messages")
+    loss_rows: bool = Field(default=True, description="head and loss at supervised positions only")
+    fused_lora: bool = Field(default=True, description="a linear's adapter and residual in one operation")
+    flat_optimizer: bool = Field(default=True, description="one optimizer step over one flat buffer")
+    depth_joined: bool = Field(default=True, description="one batch of all clients at the server")
+
+
 def _increasing(ranks: tuple[int, ...]) -> tuple[int, ...]:
     if any(lower >= higher for lower, higher in pairwise(ranks)):
         raise refuse(f"must be increasing ranks, each once (got {shown(list(ranks))})")
@@ -141,8 +162,10 @@ class Job(Section):
     )
     grad_accumulation: Count = Field(default=1, description="batches summed before an optimizer step")
     lr: Positive = Field(default=1e-3, description="the optimizer's peak learning rate")
-    optimizer: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="each holder's optimizer; sgd is plain, for checking the exactness laws"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "sgd"] = Field(
+        default="adamw",
+        description="each holder's optimizer; 8bit keeps moments as codes, paged lets them leave a GPU that is short of"
+        " memory (bitsandbytes, for adapters); sgd is plain, for checking the exactness laws",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="how the learning rate goes after the warm-up, down to 0 or not"
@@ -167,7 +190,19 @@ class Job(Section):
         default="bf16",
         description="type of the activations and gradients that are sent; int8 has one scale a token",
     )
-    clock: Literal["real"] = Field(default="real", description="what paces the run")
+    transport: Literal["store", "gloo", "nccl", "cuda_ipc"] = Field(
+        default="store",
+        description="how these travel between actors: Ray's object store, or Ray Direct Transport (alpha) by gloo, by"
+        " nccl, or by cuda_ipc between processes on one GPU",
+    )
+    clock: Literal["real", "emulated"] = Field(
+        default="real", description="what paces the run; emulated = everybody waits until its declared time has passed"
+    )
+    clock_speedup: Positive = Field(
+        default=1.0, description="declared seconds in a second of the wall, where the clock is emulated"
+    )
+    pipeline: Pipeline = Field(default=Pipeline(), description="clients computing while the server does")
+    fast: FastPaths = Field(default=FastPaths(), description="what to compute faster, all on by default")
     keep_checkpoints: Count = Field(default=2, description="how many of the last checkpoints stay")
     privacy: Privacy = Field(default=Privacy(), description="what the server gets to see")
     residual: Residual = Field(default=Residual(), description="the store of aggregated updates")
@@ -177,11 +212,35 @@ class Job(Section):
         """Optimizer steps of the whole run."""
         return self.rounds * self.local_steps
 
+    @property
+    def batches_per_step(self) -> int:
+        """Batches that travel in one local step of a split model: every accumulated batch's microbatches."""
+        return self.grad_accumulation * self.pipeline.microbatches
+
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
         if self.warmup > self.total_steps:
             raise refuse(
                 f"must be at most rounds * local_steps = {self.total_steps} steps (got {self.warmup})",
                 "warmup",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_is_exact_enough(self) -> Self:
+        if self.dtype == "fp64" and self.optimizer not in TORCH_OPTIMIZERS:
+            raise refuse(
+                f"must be 'adamw' or 'sgd' with dtype 'fp64' (got {shown(self.optimizer)}, which steps in fp32)",
+                "optimizer",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _microbatches_have_examples(self) -> Self:
+        if self.pipeline.microbatches > self.batch_size:
+            raise refuse(
+                f"must be at most batch_size = {self.batch_size} (got {self.pipeline.microbatches})",
+                "pipeline",
+                "microbatches",
             )
         return self

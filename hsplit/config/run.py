@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from hsplit.config.cluster import CENTRAL, Client, ClientSpec, ServerSpec, unique_names
 from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
-from hsplit.config.job import Job, Partition
+from hsplit.config.job import TORCH_OPTIMIZERS, Job, Partition
 from hsplit.config.overrides import Override, Overrides, below, parse_overrides
 from hsplit.config.policy import DEFAULT_POLICY, Policy
 from hsplit.config.refusals import Refusal, first_of, input_error, refusals
@@ -39,11 +40,39 @@ def _check_shares(job: Job, sharing: int) -> None:
         )
 
 
+def _check_gpus(job: Job, policy: Policy, server: ServerSpec, clients: Sequence[Client | ClientSpec]) -> None:
+    """Refuse GPUs that nothing would run on, and an optimizer that needs one where there is none."""
+    if server.num_gpus > 1 and policy.placement != "split":
+        raise refuse(
+            f"must be at most 1 with placement {policy.placement!r}, which leaves the server no layers to spread over"
+            f" several (got {server.num_gpus:g})",
+            *("server", "num_gpus"),
+        )
+    if not job.optimizer.startswith("paged"):
+        return
+    training = {client.name: client.num_gpus for client in clients} if policy.placement != "single" else {}
+    if policy.placement != "full":
+        training["server"] = server.num_gpus
+    for name, gpus in training.items():
+        if gpus == 0:
+            raise refuse(
+                f"{job.optimizer!r} pages moments out of a GPU, and {shown(name)} trains without one (num_gpus 0, or"
+                " --cpu): give it one, or choose 'adamw' or 'adamw8bit'",
+                *("job", "optimizer"),
+            )
+
+
 def _check_placement(job: Job, policy: Policy, own_data: list[str]) -> None:
     """Refuse settings of the job that a policy's placement gives no meaning to."""
     if policy.train == "weights" and (job.dropout or job.targets != "all-linear"):
         key = "dropout" if job.dropout else "targets"
         raise refuse("is of adapters, and this policy trains every weight: leave it out", "job", key)
+    if policy.train == "weights" and job.optimizer not in TORCH_OPTIMIZERS:
+        raise refuse(
+            f"must be 'adamw' or 'sgd', since this policy trains every weight (got {shown(job.optimizer)}, which is for"
+            " adapters)",
+            *("job", "optimizer"),
+        )
     if policy.placement == "split":
         return
     if job.privacy.noise:
@@ -79,6 +108,7 @@ class RunConfig(Section):
     def _shares_for_all(self) -> Self:
         _check_shares(self.job, sum(client.data is None for client in self.clients))
         _check_placement(self.job, self.policy, [client.name for client in self.clients if client.data is not None])
+        _check_gpus(self.job, self.policy, self.server, self.clients)
         return self
 
     @property
@@ -144,6 +174,7 @@ class _Declared(Section):
     def _shares_for_all(self) -> Self:
         _check_shares(self.job, sum(group.count for group in self.clients if group.data is None))
         _check_placement(self.job, self.policy, [group.name for group in self.clients if group.data is not None])
+        _check_gpus(self.job, self.policy, self.server, self.clients)
         return self
 
     def resolved(self, *, cpu: bool) -> RunConfig:
@@ -185,7 +216,7 @@ def load_run_config(
         return _Declared.model_validate(documents[-1]).resolved(cpu=cpu)
     except ValidationError as error:
         found = refusals(error)
-    refused, blamed = found[0], _blamed(found[0], documents)
+    refused, blamed = found[0], _blamed(found[0], documents, cpu)
     if blamed:
         raise _override_error(steps[blamed - 1], documents[blamed - 1], refused, len(found) - 1)
     in_policy = refused.at[:1] == ("policy",)
@@ -193,11 +224,11 @@ def load_run_config(
     raise input_error(place, below(("policy",), refused), len(found) - 1)
 
 
-def _blamed(refused: Refusal, documents: list[dict[str, Any]]) -> int:
+def _blamed(refused: Refusal, documents: list[dict[str, Any]], cpu: bool) -> int:
     """Index of the document since which ``refused`` is wrong: 0 for the files, n for the nth override."""
     for index in range(len(documents) - 1, 0, -1):
         try:
-            _Declared.model_validate(documents[index - 1])
+            _Declared.model_validate(documents[index - 1]).resolved(cpu=cpu)
         except ValidationError as error:
             if refused in refusals(error):
                 continue

@@ -47,6 +47,10 @@ class Batch:
         """How many positions carry loss: METHOD's ``n_i``, counted after the shift."""
         return int((self.targets != IGNORED).sum())
 
+    def padded(self) -> Batch:
+        """The same batch with its padding as tokens like any other, that nothing is to predict."""
+        return Batch(self.ids, self.targets, (self.ids.shape[1],) * len(self.lengths))
+
 
 def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
     """One batch of these examples, in their order.

@@ -27,7 +27,7 @@ class _AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, residual: LowRank | None, A: Tensor | None, B: Tensor | None, scale: float
     ) -> Tensor:
-        down, up = _stacked(residual, A, B, scale, x.dtype)
+        down, up = _stacked(residual, A, B, scale, x)
         inner = x @ down.T
         # In place: y is the fresh output of the base product, which saved nothing of it.
         y.addmm_(inner, up.T)
@@ -41,43 +41,59 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, live, A, B = ctx.saved_tensors
-        down, up = _stacked(ctx.residual, A, B, ctx.scale, grad.dtype)
+        down, up = _stacked(ctx.residual, A, B, ctx.scale, grad)
         inner = grad @ up
         grad_x = inner @ down if ctx.needs_input_grad[1] else None
         grad_A = grad_B = None
         if A is not None:
-            grad_A = (inner[:, -A.shape[0] :].T @ x).to(A.dtype)
-            grad_B = (grad.T @ live).to(B.dtype).mul_(ctx.scale)
+            grad_A = (inner[:, -A.shape[0] :].T @ x).to(A.device, A.dtype)
+            grad_B = (grad.T @ live).to(B.device, B.dtype).mul_(ctx.scale)
         return grad, grad_x, None, grad_A, grad_B, None
 
 
 def _stacked(
-    residual: LowRank | None, A: Tensor | None, B: Tensor | None, scale: float, dtype: torch.dtype
+    residual: LowRank | None, A: Tensor | None, B: Tensor | None, scale: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``[A_R; A]`` of shape ``(R + r, d_in)`` and ``[B_R, s B]`` of shape ``(d_out, R + r)`` in ``dtype``."""
+    """``[A_R; A]`` of shape ``(R + r, d_in)`` and ``[B_R, s B]`` of shape ``(d_out, R + r)``, dtype and device of
+    ``like``.
+    """
     down = [] if residual is None else [residual.A]
     up = [] if residual is None else [residual.B]
     if A is not None and B is not None:
-        down.append(A.to(dtype))
-        up.append((scale * B).to(dtype))
+        # Elsewhere only where a server's layers are on several GPUs.
+        down.append(A.to(like.device, like.dtype))
+        up.append((scale * B).to(like.device, like.dtype))
     return (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, dim=1))
 
 
 def add_low_rank(
-    y: Tensor, x: Tensor, residual: LowRank | None, A: Tensor | None, B: Tensor | None, scale: float
+    y: Tensor,
+    x: Tensor,
+    residual: LowRank | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scale: float,
+    fused: bool = True,
 ) -> Tensor:
-    """Add the residual's and the live adapter's part to ``y``; ``y`` is changed in place.
+    """Add the residual's and the live adapter's part to ``y``; ``y`` may be changed in place.
 
     Args:
         y: ``(n, d_out)``, the base's output.
         x: ``(n, d_in)``.
         residual: factors in the compute dtype, or ``None``.
-        A, B: live factors ``(r, d_in)`` and ``(d_out, r)`` in their master dtype, or ``None``.
+        A, B: live factors ``(r, d_in)`` and ``(d_out, r)`` in their master dtype, on any device, or ``None``.
         scale: ``s = alpha / r``.
+        fused: one operation for both parts, which keeps less for the backward; else as one would write it.
     """
     if residual is None and A is None:
         return y
-    return cast(Tensor, _AddLowRank.apply(y, x, residual, A, B, scale))
+    if fused:
+        return cast(Tensor, _AddLowRank.apply(y, x, residual, A, B, scale))
+    if residual is not None:
+        y = y + (x @ residual.A.T) @ residual.B.T
+    if A is not None and B is not None:
+        y = y + (x @ A.to(x.device, x.dtype).T) @ B.to(x.device, x.dtype).T * scale
+    return y
 
 
 class AdaptedLinear(nn.Module):
@@ -111,6 +127,12 @@ class AdaptedLinear(nn.Module):
         # In a tuple, which nn.Module does not register: the factors belong to the holder's AdapterSet.
         self._adapter: tuple[Tensor | None, Tensor | None, float] = (None, None, 1.0)
         self.dropout = 0.0
+        self.fused = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is; the adapter's factors may be elsewhere."""
+        return next(iter((*self.weight.buffers(), *self.weight.parameters()))).device
 
     @property
     def merges(self) -> bool:
@@ -160,11 +182,20 @@ class AdaptedLinear(nn.Module):
         if self._residual_matrix is not None:
             y = y + torch.nn.functional.linear(rows, self._residual_matrix)
         if self.training and self.dropout and self._adapter[0] is not None:
-            y = add_low_rank(y, rows, self._residual, None, None, 1.0)
-            y = add_low_rank(y, torch.nn.functional.dropout(rows, self.dropout), None, *self._adapter)
+            y = add_low_rank(y, rows, self._residual, None, None, 1.0, self.fused)
+            y = add_low_rank(y, torch.nn.functional.dropout(rows, self.dropout), None, *self._adapter, self.fused)
         else:
-            y = add_low_rank(y, rows, self._residual, *self._adapter)
+            y = add_low_rank(y, rows, self._residual, *self._adapter, self.fused)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+        # What is beside the base is no buffer, and moves with the weight all the same.
+        super()._apply(fn, recurse)
+        if self._residual is not None:
+            self._residual = LowRank(fn(self._residual.B), fn(self._residual.A))
+        if self._residual_matrix is not None:
+            self._residual_matrix = fn(self._residual_matrix)
+        return self
 
     def _merge(self, residual: Tensor) -> None:
         assert self._pristine is not None and isinstance(self.weight, DenseWeight)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.low_rank import LowRank
+from hsplit.lora.optimizer import as_parameters, kept_state, new_optimizer, restore_state, without_moments
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.schedule import learning_rate
 from hsplit.lora.self_pruning import RankPruner
@@ -64,13 +65,6 @@ class RoundUpdate:
         return sum(u.nbytes for u in self.residuals.values()) + sum(c.nbytes for c in self.common.values())
 
 
-def new_optimizer(job: Job, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The job's optimizer, without moments."""
-    if job.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=job.lr, weight_decay=job.weight_decay)
-    return torch.optim.AdamW(parameters, lr=job.lr, weight_decay=job.weight_decay, fused=True)
-
-
 class Holder:
     """Trains the adapters of a segment.
 
@@ -99,12 +93,19 @@ class Holder:
         master = torch.promote_types(dtype, torch.float32)
         self.adapters = AdapterSet(shapes, ranks, job.alpha, master, device)
         self.adapters.attach(segment, job.dropout)
+        for linear in segment.linears.values():
+            linear.fused = job.fast.fused_lora
         self._pruner = None if policy.self_pruning is None else RankPruner(policy.self_pruning, self.adapters)
         self.tokens: dict[int, int] = defaultdict(int)
         self._optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return new_optimizer(self._job, [self.adapters.flat])
+        if self._job.fast.flat_optimizer or not self.adapters.names:
+            return new_optimizer(self._job, as_parameters(self._job, self.adapters.flat))
+        # Views of the flat buffer, in its order: what the optimizer keeps is laid out the same.
+        return new_optimizer(
+            self._job, [f for n in self.adapters.names for f in (self.adapters.A(n), self.adapters.B(n))]
+        )
 
     def begin_phase(self, step: int, training: bool) -> None:
         """Set the adapters' dropout for what follows; its random numbers depend on run, holder and step alone."""
@@ -156,12 +157,12 @@ class Holder:
             self._pruner.begin_round()
         self.tokens.clear()
         if self._policy.moments == "drop":
-            self._optimizer = self._new_optimizer()
+            self._optimizer = without_moments(self._job, self._optimizer)
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
         linears = self.segment.linears
-        device = self.adapters.flat.device
         for name, change in residuals.items():
+            device = linears[name].device
             if change.matrix is not None:
                 linears[name].set_residual_matrix(change.matrix.to(device))
             elif change.factors is not None:
@@ -177,9 +178,7 @@ class Holder:
         }
         if self._pruner is not None:
             tensors["pruning"] = self._pruner.state()
-        for key, value in self._optimizer.state.get(self.adapters.flat, {}).items():
-            tensors[f"optimizer.{key}"] = torch.as_tensor(value).detach().cpu().clone()
-        return tensors
+        return tensors | {f"optimizer.{key}": value for key, value in kept_state(self._optimizer).items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave; the residual arrives separately."""
@@ -190,8 +189,6 @@ class Holder:
             self._pruner.load_state(tensors["pruning"])
         self.tokens.clear()
         self.tokens.update({int(layer): int(count) for layer, count in tensors["tokens"].reshape(-1, 2)})
-        moments = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         self._optimizer = self._new_optimizer()
-        if moments:
-            state = {k: v.clone() if k == "step" else v.to(flat.device).clone() for k, v in moments.items()}
-            self._optimizer.state[flat] = state
+        kept = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        restore_state(self._optimizer, kept)

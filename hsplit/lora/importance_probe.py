@@ -179,8 +179,9 @@ class _EffectiveWeight:
         if residual is not None:
             self._terms.append((residual.B.to(exact), residual.A.to(exact), 1.0))
         if name in adapters.names:
-            live = adapters.B(name).detach().to(exact), adapters.A(name).detach().to(exact)
-            self._terms.append((*live, adapters.scale(name)))
+            B, A = adapters.B(name).detach(), adapters.A(name).detach()
+            device = self._base.device
+            self._terms.append((B.to(device, exact), A.to(device, exact), adapters.scale(name)))
 
     def rows(self, chunk: slice) -> Tensor:
         """Rows ``chunk`` of the weight: ``(rows, d_in)``, a tensor of its own."""

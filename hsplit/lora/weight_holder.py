@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.config import Job
-from hsplit.lora.holder import HeldAdapters, RoundUpdate, new_optimizer
+from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.optimizer import new_optimizer
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.schedule import learning_rate
 from hsplit.models.segment import Segment
@@ -95,10 +96,8 @@ class WeightHolder:
                 if key.startswith("optimizer.") and key.split(".", 2)[2] == name
             }
             if moments:
-                self._optimizer.state[weight] = {
-                    key: value.clone() if key == "step" else value.to(weight.device).clone()
-                    for key, value in moments.items()
-                }
+                state = {key: value.to(weight.device).clone() for key, value in moments.items()}
+                self._optimizer.state[weight] = state
 
     @property
     def _transposed(self) -> set[str]:

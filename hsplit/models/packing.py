@@ -50,6 +50,12 @@ class Packing:
         packed = real.flatten().nonzero().squeeze(1)
         return Packing(tuple(lengths), positions, padded.flatten().to(device), packed.to(device))
 
+    def to(self, device: torch.device) -> Packing:
+        """The same packing for tensors on ``device``."""
+        padded = None if self.padded is None else self.padded.to(device)
+        packed = None if self.packed is None else self.packed.to(device)
+        return Packing(self.lengths, self.positions.to(device), padded, packed)
+
     @property
     def longest(self) -> int:
         return max(self.lengths)

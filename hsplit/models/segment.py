@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hsplit.errors import InputError
 from hsplit.lora.adapted_linear import AdaptedLinear
 from hsplit.models.checkpoint_reader import CheckpointReader
+from hsplit.models.device_map import place
 from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
@@ -78,6 +79,8 @@ class Segment(nn.Module):
         self.layers = nn.ModuleDict()
         self.rotary: nn.Module | None = None
         self.tail: Tail | None = None
+        # By layer, where they are on several; all else is then on the first, and what ``run`` takes and gives too.
+        self.layer_devices: dict[int, torch.device] = {}
 
     @property
     def linears(self) -> dict[str, AdaptedLinear]:
@@ -98,10 +101,21 @@ class Segment(nn.Module):
             arguments["position_embeddings"] = self.rotary(batch, position_ids=packing.positions.unsqueeze(0))
         for index in range(start, stop):
             layer = self.layers[str(index)]
+            device = self.layer_devices.get(index, batch.device)
+            if device != batch.device:
+                batch, arguments = batch.to(device), _moved(arguments, device)
             window = self.family.window(layer, self.config)
-            mask = _window_mask(window, packing.longest, hidden.device)
+            mask = _window_mask(window, packing.longest, device)
             batch = layer(batch, attention_mask=mask, **arguments)
-        return batch.squeeze(0)
+        return batch.squeeze(0).to(hidden.device)
+
+
+def _moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A layer's packing and rotary tables (a pair of tensors) on ``device``."""
+    return {
+        name: tuple(table.to(device) for table in value) if isinstance(value, tuple) else value.to(device)
+        for name, value in arguments.items()
+    }
 
 
 def _window_mask(window: int | None, length: int, device: torch.device) -> Tensor | None:
@@ -233,7 +247,7 @@ def load_segment(
         model: where and how the base is read.
         spec: which part.
         quantized: keep an int8 or NF4 base as bitsandbytes codes; the server does.
-        device: where the segment computes.
+        device: where the segment computes; layers after a client's are spread over all GPUs that ``cuda`` stands for.
         kept: the segment held so far: what ``spec`` has in common with it is taken over, residuals included, and not
             read again.
 
@@ -269,8 +283,9 @@ def load_segment(
     if spec.tail:
         segment.tail = kept.tail if kept is not None else None
         segment.tail = segment.tail or _load_tail(segment, empty, reader, model)
+    place(segment, torch.device(device))
     # Base dropout stays off; AdaptedLinear's own dropout follows segment.train().
-    return segment.to(device).eval()
+    return segment.eval()
 
 
 def _load_tail(segment: Segment, empty: nn.Module, reader: CheckpointReader, model: BaseModel) -> Tail:

@@ -77,6 +77,22 @@ class Tail(nn.Module):
         del self.head
         self.register_parameter("head", head)
 
+    def supervised_losses(self, hidden: Tensor, targets: Tensor, rows_only: bool = True) -> Tensor:
+        """Cross-entropy at the supervised positions.
+
+        Args:
+            hidden: ``(n, d)``, the last layer's output.
+            targets: ``(n,)`` int64, the id that each position must predict, or -100.
+            rows_only: compute nothing at the other positions.
+
+        Returns:
+            One loss a supervised position, in their order, as :meth:`token_losses`.
+        """
+        at = targets != -100
+        if rows_only:
+            return self.token_losses(hidden[at], targets[at])
+        return self.token_losses(hidden, targets.clamp_min(0))[at]
+
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each row.
 

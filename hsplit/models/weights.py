@@ -6,6 +6,8 @@ dequantized. Quantization is bitsandbytes': NF4 in blocks of 64 with fp32 scales
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,6 +17,15 @@ from torch import Tensor, nn
 NF4_BLOCK = 64
 # Entries quantized at once: on a CPU bitsandbytes takes up to 16 bytes an entry in passing.
 QUANTIZED_AT_ONCE = 1 << 20
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    """The functions of bitsandbytes, without what it says on CPUs of an optional kernel for inference."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes import functional
+
+    return functional
 
 
 class DenseWeight(nn.Module):
@@ -39,8 +50,7 @@ class NF4Weight(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
-        from bitsandbytes import functional as bnb
-
+        bnb = _bitsandbytes()
         self.shape = cast("tuple[int, int]", tuple(values.shape))
         size, flat = values.numel(), values.reshape(-1)
         codes = torch.empty((-(-size // 2), 1), dtype=torch.uint8, device=values.device)
@@ -59,8 +69,7 @@ class NF4Weight(nn.Module):
         self.register_buffer("code_book", state.code)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes import functional as bnb
-
+        bnb = _bitsandbytes()
         # bitsandbytes has no fp64 kernel; its fp32 product is the definition of the value, so it is widened after.
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
         state = bnb.QuantState(
@@ -79,8 +88,7 @@ class Int8Weight(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
-        from bitsandbytes import functional as bnb
-
+        bnb = _bitsandbytes()
         rows, columns = values.shape
         codes = torch.empty((rows, columns), dtype=torch.int8, device=values.device)
         scales = torch.empty(rows, device=values.device)

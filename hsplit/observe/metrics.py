@@ -1,4 +1,4 @@
-"""The two tables of a run, ``metrics.csv`` and ``plan.csv``: their rows, and the files they are kept in."""
+"""The tables of a run, ``metrics.csv``, ``plan.csv`` and ``timing.csv``: their rows, and their files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
+from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import write_text_atomically
 from hsplit.scheduling.plan import HolderPlan, Plan
 
@@ -103,10 +104,10 @@ def plan_rows(
     return [row(holder) for holder in (plan.server, *plan.clients)]
 
 
-Row = TypeVar("Row", bound=MetricsRow | PlanRow)
+Row = TypeVar("Row", bound=MetricsRow | PlanRow | TimingRow)
 
 
-def row_to_json(row: MetricsRow | PlanRow) -> dict[str, Any]:
+def row_to_json(row: MetricsRow | PlanRow | TimingRow) -> dict[str, Any]:
     """``row`` for a checkpoint's JSON."""
     return asdict(row)
 
@@ -116,6 +117,7 @@ def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
 
     Raises:
         TypeError: columns are missing or unknown.
+        ValueError: a value is none that the column may have.
     """
     return row_type(**data)
 
@@ -123,12 +125,12 @@ def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
 class MetricsTable(Generic[Row]):
     """A CSV file that is its rows in memory, rewritten whole at each change.
 
-    Tables are short (a row a round, or a row a round and holder), so rewriting is cheap, and a kill at any
+    Tables are short (a row a round, or some a round and holder), so rewriting is cheap, and a kill at any
     moment leaves the last complete file. The file is not read: a run that goes on gives ``restore`` its rows.
 
     Args:
         path: the file; written at the first ``append`` or ``restore``.
-        row_type: ``MetricsRow`` or ``PlanRow``; its fields are the columns.
+        row_type: ``MetricsRow``, ``PlanRow`` or ``TimingRow``; its fields are the columns.
     """
 
     def __init__(self, path: str | Path, row_type: type[Row]) -> None:

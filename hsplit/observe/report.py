@@ -20,6 +20,7 @@ from hsplit.observe.report_figures import (
 from hsplit.observe.report_memory import memory_section
 from hsplit.observe.report_page import event_list, facts, page, plot, table, text
 from hsplit.observe.report_schedule import schedule_section
+from hsplit.observe.report_timing import timing_section
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text
 from hsplit.run_directory import write_text_atomically
 
@@ -112,6 +113,7 @@ def _run(record: RunRecord, key: str) -> str:
         parts.append(f"<h3>Who holds what</h3>{plot(svg, caption + more, wide=True)}")
     if record.plan_rows:
         parts.append(_parts_table(record.last_plan_rows))
+    parts.append(timing_section(record.timing, record.metrics, f"{key}-timing"))
     if record.history.plans:
         parts.append(schedule_section(record.history, record.clients(), record.rounds_done, key))
     if record.plan_rows:

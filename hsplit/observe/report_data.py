@@ -13,6 +13,7 @@ from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, read_events
 from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
 from hsplit.observe.plan_history import PlanHistory, plan_history, plan_or_none
+from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import layer_of
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
@@ -40,6 +41,7 @@ class RunRecord:
         config: the resolved configuration as plain mappings, of whichever version wrote it.
         metrics: rows of ``metrics.csv``, round 0 first.
         plan_rows: rows of ``plan.csv``, of all its rounds.
+        timing: rows of ``timing.csv``, of all its rounds; runs of older versions have none.
         history: every plan and every importance that the events tell of.
         plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
         events: all but the routine ones, oldest first.
@@ -49,6 +51,7 @@ class RunRecord:
     config: Mapping[str, Any]
     metrics: tuple[MetricsRow, ...]
     plan_rows: tuple[PlanRow, ...]
+    timing: tuple[TimingRow, ...]
     history: PlanHistory
     plan: Plan | None
     events: tuple[Mapping[str, Any], ...]
@@ -101,6 +104,7 @@ def load_run(path: str | Path) -> RunRecord:
     directory = RunDirectory.open(path)
     metrics = read_rows(directory.metrics, MetricsRow) if directory.metrics.is_file() else []
     plan_rows = read_rows(directory.plan, PlanRow) if directory.plan.is_file() else []
+    timing = read_rows(directory.timing, TimingRow) if directory.timing.is_file() else []
     events = read_events(directory.events)
     history = plan_history(events)
     return RunRecord(
@@ -108,6 +112,7 @@ def load_run(path: str | Path) -> RunRecord:
         config=read_yaml(directory.config),
         metrics=tuple(metrics),
         plan_rows=tuple(plan_rows),
+        timing=tuple(timing),
         history=history,
         plan=history.plans[max(history.plans)] if history.plans else _newest_plan(directory.checkpoints),
         events=tuple(event for event in events if event["event"] not in ROUTINE_EVENTS),

@@ -25,7 +25,7 @@ class ClientMemory:
         model = self._model
         codes = model.client_codes is not None
         layers = prefix(model.stored_bytes if codes else model.dense_bytes)
-        fixed = layers + model.embedding_bytes + model.rotary_bytes
+        fixed = layers + model.embedding_bytes + model.rotary_bytes + model.optimizer_bytes
         fixed[0] -= model.rotary_bytes
         # What is stored as codes has the residual beside it counted already.
         if model.quantized and not codes:
@@ -70,6 +70,7 @@ class ClientMemory:
         wire = model.wire_bytes(1)
         # The gradient as received; in the backward its converted form is its layer's.
         layers = _running_maximum(model.transient) + wire.down
+        layers = np.maximum(layers, model.stepping_bytes(prefix(model.copied_bytes)))
         # A client without layers, and the beginning of all others: the embedding's work, then the message.
         layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
         if model.tail_at_client:
@@ -86,7 +87,7 @@ class ClientMemory:
         """What a round's end or a resumption needs, by split, when no activation is alive.
 
         As received: the residual's change for all weights held and the common restarts, which are no larger than the
-        adapters; at a resumption factors and both moments too, but then a residual that is kept as it is received
+        adapters; at a resumption factors and moments too, but then a residual that is kept as it is received
         is not there before. Beside it what following the residual takes, one weight at a time. What is proportional to
         the ranks counts at the largest, as far as it is more than the activations in :attr:`per_rank`.
         """
@@ -94,10 +95,10 @@ class ClientMemory:
         residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries))
         kept_as_received = model.quantized and model.dtype == model.master
         restart = residual + self._copies(1)
-        resumption = (0.0 if kept_as_received else residual) + self._copies(4)
+        resumption = (0.0 if kept_as_received else residual) + self._copies(2 + model.moments) + model.optimizer_bytes
         return np.maximum(restart, resumption) + _running_maximum(model.following)
 
-    def _copies(self, count: int) -> Floats:
+    def _copies(self, count: float) -> Floats:
         """So many copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
         model = self._model
         beyond = np.maximum(count * model.master.itemsize * model.sides - model.saved_per_rank, 0)

@@ -12,6 +12,7 @@ from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.plan import Plan
+from hsplit.scheduling.step_time import pipelined_s
 
 
 class VirtualClock:
@@ -30,10 +31,40 @@ class VirtualClock:
         self._clients = {client.name: client for client in clients}
 
     def step_s(self, plan: Plan) -> float:
-        """One local step of all available clients: METHOD 5's makespan."""
-        splits = _splits(plan)
+        """One local step of all available clients: METHOD 5's makespan, pipelined where the job says so."""
+        splits, job = _splits(plan), self._cost.model.job
         phases = np.array([self._cost.times.client_times(self._clients[n])[k] for n, k in splits.items()])
-        return float(phases.max(axis=0).sum() + self._cost.times.server_times(self._server, self._counts(splits))[0])
+        if self._cost.model.whole:
+            return float(phases[:, 0].max())
+        batches = job.grad_accumulation
+        forward_s, backward_s = self._server_batch_s(splits)
+        turns = self._cost.model.tail_at_client
+        parts = job.pipeline.microbatches
+        return batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns))
+
+    def call_s(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """Seconds of each call of a local step, by holder and by what is called for: up, turn and down of a client;
+        step of the server, or forward and backward where the labels are at home.
+        """
+        splits, job = _splits(plan), self._cost.model.job
+        times = {name: self._cost.times.client_times(self._clients[name])[k] for name, k in splits.items()}
+        if self._cost.model.whole:
+            return {name: {"up": float(up)} for name, (up, _, _) in times.items()}
+        calls: dict[str, dict[str, float]] = {}
+        for name, phases in times.items():
+            up, turn, down = (float(seconds) / job.batches_per_step for seconds in phases)
+            calls[name] = {"up": up, "turn": turn, "down": down}
+        parts = job.pipeline.microbatches
+        forward_s, backward_s = (seconds / parts for seconds in self._server_batch_s(splits))
+        calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
+        return calls
+
+    def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
+        """The server's forward and backward of one joined batch."""
+        counts = self._counts(splits)
+        total = float(self._cost.times.server_times(self._server, counts)[0])
+        forward_s = self._cost.times.server_forward_s(self._server, counts[0])
+        return forward_s, total / self._cost.model.job.grad_accumulation - forward_s
 
     def probe_s(self, plan: Plan) -> float:
         """One importance probe: a batch forward and backward, and the gradient of every adapted weight."""
@@ -41,7 +72,7 @@ class VirtualClock:
         phases = []
         for name, split in splits.items():
             client = self._clients[name]
-            up, turn, down = self._cost.times.client_times(client)[split] / batches
+            up, turn, down = self._cost.times.client_times(client, microbatches=1)[split] / batches
             phases.append((up, turn, down + self._cost.model.weight_gradient_flops[:split].sum() / client.flops))
         counts = self._counts(splits)
         deep = self._cost.times.server_times(self._server, counts)[0] / batches

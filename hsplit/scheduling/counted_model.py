@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from hsplit.config import Job
+from hsplit.lora.optimizer import STEPPED_AT_ONCE, constant_bytes, moment_bytes, passing_bytes
 from hsplit.models.checkpoint_reader import CHUNK_BYTES
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
@@ -181,11 +182,26 @@ class CountedModel:
             entries.append(min(factors, w.parameters) if self.keeps_residual else 0)
         return np.array(entries, dtype=np.int64)
 
+    @property
+    def moments(self) -> float:
+        """What the optimizer keeps for each entry of an adapter, in entries of the master dtype: 2 of Adam."""
+        return moment_bytes(self.job, self.master) / self.master.itemsize
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps whatever the ranks are."""
+        return constant_bytes(self.job)
+
     @cached_property
     def adapter_bytes(self) -> Floats:
-        # Parameter, gradient and two Adam moments in the master dtype: 16 bytes in fp32 (METHOD 3).
-        total: Floats = self.sides.astype(np.float64) * (4 * self.master.itemsize)
+        # Parameter, gradient and moments: with Adam's two in fp32 16 bytes (METHOD 3).
+        total: Floats = self.sides.astype(np.float64) * ((2 + self.moments) * self.master.itemsize)
         return total
+
+    def stepping_bytes(self, copied_bytes: Floats) -> Floats:
+        """What an optimizer step takes in passing over adapters of which a copy takes ``copied_bytes``."""
+        entries: Floats = np.minimum(copied_bytes / self.master.itemsize, STEPPED_AT_ONCE)
+        return passing_bytes(self.job) * entries
 
     @cached_property
     def weight_gradient_flops(self) -> Floats:

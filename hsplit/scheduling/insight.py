@@ -152,10 +152,13 @@ def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> 
     slowest = np.zeros((len(first), 3))
     np.maximum.at(slowest, kind, times)
     without = np.stack([largest_of_others(slowest[:, phase], 0.0) for phase in range(3)], axis=1)
-    shortens = (slowest.max(axis=0) - without).sum(axis=1)
+    now, server_s = slowest.max(axis=0), np.array(made.server.step_time_s)
+    makespan = cost.times.makespan(now, server_s)
+    shortens = makespan - cost.times.makespan(without, server_s)
+    by_server = float(makespan - cost.times.makespan(now, np.array(0.0)))
     top = int(shortens.argmax())
-    if shortens[top] <= made.server.step_time_s:
-        return Bottleneck("server", "server", 1, made.server.step_time_s)
+    if shortens[top] <= by_server:
+        return Bottleneck("server", "server", 1, by_server)
     index = list(first)[top]
     return Bottleneck(taking_part[index].name, "client", first[index], float(shortens[top]))
 

@@ -74,11 +74,11 @@ class Moves:
         if lacking > 0:
             score = -(lacking + size * (prices.bytes - prices.bytes[now][:, None]))
         else:
-            seconds = float(problem.makespan(self.state)[0]) - self.state.slowest[0].sum()
-            makespan = seconds + size * (prices.seconds - prices.seconds[now][:, None])
-            for phase in range(3):
-                makespan += np.maximum(self._others_slowest[:, phase, None], problem.times[kind, :, phase])
-            score = self._captured() / makespan
+            times = problem.cost.times
+            server_s = times.server_times(problem.server, self.state.counts)[0]
+            server_s = server_s + size * (prices.seconds - prices.seconds[now][:, None])
+            slowest = np.maximum(self._others_slowest[:, None], problem.times[kind])
+            score = self._captured() / times.makespan(slowest, server_s)
         score = np.where(problem.fits[kind], score, -np.inf)
         score[np.arange(len(now)), now] = -np.inf
         return score

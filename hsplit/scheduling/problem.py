@@ -154,8 +154,7 @@ class Problem:
 
     def makespan(self, state: State) -> Floats:
         """METHOD 5's ``makespan(K)``, seconds (virtual)."""
-        total: Floats = state.slowest.sum(axis=1) + self.cost.times.server_times(self.server, state.counts)
-        return total
+        return self.cost.times.makespan(state.slowest, self.cost.times.server_times(self.server, state.counts))
 
     def captured(self, state: State) -> Floats:
         """METHOD 5's ``captured(K, r)``."""

@@ -33,8 +33,9 @@ class ServerMemory:
         """
         model, clients, joined = self._model, int(counts[0].sum()), self._model.joined_clients(counts)
         held = joined > 0
-        fixed = held @ model.stored_bytes + model.rotary_bytes + float(self._store_bytes)
-        working: Floats = self._transients_of(joined[:, -1])
+        fixed = held @ model.stored_bytes + model.rotary_bytes + model.optimizer_bytes + float(self._store_bytes)
+        copies = held @ model.copied_bytes
+        working: Floats = np.maximum(self._transients_of(joined[:, -1]), model.stepping_bytes(copies))
         wire = model.wire_bytes(1)
         if not model.tail_at_client:
             fixed = fixed + model.tail_bytes(head=True)
@@ -46,14 +47,14 @@ class ServerMemory:
             # Nothing of a step comes here.
             boundary = 0
         step = UNSEEN * (joined @ model.saved + working + boundary)
-        copies = held @ model.copied_bytes
         received = counts @ prefix(model.copied_bytes) + copies
         if model.truncates:
             # What each holder takes of the restarts is its own copy.
             received = 2 * received
         passing = np.maximum(self._recompression_bytes(clients), self._residual_bytes + self._following(held))
-        # Resuming instead: own factors and both moments as received.
-        round_end = np.maximum(received + passing, 3.0 * copies + self._residual_bytes + self._following(held))
+        # Resuming instead: own factors and moments as received.
+        resumed = (1 + model.moments) * copies + model.optimizer_bytes
+        round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._following(held))
         load = np.where(held, model.loading(codes=True), 0.0).max(axis=1)
         total: Floats = np.ceil(fixed + np.maximum.reduce([step, round_end, load]))
         return total

@@ -41,18 +41,25 @@ class StepTimes:
     def __init__(self, model: CountedModel) -> None:
         self._model = model
 
-    def client_times(self, client: ClientBudget) -> Floats:
-        """Seconds of a client's phases up, turn and down of one local step at each split: ``(L + 1, 3)``."""
-        return self.all_client_times([client])[0]
+    def client_times(self, client: ClientBudget, microbatches: int | None = None) -> Floats:
+        """Seconds of a client's phases up, turn and down of one local step at each split: ``(L + 1, 3)``.
 
-    def all_client_times(self, clients: Sequence[ClientBudget]) -> Floats:
+        Args:
+            client: its budget.
+            microbatches: messages that each batch travels in, ``pipeline.microbatches`` by default.
+        """
+        return self.all_client_times([client], microbatches)[0]
+
+    def all_client_times(self, clients: Sequence[ClientBudget], microbatches: int | None = None) -> Floats:
         """:meth:`client_times` of many clients at once: ``(C, L + 1, 3)``."""
+        messages = microbatches or self._model.job.pipeline.microbatches
         budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         flops, bandwidth, latency = budgets.reshape(-1, 3).T[:, :, None]
         wire = self._model.wire_bytes(1)
 
         def sent(nbytes: int) -> Floats:
-            seconds: Floats = 8 * nbytes / bandwidth + latency
+            # A client sends and computes by turns, so that every message's latency counts.
+            seconds: Floats = 8 * nbytes / bandwidth + messages * latency
             return seconds
 
         times = np.zeros((len(clients), self._model.layers + 1, 3))
@@ -74,6 +81,35 @@ class StepTimes:
             flops = flops + counts.sum(axis=1) * self._tail_flops
         times: Floats = flops / server.flops * self._model.job.grad_accumulation
         return times
+
+    def makespan(self, slowest: Floats, server_s: Floats) -> Floats:
+        """METHOD 5's ``makespan(K)``, pipelined where the job has microbatches.
+
+        Then it is a bound of what :class:`~hsplit.scheduling.clock.VirtualClock` tells: the slowest up, turn and down
+        phases are taken for one client's, which they need not be.
+
+        Args:
+            slowest: longest up, turn and down phase, ``(..., 3)``.
+            server_s: the server's phase, ``(...)``.
+        """
+        job = self._model.job
+        if job.pipeline.microbatches == 1:
+            total: Floats = slowest.sum(axis=-1) + server_s
+            return total
+        # Batches that are accumulated follow one another: phases of one are a part of the step's.
+        return pipelined_s(
+            slowest[..., None, :],
+            self._forward_part * server_s,
+            (1 - self._forward_part) * server_s,
+            job.pipeline.microbatches,
+            turns=self._model.tail_at_client,
+        )
+
+    @cached_property
+    def _forward_part(self) -> float:
+        """Part of the deep layers' arithmetic that is forward."""
+        forward = float(self._model.forward_flops.sum())
+        return forward / (forward + float(self._model.backward_flops.sum()))
 
     def client_forward_s(self, client: ClientBudget, split: int) -> tuple[float, float]:
         """Virtual seconds of a client's forward of one batch: front and message up, and the tail if held."""
@@ -113,3 +149,41 @@ class StepTimes:
     @property
     def _tail_forward_flops(self) -> float:
         return 2.0 * self._model.rows * self._model.width * self._model.words
+
+
+def pipelined_s(
+    clients: Floats, forward_s: Floats | float, backward_s: Floats | float, parts: int, *, turns: bool
+) -> Floats:
+    """Seconds of one batch cut into equal microbatches, everybody working through them in order (METHOD 8).
+
+    A client computes all its fronts, then all its tails, if it has them, then goes back over all parts. The server
+    takes up a part when the last client has sent it; without turns it does forward and backward at once.
+
+    Args:
+        clients: up, turn and down seconds of each client for the whole batch, ``(..., C, 3)``.
+        forward_s, backward_s: the server's for the whole batch, ``(...)``.
+        parts: microbatches.
+        turns: the deep output goes to the clients' tails and comes back (U-shape).
+
+    Returns:
+        ``(...)``.
+    """
+    up, turn, down = np.moveaxis(clients, -1, 0) / parts
+    own = up * parts
+    deep = (forward_s if turns else forward_s + backward_s) / parts
+    free: Floats = np.zeros(own.shape[:-1])
+    ready = []
+    for part in range(parts):
+        free = np.maximum(free, (up * (part + 1)).max(axis=-1)) + deep
+        ready.append(free)
+    if turns:
+        returned = []
+        for output in ready:
+            own = np.maximum(own, output[..., None]) + turn
+            free = np.maximum(free, own.max(axis=-1)) + backward_s / parts
+            returned.append(free)
+        ready = returned
+    for gradient in ready:
+        own = np.maximum(own, gradient[..., None]) + down
+    last: Floats = own.max(axis=-1)
+    return last

@@ -15,19 +15,21 @@ from tests.in_process import random_examples
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    from hsplit.actors.ray_executor import WORKER_ENVIRONMENT
+    from hsplit.actors.fork_server import ForkServer
+    from hsplit.actors.ray_executor import NOT_BEFOREHAND, WORKER_ENVIRONMENT
 
     patch = pytest.MonkeyPatch()
-    for name, value in WORKER_ENVIRONMENT.items():
+    for name, value in (WORKER_ENVIRONMENT | NOT_BEFOREHAND).items():
         patch.setenv(name, value)
     # Ray's sockets have paths of at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ray") as temporary:
+    with tempfile.TemporaryDirectory(prefix="ray") as temporary, ForkServer() as fork_server:
         ray.init(
             address="local",
             num_cpus=8,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=200_000_000,
+            runtime_env={"py_executable": fork_server.worker_command},
             _temp_dir=temporary,
         )
         yield

@@ -292,3 +292,23 @@ def _unreadable_here(path: Path) -> Iterator[None]:
         yield
     finally:
         patch.undo()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["job.transport=gloo", "job.wire=bf16", "job.pipeline.microbatches=2"],
+        ["job.transport=gloo", "job.wire=int8", "job.privacy.labels=client"],
+    ],
+)
+def test_a_direct_transport_changes_no_number(cluster_file: Path, tmp_path: Path, changed: list[str]) -> None:
+    """Activations and gradients go round the object store, and arrive as they would have."""
+    common = ["job.rounds=1", "job.local_steps=2", "job.validation.max_examples=2"]
+    stored = hsplit.launch(
+        cluster_file, overrides=[*common, *changed[1:]], runs_dir=tmp_path, name="stored", display=Recorder()
+    )
+    direct = hsplit.launch(
+        cluster_file, overrides=[*common, *changed], runs_dir=tmp_path, name="direct", display=Recorder()
+    )
+    columns = ["train_loss", "val_loss", "tokens", "bytes_up", "bytes_down"]
+    assert direct.metrics[columns].equals(stored.metrics[columns])

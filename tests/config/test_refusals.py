@@ -66,6 +66,7 @@ GROUPS = [
         ]
     ),
     (cluster(client(num_gpus="-0.1")), "clients[0].num_gpus: must be at least 0 (got -0.1)"),
+    (cluster(client(num_gpus="2")), "clients[0].num_gpus: must be at most 1 (got 2)"),
     (cluster(client(num_cpus="-1")), "clients[0].num_cpus: must be at least 0 (got -1)"),
     (cluster(client(num_cpus="yes")), "clients[0].num_cpus: must be a number (got true)"),
     (cluster(client(count="0")), "clients[0].count: must be at least 1 (got 0)"),
@@ -77,6 +78,10 @@ GROUPS = [
     (cluster(CLIENT, server="{memory_gb: 0}"), "server.memory_gb: must be greater than 0 (got 0)"),
     (cluster(CLIENT, server="{tflops: .nan}"), "server.tflops: must be a finite number (got nan)"),
     (cluster(CLIENT, server="{num_gpus: -1}"), "server.num_gpus: must be at least 0 (got -1)"),
+    (
+        cluster(CLIENT, server="{num_gpus: 1.5}"),
+        "server.num_gpus: must be a share of one GPU, or a whole number of them (got 1.5)",
+    ),
     (cluster(CLIENT, server="5"), "server: must be a mapping of keys (got 5)"),
     # changes of budget
     (
@@ -200,11 +205,24 @@ JOBS = [
     ("{lr: .inf}", "lr: must be a finite number (got inf)"),
     ("{lr: true}", "lr: must be a number (got true)"),
     ("{schedule: cosin}", "schedule: must be 'constant', 'linear' or 'cosine' (got 'cosin')"),
-    ("{optimizer: adam}", "optimizer: must be 'adamw' or 'sgd' (got 'adam')"),
+    (
+        "{optimizer: adam}",
+        "optimizer: must be 'adamw', 'adamw8bit', 'paged_adamw', 'paged_adamw8bit' or 'sgd' (got 'adam')",
+    ),
+    (
+        "{optimizer: adamw8bit, dtype: fp64}",
+        "optimizer: must be 'adamw' or 'sgd' with dtype 'fp64' (got 'adamw8bit', which steps in fp32)",
+    ),
+    (
+        "{optimizer: paged_adamw}",
+        "optimizer: 'paged_adamw' pages moments out of a GPU, and 'a' trains without one (num_gpus 0, or --cpu): give"
+        " it one, or choose 'adamw' or 'adamw8bit'",
+    ),
     ("{base: fp16}", "base: must be 'fp32', 'bf16', 'int8' or 'nf4' (got 'fp16')"),
     ("{dtype: fp16}", "dtype: must be 'auto', 'fp32', 'bf16' or 'fp64' (got 'fp16')"),
     ("{wire: int4}", "wire: must be 'fp32', 'bf16', 'int8' or 'fp64' (got 'int4')"),
-    ("{clock: virtual}", "clock: must be 'real' (got 'virtual')"),
+    ("{batch_size: 2, pipeline: {microbatches: 3}}", "pipeline.microbatches: must be at most batch_size = 2 (got 3)"),
+    ("{clock: virtual}", "clock: must be 'real' or 'emulated' (got 'virtual')"),
     ("{model: ''}", "model: must not be empty (got '')"),
     ('{model: "\\ud800"}', "model: must be valid Unicode text (got '\\ud800')"),
     ("{warmup: -1}", "warmup: must be at least 0 (got -1)"),
@@ -395,6 +413,51 @@ def test_a_wrong_file_is_named_even_with_overrides(write: Any) -> None:
 def test_the_override_is_named_even_when_the_file_was_wrong_elsewhere(write: Any) -> None:
     path = write("c.yaml", cluster(CLIENT, job="{lr: -1}"))
     assert refused(path, overrides=["rounds=0", "lr=0.1"]) == "--set rounds: must be at least 1 (got 0)"
+
+
+def test_gpus_are_asked_for_where_something_runs_on_them(write: Any) -> None:
+    with_gpus = client(num_gpus="0.5")
+    many = write("many.yaml", cluster(with_gpus, server="{num_gpus: 2}"))
+    assert load_run_config(many).server.num_gpus == 2
+    for policy, placement in (("hetlora", "full"), ("cenlora", "single")):
+        assert refused(many, policy) == (
+            f"many.yaml: server.num_gpus: must be at most 1 with placement '{placement}', which leaves the server no"
+            " layers to spread over several (got 2)"
+        )
+
+
+def test_a_paged_optimizer_needs_a_gpu_wherever_adapters_are_trained(write: Any) -> None:
+    paged = "job.optimizer=paged_adamw8bit"
+    none, clients, server, all_ = (
+        write(f"{name}.yaml", cluster(client(num_gpus=there), server=f"{{num_gpus: {at_server}}}"))
+        for name, there, at_server in (("none", "0", 0), ("clients", "0.5", 0), ("server", "0", 1), ("all", "0.5", 1))
+    )
+    for path, policy, who in (
+        (none, None, "a"),
+        (clients, None, "server"),
+        (server, None, "a"),
+        (none, "hetlora", "a"),
+        (clients, "cenlora", "server"),
+    ):
+        assert refused(path, policy, [paged]) == (
+            f"--set job.optimizer: 'paged_adamw8bit' pages moments out of a GPU, and '{who}' trains without one"
+            " (num_gpus 0, or --cpu): give it one, or choose 'adamw' or 'adamw8bit'"
+        )
+    # Where it does not train it needs none.
+    for path, policy in ((all_, None), (clients, "hetlora"), (server, "cenlora")):
+        assert load_run_config(path, policy, [paged]).job.optimizer == "paged_adamw8bit"
+    # --cpu takes away what the file gives; the override that asks for pages is named, whatever came after it.
+    with pytest.raises(InputError, match=r"--set job\.optimizer: .* 'a' trains without one \(num_gpus 0, or --cpu\)"):
+        load_run_config(all_, None, [paged, "rounds=3"], cpu=True)
+    assert load_run_config(none, None, ["optimizer=adamw8bit"]).job.optimizer == "adamw8bit"
+
+
+def test_8_bit_optimizers_are_for_adapters(write: Any) -> None:
+    path = write("c.yaml", cluster(CLIENT))
+    assert refused(path, "ft", ["optimizer=adamw8bit"]) == (
+        "--set optimizer: must be 'adamw' or 'sgd', since this policy trains every weight (got 'adamw8bit', which is"
+        " for adapters)"
+    )
 
 
 def test_several_errors_are_counted(write: Any) -> None:

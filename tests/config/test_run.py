@@ -211,6 +211,7 @@ jobs = st.fixed_dictionaries(
         ),
         "rounds": st.integers(1, 100),
         "lr": positive,
+        "optimizer": st.sampled_from(["adamw", "sgd"]),
         "clip": st.none() | positive,
         "dropout": st.floats(0, 0.99),
         "targets": st.just("all-linear") | st.lists(text, min_size=1, max_size=3),

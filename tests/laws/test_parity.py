@@ -22,6 +22,14 @@ LR, ALPHA = 0.05, 16.0
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
+# Every fast path on or off, and batches whole or cut: the laws hold whichever way it is computed.
+fast_paths = st.fixed_dictionaries(
+    {path: st.booleans() for path in ("packed", "loss_rows", "fused_lora", "flat_optimizer", "depth_joined")}
+)
+FAST, PLAIN = (
+    dict.fromkeys(("packed", "loss_rows", "fused_lora", "flat_optimizer", "depth_joined"), on) for on in (True, False)
+)
+
 laws = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -46,15 +54,70 @@ def _unsupervised(client: Any) -> None:
     base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
     dtype=st.sampled_from(["fp32", "fp64"]),
     accumulation=st.integers(1, 2),
+    microbatches=st.integers(1, 2),
+    fast=fast_paths,
     silent=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @example(
-    family="llama", splits=[0, 2, 4], labels="server", base="nf4", dtype="fp64", accumulation=2, silent=True, seed=1
+    family="llama",
+    splits=[0, 2, 4],
+    labels="server",
+    base="nf4",
+    dtype="fp64",
+    accumulation=2,
+    microbatches=2,
+    fast=FAST,
+    silent=True,
+    seed=1,
 )
-@example(family="gpt2", splits=[0, 0], labels="client", base="int8", dtype="fp64", accumulation=1, silent=False, seed=2)
 @example(
-    family="llama", splits=[4, 4], labels="server", base="bf16", dtype="fp32", accumulation=1, silent=False, seed=3
+    family="gpt2",
+    splits=[0, 0],
+    labels="client",
+    base="int8",
+    dtype="fp64",
+    accumulation=1,
+    microbatches=2,
+    fast=PLAIN,
+    silent=False,
+    seed=2,
+)
+@example(
+    family="llama",
+    splits=[4, 4],
+    labels="server",
+    base="bf16",
+    dtype="fp32",
+    accumulation=1,
+    microbatches=1,
+    fast=PLAIN,
+    silent=False,
+    seed=3,
+)
+@example(
+    family="gpt2",
+    splits=[1, 3],
+    labels="server",
+    base="nf4",
+    dtype="fp64",
+    accumulation=1,
+    microbatches=1,
+    fast=PLAIN,
+    silent=False,
+    seed=4,
+)
+@example(
+    family="llama",
+    splits=[1, 3],
+    labels="client",
+    base="fp32",
+    dtype="fp64",
+    accumulation=2,
+    microbatches=2,
+    fast=FAST,
+    silent=False,
+    seed=5,
 )
 def test_e1_one_aggregated_step_is_the_centralized_step(
     models: dict[str, Path],
@@ -65,6 +128,8 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
     base: str,
     dtype: str,
     accumulation: int,
+    microbatches: int,
+    fast: dict[str, bool],
     silent: bool,
     seed: int,
 ) -> None:
@@ -79,6 +144,8 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
         "alpha": ALPHA,
         "seed": seed,
         "grad_accumulation": accumulation,
+        "pipeline": {"microbatches": microbatches},
+        "fast": fast,
         "privacy": {"labels": labels},
         "residual": {"max_rank": "full"},
     }
@@ -135,10 +202,12 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
     labels=st.sampled_from(["server", "client"]),
     base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
     dtype=st.sampled_from(["fp32", "fp64"]),
+    fast=fast_paths,
     seed=st.integers(0, 2**16),
 )
-@example(family="llama", split=0, labels="client", base="nf4", dtype="fp64", seed=0)
-@example(family="gpt2", split=4, labels="server", base="fp32", dtype="fp64", seed=1)
+@example(family="llama", split=0, labels="client", base="nf4", dtype="fp64", fast=FAST, seed=0)
+@example(family="gpt2", split=4, labels="server", base="fp32", dtype="fp64", fast=FAST, seed=1)
+@example(family="llama", split=2, labels="server", base="nf4", dtype="fp64", fast=PLAIN, seed=2)
 def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
     models: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -147,6 +216,7 @@ def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
     labels: str,
     base: str,
     dtype: str,
+    fast: dict[str, bool],
     seed: int,
 ) -> None:
     rank, steps = 4, 20
@@ -159,6 +229,7 @@ def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
         "alpha": ALPHA,
         "seed": seed,
         "privacy": {"labels": labels},
+        "fast": fast,
     }
     recorder = Recorder()
     plan = fixed_plan(models[family], _job(job), [split], [rank], rank)

@@ -1,0 +1,199 @@
+"""What cutting batches into microbatches gives, on declared speeds that everybody waits for (``clock: emulated``).
+
+    python -m benchmarks.overlap            # a part of: hsplit bench throughput
+
+A tiny random model, so that computing takes next to nothing of the declared time; real actors, messages and waiting.
+Seconds are of the wall. Three balances of clients and server are declared; in each, a step is measured with 1 to 8
+microbatches and held against what the virtual clock predicts and against the slower side plus one fill: the time of
+one part at the other side, which cannot be hidden.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+WORDS = 96
+PARTS = (1, 2, 4, 8)
+# Declared seconds of the clients' and the server's phase of a whole batch.
+BALANCES = {"clients slower": (1.6, 0.8), "even": (1.2, 1.2), "server slower": (0.8, 1.6)}
+CLUSTER = """
+server: {{memory_gb: 1, tflops: {server_tflops}}}
+clients: [{{name: client, count: 4, memory_gb: 1, tflops: {client_tflops}, bandwidth_mbps: 1000, latency_ms: 1}}]
+job:
+  model: {model}
+  base: fp32
+  wire: fp32
+  data: {{source: "{data}"}}
+  batch_size: 8
+  max_length: 32
+  rounds: 1000
+  local_steps: 8
+  clock: emulated
+  pipeline: {{microbatches: {parts}}}
+"""
+POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\n"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A step on emulated speeds.
+
+    Attributes:
+        balance: which side is slower.
+        microbatches: parts of a batch.
+        clients_s, server_s: declared seconds of their phases of a step.
+        bound_s: the slower of them, and one part of the other: one fill.
+        predicted_s: by the virtual clock.
+        measured_s: of the wall, the median step.
+    """
+
+    balance: str
+    microbatches: int
+    clients_s: float
+    server_s: float
+    bound_s: float
+    predicted_s: float
+    measured_s: float
+
+
+def overlaps(steps: int, console: Console) -> list[Overlap]:
+    """Measure every balance with every number of microbatches."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, data = _tiny_model(folder / "model"), _texts(folder / "texts.csv")
+        found = []
+        for balance, wanted in BALANCES.items():
+            for parts in PARTS:
+                found.append(_measured(folder, model, data, balance, wanted, parts, steps))
+                console.print(f"overlap, {balance}, {parts} parts: {found[-1].measured_s:.3f} s a step")
+        return found
+
+
+def table(rows: Sequence[Overlap]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells."""
+    columns = [
+        "emulated speeds",
+        "clients, s",
+        "server, s",
+        "predicted, s (virtual)",
+        "measured, s",
+        "slower + one fill, s",
+        "measured by that",
+    ]
+    cells = []
+    for row in rows:
+        numbers = (row.clients_s, row.server_s, row.predicted_s, row.measured_s, row.bound_s)
+        ratio = row.measured_s / row.bound_s
+        name = f"{row.balance}, {row.microbatches} parts"
+        cells.append([name, *(f"{number:.2f}" for number in numbers), f"{ratio:.2f}"])
+    return columns, cells
+
+
+def _measured(
+    folder: Path, model: Path, data: Path, balance: str, wanted: tuple[float, float], parts: int, steps: int
+) -> Overlap:
+    import ray
+
+    from hsplit.actors.executor import SERVER
+    from hsplit.actors.ray_executor import RayExecutor, connect
+    from hsplit.actors.scheduler import Scheduler
+    from hsplit.coordinator import Coordinator
+    from hsplit.launcher import read_inputs
+    from hsplit.models.source import find_model
+    from hsplit.run_directory import RunDirectory
+
+    def configured(client_tflops: float, server_tflops: float) -> Any:
+        return _configured(folder, model, data, client_tflops, server_tflops, parts)
+
+    # Speeds that make the phases as long as wanted: computing is in proportion to them, sending is not.
+    unit = 1e-3
+    trial = configured(unit, unit)
+    calls = Scheduler(trial, model).call_times_s(Scheduler(trial, model).plan())
+    fast = configured(1e9, 1e9)
+    sending = Scheduler(fast, model).call_times_s(Scheduler(fast, model).plan())["client-0"]
+    sent_s = (sending["up"] + sending["down"]) * parts
+    computed_s = (calls["client-0"]["up"] + calls["client-0"]["down"]) * parts - sent_s
+    server_s = calls[SERVER]["step"] * parts
+    run = configured(unit * computed_s / (wanted[0] - sent_s), unit * server_s / wanted[1])
+    connect(None, 2 * (1 + len(run.clients)), dashboard=False)
+    try:
+        executor = RayExecutor("overlap", run, model)
+        directory = RunDirectory.create(folder, f"{balance.replace(' ', '-')}-{parts}")
+        coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), Silent())
+        coordinator.start()
+        predicted = coordinator._step_time_s
+        seconds = []
+        # The first steps of a round are also measured for memory, which takes time.
+        for step in range(2 + steps):
+            begun = time.perf_counter()
+            coordinator.local_step(step)
+            seconds.append(time.perf_counter() - begun)
+    finally:
+        ray.shutdown()
+    bound = max(wanted) + min(wanted) / parts
+    return Overlap(balance, parts, *wanted, bound, predicted, median(seconds[2:]))
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def _configured(folder: Path, model: Path, data: Path, client_tflops: float, server_tflops: float, parts: int) -> Any:
+    from hsplit.config import load_run_config
+    from hsplit.launcher import settled
+
+    cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
+    speeds = {"client_tflops": f"{client_tflops:.12f}", "server_tflops": f"{server_tflops:.12f}"}
+    cluster.write_text(CLUSTER.format(model=model, data=data, parts=parts, **speeds))
+    policy.write_text(POLICY)
+    return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
+
+
+def _tiny_model(to: Path) -> Path:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **sizes, **heads)
+    LlamaForCausalLM(config).save_pretrained(to)
+    words = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(to)
+    return to
+
+
+def _texts(to: Path) -> Path:
+    draw = random.Random(0)
+    lines = [" ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(12)) for _ in range(200)]
+    to.write_text("prompt,response\n" + "\n".join(f"{line[:8]},{line}" for line in lines) + "\n")
+    return to
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    from hsplit.benchmark import markdown_table
+
+    console = Console()
+    rows = overlaps(3, console)
+    console.print(markdown_table(*table(rows)))
+    console.print([asdict(row) for row in rows][-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The process that worker processes are forked from: see :mod:`hsplit.actors.forked_workers`.
+
+A forked process cannot use CUDA once its parent has looked for it, so this is not for clusters with GPUs.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors import forked_workers
+
+# All that participants and scheduler need.
+MODULES = (
+    "hsplit.actors.client",
+    "hsplit.actors.whole_client",
+    "hsplit.actors.server",
+    "hsplit.actors.scheduler",
+    "accelerate",
+    "bitsandbytes",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.tokenization_utils_tokenizers",
+)
+
+
+class ForkServer:
+    """Starts the server, which ends with the ``with`` block, or with the process that started it.
+
+    Args:
+        modules: what it imports. Ray must not be among them: it starts threads, which a fork does not have.
+    """
+
+    def __init__(self, modules: Sequence[str] = MODULES) -> None:
+        # Short, since a socket's path may have about a hundred bytes; nobody else may enter.
+        self._folder = tempfile.TemporaryDirectory(prefix="hsplit-")
+        self.path = str(Path(self._folder.name) / "fork")
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listening.bind(self.path)
+        listening.listen(64)
+        code = f"from {__name__} import serve; serve({listening.fileno()}, {list(modules)!r})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+            # A Ctrl-C in the terminal is the run's to answer.
+            start_new_session=True,
+        )
+        listening.close()
+
+    @property
+    def worker_command(self) -> str:
+        """What Ray is to start a worker's Python program with (``py_executable`` of a runtime environment)."""
+        return shlex.join([sys.executable, "-S", "-E", str(Path(forked_workers.__file__)), self.path])
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the server; workers that it has forked live on until Ray ends them."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+def serve(listening: int, modules: Sequence[str]) -> None:
+    """Import ``modules``, then fork a worker for everybody who asks at socket ``listening``, until stdin ends."""
+    for module in modules:
+        importlib.import_module(module)
+    # Pages with collected objects would be copied in every child.
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    server = socket.socket(fileno=listening)
+    while True:
+        ready, _, _ = select.select([server, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        connection, _ = server.accept()
+        if os.fork() == 0:
+            server.close()
+            _work(connection)
+        connection.close()
+
+
+def _work(connection: socket.socket) -> None:
+    """In the child: become the worker that was asked for."""
+    # Ray ends a worker with its process group.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request, descriptors = _received(connection)
+    for own, given in enumerate(descriptors):
+        os.dup2(given, own)
+        os.close(given)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    threading.Thread(target=_end_with, args=[connection], daemon=True).start()
+    program, *arguments = request["command"]
+    sys.argv = [program, *arguments]
+    sys.path[0] = os.path.dirname(program)
+    runpy.run_path(program, run_name="__main__")
+    os._exit(0)
+
+
+def _received(connection: socket.socket) -> tuple[Mapping[str, Any], list[int]]:
+    head, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+    size, body = int.from_bytes(head, "big"), b""
+    while len(body) < size:
+        body += connection.recv(size - len(body))
+    return json.loads(body), descriptors
+
+
+def _end_with(connection: socket.socket) -> None:
+    """End this process when whoever asked for it is gone, as if it had been killed itself."""
+    connection.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)

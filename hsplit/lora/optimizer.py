@@ -1,0 +1,146 @@
+"""The optimizers that ``job.optimizer`` names: how each is made, what it keeps, and how a checkpoint keeps that.
+
+Those of bitsandbytes keep 8-bit codes of the moments, page them out of a GPU that is short of memory, or both. They are
+for a holder's adapters, which are one flat buffer; whoever trains every weight has torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsplit.config import Job
+
+MOMENT_BLOCK = 256
+"""Entries of a moment that share one fp32 scale (bitsandbytes' own number)."""
+CODE_BOOK_BYTES = 2 * 256 * 4
+"""The two tables that give 8-bit codes their values, fp32; all parameters of an optimizer share them."""
+STEPPED_AT_ONCE = 1 << 18
+"""Entries that an 8-bit optimizer steps at once on a CPU: a whole number of blocks."""
+PASSING_BYTES = 20
+"""What bitsandbytes takes in passing for each entry that it steps on a CPU (measured); on a GPU it takes nothing."""
+
+# The same for all parameters that are stepped together.
+_SHARED = frozenset({"step", "qmap1", "qmap2"})
+
+
+def new_optimizer(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The job's optimizer, without moments."""
+    settings: dict[str, Any] = {"lr": job.lr, "weight_decay": job.weight_decay}
+    if job.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **settings)
+    if job.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    from bitsandbytes import optim
+
+    kinds: Mapping[str, Any] = {
+        "adamw8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW,
+        "paged_adamw8bit": optim.PagedAdamW8bit,
+    }
+    # By default small tensors would keep fp32 moments, which is meant for norms and biases: a plan counts codes alone.
+    made: torch.optim.Optimizer = kinds[job.optimizer](parameters, min_8bit_size=0, **settings)
+    return made
+
+
+def as_parameters(job: Job, flat: nn.Parameter) -> list[nn.Parameter]:
+    """What the job's optimizer is to step: the buffer ``flat`` ``(n,)``, or slices over its values and its gradient.
+
+    On a CPU bitsandbytes widens all moments of a parameter at once, which would take more than 8 bits save.
+    """
+    if not passing_bytes(job) or flat.device.type != "cpu":
+        return [flat]
+    assert flat.grad is not None
+    slices = []
+    for start in range(0, max(flat.numel(), 1), STEPPED_AT_ONCE):
+        part = nn.Parameter(flat.data[start : start + STEPPED_AT_ONCE])
+        part.grad = flat.grad[start : start + STEPPED_AT_ONCE]
+        slices.append(part)
+    return slices
+
+
+def kept_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that ``optimizer`` keeps, copied to the CPU: by name the values of all its parameters end to end.
+
+    With 8-bit moments these are codes, their blocks' scales, and the tables that give codes their values. Empty before
+    the first step.
+    """
+    states = [optimizer.state[p] for p in _parameters(optimizer) if p in optimizer.state]
+    kept = {}
+    for key, first in states[0].items() if states else ():
+        if key in _SHARED:
+            kept[key] = torch.as_tensor(first).detach().cpu().clone()
+        else:
+            kept[key] = torch.cat([state[key].detach().cpu().flatten() for state in states])
+    return kept
+
+
+def restore_state(optimizer: torch.optim.Optimizer, kept: Mapping[str, Tensor]) -> None:
+    """Make a new ``optimizer`` go on exactly as that which gave ``kept`` (:func:`kept_state`) would have."""
+    begin = dict.fromkeys(kept, 0)
+
+    def next_part(key: str, like: Tensor) -> Tensor:
+        if key in _SHARED:
+            return kept[key]
+        start, begin[key] = begin[key], begin[key] + like.numel()
+        return kept[key][start : begin[key]].view_as(like)
+
+    for index, parameter in enumerate(_parameters(optimizer) if kept else ()):
+        if isinstance(optimizer, torch.optim.AdamW):
+            state = {key: next_part(key, parameter).to(parameter.device).clone() for key in kept}
+            optimizer.state[parameter] = state
+            continue
+        # bitsandbytes allocates itself, so that what it pages stays paged.
+        own: Any = optimizer
+        own.init_state(own.param_groups[0], parameter, 0, index)
+        for key, value in own.state[parameter].items():
+            if key == "step":
+                own.state[parameter][key] = int(kept[key])
+            else:
+                value.copy_(next_part(key, value))
+
+
+def without_moments(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """``optimizer`` as if it had never stepped: a new one, or itself where it is paged.
+
+    What bitsandbytes pages it never frees, so another optimizer a round would take that much more each time.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return new_optimizer(job, _parameters(optimizer))
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if key == "step":
+                state[key] = 0
+            elif key not in _SHARED:
+                value.zero_()
+    return optimizer
+
+
+def moment_bytes(job: Job, exact: torch.dtype) -> float:
+    """Bytes that the job's optimizer keeps for each entry of an adapter of dtype ``exact``.
+
+    Paged moments count in full: they are allocated, wherever they are at the time. Plain SGD keeps none, but copies the
+    gradient to add weight decay to it.
+    """
+    if job.optimizer == "sgd":
+        return float(exact.itemsize) if job.weight_decay else 0.0
+    if job.optimizer.endswith("8bit"):
+        return 2 * (1 + 4 / MOMENT_BLOCK)
+    return 2.0 * exact.itemsize
+
+
+def constant_bytes(job: Job) -> int:
+    """Bytes that do not depend on the adapters' size: code books, and what rounds each moment up to whole blocks."""
+    return CODE_BOOK_BYTES + 2 * 4 if job.optimizer.endswith("8bit") else 0
+
+
+def passing_bytes(job: Job) -> int:
+    """Bytes that an optimizer step takes in passing for each entry, of at most :data:`STEPPED_AT_ONCE` entries."""
+    return PASSING_BYTES if job.optimizer == "adamw8bit" else 0
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,130 @@
+"""What a local step's wall time goes to: each holder's phases, and how much of it is the model's arithmetic."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.timing import PHASES, TimingRow
+
+ARITHMETIC = ("forward", "tail", "backward", "optimizer")
+"""The phases that compute the model."""
+_SERVER = "server"
+_OVERHEAD = tuple(phase for phase in PHASES if phase not in (*ARITHMETIC, "waiting"))
+
+
+@dataclass(frozen=True)
+class HolderSteps:
+    """A holder's mean local step over the rounds that it took part in.
+
+    Attributes:
+        name: the holder's name.
+        seconds: wall seconds a step by phase, all ``PHASES``; together the wall time of a step.
+    """
+
+    name: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """Shares, from 0 to 1, of a local step's wall time, each the mean over rounds.
+
+    Attributes:
+        arithmetic: the model's arithmetic on the path that everybody waits for.
+        overhead: the phases that are neither arithmetic nor waiting, by whose they are (True: the server's; False:
+            those of the client that is busy longest) and phase; the largest first, those of no time left out.
+        idle: neither that client nor the server is busy: messages on their way, waiting for a core.
+    """
+
+    arithmetic: float
+    overhead: Mapping[tuple[bool, str], float]
+    idle: float
+
+
+def holder_steps(timing: Iterable[TimingRow], metrics: Sequence[MetricsRow]) -> list[HolderSteps]:
+    """Every holder's mean step, clients first, in the order in which they appear.
+
+    Args:
+        timing: rows of ``timing.csv``.
+        metrics: rows of ``metrics.csv``, oldest first; a round whose number of steps they do not tell is left out.
+    """
+    steps = {row.round: row.step - before.step for before, row in pairwise(metrics) if row.round == before.round + 1}
+    seconds: dict[str, dict[str, float]] = {}
+    rounds: dict[str, set[int]] = defaultdict(set)
+    for row in timing:
+        if steps.get(row.round, 0) > 0:
+            seconds.setdefault(row.name, dict.fromkeys(PHASES, 0.0))[row.phase] += row.seconds
+            rounds[row.name].add(row.round)
+    means = []
+    for name, own in seconds.items():
+        count = sum(steps[round] for round in rounds[name])
+        means.append(HolderSteps(name, {phase: value / count for phase, value in own.items()}))
+    return sorted(means, key=lambda holder: holder.name == _SERVER)
+
+
+def step_shares(timing: Iterable[TimingRow]) -> StepShares | None:
+    """How much of a step's wall time is the model's arithmetic, and what the rest is; None without any time.
+
+    In each round the arithmetic on the path that everybody waits for is that of the client that has most of it, plus
+    the server's; its share of the round's wall time is averaged over rounds, each of which counts the same.
+
+    What that leaves out:
+
+    - Times are summed over a round before the slowest client is found: where another is the slowest in each step, the
+      path is longer than counted.
+    - Client and server count as working one after the other. What they do at the same time (on different parts of a
+      batch, or one's optimizer during the other's backward pass) counts twice, so that the shares, and even the
+      arithmetic's alone, may come to more than 1; ``idle`` is never below 0.
+    - The client with most arithmetic need not be the one that is busy longest, whose overhead is counted: one that is
+      paced, or that packs slowly, may keep the others waiting with less arithmetic.
+    - A phase's seconds are those of the wall: arithmetic that waits for a core within its phase, because holders share
+      a machine, counts as arithmetic.
+    - Validation, the importance probe, aggregation and moves are no part of a local step.
+    """
+    by_round: dict[int, dict[str, dict[str, float]]] = {}
+    for row in timing:
+        holder = by_round.setdefault(row.round, {}).setdefault(row.name, dict.fromkeys(PHASES, 0.0))
+        holder[row.phase] += row.seconds
+    rounds = [shares for holders in by_round.values() if (shares := _shares(holders)) is not None]
+    if not rounds:
+        return None
+    overhead: dict[tuple[bool, str], float] = defaultdict(float)
+    for shares in rounds:
+        for whose, share in shares.overhead.items():
+            overhead[whose] += share / len(rounds)
+    largest_first = sorted(overhead.items(), key=lambda item: item[1], reverse=True)
+    return StepShares(
+        arithmetic=sum(shares.arithmetic for shares in rounds) / len(rounds),
+        overhead={whose: share for whose, share in largest_first if share > 0},
+        idle=sum(shares.idle for shares in rounds) / len(rounds),
+    )
+
+
+def _shares(holders: Mapping[str, Mapping[str, float]]) -> StepShares | None:
+    """The shares of one round, whose seconds are given by holder and phase."""
+    # everybody's rows sum to the same wall time, except of a holder that was lost under way
+    wall_s = max(sum(own.values()) for own in holders.values())
+    if wall_s <= 0:
+        return None
+    nothing = dict.fromkeys(PHASES, 0.0)
+    server = holders.get(_SERVER, nothing)
+    clients = [own for name, own in holders.items() if name != _SERVER] or [nothing]
+    busiest = max(clients, key=_busy_s)
+    arithmetic_s = max(map(_arithmetic_s, clients)) + _arithmetic_s(server)
+    return StepShares(
+        arithmetic=arithmetic_s / wall_s,
+        overhead={(own is server, phase): own[phase] / wall_s for own in (busiest, server) for phase in _OVERHEAD},
+        idle=max(0.0, 1 - (_busy_s(busiest) + _busy_s(server)) / wall_s),
+    )
+
+
+def _arithmetic_s(seconds: Mapping[str, float]) -> float:
+    return sum(seconds[phase] for phase in ARITHMETIC)
+
+
+def _busy_s(seconds: Mapping[str, float]) -> float:
+    return sum(value for phase, value in seconds.items() if phase != "waiting")

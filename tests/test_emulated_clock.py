@@ -1,0 +1,92 @@
+"""``clock: emulated``: everybody takes at least the time that its budget declares (METHOD 8)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsplit.config import Client, Job, Policy, RunConfig
+from hsplit.config.cluster import ServerSpec
+from hsplit.coordinator import Coordinator
+from hsplit.observe.metrics import read_rows
+from hsplit.observe.timing import TimingRow
+from hsplit.run_directory import RunDirectory
+from tests.in_process import Recorder, planned_run, random_examples
+
+STEPS = 2
+
+
+def _run(model: Path, to: Path, recorder: Recorder, policy: str = "hsplitlora", **changes: Any) -> Coordinator:
+    settings = {"base": "fp32", "dtype": "fp32", "rounds": 1, "local_steps": STEPS, "max_length": 16, **changes}
+    clients = tuple(
+        Client(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1e-3 * (i + 1), bandwidth_mbps=20, latency_ms=1)
+        for i in range(2)
+    )
+    placement = "full" if policy == "fedlora" else "split"
+    rules: dict[str, Any] = {"placement": placement} | ({"split": 2} if placement == "split" else {})
+    if placement == "full":
+        rules |= {"ranks": "uniform", "aggregation": "fedavg", "init": "shared"}
+    run = RunConfig(
+        clients=clients,
+        server=ServerSpec(memory_gb=1.0, tflops=1e-3),
+        job=Job.model_validate({"model": str(model), "clock": "emulated", **settings}),
+        policy=Policy.model_validate({"name": policy, "importance": {"metric": "equal"}, **rules}),
+    )
+    shares = {client.name: random_examples(8, i) for i, client in enumerate(clients)}
+    return planned_run(run, model, RunDirectory.create(to, None), shares, recorder)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_every_holder_takes_its_declared_time(
+    models: dict[str, Path], tmp_path: Path, labels: str, microbatches: int
+) -> None:
+    recorder = Recorder()
+    changes = {"privacy": {"labels": labels}, "pipeline": {"microbatches": microbatches}}
+    run = _run(models["llama"], tmp_path, recorder, **changes)
+    run.run()
+    calls = run._one("scheduler", "call_times_s", run._plan)
+    rows = read_rows(run._directory.timing, TimingRow)
+    for name in ("c0", "c1", "server"):
+        spent = sum(row.seconds for row in rows if row.name == name and row.phase != "waiting")
+        asked = {"step"} if labels == "server" and name == "server" else calls[name].keys() - {"step"}
+        declared = sum(calls[name][what] for what in asked) * STEPS * microbatches
+        # Up to 5 % late counts as in time, so that what was not slept was computed.
+        assert spent >= declared * 0.95 > 0
+    # All of a round is paced: steps, aggregation, validation.
+    (start, last) = recorder.rows
+    assert last.wall_time_s - start.wall_time_s >= 0.95 * (last.virtual_time_s - start.virtual_time_s)
+
+
+def test_speedup_divides_the_time_and_who_cannot_keep_up_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    recorder = Recorder()
+    run = _run(models["llama"], tmp_path, recorder, clock_speedup=1e9)
+    run.run()
+    (note,) = [text for text in recorder.notes if "emulated" in text]
+    assert "c0, c1, server computed longer than declared" in note and "job.clock_speedup" in note
+    assert recorder.rows[-1].virtual_time_s > 0
+
+
+def test_whole_models_are_paced_too(models: dict[str, Path], tmp_path: Path) -> None:
+    recorder = Recorder()
+    run = _run(models["llama"], tmp_path, recorder, policy="fedlora")
+    run.run()
+    calls = run._one("scheduler", "call_times_s", run._plan)
+    rows = read_rows(run._directory.timing, TimingRow)
+    for name in ("c0", "c1"):
+        assert sum(row.seconds for row in rows if row.name == name and row.phase != "waiting") >= (
+            0.95 * STEPS * calls[name]["up"]
+        )
+
+
+def test_a_holders_phases_sum_to_the_steps(models: dict[str, Path], tmp_path: Path) -> None:
+    run = _run(models["llama"], tmp_path, Recorder(), clock="real")
+    run.run()
+    rows = read_rows(run._directory.timing, TimingRow)
+    sums = {name: sum(row.seconds for row in rows if row.name == name) for name in ("c0", "c1", "server")}
+    assert sums["c0"] == pytest.approx(sums["server"]) == pytest.approx(sums["c1"])
+    assert {row.phase for row in rows if row.name == "server"} >= {"unpack", "forward", "tail", "backward", "optimizer"}
+    assert {row.phase for row in rows if row.name == "c0"} >= {"data", "forward", "pack", "backward", "optimizer"}
+    assert not any(row.phase == "paced" for row in rows)
