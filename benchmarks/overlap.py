@@ -67,15 +67,24 @@ class Overlap:
 
 def overlaps(steps: int, console: Console) -> list[Overlap]:
     """Measure every balance with every number of microbatches."""
-    with tempfile.TemporaryDirectory() as name:
+    import ray
+
+    from hsplit.actors.fork_server import ForkServer
+    from hsplit.actors.ray_executor import connect
+
+    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
         folder = Path(name)
         model, data = _tiny_model(folder / "model"), _texts(folder / "texts.csv")
-        found = []
-        for balance, wanted in BALANCES.items():
-            for parts in PARTS:
-                found.append(_measured(folder, model, data, balance, wanted, parts, steps))
-                console.print(f"overlap, {balance}, {parts} parts: {found[-1].measured_s:.3f} s a step")
-        return found
+        connect(None, 8, dashboard=False, fork_server=fork_server)
+        try:
+            found = []
+            for balance, wanted in BALANCES.items():
+                for parts in PARTS:
+                    found.append(_measured(folder, model, data, balance, wanted, parts, steps))
+                    console.print(f"overlap, {balance}, {parts} parts: {found[-1].measured_s:.3f} s a step")
+            return found
+        finally:
+            ray.shutdown()
 
 
 def table(rows: Sequence[Overlap]) -> tuple[list[str], list[list[str]]]:
@@ -101,10 +110,8 @@ def table(rows: Sequence[Overlap]) -> tuple[list[str], list[list[str]]]:
 def _measured(
     folder: Path, model: Path, data: Path, balance: str, wanted: tuple[float, float], parts: int, steps: int
 ) -> Overlap:
-    import ray
-
     from hsplit.actors.executor import SERVER
-    from hsplit.actors.ray_executor import RayExecutor, connect
+    from hsplit.actors.ray_executor import RayExecutor
     from hsplit.actors.scheduler import Scheduler
     from hsplit.coordinator import Coordinator
     from hsplit.launcher import read_inputs
@@ -124,9 +131,8 @@ def _measured(
     computed_s = (calls["client-0"]["up"] + calls["client-0"]["down"]) * parts - sent_s
     server_s = calls[SERVER]["step"] * parts
     run = configured(unit * computed_s / (wanted[0] - sent_s), unit * server_s / wanted[1])
-    connect(None, 2 * (1 + len(run.clients)), dashboard=False)
+    executor = RayExecutor(f"overlap-{balance}-{parts}", run, model)
     try:
-        executor = RayExecutor("overlap", run, model)
         directory = RunDirectory.create(folder, f"{balance.replace(' ', '-')}-{parts}")
         coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), Silent())
         coordinator.start()
@@ -138,7 +144,7 @@ def _measured(
             coordinator.local_step(step)
             seconds.append(time.perf_counter() - begun)
     finally:
-        ray.shutdown()
+        executor.close()
     bound = max(wanted) + min(wanted) / parts
     return Overlap(balance, parts, *wanted, bound, predicted, median(seconds[2:]))
 

@@ -114,7 +114,7 @@ class Unsplit(Rival):
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 class PublicSplitLora(Rival):
@@ -148,7 +148,7 @@ class PublicSplitLora(Rival):
             activations.backward(received.grad)
             adam.step()
             adam.zero_grad()
-            total += float(loss)
+            total += float(loss.detach())
         return total / len(self.data)
 
 
@@ -166,7 +166,7 @@ class Federated(Rival):
             loss.backward()
             adam.step()
             adam.zero_grad()
-            total += float(loss)
+            total += float(loss.detach())
         if (step + 1) % self.job.local_steps == 0:
             self.average()
         return total / len(self.data)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -350,15 +350,14 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
     server = Server(run.job, run.policy, base, measure=False)
     server.configure(plan)
     server.restart(RoundUpdate(1, {}, {}))
-    # One client's front serves for all: they have the same layers, and only its messages matter here.
+    # One client's layers serve for all, who have the same; only its messages matter here.
     messages = []
+    client = Client("client", run.job, run.policy, base, measure=False)
+    client.configure(options.split, plan.available[0].ranks)
+    client.restart(RoundUpdate(1, {}, {}))
     for part in plan.available:
-        client = Client(part.name, run.job, run.policy, base, measure=False)
         client.load_data({part.name: inputs.shares[part.name]}, None)
-        client.configure(part.split, part.ranks)
-        client.restart(RoundUpdate(1, {}, {}))
-        messages.append(client.forward(0, 0)[1])
-        del client
+        messages.append(replace(client.forward(len(messages), 0)[1], client=part.name))
 
     def joined() -> None:
         server.train_step(0, 0, *messages)

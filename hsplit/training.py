@@ -154,22 +154,28 @@ class SplitTraining:
 
     def validation(self, batches: Mapping[str, int]) -> Done:
         done = Done()
-        for index in range(max(batches.values())):
-            clients = [client for client, count in batches.items() if index < count]
-            fronts = [self._executor.call_many(2, c, "validation_forward", index) for c in clients]
-            activations = [message for _, message in fronts]
-            done.bytes_up += sum(report.nbytes for report in self._executor.get([report for report, _ in fronts]))
+        # All are asked for at once, so that clients compute one batch while the server does another.
+        fronts = [
+            {c: self._executor.call_many(2, c, "validation_forward", index) for c, n in batches.items() if index < n}
+            for index in range(max(batches.values()))
+        ]
+        reports, tails = [], []
+        for index, front in enumerate(fronts):
+            activations = [message for _, message in front.values()]
+            done.bytes_up += sum(sent.nbytes for sent in self._executor.get([sent for sent, _ in front.values()]))
             if not self._labels_at_home:
-                (report,) = self._executor.get([self._executor.call(SERVER, "evaluate", *activations)])
-                done.losses += report.losses
+                reports.append(self._executor.call(SERVER, "evaluate", *activations))
                 continue
-            report, *deep = self._executor.call_many(1 + len(clients), SERVER, "evaluate_deep", *activations)
-            tails = [
+            report, *deep = self._executor.call_many(1 + len(front), SERVER, "evaluate_deep", *activations)
+            reports.append(report)
+            tails += [
                 self._executor.call(client, "validation_tail", index, output)
-                for client, output in zip(clients, deep, strict=True)
+                for client, output in zip(front, deep, strict=True)
             ]
-            done.losses += self._executor.get(tails)
-            done.bytes_down += self._executor.get([report])[0].nbytes
+        for report in self._executor.get(reports):
+            done.bytes_down += report.nbytes
+            done.losses += report.losses
+        done.losses += self._executor.get(tails)
         return done
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import select
@@ -80,6 +81,8 @@ class ForkServer:
 
 def serve(listening: int, modules: Sequence[str]) -> None:
     """Import ``modules``, then fork a worker for everybody who asks at socket ``listening``, until stdin ends."""
+    # What it says on CPUs of an optional kernel for inference is not for users' eyes.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in modules:
         importlib.import_module(module)
     # Pages with collected objects would be copied in every child.

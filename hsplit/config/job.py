@@ -121,6 +121,7 @@ class FastPaths(Section):
     packed: bool = Field(default=True, description="no padding tokens in linears, norms and messages")
     loss_rows: bool = Field(default=True, description="head and loss at supervised positions only")
     fused_lora: bool = Field(default=True, description="a linear's adapter and residual in one operation")
+    short_attention: bool = Field(default=True, description="attention of short sequences by plain products on CPUs")
     flat_optimizer: bool = Field(default=True, description="one optimizer step over one flat buffer")
     depth_joined: bool = Field(default=True, description="one batch of all clients at the server")
 

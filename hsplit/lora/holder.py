@@ -93,6 +93,7 @@ class Holder:
         master = torch.promote_types(dtype, torch.float32)
         self.adapters = AdapterSet(shapes, ranks, job.alpha, master, device)
         self.adapters.attach(segment, job.dropout)
+        segment.short_attention = job.fast.short_attention
         for linear in segment.linears.values():
             linear.fused = job.fast.fused_lora
         self._pruner = None if policy.self_pruning is None else RankPruner(policy.self_pruning, self.adapters)

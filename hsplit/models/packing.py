@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsplit.models.short_attention import LONGEST, short_attention
+
 # The name under which transformers' layers find the attention below.
 ATTENTION = "hsplit_packed"
 
@@ -84,12 +86,18 @@ def pack_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
 def _packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' layers over packed tokens ``(1, heads, n, d_head)``, by torch's SDPA."""
+    """Attention of transformers' layers over packed tokens ``(1, heads, n, d_head)``: torch's SDPA, or on a CPU plain
+    products where sequences are short.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     packing: Packing = arguments.pop("packing")
-    padded = (packing.pad(tensor) for tensor in (query, key, value))
-    output, _ = sdpa_attention_forward(module, *padded, attention_mask, **arguments)
+    short: bool = arguments.pop("short_attention")
+    queries, keys, values = (packing.pad(tensor) for tensor in (query, key, value))
+    if short and query.device.type == "cpu" and packing.longest <= LONGEST:
+        scale = arguments.get("scaling") or query.shape[-1] ** -0.5
+        return packing.pack(short_attention(queries, keys, values, attention_mask, scale).transpose(1, 2)), None
+    output, _ = sdpa_attention_forward(module, queries, keys, values, attention_mask, **arguments)
     return packing.pack(output), None
 
 

@@ -70,6 +70,9 @@ class LinearShape:
 class Segment(nn.Module):
     """Decoder layers ``[first, last)`` with, where held, the embedding before them and the tail after them."""
 
+    short_attention: bool = True
+    """See :mod:`hsplit.models.short_attention`."""
+
     def __init__(self, family: Family, config: Any, spec: SegmentSpec) -> None:
         super().__init__()
         self.family = family
@@ -96,7 +99,7 @@ class Segment(nn.Module):
         if start == stop:
             return hidden
         batch = hidden.unsqueeze(0)
-        arguments: dict[str, Any] = {"packing": packing}
+        arguments: dict[str, Any] = {"packing": packing, "short_attention": self.short_attention}
         if self.rotary is not None:
             arguments["position_embeddings"] = self.rotary(batch, position_ids=packing.positions.unsqueeze(0))
         for index in range(start, stop):
@@ -112,10 +115,11 @@ class Segment(nn.Module):
 
 def _moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A layer's packing and rotary tables (a pair of tensors) on ``device``."""
-    return {
-        name: tuple(table.to(device) for table in value) if isinstance(value, tuple) else value.to(device)
-        for name, value in arguments.items()
-    }
+    return {name: value if isinstance(value, bool) else _to(value, device) for name, value in arguments.items()}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return tuple(table.to(device) for table in value) if isinstance(value, tuple) else value.to(device)
 
 
 def _window_mask(window: int | None, length: int, device: torch.device) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hsplit.models.families import Family, family_of
 from hsplit.models.segment import Segment, SegmentSpec, skeleton
 from hsplit.models.tail import Tail
+from hsplit.scheduling.count_store import CountStore
 from hsplit.scheduling.fake_layer import (
     LayerKind,
     LayerSetting,
@@ -117,6 +118,7 @@ class LayerCounter:
         self._config = config
         self.kinds = layer_kinds(self.model, self._family, config, adapted, length)
         self._runs: dict[tuple[LayerKind, LayerSetting], LayerRun] = {}
+        self._store = CountStore()
 
     def run(self, index: int, setting: LayerSetting) -> LayerRun:
         """What layer ``index`` takes in ``setting``.
@@ -126,13 +128,23 @@ class LayerCounter:
         """
         kind = self.kinds[index]
         if (kind, setting) not in self._runs:
-            self._runs[kind, setting] = self._run(index, kind, setting)
+            key = ("layer", self._config.to_json_string(), kind, setting)
+            kept = self._store.get(*key)
+            if kept is None:
+                counted = self._run(index, kind, setting)
+                self._store.put(list(astuple(counted)), *key)
+            self._runs[kind, setting] = LayerRun(*kept) if kept is not None else counted
         return self._runs[kind, setting]
 
     def tail(self, dtype: torch.dtype, chunk_rows: int) -> TailRun:
         """What norm, head and loss take with ``chunk_rows`` rows of logits at once."""
         # Two sizes give slope and constant; whole chunks, so that both have full ones.
-        few, many = (self._run_tail(dtype, chunk_rows, count * chunk_rows) for count in (2, 4))
+        key = ("tail", self._config.to_json_string(), dtype, chunk_rows)
+        kept = self._store.get(*key)
+        if kept is None:
+            kept = [n for count in (2, 4) for n in self._run_tail(dtype, chunk_rows, count * chunk_rows)]
+            self._store.put(kept, *key)
+        few, many = kept[:2], kept[2:]
         lines = []
         for low, high in zip(few, many, strict=True):
             slope = -(-(high - low) // (2 * chunk_rows))

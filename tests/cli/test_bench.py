@@ -117,7 +117,7 @@ def test_the_policies_benchmark_counts_who_and_what_is_lost(tmp_path: Path, mode
     cluster.write_text(
         f"""
 server: {{memory_gb: 1, tflops: 0.001}}
-clients: [{{name: small, memory_gb: 0.0012, tflops: 0.001}}, {{name: large, memory_gb: 0.05, tflops: 0.001}}]
+clients: [{{name: small, memory_gb: 0.0022, tflops: 0.001}}, {{name: large, memory_gb: 0.05, tflops: 0.001}}]
 job:
   {{model: {models["llama"]}, rank_set: [1, 2], rounds: 1, local_steps: 2, data: {{examples: 40}}}}
 """
@@ -148,3 +148,28 @@ def test_experiments_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monk
         benchmark.run_benchmark("hello", ["--clients", "10"])
     with pytest.raises(InputError, match="no experiment nothing"):
         benchmark.run_benchmark("nothing", [])
+
+
+def test_the_throughput_benchmark_times_hsplit_against_plain_loops(tmp_path: Path, models: dict[str, Path]) -> None:
+    results = tmp_path / "results"
+    flags = ["--model", str(models["llama"]), "--split", "2", "--rank", "2", "--clients", "2", "--to", str(results)]
+    flags += ["--parts", "step", "server", "client", "--dtypes", "fp32", "--repeat", "1", "--steps", "1"]
+    # In a process of its own: it starts a Ray of its own.
+    code = "from hsplit.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bench", "throughput", *flags], env=os.environ | {"COLUMNS": "120"}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "hsplit is faster by" in done.stdout
+    steps = pandas.read_csv(results / "step.csv", comment="#").set_index("contender")
+    assert steps.index.tolist() == ["hsplit", "hsplit-later", "unsplit", "splitlora", "federated"]
+    assert (steps.seconds > 0).all() and steps.overhead.notna().sum() == 2
+    # The same model on the same examples from the same B = 0: the first steps' losses are alike.
+    losses = steps.loss[["hsplit", "unsplit", "federated"]]
+    assert losses.max() - losses.min() < 0.2
+    assert pandas.read_csv(results / "server.csv", comment="#").clients.tolist() == [4, 16]
+    messages = pandas.read_csv(results / "wire.csv", comment="#")
+    assert (messages.pickled_bytes >= messages.tensor_bytes).all() and messages.wire.nunique() == 3
+    peaks = pandas.read_csv(results / "memory.csv", comment="#")
+    assert (peaks.peak_mb <= peaks.declared_mb).iloc[1:].all()
+    assert (results / "throughput.md").is_file() and (results / "step.svg").is_file()

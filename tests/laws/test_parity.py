@@ -24,10 +24,14 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 # Every fast path on or off, and batches whole or cut: the laws hold whichever way it is computed.
 fast_paths = st.fixed_dictionaries(
-    {path: st.booleans() for path in ("packed", "loss_rows", "fused_lora", "flat_optimizer", "depth_joined")}
+    {
+        path: st.booleans()
+        for path in ("packed", "loss_rows", "fused_lora", "short_attention", "flat_optimizer", "depth_joined")
+    }
 )
 FAST, PLAIN = (
-    dict.fromkeys(("packed", "loss_rows", "fused_lora", "flat_optimizer", "depth_joined"), on) for on in (True, False)
+    dict.fromkeys(("packed", "loss_rows", "fused_lora", "short_attention", "flat_optimizer", "depth_joined"), on)
+    for on in (True, False)
 )
 
 laws = settings(
