@@ -260,13 +260,16 @@ def _chat_of(source: ModelSource) -> Any:
 
 @contextmanager
 def _forking(run: RunConfig, address: str | None) -> Iterator[ForkServer | None]:
-    """The process that a local cluster's workers are forked from, importing while everything is checked; ``None`` for a
-    running cluster, and where a holder has a GPU, which a forked process may be unable to use.
+    """The process that a local cluster's workers are forked from, importing while everything is checked.
+
+    ``None`` for a running cluster; where a holder has a GPU, which a forked process may be unable to use; and on
+    systems whose own libraries do not bear a fork.
     """
     import ray
 
     holders = (run.server, *run.participants)
-    if address is not None or ray.is_initialized() or any(holder.num_gpus for holder in holders):
+    local = address is None and not ray.is_initialized()
+    if not local or sys.platform != "linux" or any(holder.num_gpus for holder in holders):
         yield None
         return
     with ForkServer() as fork_server:

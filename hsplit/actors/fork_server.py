@@ -13,6 +13,7 @@ import os
 import runpy
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,9 +74,11 @@ class ForkServer:
 
     def __exit__(self, *error: object) -> None:
         """End the server; workers that it has forked live on until Ray ends them."""
+        # At once: after wrong input it may still be importing.
+        self._process.kill()
+        self._process.wait()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
         self._folder.cleanup()
 
 
@@ -93,6 +96,8 @@ def serve(listening: int, modules: Sequence[str]) -> None:
     while True:
         ready, _, _ = select.select([server, sys.stdin], [], [])
         if sys.stdin in ready:
+            # Whoever started this is gone, and cannot tidy up.
+            shutil.rmtree(Path(server.getsockname()).parent, ignore_errors=True)
             return
         connection, _ = server.accept()
         if os.fork() == 0:

@@ -16,6 +16,8 @@ import pytest
 
 from hsplit.actors.fork_server import ForkServer
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+
 PROGRAM = """
 import json, os, sys
 own = [os.environ["OF_ITS_OWN"], os.getcwd()]
@@ -97,9 +99,10 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
 import os
 from hsplit.actors.fork_server import ForkServer
 server = ForkServer([])
-print(server._process.pid, flush=True)
+print(server._process.pid, server.path, flush=True)
 os.kill(os.getpid(), 9)
 """
     started = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
     # Its output is inherited: run() returned because the server has ended as well.
-    assert _ends(int(started.stdout))
+    pid, path = started.stdout.split()
+    assert _ends(int(pid)) and not Path(path).parent.exists()
