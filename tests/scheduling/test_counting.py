@@ -17,6 +17,12 @@ from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
 from hsplit.scheduling.tracing import LiveBytes, saved_storages
 
 
+@pytest.fixture(autouse=True)
+def _counted_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from what was counted before."""
+    monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
+
+
 def tiny_llama() -> PreTrainedConfig:
     return LlamaConfig(
         hidden_size=48,
