@@ -186,7 +186,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
     holder.call("round", "restart", _update(held, case))
     _client_steps(holder, case, config.hidden_size, 1)
     _client_checks(holder, case, config.hidden_size)
-    holder.call("round", "held")
+    holder.call("round", "hand_in")
     rest = holder.settle()
     cost = case.cost(config)
     predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
@@ -268,7 +268,7 @@ def _server_steps(
             holder.call("step", "train_step", step, micro, *messages)
         else:
             holder.call("step", "forward", step, micro, *messages)
-            holder.call("step", "backward", step, micro, len(messages), *messages, *gradients)
+            holder.call("step", "backward", step, micro, [m.client for m in messages], *gradients)
 
 
 def _server_checks(
@@ -282,7 +282,7 @@ def _server_checks(
     else:
         holder.call("validation", "evaluate_deep", *messages)
         holder.call("probe", "probe_forward", *messages)
-        holder.call("probe", "probe_backward", len(messages), *messages, *gradients)
+        holder.call("probe", "probe_backward", *gradients)
 
 
 # -- what the other side would send -------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ class Progress:
         scheduler: what decides later plans: budgets in force, importance history, as JSON.
         measured_bytes: most memory that each holder took in the last round, by name.
         metrics, plans, timing: rows of metrics.csv, plan.csv and timing.csv so far.
+        failures: by client how often it failed.
+        aside: clients that take no part any more.
+        lost: clients that were lost in the round under way and are to come back.
         model_fingerprint, data_sha256: what the run was started with.
     """
 
@@ -52,6 +55,9 @@ class Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     plans: list[dict[str, Any]] = field(default_factory=list)
     timing: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    aside: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
     model_fingerprint: str = ""
     data_sha256: str = ""
 
@@ -112,6 +118,14 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]
 
     progress = Progress(**json.loads((path / "state.json").read_text()))
     return progress, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+
+
+def holder_state(path: Path, holder: str) -> dict[str, Tensor] | None:
+    """One holder's tensors, or ``None`` where the checkpoint has none of it."""
+    from safetensors.torch import load_file
+
+    file = path / f"{holder}.safetensors"
+    return load_file(file) if file.is_file() else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,37 +1,50 @@
 """The round loop: the one place that tells the order of events. It reads top to bottom.
 
 prepare → validate → [review the plan → local steps → aggregate → validate → checkpoint] per round → export
+
+A client that fails is left out, and is back for the next round. Whatever else fails, the round is repeated from the
+last checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor, values_of
 from hsplit.actors.messages import LossReport
 from hsplit.actors.participant import DataReport
 from hsplit.actors.scheduler import Review
-from hsplit.checkpoint import Progress, checkpoint_name, read_checkpoint, save_checkpoint
+from hsplit.checkpoint import (
+    Progress,
+    checkpoint_name,
+    holder_state,
+    latest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from hsplit.config import RunConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
-from hsplit.errors import InputError
+from hsplit.errors import HsplitError, InputError, os_reason
 from hsplit.inbox import take_requests
 from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.terminal import Display
 from hsplit.observe.timing import TimingRow, timing_rows
+from hsplit.roster import Roster, told
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
 from hsplit.training import Done, training_of
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,11 @@ class Coordinator:
         directory: the run's directory.
         inputs: data shares and fingerprints.
         display: what the user watches.
+
+    Attributes:
+        progress: where the run stands.
+        round: the round under way, counted from 1, or the one just ended until the next begins.
+        stopping: set it to have the run end after the local step under way.
     """
 
     def __init__(
@@ -72,7 +90,10 @@ class Coordinator:
         self.progress = Progress(model_fingerprint=inputs.model_fingerprint, data_sha256=inputs.data_sha256)
         # The one node is the server's: nothing travels.
         self._single = run.policy.placement == "single"
-        self._clients: list[str] = []
+        self.round = 0
+        self._roster = Roster(self._job.faults, executor, self._prepare_return, self._note)
+        self._repeats = 0
+        self._slow: set[str] = set()
         self._unavailable: set[str] = set()
         self._probe_peaks: dict[str, int] = {}
         self._examples: dict[str, int] = {}
@@ -84,6 +105,10 @@ class Coordinator:
         self._late: set[str] = set()
         self._losses: dict[str, float] = {}
         self._saved: Path | None = None
+        # Who has no place to be begun anew when a round is repeated.
+        self._away: list[str] = []
+        # Who has no data yet, when a round is repeated; None: this process has just begun.
+        self._fresh: set[str] | None = None
         self._begun = time.monotonic()
         self.stopping = False
 
@@ -95,16 +120,22 @@ class Coordinator:
         Returns:
             Whether the run is complete; ``False`` when it was asked to stop and has left a checkpoint.
         """
-        job = self._job
-        if resume_from is None:
-            self.start()
-        else:
-            self._resume(resume_from)
-        progress = self.progress
+        self._saved = resume_from
+        while True:
+            try:
+                self._begin()
+                return self._rounds()
+            except ActorFailure as failure:
+                self._repair(failure)
+
+    def _rounds(self) -> bool:
+        """The rounds that are left; returns as :meth:`run`."""
+        job, progress = self._job, self.progress
         self._events.write("training", f"training begins with step {progress.step + 1}", step=progress.step + 1)
         while progress.round < job.rounds:
             if progress.round > 0 and progress.step == progress.round * job.local_steps:
                 self._review()
+            self.round = progress.round + 1
             while progress.step < (progress.round + 1) * job.local_steps:
                 self.local_step(progress.step)
                 if self.stopping:
@@ -113,13 +144,24 @@ class Coordinator:
                     return False
             self.aggregate()
             progress.round += 1
-            self._close_round(self._validate())
+            self._close_round(self._steadily(self._validate))
             self._checkpoint()
+            self._repeats = 0
         return True
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        """Bring everybody to where the last checkpoint was made, or to the run's start."""
+        if self._saved is None:
+            self.start()
+        elif self._fresh is None:
+            self._resume()
+        else:
+            self._repeat()
+
     def start(self) -> None:
+        self.progress = Progress(model_fingerprint=self._inputs.model_fingerprint, data_sha256=self._inputs.data_sha256)
         planned = self._executor.call(SCHEDULER, "plan")
         # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
         reading = self._begin_loading_data([client.name for client in self._run.participants])
@@ -132,21 +174,45 @@ class Coordinator:
         self._close_round(self._validate())
         self._checkpoint()
 
-    def _resume(self, checkpoint: Path) -> None:
-        self.progress, tensors = read_checkpoint(checkpoint)
+    def _resume(self) -> None:
+        """From a checkpoint, with actors that know nothing."""
+        assert self._saved is not None
+        progress, tensors = read_checkpoint(self._saved)
         for what, then, now in (
-            ("model", self.progress.model_fingerprint, self._inputs.model_fingerprint),
-            ("data", self.progress.data_sha256, self._inputs.data_sha256),
+            ("model", progress.model_fingerprint, self._inputs.model_fingerprint),
+            ("data", progress.data_sha256, self._inputs.data_sha256),
         ):
             if then != now:
                 raise InputError(f"{self._directory.path}: the {what} is not the one that this run was started with")
-        self._metrics.restore(self.progress.metrics)
-        self._plans.restore(self.progress.plans)
-        self._timing.restore(self.progress.timing)
-        assert self.progress.plan is not None and self.progress.scheduler is not None
-        self._one(SCHEDULER, "load_state", self.progress.scheduler)
-        self._adopt(Plan.from_json(self.progress.plan))
-        self._finish_loading_data(self._begin_loading_data([client.name for client in self._plan.clients]))
+        self._begun = time.monotonic() - progress.wall_time_s
+        self._restore(progress, tensors, None)
+        self._note("resumed", f"resumed from {self._saved.name}")
+
+    def _repeat(self) -> None:
+        """From the last checkpoint, with the actors that are there; those in ``_fresh`` know nothing."""
+        checkpoint, passed_over = latest_checkpoint(self._directory.checkpoints)
+        for text in passed_over:
+            self._note("damaged", text)
+        self._saved = checkpoint
+        self._restore(*read_checkpoint(checkpoint), self._fresh)
+
+    def _restore(
+        self, progress: Progress, tensors: Mapping[str, dict[str, Any]], fresh: Collection[str] | None
+    ) -> None:
+        """Put everybody where ``progress`` and ``tensors`` are; ``fresh`` have no data yet (``None``: nobody has)."""
+        self.progress = progress
+        self._metrics.restore(progress.metrics)
+        self._plans.restore(progress.plans)
+        self._timing.restore(progress.timing)
+        self._clear_round()
+        self.round = progress.round
+        assert progress.plan is not None and progress.scheduler is not None
+        self._one(SCHEDULER, "load_state", progress.scheduler)
+        self._roster.recall(progress.failures, progress.aside, {*progress.lost, *self._away})
+        self._adopt(Plan.from_json(progress.plan))
+        named = [client.name for client in self._plan.clients if client.name not in self._roster.aside]
+        reading = [name for name in named if name not in self._roster.lost and (fresh is None or name in fresh)]
+        self._finish_loading_data(self._begin_loading_data(reading))
         self._configure()
         _, *updates = self._executor.call_many(
             1 + len(self._clients), SERVER, "load_state", tensors[SERVER], *self._clients
@@ -157,14 +223,120 @@ class Coordinator:
                 for name, update in zip(self._clients, updates, strict=True)
             ]
         )
-        self._begun = time.monotonic() - self.progress.wall_time_s
-        self._saved = checkpoint
-        self._note("resumed", f"resumed from {checkpoint.name}")
+        self._fresh, self._away = set(), []
+
+    # -- failures -------------------------------------------------------------------------------------------------
+
+    @property
+    def _clients(self) -> list[str]:
+        return self._roster.present
+
+    def _repair(self, failure: ActorFailure) -> None:
+        """Replace whoever is gone, so that the round can be repeated from the last checkpoint.
+
+        Raises:
+            ActorFailure: ``failure``, where that would not help, or has been tried often enough.
+        """
+        most, round_ = self._job.faults.max_failures, self.round
+        self._repeats += 1
+        if failure.kind == "hopeless" or self._repeats > most:
+            raise failure
+        where = "from the start" if self._saved is None else f"from checkpoint {self._saved.name}"
+        gone = [name for name in self._executor.lost() if name != failure.actor and name not in self._roster.aside]
+        text = f"round {round_}: {told(failure)}; the round is repeated {where} (try {self._repeats} of {most})"
+        text += f" (gone too: {', '.join(gone)})" if gone else ""
+        self._note("repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason)
+        roster, away = self._roster, []
+        for name in dict.fromkeys([failure.actor, *gone, *roster.lost]):
+            if name in (SERVER, SCHEDULER):
+                self._replace(name)
+                continue
+            if name not in roster.lost:
+                own = failure if name == failure.actor else ActorFailure(name, "the round", "its process ended", "died")
+                roster.count(own, round_)
+            if name in roster.aside:
+                continue
+            if not self._executor.restart(name):
+                away.append(name)
+            elif self._fresh is not None:
+                self._fresh.add(name)
+        for name in away:
+            roster.away(name)
+        self._away = away
+        self._training.forget()
+
+    def _replace(self, name: str) -> None:
+        """Begin server or scheduler anew, on whatever node has room for it or comes to have."""
+        until = time.monotonic() + self._job.faults.patience_s
+        while not self._executor.restart(name):
+            if time.monotonic() > until:
+                raise ActorFailure(name, "restart", "no node has room for it", "hopeless")
+            time.sleep(1.0)
+
+    def _lose(self, failure: ActorFailure) -> None:
+        """Go on without a client; where the round is to be repeated instead, say so by its failure."""
+        if self._job.faults.recovery == "repeat" or failure.actor not in self._clients:
+            raise failure
+        self._training.forget(failure.actor)
+        self._roster.lose(failure, self.round)
+
+    def _settled(self, calls: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of calls by client, of those that did not fail; the others are lost."""
+        until = time.monotonic() + self._job.faults.patience_s
+        values = {}
+        for name, call in calls.items():
+            (value,) = self._executor.settle([call], until)
+            if isinstance(value, ActorFailure):
+                self._lose(value)
+            elif isinstance(value, HsplitError):
+                raise value
+            else:
+                values[name] = value
+        if calls and not values:
+            raise ActorFailure(next(iter(calls)), "the round", "no client is left")
+        return values
+
+    def _steadily(self, what: Callable[[], _Value]) -> _Value:
+        """Do something between two rounds. Who fails meanwhile is brought back first, and it is done again."""
+        while True:
+            try:
+                return what()
+            except ActorFailure as failure:
+                self._lose(failure)
+                self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Whoever was lost begins the round that follows like everybody else."""
+        if not self._roster.lost:
+            return
+        round_ = self.progress.step // self._job.local_steps + 1
+
+        def rejoin(names: list[str]) -> list[Any]:
+            sent, *updates = self._executor.call_many(1 + len(names), SERVER, "welcome", round_, *names)
+            kept = {name: None if self._saved is None else holder_state(self._saved, name) for name in names}
+            calls = [
+                self._executor.call(name, "rejoin", kept[name], update)
+                for name, update in zip(names, updates, strict=True)
+            ]
+            self.progress.bytes_down += self._executor.get([sent])[0]
+            return calls
+
+        self._roster.bring_back(round_, rejoin)
+        self._roster.adopt(self._plan)
+        if not self._clients:
+            raise ActorFailure(SERVER, "the round", "no client is left to train with", "hopeless")
+        self._set_pace()
+
+    def _prepare_return(self, name: str) -> list[Any]:
+        """Have a client that was begun anew read its data and its layers."""
+        part = self._plan.client(name)
+        calls = list(self._begin_loading_data([name]).values())
+        return [*calls, self._executor.call(name, "configure", part.split, part.ranks)]
 
     def _adopt(self, plan: Plan) -> None:
         """Put ``plan`` in force and say who cannot take part any more."""
         self._plan = plan
-        self._clients = [client.name for client in plan.available]
+        self._roster.adopt(plan)
         self.progress.plan = plan.to_json()
         self._step_time_s = self._one(SCHEDULER, "step_time_s", plan)
         self._events.write("planned", f"plan by {plan.importance}", round=self.progress.round, plan=self.progress.plan)
@@ -219,7 +391,7 @@ class Coordinator:
 
     def _configure(self) -> None:
         calls = [self._executor.call(SERVER, "configure", self._plan)]
-        for client in self._plan.available:
+        for client in map(self._plan.client, self._clients):
             calls.append(self._executor.call(client.name, "configure", client.split, client.ranks))
         self._wait(calls)
         self._set_pace()
@@ -232,12 +404,10 @@ class Coordinator:
             return
         calls: dict[str, dict[str, float]] = self._one(SCHEDULER, "call_times_s", self._plan)
         speedup = self._job.clock_speedup
-        self._wait(
-            [
+        for name, own in calls.items():
+            if name in self._clients or name == SERVER:
+                # Whoever is gone is found by the next call that matters.
                 self._executor.call(name, "set_pace", {what: seconds / speedup for what, seconds in own.items()})
-                for name, own in calls.items()
-            ]
-        )
 
     def _count(self, virtual_s: float, begun: float) -> None:
         """Add what something took by the virtual clock; where the clock is emulated, wait until that has passed.
@@ -258,7 +428,7 @@ class Coordinator:
         """Ask the scheduler whether budgets or importance have changed so much that another plan is due."""
         progress = self.progress
         requests = self._budget_requests()
-        reports = self._probe() if self._run.policy.probes else []
+        reports = self._steadily(self._probe) if self._run.policy.probes else []
         # The probe ran under the plan that is being looked at, so it counts with the round before.
         self._probe_peaks = self._peaks([*self._clients, SERVER])
         measured = _larger(progress.measured_bytes, self._probe_peaks)
@@ -266,7 +436,7 @@ class Coordinator:
             review: Review = self._one(SCHEDULER, "review", progress.round, self._plan, reports, measured, requests)
         except InputError as error:
             # The budgets were right when the run began, so this is a failure of the run and not of its input.
-            raise ActorFailure(SCHEDULER, "review", str(error)) from error
+            raise ActorFailure(SCHEDULER, "review", str(error), "hopeless") from error
         if review.importance is not None:
             text = f"importance of {len(review.importance)} weights after round {progress.round}"
             self._events.write("importance", text, round=progress.round, scores=review.importance)
@@ -305,28 +475,31 @@ class Coordinator:
 
     def _reconfigure(self, plan: Plan) -> None:
         """Put another plan in force without changing what the model computes (law E4)."""
-        begun, before, had = time.monotonic(), self._plan, self._clients
+        begun, before, had = time.monotonic(), self._plan, list(self._clients)
         self._adopt(plan)
-        self._wait([self._executor.call(name, "release") for name in had if name not in self._clients])
+        for name in had:
+            if name not in self._clients:
+                self._executor.call(name, "release")
         if {client.name for client in before.available} != set(self._clients):
             self._say_what_is_lost()
-        report, *updates = self._executor.call_many(
-            1 + len(self._clients), SERVER, "reconfigure", self.progress.round + 1, plan, *self._clients
+        names = list(self._clients)
+        report, *sent = self._executor.call_many(
+            1 + len(names), SERVER, "reconfigure", self.progress.round + 1, plan, *names
         )
         (report,) = self._executor.get([report])
-        down = report.nbytes_down
-        moving = [client for client in plan.available if client.name in down]
-        self._wait([self._executor.call(client.name, "give_up", client.split) for client in moving])
+        down, updates = report.nbytes_down, dict(zip(names, sent, strict=True))
+        moving = {name: plan.client(name) for name in names if name in down}
+        given_up = self._settled({n: self._executor.call(n, "give_up", part.split) for n, part in moving.items()})
         # What the old plan took is over; from here on the new one is measured.
-        for name in self._peaks([client.name for client in moving]):
+        for name in self._peaks(list(given_up)):
             self._probe_peaks.pop(name, None)
-        self._wait(
-            [
-                self._executor.call(client.name, "reconfigure", client.split, client.ranks, update)
-                for client, update in zip(plan.available, updates, strict=True)
-                if client in moving
-            ]
+        self._settled(
+            {
+                name: self._executor.call(name, "reconfigure", moving[name].split, moving[name].ranks, updates[name])
+                for name in given_up
+            }
         )
+        self._bring_back()
         if self._single:
             down = {}
         self.progress.bytes_down += sum(down.values())
@@ -337,7 +510,10 @@ class Coordinator:
 
     def local_step(self, step: int) -> Done:
         begun = time.monotonic()
-        done = self._training.step(step, self._clients)
+        done = self._training.step(step, list(self._clients))
+        for failure in done.failed.values():
+            self._lose(failure)
+        self._say_who_is_left_out(done.left_out)
         self._steps_s += time.monotonic() - begun
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
@@ -348,6 +524,15 @@ class Coordinator:
         self._late |= done.late
         self._record_step(done.losses)
         return done
+
+    def _say_who_is_left_out(self, clients: Collection[str]) -> None:
+        """Every step's in the log; on the terminal once a round."""
+        for name in sorted(clients):
+            text = f"step {self.progress.step + 1}: {name} is not in time, and the others go on without it in this step"
+            self._events.write("left_out", text, client=name, step=self.progress.step + 1)
+            if name not in self._slow:
+                self._display.note(text)
+        self._slow |= set(clients)
 
     def _record_step(self, losses: list[LossReport]) -> None:
         progress, job = self.progress, self._job
@@ -373,21 +558,28 @@ class Coordinator:
 
     def aggregate(self) -> None:
         begun = time.monotonic()
-        held = [self._executor.call(client, "held") for client in self._clients]
+        asked = {client: self._executor.call_many(2, client, "hand_in") for client in self._clients}
+        # The small reports come first: a client that failed is found before its adapters are passed on.
+        names = list(self._settled({client: nbytes for client, (nbytes, _) in asked.items()}))
+        held = [asked[name][1] for name in names]
         report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
         (report,) = self._executor.get([report])
+        for name, reason in report.refused.items():
+            self._lose(ActorFailure(name, "hand_in", f"it handed in {reason}", "refused"))
         up, down = report.nbytes_up, report.nbytes_down
         if self._single:
             up, down = {}, {}
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())
         self._record_cut(report.residual_cut)
-        self._wait(
-            [
-                self._executor.call(client, "restart", update)
-                for client, update in zip(self._clients, updates, strict=True)
-            ]
+        self._settled(
+            {
+                name: self._executor.call(name, "restart", update)
+                for name, update in zip(names, updates, strict=True)
+                if name not in report.refused
+            }
         )
+        self._bring_back()
         self._count(self._one(SCHEDULER, "aggregation_time_s", self._plan, up, down), begun)
 
     def _record_cut(self, cut: float) -> None:
@@ -439,10 +631,16 @@ class Coordinator:
         self._say_who_is_late()
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
         progress.round_loss_sum = 0.0
-        self._spent_s.clear()
-        self._steps_s = 0.0
+        self._clear_round()
         self._events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **asdict(row))
         self._display.round_done(row)
+
+    def _clear_round(self) -> None:
+        """Forget what is kept of a round beside its progress."""
+        self._spent_s.clear()
+        self._steps_s = 0.0
+        self._late.clear()
+        self._slow.clear()
 
     def _say_who_is_late(self) -> None:
         if self._late and self._job.clock == "emulated":
@@ -451,19 +649,35 @@ class Coordinator:
                 " emulated clock is late; a smaller job.clock_speedup gives more time"
             )
             self._note("late", text, holders=sorted(self._late))
-        self._late.clear()
 
     def _checkpoint(self) -> None:
-        names = [*self._clients, SERVER]
-        states = self._executor.get([self._executor.call(name, "state") for name in names])
+        tensors = self._steadily(self._states)
+        roster = self._roster
+        self.progress.failures, self.progress.aside = dict(roster.failures), list(roster.aside)
+        self.progress.lost = roster.lost
         self.progress.scheduler = self._one(SCHEDULER, "state")
         self.progress.wall_time_s = time.monotonic() - self._begun
         name = checkpoint_name(self.progress, self._job.local_steps)
-        tensors = dict(zip(names, states, strict=True))
-        self._saved = save_checkpoint(
-            self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
-        )
+        try:
+            self._saved = save_checkpoint(
+                self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
+            )
+        except OSError as error:
+            raise ActorFailure("the driver", f"writing checkpoint {name}", os_reason(error), "hopeless") from error
+        self._fresh = set()
         self._events.write("checkpoint", f"checkpoint {name} written")
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """Tensors of everybody, as a checkpoint keeps them; of those who are lost, as it kept them last."""
+        calls = {name: self._executor.call(name, "state") for name in [*self._clients, SERVER]}
+        until = time.monotonic() + self._job.faults.patience_s
+        values = values_of(self._executor.settle(list(calls.values()), until))
+        states: dict[str, dict[str, Any]] = dict(zip(calls, values, strict=True))
+        if self._saved is not None:
+            for name in self._roster.lost:
+                kept = holder_state(self._saved, name)
+                states |= {} if kept is None else {name: kept}
+        return states
 
     # -- small things ---------------------------------------------------------------------------------------------
 
@@ -473,8 +687,10 @@ class Coordinator:
 
     def _peaks(self, holders: list[str]) -> dict[str, int]:
         """Most memory that each of ``holders`` took since the last call, by name, where it was measured."""
-        peaks = self._executor.get([self._executor.call(name, "peak_bytes") for name in holders])
-        return {name: peak for name, peak in zip(holders, peaks, strict=True) if peak}
+        peaks = self._executor.settle([self._executor.call(name, "peak_bytes") for name in holders])
+        # Whoever is gone is found by the next call that matters.
+        found = zip(holders, peaks, strict=True)
+        return {name: peak for name, peak in found if peak and not isinstance(peak, HsplitError)}
 
     def _wait(self, handles: list[Any]) -> None:
         self._executor.get(handles)

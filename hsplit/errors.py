@@ -22,3 +22,8 @@ class RunError(HsplitError):
     """A run failed while it was going on; the text names the actor and the round."""
 
     exit_code = 1
+
+
+def os_reason(error: OSError) -> str:
+    """Why the system refused, with the file where it is known: ``No space left on device: runs/x/metrics.csv``."""
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")

@@ -308,7 +308,7 @@ def _drive(
                     complete = coordinator.run(checkpoint)
                 except ActorFailure as failure:
                     raise RunError(
-                        f"{failure.actor} failed in {failure.method} in round {coordinator.progress.round + 1}: "
+                        f"{failure.actor} failed in {failure.method} in round {coordinator.round}: "
                         f"{failure.reason}; go on from the last checkpoint with: hsplit resume {directory.path}"
                     ) from failure
             exported = export(directory.path) if complete else None

@@ -40,9 +40,13 @@ def local_run(
         scheduler: makes the plans; the run's own by default.
     """
     base, make = base_model(model, run.job), participant_class(run.policy)
-    actors: dict[str, Any] = {
-        c.name: make(c.name, run.job, run.policy, base, measure=measure) for c in run.participants
-    }
-    actors[SERVER] = Server(run.job, run.policy, base, measure=measure)
-    actors[SCHEDULER] = scheduler or Scheduler(run, model)
-    return Coordinator(run, InProcess(actors), directory, inputs, display)
+
+    def actor(name: str) -> Any:
+        if name == SCHEDULER:
+            return scheduler or Scheduler(run, model)
+        if name == SERVER:
+            return Server(run.job, run.policy, base, measure=measure)
+        return make(name, run.job, run.policy, base, measure=measure)
+
+    names = [*(client.name for client in run.participants), SERVER, SCHEDULER]
+    return Coordinator(run, InProcess({name: actor(name) for name in names}, actor), directory, inputs, display)

@@ -53,8 +53,8 @@ def probe_importance(executor: Executor, clients: Sequence[str], round_: int, to
         losses: list[LossReport] = executor.get([report for report, _ in tails])
         bytes_up += sum(loss.nbytes for loss in losses)
         bytes_down += executor.get([up])[0].nbytes
-        sent: list[Any] = [*activations, *[gradient for _, gradient in tails]]
-        down, *gradients = executor.call_many(1 + len(clients), SERVER, "probe_backward", len(clients), *sent)
+        sent: list[Any] = [gradient for _, gradient in tails]
+        down, *gradients = executor.call_many(1 + len(clients), SERVER, "probe_backward", *sent)
     else:
         down, *gradients = executor.call_many(1 + len(clients), SERVER, "probe", *activations)
     own = [

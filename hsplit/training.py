@@ -1,23 +1,28 @@
 """The local step, the validation and the importance probe, by placement: who is asked for what, and in which order.
 
-Tensors pass from actor to actor as handles; only losses, sizes and times arrive here.
+Tensors pass from actor to actor as handles; only losses, sizes and times arrive here. A client that fails in a step, or
+is too late, is left out of it; the others go on.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hsplit.actors.executor import SERVER, Executor
+from hsplit.actors.executor import SERVER, ActorFailure, Executor, values_of
 from hsplit.actors.messages import LossReport, ServerReport
 from hsplit.config import Job, RunConfig
+from hsplit.deadlines import Deadlines
+from hsplit.errors import HsplitError
 from hsplit.probe import ProbeOutcome, probe_importance
 from hsplit.scheduling.importance import ImportanceReport
 
-# Handles to the reports of server and tails, in the order of events; and by part to each client's gradient.
-_ServerSide = tuple[list[Any], list[list[Any]]]
+# Handles to the server's reports, in the order of events; and by part each client's gradient.
+_ServerSide = tuple[list[Any], list[dict[str, Any]]]
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Done:
         bytes_up, bytes_down: sent to the server; sent back.
         seconds: of the wall, by holder and phase (:data:`hsplit.observe.timing.PHASES`, without ``waiting``).
         late: holders that took longer than declared where the clock is emulated.
+        failed: clients that are lost, with why.
+        left_out: clients that were not in time for this step, and go on.
     """
 
     losses: list[LossReport] = field(default_factory=list)
@@ -36,6 +43,8 @@ class Done:
     bytes_down: int = 0
     seconds: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     late: set[str] = field(default_factory=set)
+    failed: dict[str, ActorFailure] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
 
     def took(self, holder: str, seconds: Mapping[str, float]) -> None:
         """Count one call's phases towards ``holder``."""
@@ -45,15 +54,41 @@ class Done:
             self.late.add(holder)
 
     def server_took(self, report: ServerReport) -> None:
+        """Count the server's call, and who was refused in it."""
         self.bytes_down += report.nbytes
         self.took(SERVER, report.seconds)
+        for loss in report.losses:
+            self.came_to(loss)
+        for client, reason in report.refused.items():
+            self.failed[client] = ActorFailure(client, "a local step", f"it sent {reason}", "refused")
+
+    def came_to(self, loss: LossReport) -> None:
+        """Count one client's loss.
+
+        Raises:
+            ActorFailure: it is no number, though all that was sent is.
+        """
+        if not math.isfinite(loss.loss_sum):
+            reason = f"the loss of {loss.client} is no number: training diverged (a smaller job.lr may help)"
+            raise ActorFailure(SERVER, "a local step", reason)
+        self.losses.append(loss)
+
+    def takes_part(self, client: str) -> bool:
+        return client not in self.failed and client not in self.left_out
 
 
 class Training(Protocol):
     """How a placement trains. Every method may raise ``ActorFailure``."""
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
-        """One local step of ``clients``; ``step`` counts over the run (METHOD 2)."""
+        """One local step of ``clients``; ``step`` counts over the run (METHOD 2).
+
+        Raises:
+            ActorFailure: the server failed, or every client.
+        """
+
+    def forget(self, client: str | None = None) -> None:
+        """Forget the calls under way of a client that is gone; ``None``: of everybody."""
 
     def validation(self, batches: Mapping[str, int]) -> Done:
         """Loss over every client's held-out batches, whose numbers are given by client name."""
@@ -64,10 +99,77 @@ class Training(Protocol):
 
 def training_of(run: RunConfig, executor: Executor) -> Training:
     """How a run's policy trains."""
-    return SplitTraining(run.job, executor) if run.policy.placement == "split" else WholeTraining(executor)
+    make = SplitTraining if run.policy.placement == "split" else WholeTraining
+    return make(run.job, executor)
 
 
-class SplitTraining:
+class _Steps:
+    """What steps of either placement share: who is still busy with an earlier one, and who is in time."""
+
+    def __init__(self, job: Job, executor: Executor) -> None:
+        self._job, self._executor = job, executor
+        self._deadlines = Deadlines(job.faults.deadline)
+        # The last calls of those who were not in time, by client.
+        self._busy: dict[str, Any] = {}
+
+    def forget(self, client: str | None = None) -> None:
+        """Forget the calls under way of a client that is gone; ``None``: of everybody."""
+        if client is None:
+            self._busy.clear()
+        else:
+            self._busy.pop(client, None)
+
+    def _patient(self, calls: Sequence[Any]) -> list[Any]:
+        """Values of clients' calls outside of a step; whoever has not answered after ``patience_s`` has failed."""
+        return values_of(self._executor.settle(calls, time.monotonic() + self._job.faults.patience_s))
+
+    def _begin(self, clients: Sequence[str]) -> Done:
+        """A step's record: who has not finished with an earlier one is left out of it."""
+        done = Done()
+        free = [client for client in clients if client not in self._busy]
+        for client, call in list(self._busy.items()):
+            # With nobody else there, the step is this client's or nobody's.
+            (value,) = self._executor.settle([call], 0.0 if free else None)
+            if isinstance(value, ActorFailure) and value.kind == "late":
+                done.left_out.add(client)
+                continue
+            del self._busy[client]
+            if isinstance(value, HsplitError):
+                done.failed[client] = _failure(client, value)
+            free.append(client)
+        return done
+
+    def _in_time(self, done: Done, calls: Mapping[str, Any], method: str, count: int = 1) -> dict[str, Any]:
+        """Values of ``calls`` by client, each the last of ``count`` calls of ``method``, of those in time.
+
+        Who has failed joins ``done.failed``, who is late ``done.left_out``; if all are late, they are waited for.
+        """
+        until = {client: self._deadlines.until(client, method, count) for client in calls}
+        settled = {client: self._executor.settle([call], until[client])[0] for client, call in calls.items()}
+        late = [c for c, value in settled.items() if isinstance(value, ActorFailure) and value.kind == "late"]
+        if len(late) == len(settled):
+            # Then it is not they who are slow.
+            settled, late = {c: self._executor.settle([call])[0] for c, call in calls.items()}, []
+        done.left_out.update(late)
+        for client, value in settled.items():
+            if client not in late and isinstance(value, HsplitError):
+                done.failed[client] = _failure(client, value)
+        return {client: value for client, value in settled.items() if done.takes_part(client)}
+
+    def _measure(self, client: str, method: str, seconds: Mapping[str, float]) -> None:
+        self._deadlines.took(client, method, sum(seconds.values()))
+
+    def _somebody(self, done: Done) -> None:
+        """A step that nobody took part in trained nothing."""
+        if not done.losses and done.failed:
+            raise next(iter(done.failed.values()))
+
+
+def _failure(client: str, error: HsplitError) -> ActorFailure:
+    return error if isinstance(error, ActorFailure) else ActorFailure(client, "a local step", str(error))
+
+
+class SplitTraining(_Steps):
     """Clients hold the front, the server everything deeper (METHOD 2).
 
     Args:
@@ -76,14 +178,22 @@ class SplitTraining:
     """
 
     def __init__(self, job: Job, executor: Executor) -> None:
-        self._job, self._executor = job, executor
+        super().__init__(job, executor)
         self._labels_at_home = job.privacy.labels == "client"
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
-        done = Done()
+        done = self._begin(clients)
+        begun = [client for client in clients if done.takes_part(client)]
         parts = self._job.pipeline.microbatches
         for first in range(0, self._job.batches_per_step, parts):
-            self._batch(done, step, range(first, first + parts), clients)
+            present = [client for client in begun if done.takes_part(client)]
+            if present:
+                self._batch(done, step, range(first, first + parts), present)
+        for client in begun:
+            # Those whose backward alone was late have their part in the step, and finish it.
+            if client in done.left_out and client not in self._busy:
+                self._busy[client] = self._executor.call(client, "skip", step)
+        self._somebody(done)
         return done
 
     def _batch(self, done: Done, step: int, parts: range, clients: Sequence[str]) -> None:
@@ -92,64 +202,84 @@ class SplitTraining:
         An actor does what it is asked in the order in which it is asked. So all fronts are asked for first, and the
         server is given each part once it has been sent: meanwhile clients compute the next, or go back over the last.
         """
-        fronts = [[self._executor.call_many(2, c, "forward", step, part) for c in clients] for part in parts]
+        fronts = [{c: self._executor.call_many(2, c, "forward", step, part) for c in clients} for part in parts]
         server_side = self._u_shaped if self._labels_at_home else self._at_server
-        reports, gradients = server_side(done, step, parts, clients, fronts)
-        backwards = [
-            (client, self._executor.call(client, "backward", step, part, gradient))
-            for part, sent in zip(parts, gradients, strict=True)
-            for client, gradient in zip(clients, sent, strict=True)
-        ]
+        reports, gradients = server_side(done, step, parts, fronts)
+        backwards: dict[str, list[Any]] = {
+            client: [
+                self._executor.call(client, "backward", step, part, of_part[client])
+                for part, of_part in zip(parts, gradients, strict=True)
+            ]
+            for client in clients
+            if done.takes_part(client)
+        }
         for report in self._executor.get(reports):
-            if isinstance(report, ServerReport):
-                done.server_took(report)
-                done.losses += report.losses
-            else:
-                done.bytes_up += report.nbytes
-                done.took(report.client, report.seconds)
-                done.losses.append(report)
-        seconds = self._executor.get([call for _, call in backwards])
-        for (client, _), spent in zip(backwards, seconds, strict=True):
-            done.took(client, spent)
+            done.server_took(report)
+        # The server has done its part by now, so that what is waited for is the clients' own.
+        last = {client: calls[-1] for client, calls in backwards.items() if done.takes_part(client)}
+        finished = self._in_time(done, last, "backward", len(parts))
+        for client, calls in backwards.items():
+            if client in done.left_out and client in last:
+                self._busy[client] = calls[-1]
+            elif client in finished:
+                for seconds in self._executor.get(calls):
+                    done.took(client, seconds)
+                    self._measure(client, "backward", seconds)
 
-    def _sent(self, done: Done, front: list[list[Any]]) -> list[Any]:
-        """Wait for one part's fronts and count them; returns the handles of their activations."""
+    def _sent(self, done: Done, front: Mapping[str, list[Any]], count: int) -> dict[str, Any]:
+        """Wait for one part's fronts and count them; returns the handles of the activations by client.
+
+        Args:
+            count: of the parts that were asked for up to this one.
+        """
         # The small reports come first: a client that failed is found before its tensors are passed on.
-        for report in self._executor.get([report for report, _ in front]):
+        asked = {client: report for client, (report, _) in front.items() if done.takes_part(client)}
+        for client, report in self._in_time(done, asked, "forward", count).items():
             done.bytes_up += report.nbytes
-            done.took(report.client, report.seconds)
-        return [message for _, message in front]
+            done.took(client, report.seconds)
+            self._measure(client, "forward", report.seconds)
+        return {client: message for client, (_, message) in front.items() if done.takes_part(client)}
 
-    def _at_server(
-        self, done: Done, step: int, parts: range, clients: Sequence[str], fronts: list[list[list[Any]]]
-    ) -> _ServerSide:
+    def _at_server(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, list[Any]]]) -> _ServerSide:
         """Labels on the server: one call does forward, loss and backward of the depth-joined batch."""
-        count = 1 + len(clients)
-        calls = [
-            self._executor.call_many(count, SERVER, "train_step", step, part, *self._sent(done, front))
-            for part, front in zip(parts, fronts, strict=True)
-        ]
-        return [report for report, *_ in calls], [gradients for _, *gradients in calls]
+        reports, gradients = [], []
+        for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
+            sent = self._sent(done, front, count)
+            if sent:
+                report, *back = self._executor.call_many(
+                    1 + len(sent), SERVER, "train_step", step, part, *sent.values()
+                )
+                reports.append(report)
+                gradients.append(dict(zip(sent, back, strict=True)))
+        return reports, gradients
 
-    def _u_shaped(
-        self, done: Done, step: int, parts: range, clients: Sequence[str], fronts: list[list[list[Any]]]
-    ) -> _ServerSide:
+    def _u_shaped(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, list[Any]]]) -> _ServerSide:
         """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
-        count, call_many = len(clients), self._executor.call_many
-        reports: list[Any] = []
-        sent: list[list[Any]] = []
-        for part, front in zip(parts, fronts, strict=True):
-            activations = self._sent(done, front)
-            report, *deep = call_many(1 + count, SERVER, "forward", step, part, *activations)
-            tails = [call_many(2, c, "tail", step, part, output) for c, output in zip(clients, deep, strict=True)]
-            reports += [report, *[loss for loss, _ in tails]]
-            sent.append([*activations, *[gradient for _, gradient in tails]])
-        gradients = []
+        call_many = self._executor.call_many
+        forwards: list[tuple[int, Any, dict[str, Any]]] = []
+        for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
+            sent = self._sent(done, front, count)
+            if sent:
+                report, *deep = call_many(1 + len(sent), SERVER, "forward", step, part, *sent.values())
+                forwards.append((part, report, dict(zip(sent, deep, strict=True))))
+        tails: list[tuple[int, dict[str, list[Any]]]] = []
+        for part, report, outputs in forwards:
+            done.server_took(*self._executor.get([report]))
+            present = {client: output for client, output in outputs.items() if done.takes_part(client)}
+            tails.append((part, {c: call_many(2, c, "tail", step, part, output) for c, output in present.items()}))
+        reports, gradients = [], []
         # After every part's forward, so that the server computes one part while the clients' tails do another.
-        for part, tensors in zip(parts, sent, strict=True):
-            report, *returned = call_many(1 + count, SERVER, "backward", step, part, count, *tensors)
+        for count, (part, asked) in enumerate(tails, 1):
+            open_ = {client: report for client, (report, _) in asked.items() if done.takes_part(client)}
+            for client, loss in self._in_time(done, open_, "tail", count).items():
+                done.bytes_up += loss.nbytes
+                done.took(client, loss.seconds)
+                done.came_to(loss)
+                self._measure(client, "tail", loss.seconds)
+            slopes = {client: slope for client, (_, slope) in asked.items() if done.takes_part(client)}
+            report, *back = call_many(1 + len(slopes), SERVER, "backward", step, part, list(slopes), *slopes.values())
             reports.append(report)
-            gradients.append(returned)
+            gradients.append(dict(zip(slopes, back, strict=True)))
         return reports, gradients
 
     def validation(self, batches: Mapping[str, int]) -> Done:
@@ -162,7 +292,7 @@ class SplitTraining:
         reports, tails = [], []
         for index, front in enumerate(fronts):
             activations = [message for _, message in front.values()]
-            done.bytes_up += sum(sent.nbytes for sent in self._executor.get([sent for sent, _ in front.values()]))
+            done.bytes_up += sum(sent.nbytes for sent in self._patient([sent for sent, _ in front.values()]))
             if not self._labels_at_home:
                 reports.append(self._executor.call(SERVER, "evaluate", *activations))
                 continue
@@ -175,34 +305,38 @@ class SplitTraining:
         for report in self._executor.get(reports):
             done.bytes_down += report.nbytes
             done.losses += report.losses
-        done.losses += self._executor.get(tails)
+        done.losses += self._patient(tails)
         return done
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
         return probe_importance(self._executor, clients, round_, tokens, self._job.privacy.labels)
 
 
-class WholeTraining:
+class WholeTraining(_Steps):
     """Every participant holds the full model, so that nothing of a step travels.
 
     Args:
+        job: the run's settings.
         executor: reaches the participants.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-
     def step(self, step: int, clients: Sequence[str]) -> Done:
-        done = Done()
-        calls = [self._executor.call(client, "train_step", step) for client in clients]
-        for loss in self._executor.get(calls):
+        done = self._begin(clients)
+        calls = {c: self._executor.call(c, "train_step", step) for c in clients if done.takes_part(c)}
+        for client, loss in self._in_time(done, calls, "train_step").items():
+            if not math.isfinite(loss.loss_sum):
+                done.failed[client] = ActorFailure(client, "a local step", "its loss is no number", "refused")
+                continue
             done.losses.append(loss)
-            done.took(loss.client, loss.seconds)
+            done.took(client, loss.seconds)
+            self._measure(client, "train_step", loss.seconds)
+        self._busy |= {client: call for client, call in calls.items() if client in done.left_out}
+        self._somebody(done)
         return done
 
     def validation(self, batches: Mapping[str, int]) -> Done:
         calls = [self._executor.call(c, "validate", index) for c, count in batches.items() for index in range(count)]
-        return Done(losses=self._executor.get(calls))
+        return Done(losses=self._patient(calls))
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
         calls = [self._executor.call(client, "probe", round_, tokens) for client in clients]

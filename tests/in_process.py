@@ -84,6 +84,10 @@ class FixedScheduler:
     def validation_time_s(self, plan: Plan, batches: dict[str, int]) -> float:
         return 0.5
 
+    def set_aside(self, name: str) -> None: ...
+
+    def ran_out_of_memory(self, name: str, times: int) -> None: ...
+
     def state(self) -> dict[str, Any]:
         return {}
 

@@ -200,7 +200,7 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
     assert not plans[plans["name"] == "c1"]["available"].any()
     # Nothing of a step travels: only adapters do, once.
     assert recorder.rows[0].bytes_up == 0
-    sent = sum(actors(made)[name].held().nbytes for name in ("c0", "c2"))
+    sent = sum(actors(made)[name].hand_in()[1].nbytes for name in ("c0", "c2"))
     assert recorder.rows[1].bytes_up == sent
 
 
@@ -213,7 +213,7 @@ def test_self_pruning_gives_up_ranks_and_sends_less(models: dict[str, Path], tmp
         made = started(a_run(settings, rounds=4, local_steps=3), models["llama"], tmp_path / name, recorder)
         made.run()
         sent.append([row.bytes_up for row in recorder.rows[1:]])
-        ranks = {rank for held in ("c0", "c1", "c2") for rank in actors(made)[held].held().ranks.values()}
+        ranks = {rank for held in ("c0", "c1", "c2") for rank in actors(made)[held].hand_in()[1].ranks.values()}
         assert (ranks == {4}) == (name == "kept")
     assert len(set(sent[0])) == 1
     assert sent[1][-1] < sent[0][-1]

@@ -18,6 +18,7 @@ from hsplit.actors.peak_memory import measured, measured_in_first_steps, measure
 from hsplit.actors.stopwatch import Stopwatch
 from hsplit.data import Batch, TokenizedExample
 from hsplit.data.probe_batch import probe_batch
+from hsplit.lora.holder import Holder
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import pack_rows
 from hsplit.models.segment import Segment, SegmentSpec
@@ -36,6 +37,11 @@ class Client(Participant):
         self._probed: tuple[ImportanceProbe, Batch, Tensor] | None = None
         self._sent: dict[tuple[int, int], Tensor] = {}
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._probed = None
+        self._sent.clear()
+
     def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
         spec = SegmentSpec(0, split, embedding=True, tail=self._job.privacy.labels == "client")
         self._hold_segment(spec, ranks, kept, quantized=False)
@@ -53,7 +59,6 @@ class Client(Participant):
             self.holder.begin_phase(hash_seed(step, micro), training=True)
             hidden = self._noised(self._front(batch), step, micro)
         self._sent[step, micro] = hidden
-        self.holder.count_tokens(range(self._split), batch.supervised)
         with watch.phase("pack"):
             message = self._message(batch, hidden, sum(b.supervised for b in batches))
         watch.pace(self._pace.get("up"))
@@ -74,11 +79,20 @@ class Client(Participant):
             with watch.phase("backward"):
                 hidden.backward(upstream)
         if micro == self._job.batches_per_step - 1:
+            # Counted when it is done: a step that is given up has trained nothing.
+            tokens = sum(batch.supervised for batch in self._batches.pop(step))
+            self.holder.count_tokens(range(self._split), tokens)
             with watch.phase("optimizer"):
                 self.holder.step(step)
-            self._batches.pop(step, None)
         watch.pace(self._pace.get("down"))
         return watch.seconds
+
+    def skip(self, step: int) -> None:
+        """Give up what was begun of local step ``step``: the others have gone on without it."""
+        self._sent = {of: hidden for of, hidden in self._sent.items() if of[0] != step}
+        self._batches.pop(step, None)
+        assert isinstance(self.holder, Holder)
+        self.holder.drop_gradient()
 
     @measured_in_first_steps
     def tail(self, step: int, micro: int, deep: WireTensor) -> tuple[LossReport, WireTensor]:

@@ -79,28 +79,21 @@ class JoinedBatch:
         sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
         return sums, torch.bincount(owner, minlength=count)
 
-    def outputs(self, wire: str, transport: str) -> tuple[WireTensor, ...]:
-        """The last layer's output for each client's tokens ``(n_c, d)``, at the wire dtype."""
-        return tuple(WireTensor.pack(self.output[self.tokens[m.client]], wire, transport) for m in self.messages)
+    def outputs(self, wire: str, transport: str) -> dict[str, WireTensor]:
+        """By client the last layer's output for its tokens ``(n_c, d)``, at the wire dtype."""
+        return {m.client: WireTensor.pack(self.output[self.tokens[m.client]], wire, transport) for m in self.messages}
 
-    def upstream(self, gradients: Sequence[Activations | WireTensor]) -> Tensor:
-        """U-shape: the clients' gradients, one a message, as the gradient of the joined output ``(n, d)``."""
-        upstream = torch.zeros_like(self.output)
-        for message, gradient in zip(self.messages, gradients, strict=True):
-            assert isinstance(gradient, WireTensor)
-            upstream[self.tokens[message.client]] = gradient.unpack(upstream.dtype, upstream.device)
-        return upstream
-
-    def gradients(self, wire: str, transport: str) -> tuple[WireTensor | None, ...]:
+    def gradients(self, wire: str, transport: str) -> dict[str, WireTensor | None]:
         """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
 
         ``None`` for a client without layers.
         """
-        returned: list[WireTensor | None] = []
+        returned: dict[str, WireTensor | None] = {}
         for message in self.messages:
             gradient = self.inputs[message.client].grad
             if gradient is None or message.split == 0:
-                returned.append(None)
+                returned[message.client] = None
             else:
-                returned.append(WireTensor.pack(gradient / max(message.step_supervised, 1), wire, transport))
-        return tuple(returned)
+                mean = gradient / max(message.step_supervised, 1)
+                returned[message.client] = WireTensor.pack(mean, wire, transport)
+        return returned

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsplit.data.batches import IGNORED
 from hsplit.scheduling.importance import ImportanceReport
 
 WIRE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,6 +107,11 @@ def _parts(rows: int, width: int) -> list[slice]:
     return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
 
+def not_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has an entry that is no number or infinite."""
+    return tensor.numel() > 0 and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 @dataclass(frozen=True)
 class Activations:
     """A client's rows at its split point (METHOD 2, step 1).
@@ -133,6 +139,28 @@ class Activations:
     @property
     def nbytes(self) -> int:
         return self.hidden.nbytes + 4 * len(self.lengths) + 8 + (0 if self.targets is None else self.targets.nbytes)
+
+    def flaw(self, width: int, vocabulary: int) -> str | None:
+        """What cannot be right about the message, its values apart; ``None``: nothing.
+
+        Args:
+            width: of the model's hidden states.
+            vocabulary: token ids are below it.
+        """
+        rows = sum(self.lengths)
+        if self.hidden.shape != (rows, width):
+            return f"activations of shape {self.hidden.shape} where ({rows}, {width}) is right"
+        if not 0 <= self.supervised <= min(rows, self.step_supervised):
+            return f"{self.supervised} supervised tokens of {rows}, {self.step_supervised} in the step"
+        if self.targets is not None:
+            if self.targets.shape != (rows,):
+                return f"targets of shape {self.targets.shape} where ({rows},) is right"
+            given = self.targets[self.targets != IGNORED]
+            if len(given) != self.supervised:
+                return f"{len(given)} targets where {self.supervised} tokens are supervised"
+            if len(given) and not 0 <= given.min() <= given.max() < vocabulary:
+                return f"a target that is no token (there are {vocabulary})"
+        return None
 
 
 @dataclass(frozen=True)
@@ -177,11 +205,13 @@ class ServerReport:
         losses: one a client where the labels are here, otherwise empty.
         nbytes: bytes sent to the clients.
         seconds: of the wall by phase.
+        refused: what cannot be right about what a client sent, by its name; it is left out.
     """
 
     losses: tuple[LossReport, ...]
     nbytes: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

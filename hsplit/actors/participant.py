@@ -116,8 +116,17 @@ class Participant:
 
     @measured
     def configure(self, split: int, ranks: dict[str, int]) -> None:
-        """Read layers ``[0, split)`` and make adapters of ``ranks``; the round is begun by :meth:`restart`."""
+        """Read layers ``[0, split)`` and make adapters of ``ranks``; the round is begun by :meth:`restart`.
+
+        Whatever was under way before is forgotten.
+        """
+        self._forget()
         self._hold(split, ranks, None)
+
+    def _forget(self) -> None:
+        """Drop what was held and begun."""
+        self._holder = self._kept = None
+        self._batches.clear()
 
     @measured
     def give_up(self, split: int) -> None:
@@ -159,8 +168,10 @@ class Participant:
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     @measured
-    def held(self) -> HeldAdapters:
-        return self.holder.held()
+    def hand_in(self) -> tuple[int, HeldAdapters]:
+        """The live adapters at the round's end, and before them their bytes, which the driver may look at alone."""
+        held = self.holder.held()
+        return held.nbytes, held
 
     @measured
     def restart(self, update: RoundUpdate) -> None:
@@ -175,6 +186,18 @@ class Participant:
         """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
         self.holder.follow_residual(update.residuals)
         self.holder.load_state(tensors)
+
+    @measured
+    def rejoin(self, tensors: dict[str, Tensor] | None, update: RoundUpdate) -> None:
+        """Begin a round after a failure, with the optimizer's moments as they were last kept.
+
+        Args:
+            tensors: what :meth:`state` gave last; it counts where the ranks are still the same.
+            update: the whole residual and what the adapters restart with.
+        """
+        if tensors is not None and self.holder.fits(tensors):
+            self.holder.load_state(tensors)
+        self.holder.restart(update)
 
     def set_pace(self, seconds: Mapping[str, float]) -> None:
         """From now on spend these seconds in each call of a step, by what it does: up, turn, down (METHOD 8)."""

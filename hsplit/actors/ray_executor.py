@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -15,16 +16,17 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, one_line
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
+from hsplit.config import Client as ClientConfig
 from hsplit.config import Holder, Job, Policy, RunConfig
 from hsplit.config.cluster import CENTRAL
-from hsplit.errors import InputError
+from hsplit.errors import HsplitError, InputError
 
 NAMESPACE = "hsplit"
 
@@ -35,6 +37,8 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A call that waits for a dead actor's fails too, and nobody asks for it: the coordinator has told what happened.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 
 # What is called in a step or a probe and returns activations or gradients behind its report.
@@ -42,6 +46,9 @@ STEP_METHODS = frozenset(
     {"forward", "train_step", "tail", "backward", "validation_forward", "evaluate_deep"}
     | {"probe", "probe_forward", "probe_tail", "probe_backward"}
 )
+# How long a look for dead actors waits for those that are busy.
+_LOOK_S = 1.0
+_NAME_FREE_S = 30.0
 # Workers that Ray would start before they are asked for are not forked.
 NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
 
@@ -192,7 +199,7 @@ def check_requests(run: RunConfig) -> None:
     Raises:
         InputError: names the holder, what it asks for and what the largest node has.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     for name, holder in [(SERVER, server_request(run)), *((c.name, c) for c in run.participants)]:
         fitting = _matching_nodes(nodes, name, holder)
         for resource, wanted in (("CPU", holder.num_cpus), ("GPU", holder.num_gpus)):
@@ -225,32 +232,45 @@ class RayExecutor:
 
     def __init__(self, run_name: str, run: RunConfig, model: Path) -> None:
         check_requests(run)
-        self._handles: dict[str, Any] = {}
+        self._run_name, self._run = run_name, run
+        self._shared = ModelReference(run.job.model, model)
         self._transport = run.job.transport
         self._tickets = count()
-        shared = ModelReference(run.job.model, model)
+        self._handles: dict[str, Any] = {}
         # First, so that it plans while the others start.
-        scheduler = ray.remote(SchedulerActor).options(
-            name=f"hsplit:{run_name}:scheduler", namespace=NAMESPACE, num_cpus=0
-        )
-        self._handles[SCHEDULER] = scheduler.remote(run, shared)
-        actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
-        for client in run.participants:
-            own = shared if client.model is None else ModelReference(client.model, None)
-            actor = _remote(actor_class, f"hsplit:{run_name}:client:{client.name}", client, run.job.transport)
-            # A single node computes alone, on every core of its machine.
-            threads = None if client.name == CENTRAL else max(1, int(client.num_cpus))
-            device = _device(client)
-            self._handles[client.name] = actor.remote(client.name, run.job, run.policy, own, device, threads)
-        holder = server_request(run)
-        server = _remote(ServerActor, f"hsplit:{run_name}:server", holder, run.job.transport)
-        self._handles[SERVER] = server.remote(run.job, run.policy, shared, _device(holder))
+        for name in [SCHEDULER, *(client.name for client in run.participants), SERVER]:
+            self._handles[name] = self._begin(name)
 
-        if self._transport in ("gloo", "nccl"):
+        if self._collective:
             from ray.experimental.collective import create_collective_group
 
             moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
             create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
+
+    @property
+    def _collective(self) -> bool:
+        return self._transport in ("gloo", "nccl")
+
+    def _begin(self, name: str) -> Any:
+        """Ask Ray for actor ``name``; the call returns before the actor is there."""
+        run, shared, prefix = self._run, self._shared, f"hsplit:{self._run_name}"
+        if name == SCHEDULER:
+            options = {"name": f"{prefix}:scheduler", "namespace": NAMESPACE, "num_cpus": 0}
+            return ray.remote(SchedulerActor).options(**options).remote(run, shared)
+        if name == SERVER:
+            holder = server_request(run)
+            server = _remote(ServerActor, f"{prefix}:server", holder, run.job.transport)
+            return server.remote(run.job, run.policy, shared, _device(holder))
+        client = self._client(name)
+        own = shared if client.model is None else ModelReference(client.model, None)
+        actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
+        actor = _remote(actor_class, f"{prefix}:client:{name}", client, run.job.transport)
+        # A single node computes alone, on every core of its machine.
+        threads = None if name == CENTRAL else max(1, int(client.num_cpus))
+        return actor.remote(name, run.job, run.policy, own, _device(client), threads)
+
+    def _client(self, name: str) -> ClientConfig:
+        return next(client for client in self._run.participants if client.name == name)
 
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
         ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
@@ -271,24 +291,96 @@ class RayExecutor:
         refs += [rest.remote(ticket, index) for index in range(returns - 1)]
         return [_Handle(ref, actor, method) for ref in refs]
 
+    def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
+        return [self._settled(handle, until) for handle in handles]
+
+    def _settled(self, handle: _Handle, until: float | None) -> Any:
+        try:
+            return ray.get(handle.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            return ActorFailure(handle.actor, handle.method, "it has not answered in time", "late")
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            return cause if isinstance(cause, HsplitError) else failure_of(handle.actor, handle.method, cause)
+        except ray.exceptions.OutOfMemoryError as error:
+            return ActorFailure(handle.actor, handle.method, one_line(error), "memory")
+        except ray.exceptions.RayActorError as error:
+            # A call that waits for the value of a dead actor's call fails like that one.
+            return ActorFailure(self._named(error.actor_id) or handle.actor, handle.method, _why(error), "died")
+        except ray.exceptions.RayError as error:
+            return ActorFailure(handle.actor, handle.method, one_line(error))
+
+    def _named(self, actor_id: str | None) -> str | None:
+        return next((name for name, handle in self._handles.items() if handle._actor_id.hex() == actor_id), None)
+
     def get(self, handles: Sequence[Any]) -> list[Any]:
-        values = []
-        for handle in handles:
+        return values_of(self.settle(handles))
+
+    def lost(self) -> list[str]:
+        # Answers at once where an actor is gone; one that is busy does not answer, but is there.
+        ready = {name: handle.__ray_ready__.remote() for name, handle in self._handles.items()}
+        ray.wait(list(ready.values()), num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
+        found = []
+        for name, ref in ready.items():
             try:
-                values.append(ray.get(handle.ref))
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, BaseException) else error
-                if isinstance(cause, InputError):
-                    raise InputError(str(cause)) from error
-                raise ActorFailure(handle.actor, handle.method, one_line(cause)) from error
-            except ray.exceptions.RayError as error:
-                raise ActorFailure(handle.actor, handle.method, one_line(error)) from error
-        return values
+                ray.get(ref, timeout=0)
+            except ray.exceptions.RayActorError:
+                found.append(name)
+            except ray.exceptions.GetTimeoutError:
+                pass
+        return found
+
+    def restart(self, actor: str) -> bool:
+        if self._collective:
+            reason = f"with job.transport {self._transport} an actor cannot be replaced while others go on"
+            raise ActorFailure(actor, "restart", reason, "hopeless")
+        if actor in self._handles:
+            # Else its name would not be free.
+            ray.kill(self._handles[actor])
+        if not self._has_place(actor):
+            return False
+        until = time.monotonic() + _NAME_FREE_S
+        while True:
+            try:
+                self._handles[actor] = self._begin(actor)
+                return True
+            except ValueError:
+                # Ray gives a name back a moment after its actor's end.
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+
+    def end(self, actor: str) -> None:
+        ray.kill(self._handles.pop(actor))
+
+    def _has_place(self, actor: str) -> bool:
+        """Whether a node that is there could ever host ``actor``."""
+        if actor == SCHEDULER:
+            return True
+        holder = server_request(self._run) if actor == SERVER else self._client(actor)
+        try:
+            fitting = _matching_nodes(_nodes(), actor, holder)
+        except InputError:
+            return False
+        wanted = {"CPU": holder.num_cpus, "GPU": holder.num_gpus}
+        return any(all(n["Resources"].get(what, 0.0) >= much for what, much in wanted.items()) for n in fitting)
 
     def close(self) -> None:
         for handle in self._handles.values():
             ray.kill(handle)
         self._handles.clear()
+
+
+def _why(error: ray.exceptions.RayActorError) -> str:
+    """What Ray knows of an actor's end, in a few words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.actor_init_failed:
+        return f"it could not start ({lines[-1]})"
+    return "its node is gone" if "node has died" in str(error) or "node died" in str(error) else "its process ended"
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _remote(cls: type, name: str, holder: Holder, transport: str) -> Any:
@@ -300,7 +392,7 @@ def _remote(cls: type, name: str, holder: Holder, transport: str) -> Any:
         "max_restarts": 0,
     }
     if holder.node is not None:
-        (node,) = _matching_nodes([n for n in ray.nodes() if n["Alive"]], name, holder)[:1]
+        (node,) = _matching_nodes(_nodes(), name, holder)[:1]
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
     return transported.options(**options)

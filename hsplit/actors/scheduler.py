@@ -17,6 +17,9 @@ from hsplit.scheduling.importance import ImportanceHistory, ImportanceReport, eq
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import EQUAL, plan
 
+# How much more than planned a client is taken to need that ran out of memory, each time.
+_SHRINK = 1.25
+
 
 @dataclass(frozen=True)
 class Review:
@@ -48,6 +51,10 @@ class Scheduler:
         self._budgets: dict[str, dict[str, float]] = {}
         # By client: how much more than predicted its plans really took, at most; 1 and below never counts.
         self._excess: dict[str, float] = {}
+        # Clients that are given nothing any more.
+        self._aside: set[str] = set()
+        # How often a client has run out of memory.
+        self._shortages: dict[str, int] = {}
         # Reasons for a new plan that ``min_rounds`` has put off.
         self._pending: list[str] = []
         self._planned_in = 0
@@ -112,6 +119,19 @@ class Scheduler:
         self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
         return Review(made, tuple(reasons), probed)
 
+    def set_aside(self, name: str) -> None:
+        """Give client ``name`` nothing from the next plan on, which is due."""
+        if name not in self._aside:
+            self._aside.add(name)
+            self._pending.append(f"{name} is set aside")
+
+    def ran_out_of_memory(self, name: str, times: int) -> None:
+        """Give client ``name`` less to hold from the next plan on, which is due, the less the oftener it happened."""
+        if self._shortages.get(name, 0) < times:
+            self._shortages[name] = times
+            self._excess[name] = max(self._excess.get(name, 1.0), 1.0) * _SHRINK
+            self._pending.append(f"{name} ran out of memory")
+
     def _plan(self, importance: Mapping[str, float], current: Plan | None, source: str) -> Plan:
         server = self._config.server.changed(self._budgets.get(SERVER, {}))
         return plan(self._clients(), server, self.cost, importance, self._config.policy, current, source)
@@ -120,6 +140,8 @@ class Scheduler:
         """The clients with the budgets in force, less what measurements took off them."""
         clients = []
         for client in self._declared():
+            if client.name in self._aside:
+                continue
             excess = self._excess.get(client.name, 1.0)
             clients.append(client.changed({"memory_gb": client.memory_gb / excess}) if excess > 1 else client)
         return clients
@@ -149,6 +171,7 @@ class Scheduler:
     def _holds(self, current: Plan) -> bool:
         """Whether everybody still fits what ``current`` gives it."""
         budgets = {client.name: client.memory_bytes for client in self._clients()}
+        budgets |= dict.fromkeys(self._aside, 0)
         budgets[SERVER] = self._config.server.changed(self._budgets.get(SERVER, {})).memory_bytes
         return all(budgets[part.name] >= part.predicted_bytes for part in (current.server, *current.available))
 
@@ -189,6 +212,8 @@ class Scheduler:
         return {
             "budgets": self._budgets,
             "excess": self._excess,
+            "aside": sorted(self._aside),
+            "shortages": self._shortages,
             "pending": self._pending,
             "planned_in": self._planned_in,
             "planned_with": dict(self._planned_with),
@@ -199,6 +224,7 @@ class Scheduler:
         """Take over what :meth:`state` gave."""
         self._budgets = {name: dict(values) for name, values in state["budgets"].items()}
         self._excess = dict(state["excess"])
+        self._aside, self._shortages = set(state["aside"]), dict(state["shortages"])
         self._pending = list(state["pending"])
         self._planned_in, self._planned_with = state["planned_in"], state["planned_with"]
         self._history = ImportanceHistory.from_json(state["history"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from hsplit.actors.executor import ActorFailure
 from hsplit.actors.joined_batch import JoinedBatch
-from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor
+from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
 from hsplit.actors.participant import tensors_held
 from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.actors.stopwatch import Stopwatch
@@ -42,11 +43,13 @@ class AggregationReport:
     Attributes:
         nbytes_up, nbytes_down: adapters that each client sent, and what it gets back, by client name.
         residual_cut: largest part of a residual that the cap cut in this round, relative Frobenius norm.
+        refused: what cannot be right about what a client handed in, by its name; it is left out.
     """
 
     nbytes_up: dict[str, int]
     nbytes_down: dict[str, int]
     residual_cut: float
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,23 @@ class Server:
         self._shapes: list[LinearShape] = []
         self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
         self._step_tokens: dict[int, int] = defaultdict(int)
+        self._all_shapes: dict[str, LinearShape] = {}
         self._aggregator: Aggregator | None = None
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
     @measured
     def configure(self, plan: Plan) -> None:
-        """Read the deep layers and the tail that ``plan`` gives the server; the round is begun by :meth:`restart`."""
+        """Read the deep layers and the tail that ``plan`` gives the server; the round is begun by :meth:`restart`.
+
+        Whatever was under way before is forgotten.
+        """
+        self._holder = self._probed = None
+        self._kept.clear()
+        self._step_tokens.clear()
         job = self._job
         shapes = targeted(linear_shapes(model_config(self._base.directory)), job.targets)
+        self._all_shapes = {shape.name: shape for shape in shapes}
         master = torch.promote_types(self._base.dtype, torch.float32)
         self._aggregator = Aggregator(shapes, job, self._policy, master, merges=not is_quantized(job.base))
         self._hold(plan, None)
@@ -161,13 +172,18 @@ class Server:
 
         Returns:
             The report with a loss a message, then for each message the gradient of that client's own mean loss at
-            its split point (``None`` for a client without layers), in the order of ``messages``.
+            its split point (``None`` for a client without layers), in the order of ``messages``. A message that cannot
+            be right is left out and named in the report; its gradient is ``None``.
         """
         watch = Stopwatch(self._device)
         losses: list[LossReport] = []
-        gradients: list[WireTensor | None] = []
+        gradients: dict[str, WireTensor | None] = {}
+        refused: dict[str, str] = {}
+        trained: list[Activations] = []
         for group in self._groups(messages):
-            joined = self._join(step, micro, group, watch, training=True)
+            joined = self._join(step, micro, group, watch, refused, training=True)
+            if joined is None:
+                continue
             with watch.phase("tail"):
                 sums, counts = self._losses(joined)
                 total = sums.sum()
@@ -175,52 +191,64 @@ class Server:
                 if total.requires_grad:
                     total.backward()
             with watch.phase("pack"):
-                gradients += joined.gradients(self._job.wire, self._job.transport)
-            losses += _loss_reports(group, sums.detach(), counts)
-        self._finish(step, micro, messages, watch)
+                gradients |= joined.gradients(self._job.wire, self._job.transport)
+            losses += _loss_reports(joined.messages, sums.detach(), counts)
+            trained += joined.messages
+        self._finish(step, micro, trained, watch)
         watch.pace(self._pace.get("step"))
-        return _report(watch, gradients, losses), *gradients
+        returned = [gradients.get(message.client) for message in messages]
+        return _report(watch, returned, losses, refused), *returned
 
     @measured_in_first_steps
-    def forward(self, step: int, micro: int, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph."""
+    def forward(
+        self, step: int, micro: int, *messages: Activations
+    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
+        """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph.
+
+        A message that cannot be right is left out and named in the report; its output is ``None``.
+        """
         watch = Stopwatch(self._device)
-        self._kept[step, micro] = []
-        outputs: list[WireTensor] = []
+        kept = self._kept[step, micro] = []
+        outputs: dict[str, WireTensor] = {}
+        refused: dict[str, str] = {}
         for group in self._groups(messages):
-            joined = self._join(step, micro, group, watch, training=True)
-            self._kept[step, micro].append(joined)
+            joined = self._join(step, micro, group, watch, refused, training=True)
+            if joined is None:
+                continue
+            kept.append(joined)
             with watch.phase("pack"):
-                outputs += joined.outputs(self._job.wire, self._job.transport)
+                outputs |= joined.outputs(self._job.wire, self._job.transport)
         watch.pace(self._pace.get("forward"))
-        return _report(watch, outputs), *outputs
+        returned = [outputs.get(message.client) for message in messages]
+        return _report(watch, returned, refused=refused), *returned
 
     @measured_in_first_steps
     def backward(
-        self, step: int, micro: int, messages: int, *sent: Activations | WireTensor
+        self, step: int, micro: int, clients: Sequence[str], *sent: WireTensor
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: from the gradients of every client's token sum at the last layer's output.
+        """U-shape: from the gradients of the clients' token sums at the last layer's output.
 
         Args:
-            messages: how many of ``sent`` are the step's activations; the rest are the clients' gradients, in the
-                same order.
+            clients: who sent them, in their order; a client of the forward that is not among them has trained nothing.
         """
         watch = Stopwatch(self._device)
-        activations = [m for m in sent[:messages] if isinstance(m, Activations)]
-        slopes = list(sent[messages:])
-        gradients: list[WireTensor | None] = []
+        arrived = dict(zip(clients, sent, strict=True))
+        gradients: dict[str, WireTensor | None] = {}
+        refused: dict[str, str] = {}
+        trained: list[Activations] = []
         for joined in self._kept.pop((step, micro)):
-            own, slopes = slopes[: len(joined.messages)], slopes[len(joined.messages) :]
             with watch.phase("unpack"):
-                upstream = joined.upstream(own)
+                upstream, own = self._upstream(joined, arrived, refused)
             with watch.phase("backward"):
                 if joined.output.requires_grad:
                     joined.output.backward(upstream)
             with watch.phase("pack"):
-                gradients += joined.gradients(self._job.wire, self._job.transport)
-        self._finish(step, micro, activations, watch)
+                gradients |= joined.gradients(self._job.wire, self._job.transport)
+            trained += own
+        self._finish(step, micro, trained, watch)
         watch.pace(self._pace.get("backward"))
-        return _report(watch, gradients), *gradients
+        returned = [None if client in refused else gradients.get(client) for client in clients]
+        return _report(watch, returned, refused=refused), *returned
 
     # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
 
@@ -246,45 +274,57 @@ class Server:
         """U-shape: as :meth:`forward`, with the weights watched."""
         probe, joined = self._watched(messages)
         self._probed = probe, joined
-        outputs = joined.outputs(self._job.wire, self._job.transport)
+        outputs = list(joined.outputs(self._job.wire, self._job.transport).values())
         return _report(None, outputs), *outputs
 
     @measured
-    def probe_backward(
-        self, messages: int, *sent: Activations | WireTensor
-    ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: as :meth:`probe`, from the gradients of every client's token sum; arguments as in backward."""
+    def probe_backward(self, *sent: WireTensor) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """U-shape: as :meth:`probe`, from the gradients of every client's token sum, in the messages' order."""
         assert self._probed is not None
         probe, joined = self._probed
         self._probed = None
-        return self._scored(probe, joined, joined.output, joined.upstream(sent[messages:]))
+        arrived = {m.client: slope for m, slope in zip(joined.messages, sent, strict=True)}
+        refused: dict[str, str] = {}
+        upstream, _ = self._upstream(joined, arrived, refused)
+        _raise_refused(refused, "probe_tail")
+        return self._scored(probe, joined, joined.output, upstream)
 
     # -- validation -----------------------------------------------------------------------------------------------
 
     @measured_once_a_round
     @torch.no_grad()
     def evaluate(self, *messages: Activations) -> ServerReport:
-        """Validation loss of each client's rows, labels on the server."""
+        """Validation loss of each client's rows, labels on the server.
+
+        Raises:
+            ActorFailure: a client's message cannot be right; names it.
+        """
         losses: list[LossReport] = []
-        for group in self._groups(messages):
-            joined = self._join(0, 0, group, Stopwatch(self._device), training=False)
-            losses += _loss_reports(group, *self._losses(joined))
+        for joined in self._evaluated(messages):
+            losses += _loss_reports(joined.messages, *self._losses(joined))
         return _report(None, (), losses)
 
     @measured_once_a_round
     @torch.no_grad()
     def evaluate_deep(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's validation rows."""
+        """U-shape: the report, then the deep layers' output for each client's validation rows; errors as above."""
         outputs: list[WireTensor] = []
-        for group in self._groups(messages):
-            joined = self._join(0, 0, group, Stopwatch(self._device), training=False)
-            outputs += joined.outputs(self._job.wire, self._job.transport)
+        for joined in self._evaluated(messages):
+            outputs += joined.outputs(self._job.wire, self._job.transport).values()
         return _report(None, outputs), *outputs
+
+    def _evaluated(self, messages: Sequence[Activations]) -> Iterator[JoinedBatch]:
+        for group in self._groups(messages):
+            refused: dict[str, str] = {}
+            joined = self._join(0, 0, group, Stopwatch(self._device), refused, training=False)
+            _raise_refused(refused, "validation_forward")
+            assert joined is not None
+            yield joined
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     @measured
-    def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate, ...]]:
+    def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate | None, ...]]:
         """Aggregate every weight over its holders (the server among them) and say how each goes on (METHOD 6).
 
         Args:
@@ -292,20 +332,38 @@ class Server:
             held: the clients' adapters.
 
         Returns:
-            The report, then what each of ``held``'s clients needs to begin the round.
+            The report, then what each of ``held``'s clients needs to begin the round. What cannot be right is left
+            out and named in the report; its update is ``None``.
         """
-        assert self._plan is not None
-        own = self.holder.held()
-        cut = self.aggregator.aggregate([*held, own])
-        updates = {h.holder: self.aggregator.update_for(round_, h.ranks) for h in (*held, own)}
+        plan = self._plan
+        assert plan is not None
+        flaws = {h.holder: h.flaw(plan.client(h.holder).ranks, self._all_shapes) for h in held}
+        refused = {name: flaw for name, flaw in flaws.items() if flaw is not None}
+        sound = [*(h for h in held if h.holder not in refused), self.holder.held()]
+        cut = self.aggregator.aggregate(sound)
+        updates = {h.holder: self.aggregator.update_for(round_, h.ranks) for h in sound}
         self.aggregator.mark_sent()
         self.restart(updates.pop(self.name))
         report = AggregationReport(
             nbytes_up={h.holder: h.nbytes for h in held},
             nbytes_down={name: update.nbytes for name, update in updates.items()},
             residual_cut=cut,
+            refused=refused,
         )
-        return report, *(updates[h.holder] for h in held)
+        return report, *(updates.get(h.holder) for h in held)
+
+    @measured
+    def welcome(self, round_: int, *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
+        """For clients that begin ``round_`` from nothing, after a failure.
+
+        Returns:
+            Bytes of what follows: for each of ``clients`` every residual whole, and what its adapters restart with.
+        """
+        assert self._plan is not None
+        ranks = [self._plan.client(name).ranks for name in clients]
+        updates = [self.aggregator.update_for(round_, own, whole=own) for own in ranks]
+        self.aggregator.mark_sent()
+        return sum(update.nbytes for update in updates), *updates
 
     @measured
     def restart(self, update: RoundUpdate) -> None:
@@ -379,34 +437,86 @@ class Server:
         return [messages] if self._job.fast.depth_joined else [[message] for message in messages]
 
     def _join(
-        self, step: int, micro: int, messages: Sequence[Activations], watch: Stopwatch, training: bool
-    ) -> JoinedBatch:
-        """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it."""
+        self,
+        step: int,
+        micro: int,
+        messages: Sequence[Activations],
+        watch: Stopwatch,
+        refused: dict[str, str],
+        training: bool,
+    ) -> JoinedBatch | None:
+        """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it.
+
+        What cannot be right joins ``refused``; ``None`` where nothing is left.
+        """
         self.holder.begin_phase(step * 1_000 + micro, training)
         with watch.phase("unpack"):
-            inputs = self._unpacked(messages, lambda message: training and message.split > 0)
+            inputs = self._unpacked(messages, lambda message: training and message.split > 0, refused)
+        if not inputs:
+            return None
         with watch.phase("forward"):
-            return JoinedBatch.run(self.holder.segment, self._layers, messages, inputs)
+            sound = [message for message in messages if message.client in inputs]
+            return JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
 
     def _losses(self, joined: JoinedBatch) -> tuple[Tensor, Tensor]:
         return joined.losses(self._tail, self._job.fast.loss_rows)
 
     def _unpacked(
-        self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool]
+        self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool], refused: dict[str, str]
     ) -> dict[str, Tensor]:
-        """By client the hidden states at its split point, in the compute dtype, as leaves of a graph."""
-        return {
-            m.client: m.hidden.unpack(self._base.dtype, self._device).requires_grad_(differentiable(m))
-            for m in messages
-        }
+        """By client the hidden states at its split point, in the compute dtype, as leaves of a graph.
+
+        What cannot be right is left out and joins ``refused``.
+        """
+        config = self.holder.segment.config
+        inputs: dict[str, Tensor] = {}
+        for message in messages:
+            flaw = message.flaw(config.hidden_size, config.vocab_size)
+            hidden = None if flaw else self._sound(message.client, message.hidden, message.hidden.shape, refused)
+            if flaw:
+                refused[message.client] = flaw
+            elif hidden is not None:
+                inputs[message.client] = hidden.requires_grad_(differentiable(message))
+        return inputs
+
+    def _upstream(
+        self, joined: JoinedBatch, arrived: Mapping[str, WireTensor], refused: dict[str, str]
+    ) -> tuple[Tensor, list[Activations]]:
+        """U-shape: the clients' gradients at their tokens, as the gradient of the joined output ``(n, d)``.
+
+        Who has sent none, or one that cannot be right, changes nothing; returns the messages of the others too.
+        """
+        upstream = torch.zeros_like(joined.output)
+        own = []
+        for message in joined.messages:
+            rows = upstream[joined.tokens[message.client]]
+            wire = arrived.get(message.client)
+            slope = None if wire is None else self._sound(message.client, wire, tuple(rows.shape), refused)
+            if slope is not None:
+                rows.copy_(slope)
+                own.append(message)
+        return upstream, own
+
+    def _sound(self, client: str, wire: WireTensor, shape: tuple[int, ...], refused: dict[str, str]) -> Tensor | None:
+        """What ``client`` sent, in the compute dtype; of a wrong shape or with NaN it joins ``refused`` instead."""
+        if wire.shape != shape:
+            refused[client] = f"a gradient of shape {wire.shape} where {shape} is right"
+            return None
+        tensor = wire.unpack(self._base.dtype, self._device)
+        if not_finite(tensor):
+            refused[client] = "values that are no numbers (NaN or infinite)"
+            return None
+        return tensor
 
     def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
         """The joined batch of a probe, without dropout, and the probe that has watched it."""
         probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        refused: dict[str, str] = {}
         with probe.watching():
             self.holder.begin_phase(0, training=False)
             # A probe needs a gradient at layer 0 too, for the first linears there.
-            inputs = self._unpacked(messages, lambda message: True)
+            inputs = self._unpacked(messages, lambda message: True, refused)
+            _raise_refused(refused, "probe_forward")
             return probe, JoinedBatch.run(self.holder.segment, self._layers, messages, inputs)
 
     def _scored(
@@ -416,7 +526,7 @@ class Server:
         messages = joined.messages
         rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
         scores = probe.scores(output, upstream, rows)
-        gradients = joined.gradients(self._job.wire, self._job.transport)
+        gradients = list(joined.gradients(self._job.wire, self._job.transport).values())
         importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
         return ProbeReport(importance, nbytes), *gradients
@@ -437,10 +547,19 @@ class Server:
 
 
 def _report(
-    watch: Stopwatch | None, sent: Sequence[WireTensor | None], losses: Sequence[LossReport] = ()
+    watch: Stopwatch | None,
+    sent: Sequence[WireTensor | None],
+    losses: Sequence[LossReport] = (),
+    refused: Mapping[str, str] | None = None,
 ) -> ServerReport:
     nbytes = sum(tensor.nbytes for tensor in sent if tensor is not None)
-    return ServerReport(tuple(losses), nbytes, {} if watch is None else watch.seconds)
+    return ServerReport(tuple(losses), nbytes, {} if watch is None else watch.seconds, refused or {})
+
+
+def _raise_refused(refused: Mapping[str, str], method: str) -> None:
+    """Where nobody can be left out: name the first client whose message cannot be right."""
+    for client, reason in refused.items():
+        raise ActorFailure(client, method, f"it sent {reason}", "refused")
 
 
 def _loss_reports(messages: Sequence[Activations], sums: Tensor, counts: Tensor) -> list[LossReport]:

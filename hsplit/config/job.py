@@ -126,6 +126,29 @@ class FastPaths(Section):
     depth_joined: bool = Field(default=True, description="one batch of all clients at the server")
 
 
+class Faults(Section):
+    """What a run does about actors that fail, are slow or send what cannot be right."""
+
+    recovery: Literal["go_on", "repeat"] = Field(
+        default="go_on",
+        description="when a client is lost in a round: `go_on` = the others finish it and the client comes back for the"
+        " next; `repeat` = the round is repeated from the last checkpoint, so that no number changes",
+    )
+    max_failures: Count = Field(
+        default=3,
+        description="failures of a client before the next one sets it aside, and times in a row that a round is"
+        " repeated before the run ends",
+    )
+    deadline: Positive | None = Field(
+        default=8.0,
+        description="multiple of a client's median time for its part of a step after which the others go on without"
+        " it in that step; null = wait for everybody",
+    )
+    patience_s: Positive = Field(
+        default=600.0, description="seconds that a client may take for anything else before it counts as lost"
+    )
+
+
 def _increasing(ranks: tuple[int, ...]) -> tuple[int, ...]:
     if any(lower >= higher for lower, higher in pairwise(ranks)):
         raise refuse(f"must be increasing ranks, each once (got {shown(list(ranks))})")
@@ -203,6 +226,7 @@ class Job(Section):
         default=1.0, description="declared seconds in a second of the wall, where the clock is emulated"
     )
     pipeline: Pipeline = Field(default=Pipeline(), description="clients computing while the server does")
+    faults: Faults = Field(default=Faults(), description="actors that fail or are slow")
     fast: FastPaths = Field(default=FastPaths(), description="what to compute faster, all on by default")
     keep_checkpoints: Count = Field(default=2, description="how many of the last checkpoints stay")
     privacy: Privacy = Field(default=Privacy(), description="what the server gets to see")

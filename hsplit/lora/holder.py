@@ -45,6 +45,25 @@ class HeldAdapters:
     def nbytes(self) -> int:
         return sum(term.nbytes for term in self.terms.values())
 
+    def flaw(self, ranks: Mapping[str, int], shapes: Mapping[str, LinearShape]) -> str | None:
+        """What cannot be right about what was handed in; ``None``: nothing.
+
+        Args:
+            ranks: the holder's by the plan: the largest that may come, by weight name.
+            shapes: of the adapted weights, by name.
+        """
+        if any(count < 0 for count in self.tokens.values()):
+            return "a negative number of tokens"
+        for name, term in self.terms.items():
+            if name not in ranks:
+                return f"an adapter of {name}, which it does not hold"
+            shape, rank = shapes[name], term.A.shape[0]
+            if (term.B.shape, term.A.shape) != ((shape.d_out, rank), (rank, shape.d_in)) or rank > ranks[name]:
+                return f"factors of shapes {tuple(term.B.shape)} and {tuple(term.A.shape)} for {name}"
+            if not (torch.isfinite(term.A).all() and torch.isfinite(term.B).all()):
+                return f"an adapter of {name} with entries that are no numbers"
+        return None
+
 
 @dataclass(frozen=True)
 class RoundUpdate:
@@ -135,6 +154,11 @@ class Holder:
         self._optimizer.step()
         flat.grad.zero_()
 
+    def drop_gradient(self) -> None:
+        """Forget what was gathered for a step that is not to be."""
+        if self.adapters.flat.grad is not None:
+            self.adapters.flat.grad.zero_()
+
     def held(self) -> HeldAdapters:
         """The live adapters as aggregation takes them, at the round's end."""
         names = self.adapters.names
@@ -180,6 +204,10 @@ class Holder:
         if self._pruner is not None:
             tensors["pruning"] = self._pruner.state()
         return tensors | {f"optimizer.{key}": value for key, value in kept_state(self._optimizer).items()}
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether ``tensors`` are the state of a holder of the same ranks."""
+        return "parameters" in tensors and tensors["parameters"].numel() == self.adapters.flat.numel()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave; the residual arrives separately."""

@@ -80,6 +80,10 @@ class WeightHolder:
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
         return tensors
 
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether ``tensors`` are this model's state."""
+        return all(f"{WEIGHT}{name}" in tensors for name in self.weights)
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave."""
         self.tokens.clear()

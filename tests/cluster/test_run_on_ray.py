@@ -19,9 +19,10 @@ from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
-from hsplit.errors import InputError, RunError
+from hsplit.errors import InputError
 from hsplit.launcher import read_inputs
 from hsplit.models.source import find_model
+from hsplit.observe.events import read_events
 from hsplit.observe.metrics import read_plan
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
@@ -199,25 +200,50 @@ def test_a_clients_unusable_data_is_one_clear_line(cluster_file: Path, tmp_path:
 def test_stops_failures_and_resumes_change_no_number(
     whole: tuple[hsplit.Run, Any], cluster_file: Path, tmp_path: Path
 ) -> None:
-    """Stopped in round 2, resumed, a client killed in round 3, resumed again: the same metrics as undisturbed."""
+    """Stopped in round 2, resumed, and then a client, the scheduler and the server killed: the same metrics."""
     import ray
 
     def interrupt(step: int) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def kill_one(step: int) -> None:
-        if step == 10:
-            ray.kill(ray.get_actor("hsplit:disturbed:client:large-1", namespace="hsplit"))
+    victims = {7: "client:large-1", 9: "scheduler", 11: "server"}
 
-    stopped = hsplit.launch(cluster_file, runs_dir=tmp_path, name="disturbed", display=Recorder(after_step=interrupt))
+    def kill(step: int) -> None:
+        if step in victims:
+            ray.kill(ray.get_actor(f"hsplit:disturbed:{victims.pop(step)}", namespace="hsplit"))
+
+    repeat = {"faults.recovery": "repeat"}
+    recorder = Recorder(after_step=interrupt)
+    stopped = hsplit.launch(cluster_file, None, repeat, runs_dir=tmp_path, name="disturbed", display=recorder)
     assert not stopped.complete
     assert (stopped.path / "checkpoints" / "round-0001-step-0006").is_dir()
-    with pytest.raises(RunError, match=r"large-1 failed in .* in round 3: .*hsplit resume"):
-        hsplit.resume(stopped.path, display=Recorder(after_step=kill_one))
-    resumed = hsplit.resume(stopped.path, display=Recorder())
-    assert resumed.complete
+    resumed = hsplit.resume(stopped.path, display=Recorder(after_step=kill))
+    assert resumed.complete and not victims
     assert _comparable(resumed) == _comparable(whole[0])
+    told = [event["text"] for event in read_events(stopped.path / "events.jsonl") if event["event"] == "repeated"]
+    assert [text.split(" failed in ")[0] for text in told] == ["round 2: large-1", "round 3: server"]
+    # Nobody asks the scheduler for anything during local steps.
+    assert "(gone too: scheduler)" in told[1]
+
+
+def test_a_client_that_dies_is_left_out_and_comes_back(cluster_file: Path, tmp_path: Path) -> None:
+    import ray
+
+    def kill(step: int) -> None:
+        if step == 2:
+            ray.kill(ray.get_actor("hsplit:bereft:client:large-1", namespace="hsplit"))
+
+    run = hsplit.launch(cluster_file, runs_dir=tmp_path, name="bereft", display=Recorder(after_step=kill))
+    assert run.complete
+    events = [event for event in read_events(run.path / "events.jsonl") if event["event"] in ("lost", "returned")]
+    assert [(event["event"], event["client"], event["round"]) for event in events] == [
+        ("lost", "large-1", 1),
+        ("returned", "large-1", 2),
+    ]
+    assert "large-1 failed in its forward (its process ended); the others go on" in events[0]["text"]
+    assert run.metrics["val_loss"].iloc[-1] < run.metrics["val_loss"].iloc[0]
+    assert (run.metrics["available_clients"] == 3).all()
 
 
 def test_a_gpu_that_no_node_has_is_refused_by_name(cluster_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""What the coordinator does about actors that fail, in this process; on Ray it is tests/cluster/test_drill.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hsplit.actors.executor import ActorFailure
+from hsplit.actors.messages import Activations, WireTensor
+from hsplit.config import Job
+from hsplit.coordinator import Coordinator
+from hsplit.deadlines import SLACK_S, Deadlines
+from hsplit.observe.events import read_events
+from hsplit.run_directory import RunDirectory
+from tests.faulty import Fault, FaultyInProcess
+from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
+
+CLIENTS = 3
+SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 3, "local_steps": 3, "lr": 1e-2, "batch_size": 2}
+SPLIT_PHASES = ("forward", "backward", "hand_in", "restart", "validation_forward", "state")
+
+
+def run_with(
+    model: Path, to: Path, *faults: Fault, before: Any = None, recorder: Recorder | None = None, **job: Any
+) -> Coordinator:
+    """A run of three clients that is hit by ``faults``; the first two hold the first two layers, the third three."""
+    to.mkdir(exist_ok=True)
+    settings = SETTINGS | job
+    plan = fixed_plan(model, Job.model_validate({**settings, "dtype": "fp32"}), [2, 2, 3], [2, 2, 2], 2)
+    shares = {f"c{i}": random_examples(24, seed=i) for i in range(CLIENTS)}
+    made = coordinator(model, to, plan, shares, recorder or Recorder(), **settings)
+    faulty = FaultyInProcess(made._executor, faults, before)  # type: ignore[arg-type]
+    made._executor = made._training._executor = made._roster._executor = faulty  # type: ignore[attr-defined]
+    made.run()
+    return made
+
+
+def told(run: Coordinator, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run._directory.events) if event["event"] in kinds]
+
+
+def metrics(run: Coordinator) -> list[dict[str, Any]]:
+    """The rows of metrics.csv without the wall's clock."""
+    return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in run.progress.metrics]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return metrics(run_with(models["llama"], tmp_path_factory.mktemp("undisturbed")))
+
+
+@pytest.mark.parametrize("kind", ["died", "after"])
+@pytest.mark.parametrize("phase", SPLIT_PHASES)
+def test_a_client_that_dies_in_any_phase_is_back_for_the_next_round(
+    models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], phase: str, kind: str
+) -> None:
+    # In the second round, where each phase has been gone through before.
+    nth = {"forward": 5, "backward": 5, "hand_in": 2, "restart": 3, "validation_forward": 3, "state": 3}[phase]
+    fault = Fault("c1", phase, nth, kind)
+    run = run_with(models["llama"], tmp_path, fault)
+    assert run._executor.happened == [fault]  # type: ignore[attr-defined]
+    lost, returned = told(run, "lost", "returned")
+    assert (lost["client"], returned["client"]) == ("c1", "c1") and lost["round"] == 2
+    assert not told(run, "repeated", "set_aside")
+    found = metrics(run)
+    assert [row["available_clients"] for row in found] == [3] * 4
+    assert found[:2] == undisturbed[:2], "nothing changes before the fault"
+    # Rounds that a client has missed a part of are trained on less, and learn nearly the same.
+    assert found[-1]["val_ppl"] == pytest.approx(undisturbed[-1]["val_ppl"], rel=0.05)
+    assert found[-1]["val_ppl"] < undisturbed[0]["val_ppl"]
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_the_others_train_on_without_the_lost_one(models: dict[str, Path], tmp_path: Path, labels: str) -> None:
+    """What is left of a round with a client lost is the round of the others alone, with weights of their own."""
+    settings = {"rounds": 1, "privacy": {"labels": labels}}
+    method = "tail" if labels == "client" else "forward"
+    run = run_with(models["llama"], tmp_path / "lost", Fault("c2", method, 1), **settings)
+    trained = run.progress.metrics[1]
+    others = fixed_plan(models["llama"], Job.model_validate(SETTINGS), [2, 2], [2, 2], 2)
+    shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
+    (tmp_path / "others").mkdir()
+    alone = coordinator(models["llama"], tmp_path / "others", others, shares, Recorder(), **SETTINGS | settings)
+    alone.run()
+    expected = alone.progress.metrics[1]
+    assert trained["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+    assert trained["tokens"] == expected["tokens"]
+    ours, theirs = run._executor.actors["server"], alone._executor.actors["server"]  # type: ignore[attr-defined]
+    for name, residual in theirs.aggregator.residuals.items():
+        mine = ours.aggregator.residuals[name]
+        torch.testing.assert_close(mine.factors.dense(), residual.factors.dense(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("actor", "method", "nth"),
+    [
+        ("server", "train_step", 5),
+        ("server", "aggregate", 2),
+        ("server", "evaluate", 4),
+        ("server", "state", 3),
+        ("scheduler", "state", 3),
+        ("scheduler", "review", 1),
+        ("scheduler", "aggregation_time_s", 2),
+        ("server", "configure", 1),
+        ("c0", "configure", 1),
+        ("scheduler", "plan", 1),
+    ],
+)
+def test_server_and_scheduler_may_die_and_no_number_changes(
+    models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], actor: str, method: str, nth: int
+) -> None:
+    run = run_with(models["llama"], tmp_path, Fault(actor, method, nth))
+    assert metrics(run) == undisturbed
+    (repeated,) = told(run, "repeated")
+    assert repeated["actor"] == actor and "is repeated from" in repeated["text"]
+
+
+@pytest.mark.parametrize("phase", SPLIT_PHASES)
+def test_with_recovery_by_repeating_a_dead_client_changes_no_number(
+    models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], phase: str
+) -> None:
+    nth = 2 if phase == "hand_in" else 3
+    run = run_with(models["llama"], tmp_path, Fault("c1", phase, nth), faults={"recovery": "repeat"})
+    assert metrics(run) == undisturbed
+    assert len(told(run, "repeated")) == 1 and not told(run, "lost")
+
+
+def test_a_client_that_fails_too_often_is_set_aside_and_named(models: dict[str, Path], tmp_path: Path) -> None:
+    fault = Fault("c1", "forward", 1, times=3)
+    run = run_with(models["llama"], tmp_path, fault, rounds=4, faults={"max_failures": 2})
+    assert [event["failures"] for event in told(run, "lost")] == [1, 2, 3]
+    (aside,) = told(run, "set_aside")
+    assert "c1 has failed 3 times and is set aside" in aside["text"]
+    assert [row["available_clients"] for row in run.progress.metrics] == [3, 3, 3, 2, 2]
+    assert run.progress.aside == ["c1"]
+
+
+def test_a_round_that_fails_again_and_again_ends_the_run(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ActorFailure, match="server failed in train_step: the test says so") as failure:
+        run_with(models["llama"], tmp_path, Fault("server", "train_step", 4, "error", times=10))
+    assert failure.value.actor == "server"
+    (run,) = tmp_path.iterdir()
+    assert len([event for event in read_events(run / "events.jsonl") if event["event"] == "repeated"]) == 3
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["round-0000", "round-0001"]
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_what_cannot_be_right_is_refused_by_name(models: dict[str, Path], tmp_path: Path, labels: str) -> None:
+    """A client whose adapters have turned into NaN harms nobody: neither the others' steps nor the aggregation."""
+
+    def poison(actor: str, method: str, client: Any) -> None:
+        if (actor, method) == ("c1", "forward") and run_calls["n"] == 4:
+            with torch.no_grad():
+                client.holder.adapters.flat.fill_(float("nan"))
+        run_calls["n"] += (actor, method) == ("c1", "forward")
+
+    run_calls = {"n": 0}
+    run = run_with(models["llama"], tmp_path, before=poison, privacy={"labels": labels})
+    (lost,) = told(run, "lost")
+    assert (lost["client"], lost["kind"], lost["round"]) == ("c1", "refused", 2)
+    assert "values that are no numbers (NaN or infinite)" in lost["text"]
+    assert all(row["val_loss"] < 10 for row in run.progress.metrics)
+    assert run.progress.metrics[-1]["available_clients"] == 3
+
+
+def test_adapters_that_are_no_numbers_are_not_aggregated(models: dict[str, Path], tmp_path: Path) -> None:
+    def poison(actor: str, method: str, client: Any) -> None:
+        if (actor, method) == ("c0", "hand_in") and not poisoned:
+            poisoned.append(True)
+            with torch.no_grad():
+                client.holder.adapters.flat[-1] = float("inf")
+
+    poisoned: list[bool] = []
+    run = run_with(models["llama"], tmp_path, before=poison)
+    (lost,) = told(run, "lost")
+    assert (lost["client"], lost["kind"]) == ("c0", "refused") and "it handed in an adapter of" in lost["text"]
+    assert run.progress.metrics[-1]["val_loss"] < run.progress.metrics[0]["val_loss"]
+
+
+def test_a_wrong_shape_is_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
+    def cut(actor: str, method: str, client: Any) -> None:
+        if (actor, method) == ("c2", "forward"):
+            client._message = lambda *given: _without_a_row(type(client)._message(client, *given))
+
+    run = run_with(models["llama"], tmp_path, before=cut, rounds=1, faults={"max_failures": 1})
+    assert [event["kind"] for event in told(run, "lost")] == ["refused"]
+    assert "it sent activations of shape" in told(run, "lost")[0]["text"]
+
+
+def _without_a_row(message: Activations) -> Activations:
+    hidden = message.hidden.unpack(torch.float32, "cpu")[1:]
+    return Activations(**{**vars(message), "hidden": WireTensor.pack(hidden, "fp32")})
+
+
+@pytest.mark.parametrize(
+    ("method", "labels"), [("forward", "server"), ("backward", "server"), ("tail", "client"), ("backward", "client")]
+)
+def test_a_straggler_is_left_out_of_the_step_not_of_the_round(
+    models: dict[str, Path], tmp_path: Path, method: str, labels: str
+) -> None:
+    fault = Fault("c1", method, 5, "hang")
+    run = run_with(models["llama"], tmp_path, fault, privacy={"labels": labels})
+    assert run._executor.happened == [fault]  # type: ignore[attr-defined]
+    assert [(event["client"], event["step"]) for event in told(run, "left_out")] == [("c1", 5)]
+    assert not told(run, "lost", "repeated")
+    assert [row["available_clients"] for row in run.progress.metrics] == [3] * 4
+    assert run.progress.metrics[-1]["val_loss"] < run.progress.metrics[0]["val_loss"]
+
+
+def test_if_everybody_is_late_nobody_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
+    faults = [Fault(f"c{i}", "forward", 5, "hang") for i in range(CLIENTS)]
+    run = run_with(models["llama"], tmp_path, *faults)
+    assert run._executor.happened == faults  # type: ignore[attr-defined]
+    assert not told(run, "left_out", "lost")
+
+
+def test_a_client_that_never_answers_is_lost_after_a_while(models: dict[str, Path], tmp_path: Path) -> None:
+    run = run_with(models["llama"], tmp_path, Fault("c1", "hand_in", 2, "hang"))
+    (lost,) = told(run, "lost")
+    assert (lost["client"], lost["kind"]) == ("c1", "late")
+
+
+def test_deadlines_follow_the_measured_median() -> None:
+    import time
+
+    deadlines = Deadlines(4.0)
+    for seconds in (0.5, 9.0, 0.5):
+        assert deadlines.until("c0", "forward", 1) is None, "not before there is something to go by"
+        deadlines.took("c0", "forward", seconds)
+    until = deadlines.until("c0", "forward", 2)
+    assert until is not None
+    assert until - time.monotonic() == pytest.approx(SLACK_S + 4.0 * 2 * 0.5, abs=0.1)
+    assert deadlines.until("c1", "forward", 1) is None
+    never = Deadlines(None)
+    for _ in range(5):
+        never.took("c0", "forward", 1.0)
+    assert never.until("c0", "forward", 1) is None
+
+
+def test_out_of_memory_gives_a_smaller_plan(models: dict[str, Path], tmp_path: Path) -> None:
+    """The run's own scheduler: less for who ran out of memory, from the next round on."""
+    from hsplit.config import Client, RunConfig
+    from tests.in_process import planned_run
+
+    job = Job.model_validate({**SETTINGS, "dtype": "fp32", "max_length": 32, "rank_set": [1, 2, 4]})
+    clients = tuple(Client(name=f"c{i}", kind=f"c{i}", memory_gb=0.0014, tflops=0.01) for i in range(2))
+    run_config = RunConfig(clients=clients, job=job)
+    shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
+    made = planned_run(run_config, models["llama"], RunDirectory.create(tmp_path, "short"), shares, Recorder())
+    faulty = FaultyInProcess(made._executor, [Fault("c1", "forward", 2, "memory")])  # type: ignore[arg-type]
+    made._executor = made._training._executor = made._roster._executor = faulty  # type: ignore[attr-defined]
+    made.run()
+    plans = [row for row in made.progress.plans if row["name"] == "c1"]
+    assert [row["round"] for row in plans] == [0, 1, 2, 3]
+    assert plans[2]["predicted_bytes"] * 1.25 <= plans[0]["declared_bytes"] + 1
+    assert plans[2]["predicted_bytes"] < plans[1]["predicted_bytes"]
+    assert "c1 ran out of memory" in told(made, "replanned")[0]["text"]
