@@ -75,26 +75,41 @@ def save_checkpoint(
     """Write ``folder/name`` with ``state.json``, one safetensors file a holder, and a checksum of each.
 
     The directory appears whole or not at all; afterwards only the newest ``keep`` checkpoints stay.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        OSError: it cannot be written; the checkpoints that were there are as they were.
+    """
     target, partial = folder / name, folder / f"{_PARTIAL}{name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "state.json").write_text(json.dumps(asdict(progress)))
-    for holder, named in tensors.items():
-        save_file({k: v.contiguous() for k, v in named.items()}, partial / f"{holder}.safetensors")
-    sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
-    for file in partial.iterdir():
-        _sync(file)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+    try:
+        partial.mkdir(parents=True)
+        (partial / "state.json").write_text(json.dumps(asdict(progress)))
+        for holder, named in tensors.items():
+            _write_tensors(partial / f"{holder}.safetensors", named)
+        sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
+        for file in partial.iterdir():
+            _sync(file)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     _sync(folder)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def _write_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
+    except SafetensorError as error:
+        # What the system says is in its text alone.
+        raise OSError(f"{error}: {file}") from error
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -108,8 +123,9 @@ def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
         damage = _damage(path)
         if damage is None:
             return path, passed
-        passed.append(f"checkpoint {path.name} is damaged ({damage}); the one before it is used")
-    raise InputError(f"{folder}: holds no complete checkpoint to resume from")
+        passed.append(f"checkpoint {path.name} is damaged ({damage}) and is passed over")
+    why = f" ({'; '.join(passed)})" if passed else ""
+    raise InputError(f"{folder}: holds no complete checkpoint to resume from{why}")
 
 
 def read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:

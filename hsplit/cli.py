@@ -98,6 +98,28 @@ def resume(run: Path, address: str | None) -> None:
 
 
 @main.command()
+@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
+def runs(runs_dir: Path, as_json: bool) -> None:
+    """List the runs with their state: running, complete, stopped, failed or interrupted."""
+    from hsplit.observe.runs import list_runs, runs_table
+
+    found = list_runs(runs_dir)
+    if as_json:
+        click.echo(json.dumps([run.to_json() for run in found], indent=2))
+        return
+    if not found:
+        click.echo(f"no runs in {runs_dir}")
+        return
+    from rich.console import Console
+
+    Console().print(runs_table(found))
+    for run in found:
+        if run.reason:
+            click.echo(f"{run.name}: {run.reason}")
+
+
+@main.command()
 @_cluster_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from hsplit.checkpoint import (
 from hsplit.config import RunConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
-from hsplit.errors import HsplitError, InputError, os_reason
+from hsplit.errors import HsplitError, InputError
 from hsplit.inbox import take_requests
 from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
@@ -114,19 +114,37 @@ class Coordinator:
 
     # -- a run ----------------------------------------------------------------------------------------------------
 
-    def run(self, resume_from: Path | None = None) -> bool:
+    def run(self, resume_from: Path | None = None, passed_over: Sequence[str] = ()) -> bool:
         """Train from the start or from a checkpoint.
+
+        Args:
+            resume_from: the checkpoint.
+            passed_over: a sentence about each newer one that is damaged.
 
         Returns:
             Whether the run is complete; ``False`` when it was asked to stop and has left a checkpoint.
+
+        Raises:
+            ActorFailure: it cannot go on; the last checkpoint is complete.
+            OSError: a file cannot be written; the last checkpoint is complete.
         """
         self._saved = resume_from
+        for text in passed_over:
+            self._note("damaged", text)
         while True:
             try:
                 self._begin()
                 return self._rounds()
             except ActorFailure as failure:
                 self._repair(failure)
+
+    def finish(self) -> None:
+        """Say in the log that the run has left all that it was to leave."""
+        self._events.write("finished", f"all {self._job.rounds} rounds are done")
+
+    def fail(self, why: str) -> None:
+        """Say in the log why the run ends."""
+        self._events.write("failed", why, round=self.round)
 
     def _rounds(self) -> bool:
         """The rounds that are left; returns as :meth:`run`."""
@@ -658,12 +676,9 @@ class Coordinator:
         self.progress.scheduler = self._one(SCHEDULER, "state")
         self.progress.wall_time_s = time.monotonic() - self._begun
         name = checkpoint_name(self.progress, self._job.local_steps)
-        try:
-            self._saved = save_checkpoint(
-                self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
-            )
-        except OSError as error:
-            raise ActorFailure("the driver", f"writing checkpoint {name}", os_reason(error), "hopeless") from error
+        self._saved = save_checkpoint(
+            self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
+        )
         self._fresh = set()
         self._events.write("checkpoint", f"checkpoint {name} written")
 

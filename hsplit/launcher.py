@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import latest_checkpoint
 from hsplit.config import Partition, RunConfig, load_run_config
-from hsplit.config.files import parse_yaml
+from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
-from hsplit.errors import InputError, RunError
+from hsplit.errors import InputError, RunError, os_reason
 from hsplit.exporting import export
 from hsplit.inbox import post_budget
+from hsplit.janitor import MARK, Janitor
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
@@ -98,27 +100,24 @@ def launch(
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
-    with _forking(run, address) as fork_server:
+    with _helpers(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         check_model(run, source)
         inputs = read_inputs(run, source)
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
-        return _drive(run, source, inputs, directory, address, display, None, fork_server)
+        return _drive(run, source, inputs, directory, address, display, helpers)
 
 
 def resume(path: str | Path, *, address: str | None = None, display: Display | None = None) -> Run:
     """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
-    checkpoint, passed_over = latest_checkpoint(directory.checkpoints)
-    with _forking(run, address) as fork_server:
+    found = latest_checkpoint(directory.checkpoints)
+    with _helpers(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         inputs = read_inputs(run, source)
-        shown = display or display_for(sys.stdout)
-        for text in passed_over:
-            shown.note(text)
-        return _drive(run, source, inputs, directory, address, shown, checkpoint, fork_server)
+        return _drive(run, source, inputs, directory, address, display, helpers, *found)
 
 
 def plan(
@@ -258,22 +257,52 @@ def _chat_of(source: ModelSource) -> Any:
     return render
 
 
-@contextmanager
-def _forking(run: RunConfig, address: str | None) -> Iterator[ForkServer | None]:
-    """The process that a local cluster's workers are forked from, importing while everything is checked.
+@dataclass(frozen=True)
+class _Helpers:
+    """Processes beside the driver.
 
-    ``None`` for a running cluster; where a holder has a GPU, which a forked process may be unable to use; and on
-    systems whose own libraries do not bear a fork.
+    Attributes:
+        janitor: tidies up when the driver is gone.
+        fork_server: forks a local Ray's workers, or ``None``.
+    """
+
+    janitor: Janitor
+    fork_server: ForkServer | None
+
+
+@contextmanager
+def _helpers(run: RunConfig, address: str | None) -> Iterator[_Helpers]:
+    """Start what works beside the driver, while everything is checked.
+
+    Workers of a local cluster are forked from a process that imports meanwhile; not where a holder has a GPU, which a
+    forked process may be unable to use, and not on systems whose own libraries do not bear a fork.
     """
     import ray
 
     holders = (run.server, *run.participants)
     local = address is None and not ray.is_initialized()
-    if not local or sys.platform != "linux" or any(holder.num_gpus for holder in holders):
-        yield None
-        return
-    with ForkServer() as fork_server:
-        yield fork_server
+    forking = local and sys.platform == "linux" and not any(holder.num_gpus for holder in holders)
+    with Janitor() as janitor, _environment({MARK: str(janitor.root), "TMPDIR": str(janitor.root)}):
+        if not forking:
+            yield _Helpers(janitor, None)
+            return
+        with ForkServer(within=janitor.root) as fork_server:
+            yield _Helpers(janitor, fork_server)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Give ``values`` to the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # -- the run ------------------------------------------------------------------------------------------------------
@@ -286,38 +315,58 @@ def _drive(
     directory: RunDirectory,
     address: str | None,
     display: Display | None,
-    checkpoint: Path | None,
-    fork_server: ForkServer | None,
+    helpers: _Helpers,
+    checkpoint: Path | None = None,
+    passed_over: Sequence[str] = (),
 ) -> Run:
     """Start Ray and the actors, run the coordinator, leave everything tidy."""
     import ray
 
     from hsplit.actors.ray_executor import RayExecutor, connect
 
-    requested = sum(h.num_cpus for h in (run.server, *run.participants))
     shown = display or display_for(sys.stdout)
     already_connected = ray.is_initialized()
-    dashboard = None if already_connected else connect(address, requested, fork_server=fork_server)
-    try:
-        executor = RayExecutor(directory.path.name, run, source.directory)
-        with shown, _closing(executor):
-            shown.started(directory.path.name, _headlines(run, source, directory, dashboard))
-            coordinator = Coordinator(run, executor, directory, inputs, shown)
-            with _stop_on_signal(coordinator, shown):
-                try:
-                    complete = coordinator.run(checkpoint)
-                except ActorFailure as failure:
-                    raise RunError(
-                        f"{failure.actor} failed in {failure.method} in round {coordinator.round}: "
-                        f"{failure.reason}; go on from the last checkpoint with: hsplit resume {directory.path}"
-                    ) from failure
-            exported = export(directory.path) if complete else None
-            write_report([directory.path], directory.report)
-            shown.finished(_closing_lines(directory, exported))
-    finally:
+    with directory.driven():
+        helpers.janitor.removes(*directory.half_written)
+        dashboard = None
         if not already_connected:
-            ray.shutdown()
+            requested = sum(h.num_cpus for h in (run.server, *run.participants))
+            root, fork_server = helpers.janitor.root, helpers.fork_server
+            dashboard = connect(address, requested, root=root, fork_server=fork_server)
+        try:
+            executor = RayExecutor(directory.path.name, run, source.directory)
+            with shown, _closing(executor):
+                shown.started(directory.path.name, _headlines(run, source, directory, dashboard))
+                coordinator = Coordinator(run, executor, directory, inputs, shown)
+                with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
+                    complete = coordinator.run(checkpoint, passed_over)
+                    exported = export(directory.path) if complete else None
+                    write_report([directory.path], directory.report)
+                if exported is not None:
+                    coordinator.finish()
+                shown.finished(_closing_lines(directory, exported))
+        finally:
+            if not already_connected:
+                ray.shutdown()
     return Run(directory.path, complete)
+
+
+@contextmanager
+def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator[None]:
+    """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log."""
+    try:
+        yield
+    except (ActorFailure, OSError) as error:
+        if isinstance(error, ActorFailure):
+            what = f"{error.actor} failed in {error.method} in round {coordinator.round}: {error.reason}"
+        else:
+            what = f"round {coordinator.round}: a file could not be written: {os_reason(error)}"
+        with suppress(OSError):
+            # The log's own disk may be the full one.
+            coordinator.fail(what)
+        raise RunError(
+            f"{what}; go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
+        ) from error
 
 
 @contextmanager

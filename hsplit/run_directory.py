@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -78,6 +80,36 @@ class RunDirectory:
         """Requests of ``budget``, ``join`` and ``leave``, taken at a round boundary."""
         return self.path / "inbox"
 
+    @property
+    def half_written(self) -> list[Path]:
+        """Patterns of what a driver that was killed may have left half-written."""
+        partial = [folder / ".partial-*" for folder in (self.checkpoints, self.adapter, self.path / "model")]
+        return [*partial, self.path / ".*.tmp", self.inbox / ".*.tmp"]
+
+    @contextmanager
+    def driven(self) -> Iterator[None]:
+        """Keep other drivers out of the run while this one is at it, however it ends.
+
+        Raises:
+            InputError: another one is.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            if not _locks(descriptor):
+                raise InputError(f"{displayed(self.path)}: is running; watch it, or stop it with Ctrl-C where it runs")
+            yield
+        finally:
+            os.close(descriptor)
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether a driver is at the run now, on this machine or one that shares its files."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            return not _locks(descriptor)
+        finally:
+            os.close(descriptor)
+
     @classmethod
     def create(cls, runs_dir: str | Path, name: str | None = None) -> Self:
         """Makes the directory of a new run, with empty ``checkpoints/`` and ``inbox/``.
@@ -115,6 +147,20 @@ class RunDirectory:
         if not run.config.is_file():
             raise InputError(f"{displayed(path)}: has no config.yaml, so it is not a run; give one, as runs/NAME")
         return run
+
+
+def _locks(descriptor: int) -> bool:
+    """Lock what is open as ``descriptor`` until that is closed; whether nobody else has."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        # Nothing to lock with here; then nobody is kept out.
+        pass
+    return True
 
 
 def _named_directory(runs_dir: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ class Fault:
     """What happens to ``actor`` in its ``nth`` call of ``method`` (counted from 1).
 
     Attributes:
-        kind: ``died``: it is gone with its state; ``after``: it has done the call and is gone with the answer; ``hang``:
+        kind: ``died``: it is gone with its state; ``after``: it did the call and is gone with the answer; ``hang``:
             no answer when it is first looked for with a limit; else the kind of failure.
         times: how often it happens, from the nth call on.
     """

@@ -152,7 +152,11 @@ class SchedulerActor(Scheduler):
 
 
 def connect(
-    address: str | None, cpus: float, dashboard: bool = True, fork_server: ForkServer | None = None
+    address: str | None,
+    cpus: float,
+    dashboard: bool = True,
+    root: Path | None = None,
+    fork_server: ForkServer | None = None,
 ) -> str | None:
     """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
 
@@ -160,6 +164,7 @@ def connect(
         address: of a running cluster.
         cpus: least number of logical CPUs of a local one.
         dashboard: whether a local one has a dashboard.
+        root: where a local one keeps its files.
         fork_server: forks the worker processes of a local one.
 
     Returns:
@@ -174,6 +179,8 @@ def connect(
     if address is None:
         # Actors wait most of the time, so a laptop may have more of them than cores.
         logical = max(os.cpu_count() or 1, math.ceil(cpus))
+        if root is not None:
+            quiet["_temp_dir"] = str(root)
         if fork_server is not None:
             quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
             os.environ |= NOT_BEFOREHAND

@@ -1,0 +1,116 @@
+"""The runs in a directory, each with its state, for ``hsplit runs``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from hsplit.config import RunConfig
+from hsplit.errors import HsplitError
+from hsplit.observe.events import read_events
+from hsplit.observe.metrics import MetricsRow, read_rows
+from hsplit.run_directory import RunDirectory
+
+State = Literal["running", "complete", "stopped", "failed", "interrupted", "unreadable"]
+
+# What the last event of its kind says of a run that nobody is driving.
+_ENDINGS: dict[str, State] = {"finished": "complete", "stopped": "stopped", "failed": "failed"}
+_BEGINNINGS = frozenset({"training", "resumed"})
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        name: its name.
+        path: its directory.
+        state: ``running``: a driver is at it; ``complete``: all rounds are done; ``stopped`` on request, ``failed``
+            with an error, ``interrupted`` without a word (killed, or the machine went down): these can be resumed.
+        round, rounds: done, and asked for; ``rounds`` is ``None`` where the configuration cannot be read.
+        val_ppl: validation perplexity after the last round done, or ``None`` before any.
+        clients: that took part in it.
+        changed: when something last happened, or ``None``.
+        reason: why it failed; empty otherwise.
+    """
+
+    name: str
+    path: Path
+    state: State
+    round: int = 0
+    rounds: int | None = None
+    val_ppl: float | None = None
+    clients: int | None = None
+    changed: datetime | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``hsplit runs --json``."""
+        changed = None if self.changed is None else self.changed.isoformat()
+        return {**vars(self), "path": str(self.path), "changed": changed}
+
+
+def list_runs(runs_dir: str | Path) -> list[RunState]:
+    """The runs kept in ``runs_dir``, the last changed at the end; none where there is no such directory."""
+    folder = Path(runs_dir)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [_state(RunDirectory(path)) for path in paths if (path / "config.yaml").is_file()]
+    return sorted(found, key=lambda run: (run.changed.timestamp() if run.changed else 0.0, run.name))
+
+
+def _state(directory: RunDirectory) -> RunState:
+    try:
+        rounds = RunConfig.load(directory.config).job.rounds
+    except HsplitError as error:
+        return RunState(directory.name, directory.path, "unreadable", reason=str(error))
+    events = read_events(directory.events)
+    state: State = "interrupted"
+    reason = ""
+    for event in events:
+        if event["event"] in _ENDINGS:
+            state, reason = _ENDINGS[event["event"]], event["text"] if event["event"] == "failed" else ""
+        elif event["event"] in _BEGINNINGS:
+            state, reason = "interrupted", ""
+    if directory.is_driven:
+        state, reason = "running", ""
+    try:
+        rows = read_rows(directory.metrics, MetricsRow)
+    except HsplitError:
+        # None yet.
+        rows = []
+    last = rows[-1] if rows else None
+    return RunState(
+        name=directory.name,
+        path=directory.path,
+        state=state,
+        round=last.round if last else 0,
+        rounds=rounds,
+        val_ppl=last.val_ppl if last else None,
+        clients=last.available_clients if last else None,
+        changed=datetime.fromisoformat(events[-1]["time"]).astimezone() if events else None,
+        reason=reason,
+    )
+
+
+def runs_table(runs: Sequence[RunState]) -> Table:
+    """``runs`` for the terminal."""
+    table = Table(box=SIMPLE)
+    for heading in ("run", "state", "rounds", "perplexity", "clients", "last change"):
+        figures = heading in ("rounds", "perplexity", "clients")
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=heading != "run")
+    for run in runs:
+        table.add_row(
+            run.name,
+            run.state,
+            f"{run.round} of {run.rounds}" if run.rounds is not None else "",
+            "" if run.val_ppl is None else f"{run.val_ppl:.3f}",
+            "" if run.clients is None else str(run.clients),
+            "" if run.changed is None else run.changed.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+    return table

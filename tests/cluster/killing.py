@@ -1,0 +1,148 @@
+"""Real actors on Ray that are killed at a chosen moment of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from hsplit.actors.ray_executor import RayExecutor
+from hsplit.config import RunConfig, load_run_config
+from hsplit.coordinator import Coordinator
+from hsplit.launcher import read_inputs, settled
+from hsplit.models.source import find_model
+from hsplit.observe.events import read_events
+from hsplit.run_directory import RunDirectory
+from tests.in_process import Recorder
+
+
+@dataclass
+class Kill:
+    """SIGKILL ``victim`` while ``actor`` does its ``nth`` call of ``method``, counted from 1."""
+
+    victim: str
+    actor: str
+    method: str
+    nth: int
+    done: bool = False
+
+
+@dataclass
+class Happening:
+    """Call ``what`` with the executor before the ``nth`` call of ``actor.method``."""
+
+    actor: str
+    method: str
+    nth: int
+    what: Callable[[KillingExecutor], None]
+    done: bool = False
+
+
+class KillingExecutor(RayExecutor):
+    """The product's executor; processes die, or something else happens, at chosen calls."""
+
+    happenings: list[Kill | Happening]
+
+    def __init__(self, *arguments: Any) -> None:
+        self.happenings = []
+        self._calls: Counter[tuple[str, str]] = Counter()
+        super().__init__(*arguments)
+
+    def pid(self, actor: str) -> int:
+        return int(ray.get(self._handles[actor].__ray_call__.remote(lambda self: os.getpid())))
+
+    def within(self, actor: str, what: Callable[[Any], Any]) -> Any:
+        """Call ``what`` with the actor's own object, in its process."""
+        return ray.get(self._handles[actor].__ray_call__.remote(what))
+
+    def call(self, actor: str, method: str, *arguments: Any) -> Any:
+        (handle,) = self._watched(actor, method, lambda: [super(KillingExecutor, self).call(actor, method, *arguments)])
+        return handle
+
+    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
+        return self._watched(
+            actor, method, lambda: super(KillingExecutor, self).call_many(returns, actor, method, *arguments)
+        )
+
+    def _watched(self, actor: str, method: str, call: Callable[[], list[Any]]) -> list[Any]:
+        self._calls[actor, method] += 1
+        victims = []
+        for happening in self.happenings:
+            meant = (happening.actor, happening.method) == (actor, method)
+            if happening.done or not meant or self._calls[actor, method] < happening.nth:
+                continue
+            happening.done = True
+            if isinstance(happening, Happening):
+                happening.what(self)
+                continue
+            # Stopped first, so that the call is under way, and cannot be over, when the kill comes.
+            victims.append(self.pid(happening.victim))
+            if happening.victim == actor:
+                os.kill(victims[-1], signal.SIGSTOP)
+        handles = call()
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        return handles
+
+
+@dataclass
+class Drill:
+    """A run on real Ray with what happened in it.
+
+    Attributes:
+        coordinator: that drove it.
+        path: the run's directory.
+        complete: whether all rounds are done.
+    """
+
+    coordinator: Coordinator
+    path: Path
+    complete: bool
+
+    def told(self, *kinds: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.path / "events.jsonl") if event["event"] in kinds]
+
+    @property
+    def final_ppl(self) -> float:
+        return float(self.coordinator.progress.metrics[-1]["val_ppl"])
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.csv without the wall's clock."""
+        return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in self.coordinator.progress.metrics]
+
+
+def drill(
+    cluster_file: Path,
+    runs_dir: Path,
+    *happenings: Kill | Happening,
+    overrides: Mapping[str, Any] | None = None,
+    after_step: Callable[[int], None] | None = None,
+    beside: Callable[[KillingExecutor], None] | None = None,
+    name: str = "drill",
+) -> Drill:
+    """Run ``cluster_file`` on the Ray that is there; ``beside`` is called in a thread of its own meanwhile."""
+    run: RunConfig = settled(load_run_config(cluster_file, None, overrides or {}))
+    source = find_model(run.job.model)
+    inputs = read_inputs(run, source)
+    directory = RunDirectory.create(runs_dir, name)
+    run.save(directory.config)
+    executor = KillingExecutor(directory.path.name, run, source.directory)
+    executor.happenings = list(happenings)
+    thread = None if beside is None else threading.Thread(target=beside, args=[executor], daemon=True)
+    try:
+        coordinator = Coordinator(run, executor, directory, inputs, Recorder(after_step=after_step))
+        if thread is not None:
+            thread.start()
+        complete = coordinator.run()
+    finally:
+        executor.close()
+    assert all(happening.done for happening in happenings), "what was to happen has happened"
+    return Drill(coordinator, directory.path, complete)

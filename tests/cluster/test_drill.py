@@ -1,0 +1,283 @@
+"""Fire drill on real Ray: whatever dies, hangs or sends nonsense, the run is complete and its model lawful.
+
+Each test records the final perplexity, so that ``pytest -m drill --junitxml FILE`` leaves a table.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hsplit.actors.executor import SCHEDULER, SERVER
+from tests.cluster.killing import Drill, Happening, Kill, KillingExecutor, drill
+
+pytestmark = [pytest.mark.drill, pytest.mark.usefixtures("ray_cluster")]
+
+Record = Callable[[str, object], None]
+
+# By phase the call that it is, and which of them is in the second round (4 local steps a round).
+PHASES = {
+    "forward": ("forward", 6),
+    "backward": ("backward", 6),
+    "aggregation": ("hand_in", 2),
+    "restart": ("restart", 3),
+    "validation": ("validation_forward", 4),
+    "checkpoint": ("state", 3),
+    "probe": ("probe_forward", 1),
+    "probe backward": ("probe_backward", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def faultless(ray_cluster: None, cluster_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Drill:
+    return drill(cluster_file, tmp_path_factory.mktemp("faultless"))
+
+
+def check(run: Drill, faultless: Drill, record: Record) -> None:
+    """The run is complete, and as good as the one without faults."""
+    record("final_ppl", round(run.final_ppl, 4))
+    record("faultless_ppl", round(faultless.final_ppl, 4))
+    assert run.complete
+    assert run.final_ppl == pytest.approx(faultless.final_ppl, rel=0.05)
+    assert [row["round"] for row in run.metrics] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_client_killed_in_any_phase(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record, phase: str
+) -> None:
+    method, nth = PHASES[phase]
+    run = drill(cluster_file, tmp_path, Kill("large-0", "large-0", method, nth))
+    check(run, faultless, record_property)
+    lost, returned = run.told("lost", "returned")
+    assert lost["client"] == returned["client"] == "large-0" and "its process ended" in lost["text"]
+    assert run.metrics[-1]["available_clients"] == 3
+
+
+def test_a_client_killed_while_the_server_computes(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
+) -> None:
+    run = drill(cluster_file, tmp_path, Kill("small", SERVER, "train_step", 6))
+    check(run, faultless, record_property)
+    assert [event["client"] for event in run.told("lost")] == ["small"]
+
+
+def test_a_client_killed_while_the_server_aggregates(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
+) -> None:
+    run = drill(cluster_file, tmp_path, Kill("small", SERVER, "aggregate", 2))
+    check(run, faultless, record_property)
+    assert [event["client"] for event in run.told("lost")] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("actor", "method", "nth"),
+    [
+        (SERVER, "configure", 1),
+        (SERVER, "train_step", 6),
+        (SERVER, "aggregate", 2),
+        (SERVER, "evaluate", 4),
+        (SERVER, "probe", 1),
+        (SERVER, "state", 3),
+        (SERVER, "reconfigure", 1),
+        (SCHEDULER, "plan", 1),
+        (SCHEDULER, "review", 1),
+        (SCHEDULER, "aggregation_time_s", 2),
+        (SCHEDULER, "state", 3),
+        ("large-1", "configure", 1),
+    ],
+)
+def test_what_is_rolled_back_changes_no_number(
+    cluster_file: Path,
+    tmp_path: Path,
+    faultless: Drill,
+    record_property: Record,
+    actor: str,
+    method: str,
+    nth: int,
+) -> None:
+    run = drill(cluster_file, tmp_path, Kill(actor, actor, method, nth))
+    check(run, faultless, record_property)
+    assert run.metrics == faultless.metrics
+    assert [event["actor"] for event in run.told("repeated")] == [actor]
+
+
+def test_twenty_random_kills(cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record) -> None:
+    overrides = {"rounds": 30, "faults.max_failures": 20}
+    whole = drill(cluster_file, tmp_path / "whole", overrides=overrides)
+    draw, killed = random.Random(1), []
+
+    def kill_now_and_then(executor: KillingExecutor) -> None:
+        while len(killed) < 20:
+            time.sleep(draw.uniform(0.5, 2.5))
+            name = draw.choice(["small", "large-0", "large-1", "large-0", "large-1", SERVER, SCHEDULER])
+            try:
+                os.kill(executor.pid(name), signal.SIGKILL)
+            except Exception:  # it is dead already, or not there yet
+                continue
+            killed.append(name)
+
+    run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kill_now_and_then)
+    record_property("killed", ", ".join(killed))
+    record_property("final_ppl", round(run.final_ppl, 4))
+    record_property("faultless_ppl", round(whole.final_ppl, 4))
+    assert len(killed) == 20, "the run is long enough for all of them"
+    assert run.complete
+    assert run.final_ppl == pytest.approx(whole.final_ppl, rel=0.05)
+
+
+def test_ten_random_kills_repeated_change_no_number(cluster_file: Path, tmp_path: Path) -> None:
+    """metrics.csv to the last byte, but for the column of the wall's clock."""
+    overrides = {"rounds": 12, "faults.recovery": "repeat", "faults.deadline": None, "faults.max_failures": 10}
+    overrides["policy.replan.measured"] = False
+    whole = drill(cluster_file, tmp_path / "whole", overrides=overrides)
+    draw, killed = random.Random(2), []
+
+    def kill_now_and_then(executor: KillingExecutor) -> None:
+        while len(killed) < 10:
+            time.sleep(draw.uniform(0.5, 3.0))
+            name = draw.choice(["small", "large-0", "large-1", SERVER, SCHEDULER])
+            try:
+                os.kill(executor.pid(name), signal.SIGKILL)
+            except Exception:  # it is dead already, or not there yet
+                continue
+            killed.append(name)
+
+    run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kill_now_and_then)
+    assert len(killed) == 10 and run.told("repeated")
+    assert _without_wall_time(run.path / "metrics.csv") == _without_wall_time(whole.path / "metrics.csv")
+
+
+def _without_wall_time(path: Path) -> list[list[str]]:
+    heads, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    column = heads.index("wall_time_s")
+    return [[*row[:column], *row[column + 1 :]] for row in (heads, *rows)]
+
+
+def test_a_straggler_is_left_out_of_steps_and_not_of_the_round(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
+) -> None:
+    def stop_for_a_while(executor: KillingExecutor) -> None:
+        pid = executor.pid("large-1")
+        os.kill(pid, signal.SIGSTOP)
+        # Until steps have gone on without it.
+        thread = threading.Timer(8.0, os.kill, (pid, signal.SIGCONT))
+        thread.start()
+
+    run = drill(cluster_file, tmp_path, Happening("large-1", "forward", 6, stop_for_a_while))
+    check(run, faultless, record_property)
+    assert {event["client"] for event in run.told("left_out")} == {"large-1"}
+    assert not run.told("lost", "repeated")
+
+
+def test_a_client_that_sends_nan_is_refused_by_name(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
+) -> None:
+    def poison(executor: KillingExecutor) -> None:
+        executor.within("small", _poisoned)
+
+    run = drill(cluster_file, tmp_path, Happening("small", "forward", 6, poison))
+    check(run, faultless, record_property)
+    (lost,) = run.told("lost")
+    assert lost["client"] == "small" and "values that are no numbers" in lost["text"]
+
+
+def _poisoned(client: Any) -> None:
+    with torch.no_grad():
+        client.holder.adapters.flat.fill_(float("nan"))
+
+
+def test_a_client_out_of_memory_gets_a_smaller_plan(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
+) -> None:
+    def starve(executor: KillingExecutor) -> None:
+        executor.within("large-0", _starved)
+
+    run = drill(cluster_file, tmp_path, Happening("large-0", "forward", 6, starve))
+    check(run, faultless, record_property)
+    (lost,) = run.told("lost")
+    assert lost["client"] == "large-0" and lost["kind"] == "memory"
+    assert any("large-0 ran out of memory" in event["text"] for event in run.told("replanned"))
+    parts = {row["round"]: row for row in run.coordinator.progress.plans if row["name"] == "large-0"}
+    assert parts[3]["predicted_bytes"] < parts[2]["predicted_bytes"]
+
+
+def _starved(client: Any) -> None:
+    """From now on its process gets no more memory than it has, and it wants more."""
+    import numpy as np
+
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20), resource.RLIM_INFINITY))
+    front = type(client)._front
+
+    def hungry(*arguments: Any, **settings: Any) -> Any:
+        client.kept = [np.ones(1 << 24, dtype=np.uint8) for _ in range(64)]
+        return front(client, *arguments, **settings)
+
+    client._front = hungry
+
+
+def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_is_used(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
+) -> None:
+    import hsplit
+    from hsplit.errors import RunError
+    from tests.in_process import Recorder
+
+    # More than a checkpoint's files may have; what Ray writes is written by other processes.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int) -> None:
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+
+    try:
+        with pytest.raises(RunError, match=r"round 2: a file could not be written: .*hsplit resume .*full") as error:
+            hsplit.launch(cluster_file, runs_dir=tmp_path, name="full", display=Recorder(after_step=fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    names = sorted(path.name for path in (tmp_path / "full" / "checkpoints").iterdir())
+    assert names == ["round-0000", "round-0001"], "nothing half-written stays"
+    run = hsplit.resume(tmp_path / "full", display=Recorder())
+    assert run.complete
+    record_property("final_ppl", round(float(run.metrics["val_ppl"].iloc[-1]), 4))
+    assert run.metrics["val_ppl"].tolist() == [row["val_ppl"] for row in faultless.metrics]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(
+    cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record, damage: str
+) -> None:
+    """The server dies when its last checkpoint is damaged: the round before is repeated too."""
+
+    def spoil(executor: KillingExecutor) -> None:
+        file = tmp_path / "drill" / "checkpoints" / "round-0002" / "server.safetensors"
+        content = bytearray(file.read_bytes())
+        if damage == "truncated":
+            del content[len(content) // 2 :]
+        else:
+            content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+
+    run = drill(
+        cluster_file,
+        tmp_path,
+        Happening(SERVER, "train_step", 10, spoil),
+        Kill(SERVER, SERVER, "train_step", 10),
+    )
+    check(run, faultless, record_property)
+    assert run.metrics == faultless.metrics
+    (damaged,) = run.told("damaged")
+    assert "checkpoint round-0002 is damaged (server.safetensors does not match its checksum)" in damaged["text"]
