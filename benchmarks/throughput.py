@@ -34,6 +34,8 @@ from hsplit.observe.timing_record import step_shares
 PARTS = ("step", "server", "client", "overlap", "start")
 WARM_UP = 2
 ROUNDS_BEFORE = 4
+# Numbers of clients that the server phase is timed with, and most repeats of each: a repeat of many takes long.
+SERVER_REPEATS = {4: 5, 16: 3}
 CLUSTER = """
 server: {{memory_gb: 8, tflops: 2}}
 clients: [{{name: client, count: {clients}, memory_gb: 2, tflops: 1}}]
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables.append(_summary(timings))
         _plot(options.to / "step.svg", timings)
     if "server" in options.parts:
-        phases = [phase for clients in (4, 16) for phase in server_phases(options, clients)]
+        phases = [phase for clients in SERVER_REPEATS for phase in server_phases(options, clients)]
         write_rows(options.to / "server.csv", [asdict(p) for p in phases], header)
         tables.append(_server_summary(phases))
     if "client" in options.parts:
@@ -368,7 +370,7 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
 
     phases = []
     joined(), apart()
-    for repeat in range(options.repeat):
+    for repeat in range(min(options.repeat, SERVER_REPEATS[clients])):
         phases.append(Phase(clients, repeat, _seconds(joined), _seconds(apart)))
     return phases
 

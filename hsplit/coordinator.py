@@ -179,7 +179,9 @@ class Coordinator:
             self._repeat()
 
     def start(self) -> None:
-        self.progress = Progress(model_fingerprint=self._inputs.model_fingerprint, data_sha256=self._inputs.data_sha256)
+        self._go_back_to(
+            Progress(model_fingerprint=self._inputs.model_fingerprint, data_sha256=self._inputs.data_sha256)
+        )
         planned = self._executor.call(SCHEDULER, "plan")
         # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
         reading = self._begin_loading_data([client.name for client in self._run.participants])
@@ -218,12 +220,7 @@ class Coordinator:
         self, progress: Progress, tensors: Mapping[str, dict[str, Any]], fresh: Collection[str] | None
     ) -> None:
         """Put everybody where ``progress`` and ``tensors`` are; ``fresh`` have no data yet (``None``: nobody has)."""
-        self.progress = progress
-        self._metrics.restore(progress.metrics)
-        self._plans.restore(progress.plans)
-        self._timing.restore(progress.timing)
-        self._clear_round()
-        self.round = progress.round
+        self._go_back_to(progress)
         assert progress.plan is not None and progress.scheduler is not None
         self._one(SCHEDULER, "load_state", progress.scheduler)
         self._roster.recall(progress.failures, progress.aside, {*progress.lost, *self._away})
@@ -242,6 +239,14 @@ class Coordinator:
             ]
         )
         self._fresh, self._away = set(), []
+
+    def _go_back_to(self, progress: Progress) -> None:
+        """Make ``progress`` all that is known of the rounds."""
+        self.progress, self.round = progress, progress.round
+        self._metrics.restore(progress.metrics)
+        self._plans.restore(progress.plans)
+        self._timing.restore(progress.timing)
+        self._clear_round()
 
     # -- failures -------------------------------------------------------------------------------------------------
 

@@ -277,6 +277,8 @@ def _helpers(run: RunConfig, address: str | None) -> Iterator[_Helpers]:
     Workers of a local cluster are forked from a process that imports meanwhile; not where a holder has a GPU, which a
     forked process may be unable to use, and not on systems whose own libraries do not bear a fork.
     """
+    # Read when Ray is imported. What the coordinator tells of a lost actor is enough.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
     import ray
 
     holders = (run.server, *run.participants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def _one_thread() -> None:
     # Tiny models gain nothing from a second one, and threads that wait for each other lose much on a busy machine.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quantized_anew() -> None:
+    """Nothing that was kept in the user's cache changes what a test measures, and tests leave nothing there."""
+    from hsplit.models import weights
+
+    weights.SMALLEST_ENTRIES = sys.maxsize
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,7 @@ def test_the_others_train_on_without_the_lost_one(models: dict[str, Path], tmp_p
         ("server", "train_step", 5),
         ("server", "aggregate", 2),
         ("server", "evaluate", 4),
+        ("server", "state", 1),
         ("server", "state", 3),
         ("scheduler", "state", 3),
         ("scheduler", "review", 1),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import logging
 import os
 import runpy
 import select
@@ -26,17 +25,23 @@ from typing import Any
 
 from hsplit.actors import forked_workers
 
-# All that participants and scheduler need.
+# What participants and scheduler need, and what Ray's own imports take longest for.
 MODULES = (
+    # Before anything else may import bitsandbytes.
+    "hsplit.models.quiet_bitsandbytes",
     "hsplit.actors.client",
     "hsplit.actors.whole_client",
     "hsplit.actors.server",
     "hsplit.actors.scheduler",
     "accelerate",
-    "bitsandbytes",
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
+    "google.protobuf.json_format",
+    "jsonschema",
+    "msgpack",
+    "requests",
 )
 
 
@@ -44,12 +49,13 @@ class ForkServer:
     """Starts the server, which ends with the ``with`` block, or with the process that started it.
 
     Args:
-        modules: what it imports. Ray must not be among them: it starts threads, which a fork does not have.
+        modules: what it imports. Ray must not be among them: workers that are forked after its import do not come up.
+        within: where it makes a folder for its socket; the system's temporary one by default.
     """
 
-    def __init__(self, modules: Sequence[str] = MODULES) -> None:
+    def __init__(self, modules: Sequence[str] = MODULES, within: Path | None = None) -> None:
         # Short, since a socket's path may have about a hundred bytes; nobody else may enter.
-        self._folder = tempfile.TemporaryDirectory(prefix="hsplit-")
+        self._folder = tempfile.TemporaryDirectory(prefix="hsplit-", dir=within)
         self.path = str(Path(self._folder.name) / "fork")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(self.path)
@@ -84,8 +90,6 @@ class ForkServer:
 
 def serve(listening: int, modules: Sequence[str]) -> None:
     """Import ``modules``, then fork a worker for everybody who asks at socket ``listening``, until stdin ends."""
-    # What it says on CPUs of an optional kernel for inference is not for users' eyes.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in modules:
         importlib.import_module(module)
     # Pages with collected objects would be copied in every child.

@@ -6,24 +6,21 @@ dequantized. Quantization is bitsandbytes': NF4 in blocks of 64 with fp32 scales
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from hsplit.models.kept_codes import SMALLEST_ENTRIES, KeptCodes
+
 NF4_BLOCK = 64
 # Entries quantized at once: on a CPU bitsandbytes takes up to 16 bytes an entry in passing.
 QUANTIZED_AT_ONCE = 1 << 20
 
 
-@functools.cache
 def _bitsandbytes() -> Any:
-    """The functions of bitsandbytes, without what it says on CPUs of an optional kernel for inference."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes import functional
+    from hsplit.models.quiet_bitsandbytes import functional
 
     return functional
 
@@ -46,12 +43,26 @@ class DenseWeight(nn.Module):
 
 
 class NF4Weight(nn.Module):
-    """A weight of shape ``(d_out, d_in)`` kept as bitsandbytes NF4 codes: 4 bits an entry, fp32 scale a block."""
+    """A weight of shape ``(d_out, d_in)`` kept as bitsandbytes NF4 codes: 4 bits an entry, fp32 scale a block.
 
-    def __init__(self, values: Tensor) -> None:
+    Args:
+        values: of the weight.
+        once: take the codes from the user's cache directory if these values have been quantized before, and leave them
+            there if not. (Not so for int8: quantizing to it takes no longer than reading.)
+    """
+
+    def __init__(self, values: Tensor, *, once: bool = False) -> None:
         super().__init__()
-        bnb = _bitsandbytes()
         self.shape = cast("tuple[int, int]", tuple(values.shape))
+        self.codes: Tensor
+        self.scales: Tensor
+        self.code_book: Tensor
+        for name, tensor in (self._quantized_once(values) if once else self._quantized(values)).items():
+            self.register_buffer(name, tensor)
+
+    @staticmethod
+    def _quantized(values: Tensor) -> dict[str, Tensor]:
+        bnb = _bitsandbytes()
         size, flat = values.numel(), values.reshape(-1)
         codes = torch.empty((-(-size // 2), 1), dtype=torch.uint8, device=values.device)
         scales = torch.empty(-(-size // NF4_BLOCK), device=values.device)
@@ -61,12 +72,18 @@ class NF4Weight(nn.Module):
             part_codes, state = bnb.quantize_4bit(part, blocksize=NF4_BLOCK, quant_type="nf4")
             codes[start // 2 : start // 2 + len(part_codes)] = part_codes
             scales[start // NF4_BLOCK : start // NF4_BLOCK + len(state.absmax)] = state.absmax
-        self.codes: Tensor
-        self.scales: Tensor
-        self.code_book: Tensor
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("code_book", state.code)
+        return {"codes": codes, "scales": scales, "code_book": state.code}
+
+    @classmethod
+    def _quantized_once(cls, values: Tensor) -> dict[str, Tensor]:
+        if values.numel() < SMALLEST_ENTRIES:
+            return cls._quantized(values)
+        kept = KeptCodes("nf4", values)
+        tensors = kept.get()
+        if tensors is None:
+            tensors = cls._quantized(values)
+            kept.put(tensors)
+        return tensors
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         bnb = _bitsandbytes()
@@ -151,7 +168,7 @@ def freeze(read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool) 
     if not is_quantized(base):
         return DenseWeight(read_dense(read, base, dtype))
     # Int8 is quantized from fp16, whatever the checkpoint has.
-    codes = _QUANTIZED[base](read(torch.float16 if base == "int8" else None))
+    codes = Int8Weight(read(torch.float16)) if base == "int8" else NF4Weight(read(), once=True)
     return codes if quantized else DenseWeight(codes.dense(dtype))
 
 

@@ -1,59 +1,161 @@
-"""SIGKILL of the driver in the middle of a round, then ``hsplit resume``: no number changes."""
+"""The driver ends in every way there is: nothing is lost, nothing is left behind, and no number changes."""
 
 from __future__ import annotations
 
+import glob
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hsplit.janitor import MARK
+from hsplit.observe.events import read_events
 from hsplit.observe.metrics import read_metrics
+from hsplit.observe.runs import list_runs
+
+pytestmark = pytest.mark.drill
+
+# Ray's processes end by themselves within seconds; the janitor ends what has not.
+_GONE_S = 40.0
 
 
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from hsplit.cli import main; main()", *map(str, arguments)]
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """The driver's folder for temporary files: a socket's path in it has at most 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="t"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.drill
-def test_killed_driver_resumes_to_the_same_metrics(cluster_file: Path, tmp_path: Path) -> None:
-    launch = _command("launch", "--cluster", cluster_file, "--runs-dir", tmp_path, "--set", "local_steps=10")
-    subprocess.run([*launch, "--name", "whole"], check=True, stdout=subprocess.DEVNULL)
-
-    driver = subprocess.Popen([*launch, "--name", "killed"], stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert driver.stdout is not None
-    for line in driver.stdout:
-        # Printed every few steps: round 2 is under way and its end is not yet near.
-        if line.startswith("round 2/3 step"):
-            driver.send_signal(signal.SIGKILL)
-            break
-    assert driver.wait() == -signal.SIGKILL
-    names = sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert names == ["round-0000", "round-0001"], "the kill came in the middle of round 2"
-
-    subprocess.run(_command("resume", tmp_path / "killed"), check=True, stdout=subprocess.DEVNULL)
-    whole, killed = (
-        read_metrics(tmp_path / name / "metrics.csv").drop(columns="wall_time_s") for name in ("whole", "killed")
+def _started(temporary: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from hsplit.cli import main; main()", *map(str, arguments)]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
-    assert whole.to_csv() == killed.to_csv()
 
 
-@pytest.mark.drill
-def test_ctrl_c_in_a_terminal_ends_after_the_step_and_resumes(cluster_file: Path, tmp_path: Path) -> None:
-    """A terminal sends SIGINT to every process of the group, Ray's included; only the driver may heed it."""
-    launch = _command("launch", "--cluster", cluster_file, "--runs-dir", tmp_path, "--set", "local_steps=10")
-    driver = subprocess.Popen([*launch, "--name", "stopped"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+def _wait_for_line(driver: subprocess.Popen[str], start: str) -> list[str]:
+    """What the driver prints up to a line that begins with ``start``."""
     assert driver.stdout is not None
     printed = []
     for line in driver.stdout:
         printed.append(line)
-        if line.startswith("round 2/3 step"):
-            os.killpg(driver.pid, signal.SIGINT)
-    assert driver.wait() == 130
-    assert any("hsplit resume" in line for line in printed)
-    names = sorted(p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir())
-    assert names[-1].startswith("round-0001-step-00"), names
-    subprocess.run(_command("resume", tmp_path / "stopped"), check=True, stdout=subprocess.DEVNULL)
-    assert list(read_metrics(tmp_path / "stopped" / "metrics.csv")["round"]) == [0, 1, 2, 3]
+        if line.startswith(start):
+            return printed
+    raise AssertionError(f"no line {start!r}: {printed[-3:]} {driver.stderr.read() if driver.stderr else ''}")
+
+
+def _left(temporary: Path, run: Path) -> list[str]:
+    """Processes, files and shared memory of a driver that is gone."""
+    found = [str(path) for path in temporary.iterdir()]
+    found += [str(path) for path in run.rglob("*") if "partial" in path.name or path.name.endswith(".tmp")]
+    for entry in glob.glob("/proc/[0-9]*"):
+        try:
+            environment = Path(entry, "environ").read_bytes().split(b"\0")
+            if any(value.startswith(f"{MARK}={temporary}".encode()) for value in environment):
+                found.append(Path(entry, "cmdline").read_bytes().decode())
+        except OSError:
+            continue
+    return found
+
+
+def _assert_nothing_left(temporary: Path, run: Path, shared_memory: set[str]) -> None:
+    until = time.monotonic() + _GONE_S
+    while (left := _left(temporary, run)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def _state(run: Path) -> str:
+    (found,) = [state for state in list_runs(run.parent) if state.name == run.name]
+    return found.state
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "Ctrl-C", "SIGKILL"])
+def test_nothing_is_left_behind(cluster_file: Path, tmp_path: Path, temporary: Path, end: str) -> None:
+    before, run = set(os.listdir("/dev/shm")), tmp_path / "tidy"
+    steps = ["--set", "local_steps=10"]
+    driver = _started(temporary, "launch", "--cluster", cluster_file, "--runs-dir", tmp_path, "--name", "tidy", *steps)
+    printed = _wait_for_line(driver, "round 2/3 step")
+    assert _left(temporary, run), "there is something to tidy up"
+    assert _state(run) == "running"
+    if end == "success":
+        second = _started(temporary, "resume", run)
+        _, error = second.communicate()
+        assert second.returncode == 2 and "tidy: is running" in error
+    elif end == "failure":
+        # No checkpoint can be written any more.
+        shutil.rmtree(run / "checkpoints")
+        (run / "checkpoints").write_text("in the way")
+    elif end == "Ctrl-C":
+        # A terminal sends it to every process of the group, Ray's included; only the driver may heed it.
+        os.killpg(driver.pid, signal.SIGINT)
+    elif end == "SIGKILL":
+        driver.kill()
+    out, error = driver.communicate()
+    expected = {"success": 0, "failure": 1, "Ctrl-C": 130, "SIGKILL": -signal.SIGKILL}
+    assert driver.returncode == expected[end], error
+    _assert_nothing_left(temporary, run, before)
+    states = {"success": "complete", "failure": "failed", "Ctrl-C": "stopped", "SIGKILL": "interrupted"}
+    assert _state(run) == states[end]
+    if end == "failure":
+        assert "error: round 2: a file could not be written: " in error and "Traceback" not in error
+        assert error.strip().endswith(f"go on from the last checkpoint with: hsplit resume {run}")
+    elif end == "Ctrl-C":
+        assert "hsplit resume" in out
+        names = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert names[-1].startswith("round-0001-step-00"), (names, printed[-1])
+        resumed = _started(temporary, "resume", run)
+        assert resumed.wait() == 0
+        assert list(read_metrics(run / "metrics.csv")["round"]) == [0, 1, 2, 3]
+
+
+def test_a_driver_killed_ten_times_changes_no_number(cluster_file: Path, tmp_path: Path, temporary: Path) -> None:
+    """Killed at random moments, of its start too; metrics.csv is the same to the last byte but for the wall's clock."""
+    launch: list[Any] = ["launch", "--cluster", cluster_file, "--runs-dir", tmp_path]
+    settings = {"rounds": 20, "faults.deadline": "null", "policy.replan.measured": "false"}
+    launch += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    whole = _started(temporary, *launch, "--name", "whole")
+    assert whole.communicate() and whole.returncode == 0
+
+    run, draw, moments = tmp_path / "killed", random.Random(0), []
+    for number in range(10):
+        command = ["resume", run] if (run / "checkpoints" / "round-0000").exists() else [*launch, "--name", "killed"]
+        if command[0] == "launch" and run.exists():
+            # Killed before its first checkpoint: there is nothing to resume from.
+            shutil.rmtree(run)
+        driver = _started(temporary, *command)
+        if number % 3 == 2:
+            delay = draw.uniform(0.5, 8.0)
+        else:
+            _wait_for_line(driver, "round ")
+            delay = draw.uniform(0.0, 4.0)
+        ending = threading.Timer(delay, driver.kill)
+        ending.start()
+        driver.communicate()
+        ending.cancel()
+        assert driver.returncode == -signal.SIGKILL, "the run is long enough for ten kills"
+        moments.append(len(read_metrics(run / "metrics.csv")) if (run / "metrics.csv").exists() else 0)
+    last = _started(temporary, "resume", run)
+    assert last.communicate() and last.returncode == 0
+    assert _without_wall_time(run) == _without_wall_time(tmp_path / "whole")
+    assert len(set(moments)) > 1, "the kills came in different rounds"
+    assert len([event for event in read_events(run / "events.jsonl") if event["event"] == "resumed"]) >= 5
+
+
+def _without_wall_time(run: Path) -> list[list[str]]:
+    heads, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    column = heads.index("wall_time_s")
+    return [[*row[:column], *row[column + 1 :]] for row in (heads, *rows)]
