@@ -75,7 +75,7 @@ def overlaps(steps: int, console: Console) -> list[Overlap]:
 
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
         folder = Path(name)
-        model, data = _tiny_model(folder / "model"), _texts(folder / "texts.csv")
+        model, data = tiny_model(folder / "model"), texts(folder / "texts.csv")
         connect(None, 8, dashboard=False, fork_server=fork_server)
         try:
             found = []
@@ -168,7 +168,8 @@ def _configured(folder: Path, model: Path, data: Path, client_tflops: float, ser
     return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
 
 
-def _tiny_model(to: Path) -> Path:
+def tiny_model(to: Path) -> Path:
+    """Save a random model with a word-level tokenizer into ``to``."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -185,9 +186,10 @@ def _tiny_model(to: Path) -> Path:
     return to
 
 
-def _texts(to: Path) -> Path:
+def texts(to: Path, count: int = 200) -> Path:
+    """Write ``count`` examples in that tokenizer's words, a CSV."""
     draw = random.Random(0)
-    lines = [" ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(12)) for _ in range(200)]
+    lines = [" ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(12)) for _ in range(count)]
     to.write_text("prompt,response\n" + "\n".join(f"{line[:8]},{line}" for line in lines) + "\n")
     return to
 

@@ -232,6 +232,7 @@ _EXPERIMENTS = {
     "policies": "Every policy of the papers on one cluster and the same number of tokens",
     "aggregation": "Time, memory and error of aggregation at size, and what merging an update loses",
     "throughput": "Examples a second against plain loops, the server phase, overlap, and start-up",
+    "clients": "Time of a round and memory as the number of clients grows",
     "wire": "What sending activations and gradients in bf16 and int8 costs in perplexity",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -277,6 +278,8 @@ def _helpers(run: RunConfig, address: str | None) -> Iterator[_Helpers]:
     Workers of a local cluster are forked from a process that imports meanwhile; not where a holder has a GPU, which a
     forked process may be unable to use, and not on systems whose own libraries do not bear a fork.
     """
+    # What it says on CPUs of an optional kernel for inference is not for users' eyes.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Read when Ray is imported. What the coordinator tells of a lost actor is enough.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
     import ray

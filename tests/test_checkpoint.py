@@ -56,3 +56,25 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "round-0002").mkdir()
     with pytest.raises(InputError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
+    import resource
+
+    good = _save(tmp_path, 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _save(tmp_path, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["round-0001"]
+    assert latest_checkpoint(tmp_path) == (good, [])
+
+
+def test_if_every_checkpoint_is_damaged_each_is_named(tmp_path: Path) -> None:
+    for step in (4, 8):
+        (_save(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no complete checkpoint .*round-0002 is damaged .*round-0001 is damaged"):
+        latest_checkpoint(tmp_path)

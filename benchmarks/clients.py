@@ -1,0 +1,216 @@
+"""What many clients cost: time of a round, and memory of driver, scheduler and server, against the number of clients.
+
+    python -m benchmarks.clients [--clients 10 30 100] [--rounds 30]        # or: hsplit bench clients
+
+A tiny random model and real actors, one process each, on this machine. So what is measured is what an orchestrator
+adds: calls, messages, aggregation, checkpoints. Memory is what a process has to itself (unique set size).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+
+CLUSTER = """
+server: {{memory_gb: 4, tflops: 1}}
+clients: [{{name: client, count: {clients}, memory_gb: 0.01, tflops: 0.01, num_cpus: 0.01}}]
+job:
+  model: {model}
+  base: fp32
+  wire: fp32
+  data: {{source: "{data}"}}
+  batch_size: 2
+  max_length: 32
+  rounds: {rounds}
+  local_steps: {steps}
+  validation: {{max_examples: 2}}
+"""
+# Rounds after which memory is expected to stay: the residual is at its cap, and every table has its first rows.
+SETTLED = 5
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of one run.
+
+    Attributes:
+        clients: of the run.
+        round: counted from 1.
+        seconds: of the wall, its aggregation, validation and checkpoint included.
+        driver_mb, scheduler_mb, server_mb: memory at its end.
+        virtual_s: what it would have taken at the declared budgets.
+    """
+
+    clients: int
+    round: int
+    seconds: float
+    driver_mb: float
+    scheduler_mb: float
+    server_mb: float
+    virtual_s: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every number of clients, print the table and write it down."""
+    options = _options(arguments)
+    console = Console(width=120)
+    rounds: list[Round] = []
+    starts: dict[int, float] = {}
+    for clients in options.clients:
+        starts[clients], found = run_of(clients, options.rounds, options.steps)
+        rounds += found
+        console.print(f"{clients} clients: {starts[clients]:.1f} s to the first step, {len(found)} rounds")
+    columns, cells = table(rounds, starts)
+    shown = Table(*columns, box=SIMPLE_HEAD)
+    for row in cells:
+        shown.add_row(*row)
+    console.print(shown)
+    to: Path = options.to
+    to.mkdir(parents=True, exist_ok=True)
+    header = {**machine_description("ray", "torch"), "rounds": options.rounds, "local_steps": options.steps}
+    write_rows(to / "clients.csv", [asdict(row) for row in rounds], header)
+    (to / "clients.md").write_text(markdown_table(columns, cells) + "\n")
+    _plot(rounds, to / "clients.svg")
+    console.print(f"written to {to}")
+
+
+def run_of(clients: int, rounds: int, steps: int) -> tuple[float, list[Round]]:
+    """Train with ``clients`` clients on a Ray of its own; seconds until the first step, and the rounds."""
+    import ray
+
+    from hsplit.actors.fork_server import ForkServer
+    from hsplit.actors.ray_executor import connect
+
+    overlap = load_benchmark("overlap")
+    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
+        folder = Path(name)
+        model, data = overlap.tiny_model(folder / "model"), overlap.texts(folder / "texts.csv", 20 * clients)
+        run = _configured(folder, model, data, clients, rounds, steps)
+        begun = time.perf_counter()
+        connect(None, 4 + clients / 10, dashboard=False, fork_server=fork_server)
+        try:
+            return _trained(run, model, folder, begun)
+        finally:
+            ray.shutdown()
+
+
+def _trained(run: Any, model: Path, folder: Path, begun: float) -> tuple[float, list[Round]]:
+    import ray
+
+    from hsplit.actors.executor import SCHEDULER, SERVER
+    from hsplit.actors.ray_executor import RayExecutor
+    from hsplit.coordinator import Coordinator
+    from hsplit.launcher import read_inputs
+    from hsplit.models.source import find_model
+    from hsplit.run_directory import RunDirectory
+
+    executor = RayExecutor("clients", run, model)
+    pids = {"driver": os.getpid()}
+    for actor, name in ((SCHEDULER, "scheduler"), (SERVER, "server")):
+        pids[name] = ray.get(executor._handles[actor].__ray_call__.remote(lambda self: os.getpid()))
+    watch = _Watch(len(run.clients), pids)
+    try:
+        directory = RunDirectory.create(folder, "clients")
+        Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), watch).run()
+    finally:
+        executor.close()
+    return watch.trained_at - begun, watch.rounds
+
+
+class _Watch:
+    """A display that looks at memory and at the clock when a round is done."""
+
+    def __init__(self, clients: int, pids: dict[str, int]) -> None:
+        self._clients, self._pids = clients, pids
+        self.rounds: list[Round] = []
+        self.trained_at = self._last = 0.0
+        self._virtual_s = 0.0
+
+    def round_done(self, row: Any) -> None:
+        now = time.perf_counter()
+        if row.round == 0:
+            self.trained_at = now
+        else:
+            memory = {f"{name}_mb": _memory_mb(pid) for name, pid in self._pids.items()}
+            virtual_s = row.virtual_time_s - self._virtual_s
+            self.rounds.append(Round(self._clients, row.round, now - self._last, **memory, virtual_s=virtual_s))
+        self._last, self._virtual_s = time.perf_counter(), row.virtual_time_s
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def _memory_mb(pid: int) -> float:
+    import psutil
+
+    return float(psutil.Process(pid).memory_full_info().uss) / 1e6
+
+
+def table(rounds: Sequence[Round], starts: dict[int, float]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: time of a round, and memory once it has settled and at the end."""
+    columns = ["clients", "start, s", "round, s", "a client, ms"]
+    columns += [f"{name}, MB" for name in ("driver", "scheduler", "server")]
+    cells = []
+    for clients, start in starts.items():
+        own = [row for row in rounds if row.clients == clients]
+        seconds = median(row.seconds for row in own)
+        first, last = own[min(SETTLED, len(own)) - 1], own[-1]
+        memory = [
+            f"{getattr(first, name):.0f} to {getattr(last, name):.0f}"
+            for name in ("driver_mb", "scheduler_mb", "server_mb")
+        ]
+        cells.append([str(clients), f"{start:.1f}", f"{seconds:.2f}", f"{1e3 * seconds / clients:.0f}", *memory])
+    return columns, cells
+
+
+def _configured(folder: Path, model: Path, data: Path, clients: int, rounds: int, steps: int) -> Any:
+    from hsplit.config import load_run_config
+    from hsplit.launcher import settled
+
+    cluster = folder / "cluster.yaml"
+    cluster.write_text(CLUSTER.format(clients=clients, model=model, data=data, rounds=rounds, steps=steps))
+    return settled(load_run_config(cluster, None, ["job.dtype=fp32"]))
+
+
+def _plot(rounds: Sequence[Round], to: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    numbers = list(dict.fromkeys(row.clients for row in rounds))
+    times = [median(row.seconds for row in rounds if row.clients == clients) for clients in numbers]
+    time_axes.plot(numbers, times, marker="o")
+    time_axes.set(xlabel="clients", ylabel="seconds a round (median)", xlim=(0, None), ylim=(0, None))
+    most = [row for row in rounds if row.clients == max(numbers)]
+    for name in ("driver", "scheduler", "server"):
+        memory_axes.plot([row.round for row in most], [getattr(row, f"{name}_mb") for row in most], label=name)
+    memory_axes.set(xlabel=f"round, {max(numbers)} clients", ylabel="memory, MB", ylim=(0, None))
+    memory_axes.legend()
+    figure.savefig(to)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="hsplit bench clients", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 30, 100])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=2, help="local steps a round")
+    parser.add_argument("--to", type=Path, default=results_directory("clients"))
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

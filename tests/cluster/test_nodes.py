@@ -1,0 +1,73 @@
+"""A node that goes away with its clients, and comes back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from hsplit.observe.events import read_events
+
+pytestmark = pytest.mark.drill
+
+# In a process of its own: this cluster is not the one that other tests share.
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+
+# Else a node's end shows after a quarter of a minute.
+os.environ |= {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+os.environ |= {"RAY_health_check_timeout_ms": "2000"}
+import ray
+from ray.cluster_utils import Cluster
+
+import hsplit
+from tests.in_process import Recorder
+
+cluster_file, runs = map(Path, sys.argv[1:])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+away = cluster.add_node(num_cpus=8)
+ray.init(address=cluster.address, log_to_driver=False)
+steps = []
+
+def after_step(step):
+    global away
+    steps.append(step)
+    if step == 6:
+        cluster.remove_node(away, allow_graceful=False)
+    if step == 14:
+        away = cluster.add_node(num_cpus=8)
+        cluster.wait_for_nodes()
+
+# Five CPUs are only on the second node.
+overrides = {"rounds": 6, "clients.large-1.num_cpus": 5, "faults.max_failures": 5}
+run = hsplit.launch(cluster_file, None, overrides, runs_dir=runs, name="away", display=Recorder(after_step=after_step))
+assert run.complete
+print(list(run.metrics["available_clients"]), run.metrics["val_ppl"].iloc[-1])
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_a_node_goes_away_and_comes_back(cluster_file: Path, tmp_path: Path, record_property: object) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(program), str(cluster_file), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = read_events(tmp_path / "away" / "events.jsonl")
+    told = [(event["event"], event.get("client")) for event in events if event["event"] in ("lost", "away", "returned")]
+    assert told == [("lost", "large-1"), ("away", "large-1"), ("returned", "large-1")]
+    lost, away, _ = [event["text"] for event in events if event["event"] in ("lost", "away", "returned")]
+    assert "large-1 failed in" in lost and "no node that is there has room for it" in away
+    assert "[3, 3, 2, " in done.stdout and ", 3] " in done.stdout
