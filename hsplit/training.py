@@ -309,7 +309,8 @@ class SplitTraining(_Steps):
         return done
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
-        return probe_importance(self._executor, clients, round_, tokens, self._job.privacy.labels)
+        job = self._job
+        return probe_importance(self._executor, clients, round_, tokens, job.privacy.labels, job.faults.patience_s)
 
 
 class WholeTraining(_Steps):
@@ -340,5 +341,5 @@ class WholeTraining(_Steps):
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
         calls = [self._executor.call(client, "probe", round_, tokens) for client in clients]
-        reports: list[ImportanceReport] = [r for found in self._executor.get(calls) for r in found]
+        reports: list[ImportanceReport] = [r for found in self._patient(calls) for r in found]
         return ProbeOutcome(reports, 0, 0)

@@ -36,9 +36,7 @@ def test_a_driver_that_ends_well_has_its_folder_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
-def test_a_driver_that_is_killed_leaves_no_process_and_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_driver_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hsplit import janitor
 
     monkeypatch.delenv(MARK, raising=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.actors.peak_memory import PeakMemory, measured
+from hsplit.actors.peak_memory import PeakMemory, measured, measured_with_part, measured_with_round
 from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples
 from hsplit.data.local import LocalData
@@ -114,7 +114,7 @@ class Participant:
             too_long=sum(data.too_long for data in self._data),
         )
 
-    @measured
+    @measured_with_part
     def configure(self, split: int, ranks: dict[str, int]) -> None:
         """Read layers ``[0, split)`` and make adapters of ``ranks``; the round is begun by :meth:`restart`.
 
@@ -128,7 +128,7 @@ class Participant:
         self._holder = self._kept = None
         self._batches.clear()
 
-    @measured
+    @measured_with_part
     def give_up(self, split: int) -> None:
         """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure`.
 
@@ -138,7 +138,7 @@ class Participant:
             held, self._holder = self._holder.segment, None
             self._kept = load_segment(self._base, replace(held.spec, last=min(split, held.spec.last)), kept=held)
 
-    @measured
+    @measured_with_part
     def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
         """Follow a change of plan between two rounds: read new layers, change ranks (law E4).
 
@@ -148,7 +148,7 @@ class Participant:
         self._hold(split, ranks, kept)
         self.holder.restart(update)
 
-    @measured
+    @measured_with_part
     def release(self) -> None:
         """Drop every layer and adapter: the client has no part in the rounds that follow."""
         self._holder = None
@@ -173,7 +173,7 @@ class Participant:
         held = self.holder.held()
         return held.nbytes, held
 
-    @measured
+    @measured_with_round
     def restart(self, update: RoundUpdate) -> None:
         self.holder.restart(update)
 
@@ -181,13 +181,13 @@ class Participant:
     def state(self) -> dict[str, Tensor]:
         return self.holder.state()
 
-    @measured
+    @measured_with_part
     def load_state(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
         """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
         self.holder.follow_residual(update.residuals)
         self.holder.load_state(tensors)
 
-    @measured
+    @measured_with_part
     def rejoin(self, tensors: dict[str, Tensor] | None, update: RoundUpdate) -> None:
         """Begin a round after a failure, with the optimizer's moments as they were last kept.
 

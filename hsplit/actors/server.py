@@ -13,7 +13,15 @@ from hsplit.actors.executor import ActorFailure
 from hsplit.actors.joined_batch import JoinedBatch
 from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
 from hsplit.actors.participant import tensors_held
-from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
+from hsplit.actors.peak_memory import (
+    PeakMemory,
+    measured,
+    measured_always,
+    measured_in_first_steps,
+    measured_once_a_round,
+    measured_with_part,
+    measured_with_round,
+)
 from hsplit.actors.stopwatch import Stopwatch
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
@@ -96,7 +104,7 @@ class Server:
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
-    @measured
+    @measured_with_part
     def configure(self, plan: Plan) -> None:
         """Read the deep layers and the tail that ``plan`` gives the server; the round is begun by :meth:`restart`.
 
@@ -112,7 +120,7 @@ class Server:
         self._aggregator = Aggregator(shapes, job, self._policy, master, merges=not is_quantized(job.base))
         self._hold(plan, None)
 
-    @measured
+    @measured_with_part
     def reconfigure(
         self, round_: int, plan: Plan, *clients: str
     ) -> tuple[ReconfigurationReport, *tuple[RoundUpdate | None, ...]]:
@@ -323,7 +331,7 @@ class Server:
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
-    @measured
+    @measured_always
     def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate | None, ...]]:
         """Aggregate every weight over its holders (the server among them) and say how each goes on (METHOD 6).
 
@@ -365,7 +373,7 @@ class Server:
         self.aggregator.mark_sent()
         return sum(update.nbytes for update in updates), *updates
 
-    @measured
+    @measured_with_round
     def restart(self, update: RoundUpdate) -> None:
         self.holder.restart(update)
 
@@ -376,7 +384,7 @@ class Server:
         """Own adapters and moments, every residual and every common restart."""
         return self.holder.state() | self.aggregator.state()
 
-    @measured
+    @measured_with_part
     def load_state(self, tensors: dict[str, Tensor], *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
         """Resume.
 

@@ -29,8 +29,8 @@ import hsplit
 from tests.in_process import Recorder
 
 cluster_file, runs = map(Path, sys.argv[1:])
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-away = cluster.add_node(num_cpus=8)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 16, "include_dashboard": False})
+away = cluster.add_node(num_cpus=20)
 ray.init(address=cluster.address, log_to_driver=False)
 steps = []
 
@@ -40,14 +40,14 @@ def after_step(step):
     if step == 6:
         cluster.remove_node(away, allow_graceful=False)
     if step == 14:
-        away = cluster.add_node(num_cpus=8)
+        away = cluster.add_node(num_cpus=20)
         cluster.wait_for_nodes()
 
-# Five CPUs are only on the second node.
-overrides = {"rounds": 6, "clients.large-1.num_cpus": 5, "faults.max_failures": 5}
+# Twenty CPUs are on the second node alone.
+overrides = {"rounds": 6, "clients.small.num_cpus": 20, "faults.max_failures": 5}
 run = hsplit.launch(cluster_file, None, overrides, runs_dir=runs, name="away", display=Recorder(after_step=after_step))
 assert run.complete
-print(list(run.metrics["available_clients"]), run.metrics["val_ppl"].iloc[-1])
+print(run.metrics["available_clients"].tolist(), run.metrics["val_ppl"].iloc[-1])
 ray.shutdown()
 cluster.shutdown()
 """
@@ -67,7 +67,7 @@ def test_a_node_goes_away_and_comes_back(cluster_file: Path, tmp_path: Path, rec
     assert done.returncode == 0, done.stderr[-3000:]
     events = read_events(tmp_path / "away" / "events.jsonl")
     told = [(event["event"], event.get("client")) for event in events if event["event"] in ("lost", "away", "returned")]
-    assert told == [("lost", "large-1"), ("away", "large-1"), ("returned", "large-1")]
+    assert told == [("lost", "small"), ("away", "small"), ("returned", "small")]
     lost, away, _ = [event["text"] for event in events if event["event"] in ("lost", "away", "returned")]
-    assert "large-1 failed in" in lost and "no node that is there has room for it" in away
+    assert "small failed in" in lost and "no node that is there has room for it" in away
     assert "[3, 3, 2, " in done.stdout and ", 3] " in done.stdout

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from benchmarks.memory import Case, Measured, measured_client, measured_server, random_model
 from hsplit.actors.client import Client
-from hsplit.actors.peak_memory import PeakMemory, measured, measured_in_first_steps, measured_once_a_round
+from hsplit.actors.peak_memory import (
+    PeakMemory,
+    measured,
+    measured_in_first_steps,
+    measured_once_a_round,
+    measured_with_part,
+    measured_with_round,
+)
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import BaseModel
@@ -100,6 +107,14 @@ class Holder:
     def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return work(*arguments)
 
+    @measured_with_part
+    def take(self, size: int) -> None:
+        self.kept = [torch.zeros(size)]
+
+    @measured_with_round
+    def begin(self) -> None:
+        """Nothing that takes memory."""
+
     @measured_in_first_steps
     def step(self, step: int) -> None:
         torch.zeros(1000)
@@ -166,10 +181,30 @@ def test_only_the_first_two_steps_and_the_first_validation_of_a_round_are_measur
     assert holder.peak == 4000
     holder.validate()
     assert holder.peak == 0
-    holder.run(lambda: None)
+    holder.begin()
     holder.step(7)
     holder.validate()
     assert holder.peak == 4000
+
+
+def test_later_rounds_with_the_same_part_are_looked_at_now_and_then() -> None:
+    holder = Holder()
+    holder.take(500)
+    assert holder.peak == 2000
+    looked_at = []
+    for round_ in range(1, 22):
+        holder.begin()
+        holder.step(round_)
+        holder.run(lambda: torch.zeros(100))
+        if holder.peak == 6000:
+            looked_at.append(round_)
+    assert looked_at == [1, 2, 3, 10, 20]
+    # What is held is followed in every round.
+    holder.take(1000)
+    assert holder.peak == 6000
+    holder.begin()
+    holder.step(0)
+    assert holder.peak == 8000
 
 
 def test_a_failure_inside_a_window_ends_the_window() -> None:
