@@ -35,6 +35,7 @@ class Progress:
         measured_bytes: most memory that each holder took in the last round, by name.
         metrics, plans, timing: rows of metrics.csv, plan.csv and timing.csv so far.
         failures: by client how often it failed.
+        shortages: by client how often it ran out of memory.
         aside: clients that take no part any more.
         lost: clients that were lost in the round under way and are to come back.
         model_fingerprint, data_sha256: what the run was started with.
@@ -56,6 +57,7 @@ class Progress:
     plans: list[dict[str, Any]] = field(default_factory=list)
     timing: list[dict[str, Any]] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
+    shortages: dict[str, int] = field(default_factory=dict)
     aside: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     model_fingerprint: str = ""
@@ -137,11 +139,13 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]
 
 
 def holder_state(path: Path, holder: str) -> dict[str, Tensor] | None:
-    """One holder's tensors, or ``None`` where the checkpoint has none of it."""
+    """One holder's tensors, or ``None`` where the checkpoint has none of it, or a damaged file."""
     from safetensors.torch import load_file
 
     file = path / f"{holder}.safetensors"
-    return load_file(file) if file.is_file() else None
+    if not file.is_file() or json.loads((path / MANIFEST).read_text()).get(file.name) != _sha256(file):
+        return None
+    return load_file(file)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -91,7 +91,7 @@ class Coordinator:
         # The one node is the server's: nothing travels.
         self._single = run.policy.placement == "single"
         self.round = 0
-        self._roster = Roster(self._job.faults, executor, self._prepare_return, self._note)
+        self._roster = Roster(self._job.faults, executor, self._prepare_return, self._learn, self._note)
         self._repeats = 0
         self._slow: set[str] = set()
         self._unavailable: set[str] = set()
@@ -105,6 +105,7 @@ class Coordinator:
         self._late: set[str] = set()
         self._losses: dict[str, float] = {}
         self._saved: Path | None = None
+        self._saved_plan: Plan | None = None
         # Who has no place to be begun anew when a round is repeated.
         self._away: list[str] = []
         # Who has no data yet, when a round is repeated; None: this process has just begun.
@@ -151,7 +152,8 @@ class Coordinator:
         job, progress = self._job, self.progress
         self._events.write("training", f"training begins with step {progress.step + 1}", step=progress.step + 1)
         while progress.round < job.rounds:
-            if progress.round > 0 and progress.step == progress.round * job.local_steps:
+            at_its_start = progress.step == progress.round * job.local_steps
+            if at_its_start and (progress.round > 0 or self._roster.shortages):
                 self._review()
             self.round = progress.round + 1
             while progress.step < (progress.round + 1) * job.local_steps:
@@ -182,9 +184,12 @@ class Coordinator:
         self._go_back_to(
             Progress(model_fingerprint=self._inputs.model_fingerprint, data_sha256=self._inputs.data_sha256)
         )
+        # After failures so early this is not the first try.
+        self._roster.recall({}, (), self._away)
         planned = self._executor.call(SCHEDULER, "plan")
         # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
-        reading = self._begin_loading_data([client.name for client in self._run.participants])
+        gone = {*self._roster.aside, *self._roster.lost}
+        reading = self._begin_loading_data([c.name for c in self._run.participants if c.name not in gone])
         self._adopt(*self._executor.get([planned]))
         self._finish_loading_data(reading)
         self._say_what_is_lost()
@@ -223,7 +228,8 @@ class Coordinator:
         self._go_back_to(progress)
         assert progress.plan is not None and progress.scheduler is not None
         self._one(SCHEDULER, "load_state", progress.scheduler)
-        self._roster.recall(progress.failures, progress.aside, {*progress.lost, *self._away})
+        lost = {*progress.lost, *self._away}
+        self._roster.recall(progress.failures, progress.aside, lost, progress.shortages)
         self._adopt(Plan.from_json(progress.plan))
         named = [client.name for client in self._plan.clients if client.name not in self._roster.aside]
         reading = [name for name in named if name not in self._roster.lost and (fresh is None or name in fresh)]
@@ -238,7 +244,7 @@ class Coordinator:
                 for name, update in zip(self._clients, updates, strict=True)
             ]
         )
-        self._fresh, self._away = set(), []
+        self._fresh, self._away, self._saved_plan = set(), [], self._plan
 
     def _go_back_to(self, progress: Progress) -> None:
         """Make ``progress`` all that is known of the rounds."""
@@ -265,7 +271,8 @@ class Coordinator:
         if failure.kind == "hopeless" or self._repeats > most:
             raise failure
         where = "from the start" if self._saved is None else f"from checkpoint {self._saved.name}"
-        gone = [name for name in self._executor.lost() if name != failure.actor and name not in self._roster.aside]
+        known = {failure.actor, *self._roster.aside, *self._roster.lost}
+        gone = [name for name in self._executor.lost() if name not in known]
         text = f"round {round_}: {told(failure)}; the round is repeated {where} (try {self._repeats} of {most})"
         text += f" (gone too: {', '.join(gone)})" if gone else ""
         self._note("repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason)
@@ -298,7 +305,8 @@ class Coordinator:
 
     def _lose(self, failure: ActorFailure) -> None:
         """Go on without a client; where the round is to be repeated instead, say so by its failure."""
-        if self._job.faults.recovery == "repeat" or failure.actor not in self._clients:
+        # A single node has all that was learned in the round: without it there is nobody to go on.
+        if self._job.faults.recovery == "repeat" or self._single or failure.actor not in self._clients:
             raise failure
         self._training.forget(failure.actor)
         self._roster.lose(failure, self.round)
@@ -316,8 +324,11 @@ class Coordinator:
             else:
                 values[name] = value
         if calls and not values:
-            raise ActorFailure(next(iter(calls)), "the round", "no client is left")
+            self._nobody_is_left(next(iter(calls)))
         return values
+
+    def _nobody_is_left(self, last: str) -> None:
+        raise ActorFailure(last, "the round", "no client is left to train with")
 
     def _steadily(self, what: Callable[[], _Value]) -> _Value:
         """Do something between two rounds. Who fails meanwhile is brought back first, and it is done again."""
@@ -326,7 +337,11 @@ class Coordinator:
                 return what()
             except ActorFailure as failure:
                 self._lose(failure)
-                self._bring_back()
+                if failure.kind != "memory":
+                    self._bring_back()
+                elif not self._clients:
+                    # Those short of memory are back when the next plan has given them less.
+                    self._nobody_is_left(failure.actor)
 
     def _bring_back(self) -> None:
         """Whoever was lost begins the round that follows like everybody else."""
@@ -336,7 +351,7 @@ class Coordinator:
 
         def rejoin(names: list[str]) -> list[Any]:
             sent, *updates = self._executor.call_many(1 + len(names), SERVER, "welcome", round_, *names)
-            kept = {name: None if self._saved is None else holder_state(self._saved, name) for name in names}
+            kept = {name: self._kept_state(name) for name in names}
             calls = [
                 self._executor.call(name, "rejoin", kept[name], update)
                 for name, update in zip(names, updates, strict=True)
@@ -347,14 +362,31 @@ class Coordinator:
         self._roster.bring_back(round_, rejoin)
         self._roster.adopt(self._plan)
         if not self._clients:
-            raise ActorFailure(SERVER, "the round", "no client is left to train with", "hopeless")
+            self._nobody_is_left(self._roster.lost[0] if self._roster.lost else self._roster.aside[-1])
         self._set_pace()
+
+    def _kept_state(self, client: str) -> dict[str, Any] | None:
+        """A client's tensors by the last checkpoint, where they are of the part that it has now."""
+        saved, now = self._saved_plan, self._plan.client(client)
+        then = [] if saved is None else [(c.split, c.ranks) for c in saved.clients if c.name == client]
+        same = then == [(now.split, now.ranks)]
+        return holder_state(self._saved, client) if same and self._saved is not None else None
 
     def _prepare_return(self, name: str) -> list[Any]:
         """Have a client that was begun anew read its data and its layers."""
         part = self._plan.client(name)
         calls = list(self._begin_loading_data([name]).values())
         return [*calls, self._executor.call(name, "configure", part.split, part.ranks)]
+
+    def _learn(self, values: Sequence[Any]) -> None:
+        """Take note of the data that a client has found anew."""
+        for report in values:
+            if isinstance(report, DataReport):
+                self._count_data(report)
+
+    def _count_data(self, report: DataReport) -> None:
+        self._examples[report.client] = report.train + report.validation
+        self._validation_batches[report.client] = report.validation_batches
 
     def _adopt(self, plan: Plan) -> None:
         """Put ``plan`` in force and say who cannot take part any more."""
@@ -392,8 +424,7 @@ class Coordinator:
                 self._examples[name] = 0
                 self._note("data", f"{name}, which is unavailable: {error}", client=name)
                 continue
-            self._examples[report.client] = report.train + report.validation
-            self._validation_batches[report.client] = report.validation_batches
+            self._count_data(report)
             text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
             self._events.write("data", text, **asdict(report))
             if report.too_long:
@@ -405,7 +436,7 @@ class Coordinator:
         lost = [client.name for client in self._plan.clients if not client.available]
         if not lost:
             return
-        examples, total = sum(self._examples[name] for name in lost), sum(self._examples.values())
+        examples, total = sum(self._examples.get(name, 0) for name in lost), sum(self._examples.values())
         text = (
             f"{len(lost)} of {len(self._plan.clients)} clients are unavailable, and with them {examples} of {total}"
             f" examples ({examples / total:.1%}) are not trained on"
@@ -467,6 +498,7 @@ class Coordinator:
             text = f"planned anew after round {progress.round}: {'; '.join(review.reasons)}"
             self._note("replanned", text, round=progress.round, reasons=review.reasons)
             self._reconfigure(review.plan)
+        self._bring_back()
         # Budgets may have changed without another plan.
         self._step_time_s = self._one(SCHEDULER, "step_time_s", self._plan)
         self._set_pace()
@@ -522,7 +554,6 @@ class Coordinator:
                 for name in given_up
             }
         )
-        self._bring_back()
         if self._single:
             down = {}
         self.progress.bytes_down += sum(down.values())
@@ -536,6 +567,8 @@ class Coordinator:
         done = self._training.step(step, list(self._clients))
         for failure in done.failed.values():
             self._lose(failure)
+        if not self._clients:
+            self._nobody_is_left(next(iter(done.failed)))
         self._say_who_is_left_out(done.left_out)
         self._steps_s += time.monotonic() - begun
         self.progress.bytes_up += done.bytes_up
@@ -677,14 +710,14 @@ class Coordinator:
         tensors = self._steadily(self._states)
         roster = self._roster
         self.progress.failures, self.progress.aside = dict(roster.failures), list(roster.aside)
-        self.progress.lost = roster.lost
+        self.progress.lost, self.progress.shortages = roster.lost, dict(roster.shortages)
         self.progress.scheduler = self._one(SCHEDULER, "state")
         self.progress.wall_time_s = time.monotonic() - self._begun
         name = checkpoint_name(self.progress, self._job.local_steps)
         self._saved = save_checkpoint(
             self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
         )
-        self._fresh = set()
+        self._fresh, self._saved_plan = set(), self._plan
         self._events.write("checkpoint", f"checkpoint {name} written")
 
     def _states(self) -> dict[str, dict[str, Any]]:
@@ -695,7 +728,7 @@ class Coordinator:
         states: dict[str, dict[str, Any]] = dict(zip(calls, values, strict=True))
         if self._saved is not None:
             for name in self._roster.lost:
-                kept = holder_state(self._saved, name)
+                kept = self._kept_state(name)
                 states |= {} if kept is None else {name: kept}
         return states
 
@@ -707,7 +740,8 @@ class Coordinator:
 
     def _peaks(self, holders: list[str]) -> dict[str, int]:
         """Most memory that each of ``holders`` took since the last call, by name, where it was measured."""
-        peaks = self._executor.settle([self._executor.call(name, "peak_bytes") for name in holders])
+        until = time.monotonic() + self._job.faults.patience_s
+        peaks = self._executor.settle([self._executor.call(name, "peak_bytes") for name in holders], until)
         # Whoever is gone is found by the next call that matters.
         found = zip(holders, peaks, strict=True)
         return {name: peak for name, peak in found if peak and not isinstance(peak, HsplitError)}

@@ -60,7 +60,10 @@ class Janitor:
 
 
 def tidy(root: str, patterns: Sequence[str]) -> None:
-    """End every process that has ``root`` as its mark, then remove ``root`` and what matches ``patterns``."""
+    """Remove what matches ``patterns``, end every process that has ``root`` as its mark, then remove ``root``."""
+    # First of all: whoever goes on with the run may be writing soon.
+    for path in (path for pattern in patterns for path in glob.glob(pattern, include_hidden=True)):
+        _remove(path)
     until = time.monotonic() + _PATIENCE_S
     while pids := _marked(root):
         if time.monotonic() > until:
@@ -68,12 +71,15 @@ def tidy(root: str, patterns: Sequence[str]) -> None:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(_LOOK_S)
-    for path in [root, *(path for pattern in patterns for path in glob.glob(pattern, include_hidden=True))]:
-        if os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                os.unlink(path)
+    _remove(root)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _marked(root: str) -> list[int]:

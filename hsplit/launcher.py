@@ -361,17 +361,24 @@ def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator
     """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log."""
     try:
         yield
+    except InputError as error:
+        coordinator.fail(str(error))
+        raise
     except (ActorFailure, OSError) as error:
         if isinstance(error, ActorFailure):
             what = f"{error.actor} failed in {error.method} in round {coordinator.round}: {error.reason}"
+        elif isinstance(error, ConnectionError):
+            what = f"round {coordinator.round}: a connection broke: {os_reason(error)}"
         else:
             what = f"round {coordinator.round}: a file could not be written: {os_reason(error)}"
         with suppress(OSError):
             # The log's own disk may be the full one.
             coordinator.fail(what)
-        raise RunError(
-            f"{what}; go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
-        ) from error
+        if any(directory.checkpoints.glob("round-*")):
+            way_on = f"go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
+        else:
+            way_on = "there is no checkpoint yet to go on from: launch it again"
+        raise RunError(f"{what}; {way_on}") from error
 
 
 @contextmanager

@@ -51,12 +51,14 @@ class Roster:
         faults: what to do about failures.
         executor: reaches the actors.
         prepare: asks a client that was begun anew to read its data and layers; returns the calls.
+        learn: is given what those calls returned.
         note: tells of an event: kind, text, fields.
 
     Attributes:
         present: the clients that take part, in the plan's order.
         failures: by client how often it failed.
         aside: the clients that take no part any more.
+        shortages: by client how often it ran out of memory.
     """
 
     def __init__(
@@ -64,16 +66,19 @@ class Roster:
         faults: Faults,
         executor: Executor,
         prepare: Callable[[str], Sequence[Any]],
+        learn: Callable[[Sequence[Any]], None],
         note: Callable[..., None],
     ) -> None:
-        self._faults, self._executor, self._prepare, self._note = faults, executor, prepare, note
+        self._faults, self._executor = faults, executor
+        self._prepare, self._learn, self._note = prepare, learn, note
+        self._plan: Plan | None = None
         self.present: list[str] = []
         self.failures: dict[str, int] = {}
         self.aside: list[str] = []
         # By lost client the calls that prepare its return; None: it has no place to return to yet.
         self._lost: dict[str, Sequence[Any] | None] = {}
         self._away: set[str] = set()
-        self._shortages: dict[str, int] = {}
+        self.shortages: dict[str, int] = {}
 
     @property
     def lost(self) -> list[str]:
@@ -83,11 +88,26 @@ class Roster:
     def adopt(self, plan: Plan) -> None:
         """Take over who has a part in ``plan``; the lost are not there yet."""
         named = [client.name for client in plan.available]
-        self._lost = {name: calls for name, calls in self._lost.items() if name in named}
+        # Who was prepared for another part is prepared anew.
+        same = {n for n in named if self._plan is not None and _part(self._plan, n) == _part(plan, n)}
+        self._plan = plan
+        self._lost = {name: calls if name in same else None for name, calls in self._lost.items() if name in named}
         self.present = [name for name in named if name not in self._lost and name not in self.aside]
 
-    def recall(self, failures: Mapping[str, int], aside: Iterable[str], lost: Iterable[str]) -> None:
-        """Go back to a checkpoint's ``lost``; failures since then are not forgotten."""
+    def recall(
+        self,
+        failures: Mapping[str, int],
+        aside: Iterable[str],
+        lost: Iterable[str],
+        shortages: Mapping[str, int] | None = None,
+    ) -> None:
+        """Go back to a checkpoint's ``lost``; failures since then are not forgotten.
+
+        Args:
+            failures, aside, shortages: as attributes.
+        """
+        for name, count in (shortages or {}).items():
+            self.shortages[name] = max(count, self.shortages.get(name, 0))
         for name, count in failures.items():
             self.failures[name] = max(count, self.failures.get(name, 0))
         self.aside = list(dict.fromkeys([*self.aside, *aside]))
@@ -99,7 +119,7 @@ class Roster:
         name = failure.actor
         self.failures[name] = failed = self.failures.get(name, 0) + 1
         if failure.kind == "memory":
-            self._shortages[name] = self._shortages.get(name, 0) + 1
+            self.shortages[name] = self.shortages.get(name, 0) + 1
         if failed > self._faults.max_failures:
             self.aside.append(name)
             self._executor.end(name)
@@ -109,7 +129,7 @@ class Roster:
     def _tell_scheduler(self) -> None:
         """Say what the next plan must heed; to say it again changes nothing."""
         calls = [self._executor.call(SCHEDULER, "set_aside", name) for name in self.aside]
-        short = self._shortages.items()
+        short = self.shortages.items()
         calls += [self._executor.call(SCHEDULER, "ran_out_of_memory", name, times) for name, times in short]
         self._executor.get(calls)
 
@@ -131,41 +151,37 @@ class Roster:
     def bring_back(self, round_: int, rejoin: Callable[[list[str]], Sequence[Any]]) -> list[str]:
         """Wait for the lost clients that have a place, and have them begin round ``round_`` with the others.
 
+        Each is tried once; who fails again may be there a round later.
+
         Args:
             rejoin: asks these clients, who have their data and layers, to begin the round; returns the calls.
 
         Returns:
             Who has come back.
         """
-        back: list[str] = []
-        while names := [name for name in self._lost if self._begin_return(name)]:
-            until = time.monotonic() + self._faults.patience_s
-            ready = []
-            for name in names:
-                failed = self._first_failure(name, self._lost[name] or (), until)
-                self._lost[name] = ()
-                if failed is None:
-                    ready.append(name)
-                else:
-                    self.lose(failed, round_)
-            until = time.monotonic() + self._faults.patience_s
-            for name, call in zip(ready, rejoin(ready) if ready else (), strict=True):
-                failed = self._first_failure(name, [call], until)
-                if failed is not None:
-                    self.lose(failed, round_)
-                    continue
-                del self._lost[name]
-                back.append(name)
-                self._note("returned", f"round {round_}: {name} is back", client=name, round=round_)
+        names = [name for name in self._lost if self._begin_return(name)]
+        until = time.monotonic() + self._faults.patience_s
+        ready = [name for name in names if self._succeeds(name, self._lost[name] or (), until, round_)]
+        for name in ready:
+            self._lost[name] = ()
+        until = time.monotonic() + self._faults.patience_s
+        calls = rejoin(ready) if ready else ()
+        back = [n for n, call in zip(ready, calls, strict=True) if self._succeeds(n, [call], until, round_)]
+        for name in back:
+            del self._lost[name]
+            self._note("returned", f"round {round_}: {name} is back", client=name, round=round_)
         return back
 
-    def _first_failure(self, name: str, calls: Sequence[Any], until: float) -> ActorFailure | None:
-        for value in self._executor.settle(calls, until):
-            if isinstance(value, ActorFailure):
-                return value
+    def _succeeds(self, name: str, calls: Sequence[Any], until: float, round_: int) -> bool:
+        """Whether the calls of a client that returns come to their end; else it is lost once more."""
+        values = self._executor.settle(calls, until)
+        for value in values:
             if isinstance(value, HsplitError):
-                return ActorFailure(name, "load_data", str(value))
-        return None
+                own = value if isinstance(value, ActorFailure) else ActorFailure(name, "load_data", str(value))
+                self.lose(own, round_)
+                return False
+        self._learn(values)
+        return True
 
     def _begin_return(self, name: str) -> bool:
         """Begin a lost client anew, unless that is done.
@@ -189,3 +205,8 @@ class Roster:
             text = f"{name} is away: no node that is there has room for it; it comes back when one has"
             self._note("away", text, client=name)
         self._away.add(name)
+
+
+def _part(plan: Plan, name: str) -> tuple[int | None, dict[str, int]] | None:
+    """What a client holds by ``plan``: split point and ranks."""
+    return next(((c.split, c.ranks) for c in plan.clients if c.name == name), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from hsplit.config.refusals import refusals
 from hsplit.config.section import Name
 from hsplit.errors import InputError
 
+_LOOKED_AT_S = 0.5
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
@@ -83,8 +86,9 @@ class RunDirectory:
     @property
     def half_written(self) -> list[Path]:
         """Patterns of what a driver that was killed may have left half-written."""
-        partial = [folder / ".partial-*" for folder in (self.checkpoints, self.adapter, self.path / "model")]
-        return [*partial, self.path / ".*.tmp", self.inbox / ".*.tmp"]
+        run = type(self)(Path(glob.escape(str(self.path))))
+        partial = [folder / ".partial-*" for folder in (run.checkpoints, run.adapter, run.path / "model")]
+        return [*partial, run.path / ".*.tmp", run.inbox / ".*.tmp"]
 
     @contextmanager
     def driven(self) -> Iterator[None]:
@@ -95,7 +99,11 @@ class RunDirectory:
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            if not _locks(descriptor):
+            until = time.monotonic() + _LOOKED_AT_S
+            while not (free := _locks(descriptor)) and time.monotonic() < until:
+                # Whoever lists the runs holds it for a moment.
+                time.sleep(0.02)
+            if not free:
                 raise InputError(f"{displayed(self.path)}: is running; watch it, or stop it with Ctrl-C where it runs")
             yield
         finally:
@@ -106,7 +114,7 @@ class RunDirectory:
         """Whether a driver is at the run now, on this machine or one that shares its files."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return not _locks(descriptor)
+            return not _locks(descriptor, shared=True)
         finally:
             os.close(descriptor)
 
@@ -149,12 +157,12 @@ class RunDirectory:
         return run
 
 
-def _locks(descriptor: int) -> bool:
+def _locks(descriptor: int, shared: bool = False) -> bool:
     """Lock what is open as ``descriptor`` until that is closed; whether nobody else has."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):

@@ -121,7 +121,10 @@ class _Steps:
 
     def _patient(self, calls: Sequence[Any]) -> list[Any]:
         """Values of clients' calls outside of a step; whoever has not answered after ``patience_s`` has failed."""
-        return values_of(self._executor.settle(calls, time.monotonic() + self._job.faults.patience_s))
+        return values_of(self._executor.settle(calls, self._patience_ends()))
+
+    def _patience_ends(self) -> float:
+        return time.monotonic() + self._job.faults.patience_s
 
     def _begin(self, clients: Sequence[str]) -> Done:
         """A step's record: who has not finished with an earlier one is left out of it."""
@@ -129,8 +132,8 @@ class _Steps:
         free = [client for client in clients if client not in self._busy]
         for client, call in list(self._busy.items()):
             # With nobody else there, the step is this client's or nobody's.
-            (value,) = self._executor.settle([call], 0.0 if free else None)
-            if isinstance(value, ActorFailure) and value.kind == "late":
+            (value,) = self._executor.settle([call], 0.0 if free else self._patience_ends())
+            if free and _is_late(value):
                 done.left_out.add(client)
                 continue
             del self._busy[client]
@@ -144,13 +147,17 @@ class _Steps:
 
         Who has failed joins ``done.failed``, who is late ``done.left_out``; if all are late, they are waited for.
         """
-        until = {client: self._deadlines.until(client, method, count) for client in calls}
-        settled = {client: self._executor.settle([call], until[client])[0] for client, call in calls.items()}
-        late = [c for c, value in settled.items() if isinstance(value, ActorFailure) and value.kind == "late"]
+        patience_ends = self._patience_ends()
+        deadlines = {client: self._deadlines.until(client, method, count) for client in calls}
+        settled = {
+            client: self._executor.settle([call], deadlines[client] or patience_ends)[0]
+            for client, call in calls.items()
+        }
+        late = {client for client, value in settled.items() if _is_late(value) and deadlines[client] is not None}
         if len(late) == len(settled):
             # Then it is not they who are slow.
-            settled, late = {c: self._executor.settle([call])[0] for c, call in calls.items()}, []
-        done.left_out.update(late)
+            settled, late = {c: self._executor.settle([call], patience_ends)[0] for c, call in calls.items()}, set()
+        done.left_out |= late
         for client, value in settled.items():
             if client not in late and isinstance(value, HsplitError):
                 done.failed[client] = _failure(client, value)
@@ -163,6 +170,10 @@ class _Steps:
         """A step that nobody took part in trained nothing."""
         if not done.losses and done.failed:
             raise next(iter(done.failed.values()))
+
+
+def _is_late(value: Any) -> bool:
+    return isinstance(value, ActorFailure) and value.kind == "late"
 
 
 def _failure(client: str, error: HsplitError) -> ActorFailure:
@@ -190,7 +201,7 @@ class SplitTraining(_Steps):
             if present:
                 self._batch(done, step, range(first, first + parts), present)
         for client in begun:
-            # Those whose backward alone was late have their part in the step, and finish it.
+            # Those whose last backward alone was late have their part in the step, and finish it.
             if client in done.left_out and client not in self._busy:
                 self._busy[client] = self._executor.call(client, "skip", step)
         self._somebody(done)
@@ -219,7 +230,7 @@ class SplitTraining(_Steps):
         last = {client: calls[-1] for client, calls in backwards.items() if done.takes_part(client)}
         finished = self._in_time(done, last, "backward", len(parts))
         for client, calls in backwards.items():
-            if client in done.left_out and client in last:
+            if client in done.left_out and client in last and parts.stop == self._job.batches_per_step:
                 self._busy[client] = calls[-1]
             elif client in finished:
                 for seconds in self._executor.get(calls):

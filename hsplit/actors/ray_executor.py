@@ -49,6 +49,7 @@ STEP_METHODS = frozenset(
 # How long a look for dead actors waits for those that are busy.
 _LOOK_S = 1.0
 _NAME_FREE_S = 30.0
+_PLACE_FREE_S = 5.0
 # Workers that Ray would start before they are asked for are not forked.
 NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
 
@@ -244,6 +245,8 @@ class RayExecutor:
         self._transport = run.job.transport
         self._tickets = count()
         self._handles: dict[str, Any] = {}
+        # Who had no place when it was looked for last.
+        self._away: set[str] = set()
         # First, so that it plans while the others start.
         for name in [SCHEDULER, *(client.name for client in run.participants), SERVER]:
             self._handles[name] = self._begin(name)
@@ -344,8 +347,14 @@ class RayExecutor:
         if actor in self._handles:
             # Else its name would not be free.
             ray.kill(self._handles[actor])
-        if not self._has_place(actor):
-            return False
+        # What it had reserved is free a moment after its end.
+        free_by = time.monotonic() + (0.0 if actor in self._away else _PLACE_FREE_S)
+        while not self._has_place(actor):
+            if time.monotonic() > free_by:
+                self._away.add(actor)
+                return False
+            time.sleep(0.1)
+        self._away.discard(actor)
         until = time.monotonic() + _NAME_FREE_S
         while True:
             try:
@@ -361,7 +370,7 @@ class RayExecutor:
         ray.kill(self._handles.pop(actor))
 
     def _has_place(self, actor: str) -> bool:
-        """Whether a node that is there could ever host ``actor``."""
+        """Whether a node that is there has room for ``actor`` now."""
         if actor == SCHEDULER:
             return True
         holder = server_request(self._run) if actor == SERVER else self._client(actor)
@@ -370,7 +379,11 @@ class RayExecutor:
         except InputError:
             return False
         wanted = {"CPU": holder.num_cpus, "GPU": holder.num_gpus}
-        return any(all(n["Resources"].get(what, 0.0) >= much for what, much in wanted.items()) for n in fitting)
+        free = ray._private.state.available_resources_per_node()
+        return any(
+            all(free.get(node["NodeID"], {}).get(what, 0.0) >= much for what, much in wanted.items())
+            for node in fitting
+        )
 
     def close(self) -> None:
         for handle in self._handles.values():

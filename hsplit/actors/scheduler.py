@@ -127,9 +127,10 @@ class Scheduler:
 
     def ran_out_of_memory(self, name: str, times: int) -> None:
         """Give client ``name`` less to hold from the next plan on, which is due, the less the oftener it happened."""
-        if self._shortages.get(name, 0) < times:
+        had = self._shortages.get(name, 0)
+        if had < times:
             self._shortages[name] = times
-            self._excess[name] = max(self._excess.get(name, 1.0), 1.0) * _SHRINK
+            self._excess[name] = max(self._excess.get(name, 1.0), 1.0) * _SHRINK ** (times - had)
             self._pending.append(f"{name} ran out of memory")
 
     def _plan(self, importance: Mapping[str, float], current: Plan | None, source: str) -> Plan:

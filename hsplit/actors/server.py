@@ -348,7 +348,10 @@ class Server:
         flaws = {h.holder: h.flaw(plan.client(h.holder).ranks, self._all_shapes) for h in held}
         refused = {name: flaw for name, flaw in flaws.items() if flaw is not None}
         sound = [*(h for h in held if h.holder not in refused), self.holder.held()]
-        cut = self.aggregator.aggregate(sound)
+        # Who is missing comes back with the rank that the plan gives it, and restarts with what it has room for.
+        there = {h.holder for h in sound}
+        absent = {name: ranks for name, ranks in _ranks_of(plan).items() if name not in there}
+        cut = self.aggregator.aggregate(sound, absent)
         updates = {h.holder: self.aggregator.update_for(round_, h.ranks) for h in sound}
         self.aggregator.mark_sent()
         self.restart(updates.pop(self.name))

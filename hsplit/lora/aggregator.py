@@ -37,11 +37,12 @@ class Aggregator:
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
         self._common: dict[str, LowRank] = {}
 
-    def aggregate(self, held: Sequence[HeldAdapters]) -> float:
+    def aggregate(self, held: Sequence[HeldAdapters], absent: Ranks | None = None) -> float:
         """Aggregate every weight over its holders.
 
         Args:
             held: every holder's adapters at the end of the round; the same holders go on at the same ranks.
+            absent: ranks of holders that have handed in nothing and go on with the others all the same.
 
         Returns:
             The largest part of a residual that its cap cut, as a relative Frobenius norm.
@@ -64,7 +65,8 @@ class Aggregator:
                 for h, count in zip(holders, tokens, strict=True)
                 if count
             ]
-            restart = Restart(self._reinit, tuple(h.terms[name].rank for h in holders))
+            others = [own[name] for own in (absent or {}).values() if own.get(name, 0) > 0]
+            restart = Restart(self._reinit, (*(h.terms[name].rank for h in holders), *others))
             outcome = self._aggregation.rule(contributions, restart)
             if outcome.residual is not None:
                 cut = max(cut, residual.add(outcome.residual))
