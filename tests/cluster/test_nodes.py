@@ -37,12 +37,13 @@ ray.init(address=cluster.address, log_to_driver=False)
 steps = []
 
 def after_step(step):
-    global away
-    steps.append(step)
-    if step == 6:
+    # Once each: a round may be repeated.
+    if step >= 6 and not steps:
+        steps.append(step)
         cluster.remove_node(away, allow_graceful=False)
-    if step == 14:
-        away = cluster.add_node(num_cpus=20)
+    if step >= 14 and len(steps) == 1:
+        steps.append(step)
+        cluster.add_node(num_cpus=20)
         cluster.wait_for_nodes()
 
 # Twenty CPUs are on the second node alone.
@@ -69,10 +70,11 @@ def test_a_node_goes_away_and_comes_back(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     events = read_events(tmp_path / "away" / "events.jsonl")
-    told = [(event["event"], event.get("client")) for event in events if event["event"] in ("lost", "away", "returned")]
-    assert told == [("lost", "small"), ("away", "small"), ("returned", "small")]
-    lost, away, _ = [event["text"] for event in events if event["event"] in ("lost", "away", "returned")]
-    assert "small failed in" in lost and "no node that is there has room for it" in away
+    told = [event for event in events if event["event"] in ("lost", "repeated", "away", "returned")]
+    # If something of the client's was on its way to the server, that is lost as well, and the round is repeated.
+    assert [event["event"] for event in told] in (["lost", "away", "returned"], ["repeated", "away", "returned"])
+    assert "no node that is there has room for it" in told[1]["text"]
+    assert [event["client"] for event in told[1:]] == ["small", "small"]
     metrics = read_metrics(tmp_path / "away" / "metrics.csv")
     there = metrics["available_clients"].tolist()
     assert there[:3] == [3, 3, 2] and there[-1] == 3, there
