@@ -117,7 +117,7 @@ class PeakMemory:
     def looks(self) -> bool:
         """Whether this round is looked at: the first three with a part, which differ, and then each tenth.
 
-        A profiler slows down what it watches: a tiny model fivefold, and SmolLM2-135M's validation by two fifths.
+        A profiler slows down what it watches, by so much an operation: small models most of all.
         """
         return self._cuda or self._round <= _FIRST_ROUNDS or self._round % _EVERY == 0
 
