@@ -173,11 +173,18 @@ class Roster:
         return back
 
     def _succeeds(self, name: str, calls: Sequence[Any], until: float, round_: int) -> bool:
-        """Whether the calls of a client that returns come to their end; else it is lost once more."""
+        """Whether the calls of a client that returns come to their end; else it is lost once more.
+
+        Raises:
+            ActorFailure: of somebody else, whom the calls wait for.
+        """
         values = self._executor.settle(calls, until)
         for value in values:
             if isinstance(value, HsplitError):
                 own = value if isinstance(value, ActorFailure) else ActorFailure(name, "load_data", str(value))
+                if own.actor != name:
+                    # What it waits for has failed: that is another's failure.
+                    raise own
                 self.lose(own, round_)
                 return False
         self._learn(values)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,32 @@ def drill(
         executor.close()
     assert all(happening.done for happening in happenings), "what was to happen has happened"
     return Drill(coordinator, directory.path, complete)
+
+
+class RandomKills:
+    """SIGKILL of ``count`` actors drawn from ``names``, one after another; to be called beside a run.
+
+    Attributes:
+        killed: the actors, in the order of their ends.
+    """
+
+    def __init__(self, seed: int, count: int, names: Sequence[str]) -> None:
+        self._draw, self._count, self._names = random.Random(seed), count, names
+        self.killed: list[str] = []
+
+    def __call__(self, executor: KillingExecutor) -> None:
+        while len(self.killed) < self._count:
+            time.sleep(self._draw.uniform(0.5, 2.5))
+            name = self._draw.choice(self._names)
+            try:
+                os.kill(executor.pid(name), signal.SIGKILL)
+            except Exception:  # it is dead already, or not there yet
+                continue
+            self.killed.append(name)
+
+
+def without_wall_time(metrics: Path) -> list[list[str]]:
+    """The cells of a ``metrics.csv`` as they are written, but for the column of the wall's clock."""
+    heads, *rows = [line.split(",") for line in metrics.read_text().splitlines()]
+    column = heads.index("wall_time_s")
+    return [[*row[:column], *row[column + 1 :]] for row in (heads, *rows)]

@@ -6,11 +6,9 @@ Each test records the final perplexity, so that ``pytest -m drill --junitxml FIL
 from __future__ import annotations
 
 import os
-import random
 import resource
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import torch
 
 from hsplit.actors.executor import SCHEDULER, SERVER
-from tests.cluster.killing import Drill, Happening, Kill, KillingExecutor, drill
+from tests.cluster.killing import Drill, Happening, Kill, KillingExecutor, RandomKills, drill, without_wall_time
 
 pytestmark = [pytest.mark.drill, pytest.mark.usefixtures("ray_cluster")]
 
@@ -115,23 +113,12 @@ def test_what_is_rolled_back_changes_no_number(
 def test_twenty_random_kills(cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record) -> None:
     overrides = {"rounds": 30, "faults.max_failures": 20}
     whole = drill(cluster_file, tmp_path / "whole", overrides=overrides)
-    draw, killed = random.Random(1), []
-
-    def kill_now_and_then(executor: KillingExecutor) -> None:
-        while len(killed) < 20:
-            time.sleep(draw.uniform(0.5, 2.5))
-            name = draw.choice(["small", "large-0", "large-1", "large-0", "large-1", SERVER, SCHEDULER])
-            try:
-                os.kill(executor.pid(name), signal.SIGKILL)
-            except Exception:  # it is dead already, or not there yet
-                continue
-            killed.append(name)
-
-    run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kill_now_and_then)
-    record_property("killed", ", ".join(killed))
+    kills = RandomKills(1, 20, ["small", "large-0", "large-1", "large-0", "large-1", SERVER, SCHEDULER])
+    run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kills)
+    record_property("killed", ", ".join(kills.killed))
     record_property("final_ppl", round(run.final_ppl, 4))
     record_property("faultless_ppl", round(whole.final_ppl, 4))
-    assert len(killed) == 20, "the run is long enough for all of them"
+    assert len(kills.killed) == 20, "the run is long enough for all of them"
     assert run.complete
     assert run.final_ppl == pytest.approx(whole.final_ppl, rel=0.05)
 
@@ -141,27 +128,10 @@ def test_ten_random_kills_repeated_change_no_number(cluster_file: Path, tmp_path
     overrides = {"rounds": 12, "faults.recovery": "repeat", "faults.deadline": None, "faults.max_failures": 10}
     overrides["policy.replan.measured"] = False
     whole = drill(cluster_file, tmp_path / "whole", overrides=overrides)
-    draw, killed = random.Random(2), []
-
-    def kill_now_and_then(executor: KillingExecutor) -> None:
-        while len(killed) < 10:
-            time.sleep(draw.uniform(0.5, 3.0))
-            name = draw.choice(["small", "large-0", "large-1", SERVER, SCHEDULER])
-            try:
-                os.kill(executor.pid(name), signal.SIGKILL)
-            except Exception:  # it is dead already, or not there yet
-                continue
-            killed.append(name)
-
-    run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kill_now_and_then)
-    assert len(killed) == 10 and run.told("repeated")
-    assert _without_wall_time(run.path / "metrics.csv") == _without_wall_time(whole.path / "metrics.csv")
-
-
-def _without_wall_time(path: Path) -> list[list[str]]:
-    heads, *rows = [line.split(",") for line in path.read_text().splitlines()]
-    column = heads.index("wall_time_s")
-    return [[*row[:column], *row[column + 1 :]] for row in (heads, *rows)]
+    kills = RandomKills(2, 10, ["small", "large-0", "large-1", SERVER, SCHEDULER])
+    run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kills)
+    assert len(kills.killed) == 10 and run.told("repeated")
+    assert without_wall_time(run.path / "metrics.csv") == without_wall_time(whole.path / "metrics.csv")
 
 
 def test_a_straggler_is_left_out_of_steps_and_not_of_the_round(
@@ -183,10 +153,8 @@ def test_a_straggler_is_left_out_of_steps_and_not_of_the_round(
 def test_a_client_that_sends_nan_is_refused_by_name(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
-    def poison(executor: KillingExecutor) -> None:
-        executor.within("small", _poisoned)
-
-    run = drill(cluster_file, tmp_path, Happening("small", "forward", 6, poison))
+    happening = Happening("small", "forward", 6, lambda executor: executor.within("small", _poisoned))
+    run = drill(cluster_file, tmp_path, happening)
     check(run, faultless, record_property)
     (lost,) = run.told("lost")
     assert lost["client"] == "small" and "values that are no numbers" in lost["text"]
@@ -200,10 +168,8 @@ def _poisoned(client: Any) -> None:
 def test_a_client_out_of_memory_gets_a_smaller_plan(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
-    def starve(executor: KillingExecutor) -> None:
-        executor.within("large-0", _starved)
-
-    run = drill(cluster_file, tmp_path, Happening("large-0", "forward", 6, starve))
+    happening = Happening("large-0", "forward", 6, lambda executor: executor.within("large-0", _starved))
+    run = drill(cluster_file, tmp_path, happening)
     check(run, faultless, record_property)
     (lost,) = run.told("lost")
     assert lost["client"] == "large-0" and lost["kind"] == "memory"

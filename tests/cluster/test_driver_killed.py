@@ -22,6 +22,7 @@ from hsplit.janitor import MARK
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.runs import list_runs
+from tests.cluster.killing import without_wall_time
 
 pytestmark = pytest.mark.drill
 
@@ -151,12 +152,6 @@ def test_a_driver_killed_ten_times_changes_no_number(cluster_file: Path, tmp_pat
         moments.append(len(read_metrics(run / "metrics.csv")) if (run / "metrics.csv").exists() else 0)
     last = _started(temporary, "resume", run)
     assert last.communicate() and last.returncode == 0
-    assert _without_wall_time(run) == _without_wall_time(tmp_path / "whole")
+    assert without_wall_time(run / "metrics.csv") == without_wall_time(tmp_path / "whole" / "metrics.csv")
     assert len(set(moments)) > 1, "the kills came in different rounds"
     assert len([event for event in read_events(run / "events.jsonl") if event["event"] == "resumed"]) >= 5
-
-
-def _without_wall_time(run: Path) -> list[list[str]]:
-    heads, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    column = heads.index("wall_time_s")
-    return [[*row[:column], *row[column + 1 :]] for row in (heads, *rows)]
