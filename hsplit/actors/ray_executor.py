@@ -20,6 +20,7 @@ from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, 
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
+from hsplit.actors.placement import alive_nodes, check_requests, matching_nodes, server_request
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
@@ -194,41 +195,6 @@ def connect(
     return context.dashboard_url or None
 
 
-def server_request(run: RunConfig) -> Holder:
-    """What Ray must reserve for the server: nothing beside a single node, which has the server's resources."""
-    if run.policy.placement != "single":
-        return run.server
-    return run.server.model_copy(update={"num_cpus": 0.0, "num_gpus": 0.0})
-
-
-def check_requests(run: RunConfig) -> None:
-    """Refuse at once what no node could ever give.
-
-    Raises:
-        InputError: names the holder, what it asks for and what the largest node has.
-    """
-    nodes = _nodes()
-    for name, holder in [(SERVER, server_request(run)), *((c.name, c) for c in run.participants)]:
-        fitting = _matching_nodes(nodes, name, holder)
-        for resource, wanted in (("CPU", holder.num_cpus), ("GPU", holder.num_gpus)):
-            most = max(node["Resources"].get(resource, 0.0) for node in fitting)
-            if wanted > most:
-                hint = "; run on CPUs with --cpu" if resource == "GPU" else ""
-                raise InputError(
-                    f"{name}: num_{resource.lower()}s: {wanted:g} asked, no node has more than {most:g}{hint}"
-                )
-
-
-def _matching_nodes(nodes: list[dict[str, Any]], name: str, holder: Holder) -> list[dict[str, Any]]:
-    if holder.node is None:
-        return nodes
-    found = [n for n in nodes if holder.node in (n["NodeManagerHostname"], n["NodeManagerAddress"])]
-    if not found:
-        there = ", ".join(sorted(f"{n['NodeManagerHostname']} ({n['NodeManagerAddress']})" for n in nodes))
-        raise InputError(f"{name}: node: {holder.node} is not in the Ray cluster; it has {there}")
-    return found
-
-
 class RayExecutor:
     """Named actors on a connected Ray.
 
@@ -375,7 +341,7 @@ class RayExecutor:
             return True
         holder = server_request(self._run) if actor == SERVER else self._client(actor)
         try:
-            fitting = _matching_nodes(_nodes(), actor, holder)
+            fitting = matching_nodes(alive_nodes(), actor, holder)
         except InputError:
             return False
         wanted = {"CPU": holder.num_cpus, "GPU": holder.num_gpus}
@@ -399,10 +365,6 @@ def _why(error: ray.exceptions.RayActorError) -> str:
     return "its node is gone" if "node has died" in str(error) or "node died" in str(error) else "its process ended"
 
 
-def _nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
 def _remote(cls: type, name: str, holder: Holder, transport: str) -> Any:
     options: dict[str, Any] = {
         "name": name,
@@ -412,7 +374,7 @@ def _remote(cls: type, name: str, holder: Holder, transport: str) -> Any:
         "max_restarts": 0,
     }
     if holder.node is not None:
-        (node,) = _matching_nodes(_nodes(), name, holder)[:1]
+        (node,) = matching_nodes(alive_nodes(), name, holder)[:1]
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
     return transported.options(**options)
