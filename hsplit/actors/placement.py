@@ -6,7 +6,6 @@ from typing import Any
 
 import ray
 
-from hsplit.actors.executor import SERVER
 from hsplit.config import Holder, RunConfig
 from hsplit.errors import InputError
 
@@ -25,7 +24,8 @@ def check_requests(run: RunConfig) -> None:
         InputError: names the holder, what it asks for and what the largest node has.
     """
     nodes = alive_nodes()
-    for name, holder in [(SERVER, server_request(run)), *((c.name, c) for c in run.participants)]:
+    servers = [(name, server_request(run)) for name in run.server.names]
+    for name, holder in [*servers, *((c.name, c) for c in run.participants)]:
         fitting = matching_nodes(nodes, name, holder)
         for resource, wanted in (("CPU", holder.num_cpus), ("GPU", holder.num_gpus)):
             most = max(node["Resources"].get(resource, 0.0) for node in fitting)

@@ -21,6 +21,7 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
 from hsplit.actors.placement import alive_nodes, check_requests, matching_nodes, server_request
+from hsplit.actors.replica import Replica
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
@@ -145,6 +146,14 @@ class ServerActor(Server, _Returning):
         super().__init__(job, policy, base_model(model.locate(), job), device)
 
 
+class ReplicaActor(Replica, _Returning):
+    """The shell of a server that does not aggregate."""
+
+    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
+        _settle(None)
+        super().__init__(job, policy, base_model(model.locate(), job), device, name=name)
+
+
 class SchedulerActor(Scheduler):
     """The shell of the scheduler."""
 
@@ -213,8 +222,9 @@ class RayExecutor:
         self._handles: dict[str, Any] = {}
         # Who had no place when it was looked for last.
         self._away: set[str] = set()
+        self._added: list[ClientConfig] = []
         # First, so that it plans while the others start.
-        for name in [SCHEDULER, *(client.name for client in run.participants), SERVER]:
+        for name in [SCHEDULER, *(client.name for client in run.participants), *run.server.names]:
             self._handles[name] = self._begin(name)
 
         if self._collective:
@@ -237,6 +247,9 @@ class RayExecutor:
             holder = server_request(run)
             server = _remote(ServerActor, f"{prefix}:server", holder, run.job.transport)
             return server.remote(run.job, run.policy, shared, _device(holder))
+        if name in run.server.names:
+            replica = _remote(ReplicaActor, f"{prefix}:{name}", run.server, run.job.transport)
+            return replica.remote(name, run.job, run.policy, shared, _device(run.server))
         client = self._client(name)
         own = shared if client.model is None else ModelReference(client.model, None)
         actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
@@ -246,7 +259,7 @@ class RayExecutor:
         return actor.remote(name, run.job, run.policy, own, _device(client), threads)
 
     def _client(self, name: str) -> ClientConfig:
-        return next(client for client in self._run.participants if client.name == name)
+        return next(client for client in [*self._run.participants, *self._added] if client.name == name)
 
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
         ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
@@ -306,6 +319,14 @@ class RayExecutor:
                 pass
         return found
 
+    def away(self) -> list[str]:
+        return sorted(self._away)
+
+    def add(self, client: ClientConfig) -> None:
+        known = [*self._run.participants, *self._added]
+        if all(client.name != other.name for other in known):
+            self._added.append(client)
+
     def restart(self, actor: str) -> bool:
         if self._collective:
             reason = f"with job.transport {self._transport} an actor cannot be replaced while others go on"
@@ -333,13 +354,14 @@ class RayExecutor:
                 time.sleep(0.05)
 
     def end(self, actor: str) -> None:
-        ray.kill(self._handles.pop(actor))
+        if actor in self._handles:
+            ray.kill(self._handles.pop(actor))
 
     def _has_place(self, actor: str) -> bool:
         """Whether a node that is there has room for ``actor`` now."""
         if actor == SCHEDULER:
             return True
-        holder = server_request(self._run) if actor == SERVER else self._client(actor)
+        holder = server_request(self._run) if actor in self._run.server.names else self._client(actor)
         try:
             fitting = matching_nodes(alive_nodes(), actor, holder)
         except InputError:
