@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Ray reads these once, when it is imported: its token authentication stays on in tests, with a token of this session's
@@ -15,6 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "t" * 64
 FAMILIES = ("llama", "gpt2")
+# How long an example takes says something about the machine alone.
+settings.register_profile("hsplit", deadline=None)
+settings.load_profile("hsplit")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
