@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hsplit.budget_probe import measure_budgets
     from hsplit.evaluation.evaluate import evaluate
     from hsplit.exporting import export
     from hsplit.launcher import Run, change_budget, launch, plan, resume
 
-__all__ = ["Run", "__version__", "change_budget", "evaluate", "export", "launch", "plan", "resume"]
+__all__ = ["Run", "__version__", "change_budget", "evaluate", "export", "launch", "measure_budgets", "plan", "resume"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from hsplit import launcher
 
         return getattr(launcher, name)
+    if name == "measure_budgets":
+        from hsplit import budget_probe
+
+        return budget_probe.measure_budgets
     if name == "export":
         from hsplit import exporting
 
