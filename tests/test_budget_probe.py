@@ -54,7 +54,7 @@ class KnownGauge:
     def pass_on(self, message: Any) -> tuple[int, Any]:
         nbytes, client = message
         self.world.now += client.latency_s + 8 * nbytes / client.bps
-        return message
+        return nbytes, message
 
     def prepare(self, setting: Any, clients: int) -> None:
         self.world.asked.append(("prepare", self.name, (setting.codes, clients)))
