@@ -28,6 +28,7 @@ class World:
 
     now: float = 0.0
     asked: list[tuple[str, str, tuple[Any, ...]]] = field(default_factory=list)
+    receivers: list[str] = field(default_factory=list)
 
 
 class KnownGauge:
@@ -53,6 +54,7 @@ class KnownGauge:
 
     def pass_on(self, message: Any) -> tuple[int, Any]:
         nbytes, client = message
+        self.world.receivers.append(self.name)
         self.world.now += client.latency_s + 8 * nbytes / client.bps
         return nbytes, message
 
@@ -98,6 +100,16 @@ def test_figures_are_the_holders_own(models: dict[str, Path]) -> None:
     assert far["tflops"].value == pytest.approx(client_flops(cost, StepSeconds(3.0, 0.25)) / 1e12, rel=1e-3)
     assert server["tflops"].value == pytest.approx(server_flops(cost, 2, StepSeconds(5.0, 0.25)) / 1e12, rel=1e-3)
     assert set(server) == {"memory_gb", "tflops"}
+
+
+def test_every_message_goes_there_and_back(models: dict[str, Path]) -> None:
+    run, world = _run(models, "a", "b"), World()
+    cost = CostModel.of_run(model_config(models["llama"]), run)
+    gauges = {name: KnownGauge(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
+    BudgetProbe(run, cost, InProcess(gauges), 1, 1.0, sizes=(KB, 2 * KB), clock=lambda: world.now).figures()
+    # Two sizes, 32 journeys each, and the same once before that does not count; one client after the other.
+    pairs = [("server", "a")] * 32 + [("server", "b")] * 32
+    assert world.receivers == [receiver for pair in pairs * 2 for receiver in pair]
 
 
 def test_clients_compute_together_and_the_server_when_they_are_done(models: dict[str, Path]) -> None:

@@ -38,3 +38,12 @@ def test_neither_figure_is_ever_negative() -> None:
     assert falling.bandwidth_bps > 0 and falling.latency_s >= 0
     # Small messages that take less than their part of a large one leave no latency.
     assert measure_link(lambda size: (size, 1e-15 * size**2)).latency_s == 0
+
+
+def test_a_large_message_that_was_held_up_leaves_the_latency_alone() -> None:
+    def transfer(size: int) -> tuple[int, float]:
+        return size, (0.002 + 8 * size / 1e10) * (1.3 if size == SIZES[-1] else 1.0)
+
+    link = measure_link(transfer)
+    assert link.latency_s == pytest.approx(0.002, rel=0.1)
+    assert link.bandwidth_bps == pytest.approx(1e10, rel=0.3)
