@@ -17,6 +17,7 @@ from hsplit.actors.executor import SERVER, Executor, values_of
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.config.overrides import Overrides
+from hsplit.config.section import shown
 from hsplit.errors import InputError, RunError, os_reason
 from hsplit.launcher import check_model, helpers_of, ray_of, settled
 from hsplit.measuring.cluster_file import load_unmeasured, measured_file
@@ -246,7 +247,8 @@ def _header(run: RunConfig, cluster: str | Path, machines: dict[str, str], secon
     job = run.job
     together = joined_clients(len(run.clients))
     lines = [
-        f"Budgets measured by hsplit probe on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}; who there is: {cluster}",
+        f"Budgets measured by hsplit probe on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}; who there is:"
+        f" {shown(displayed(cluster), 200)}",
         "",
         f"memory_gb       {1 - HEADROOM:.0%} of what was free, in equal parts for all holders on a host; of a GPU, the"
         " reserved share",
