@@ -10,11 +10,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hsplit.budget_probe import measure_budgets
     from hsplit.evaluation.evaluate import evaluate
     from hsplit.exporting import export
     from hsplit.launcher import Run, change_budget, join, launch, leave, plan, resume
 
-__all__ = ["Run", "__version__", "change_budget", "evaluate", "export", "join", "launch", "leave", "plan", "resume"]
+__all__ = [
+    "Run",
+    "__version__",
+    "change_budget",
+    "evaluate",
+    "export",
+    "join",
+    "launch",
+    "leave",
+    "measure_budgets",
+    "plan",
+    "resume",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from hsplit import launcher
 
         return getattr(launcher, name)
+    if name == "measure_budgets":
+        from hsplit import budget_probe
+
+        return budget_probe.measure_budgets
     if name == "export":
         from hsplit import exporting
 

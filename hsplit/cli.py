@@ -140,6 +140,36 @@ def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool
 
 
 @main.command()
+@click.option("--cluster", required=True, metavar="FILE|NAME", help="Who takes part; clients need no budgets.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; may be repeated.")
+@click.option("--cpu", is_flag=True, help="Measure a cluster file with GPUs on CPUs.")
+@_address_option
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The cluster file to write.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Samples of each figure.")
+@click.option(
+    "--seconds", type=float, default=10.0, show_default=True, help="Time that clients, then the server, compute."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def probe(cluster: str, overrides: tuple[str, ...], to: Path, as_json: bool, **options: Any) -> None:
+    """Measure what each client and the server really have, and write a cluster file that is ready to launch.
+
+    Compute on the model's own layers, free memory, and the link to the server, where each would run.
+    """
+    from rich.console import Console
+
+    from hsplit.budget_probe import measure_budgets
+    from hsplit.observe.budget_table import budget_table
+
+    with Console(stderr=True).status("looking for the model") as status:
+        found = measure_budgets(cluster, to, overrides, **options, progress=status.update)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    Console().print(budget_table(found.machines, found.figures))
+    click.echo(found.path)
+
+
+@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("holder", metavar="CLIENT|server")
 @click.argument("values", nargs=-1, required=True, metavar="FIELD=VALUE...")

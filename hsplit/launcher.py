@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ def launch(
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
-    with _helpers(run, address) as helpers:
+    with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         check_model(run, source)
         inputs = read_inputs(run, source)
@@ -115,7 +115,7 @@ def resume(path: str | Path, *, address: str | None = None, display: Display | N
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
     found = latest_checkpoint(directory.checkpoints)
-    with _helpers(run, address) as helpers:
+    with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         inputs = read_inputs(run, source)
         return _drive(run, source, inputs, directory, address, display, helpers, *found)
@@ -293,7 +293,7 @@ def _chat_of(source: ModelSource) -> Any:
 
 
 @dataclass(frozen=True)
-class _Helpers:
+class Helpers:
     """Processes beside the driver.
 
     Attributes:
@@ -306,7 +306,7 @@ class _Helpers:
 
 
 @contextmanager
-def _helpers(run: RunConfig, address: str | None) -> Iterator[_Helpers]:
+def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     """Start what works beside the driver, while everything is checked.
 
     Workers of a local cluster are forked from a process that imports meanwhile; not where a holder has a GPU, which a
@@ -323,10 +323,10 @@ def _helpers(run: RunConfig, address: str | None) -> Iterator[_Helpers]:
     forking = local and sys.platform == "linux" and not any(holder.num_gpus for holder in holders)
     with Janitor() as janitor, _environment({MARK: str(janitor.root), "TMPDIR": str(janitor.root)}):
         if not forking:
-            yield _Helpers(janitor, None)
+            yield Helpers(janitor, None)
             return
         with ForkServer(within=janitor.root) as fork_server:
-            yield _Helpers(janitor, fork_server)
+            yield Helpers(janitor, fork_server)
 
 
 @contextmanager
@@ -354,27 +354,19 @@ def _drive(
     directory: RunDirectory,
     address: str | None,
     display: Display | None,
-    helpers: _Helpers,
+    helpers: Helpers,
     checkpoint: Path | None = None,
     passed_over: Sequence[str] = (),
 ) -> Run:
     """Start Ray and the actors, run the coordinator, leave everything tidy."""
-    import ray
-
-    from hsplit.actors.ray_executor import RayExecutor, connect
+    from hsplit.actors.ray_executor import RayExecutor
 
     shown = display or display_for(sys.stdout)
-    already_connected = ray.is_initialized()
     with directory.driven():
         helpers.janitor.removes(*directory.half_written)
-        dashboard = None
-        if not already_connected:
-            requested = run.server.num_cpus * run.server.replicas + sum(c.num_cpus for c in run.participants)
-            root, fork_server = helpers.janitor.root, helpers.fork_server
-            dashboard = connect(address, requested, root=root, fork_server=fork_server)
-        try:
+        with ray_of(run, address, helpers) as dashboard:
             executor = RayExecutor(directory.path.name, run, source.directory)
-            with shown, _closing(executor):
+            with shown, closing(executor):
                 shown.started(directory.path.name, _headlines(run, source, directory, dashboard))
                 coordinator = Coordinator(run, executor, directory, inputs, shown)
                 with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
@@ -384,10 +376,25 @@ def _drive(
                 if exported is not None:
                     coordinator.finish()
                 shown.finished(_closing_lines(directory, exported))
-        finally:
-            if not already_connected:
-                ray.shutdown()
     return Run(directory.path, complete)
+
+
+@contextmanager
+def ray_of(run: RunConfig, address: str | None, helpers: Helpers, *, dashboard: bool = True) -> Iterator[str | None]:
+    """Ray for ``run``'s actors, unless this process is connected already; yields the dashboard's address, if any."""
+    import ray
+
+    from hsplit.actors.ray_executor import connect
+
+    if ray.is_initialized():
+        yield None
+        return
+    requested = run.server.num_cpus * run.server.replicas + sum(client.num_cpus for client in run.participants)
+    found = connect(address, requested, dashboard, root=helpers.janitor.root, fork_server=helpers.fork_server)
+    try:
+        yield found
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -413,14 +420,6 @@ def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator
         else:
             way_on = "there is no checkpoint yet to go on from: launch it again"
         raise RunError(f"{what}; {way_on}") from error
-
-
-@contextmanager
-def _closing(executor: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        executor.close()
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _refs(arguments: Sequence[Any]) -> list[Any]:
     return [a.ref if isinstance(a, _Handle) else a for a in arguments]
 
 
-def _settle(threads: int | None) -> None:
+def settle_process(threads: int | None) -> None:
     """Threads on purpose, and no library chatter on the user's terminal.
 
     Processes with idle thread pools fight over cores. A client therefore runs as many threads as it reserved CPUs,
@@ -126,7 +126,7 @@ class _ParticipantActor(Participant, _Returning):
     def __init__(
         self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, threads: int | None
     ) -> None:
-        _settle(threads)
+        settle_process(threads)
         super().__init__(name, job, policy, base_model(model.locate(), job), device)
 
 
@@ -142,7 +142,7 @@ class ServerActor(Server, _Returning):
     """The shell of the server."""
 
     def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
-        _settle(None)
+        settle_process(None)
         super().__init__(job, policy, base_model(model.locate(), job), device)
 
 
@@ -158,7 +158,7 @@ class SchedulerActor(Scheduler):
     """The shell of the scheduler."""
 
     def __init__(self, run: RunConfig, model: ModelReference) -> None:
-        _settle(1)
+        settle_process(1)
         super().__init__(run, model.locate())
 
 
@@ -213,6 +213,10 @@ class RayExecutor:
         model: where the driver found ``job.model``.
     """
 
+    _server_class: type = ServerActor
+    # Everybody but clients and server.
+    _helpers: tuple[str, ...] = (SCHEDULER,)
+
     def __init__(self, run_name: str, run: RunConfig, model: Path) -> None:
         check_requests(run)
         self._run_name, self._run = run_name, run
@@ -224,7 +228,7 @@ class RayExecutor:
         self._away: set[str] = set()
         self._added: list[ClientConfig] = []
         # First, so that it plans while the others start.
-        for name in [SCHEDULER, *(client.name for client in run.participants), *run.server.names]:
+        for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
             self._handles[name] = self._begin(name)
 
         if self._collective:
@@ -245,18 +249,21 @@ class RayExecutor:
             return ray.remote(SchedulerActor).options(**options).remote(run, shared)
         if name == SERVER:
             holder = server_request(run)
-            server = _remote(ServerActor, f"{prefix}:server", holder, run.job.transport)
+            server = _remote(self._server_class, f"{prefix}:server", holder, run.job.transport)
             return server.remote(run.job, run.policy, shared, _device(holder))
         if name in run.server.names:
             replica = _remote(ReplicaActor, f"{prefix}:{name}", run.server, run.job.transport)
             return replica.remote(name, run.job, run.policy, shared, _device(run.server))
         client = self._client(name)
         own = shared if client.model is None else ModelReference(client.model, None)
-        actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
-        actor = _remote(actor_class, f"{prefix}:client:{name}", client, run.job.transport)
+        actor = _remote(self._client_class, f"{prefix}:client:{name}", client, run.job.transport)
         # A single node computes alone, on every core of its machine.
         threads = None if name == CENTRAL else max(1, int(client.num_cpus))
         return actor.remote(name, run.job, run.policy, own, _device(client), threads)
+
+    @property
+    def _client_class(self) -> type:
+        return ClientActor if participant_class(self._run.policy) is Client else WholeClientActor
 
     def _client(self, name: str) -> ClientConfig:
         return next(client for client in [*self._run.participants, *self._added] if client.name == name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -200,7 +200,11 @@ class _Declared(Section):
 
 
 def load_run_config(
-    cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), cpu: bool = False
+    cluster: str | Path,
+    policy: str | Path | None = None,
+    overrides: Overrides = (),
+    cpu: bool = False,
+    client_defaults: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """The configuration that a cluster file, a policy file and overrides come to.
 
@@ -210,6 +214,7 @@ def load_run_config(
         overrides: ``key=value`` strings or a mapping of dotted keys. A key starts with ``server``,
             ``clients.GROUP``, ``job`` or ``policy``; any other is a key of ``job``. Later ones win.
         cpu: reserve no GPU for anybody, whatever the file says.
+        client_defaults: values of keys that an entry of ``clients`` may then leave out.
 
     Raises:
         InputError: anything is wrong with the files or the overrides; the text names the file or
@@ -221,6 +226,9 @@ def load_run_config(
     if "policy" in document:
         place = displayed(cluster_path)
         raise InputError(f"{place}: policy: unknown key (a policy is a file of its own, given with --policy)")
+    if client_defaults and isinstance(document.get("clients"), list):
+        groups = [{**client_defaults, **g} if isinstance(g, Mapping) else g for g in document["clients"]]
+        document = {**document, "clients": groups}
     steps = parse_overrides(overrides)
     documents = [{**document, "policy": {"name": policy_path.stem, **read_yaml(policy_path)}}]
     for step in steps:

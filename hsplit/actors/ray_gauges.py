@@ -1,0 +1,34 @@
+"""Gauges as Ray actors, in the places and with the resources and threads that a run's actors would have."""
+
+from __future__ import annotations
+
+from hsplit.actors.gauge import Gauge
+from hsplit.actors.participant import base_model
+from hsplit.actors.ray_executor import ModelReference, RayExecutor, settle_process
+from hsplit.config import Job, Policy
+
+
+class ClientGaugeActor(Gauge):
+    """In a client's place."""
+
+    def __init__(
+        self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, threads: int | None
+    ) -> None:
+        settle_process(threads)
+        super().__init__(job, policy, base_model(model.locate(), job), device)
+
+
+class ServerGaugeActor(Gauge):
+    """In the server's place."""
+
+    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
+        settle_process(None)
+        super().__init__(job, policy, base_model(model.locate(), job), device, at_server=True)
+
+
+class GaugeExecutor(RayExecutor):
+    """As the executor of a run, with gauges for clients and server, and nobody to plan."""
+
+    _server_class = ServerGaugeActor
+    _client_class = ClientGaugeActor
+    _helpers = ()

@@ -1,0 +1,264 @@
+"""``hsplit probe``: what each client and the server really have, written as a cluster file that is ready to launch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.executor import SERVER, Executor, values_of
+from hsplit.config import RunConfig
+from hsplit.config.files import displayed
+from hsplit.config.overrides import Overrides
+from hsplit.config.section import shown
+from hsplit.errors import InputError, RunError, os_reason
+from hsplit.launcher import check_model, helpers_of, ray_of, settled
+from hsplit.measuring.cluster_file import load_unmeasured, measured_file
+from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, server_flops
+from hsplit.measuring.figure import Figure, Figures
+from hsplit.measuring.link import SIZES, Link, measure_link
+from hsplit.measuring.memory import HEADROOM, Place, shared_out
+from hsplit.models.segment import model_config
+from hsplit.models.source import find_model
+from hsplit.run_directory import write_text_atomically
+from hsplit.scheduling.cost import CostModel
+
+# Times that a message is passed on between client and server, by its least size: always there and back.
+_HOPS = ((16 << 20, 2), (4 << 20, 4), (1 << 20, 8), (0, 32))
+
+
+@dataclass(frozen=True)
+class MeasuredBudgets:
+    """What was measured.
+
+    Attributes:
+        path: the cluster file that was written.
+        machines: the host's name, by holder; the clients, then ``server``.
+        figures: by holder and key of its budget.
+    """
+
+    path: Path
+    machines: dict[str, str]
+    figures: Figures
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``hsplit probe --json``."""
+        holders = [
+            {"name": name, "machine": machine, **{key: asdict(figure) for key, figure in self.figures[name].items()}}
+            for name, machine in self.machines.items()
+        ]
+        return {"cluster_file": str(self.path), "holders": holders}
+
+
+def measure_budgets(
+    cluster: str | Path,
+    to: str | Path,
+    overrides: Overrides = (),
+    *,
+    address: str | None = None,
+    cpu: bool = False,
+    repeats: int = 5,
+    seconds: float = 10.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> MeasuredBudgets:
+    """Measure every holder of a cluster file where it would run, and write the file with what was found.
+
+    Args:
+        cluster: path or name of a cluster file; its clients need no budgets.
+        to: the cluster file to write.
+        overrides: ``key=value`` strings, or a mapping of dotted keys.
+        address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
+        cpu: measure a cluster file with GPUs on CPUs.
+        repeats: samples of each figure.
+        seconds: that clients, and then the server, compute in all.
+        progress: is told what is being measured.
+
+    Raises:
+        InputError: something given is wrong; nothing was started.
+        ActorFailure: a holder could not be measured; nothing was written.
+        RunError: a holder has no memory at all; likewise.
+    """
+    to = Path(to)
+    _check(to, repeats, seconds)
+    given = load_unmeasured(cluster, overrides, cpu=cpu)
+    run = settled(given)
+    # Ray's object store is what is measured; a direct transport's group would only be in the way.
+    run = run.model_copy(update={"job": run.job.model_copy(update={"transport": "store"})})
+    with helpers_of(run, address) as helpers:
+        source = find_model(run.job.model, progress=sys.stderr.isatty())
+        check_model(run, source)
+        cost = CostModel.of_run(model_config(source.directory), run)
+        progress("starting the actors")
+        with ray_of(run, address, helpers, dashboard=False):
+            from hsplit.actors.ray_gauges import GaugeExecutor
+
+            with closing(GaugeExecutor(f"probe-{os.getpid()}", run, source.directory)) as executor:
+                probe = BudgetProbe(run, cost, executor, repeats, seconds, progress)
+                machines, figures = probe.machines(), probe.figures()
+    for name, machine in machines.items():
+        if figures[name]["memory_gb"].value <= 0:
+            raise RunError(f"{name}: no memory is free on {machine}")
+    try:
+        write_text_atomically(to, measured_file(given, figures, _header(run, cluster, machines, seconds)))
+    except OSError as error:
+        raise InputError(f"--to {displayed(to)}: cannot be written: {os_reason(error)}") from error
+    return MeasuredBudgets(to, machines, figures)
+
+
+class BudgetProbe:
+    """Asks the gauges in the places of a run's clients and server; Ray-free.
+
+    Args:
+        run: who there is, and the job.
+        cost: what its steps count.
+        executor: reaches a :class:`~hsplit.actors.gauge.Gauge` by every holder's name.
+        repeats: samples of each figure.
+        seconds: that clients, and then the server, compute in all.
+        progress: is told what is being measured.
+        sizes: bytes of the messages that a link is measured with.
+        clock: seconds, for messages.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        cost: CostModel,
+        executor: Executor,
+        repeats: int,
+        seconds: float,
+        progress: Callable[[str], None] = lambda text: None,
+        *,
+        sizes: Sequence[int] = SIZES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._run, self._cost, self._executor = run, cost, executor
+        self._repeats, self._spell_s, self._progress = repeats, seconds / repeats, progress
+        self._sizes, self._clock = sizes, clock
+        self._clients = [client.name for client in run.clients]
+
+    def machines(self) -> dict[str, str]:
+        """The host's name by holder."""
+        return {name: host for name, (host, _) in self._all("machine").items()}
+
+    def figures(self) -> dict[str, dict[str, Figure]]:
+        """Measure everything, in the units of a cluster file.
+
+        Memory and links first, while nobody holds a layer.
+        """
+        memory, links = self._memory_and_links()
+        self._progress("computing: the clients side by side")
+        flops = self._client_flops()
+        self._progress("computing: the server")
+        flops[SERVER] = self._server_flops()
+        found = {}
+        for name in (*self._clients, SERVER):
+            found[name] = {
+                "memory_gb": Figure.least_of([nbytes / 1e9 for nbytes in memory[name]]),
+                "tflops": Figure.median_of([each / 1e12 for each in flops[name]]),
+            }
+            if name != SERVER:
+                found[name] |= {
+                    "bandwidth_mbps": Figure.median_of([link.bandwidth_bps / 1e6 for link in links[name]]),
+                    "latency_ms": Figure.median_of([link.latency_s * 1e3 for link in links[name]]),
+                }
+        return found
+
+    def _memory_and_links(self) -> tuple[dict[str, list[float]], dict[str, list[Link]]]:
+        run = self._run
+        gpus = {SERVER: run.server.num_gpus} | {client.name: client.num_gpus for client in run.clients}
+        places = {name: Place(machine, gpus[name]) for name, (_, machine) in self._all("machine").items()}
+        # The first look at a GPU takes some of its memory, and the first messages some of the host's.
+        self._all("free_bytes")
+        for name in self._clients:
+            measure_link(partial(self._sent, name), self._sizes)
+        memory: dict[str, list[float]] = {name: [] for name in places}
+        links: dict[str, list[Link]] = {name: [] for name in self._clients}
+        for repeat in range(self._repeats):
+            for name, shared in shared_out(self._all("free_bytes"), places).items():
+                memory[name].append(shared)
+            for name in self._clients:
+                self._progress(f"link of {name}, {repeat + 1} of {self._repeats}")
+                links[name].append(measure_link(partial(self._sent, name), self._sizes))
+        return memory, links
+
+    def _sent(self, client: str, size: int) -> tuple[int, float]:
+        """Pass a message of about ``size`` bytes on between ``client`` and the server, there and back.
+
+        The driver asks for all of it at once and sees no tensor, as in a run.
+
+        Returns:
+            Its exact size, and the mean seconds of one way.
+        """
+        begin, message = self._executor.call_many(2, client, "message", size)
+        (nbytes,) = self._answers([begin])
+        hops = next(count for least, count in _HOPS if size >= least)
+        begun = self._clock()
+        for hop in range(hops):
+            receiver = client if hop % 2 else SERVER
+            end, message = self._executor.call_many(2, receiver, "pass_on", message)
+        self._answers([end])
+        return nbytes, (self._clock() - begun) / hops
+
+    def _client_flops(self) -> dict[str, list[float]]:
+        spells = self._spells(self._clients, 1)
+        return {name: [client_flops(self._cost, took) for took in spells[name]] for name in self._clients}
+
+    def _server_flops(self) -> list[float]:
+        together = joined_clients(len(self._clients))
+        return [server_flops(self._cost, together, took) for took in self._spells([SERVER], together)[SERVER]]
+
+    def _spells(self, holders: Sequence[str], clients: int) -> dict[str, list[StepSeconds]]:
+        """The seconds of local steps of ``holders``, all at the same time, of each spell."""
+        model, job = self._cost.model, self._run.job
+        codes = job.base if model.quantized and SERVER in holders else None
+        setting = model.setting(model.top_rank, clients * job.batch_size, codes)
+        self._all("prepare", setting, clients, of=holders)
+        spells = [self._all("step_seconds", self._spell_s, of=holders) for _ in range(self._repeats)]
+        return {name: [spell[name] for spell in spells] for name in holders}
+
+    def _all(self, method: str, *arguments: Any, of: Sequence[str] = ()) -> dict[str, Any]:
+        """Call ``method`` of everybody, or of some, at the same time."""
+        names = list(of) or [*self._clients, SERVER]
+        handles = [self._executor.call(name, method, *arguments) for name in names]
+        return dict(zip(names, self._answers(handles), strict=True))
+
+    def _answers(self, handles: Sequence[Any]) -> list[Any]:
+        until = time.monotonic() + self._run.job.faults.patience_s + self._spell_s
+        return values_of(self._executor.settle(handles, until))
+
+
+def _check(to: Path, repeats: int, seconds: float) -> None:
+    if repeats < 1:
+        raise InputError(f"--repeats: must be at least 1 (got {repeats})")
+    if not 0 < seconds <= 1e6:
+        raise InputError(f"--seconds: must be above 0 and at most 1e6 (got {seconds:g})")
+    if to.is_dir() or not to.parent.is_dir():
+        raise InputError(f"--to {displayed(to)}: must be a file in a directory that there is")
+
+
+def _header(run: RunConfig, cluster: str | Path, machines: dict[str, str], seconds: float) -> list[str]:
+    job = run.job
+    together = joined_clients(len(run.clients))
+    lines = [
+        f"Budgets measured by hsplit probe on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}; who there is:"
+        f" {shown(displayed(cluster), 200)}",
+        "",
+        f"memory_gb       {1 - HEADROOM:.0%} of what was free, in equal parts for all holders on a host; of a GPU, the"
+        " reserved share",
+        f"tflops          local steps of {job.batch_size} x {job.max_length} tokens in {job.dtype} on a base in"
+        f" {job.base}, over {seconds:g} s: all clients",
+        f"                at the same time, then the server alone with the batches of {together}",
+        "bandwidth_mbps  messages between client and server through Ray, one client at a time; on one machine that is"
+        " its memory's",
+        "latency_ms      one way, with all that Ray and the driver do for a message",
+        "",
+        *(f"{name} was on {machine}" for name, machine in machines.items()),
+    ]
+    return lines

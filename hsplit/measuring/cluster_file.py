@@ -1,0 +1,61 @@
+"""A cluster file with measured budgets: who there is from another one, and each figure with its spread beside it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hsplit.config import RunConfig, load_run_config, to_yaml
+from hsplit.config.cluster import BUDGET_FIELDS
+from hsplit.config.overrides import Overrides, parse_overrides
+from hsplit.errors import InputError
+from hsplit.measuring.figure import Figure, Figures
+
+_SERVER = "server"
+# Any would do: it is replaced by what is measured.
+_UNMEASURED = {"memory_gb": 1.0}
+
+
+def load_unmeasured(cluster: str | Path, overrides: Overrides = (), *, cpu: bool = False) -> RunConfig:
+    """The run of a cluster file whose clients need no budgets.
+
+    Args:
+        cluster: path or name of a cluster file.
+        overrides: ``key=value`` strings, or a mapping of dotted keys.
+        cpu: reserve no GPU for anybody, whatever the file says.
+
+    Raises:
+        InputError: something in the file or the overrides is wrong.
+    """
+    for override in parse_overrides(overrides):
+        if override.key.partition(".")[0] == "policy":
+            raise InputError(f"{override.place}: a cluster file has no policy: budgets are measured for any")
+    return load_run_config(cluster, None, overrides, cpu=cpu, client_defaults=_UNMEASURED)
+
+
+def measured_file(run: RunConfig, figures: Figures, header: Sequence[str]) -> str:
+    """The YAML text of a cluster file.
+
+    Args:
+        run: who takes part, and the job; of the job, what was given is written, and defaults are left out.
+        figures: by holder and key, of every client and ``server``.
+        header: lines that stand above as a comment.
+    """
+    server = run.server.model_dump(exclude_unset=True, exclude=set(BUDGET_FIELDS))
+    lines = [*(f"# {line}".rstrip() for line in header), "", "server:"]
+    lines += textwrap.indent(_entry({}, figures[_SERVER], server), "  ").splitlines()
+    lines += ["", "clients:"]
+    for client in run.clients:
+        rest = client.model_dump(exclude_defaults=True, exclude={"name", "kind", *BUDGET_FIELDS})
+        entry = textwrap.indent(_entry({"name": client.name}, figures[client.name], rest), "    ")
+        lines += ("  - " + entry.lstrip()).splitlines()
+    job = run.job.model_dump(exclude_unset=True)
+    return "\n".join([*lines, ""]) + (f"\n{to_yaml({'job': job})}" if job else "")
+
+
+def _entry(names: Mapping[str, Any], figures: Mapping[str, Figure], rest: Mapping[str, Any]) -> str:
+    """A holder's keys, one a line, what was measured with its spread."""
+    measured = [f"{to_yaml({key: figure.value}).rstrip()}  # {figure.spread}\n" for key, figure in figures.items()]
+    return "".join([to_yaml(names) if names else "", *measured, to_yaml(rest) if rest else ""])

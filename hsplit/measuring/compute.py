@@ -1,0 +1,210 @@
+"""How fast a holder computes: the model's own layers, timed as a local step runs them.
+
+The times are divided by what the cost model counts for the same work, so that the step times which it predicts from the
+result are the holder's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hsplit.config import Job, Policy
+from hsplit.lora.holder import Holder
+from hsplit.lora.low_rank import LowRank
+from hsplit.models.packing import Packing
+from hsplit.models.segment import (
+    BaseModel,
+    SegmentSpec,
+    layer_count,
+    linear_shapes,
+    load_segment,
+    model_config,
+    targeted,
+)
+from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.fake_layer import LayerSetting
+
+LAYERS = 2
+"""Decoder layers that are timed: enough that one's weights leave the caches while another computes."""
+MOST_JOINED = 16
+"""Clients whose batches the server computes at once, at most: more would not make it faster, and take memory."""
+# The first step also makes the optimizer's moments and chooses kernels.
+_WARM_UP_STEPS = 2
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of one local step.
+
+    Attributes:
+        layers: forward, backward and optimizer of the timed layers.
+        tail: norm, head and loss, where the holder has them.
+    """
+
+    layers: float
+    tail: float
+
+
+class StepWork:
+    """The arithmetic of a local step on a few layers: forward, backward and the optimizer's step.
+
+    Every example has ``max_length`` tokens, all of them supervised; adapters have the largest rank, and a quantized
+    base its residual at the cap: what plans count. The first layers stand for a client's, the last ones for the
+    server's.
+
+    Args:
+        base: the base model as the holder reads it.
+        job, policy: the run's settings.
+        setting: ranks and residual as they are counted (``CountedModel.setting``).
+        device: where it computes.
+        at_server: the server's work: a quantized base stays as codes.
+        clients: whose batches are computed at once.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        job: Job,
+        policy: Policy,
+        setting: LayerSetting,
+        device: torch.device | str = "cpu",
+        *,
+        at_server: bool = False,
+        clients: int = 1,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._job, self._clock, self._device = job, clock, torch.device(device)
+        total = layer_count(model_config(base.directory))
+        count = timed_layers(total)
+        self._first, self._last = (total - count, total) if at_server else (0, count)
+        tail = (job.privacy.labels == "server") == at_server
+        spec = SegmentSpec(self._first, self._last, tail=tail)
+        self.segment = load_segment(base, spec, quantized=at_server, device=device)
+        self._holder = self._holding(base, policy, setting)
+        width, words = int(self.segment.config.hidden_size), int(self.segment.config.vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        self._parts = []
+        for rows in _part_sizes(job, clients):
+            packing = Packing.of((job.max_length,) * rows, self._device)
+            shape = (rows * job.max_length, width)
+            hidden, slope = (torch.randn(shape, generator=generator).to(device, base.dtype) for _ in range(2))
+            targets = torch.randint(words, shape[:1], generator=generator).to(device)
+            self._parts.append((packing, hidden, slope, targets))
+
+    def _holding(self, base: BaseModel, policy: Policy, setting: LayerSetting) -> Holder:
+        shapes = [
+            shape
+            for shape in targeted(linear_shapes(self.segment.config), self._job.targets)
+            if self._first <= shape.layer < self._last
+        ]
+        ranks = {shape.name: setting.ranks for shape in shapes}
+        # However many steps are timed, the weights stay about what they are.
+        still = self._job.model_copy(update={"lr": 1e-9})
+        holder = Holder("probe", self.segment, shapes, ranks, still, policy, base.dtype, self._device)
+        holder.adapters.restart({shape.name: shape.name for shape in shapes}, {})
+        for shape in shapes:
+            linear = self.segment.linears[shape.name]
+            rank = min(setting.residual_rank, min(shape.d_out, shape.d_in) // 2)
+            if rank and not linear.merges:
+                sizes = ((shape.d_out, rank), (rank, shape.d_in))
+                linear.append_residual(0, LowRank(*(torch.full(size, 1e-3, device=linear.device) for size in sizes)))
+        return holder
+
+    def warm_up(self) -> None:
+        for _ in range(_WARM_UP_STEPS):
+            self.step()
+
+    def seconds(self, at_least_s: float) -> StepSeconds:
+        """Mean seconds of the steps that are done until ``at_least_s`` have passed, at least one."""
+        begun, layers, tail, steps = self._clock(), 0.0, 0.0, 0
+        while steps == 0 or self._clock() - begun < at_least_s:
+            took = self.step()
+            layers, tail, steps = layers + took.layers, tail + took.tail, steps + 1
+        return StepSeconds(layers / steps, tail / steps)
+
+    def step(self) -> StepSeconds:
+        """Do one local step: all its accumulated batches in their parts, then the optimizer."""
+        layers = tail = 0.0
+        self._holder.begin_phase(0, training=True)
+        for _ in range(self._job.grad_accumulation):
+            for packing, hidden, slope, targets in self._parts:
+                begun = self._clock()
+                output = self.segment.run(hidden.detach().requires_grad_(), packing, self._first, self._last)
+                ran = self._now()
+                upstream = slope if self.segment.tail is None else self._tail_slope(output, targets)
+                sloped = self._now()
+                output.backward(upstream)
+                layers += ran - begun + self._now() - sloped
+                tail += sloped - ran
+        begun = self._clock()
+        self._holder.step(0)
+        return StepSeconds(layers + self._now() - begun, tail)
+
+    def _tail_slope(self, output: Tensor, targets: Tensor) -> Tensor:
+        assert self.segment.tail is not None
+        leaf = output.detach().requires_grad_()
+        self.segment.tail.supervised_losses(leaf, targets, self._job.fast.loss_rows).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock()
+
+
+def timed_layers(layers: int) -> int:
+    """How many of a model's ``layers`` are timed."""
+    return min(LAYERS, layers)
+
+
+def joined_clients(clients: int) -> int:
+    """How many of a run's ``clients`` the server is timed with."""
+    return min(clients, MOST_JOINED)
+
+
+def _part_sizes(job: Job, clients: int) -> list[int]:
+    """Examples of each part that a batch is cut into, of all ``clients`` together."""
+    parts = job.pipeline.microbatches
+    borders = [job.batch_size * part // parts for part in range(parts + 1)]
+    return [clients * (stop - start) for start, stop in pairwise(borders)]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A holder of 1 FLOP/s with a perfect link: its predicted seconds are the FLOPs that are counted."""
+
+    name: str = ""
+    memory_bytes: int = 0
+    flops: float = 1.0
+    bandwidth_bps: float = math.inf
+    latency_s: float = 0.0
+
+
+def client_flops(cost: CostModel, took: StepSeconds) -> float:
+    """A client's FLOP/s from the seconds of :class:`StepWork`: with its tail, where labels stay at home."""
+    counted = cost.step_time_s(_Unit(), timed_layers(cost.model.layers)).total_s
+    return counted / (took.layers + took.tail)
+
+
+def server_flops(cost: CostModel, clients: int, took: StepSeconds) -> float:
+    """The server's FLOP/s over a whole step: all layers, at the speed of the timed ones, and its tail once.
+
+    Args:
+        cost: counts.
+        clients: whose batches were computed at once.
+        took: of the server's :class:`StepWork`.
+    """
+    model = cost.model
+    counted = float(cost.times.server_times(_Unit(), model.clients_at([0] * clients)[None])[0])
+    return counted / (took.layers * model.layers / timed_layers(model.layers) + took.tail)

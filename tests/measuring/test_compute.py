@@ -1,0 +1,126 @@
+"""Compute: what is timed is what is counted, so that a time and its count make an honest rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hsplit.actors.participant import base_model
+from hsplit.config import Job, Policy, RunConfig
+from hsplit.measuring.compute import (
+    LAYERS,
+    MOST_JOINED,
+    StepSeconds,
+    StepWork,
+    client_flops,
+    joined_clients,
+    server_flops,
+)
+from hsplit.models.segment import model_config
+from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.tracing import flop_counter
+from tests.tiny import LAYERS as ALL_LAYERS
+
+
+class Ticks:
+    """A clock that goes on by a second whenever it is looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def _job(**changes: Any) -> Job:
+    settings = {"dtype": "fp32", "base": "nf4", "batch_size": 2, "max_length": 16, "rank_set": (1, 2, 4)}
+    return Job(**(settings | changes))
+
+
+def _cost(directory: Path, job: Job) -> CostModel:
+    clients: Any = [{"name": "a", "kind": "a", "memory_gb": 1.0, "tflops": 1.0}]
+    return CostModel.of_run(model_config(directory), RunConfig.model_validate({"clients": clients, "job": job}))
+
+
+def _work(directory: Path, job: Job, *, at_server: bool = False, clients: int = 1) -> tuple[CostModel, StepWork]:
+    cost = _cost(directory, job)
+    model = cost.model
+    setting = model.setting(model.top_rank, clients * job.batch_size, job.base if at_server else None)
+    base = base_model(directory, job)
+    return cost, StepWork(base, job, Policy(), setting, at_server=at_server, clients=clients, clock=Ticks())
+
+
+JOBS: list[dict[str, Any]] = [
+    {},
+    {"base": "fp32"},
+    {"grad_accumulation": 3, "pipeline": {"microbatches": 2}},
+    {"privacy": {"labels": "client"}},
+    {"targets": ("q_proj", "down_proj"), "residual": {"max_rank": 3}},
+]
+
+
+@pytest.mark.parametrize("changes", JOBS, ids=[" ".join(job) or "default" for job in JOBS])
+def test_a_step_does_the_products_that_the_cost_model_counts(models: dict[str, Path], changes: dict[str, Any]) -> None:
+    job = _job(**changes)
+    at_home = job.privacy.labels == "client"
+    cost, client = _work(models["llama"], job)
+    with flop_counter() as done:
+        client.step()
+    # At 1 second a step, FLOP/s are FLOPs.
+    assert client_flops(cost, StepSeconds(1.0, 0.0)) == pytest.approx(done.get_total_flops(), rel=1e-3)
+    clients = 3
+    cost, server = _work(models["llama"], job, at_server=True, clients=clients)
+    with flop_counter() as done:
+        server.step()
+    tail = 0 if at_home else 4 * clients * 2 * 16 * 32 * 96 * job.grad_accumulation
+    layers = (done.get_total_flops() - tail) * ALL_LAYERS / LAYERS
+    # A step in which the timed layers take their part of a second, and the tail nothing more.
+    counted = server_flops(cost, clients, StepSeconds(LAYERS / ALL_LAYERS, 0.0))
+    assert counted == pytest.approx(layers + tail, rel=1e-3)
+
+
+def test_twice_the_work_in_the_same_time_is_twice_the_rate(models: dict[str, Path]) -> None:
+    rates = {}
+    for batch_size in (2, 4):
+        cost, work = _work(models["gpt2"], _job(batch_size=batch_size))
+        rates[batch_size] = client_flops(cost, work.seconds(0.0))
+    assert rates[4] == pytest.approx(2 * rates[2], rel=1e-6) and rates[2] > 0
+    cost, work = _work(models["gpt2"], _job(), at_server=True)
+    alone = server_flops(cost, 1, work.seconds(0.0))
+    cost, work = _work(models["gpt2"], _job(), at_server=True, clients=2)
+    assert server_flops(cost, 2, work.seconds(0.0)) == pytest.approx(2 * alone, rel=1e-6)
+
+
+def test_steps_are_done_until_the_time_has_passed_and_their_mean_is_told(models: dict[str, Path]) -> None:
+    _, work = _work(models["llama"], _job())
+    once, often = work.seconds(0.0), work.seconds(50.0)
+    # Forward, backward and optimizer are timed apart; a client without labels has no tail but its border is looked at.
+    assert once == StepSeconds(3.0, 1.0) == often
+    assert isinstance(work._clock, Ticks) and work._clock.now > 50.0
+
+
+def test_timing_leaves_the_weights_what_they_are(models: dict[str, Path]) -> None:
+    _, work = _work(models["llama"], _job())
+    before = work._holder.adapters.flat.detach().clone()
+    for _ in range(5):
+        work.step()
+    assert torch.isfinite(work._holder.adapters.flat).all()
+    assert (work._holder.adapters.flat - before).abs().max() < 1e-7
+
+
+def test_a_client_holds_its_layers_dense_and_the_server_the_last_ones_as_codes(models: dict[str, Path]) -> None:
+    _, client = _work(models["llama"], _job())
+    _, server = _work(models["llama"], _job(), at_server=True)
+    assert list(client.segment.layers) == ["0", "1"] and client.segment.tail is None
+    assert list(server.segment.layers) == ["2", "3"] and server.segment.tail is not None
+    kinds = [type(next(iter(part.segment.linears.values())).weight).__name__ for part in (client, server)]
+    assert kinds == ["DenseWeight", "NF4Weight"]
+
+
+def test_the_server_joins_everybody_up_to_a_number() -> None:
+    assert joined_clients(5) == 5
+    assert joined_clients(1000) == MOST_JOINED
