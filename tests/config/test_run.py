@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -189,6 +189,9 @@ groups = st.lists(
             "num_cpus": st.floats(0, 8),
             "num_gpus": st.floats(0, 1),
             "node": st.none() | text,
+            "resources": st.dictionaries(st.sampled_from(["clinic", "x y", "1"]), st.floats(0.0001, 9)),
+            "labels": st.dictionaries(st.sampled_from(["site", "ray.io/region"]), st.sampled_from(["a", "on", "1e-3"])),
+            "late": st.booleans(),
             "data": st.none() | text,
             "model": st.none() | text,
         },
@@ -233,6 +236,7 @@ policies = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(groups, jobs, policies)
 def test_a_saved_configuration_is_read_back_equal(
     groups: list[dict[str, Any]], job: dict[str, Any], policy: dict[str, Any]
