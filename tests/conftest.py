@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Ray reads these once, when it is imported: its token authentication stays on in tests, with a token of this session's
 # own, so that nothing is written under the home directory.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "t" * 64
+# How long an example takes says how busy the machine is.
+settings.register_profile("hsplit", deadline=None)
+settings.load_profile("hsplit")
 FAMILIES = ("llama", "gpt2")
 
 

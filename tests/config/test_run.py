@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -236,7 +236,6 @@ policies = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(groups, jobs, policies)
 def test_a_saved_configuration_is_read_back_equal(
     groups: list[dict[str, Any]], job: dict[str, Any], policy: dict[str, Any]
