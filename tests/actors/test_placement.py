@@ -60,8 +60,10 @@ def test_those_who_may_go_anywhere_do_not_take_a_pinned_one_s_place() -> None:
 
 
 def test_a_large_one_is_given_its_place_before_small_ones() -> None:
+    """Of four small ones spread over both nodes no single one could make room for it."""
     nodes = [node("n1", 4), node("n2", 4)]
-    found = where(placement_of(nodes, [client("a"), client("b"), client("large", num_cpus=4), client("c")]))
+    small = [client(str(i)) for i in range(4)]
+    found = where(placement_of(nodes, [*small, client("large", num_cpus=4)]))
     assert list(found.values()).count(found["large"]) == 1
 
 
