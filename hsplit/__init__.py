@@ -12,14 +12,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hsplit.evaluation.evaluate import evaluate
     from hsplit.exporting import export
-    from hsplit.launcher import Run, change_budget, launch, plan, resume
+    from hsplit.launcher import Run, change_budget, join, launch, leave, plan, resume
 
-__all__ = ["Run", "__version__", "change_budget", "evaluate", "export", "launch", "plan", "resume"]
+__all__ = ["Run", "__version__", "change_budget", "evaluate", "export", "join", "launch", "leave", "plan", "resume"]
 
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use: the command line must answer --help without importing torch and Ray.
-    if name in ("Run", "change_budget", "launch", "plan", "resume"):
+    if name in ("Run", "change_budget", "join", "launch", "leave", "plan", "resume"):
         from hsplit import launcher
 
         return getattr(launcher, name)

@@ -37,6 +37,8 @@ class Progress:
         failures: by client how often it failed.
         shortages: by client how often it ran out of memory.
         aside: clients that take no part any more.
+        joined: clients that came while the run was under way, as in a cluster file.
+        left: clients that have left.
         lost: clients that were lost in the round under way and are to come back.
         model_fingerprint, data_sha256: what the run was started with.
     """
@@ -59,6 +61,8 @@ class Progress:
     failures: dict[str, int] = field(default_factory=dict)
     shortages: dict[str, int] = field(default_factory=dict)
     aside: list[str] = field(default_factory=list)
+    joined: list[dict[str, Any]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     model_fingerprint: str = ""
     data_sha256: str = ""

@@ -155,6 +155,30 @@ def budget(run: Path, holder: str, values: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--client", required=True, metavar="YAML|NAME", help="As in a cluster file; or who had left.")
+def join(run: Path, client: str) -> None:
+    """Let a client join a run that is under way: --client '{name: tablet, memory_gb: 0.2, data: /srv/tablet.csv}'.
+
+    It takes part from the next round on; a client that has left or was set aside comes back by its name.
+    """
+    from hsplit.launcher import join as let_in
+
+    click.echo(f"{', '.join(let_in(run, client))}: joins at the next round's end")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("client")
+def leave(run: Path, client: str) -> None:
+    """Have a run that is under way go on without a client, whose layers go to the server."""
+    from hsplit.launcher import leave as let_go
+
+    let_go(run, client)
+    click.echo(f"{client}: leaves at the next round's end")
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--to", type=click.Path(path_type=Path), help="The file to write; default: report.html of the first run.")
 def report(runs: tuple[Path, ...], to: Path | None) -> None:

@@ -27,11 +27,12 @@ from hsplit.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from hsplit.config import Client as ClientConfig
 from hsplit.config import RunConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
 from hsplit.errors import HsplitError, InputError
-from hsplit.inbox import take_requests
+from hsplit.inbox import JoinRequest, LeaveRequest, take_requests
 from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
@@ -80,7 +81,9 @@ class Coordinator:
     def __init__(
         self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Display
     ) -> None:
-        self._run, self._job = run, run.job
+        self._declared, self._run, self._job = run, run, run.job
+        # The first of them aggregates.
+        self._servers = run.server.names
         self._executor, self._directory, self._inputs, self._display = executor, directory, inputs, display
         self._training = training_of(run, executor)
         self._events = EventLog(directory.events)
@@ -106,8 +109,8 @@ class Coordinator:
         self._losses: dict[str, float] = {}
         self._saved: Path | None = None
         self._saved_plan: Plan | None = None
-        # Who has no place to be begun anew when a round is repeated.
-        self._away: list[str] = []
+        # Who has no place to be begun, or to be begun anew when a round is repeated.
+        self._away: list[str] = executor.away()
         # Who has no data yet, when a round is repeated; None: this process has just begun.
         self._fresh: set[str] | None = None
         self._begun = time.monotonic()
@@ -155,7 +158,7 @@ class Coordinator:
             at_its_start = progress.step == progress.round * job.local_steps
             if at_its_start and (progress.round > 0 or self._roster.shortages):
                 self._review()
-            self.round = progress.round + 1
+            self._begin_round()
             while progress.step < (progress.round + 1) * job.local_steps:
                 self.local_step(progress.step)
                 if self.stopping:
@@ -189,13 +192,13 @@ class Coordinator:
         planned = self._executor.call(SCHEDULER, "plan")
         # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
         gone = {*self._roster.aside, *self._roster.lost}
-        reading = self._begin_loading_data([c.name for c in self._run.participants if c.name not in gone])
+        reading = self._begin_loading_data([c for c in self._run.participants if c.name not in gone])
         self._adopt(*self._executor.get([planned]))
         self._finish_loading_data(reading)
         self._say_what_is_lost()
         self._configure()
         first = RoundUpdate(1, {}, {})
-        self._wait([self._executor.call(name, "restart", first) for name in [*self._clients, SERVER]])
+        self._wait([self._executor.call(name, "restart", first) for name in [*self._clients, *self._servers]])
         self._close_round(self._validate())
         self._checkpoint()
 
@@ -228,27 +231,39 @@ class Coordinator:
         self._go_back_to(progress)
         assert progress.plan is not None and progress.scheduler is not None
         self._one(SCHEDULER, "load_state", progress.scheduler)
+        if fresh is None:
+            self._begin_as_in(progress)
         lost = {*progress.lost, *self._away}
-        self._roster.recall(progress.failures, progress.aside, lost, progress.shortages)
+        self._roster.recall(progress.failures, progress.aside, lost, progress.shortages, progress.left)
         self._adopt(Plan.from_json(progress.plan))
         named = [client.name for client in self._plan.clients if client.name not in self._roster.aside]
         reading = [name for name in named if name not in self._roster.lost and (fresh is None or name in fresh)]
-        self._finish_loading_data(self._begin_loading_data(reading))
+        self._finish_loading_data(self._begin_loading_data(self._named(reading)))
         self._configure()
-        _, *updates = self._executor.call_many(
-            1 + len(self._clients), SERVER, "load_state", tensors[SERVER], *self._clients
-        )
+        holders = [*self._clients, *self._servers[1:]]
+        _, *updates = self._executor.call_many(1 + len(holders), SERVER, "load_state", tensors[SERVER], *holders)
         self._wait(
             [
-                self._executor.call(name, "load_state", tensors[name], update)
-                for name, update in zip(self._clients, updates, strict=True)
+                self._executor.call(name, "take_up", tensors[name], update)
+                for name, update in zip(holders, updates, strict=True)
             ]
         )
         self._fresh, self._away, self._saved_plan = set(), [], self._plan
 
+    def _begin_as_in(self, progress: Progress) -> None:
+        """Begin the clients that had joined by then beside those of the cluster file, and end those that had left."""
+        for client in self._run.clients[len(self._declared.clients) :]:
+            self._executor.add(client)
+            if not self._executor.restart(client.name):
+                self._away.append(client.name)
+        for name in progress.left:
+            self._executor.end(name)
+
     def _go_back_to(self, progress: Progress) -> None:
         """Make ``progress`` all that is known of the rounds."""
         self.progress, self.round = progress, progress.round
+        joined = tuple(ClientConfig.model_validate(client) for client in progress.joined)
+        self._run = self._declared.model_copy(update={"clients": (*self._declared.clients, *joined)})
         self._metrics.restore(progress.metrics)
         self._plans.restore(progress.plans)
         self._timing.restore(progress.timing)
@@ -278,7 +293,7 @@ class Coordinator:
         self._note("repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason)
         roster, away = self._roster, []
         for name in dict.fromkeys([failure.actor, *gone, *roster.lost]):
-            if name in (SERVER, SCHEDULER):
+            if name in (*self._servers, SCHEDULER):
                 self._replace(name)
                 continue
             if name not in roster.lost:
@@ -363,7 +378,6 @@ class Coordinator:
         self._roster.adopt(self._plan)
         if not self._clients:
             self._nobody_is_left(self._roster.lost[0] if self._roster.lost else self._roster.aside[-1])
-        self._set_pace()
 
     def _kept_state(self, client: str) -> dict[str, Any] | None:
         """A client's tensors by the last checkpoint, where they are of the part that it has now."""
@@ -375,7 +389,7 @@ class Coordinator:
     def _prepare_return(self, name: str) -> list[Any]:
         """Have a client that was begun anew read its data and its layers."""
         part = self._plan.client(name)
-        calls = list(self._begin_loading_data([name]).values())
+        calls = list(self._begin_loading_data(self._named([name])).values())
         return [*calls, self._executor.call(name, "configure", part.split, part.ranks)]
 
     def _learn(self, values: Sequence[Any]) -> None:
@@ -392,8 +406,8 @@ class Coordinator:
         """Put ``plan`` in force and say who cannot take part any more."""
         self._plan = plan
         self._roster.adopt(plan)
+        self._training.adopt(plan)
         self.progress.plan = plan.to_json()
-        self._step_time_s = self._one(SCHEDULER, "step_time_s", plan)
         self._events.write("planned", f"plan by {plan.importance}", round=self.progress.round, plan=self.progress.plan)
         self._display.plan(plan)
         for client in plan.clients:
@@ -405,12 +419,16 @@ class Coordinator:
                 self._note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
         self._unavailable = {client.name for client in plan.clients if not client.available}
 
-    def _begin_loading_data(self, names: list[str]) -> dict[str, Any]:
-        own = {client.name: client.data for client in self._run.clients}
-        # A single node has everybody's data.
-        every = self._inputs.shares
-        shares = {name: every if name == CENTRAL else {name: every.get(name)} for name in names}
-        return {name: self._executor.call(name, "load_data", shares[name], own.get(name)) for name in names}
+    def _begin_loading_data(self, clients: Sequence[ClientConfig]) -> dict[str, Any]:
+        every, calls = self._inputs.shares, {}
+        for client in clients:
+            # A single node has everybody's data.
+            shares = every if client.name == CENTRAL else {client.name: every.get(client.name)}
+            calls[client.name] = self._executor.call(client.name, "load_data", shares, client.data)
+        return calls
+
+    def _named(self, names: Collection[str]) -> list[ClientConfig]:
+        return [client for client in self._run.participants if client.name in names]
 
     def _finish_loading_data(self, calls: dict[str, Any]) -> None:
         for name, call in calls.items():
@@ -444,22 +462,37 @@ class Coordinator:
         self._note("data_lost", text, clients=lost, examples=examples, of_examples=total)
 
     def _configure(self) -> None:
-        calls = [self._executor.call(SERVER, "configure", self._plan)]
+        calls = [self._executor.call(name, "configure", self._plan) for name in self._servers]
         for client in map(self._plan.client, self._clients):
             calls.append(self._executor.call(client.name, "configure", client.split, client.ranks))
         self._wait(calls)
-        self._set_pace()
+
+    # -- a round's beginning --------------------------------------------------------------------------------------
+
+    def _cohort(self, round_: int) -> list[str]:
+        """The clients that train in round ``round_``."""
+        return self._roster.cohort(self._job.seed, round_, self._job.clients_per_round)
+
+    def _begin_round(self) -> None:
+        self.round = self.progress.round + 1
+        cohort = self._cohort(self.round)
+        self._step_time_s = self._one(SCHEDULER, "step_time_s", self._plan, cohort)
+        if cohort != self._clients:
+            text = f"round {self.round}: {len(cohort)} of {len(self._clients)} clients train: {', '.join(cohort)}"
+            self._events.write("cohort", text, round=self.round, clients=cohort)
+        self._set_pace(cohort)
 
     # -- the emulated clock (METHOD 8) ----------------------------------------------------------------------------
 
-    def _set_pace(self) -> None:
+    def _set_pace(self, cohort: list[str]) -> None:
         """Tell everybody how long each call of a step is to take, where the clock is emulated."""
         if self._job.clock != "emulated":
             return
-        calls: dict[str, dict[str, float]] = self._one(SCHEDULER, "call_times_s", self._plan)
+        calls: dict[str, dict[str, float]] = self._one(SCHEDULER, "call_times_s", self._plan, cohort)
         speedup = self._job.clock_speedup
+        calls |= {name: calls[SERVER] for name in self._servers if SERVER in calls}
         for name, own in calls.items():
-            if name in self._clients or name == SERVER:
+            if name in self._clients or name in self._servers:
                 # Whoever is gone is found by the next call that matters.
                 self._executor.call(name, "set_pace", {what: seconds / speedup for what, seconds in own.items()})
 
@@ -481,10 +514,10 @@ class Coordinator:
     def _review(self) -> None:
         """Ask the scheduler whether budgets or importance have changed so much that another plan is due."""
         progress = self.progress
-        requests = self._budget_requests()
+        requests = self._requests()
         reports = self._steadily(self._probe) if self._run.policy.probes else []
         # The probe ran under the plan that is being looked at, so it counts with the round before.
-        self._probe_peaks = self._peaks([*self._clients, SERVER])
+        self._probe_peaks = self._peaks([*self._clients, *self._servers])
         measured = _larger(progress.measured_bytes, self._probe_peaks)
         try:
             review: Review = self._one(SCHEDULER, "review", progress.round, self._plan, reports, measured, requests)
@@ -499,12 +532,13 @@ class Coordinator:
             self._note("replanned", text, round=progress.round, reasons=review.reasons)
             self._reconfigure(review.plan)
         self._bring_back()
-        # Budgets may have changed without another plan.
-        self._step_time_s = self._one(SCHEDULER, "step_time_s", self._plan)
-        self._set_pace()
 
-    def _budget_requests(self) -> list[BudgetRequest]:
-        """What the cluster file foresees for the round that begins, then what the inbox holds."""
+    def _requests(self) -> list[BudgetRequest]:
+        """Let clients come and go as the inbox asks.
+
+        Returns:
+            The changes of budgets that the cluster file foresees for the round that begins, then the inbox's.
+        """
         done = self.progress.round
         requests = [
             BudgetRequest(name, change.values())
@@ -516,32 +550,82 @@ class Coordinator:
         for text in refused:
             self._note("refused", text, round=done)
         for request in asked:
-            asked_for = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
-            self._events.write("budget", f"{request.holder}: {asked_for} asked for", round=done, **asdict(request))
-        return [*requests, *asked]
+            if isinstance(request, JoinRequest):
+                self._join(request.client)
+            elif isinstance(request, LeaveRequest):
+                self._leave(request.client)
+            else:
+                asked_for = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+                self._events.write("budget", f"{request.holder}: {asked_for} asked for", round=done, **asdict(request))
+                requests.append(request)
+        return [request for request in requests if request.holder not in self._roster.left]
+
+    def _join(self, client: ClientConfig) -> None:
+        """Have a client begin and read its data; the plan that follows gives it a part."""
+        name, known = client.name, [c.name for c in self._run.clients]
+        if name in known and name not in [*self._roster.left, *self._roster.aside]:
+            self._note("refused", f"inbox: {name} is asked to join, and is there already", client=name)
+            return
+        self._executor.add(client)
+        if self._executor.restart(name):
+            (report,) = self._executor.settle(
+                list(self._begin_loading_data([client]).values()), time.monotonic() + self._job.faults.patience_s
+            )
+            if isinstance(report, HsplitError):
+                self._executor.end(name)
+                self._note("refused", f"{name} cannot join: {report}", client=name)
+                return
+            self._count_data(report)
+            self._roster.join(name)
+        else:
+            self._roster.join(name)
+            self._roster.away(name)
+        if name not in known:
+            self._run = self._run.model_copy(update={"clients": (*self._run.clients, client)})
+        self._one(SCHEDULER, "join", client)
+        self._note("joined", f"{name} joins after round {self.progress.round}", client=name, round=self.progress.round)
+
+    def _leave(self, name: str) -> None:
+        """Go on without a client that leaves: all that it has learned is aggregated."""
+        if all(name != client.name for client in self._run.clients) or name in self._roster.left:
+            self._note("refused", f"inbox: {name} is asked to leave, and is not there", client=name)
+            return
+        if self._clients == [name]:
+            self._note("refused", f"inbox: {name} cannot leave: no other client is there", client=name)
+            return
+        if name in self._clients:
+            # Its process ends when the round can no longer be repeated with it.
+            self._executor.call(name, "release")
+        self._roster.leave(name)
+        self._one(SCHEDULER, "leave", name)
+        self._note("left", f"{name} leaves after round {self.progress.round}", client=name, round=self.progress.round)
 
     def _probe(self) -> list[ImportanceReport]:
         begun = time.monotonic()
-        probe = self._training.probe(self._clients, self.progress.round, self._run.policy.importance.tokens)
+        cohort = self._cohort(self.progress.round + 1)
+        probe = self._training.probe(cohort, self.progress.round, self._run.policy.importance.tokens)
         self.progress.bytes_up += probe.bytes_up
         self.progress.bytes_down += probe.bytes_down
-        self._count(self._one(SCHEDULER, "probe_time_s", self._plan), begun)
+        self._count(self._one(SCHEDULER, "probe_time_s", self._plan, cohort), begun)
         return probe.reports
 
     def _reconfigure(self, plan: Plan) -> None:
         """Put another plan in force without changing what the model computes (law E4)."""
-        begun, before, had = time.monotonic(), self._plan, list(self._clients)
+        begun, before = time.monotonic(), self._plan
+        had = list(self._clients)
         self._adopt(plan)
         for name in had:
             if name not in self._clients:
                 self._executor.call(name, "release")
         if {client.name for client in before.available} != set(self._clients):
             self._say_what_is_lost()
-        names = list(self._clients)
+        names, others = list(self._clients), self._servers[1:]
         report, *sent = self._executor.call_many(
-            1 + len(names), SERVER, "reconfigure", self.progress.round + 1, plan, *names
+            1 + len(names) + len(others), SERVER, "reconfigure", self.progress.round + 1, plan, *names
         )
         (report,) = self._executor.get([report])
+        sent, own = sent[: len(names)], sent[len(names) :]
+        self._wait([self._executor.call(n, "follow", plan, update) for n, update in zip(others, own, strict=True)])
         down, updates = report.nbytes_down, dict(zip(names, sent, strict=True))
         moving = {name: plan.client(name) for name in names if name in down}
         given_up = self._settled({n: self._executor.call(n, "give_up", part.split) for n, part in moving.items()})
@@ -564,7 +648,7 @@ class Coordinator:
 
     def local_step(self, step: int) -> Done:
         begun = time.monotonic()
-        done = self._training.step(step, list(self._clients))
+        done = self._training.step(step, self._cohort(step // self._job.local_steps + 1))
         for failure in done.failed.values():
             self._lose(failure)
         if not self._clients:
@@ -592,7 +676,8 @@ class Coordinator:
 
     def _record_step(self, losses: list[LossReport]) -> None:
         progress, job = self.progress, self._job
-        for client in self._clients:
+        training = [client for client in self._clients if any(loss.client == client for loss in losses)]
+        for client in training:
             own = [loss for loss in losses if loss.client == client]
             loss_sum, tokens = sum(loss.loss_sum for loss in own), sum(loss.tokens for loss in own)
             self._losses[client] = loss_sum / max(tokens, 1)
@@ -607,18 +692,23 @@ class Coordinator:
             progress.step,
             job.rounds * job.local_steps,
             dict(self._losses),
-            dict.fromkeys(self._clients, "training"),
+            {client: "training" if client in training else "waiting" for client in self._clients},
         )
 
     # -- the end of a round (METHOD 6) ----------------------------------------------------------------------------
 
     def aggregate(self) -> None:
-        begun = time.monotonic()
-        asked = {client: self._executor.call_many(2, client, "hand_in") for client in self._clients}
+        begun, others = time.monotonic(), self._servers[1:]
+        cohort = self._cohort(self.progress.round + 1)
+        asked = {name: self._executor.call_many(2, name, "hand_in") for name in [*cohort, *others]}
         # The small reports come first: a client that failed is found before its adapters are passed on.
-        names = list(self._settled({client: nbytes for client, (nbytes, _) in asked.items()}))
-        held = [asked[name][1] for name in names]
-        report, *updates = self._executor.call_many(1 + len(held), SERVER, "aggregate", self.progress.round + 2, *held)
+        names = list(self._settled({client: asked[client][0] for client in cohort}))
+        self._wait([asked[server][0] for server in others])
+        idle = [name for name in self._clients if name not in cohort]
+        held = [asked[name][1] for name in [*names, *others]]
+        report, *updates = self._executor.call_many(
+            1 + len(held) + len(idle), SERVER, "aggregate", self.progress.round + 2, idle, *held
+        )
         (report,) = self._executor.get([report])
         for name, reason in report.refused.items():
             self._lose(ActorFailure(name, "hand_in", f"it handed in {reason}", "refused"))
@@ -628,15 +718,15 @@ class Coordinator:
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())
         self._record_cut(report.residual_cut)
-        self._settled(
-            {
-                name: self._executor.call(name, "restart", update)
-                for name, update in zip(names, updates, strict=True)
-                if name not in report.refused
-            }
-        )
+        restarts = {
+            name: self._executor.call(name, "restart", update)
+            for name, update in zip([*names, *others, *idle], updates, strict=True)
+            if name not in report.refused
+        }
+        self._wait([restarts.pop(server) for server in others])
+        self._settled(restarts)
         self._bring_back()
-        self._count(self._one(SCHEDULER, "aggregation_time_s", self._plan, up, down), begun)
+        self._count(self._one(SCHEDULER, "aggregation_time_s", self._plan, names, up, down), begun)
 
     def _record_cut(self, cut: float) -> None:
         if cut:
@@ -678,7 +768,7 @@ class Coordinator:
         )
         self._metrics.append(row)
         measured_s = {name: sum(own.values()) / self._job.local_steps for name, own in self._spent_s.items()}
-        progress.measured_bytes = _larger(self._peaks([*self._clients, SERVER]), self._probe_peaks)
+        progress.measured_bytes = _larger(self._peaks([*self._clients, *self._servers]), self._probe_peaks)
         self._probe_peaks = {}
         self._plans.append(*plan_rows(progress.round, self._plan, progress.measured_bytes, measured_s))
         self._timing.append(*timing_rows(progress.round, self._spent_s, self._steps_s))
@@ -711,6 +801,8 @@ class Coordinator:
         roster = self._roster
         self.progress.failures, self.progress.aside = dict(roster.failures), list(roster.aside)
         self.progress.lost, self.progress.shortages = roster.lost, dict(roster.shortages)
+        joined = self._run.clients[len(self._declared.clients) :]
+        self.progress.joined, self.progress.left = [client.model_dump() for client in joined], list(roster.left)
         self.progress.scheduler = self._one(SCHEDULER, "state")
         self.progress.wall_time_s = time.monotonic() - self._begun
         name = checkpoint_name(self.progress, self._job.local_steps)
@@ -718,11 +810,14 @@ class Coordinator:
             self._directory.checkpoints, name, self.progress, tensors, self._job.keep_checkpoints
         )
         self._fresh, self._saved_plan = set(), self._plan
+        for gone in roster.left:
+            # No round can be repeated any more that it had a part in.
+            self._executor.end(gone)
         self._events.write("checkpoint", f"checkpoint {name} written")
 
     def _states(self) -> dict[str, dict[str, Any]]:
         """Tensors of everybody, as a checkpoint keeps them; of those who are lost, as it kept them last."""
-        calls = {name: self._executor.call(name, "state") for name in [*self._clients, SERVER]}
+        calls = {name: self._executor.call(name, "state") for name in [*self._clients, *self._servers]}
         until = time.monotonic() + self._job.faults.patience_s
         values = values_of(self._executor.settle(list(calls.values()), until))
         states: dict[str, dict[str, Any]] = dict(zip(calls, values, strict=True))

@@ -6,18 +6,48 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from hsplit.actors.executor import SERVER
 from hsplit.config import BudgetChange, RunConfig
-from hsplit.config.cluster import SERVER_BUDGET_FIELDS
+from hsplit.config.cluster import SERVER_BUDGET_FIELDS, Client, ClientSpec
 from hsplit.config.files import displayed
 from hsplit.config.refusals import first_of, refusals
 from hsplit.errors import InputError
 from hsplit.run_directory import RunDirectory, write_text_atomically
 from hsplit.scheduling.budgets import BudgetRequest
+
+# What a file that is no request may fail with.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """A client that is to take part from now on.
+
+    Attributes:
+        client: with concrete budgets; one that was there before comes back as it was.
+    """
+
+    client: Client
+
+
+@dataclass(frozen=True)
+class LeaveRequest:
+    """A client that is to take no part any more.
+
+    Attributes:
+        client: its name.
+    """
+
+    client: str
+
+
+Request = BudgetRequest | JoinRequest | LeaveRequest
 
 
 def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float]) -> Path:
@@ -36,7 +66,8 @@ def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float
     """
     run = RunConfig.load(directory.config)
     # A single node has the server's budget; the clients only lend their data.
-    known = [*(client.name for client in run.clients if run.policy.placement != "single"), SERVER]
+    clients = () if run.policy.placement == "single" else _clients(run, directory)
+    known = [*clients, SERVER]
     if holder not in known:
         raise InputError(f"{displayed(directory.path)}: has no holder {holder!r}; it has: {', '.join(known)}")
     try:
@@ -46,13 +77,92 @@ def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float
     for field in change:
         if holder == SERVER and field not in SERVER_BUDGET_FIELDS:
             raise InputError(f"the budget of server: {field}: it has only {', '.join(SERVER_BUDGET_FIELDS)}")
+    return _post(directory, {"request": "budget", "holder": holder, "values": change})
+
+
+def post_join(directory: RunDirectory, client: str | Mapping[str, Any]) -> tuple[str, ...]:
+    """Ask the run in ``directory`` to let clients take part from the next round's end on.
+
+    Args:
+        directory: the run's.
+        client: what a cluster file has for a client or a group of them, with data of its own; or the name of a client
+            that has left or was set aside.
+
+    Returns:
+        The names of who is to join.
+
+    Raises:
+        InputError: the run's policy has no place for others, it is no client, its name is taken, or it has no data.
+    """
+    run = RunConfig.load(directory.config)
+    _refuse_single(run, directory)
+    known, place = _clients(run, directory), "--client"
+    if isinstance(client, str):
+        if client not in known:
+            raise InputError(f"{place}: the run has no client {client!r} to come back; it has: {', '.join(known)}")
+        _post(directory, {"request": "join", "client": known[client].model_dump()})
+        return (client,)
+    try:
+        group = ClientSpec.model_validate(dict(client))
+    except ValidationError as error:
+        raise first_of(place, refusals(error)) from None
+    if group.data is None:
+        raise InputError(f"{place}: data: must be a file on its node: the shared data is dealt out already")
+    joining = group.expanded(run.job.seed)
+    for one in joining:
+        if one.name in known:
+            raise InputError(f"{place}: name: {one.name} is a client of the run already; join it by its name alone")
+    try:
+        # Whatever the run asks of its clients, it asks of these.
+        RunConfig.model_validate({**run.model_dump(), "clients": [c.model_dump() for c in (*run.clients, *joining)]})
+    except ValidationError as error:
+        raise first_of(place, refusals(error)) from None
+    for one in joining:
+        _post(directory, {"request": "join", "client": one.model_dump()})
+    return tuple(one.name for one in joining)
+
+
+def post_leave(directory: RunDirectory, client: str) -> None:
+    """Ask the run in ``directory`` to go on without ``client`` from the next round's end on.
+
+    Raises:
+        InputError: the run has no such client, or its policy gathers all data on one node.
+    """
+    run = RunConfig.load(directory.config)
+    _refuse_single(run, directory)
+    known = _clients(run, directory)
+    if client not in known:
+        raise InputError(f"{displayed(directory.path)}: has no client {client!r}; it has: {', '.join(known)}")
+    _post(directory, {"request": "leave", "client": client})
+
+
+def _refuse_single(run: RunConfig, directory: RunDirectory) -> None:
+    if run.policy.placement == "single":
+        where = displayed(directory.path)
+        raise InputError(f"{where}: its policy trains on one node with everybody's data: nobody joins or leaves")
+
+
+def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, Client]:
+    """Every client that the run has had, or will have by the requests in its inbox, by name."""
+    clients = {client.name: client for client in run.clients}
+    for path in sorted([*directory.inbox.glob("taken/*/*.json"), *directory.inbox.glob("*.json")]):
+        try:
+            request = _read(path)
+        except _UNREADABLE:
+            continue
+        if isinstance(request, JoinRequest):
+            clients.setdefault(request.client.name, request.client)
+    return clients
+
+
+def _post(directory: RunDirectory, request: Mapping[str, Any]) -> Path:
     # Names sort by time, so that of two requests the later wins.
     path = directory.inbox / f"{time.time_ns():020d}-{os.getpid()}.json"
-    write_text_atomically(path, json.dumps({"request": "budget", "holder": holder, "values": change}) + "\n")
+    write_text_atomically(path, json.dumps(request) + "\n")
     return path
 
 
-def take_requests(inbox: Path, round_: int) -> tuple[list[BudgetRequest], list[str]]:
+def take_requests(inbox: Path, round_: int) -> tuple[list[Request], list[str]]:
     """The requests for the end of round ``round_``, oldest first, and a sentence about each file that is none.
 
     Taken files move to ``taken/round-NNNN/``: a run that is resumed from an earlier checkpoint finds them there at
@@ -68,14 +178,19 @@ def take_requests(inbox: Path, round_: int) -> tuple[list[BudgetRequest], list[s
     for path in sorted(taken.glob("*.json")):
         try:
             requests.append(_read(path))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except _UNREADABLE as error:
             first = str(error).strip().splitlines()
             refused.append(f"inbox: {path.name} is no request and is left out ({first[0] if first else error!r})")
     return requests, refused
 
 
-def _read(path: Path) -> BudgetRequest:
+def _read(path: Path) -> Request:
     document = json.loads(path.read_text(encoding="utf-8"))
-    if document["request"] != "budget":
-        raise ValueError(f"unknown request {document['request']!r}")
-    return BudgetRequest(str(document["holder"]), BudgetChange.model_validate(document["values"]).values())
+    kind = document["request"]
+    if kind == "budget":
+        return BudgetRequest(str(document["holder"]), BudgetChange.model_validate(document["values"]).values())
+    if kind == "join":
+        return JoinRequest(Client.model_validate(document["client"]))
+    if kind == "leave":
+        return LeaveRequest(str(document["client"]))
+    raise ValueError(f"unknown request {kind!r}")

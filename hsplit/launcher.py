@@ -23,7 +23,7 @@ from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError, os_reason
 from hsplit.exporting import export
-from hsplit.inbox import post_budget
+from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
@@ -169,6 +169,40 @@ def change_budget(path: str | Path, holder: str, values: Overrides) -> None:
                 raise InputError(f"{field}: must be FIELD=VALUE, such as memory_gb=0.1")
         values = {field: parse_yaml(value, field) for field, _, value in pairs}
     post_budget(directory, holder, values)
+
+
+def join(path: str | Path, client: str | Mapping[str, Any]) -> tuple[str, ...]:
+    """Let clients join a run that is under way, from its next round's end on.
+
+    Args:
+        path: the run's directory.
+        client: as a cluster file has it, a mapping or YAML text (``{name: tablet, memory_gb: 0.2, data: /srv/a.csv}``);
+            or the name of a client that has left or was set aside, which comes back.
+
+    Returns:
+        The names of who is to join.
+
+    Raises:
+        InputError: there is no such run, or the client cannot join it.
+    """
+    directory = RunDirectory.open(Path(path))
+    document = parse_yaml(client, "--client") if isinstance(client, str) else client
+    if not isinstance(document, str | Mapping):
+        raise InputError("--client: must be a mapping such as {name: tablet, memory_gb: 0.2, data: FILE}, or a name")
+    return post_join(directory, document)
+
+
+def leave(path: str | Path, client: str) -> None:
+    """Have a run that is under way go on without ``client`` from its next round's end on.
+
+    Args:
+        path: the run's directory.
+        client: its name.
+
+    Raises:
+        InputError: there is no such run or client.
+    """
+    post_leave(RunDirectory.open(Path(path)), client)
 
 
 # -- before anything starts ---------------------------------------------------------------------------------------
@@ -339,7 +373,7 @@ def _drive(
         helpers.janitor.removes(*directory.half_written)
         dashboard = None
         if not already_connected:
-            requested = sum(h.num_cpus for h in (run.server, *run.participants))
+            requested = run.server.num_cpus * run.server.replicas + sum(c.num_cpus for c in run.participants)
             root, fork_server = helpers.janitor.root, helpers.fork_server
             dashboard = connect(address, requested, root=root, fork_server=fork_server)
         try:

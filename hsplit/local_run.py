@@ -8,6 +8,7 @@ from typing import Any
 from hsplit.actors.executor import SCHEDULER, SERVER, InProcess
 from hsplit.actors.participant import base_model
 from hsplit.actors.participants import participant_class
+from hsplit.actors.replica import Replica
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
@@ -46,7 +47,9 @@ def local_run(
             return scheduler or Scheduler(run, model)
         if name == SERVER:
             return Server(run.job, run.policy, base, measure=measure)
+        if name in run.server.names:
+            return Replica(run.job, run.policy, base, measure=measure, name=name)
         return make(name, run.job, run.policy, base, measure=measure)
 
-    names = [*(client.name for client in run.participants), SERVER, SCHEDULER]
+    names = [*(client.name for client in run.participants), *run.server.names, SCHEDULER]
     return Coordinator(run, InProcess({name: actor(name) for name in names}, actor), directory, inputs, display)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsplit.actors.executor import SERVER, Executor, values_of
+from hsplit.actors.executor import Executor, values_of
 from hsplit.actors.messages import LossReport
 from hsplit.scheduling.importance import ImportanceReport
 
@@ -28,7 +28,7 @@ class ProbeOutcome:
 
 def probe_importance(
     executor: Executor,
-    clients: Sequence[str],
+    served: Mapping[str, Sequence[str]],
     round_: int,
     tokens: int,
     labels: str,
@@ -39,8 +39,8 @@ def probe_importance(
     Call it between two local steps. Tensors pass from actor to actor as handles; only scalars arrive here.
 
     Args:
-        executor: reaches clients and server, all of them configured.
-        clients: who takes part.
+        executor: reaches clients and servers, all of them configured.
+        served: who takes part, by the server that serves them.
         round_: decides, with the run's seed and the client, which examples are drawn.
         tokens: supervised tokens wanted of each client, see :func:`hsplit.data.probe_batch.probe_batch`.
         labels: ``privacy.labels``: ``server`` or ``client``.
@@ -53,26 +53,26 @@ def probe_importance(
     def patiently(calls: Sequence[Any]) -> list[Any]:
         return values_of(executor.settle(calls, None if patience_s is None else time.monotonic() + patience_s))
 
-    fronts = [executor.call_many(2, client, "probe_forward", round_, tokens) for client in clients]
+    call, call_many = executor.call, executor.call_many
+    fronts = {c: call_many(2, c, "probe_forward", round_, tokens) for clients in served.values() for c in clients}
     # The small reports come first: a client that failed is found before its tensors are passed on.
-    bytes_up = sum(report.nbytes for report in patiently([report for report, _ in fronts]))
-    activations = [message for _, message in fronts]
+    bytes_up = sum(report.nbytes for report in patiently([report for report, _ in fronts.values()]))
     bytes_down = 0
-    if labels == "client":
-        up, *deep = executor.call_many(1 + len(clients), SERVER, "probe_forward", *activations)
-        tails = [
-            executor.call_many(2, client, "probe_tail", output) for client, output in zip(clients, deep, strict=True)
-        ]
-        losses: list[LossReport] = patiently([report for report, _ in tails])
-        bytes_up += sum(loss.nbytes for loss in losses)
-        bytes_down += executor.get([up])[0].nbytes
-        sent: list[Any] = [gradient for _, gradient in tails]
-        down, *gradients = executor.call_many(1 + len(clients), SERVER, "probe_backward", *sent)
-    else:
-        down, *gradients = executor.call_many(1 + len(clients), SERVER, "probe", *activations)
-    own = [
-        executor.call(client, "probe_backward", gradient) for client, gradient in zip(clients, gradients, strict=True)
-    ]
-    (server,) = executor.get([down])
-    fronts_scored = patiently(own)
-    return ProbeOutcome([*fronts_scored, *server.importance], bytes_up, bytes_down + server.nbytes)
+    down, own = [], []
+    for server, clients in served.items():
+        sent = [fronts[client][1] for client in clients]
+        if labels == "client":
+            up, *deep = call_many(1 + len(clients), server, "probe_forward", *sent)
+            tails = [call_many(2, client, "probe_tail", output) for client, output in zip(clients, deep, strict=True)]
+            losses: list[LossReport] = patiently([report for report, _ in tails])
+            bytes_up += sum(loss.nbytes for loss in losses)
+            bytes_down += executor.get([up])[0].nbytes
+            sent = [gradient for _, gradient in tails]
+        report, *gradients = call_many(
+            1 + len(sent), server, "probe_backward" if labels == "client" else "probe", *sent
+        )
+        down.append(report)
+        own += [call(client, "probe_backward", slope) for client, slope in zip(clients, gradients, strict=True)]
+    at_servers = executor.get(down)
+    reports = patiently(own) + [report for server in at_servers for report in server.importance]
+    return ProbeOutcome(reports, bytes_up, bytes_down + sum(server.nbytes for server in at_servers))

@@ -10,6 +10,7 @@ from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor
 from hsplit.config.job import Faults
 from hsplit.errors import HsplitError
 from hsplit.scheduling.plan import Plan
+from hsplit.seeds import hash_seed
 
 # What an actor was asked for, in the words of an event.
 _ASKED_FOR = {
@@ -58,6 +59,7 @@ class Roster:
         present: the clients that take part, in the plan's order.
         failures: by client how often it failed.
         aside: the clients that take no part any more.
+        left: the clients that have left of their own will.
         shortages: by client how often it ran out of memory.
     """
 
@@ -75,6 +77,7 @@ class Roster:
         self.present: list[str] = []
         self.failures: dict[str, int] = {}
         self.aside: list[str] = []
+        self.left: list[str] = []
         # By lost client the calls that prepare its return; None: it has no place to return to yet.
         self._lost: dict[str, Sequence[Any] | None] = {}
         self._away: set[str] = set()
@@ -85,13 +88,42 @@ class Roster:
         """The clients that are to come back."""
         return list(self._lost)
 
+    def cohort(self, seed: int, round_: int, count: int | None) -> list[str]:
+        """The clients that train in round ``round_``: ``count`` of those present, drawn anew each round.
+
+        Each client's place in a round's draw depends on seed, round and name alone. So a run that is resumed draws the
+        same, and for a client that is lost the next in the draw steps in.
+        """
+        if count is None or count >= len(self.present):
+            return list(self.present)
+        drawn = sorted(self.present, key=lambda name: hash_seed(seed, "cohort", round_, name))[:count]
+        return [name for name in self.present if name in drawn]
+
+    def join(self, name: str) -> None:
+        """A client comes to a run that is under way, for the first time or again; what it did before is forgiven."""
+        self.aside = [other for other in self.aside if other != name]
+        self.left = [other for other in self.left if other != name]
+        self.failures.pop(name, None)
+
+    def leave(self, name: str) -> None:
+        """A client goes of its own will; it is in no later plan."""
+        self.left.append(name)
+        self.present = [other for other in self.present if other != name]
+        self._lost.pop(name, None)
+        self._away.discard(name)
+
     def adopt(self, plan: Plan) -> None:
         """Take over who has a part in ``plan``; the lost are not there yet."""
         named = [client.name for client in plan.available]
         # Who was prepared for another part is prepared anew.
         same = {n for n in named if self._plan is not None and _part(self._plan, n) == _part(plan, n)}
         self._plan = plan
-        self._lost = {name: calls if name in same else None for name, calls in self._lost.items() if name in named}
+        # Who is away is not forgotten by a plan without it: nothing of it has been begun.
+        self._lost = {
+            name: calls if name in same else None
+            for name, calls in self._lost.items()
+            if name in named or name in self._away
+        }
         self.present = [name for name in named if name not in self._lost and name not in self.aside]
 
     def recall(
@@ -100,18 +132,20 @@ class Roster:
         aside: Iterable[str],
         lost: Iterable[str],
         shortages: Mapping[str, int] | None = None,
+        left: Iterable[str] = (),
     ) -> None:
         """Go back to a checkpoint's ``lost``; failures since then are not forgotten.
 
         Args:
-            failures, aside, shortages: as attributes.
+            failures, aside, shortages, left: as attributes.
         """
         for name, count in (shortages or {}).items():
             self.shortages[name] = max(count, self.shortages.get(name, 0))
         for name, count in failures.items():
             self.failures[name] = max(count, self.failures.get(name, 0))
         self.aside = list(dict.fromkeys([*self.aside, *aside]))
-        self._lost = {name: None for name in lost if name not in self.aside}
+        self.left = list(left)
+        self._lost = {name: None for name in lost if name not in self.aside and name not in self.left}
         self._tell_scheduler()
 
     def count(self, failure: ActorFailure, round_: int) -> None:
@@ -159,7 +193,8 @@ class Roster:
         Returns:
             Who has come back.
         """
-        names = [name for name in self._lost if self._begin_return(name)]
+        planned = {client.name for client in self._plan.available} if self._plan is not None else set()
+        names = [name for name in self._lost if name in planned and self._begin_return(name)]
         until = time.monotonic() + self._faults.patience_s
         ready = [name for name in names if self._succeeds(name, self._lost[name] or (), until, round_)]
         for name in ready:
@@ -169,7 +204,8 @@ class Roster:
         back = [n for n, call in zip(ready, calls, strict=True) if self._succeeds(n, [call], until, round_)]
         for name in back:
             del self._lost[name]
-            self._note("returned", f"round {round_}: {name} is back", client=name, round=round_)
+            how = "is back" if self.failures.get(name) else "is there"
+            self._note("returned", f"round {round_}: {name} {how}", client=name, round=round_)
         return back
 
     def _succeeds(self, name: str, calls: Sequence[Any], until: float, round_: int) -> bool:
@@ -209,7 +245,7 @@ class Roster:
         """A client has no place to return to yet."""
         self._lost[name] = None
         if name not in self._away:
-            text = f"{name} is away: no node that is there has room for it; it comes back when one has"
+            text = f"{name} is away: no node that is there has room for it; it takes part when one has"
             self._note("away", text, client=name)
         self._away.add(name)
 

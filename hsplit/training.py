@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,9 +20,11 @@ from hsplit.deadlines import Deadlines
 from hsplit.errors import HsplitError
 from hsplit.probe import ProbeOutcome, probe_importance
 from hsplit.scheduling.importance import ImportanceReport
+from hsplit.scheduling.plan import Plan
+from hsplit.scheduling.serving import cohorts, served_by
 
-# Handles to the server's reports, in the order of events; and by part each client's gradient.
-_ServerSide = tuple[list[Any], list[dict[str, Any]]]
+# Servers and handles to their reports, in the order of events; and by part each client's gradient.
+_ServerSide = tuple[list[tuple[str, Any]], list[dict[str, Any]]]
 
 
 @dataclass
@@ -53,10 +55,10 @@ class Done:
         if "paced" not in seconds:
             self.late.add(holder)
 
-    def server_took(self, report: ServerReport) -> None:
-        """Count the server's call, and who was refused in it."""
+    def server_took(self, server: str, report: ServerReport) -> None:
+        """Count a server's call, and who was refused in it."""
         self.bytes_down += report.nbytes
-        self.took(SERVER, report.seconds)
+        self.took(server, report.seconds)
         for loss in report.losses:
             self.came_to(loss)
         for client, reason in report.refused.items():
@@ -79,6 +81,9 @@ class Done:
 
 class Training(Protocol):
     """How a placement trains. Every method may raise ``ActorFailure``."""
+
+    def adopt(self, plan: Plan) -> None:
+        """Take note of where everybody's split point is from now on."""
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         """One local step of ``clients``; ``step`` counts over the run (METHOD 2).
@@ -111,6 +116,13 @@ class _Steps:
         self._deadlines = Deadlines(job.faults.deadline)
         # The last calls of those who were not in time, by client.
         self._busy: dict[str, Any] = {}
+        self._splits: dict[str, int] = {}
+        self._servers: tuple[str, ...] = (SERVER,)
+
+    def adopt(self, plan: Plan) -> None:
+        """Take note of where everybody's split point is from now on."""
+        self._splits = {client.name: client.split or 0 for client in plan.available}
+        self._servers = plan.server_names
 
     def forget(self, client: str | None = None) -> None:
         """Forget the calls under way of a client that is gone; ``None``: of everybody."""
@@ -191,10 +203,12 @@ class SplitTraining(_Steps):
     def __init__(self, job: Job, executor: Executor) -> None:
         super().__init__(job, executor)
         self._labels_at_home = job.privacy.labels == "client"
+        self._dealt: dict[str, list[str]] = {}
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = self._begin(clients)
         begun = [client for client in clients if done.takes_part(client)]
+        self._dealt = self._served_by(begun)
         parts = self._job.pipeline.microbatches
         for first in range(0, self._job.batches_per_step, parts):
             present = [client for client in begun if done.takes_part(client)]
@@ -224,8 +238,8 @@ class SplitTraining(_Steps):
             for client in clients
             if done.takes_part(client)
         }
-        for report in self._executor.get(reports):
-            done.server_took(report)
+        for server, report in reports:
+            done.server_took(server, *self._executor.get([report]))
         # The server has done its part by now, so that what is waited for is the clients' own.
         last = {client: calls[-1] for client, calls in backwards.items() if done.takes_part(client)}
         finished = self._in_time(done, last, "backward", len(parts))
@@ -256,31 +270,47 @@ class SplitTraining(_Steps):
         reports, gradients = [], []
         for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
             sent = self._sent(done, front, count)
-            if sent:
-                report, *back = self._executor.call_many(
-                    1 + len(sent), SERVER, "train_step", step, part, *sent.values()
-                )
-                reports.append(report)
-                gradients.append(dict(zip(sent, back, strict=True)))
+            back: dict[str, Any] = {}
+            for server, served in self._dealt_among(sent).items():
+                asked = [sent[client] for client in served]
+                report, *own = self._executor.call_many(1 + len(served), server, "train_step", step, part, *asked)
+                reports.append((server, report))
+                back |= zip(served, own, strict=True)
+            gradients.append(back)
         return reports, gradients
+
+    def _served_by(self, clients: Iterable[str]) -> dict[str, list[str]]:
+        return served_by(clients, self._splits, self._servers)
+
+    def _dealt_among(self, clients: Collection[str]) -> dict[str, list[str]]:
+        """Who of ``clients`` is served by whom in the step under way: in all its parts alike."""
+        there = {server: [c for c in served if c in clients] for server, served in self._dealt.items()}
+        return {server: served for server, served in there.items() if served}
 
     def _u_shaped(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, list[Any]]]) -> _ServerSide:
         """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
         call_many = self._executor.call_many
-        forwards: list[tuple[int, Any, dict[str, Any]]] = []
+        forwards: list[tuple[int, dict[str, tuple[Any, dict[str, Any]]]]] = []
         for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
             sent = self._sent(done, front, count)
-            if sent:
-                report, *deep = call_many(1 + len(sent), SERVER, "forward", step, part, *sent.values())
-                forwards.append((part, report, dict(zip(sent, deep, strict=True))))
-        tails: list[tuple[int, dict[str, list[Any]]]] = []
-        for part, report, outputs in forwards:
-            done.server_took(*self._executor.get([report]))
-            present = {client: output for client, output in outputs.items() if done.takes_part(client)}
-            tails.append((part, {c: call_many(2, c, "tail", step, part, output) for c, output in present.items()}))
+            deep: dict[str, tuple[Any, dict[str, Any]]] = {}
+            for server, served in self._dealt_among(sent).items():
+                rows = [sent[client] for client in served]
+                report, *out = call_many(1 + len(served), server, "forward", step, part, *rows)
+                deep[server] = report, dict(zip(served, out, strict=True))
+            if deep:
+                forwards.append((part, deep))
+        tails: list[tuple[int, dict[str, list[str]], dict[str, list[Any]]]] = []
+        for part, deep in forwards:
+            asked: dict[str, list[Any]] = {}
+            for server, (report, outputs) in deep.items():
+                done.server_took(server, *self._executor.get([report]))
+                present = {client: output for client, output in outputs.items() if done.takes_part(client)}
+                asked |= {c: call_many(2, c, "tail", step, part, output) for c, output in present.items()}
+            tails.append((part, {server: list(outputs) for server, (_, outputs) in deep.items()}, asked))
         reports, gradients = [], []
         # After every part's forward, so that the server computes one part while the clients' tails do another.
-        for count, (part, asked) in enumerate(tails, 1):
+        for count, (part, dealt, asked) in enumerate(tails, 1):
             open_ = {client: report for client, (report, _) in asked.items() if done.takes_part(client)}
             for client, loss in self._in_time(done, open_, "tail", count).items():
                 done.bytes_up += loss.nbytes
@@ -288,9 +318,15 @@ class SplitTraining(_Steps):
                 done.came_to(loss)
                 self._measure(client, "tail", loss.seconds)
             slopes = {client: slope for client, (_, slope) in asked.items() if done.takes_part(client)}
-            report, *back = call_many(1 + len(slopes), SERVER, "backward", step, part, list(slopes), *slopes.values())
-            reports.append(report)
-            gradients.append(dict(zip(slopes, back, strict=True)))
+            back: dict[str, Any] = {}
+            for server, served in dealt.items():
+                # Also where nobody is left: the server has the graph to let go of, and its step to take.
+                own = [client for client in served if client in slopes]
+                arrived = [slopes[client] for client in own]
+                report, *down = call_many(1 + len(own), server, "backward", step, part, own, *arrived)
+                reports.append((server, report))
+                back |= zip(own, down, strict=True)
+            gradients.append(back)
         return reports, gradients
 
     def validation(self, batches: Mapping[str, int]) -> Done:
@@ -302,17 +338,19 @@ class SplitTraining(_Steps):
         ]
         reports, tails = [], []
         for index, front in enumerate(fronts):
-            activations = [message for _, message in front.values()]
             done.bytes_up += sum(sent.nbytes for sent in self._patient([sent for sent, _ in front.values()]))
-            if not self._labels_at_home:
-                reports.append(self._executor.call(SERVER, "evaluate", *activations))
-                continue
-            report, *deep = self._executor.call_many(1 + len(front), SERVER, "evaluate_deep", *activations)
-            reports.append(report)
-            tails += [
-                self._executor.call(client, "validation_tail", index, output)
-                for client, output in zip(front, deep, strict=True)
-            ]
+            for part in cohorts(list(front), self._job.clients_per_round):
+                for server, served in self._served_by(part).items():
+                    activations = [front[client][1] for client in served]
+                    if not self._labels_at_home:
+                        reports.append(self._executor.call(server, "evaluate", *activations))
+                        continue
+                    report, *deep = self._executor.call_many(1 + len(served), server, "evaluate_deep", *activations)
+                    reports.append(report)
+                    tails += [
+                        self._executor.call(client, "validation_tail", index, output)
+                        for client, output in zip(served, deep, strict=True)
+                    ]
         for report in self._executor.get(reports):
             done.bytes_down += report.nbytes
             done.losses += report.losses
@@ -320,8 +358,8 @@ class SplitTraining(_Steps):
         return done
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
-        job = self._job
-        return probe_importance(self._executor, clients, round_, tokens, job.privacy.labels, job.faults.patience_s)
+        job, served = self._job, self._served_by(clients)
+        return probe_importance(self._executor, served, round_, tokens, job.privacy.labels, job.faults.patience_s)
 
 
 class WholeTraining(_Steps):

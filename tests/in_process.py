@@ -10,7 +10,7 @@ from typing import Any
 
 from hsplit.actors.scheduler import Review
 from hsplit.config import Client as ClientConfig
-from hsplit.config import Importance, Job, Policy, RunConfig
+from hsplit.config import Importance, Job, Policy, RunConfig, ServerSpec
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.data import Example
 from hsplit.local_run import local_run
@@ -69,13 +69,13 @@ class FixedScheduler:
     def review(self, round_: int, *found: Any) -> Review:
         return Review(self._later.get(round_), ("the test says so",) if round_ in self._later else (), None)
 
-    def step_time_s(self, plan: Plan) -> float:
+    def step_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
         return plan.makespan_s
 
-    def probe_time_s(self, plan: Plan) -> float:
+    def probe_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
         return 0.125
 
-    def aggregation_time_s(self, plan: Plan, up: dict[str, int], down: dict[str, int]) -> float:
+    def aggregation_time_s(self, plan: Plan, clients: Sequence[str], up: dict[str, int], down: dict[str, int]) -> float:
         return 0.25
 
     def reconfiguration_time_s(self, before: Plan, after: Plan, down: dict[str, int]) -> float:
@@ -111,7 +111,9 @@ def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
     return [Example(words(1), " " + words(1), None) for _ in range(count)]
 
 
-def fixed_plan(model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int) -> Plan:
+def fixed_plan(
+    model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int, servers: int = 1
+) -> Plan:
     """A plan with one rank a holder: client ``c{i}`` holds ``[0, splits[i])``."""
     config = model_config(model)
     shapes = targeted(linear_shapes(config), job.targets)
@@ -121,7 +123,7 @@ def fixed_plan(model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int
     )
     first = min(splits)
     server = HolderPlan("server", "server", True, first, {s.name: server_rank for s in shapes if s.layer >= first})
-    return Plan(config.num_hidden_layers, server, clients, 1.0, 0.0, "none")
+    return Plan(config.num_hidden_layers, server, clients, 1.0, 0.0, "none", servers)
 
 
 def coordinator(
@@ -143,7 +145,7 @@ def coordinator(
     settings = Job.model_validate({"dtype": "fp32", "wire": "fp32", "clip": None, "rounds": 1, **job})
     policy = policy or Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"))
     clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
-    run = RunConfig(clients=clients, job=settings, policy=policy)
+    run = RunConfig(server=ServerSpec(replicas=plan.servers), clients=clients, job=settings, policy=policy)
     directory = directory or RunDirectory.create(to, None)
     inputs, scheduler = Inputs(shares, "model", data_sha256), FixedScheduler(plan, later)
     return local_run(run, model, directory, inputs, recorder, scheduler=scheduler)

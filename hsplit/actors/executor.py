@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from hsplit.config import Client
 from hsplit.errors import HsplitError
 
 SERVER = "server"
@@ -65,6 +66,12 @@ class Executor(Protocol):
     def lost(self) -> list[str]:
         """The actors whose processes are known to be gone."""
 
+    def away(self) -> list[str]:
+        """The actors that have not been begun, since there was no place for them when it was looked last."""
+
+    def add(self, client: Client) -> None:
+        """Make a client known that was not among the run's; :meth:`restart` begins it."""
+
     def restart(self, actor: str) -> bool:
         """End ``actor``, if it is still there, and begin it anew, without data, layers or state.
 
@@ -124,6 +131,11 @@ class InProcess:
     def lost(self) -> list[str]:
         return []
 
+    def away(self) -> list[str]:
+        return []
+
+    def add(self, client: Client) -> None: ...
+
     def restart(self, actor: str) -> bool:
         if self._make is None:
             raise ActorFailure(actor, "restart", "it cannot be made anew", "hopeless")
@@ -131,7 +143,7 @@ class InProcess:
         return True
 
     def end(self, actor: str) -> None:
-        del self.actors[actor]
+        self.actors.pop(actor, None)
 
     def close(self) -> None:
         self.actors.clear()

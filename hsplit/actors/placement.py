@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 
-from hsplit.actors.executor import SERVER
 from hsplit.config import Client, Holder, RunConfig
 from hsplit.errors import InputError
 
@@ -85,7 +84,8 @@ def server_request(run: RunConfig) -> Holder:
 
 def requests_of(run: RunConfig) -> list[Request]:
     """Everybody that Ray reserves something for; the scheduler is none of them."""
-    return [(SERVER, server_request(run)), *((client.name, client) for client in run.participants)]
+    servers = [(name, server_request(run)) for name in run.server.names]
+    return [*servers, *((client.name, client) for client in run.participants)]
 
 
 def place(run: RunConfig) -> Placement:

@@ -7,10 +7,10 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -21,6 +21,7 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
 from hsplit.actors.placement import Node, Placement, alive_nodes, place, requests_of, room_for
+from hsplit.actors.replica import Replica
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
@@ -126,6 +127,14 @@ class ServerActor(Server, _Returning):
         super().__init__(job, policy, base_model(model.locate(), job), device)
 
 
+class ReplicaActor(Replica, _Returning):
+    """The shell of a server that does not aggregate."""
+
+    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
+        _settle(None)
+        super().__init__(job, policy, base_model(model.locate(), job), device, name=name)
+
+
 class SchedulerActor(Scheduler):
     """The shell of the scheduler."""
 
@@ -184,7 +193,7 @@ class RayExecutor:
         run: resolved configuration.
         model: where the driver found ``job.model``.
         placement: where everybody runs; ``None``: it is found here.
-        fingerprint: the base's; who comes to a node that ``placement`` does not have checks the base there against it.
+        fingerprint: the base's; who is begun where ``placement`` has nobody checks the base there against it.
 
     Raises:
         InputError: not everybody has a place; no actor was started.
@@ -201,16 +210,14 @@ class RayExecutor:
         placement = placement or place(run)
         self._run_name, self._run = run_name, run
         self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
-        self._checked = {node.id for node in placement.nodes.values()}
-        self._fingerprint = fingerprint
-        self._shared = ModelReference(run.job.model, model)
+        self._placement, self._model, self._fingerprint = placement, model, fingerprint
         self._transport = run.job.transport
         self._tickets = count()
         self._handles: dict[str, Any] = {}
         # Who had no place when it was looked for last.
         self._away = set(placement.away)
         # First, so that it plans while the others start.
-        for name in [SCHEDULER, *(client.name for client in run.participants), SERVER]:
+        for name in [SCHEDULER, *(client.name for client in run.participants), *run.server.names]:
             if name not in self._away:
                 self._handles[name] = self._begin(name)
 
@@ -224,35 +231,40 @@ class RayExecutor:
     def _collective(self) -> bool:
         return self._transport in ("gloo", "nccl")
 
-    @property
-    def away(self) -> list[str]:
-        """Who has no actor, since no node that is there has room for it."""
-        return sorted(self._away)
-
     def _begin(self, name: str) -> Any:
         """Ask Ray for actor ``name``; the call returns before the actor is there."""
-        run, shared, prefix = self._run, self._shared, f"hsplit:{self._run_name}"
+        run, prefix = self._run, f"hsplit:{self._run_name}"
         if name == SCHEDULER:
             # It reads the model's configuration, which the driver's node has.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             options = {"name": f"{prefix}:scheduler", "namespace": NAMESPACE, "num_cpus": 0}
-            return ray.remote(SchedulerActor).options(scheduling_strategy=here, **options).remote(run, shared)
-        holder, node = self._requests[name], self._nodes[name]
-        if node.id not in self._checked:
-            shared = replace(shared, fingerprint=self._fingerprint)
+            scheduler = ray.remote(SchedulerActor).options(scheduling_strategy=here, **options)
+            return scheduler.remote(run, ModelReference(run.job.model, self._model))
+        holder, node, base = self._requests[name], self._nodes[name], self._base_of(name)
         if name == SERVER:
             server = _remote(ServerActor, f"{prefix}:server", holder, node, run.job.transport)
-            return server.remote(run.job, run.policy, shared, _device(holder))
-        client = self._client(name)
-        own = shared if client.model is None else replace(shared, model=client.model, directory=None)
+            return server.remote(run.job, run.policy, base, _device(holder))
+        if name in run.server.names:
+            replica = _remote(ReplicaActor, f"{prefix}:{name}", holder, node, run.job.transport)
+            return replica.remote(name, run.job, run.policy, base, _device(holder))
+        client = cast(ClientConfig, holder)
         actor_class = ClientActor if participant_class(run.policy) is Client else WholeClientActor
-        actor = _remote(actor_class, f"{prefix}:client:{name}", holder, node, run.job.transport)
+        actor = _remote(actor_class, f"{prefix}:client:{name}", client, node, run.job.transport)
         # A single node computes alone, on every core of its machine.
         threads = None if name == CENTRAL else max(1, int(client.num_cpus))
-        return actor.remote(name, run.job, run.policy, own, _device(client), threads)
+        return actor.remote(name, run.job, run.policy, base, _device(client), threads)
 
-    def _client(self, name: str) -> ClientConfig:
-        return next(client for client in self._run.participants if client.name == name)
+    def _base_of(self, name: str) -> ModelReference:
+        """Where ``name`` finds the base, to be checked there unless that was done before the run started."""
+        holder, before = self._requests[name], self._placement.nodes
+        own = holder.model if isinstance(holder, ClientConfig) else None
+        # A path of a client's own was looked at for that client alone.
+        asked = before.values() if own is None else [before[name]] if name in before else []
+        checked = any(node.id == self._nodes[name].id for node in asked)
+        fingerprint = None if checked else self._fingerprint
+        if own is not None:
+            return ModelReference(own, None, fingerprint)
+        return ModelReference(self._run.job.model, self._model, fingerprint)
 
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
         ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
@@ -312,6 +324,12 @@ class RayExecutor:
                 pass
         return found
 
+    def away(self) -> list[str]:
+        return sorted(self._away)
+
+    def add(self, client: ClientConfig) -> None:
+        self._requests.setdefault(client.name, client)
+
     def restart(self, actor: str) -> bool:
         if self._collective:
             reason = f"with job.transport {self._transport} an actor cannot be replaced while others go on"
@@ -339,7 +357,8 @@ class RayExecutor:
                 time.sleep(0.05)
 
     def end(self, actor: str) -> None:
-        ray.kill(self._handles.pop(actor))
+        if actor in self._handles:
+            ray.kill(self._handles.pop(actor))
 
     def _find_place(self, actor: str) -> bool:
         """Whether a node that is there has room for ``actor`` now."""

@@ -51,8 +51,11 @@ class Scheduler:
         self._budgets: dict[str, dict[str, float]] = {}
         # By client: how much more than predicted its plans really took, at most; 1 and below never counts.
         self._excess: dict[str, float] = {}
-        # Clients that are given nothing any more.
+        # Clients that are given nothing any more: set aside, or gone of their own will.
         self._aside: set[str] = set()
+        self._left: set[str] = set()
+        # Those who came while the run was under way.
+        self._joined: dict[str, Client] = {}
         # How often a client has run out of memory.
         self._shortages: dict[str, int] = {}
         # Reasons for a new plan that ``min_rounds`` has put off.
@@ -125,6 +128,21 @@ class Scheduler:
             self._aside.add(name)
             self._pending.append(f"{name} is set aside")
 
+    def join(self, client: Client) -> None:
+        """Plan for ``client`` from the next plan on, which is due; also one that had left or was set aside."""
+        name = client.name
+        self._left.discard(name)
+        self._aside.discard(name)
+        if all(name != declared.name for declared in self._config.clients):
+            self._joined[name] = client
+        self._pending.append(f"{name} has joined")
+
+    def leave(self, name: str) -> None:
+        """Plan without client ``name`` from the next plan on, which is due."""
+        self._left.add(name)
+        self._joined.pop(name, None)
+        self._pending.append(f"{name} has left")
+
     def ran_out_of_memory(self, name: str, times: int) -> None:
         """Give client ``name`` less to hold from the next plan on, which is due, the less the oftener it happened."""
         had = self._shortages.get(name, 0)
@@ -141,7 +159,7 @@ class Scheduler:
         """The clients with the budgets in force, less what measurements took off them."""
         clients = []
         for client in self._declared():
-            if client.name in self._aside:
+            if client.name in self._aside | self._left:
                 continue
             excess = self._excess.get(client.name, 1.0)
             clients.append(client.changed({"memory_gb": client.memory_gb / excess}) if excess > 1 else client)
@@ -154,7 +172,8 @@ class Scheduler:
             (node,) = self._config.model_copy(update={"server": server}).participants
             left = server.memory_bytes - self.cost.server_bytes([self.cost.model.layers], {})
             return [node.changed({"memory_gb": max(left, 0) / 1e9})]
-        return [client.changed(self._budgets.get(client.name, {})) for client in self._config.clients]
+        clients = [*self._config.clients, *self._joined.values()]
+        return [client.changed(self._budgets.get(client.name, {})) for client in clients]
 
     def _overruns(self, current: Plan, measured_bytes: Mapping[str, int]) -> list[str]:
         """Give clients that took more than they declared less to hold from now on."""
@@ -172,27 +191,35 @@ class Scheduler:
     def _holds(self, current: Plan) -> bool:
         """Whether everybody still fits what ``current`` gives it."""
         budgets = {client.name: client.memory_bytes for client in self._clients()}
-        budgets |= dict.fromkeys(self._aside, 0)
+        budgets |= dict.fromkeys(self._aside | self._left, 0)
         budgets[SERVER] = self._config.server.changed(self._budgets.get(SERVER, {})).memory_bytes
         return all(budgets[part.name] >= part.predicted_bytes for part in (current.server, *current.available))
 
     # -- the virtual clock (METHOD 8) -----------------------------------------------------------------------------
 
-    def step_time_s(self, plan: Plan) -> float:
-        """Virtual seconds of one local step under ``plan``."""
-        return self._clock().step_s(plan)
+    def step_time_s(self, plan: Plan, clients: Sequence[str] | None = None) -> float:
+        """Virtual seconds of one local step of ``clients`` (by default all available) under ``plan``."""
+        return self._clock().step_s(plan, clients)
 
-    def call_times_s(self, plan: Plan) -> dict[str, dict[str, float]]:
-        """Virtual seconds of each call of a local step under ``plan``, by holder and by what is called for."""
-        return self._clock().call_s(plan)
+    def call_times_s(self, plan: Plan, clients: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+        """Virtual seconds of each call of a local step of ``clients`` (by default all available), by holder."""
+        return self._clock().call_s(plan, clients)
 
-    def probe_time_s(self, plan: Plan) -> float:
-        """Virtual seconds of one importance probe."""
-        return self._clock().probe_s(plan)
+    def probe_time_s(self, plan: Plan, clients: Sequence[str] | None = None) -> float:
+        """Virtual seconds of one importance probe of ``clients`` (by default all available)."""
+        return self._clock().probe_s(plan, clients)
 
-    def aggregation_time_s(self, plan: Plan, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]) -> float:
-        """Virtual seconds of a round's end: adapters up, the aggregation, residual changes and restarts down."""
-        return self._clock().aggregation_s(plan, self._config.policy, up_bytes, down_bytes)
+    def aggregation_time_s(
+        self, plan: Plan, clients: Sequence[str], up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]
+    ) -> float:
+        """Virtual seconds of a round's end: adapters up, the aggregation, residual changes and restarts down.
+
+        Args:
+            plan: the plan in force.
+            clients: who trained in the round.
+            up_bytes, down_bytes: by client name.
+        """
+        return self._clock().aggregation_s(plan, self._config.policy, up_bytes, down_bytes, clients)
 
     def reconfiguration_time_s(self, before: Plan, after: Plan, down_bytes: Mapping[str, int]) -> float:
         """Virtual seconds of moving layers, residuals and restarts after a change of plan."""
@@ -214,6 +241,8 @@ class Scheduler:
             "budgets": self._budgets,
             "excess": self._excess,
             "aside": sorted(self._aside),
+            "left": sorted(self._left),
+            "joined": [client.model_dump() for client in self._joined.values()],
             "shortages": self._shortages,
             "pending": self._pending,
             "planned_in": self._planned_in,
@@ -226,6 +255,8 @@ class Scheduler:
         self._budgets = {name: dict(values) for name, values in state["budgets"].items()}
         self._excess = dict(state["excess"])
         self._aside, self._shortages = set(state["aside"]), dict(state["shortages"])
+        self._left = set(state["left"])
+        self._joined = {c.name: c for c in map(Client.model_validate, state["joined"])}
         self._pending = list(state["pending"])
         self._planned_in, self._planned_with = state["planned_in"], state["planned_with"]
         self._history = ImportanceHistory.from_json(state["history"])

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsplit.actors.executor import ActorFailure
-from hsplit.actors.joined_batch import JoinedBatch
-from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
-from hsplit.actors.participant import tensors_held
-from hsplit.actors.peak_memory import (
-    PeakMemory,
-    measured,
-    measured_always,
-    measured_in_first_steps,
-    measured_once_a_round,
-    measured_with_part,
-    measured_with_round,
-)
-from hsplit.actors.stopwatch import Stopwatch
-from hsplit.config import Job, Policy
-from hsplit.lora.adapters import AdapterSet
+from hsplit.actors.peak_memory import measured, measured_always, measured_with_part
+from hsplit.actors.replica import Replica
 from hsplit.lora.aggregator import Aggregator
-from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
-from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
-from hsplit.models.segment import (
-    BaseModel,
-    LinearShape,
-    Segment,
-    SegmentSpec,
-    linear_shapes,
-    load_segment,
-    model_config,
-    targeted,
-)
-from hsplit.models.tail import Tail
+from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.models.segment import LinearShape, linear_shapes, model_config, targeted
 from hsplit.models.weights import is_quantized
-from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
 
 
@@ -73,32 +47,14 @@ class ReconfigurationReport:
     residual_cut: float
 
 
-class Server:
-    """Hosts layers ``[min_i k_i, L)``, stores a quantized base as bitsandbytes codes, and aggregates.
+class Server(Replica):
+    """The first of the servers, or the only one: it aggregates, and keeps what earlier rounds have learned.
 
     Where participants hold the whole model (placement ``full`` or ``single``) it hosts no layer, and aggregates.
-
-    Args:
-        job, policy: the run's settings.
-        base: the base model as the server reads it.
-        device: where it computes.
-        measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
     """
 
-    name = "server"
-
-    def __init__(self, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True) -> None:
-        self._job, self._policy, self._base = job, policy, base
-        self._device = torch.device(device)
-        self._memory = PeakMemory(self._device, measure)
-        self._layers = 0
-        self._plan: Plan | None = None
-        self._holder: Holder | None = None
-        self._kept: dict[tuple[int, int], list[JoinedBatch]] = {}
-        self._pace: Mapping[str, float] = {}
-        self._shapes: list[LinearShape] = []
-        self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
-        self._step_tokens: dict[int, int] = defaultdict(int)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         self._all_shapes: dict[str, LinearShape] = {}
         self._aggregator: Aggregator | None = None
 
@@ -106,19 +62,12 @@ class Server:
 
     @measured_with_part
     def configure(self, plan: Plan) -> None:
-        """Read the deep layers and the tail that ``plan`` gives the server; the round is begun by :meth:`restart`.
-
-        Whatever was under way before is forgotten.
-        """
-        self._holder = self._probed = None
-        self._kept.clear()
-        self._step_tokens.clear()
         job = self._job
         shapes = targeted(linear_shapes(model_config(self._base.directory)), job.targets)
         self._all_shapes = {shape.name: shape for shape in shapes}
         master = torch.promote_types(self._base.dtype, torch.float32)
         self._aggregator = Aggregator(shapes, job, self._policy, master, merges=not is_quantized(job.base))
-        self._hold(plan, None)
+        super().configure(plan)
 
     @measured_with_part
     def reconfigure(
@@ -134,9 +83,10 @@ class Server:
             clients: the clients that take part in it.
 
         Returns:
-            The report, then for each of ``clients`` what it needs to go on: ``None`` where nothing changes for it.
+            The report; for each of ``clients`` what it needs to go on, ``None`` where nothing changes for it; then
+            what each of the other servers needs (:meth:`follow`).
         """
-        before, held = self._plan, self.holder.segment
+        before = self._plan
         assert before is not None and before.server.split is not None
         cut, changed = self.aggregator.fit_restarts(_ranks_of(plan))
         had = {c.name: c for c in before.available}
@@ -151,201 +101,31 @@ class Server:
         new = plan.server.ranks.keys() - before.server.ranks.keys()
         own = self.aggregator.update_for(round_, plan.server.ranks, whole=new)
         self.aggregator.mark_sent()
-        # Given up first, so that two sets of adapters never are in memory together.
-        self._holder = None
-        self._hold(plan, held)
-        self.restart(own)
+        self.follow(plan, own)
         sent = {name: u.nbytes for name, u in zip(clients, updates, strict=True) if u is not None}
+        updates += [own] * (plan.servers - 1)
         return ReconfigurationReport(sent, cut), *updates
-
-    def _hold(self, plan: Plan, kept: Segment | None) -> None:
-        """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
-        assert plan.server.split is not None
-        tail = self._policy.placement == "split" and self._job.privacy.labels == "server"
-        spec = SegmentSpec(plan.server.split, plan.layers, tail=tail)
-        segment = load_segment(self._base, spec, quantized=True, device=self._device, kept=kept)
-        shapes = targeted(linear_shapes(segment.config), self._job.targets)
-        self._plan, self._layers, self._shapes = plan, plan.layers, shapes
-        self._holder = Holder(
-            self.name, segment, shapes, plan.server.ranks, self._job, self._policy, self._base.dtype, self._device
-        )
-
-    # -- one local step -------------------------------------------------------------------------------------------
-
-    @measured_in_first_steps
-    def train_step(
-        self, step: int, micro: int, *messages: Activations
-    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """Labels on the server: the whole server phase of one depth-joined batch (METHOD 2).
-
-        Returns:
-            The report with a loss a message, then for each message the gradient of that client's own mean loss at
-            its split point (``None`` for a client without layers), in the order of ``messages``. A message that cannot
-            be right is left out and named in the report; its gradient is ``None``.
-        """
-        watch = Stopwatch(self._device)
-        losses: list[LossReport] = []
-        gradients: dict[str, WireTensor | None] = {}
-        refused: dict[str, str] = {}
-        trained: list[Activations] = []
-        for group in self._groups(messages):
-            joined = self._join(step, micro, group, watch, refused, training=True)
-            if joined is None:
-                continue
-            with watch.phase("tail"):
-                sums, counts = self._losses(joined)
-                total = sums.sum()
-            with watch.phase("backward"):
-                if total.requires_grad:
-                    total.backward()
-            with watch.phase("pack"):
-                gradients |= joined.gradients(self._job.wire, self._job.transport)
-            losses += _loss_reports(joined.messages, sums.detach(), counts)
-            trained += joined.messages
-        self._finish(step, micro, trained, watch)
-        watch.pace(self._pace.get("step"))
-        returned = [gradients.get(message.client) for message in messages]
-        return _report(watch, returned, losses, refused), *returned
-
-    @measured_in_first_steps
-    def forward(
-        self, step: int, micro: int, *messages: Activations
-    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph.
-
-        A message that cannot be right is left out and named in the report; its output is ``None``.
-        """
-        watch = Stopwatch(self._device)
-        kept = self._kept[step, micro] = []
-        outputs: dict[str, WireTensor] = {}
-        refused: dict[str, str] = {}
-        for group in self._groups(messages):
-            joined = self._join(step, micro, group, watch, refused, training=True)
-            if joined is None:
-                continue
-            kept.append(joined)
-            with watch.phase("pack"):
-                outputs |= joined.outputs(self._job.wire, self._job.transport)
-        watch.pace(self._pace.get("forward"))
-        returned = [outputs.get(message.client) for message in messages]
-        return _report(watch, returned, refused=refused), *returned
-
-    @measured_in_first_steps
-    def backward(
-        self, step: int, micro: int, clients: Sequence[str], *sent: WireTensor
-    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: from the gradients of the clients' token sums at the last layer's output.
-
-        Args:
-            clients: who sent them, in their order; a client of the forward that is not among them has trained nothing.
-        """
-        watch = Stopwatch(self._device)
-        arrived = dict(zip(clients, sent, strict=True))
-        gradients: dict[str, WireTensor | None] = {}
-        refused: dict[str, str] = {}
-        trained: list[Activations] = []
-        for joined in self._kept.pop((step, micro)):
-            with watch.phase("unpack"):
-                upstream, own = self._upstream(joined, arrived, refused)
-            with watch.phase("backward"):
-                if joined.output.requires_grad:
-                    joined.output.backward(upstream)
-            with watch.phase("pack"):
-                gradients |= joined.gradients(self._job.wire, self._job.transport)
-            trained += own
-        self._finish(step, micro, trained, watch)
-        watch.pace(self._pace.get("backward"))
-        returned = [None if client in refused else gradients.get(client) for client in clients]
-        return _report(watch, returned, refused=refused), *returned
-
-    # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
-
-    @measured
-    def probe(self, *messages: Activations) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """Labels on the server: score every weight here for each client, from its own tokens and mean loss alone.
-
-        Nothing is trained or counted, and the adapters get no gradient.
-
-        Returns:
-            The report, then for each message the gradient of that client's mean loss at its split point (``None`` for
-            a client without layers), in the order of ``messages``.
-
-        Raises:
-            RuntimeError: a weight has not reported.
-        """
-        probe, joined = self._watched(messages)
-        sums, _ = self._losses(joined)
-        return self._scored(probe, joined, sums.sum(), None)
-
-    @measured
-    def probe_forward(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: as :meth:`forward`, with the weights watched."""
-        probe, joined = self._watched(messages)
-        self._probed = probe, joined
-        outputs = list(joined.outputs(self._job.wire, self._job.transport).values())
-        return _report(None, outputs), *outputs
-
-    @measured
-    def probe_backward(self, *sent: WireTensor) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: as :meth:`probe`, from the gradients of every client's token sum, in the messages' order."""
-        assert self._probed is not None
-        probe, joined = self._probed
-        self._probed = None
-        arrived = {m.client: slope for m, slope in zip(joined.messages, sent, strict=True)}
-        refused: dict[str, str] = {}
-        upstream, _ = self._upstream(joined, arrived, refused)
-        _raise_refused(refused, "probe_tail")
-        return self._scored(probe, joined, joined.output, upstream)
-
-    # -- validation -----------------------------------------------------------------------------------------------
-
-    @measured_once_a_round
-    @torch.no_grad()
-    def evaluate(self, *messages: Activations) -> ServerReport:
-        """Validation loss of each client's rows, labels on the server.
-
-        Raises:
-            ActorFailure: a client's message cannot be right; names it.
-        """
-        losses: list[LossReport] = []
-        for joined in self._evaluated(messages):
-            losses += _loss_reports(joined.messages, *self._losses(joined))
-        return _report(None, (), losses)
-
-    @measured_once_a_round
-    @torch.no_grad()
-    def evaluate_deep(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's validation rows; errors as above."""
-        outputs: list[WireTensor] = []
-        for joined in self._evaluated(messages):
-            outputs += joined.outputs(self._job.wire, self._job.transport).values()
-        return _report(None, outputs), *outputs
-
-    def _evaluated(self, messages: Sequence[Activations]) -> Iterator[JoinedBatch]:
-        for group in self._groups(messages):
-            refused: dict[str, str] = {}
-            joined = self._join(0, 0, group, Stopwatch(self._device), refused, training=False)
-            _raise_refused(refused, "validation_forward")
-            assert joined is not None
-            yield joined
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     @measured_always
-    def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate | None, ...]]:
+    def aggregate(
+        self, round_: int, idle: Sequence[str], *held: HeldAdapters
+    ) -> tuple[AggregationReport, *tuple[RoundUpdate | None, ...]]:
         """Aggregate every weight over its holders (the server among them) and say how each goes on (METHOD 6).
 
         Args:
             round_: the round that begins afterwards.
-            held: the clients' adapters.
+            idle: clients that have not trained in the round that ends, but follow.
+            held: the adapters of the others, and of the other servers.
 
         Returns:
-            The report, then what each of ``held``'s clients needs to begin the round. What cannot be right is left
-            out and named in the report; its update is ``None``.
+            The report, then what each of ``held``'s holders and each of ``idle`` needs to begin the round. What cannot
+            be right is left out and named in the report; its update is ``None``.
         """
         plan = self._plan
         assert plan is not None
-        flaws = {h.holder: h.flaw(plan.client(h.holder).ranks, self._all_shapes) for h in held}
+        flaws = {h.holder: h.flaw(plan.part(h.holder).ranks, self._all_shapes) for h in held}
         refused = {name: flaw for name, flaw in flaws.items() if flaw is not None}
         sound = [*(h for h in held if h.holder not in refused), self.holder.held()]
         # Who is missing comes back with the rank that the plan gives it, and restarts with what it has room for.
@@ -353,15 +133,18 @@ class Server:
         absent = {name: ranks for name, ranks in _ranks_of(plan).items() if name not in there}
         cut = self.aggregator.aggregate(sound, absent)
         updates = {h.holder: self.aggregator.update_for(round_, h.ranks) for h in sound}
+        updates |= {name: self.aggregator.update_for(round_, plan.client(name).ranks) for name in idle}
         self.aggregator.mark_sent()
         self.restart(updates.pop(self.name))
+        # Between servers nothing counts as sent: their links are not declared.
+        servers = plan.server_names
         report = AggregationReport(
-            nbytes_up={h.holder: h.nbytes for h in held},
-            nbytes_down={name: update.nbytes for name, update in updates.items()},
+            nbytes_up={h.holder: h.nbytes for h in held if h.holder not in servers},
+            nbytes_down={name: update.nbytes for name, update in updates.items() if name not in servers},
             residual_cut=cut,
             refused=refused,
         )
-        return report, *(updates.get(h.holder) for h in held)
+        return report, *(updates.get(name) for name in [*(h.holder for h in held), *idle])
 
     @measured
     def welcome(self, round_: int, *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
@@ -376,10 +159,6 @@ class Server:
         self.aggregator.mark_sent()
         return sum(update.nbytes for update in updates), *updates
 
-    @measured_with_round
-    def restart(self, update: RoundUpdate) -> None:
-        self.holder.restart(update)
-
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     @measured
@@ -388,50 +167,25 @@ class Server:
         return self.holder.state() | self.aggregator.state()
 
     @measured_with_part
-    def load_state(self, tensors: dict[str, Tensor], *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
+    def load_state(self, tensors: dict[str, Tensor], *holders: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
         """Resume.
 
         Returns:
-            Bytes of what follows: for each of ``clients`` what it needs to follow the residual again.
+            Bytes of what follows: for each of ``holders`` (clients and other servers) what it needs to follow the
+            residual again.
         """
-        assert self._plan is not None
+        plan = self._plan
+        assert plan is not None
         self.aggregator.load_state(tensors)
         own = self.holder.adapters.ranks
-        self.holder.follow_residual(self.aggregator.update_for(0, own, whole=own).residuals)
-        self.holder.load_state(tensors)
-        ranks = {c.name: c.ranks for c in self._plan.available}
-        updates = [self.aggregator.update_for(0, ranks[name], whole=ranks[name]) for name in clients]
+        self.take_up(tensors, self.aggregator.update_for(0, own, whole=own))
+        ranks = [plan.part(name).ranks for name in holders]
+        updates = [self.aggregator.update_for(0, held, whole=held) for held in ranks]
         # Lets go of the copies that were made for the updates.
         self.aggregator.mark_sent()
         return sum(u.nbytes for u in updates), *updates
 
-    def set_pace(self, seconds: Mapping[str, float]) -> None:
-        """From now on spend these seconds in each call of a step, by what it does (METHOD 8): step, or where labels
-        stay at home forward and backward.
-        """
-        self._pace = dict(seconds)
-
-    def peak_bytes(self) -> int:
-        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
-        return self._memory.peak_bytes()
-
-    def parameters_held(self) -> dict[str, int]:
-        """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
-        return tensors_held(self.holder.segment)
-
     # -- inside ---------------------------------------------------------------------------------------------------
-
-    @property
-    def holder(self) -> Holder:
-        if self._holder is None:
-            raise RuntimeError("the server has not been configured")
-        return self._holder
-
-    @property
-    def _tail(self) -> Tail:
-        tail = self.holder.segment.tail
-        assert tail is not None, "labels are at the clients"
-        return tail
 
     @property
     def aggregator(self) -> Aggregator:
@@ -439,143 +193,6 @@ class Server:
             raise RuntimeError("the server has not been configured")
         return self._aggregator
 
-    @property
-    def adapters(self) -> AdapterSet:
-        return self.holder.adapters
-
-    def _groups(self, messages: Sequence[Activations]) -> list[Sequence[Activations]]:
-        """What is computed together: everybody, or with ``fast.depth_joined`` off one client after another."""
-        return [messages] if self._job.fast.depth_joined else [[message] for message in messages]
-
-    def _join(
-        self,
-        step: int,
-        micro: int,
-        messages: Sequence[Activations],
-        watch: Stopwatch,
-        refused: dict[str, str],
-        training: bool,
-    ) -> JoinedBatch | None:
-        """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it.
-
-        What cannot be right joins ``refused``; ``None`` where nothing is left.
-        """
-        self.holder.begin_phase(step * 1_000 + micro, training)
-        with watch.phase("unpack"):
-            inputs = self._unpacked(messages, lambda message: training and message.split > 0, refused)
-        if not inputs:
-            return None
-        with watch.phase("forward"):
-            sound = [message for message in messages if message.client in inputs]
-            return JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
-
-    def _losses(self, joined: JoinedBatch) -> tuple[Tensor, Tensor]:
-        return joined.losses(self._tail, self._job.fast.loss_rows)
-
-    def _unpacked(
-        self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool], refused: dict[str, str]
-    ) -> dict[str, Tensor]:
-        """By client the hidden states at its split point, in the compute dtype, as leaves of a graph.
-
-        What cannot be right is left out and joins ``refused``.
-        """
-        config = self.holder.segment.config
-        inputs: dict[str, Tensor] = {}
-        for message in messages:
-            flaw = message.flaw(config.hidden_size, config.vocab_size)
-            hidden = None if flaw else self._sound(message.client, message.hidden, message.hidden.shape, refused)
-            if flaw:
-                refused[message.client] = flaw
-            elif hidden is not None:
-                inputs[message.client] = hidden.requires_grad_(differentiable(message))
-        return inputs
-
-    def _upstream(
-        self, joined: JoinedBatch, arrived: Mapping[str, WireTensor], refused: dict[str, str]
-    ) -> tuple[Tensor, list[Activations]]:
-        """U-shape: the clients' gradients at their tokens, as the gradient of the joined output ``(n, d)``.
-
-        Who has sent none, or one that cannot be right, changes nothing; returns the messages of the others too.
-        """
-        upstream = torch.zeros_like(joined.output)
-        own = []
-        for message in joined.messages:
-            rows = upstream[joined.tokens[message.client]]
-            wire = arrived.get(message.client)
-            slope = None if wire is None else self._sound(message.client, wire, tuple(rows.shape), refused)
-            if slope is not None:
-                rows.copy_(slope)
-                own.append(message)
-        return upstream, own
-
-    def _sound(self, client: str, wire: WireTensor, shape: tuple[int, ...], refused: dict[str, str]) -> Tensor | None:
-        """What ``client`` sent, in the compute dtype; of a wrong shape or with NaN it joins ``refused`` instead."""
-        if wire.shape != shape:
-            refused[client] = f"a gradient of shape {wire.shape} where {shape} is right"
-            return None
-        tensor = wire.unpack(self._base.dtype, self._device)
-        if not_finite(tensor):
-            refused[client] = "values that are no numbers (NaN or infinite)"
-            return None
-        return tensor
-
-    def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
-        """The joined batch of a probe, without dropout, and the probe that has watched it."""
-        probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
-        refused: dict[str, str] = {}
-        with probe.watching():
-            self.holder.begin_phase(0, training=False)
-            # A probe needs a gradient at layer 0 too, for the first linears there.
-            inputs = self._unpacked(messages, lambda message: True, refused)
-            _raise_refused(refused, "probe_forward")
-            return probe, JoinedBatch.run(self.holder.segment, self._layers, messages, inputs)
-
-    def _scored(
-        self, probe: ImportanceProbe, joined: JoinedBatch, output: Tensor, upstream: Tensor | None
-    ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """Scores and gradients from a backward of the token sum: a client's part of it over its ``n_i`` is its own."""
-        messages = joined.messages
-        rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
-        scores = probe.scores(output, upstream, rows)
-        gradients = list(joined.gradients(self._job.wire, self._job.transport).values())
-        importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
-        nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-        return ProbeReport(importance, nbytes), *gradients
-
-    def _finish(self, step: int, micro: int, messages: Sequence[Activations], watch: Stopwatch) -> None:
-        """Count tokens; after the step's last batch divide layer ``l``'s gradient by its ``n_l`` and step."""
-        first = self.holder.segment.spec.first
-        for message in messages:
-            for layer in range(max(first, message.split), self._layers):
-                self._step_tokens[layer] += message.supervised
-                self.holder.count_tokens([layer], message.supervised)
-        if micro == self._job.batches_per_step - 1:
-            layers = range(first, self._layers)
-            with watch.phase("optimizer"):
-                self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
-                self.holder.step(step)
-            self._step_tokens.clear()
-
-
-def _report(
-    watch: Stopwatch | None,
-    sent: Sequence[WireTensor | None],
-    losses: Sequence[LossReport] = (),
-    refused: Mapping[str, str] | None = None,
-) -> ServerReport:
-    nbytes = sum(tensor.nbytes for tensor in sent if tensor is not None)
-    return ServerReport(tuple(losses), nbytes, {} if watch is None else watch.seconds, refused or {})
-
-
-def _raise_refused(refused: Mapping[str, str], method: str) -> None:
-    """Where nobody can be left out: name the first client whose message cannot be right."""
-    for client, reason in refused.items():
-        raise ActorFailure(client, method, f"it sent {reason}", "refused")
-
-
-def _loss_reports(messages: Sequence[Activations], sums: Tensor, counts: Tensor) -> list[LossReport]:
-    return [LossReport(m.client, float(s), int(c)) for m, s, c in zip(messages, sums, counts, strict=True)]
-
 
 def _ranks_of(plan: Plan) -> dict[str, dict[str, int]]:
-    return {holder.name: holder.ranks for holder in (*plan.available, plan.server)}
+    return {c.name: c.ranks for c in plan.available} | dict.fromkeys(plan.server_names, plan.server.ranks)

@@ -20,14 +20,21 @@ RESERVED_NAMES = frozenset({"server", "scheduler", "driver", CENTRAL})
 MAX_COUNT = 10_000
 BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")
 """The fields of a client that may be drawn, and that may change during a run."""
+_REPLICA_NAME = re.compile(r"server-\d+")
 SERVER_BUDGET_FIELDS = ("memory_gb", "tflops")
 """Those that the server has."""
 
 
 def _not_reserved(name: str) -> str:
-    if name in RESERVED_NAMES:
-        raise refuse(f"{shown(name)} is reserved (so are {', '.join(sorted(RESERVED_NAMES))}); choose another name")
+    if name in RESERVED_NAMES or _REPLICA_NAME.fullmatch(name):
+        reserved = ", ".join([*sorted(RESERVED_NAMES), "server-1 and so on"])
+        raise refuse(f"{shown(name)} is reserved (so are {reserved}); choose another name")
     return name
+
+
+def server_names(replicas: int) -> tuple[str, ...]:
+    """The names of so many servers, the first being the one that aggregates: ``server``, ``server-1`` and so on."""
+    return ("server", *(f"server-{number}" for number in range(1, replicas)))
 
 
 def _absolute(path: str) -> str:
@@ -175,6 +182,18 @@ class ServerSpec(Holder):
     num_gpus: NonNegative = Field(
         default=0.0, description="share of a GPU that Ray reserves, or how many GPUs to spread the server's layers over"
     )
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="how many servers there are, each with this budget and these resources, each serving a part of the"
+        " clients",
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all replicas; the first is the one that aggregates."""
+        return server_names(self.replicas)
 
     @model_validator(mode="after")
     def _gpus_are_whole(self) -> Self:

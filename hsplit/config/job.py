@@ -177,6 +177,9 @@ class Job(Section):
     data: DataSpec = Field(default=DataSpec(), description="the shared data")
     rounds: Count = Field(default=6, description="rounds, each ending in one aggregation")
     local_steps: Count = Field(default=10, description="optimizer steps a round")
+    clients_per_round: Count | None = Field(
+        default=None, description="clients drawn (seeded) to train in each round, of those there; null = all of them"
+    )
     batch_size: Count = Field(default=2, description="examples in one client's batch")
     max_length: int = Field(
         default=128,

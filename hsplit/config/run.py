@@ -75,7 +75,7 @@ def _check_late(job: Job, clients: Sequence[Client | ClientSpec]) -> None:
             )
 
 
-def _check_placement(job: Job, policy: Policy, own_data: list[str]) -> None:
+def _check_placement(job: Job, policy: Policy, server: ServerSpec, own_data: list[str]) -> None:
     """Refuse settings of the job that a policy's placement gives no meaning to."""
     if policy.train == "weights" and (job.dropout or job.targets != "all-linear"):
         key = "dropout" if job.dropout else "targets"
@@ -88,6 +88,17 @@ def _check_placement(job: Job, policy: Policy, own_data: list[str]) -> None:
         )
     if policy.placement == "split":
         return
+    if server.replicas > 1:
+        raise refuse(
+            f"placement {policy.placement!r} leaves the server no layers for others to share (got {server.replicas}):"
+            " set it to 1, or choose a policy that splits the model",
+            *("server", "replicas"),
+        )
+    if policy.placement == "single" and job.clients_per_round is not None:
+        raise refuse(
+            "placement 'single' has one node with everybody's data, and nobody to draw: leave it out",
+            *("job", "clients_per_round"),
+        )
     if job.privacy.noise:
         raise refuse(
             f"placement {policy.placement!r} sends no activations that noise could hide: set it to 0, or choose a"
@@ -120,7 +131,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _shares_for_all(self) -> Self:
         _check_shares(self.job, sum(client.data is None for client in self.clients))
-        _check_placement(self.job, self.policy, [client.name for client in self.clients if client.data is not None])
+        own_data = [client.name for client in self.clients if client.data is not None]
+        _check_placement(self.job, self.policy, self.server, own_data)
         _check_gpus(self.job, self.policy, self.server, self.clients)
         _check_late(self.job, self.clients)
         return self
@@ -189,7 +201,8 @@ class _Declared(Section):
     @model_validator(mode="after")
     def _shares_for_all(self) -> Self:
         _check_shares(self.job, sum(group.count for group in self.clients if group.data is None))
-        _check_placement(self.job, self.policy, [group.name for group in self.clients if group.data is not None])
+        own_data = [group.name for group in self.clients if group.data is not None]
+        _check_placement(self.job, self.policy, self.server, own_data)
         _check_gpus(self.job, self.policy, self.server, self.clients)
         _check_late(self.job, self.clients)
         return self

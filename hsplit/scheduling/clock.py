@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.plan import Plan
+from hsplit.scheduling.serving import cohorts
 from hsplit.scheduling.step_time import pipelined_s
 
 
@@ -30,9 +31,14 @@ class VirtualClock:
         self._cost, self._server = cost, server
         self._clients = {client.name: client for client in clients}
 
-    def step_s(self, plan: Plan) -> float:
-        """One local step of all available clients: METHOD 5's makespan, pipelined where the job says so."""
-        splits, job = _splits(plan), self._cost.model.job
+    def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
+        """One local step: METHOD 5's makespan, pipelined where the job says so.
+
+        Args:
+            plan: the plan in force.
+            clients: who trains; all available ones by default.
+        """
+        splits, job = _splits(plan, clients), self._cost.model.job
         phases = np.array([self._cost.times.client_times(self._clients[n])[k] for n, k in splits.items()])
         if self._cost.model.whole:
             return float(phases[:, 0].max())
@@ -42,9 +48,13 @@ class VirtualClock:
         parts = job.pipeline.microbatches
         return batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns))
 
-    def call_s(self, plan: Plan) -> dict[str, dict[str, float]]:
+    def call_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, dict[str, float]]:
         """Seconds of each call of a local step, by holder and by what is called for: up, turn and down of a client;
-        step of the server, or forward and backward where the labels are at home.
+        step of the server (of each, where there are several), or forward and backward where the labels are at home.
+
+        Args:
+            plan: the plan in force.
+            clients: who trains, which decides what the server has to do; all available ones by default.
         """
         splits, job = _splits(plan), self._cost.model.job
         times = {name: self._cost.times.client_times(self._clients[name])[k] for name, k in splits.items()}
@@ -55,7 +65,7 @@ class VirtualClock:
             up, turn, down = (float(seconds) / job.batches_per_step for seconds in phases)
             calls[name] = {"up": up, "turn": turn, "down": down}
         parts = job.pipeline.microbatches
-        forward_s, backward_s = (seconds / parts for seconds in self._server_batch_s(splits))
+        forward_s, backward_s = (seconds / parts for seconds in self._server_batch_s(_splits(plan, clients)))
         calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
         return calls
 
@@ -66,9 +76,14 @@ class VirtualClock:
         forward_s = self._cost.times.server_forward_s(self._server, counts[0])
         return forward_s, total / self._cost.model.job.grad_accumulation - forward_s
 
-    def probe_s(self, plan: Plan) -> float:
-        """One importance probe: a batch forward and backward, and the gradient of every adapted weight."""
-        splits, batches = _splits(plan), self._cost.model.job.grad_accumulation
+    def probe_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
+        """One importance probe: a batch forward and backward, and the gradient of every adapted weight.
+
+        Args:
+            plan: the plan in force.
+            clients: who is asked; all available ones by default.
+        """
+        splits, batches = _splits(plan, clients), self._cost.model.job.grad_accumulation
         phases = []
         for name, split in splits.items():
             client = self._clients[name]
@@ -77,11 +92,16 @@ class VirtualClock:
         counts = self._counts(splits)
         deep = self._cost.times.server_times(self._server, counts)[0] / batches
         model = self._cost.model
-        deep += (model.joined_clients(counts) @ model.weight_gradient_flops)[0] / self._server.flops
+        deep += (model.joined_clients(model.served(counts)) @ model.weight_gradient_flops)[0] / self._server.flops
         return float(np.array(phases).max(axis=0).sum() + deep)
 
     def aggregation_s(
-        self, plan: Plan, policy: Policy, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]
+        self,
+        plan: Plan,
+        policy: Policy,
+        up_bytes: Mapping[str, int],
+        down_bytes: Mapping[str, int],
+        clients: Collection[str] | None = None,
     ) -> float:
         """A round's end: adapters up, the aggregation, residual changes and restarts down.
 
@@ -89,8 +109,9 @@ class VirtualClock:
             plan: whose adapters are aggregated.
             policy: its aggregation.
             up_bytes, down_bytes: by client name.
+            clients: who hands in; all available ones by default.
         """
-        arithmetic = self._aggregation_flops(plan, policy) / self._server.flops
+        arithmetic = self._aggregation_flops(plan, policy, clients) / self._server.flops
         return self.transfer_s(up_bytes) + arithmetic + self.transfer_s(down_bytes)
 
     def transfer_s(self, nbytes: Mapping[str, int]) -> float:
@@ -127,8 +148,9 @@ class VirtualClock:
         seconds, done = 0.0, 0
         # Between two distinct batch counts the same clients take part.
         for count in sorted({batches[name] for name in splits}):
-            taking_part = {name: split for name, split in splits.items() if batches[name] >= count}
-            seconds += (count - done) * self._forward_s(taking_part)
+            taking_part = [name for name in splits if batches[name] >= count]
+            for part in cohorts(taking_part, self._cost.model.job.clients_per_round):
+                seconds += (count - done) * self._forward_s({name: splits[name] for name in part})
             done = count
         return seconds
 
@@ -140,12 +162,14 @@ class VirtualClock:
     def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
         return self._cost.model.clients_at(list(splits.values()))[None]
 
-    def _aggregation_flops(self, plan: Plan, policy: Policy) -> float:
+    def _aggregation_flops(self, plan: Plan, policy: Policy, clients: Collection[str] | None) -> float:
         """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
         model = self._cost.model
         if not model.decomposes:
             return 0.0
-        rank: Ints = np.sum([model.rank_vector(holder.ranks) for holder in (*plan.available, plan.server)], axis=0)
+        own = [client.ranks for client in plan.available if clients is None or client.name in clients]
+        own += [plan.server.ranks] * plan.servers
+        rank: Ints = np.sum([model.rank_vector(ranks) for ranks in own], axis=0)
         cap, total = model.job.residual.max_rank, 0.0
         decomposed = [rank] if policy.reinit == "svd" or not model.keeps_residual else []
         if cap != "full" and model.keeps_residual:
@@ -164,5 +188,5 @@ class VirtualClock:
         return base
 
 
-def _splits(plan: Plan) -> dict[str, int]:
-    return {client.name: client.split or 0 for client in plan.available}
+def _splits(plan: Plan, clients: Collection[str] | None = None) -> dict[str, int]:
+    return {c.name: c.split or 0 for c in plan.available if clients is None or c.name in clients}

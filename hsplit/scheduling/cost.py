@@ -75,6 +75,7 @@ class CostModel:
             top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
             whole=policy.placement != "split",
             trains_weights=policy.train == "weights",
+            servers=run.server.replicas,
         )
 
     def step_time_s(self, client: ClientBudget, split: int) -> StepTime:

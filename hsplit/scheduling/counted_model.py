@@ -20,6 +20,7 @@ from hsplit.models.segment import LinearShape, layer_count, linear_shapes, targe
 from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
 from hsplit.scheduling.counting import LayerCounter, TailRun
 from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
+from hsplit.scheduling.serving import counts_at_first
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -63,6 +64,7 @@ class CountedModel:
         whole: clients hold the full model (placement ``full`` or ``single``): the tail is theirs, the base stays as it
             is stored, and nothing of a step travels.
         trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
+        servers: how many servers share the clients.
 
     Attributes:
         layers: decoder layers ``L``.
@@ -87,7 +89,9 @@ class CountedModel:
         top_rank: int | None = None,
         whole: bool = False,
         trains_weights: bool = False,
+        servers: int = 1,
     ) -> None:
+        self.servers = servers
         self.layers = layer_count(config)
         self.job, self.whole, self.trains_weights = job, whole, trains_weights
         self.tail_at_client = whole or job.privacy.labels == "client"
@@ -317,6 +321,15 @@ class CountedModel:
         """How many clients' rows pass each layer at the server: ``(M, L)`` for ``counts`` ``(M, L + 1)``."""
         joined: Ints = np.cumsum(counts, axis=1)[:, : self.layers]
         return joined
+
+    def served(self, counts: Ints) -> Ints:
+        """Those of the clients whom one server serves in a round, at most: ``(M, L + 1)`` for ``counts`` alike."""
+        return counts_at_first(counts, self.job.clients_per_round, self.servers)
+
+    def training(self, clients: int) -> int:
+        """How many of ``clients`` train in a round."""
+        most = self.job.clients_per_round
+        return clients if most is None else min(clients, most)
 
     def rank_vector(self, ranks: Mapping[str, int]) -> Ints:
         """``ranks`` by weight name as an array ``(W,)``; a weight that is not named has rank 0."""

@@ -64,7 +64,8 @@ def planned(
         parts.append(part)
     deep = _server_part(problem, splits, level, 1.0 - sum(part.captured_share for part in parts))
     makespan = float(problem.makespan(state)[0])
-    return Plan(problem.cost.model.layers, deep, tuple(parts), makespan, captured, importance)
+    model = problem.cost.model
+    return Plan(model.layers, deep, tuple(parts), makespan, captured, importance, model.servers)
 
 
 def whole_model(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from hsplit.config.cluster import server_names
+
 
 @dataclass(frozen=True)
 class HolderPlan:
@@ -49,6 +51,7 @@ class Plan:
         clients: every declared client's part, in the cluster's order.
         makespan_s: predicted time of one local step (METHOD 5, virtual).
         captured_importance: METHOD 5's ``captured``.
+        servers: how many servers there are; ``server`` is the part of each.
         importance: where the scores came from, in words.
     """
 
@@ -58,14 +61,24 @@ class Plan:
     makespan_s: float
     captured_importance: float
     importance: str
+    servers: int = 1
 
     @property
     def available(self) -> tuple[HolderPlan, ...]:
         """The clients that take part, in the cluster's order."""
         return tuple(c for c in self.clients if c.available)
 
+    @property
+    def server_names(self) -> tuple[str, ...]:
+        """The servers, the one that aggregates first."""
+        return server_names(self.servers)
+
     def client(self, name: str) -> HolderPlan:
         return next(c for c in self.clients if c.name == name)
+
+    def part(self, holder: str) -> HolderPlan:
+        """What a client or a server holds."""
+        return self.server if holder in self.server_names else self.client(holder)
 
     def to_json(self) -> dict[str, Any]:
         # asdict would copy each of the ranks on its own, which takes seconds for thousands of clients.
@@ -81,6 +94,7 @@ class Plan:
             makespan_s=data["makespan_s"],
             captured_importance=data["captured_importance"],
             importance=data["importance"],
+            servers=data.get("servers", 1),
         )
 
 

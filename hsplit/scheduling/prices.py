@@ -41,12 +41,17 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
         counts: clients at each split.
         levels: the server's ranks, as indices into the rank set, ``(W,)``.
     """
-    cost, base = problem.cost, counts[None]
-    layers = cost.model.layers
+    cost = problem.cost
+    layers, servers = cost.model.layers, cost.model.servers
     splits = np.arange(layers + 1)
+    # Each server as full as the first one, and one client moved at each: a client alone need not change the first.
+    own = cost.model.served(counts[None])
+    base = servers * own
     moved = np.repeat(base, layers + 1, axis=0)
-    moved[:, int(counts.argmax())] -= 1
-    moved[splits, splits] += 1
+    moved[:, int(own.argmax())] -= servers
+    moved[splits, splits] += servers
+    # How much of that is one client's, if not all train, or each server serves a part of them.
+    share = own.sum() / counts.sum()
     rows, ranks = np.concatenate([base, moved]), problem.rank_set[levels]
     seconds = cost.times.server_times(problem.server, rows)
     size = cost.server.constant(rows) + cost.server.per_rank(rows) @ ranks
@@ -55,8 +60,8 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
     )
     # A client at split k has its rows joined at the layers from k on.
     captured = np.append(np.cumsum(by_layer[::-1])[::-1], 0.0)
-    relative = size[1:] - size[0]
-    return Prices(captured, seconds[1:] - seconds[0], relative, float(size[0] - counts @ relative))
+    relative = share * (size[1:] - size[0])
+    return Prices(captured, share * (seconds[1:] - seconds[0]), relative, float(size[0] - counts @ relative))
 
 
 def next_byte(problem: Problem, counts: Ints, levels: Ints) -> float:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hsplit.models.tail import SERVER_CHUNK_ROWS
 from hsplit.scheduling.counted_model import CountedModel, Floats, Ints, prefix
 from hsplit.scheduling.counting import UNSEEN
+from hsplit.scheduling.serving import counts_of_deepest
 
 # Up to the first number of clients each is counted for itself, beyond it only these: counting takes time and memory
 # that grow with the rows.
@@ -19,7 +20,10 @@ COUNTED_CLIENTS = (8, 16, 32, 64)
 
 
 class ServerMemory:
-    """Peak bytes of the server beside given clients: a constant, and so much a unit of rank a weight."""
+    """Peak bytes of the server beside given clients: a constant, and so much a unit of rank a weight.
+
+    Of several servers they are those of the first, which aggregates and serves most.
+    """
 
     def __init__(self, model: CountedModel) -> None:
         self._model = model
@@ -31,7 +35,8 @@ class ServerMemory:
         Args:
             counts: rows of :meth:`clients_at`, ``(M, L + 1)``, all of equally many clients.
         """
-        model, clients, joined = self._model, int(counts[0].sum()), self._model.joined_clients(counts)
+        model, served = self._model, self._model.served(counts)
+        clients, joined = int(served[0].sum()), model.joined_clients(served)
         held = joined > 0
         fixed = held @ model.stored_bytes + model.rotary_bytes + model.optimizer_bytes + float(self._store_bytes)
         copies = held @ model.copied_bytes
@@ -47,11 +52,14 @@ class ServerMemory:
             # Nothing of a step comes here.
             boundary = 0
         step = UNSEEN * (joined @ model.saved + working + boundary)
-        received = counts @ prefix(model.copied_bytes) + copies
+        # The first server aggregates: all that train hand in to it, the other servers too.
+        deepest = counts_of_deepest(counts, model.job.clients_per_round)
+        received = deepest @ prefix(model.copied_bytes) + model.servers * copies
         if model.truncates:
             # What each holder takes of the restarts is its own copy.
-            received = 2 * received
-        passing = np.maximum(self._recompression_bytes(clients), self._residual_bytes + self._following(held))
+            received = received + counts @ prefix(model.copied_bytes) + model.servers * copies
+        holders = model.training(int(counts[0].sum())) + model.servers - 1
+        passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._following(held))
         # Resuming instead: own factors and moments as received.
         resumed = (1 + model.moments) * copies + model.optimizer_bytes
         round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._following(held))
@@ -65,7 +73,7 @@ class ServerMemory:
         Args:
             counts: as for :meth:`constant`.
         """
-        joined = self._model.joined_clients(counts)[:, self._model.weight_layer]
+        joined = self._model.joined_clients(self._model.served(counts))[:, self._model.weight_layer]
         per_rank: Floats = np.where(joined > 0, self._model.adapter_bytes + joined * self._model.saved_per_rank, 0.0)
         return per_rank
 
@@ -116,18 +124,18 @@ class ServerMemory:
             self._transients[clients] = float(most)
         return self._transients[clients]
 
-    def _recompression_bytes(self, clients: int) -> float:
+    def _recompression_bytes(self, holders: int) -> float:
         """One weight's update on its way into its residual: the decomposition in fp64 (``lora.low_rank.spectral``).
 
-        Measured on 100 holders of a 4096 x 4096 weight: 4 % less than this. No weight has more holders than there are
-        clients, since the server holds what some client does not; a common restart joins their terms. Without a cap a
-        residual may become a matrix.
+        Measured on 100 holders of a 4096 x 4096 weight: 4 % less than this. With one server no weight has more holders
+        than there are clients, since it holds what some client does not; a common restart joins their terms. Without a
+        cap a residual may become a matrix.
         """
         model = self._model
         if not model.decomposes:
             return 0.0
         cap, exact = model.job.residual.max_rank if model.keeps_residual else 0, model.master.itemsize
-        rank = (0 if cap == "full" else cap) + (clients + 1) * model.top_rank
+        rank = (0 if cap == "full" else cap) + (holders + 1) * model.top_rank
         most = 0
         for d_out, d_in in {(w.d_out, w.d_in) for w in model.weights}:
             small, sides = min(d_out, d_in), d_out + d_in

@@ -75,10 +75,14 @@ class StepTimes:
         return times * self._model.job.grad_accumulation
 
     def server_times(self, server: ServerBudget, counts: Ints) -> Floats:
-        """Virtual seconds of the server's phase of one local step: ``(M,)`` for ``counts`` ``(M, L + 1)``."""
-        flops = self._model.joined_clients(counts) @ (self._model.forward_flops + self._model.backward_flops)
+        """Virtual seconds of the servers' phase of one local step: ``(M,)`` for ``counts`` ``(M, L + 1)``.
+
+        Of several servers it is that of the first, which no other exceeds.
+        """
+        served = self._model.served(counts)
+        flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
         if not self._model.tail_at_client:
-            flops = flops + counts.sum(axis=1) * self._tail_flops
+            flops = flops + served.sum(axis=1) * self._tail_flops
         times: Floats = flops / server.flops * self._model.job.grad_accumulation
         return times
 
@@ -123,9 +127,10 @@ class StepTimes:
 
     def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
         """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""
-        flops = float((self._model.joined_clients(counts[None]) @ self._model.forward_flops)[0])
+        served = self._model.served(counts[None])
+        flops = float((self._model.joined_clients(served) @ self._model.forward_flops)[0])
         if not self._model.tail_at_client:
-            flops += int(counts.sum()) * self._tail_forward_flops
+            flops += int(served.sum()) * self._tail_forward_flops
         return flops / server.flops
 
     @staticmethod

@@ -74,6 +74,7 @@ def test_a_submitted_launch_runs_on_the_cluster(head: str, cluster_file: Path, t
             *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head),
             *("--working-dir", str(working), "--", sys.executable, "-c", launch, "launch"),
             *("--cluster", "mine.yaml", "--address", "auto", "--set", "rounds=1", "--set", "local_steps=2"),
+            *("--set", "server.replicas=2"),
             *("--runs-dir", str(tmp_path / "runs"), "--name", "submitted"),
         ],
         capture_output=True,

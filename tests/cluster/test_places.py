@@ -68,7 +68,7 @@ assert placement.away == ("small",)
 
 def of(fingerprint, name):
     executor = RayExecutor(name, run, model, placement, fingerprint)
-    assert executor.away == ["small"] and "small" not in executor.lost()
+    assert executor.away() == ["small"] and "small" not in executor.lost()
     return executor
 
 
@@ -77,10 +77,10 @@ def look(executor):
 
 
 executor = of(model_fingerprint(model), "late")
-assert not executor.restart("small") and executor.away == ["small"]
+assert not executor.restart("small") and executor.away() == ["small"]
 home = cluster.add_node(num_cpus=1, labels={"site": "home"})
 cluster.wait_for_nodes()
-assert executor.restart("small") and executor.away == []
+assert executor.restart("small") and executor.away() == []
 assert not isinstance(look(executor), Exception), look(executor)
 runs_on = executor._handles["small"].__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id())
 assert ray.get(runs_on) == home.node_id
@@ -90,6 +90,19 @@ executor = of(model_fingerprint(gpt2), "late-other")
 assert executor.restart("small")
 assert "is not the run's base model" in str(look(executor)), look(executor)
 executor.close()
+
+
+# A whole run that a client comes to late.
+def after_step(step):
+    if step == 3:
+        cluster.add_node(num_cpus=1, labels={"site": "den"})
+        cluster.wait_for_nodes()
+
+
+overrides = {"clients.small.labels": {"site": "den"}, "clients.small.late": True, "rounds": 2}
+run = hsplit.launch(cluster_file, None, overrides, runs_dir=runs, name="late", display=Recorder(after_step=after_step))
+assert run.complete
+assert run.metrics["available_clients"].tolist() == [2, 2, 3], run.metrics["available_clients"]
 ray.shutdown()
 cluster.shutdown()
 """

@@ -61,6 +61,7 @@ def _unsupervised(client: Any) -> None:
     microbatches=st.integers(1, 2),
     fast=fast_paths,
     silent=st.booleans(),
+    servers=st.integers(1, 3),
     seed=st.integers(0, 2**16),
 )
 @example(
@@ -73,6 +74,7 @@ def _unsupervised(client: Any) -> None:
     microbatches=2,
     fast=FAST,
     silent=True,
+    servers=2,
     seed=1,
 )
 @example(
@@ -85,6 +87,7 @@ def _unsupervised(client: Any) -> None:
     microbatches=2,
     fast=PLAIN,
     silent=False,
+    servers=1,
     seed=2,
 )
 @example(
@@ -97,6 +100,7 @@ def _unsupervised(client: Any) -> None:
     microbatches=1,
     fast=PLAIN,
     silent=False,
+    servers=1,
     seed=3,
 )
 @example(
@@ -109,6 +113,7 @@ def _unsupervised(client: Any) -> None:
     microbatches=1,
     fast=PLAIN,
     silent=False,
+    servers=3,
     seed=4,
 )
 @example(
@@ -121,6 +126,7 @@ def _unsupervised(client: Any) -> None:
     microbatches=2,
     fast=FAST,
     silent=False,
+    servers=2,
     seed=5,
 )
 def test_e1_one_aggregated_step_is_the_centralized_step(
@@ -135,6 +141,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
     microbatches: int,
     fast: dict[str, bool],
     silent: bool,
+    servers: int,
     seed: int,
 ) -> None:
     rank = 3
@@ -155,7 +162,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
     }
     shares = {f"c{i}": random_examples(8, seed + i) for i in range(len(splits))}
     plan_job = _job(job)
-    plan = fixed_plan(models[family], plan_job, splits, [rank] * len(splits), rank)
+    plan = fixed_plan(models[family], plan_job, splits, [rank] * len(splits), rank, servers)
     run = coordinator(
         models[family], tmp_path_factory.mktemp("e1"), plan, shares, Recorder(), Policy(init="shared"), **job
     )

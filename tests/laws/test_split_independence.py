@@ -53,10 +53,12 @@ def test_e5_scores_are_those_of_each_client_alone_before_an_unsplit_server(
 ) -> None:
     model, job = models[family], job_of(base, dtype=dtype, wire=dtype, privacy={"labels": labels})
     shapes, clients = shapes_of(model, job), [f"c{i}" for i in range(len(splits))]
-    together = probe_importance(probed_actors(model, job, splits, matrices), clients, round_, TOKENS, labels).reports
+    together = probe_importance(
+        probed_actors(model, job, splits, matrices), {"server": clients}, round_, TOKENS, labels
+    ).reports
 
     unsplit = probed_actors(model, job, [0] * len(splits), matrices)
-    alone = [r for c in clients for r in probe_importance(unsplit, [c], round_, TOKENS, labels).reports]
+    alone = [r for c in clients for r in probe_importance(unsplit, {"server": [c]}, round_, TOKENS, labels).reports]
 
     found, expected = sums_by_client(together), sums_by_client(alone)
     for client in clients:
@@ -68,7 +70,7 @@ def test_scoring_the_joint_sum_would_break_e5(models: dict[str, Path]) -> None:
     """The law can fail: unlike clients' tokens averaged into one gradient cancel, and score less."""
     model, job = models["llama"], job_of("fp32")
     actors = probed_actors(model, job, [0, 0])
-    found = sums_by_client(probe_importance(actors, ["c0", "c1"], 1, TOKENS, "server").reports)
+    found = sums_by_client(probe_importance(actors, {"server": ["c0", "c1"]}, 1, TOKENS, "server").reports)
     server = actors.actors["server"]
     probe, joined = server._watched([actors.actors[client].probe_forward(1, TOKENS)[1] for client in ("c0", "c1")])
     losses, counts = joined.losses(server._tail)

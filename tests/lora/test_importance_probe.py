@@ -48,7 +48,7 @@ def test_sums_are_autograds_on_both_sides_of_the_split(
     keep_double(monkeypatch)
     model, job = models[family], job_of(base, dtype=dtype, wire=dtype)
     actors = probed_actors(model, job, [2, 1], matrices)
-    found = sums_by_client(probe_importance(actors, ["c0", "c1"], 1, TOKENS, "server").reports)
+    found = sums_by_client(probe_importance(actors, {"server": ["c0", "c1"]}, 1, TOKENS, "server").reports)
     unsplit, shapes = effective_model(model, job, DTYPES[dtype]), shapes_of(model, job)
     for client in ("c0", "c1"):
         actors.actors[client].probe_forward(1, TOKENS)
@@ -63,7 +63,7 @@ def test_chunks_change_nothing_and_bound_what_is_formed(
 ) -> None:
     model, job, bound = models["llama"], job_of("fp32", batch_size=1), 600
     actors = probed_actors(model, job, [4])
-    whole = sums_by_client(probe_importance(actors, ["c0"], 1, 4, "server").reports)["c0"]
+    whole = sums_by_client(probe_importance(actors, {"server": ["c0"]}, 1, 4, "server").reports)["c0"]
     monkeypatch.setattr(importance_probe, "PROBE_CHUNK_BYTES", bound)
     formed: list[int] = []
 
@@ -82,7 +82,7 @@ def test_chunks_change_nothing_and_bound_what_is_formed(
             scored(*arguments)
 
     monkeypatch.setattr(ImportanceProbe, "_score", watched)
-    chunked = sums_by_client(probe_importance(actors, ["c0"], 1, 4, "server").reports)["c0"]
+    chunked = sums_by_client(probe_importance(actors, {"server": ["c0"]}, 1, 4, "server").reports)["c0"]
     assert chunked == pytest.approx(whole, rel=1e-6)
     # Not even one whole weight: the smallest of them has 32 x 16 entries.
     assert max(formed) <= bound < 4 * 16 * 32
@@ -105,7 +105,9 @@ def test_every_adapted_weight_reports_or_the_probe_fails(models: dict[str, Path]
 
 def test_targets_decide_what_is_scored(models: dict[str, Path]) -> None:
     model, job = models["llama"], job_of("fp32", targets=["q_proj", "down_proj"])
-    found = sums_by_client(probe_importance(probed_actors(model, job, [2]), ["c0"], 1, TOKENS, "server").reports)
+    found = sums_by_client(
+        probe_importance(probed_actors(model, job, [2]), {"server": ["c0"]}, 1, TOKENS, "server").reports
+    )
     assert sorted(found["c0"]) == sorted(shape.name for shape in shapes_of(model, job))
     assert len(found["c0"]) == 8
 
@@ -114,7 +116,7 @@ def test_targets_decide_what_is_scored(models: dict[str, Path]) -> None:
 def test_a_client_without_layers_scores_nothing_and_gets_no_gradient(models: dict[str, Path], labels: str) -> None:
     job = job_of("nf4", privacy={"labels": labels})
     actors = probed_actors(models["llama"], job, [0, 1])
-    outcome = probe_importance(actors, ["c0", "c1"], 1, TOKENS, labels)
+    outcome = probe_importance(actors, {"server": ["c0", "c1"]}, 1, TOKENS, labels)
     assert [(r.client, r.tokens) for r in outcome.reports] == [(c, TOKENS) for c in ("c0", "c1", "c0", "c1")]
     assert not outcome.reports[0].scores and len(outcome.reports[1].scores) == 7
     assert [len(r.scores) for r in outcome.reports[2:]] == [28, 21]
@@ -138,7 +140,7 @@ def test_a_probe_leaves_no_trace(models: dict[str, Path], tmp_path: Path, labels
         executor: Any = run._executor
 
         def probe(step: int, executor: Any = executor) -> None:
-            probes.append(probe_importance(executor, ["c0", "c1"], step, TOKENS, labels))
+            probes.append(probe_importance(executor, {"server": ["c0", "c1"]}, step, TOKENS, labels))
 
         recorder.after_step = probe if probing else None
         run.run()
@@ -170,7 +172,7 @@ def test_a_planted_weight_is_found(tmp_path: Path, planted: str) -> None:
     job = job_of("fp32")
     for split in (0, 3):
         actors = probed_actors(model, job, [split], plain=True)
-        reports = probe_importance(actors, ["c0"], 1, TOKENS, "server").reports
+        reports = probe_importance(actors, {"server": ["c0"]}, 1, TOKENS, "server").reports
         found = scores(reports, shapes_of(model, job))
         first, second = sorted(found, key=lambda name: -found[name])[:2]
         assert first == planted and found[first] > 5 * found[second]

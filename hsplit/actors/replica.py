@@ -1,0 +1,464 @@
+"""A server without its aggregator: the deep layers for the clients that it serves. Ray-free."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hsplit.actors.executor import ActorFailure
+from hsplit.actors.joined_batch import JoinedBatch
+from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
+from hsplit.actors.participant import tensors_held
+from hsplit.actors.peak_memory import (
+    PeakMemory,
+    measured,
+    measured_in_first_steps,
+    measured_once_a_round,
+    measured_with_part,
+    measured_with_round,
+)
+from hsplit.actors.stopwatch import Stopwatch
+from hsplit.config import Job, Policy
+from hsplit.lora.adapters import AdapterSet
+from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
+from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
+from hsplit.models.segment import (
+    BaseModel,
+    LinearShape,
+    Segment,
+    SegmentSpec,
+    linear_shapes,
+    load_segment,
+    targeted,
+)
+from hsplit.models.tail import Tail
+from hsplit.scheduling.importance import ImportanceReport
+from hsplit.scheduling.plan import Plan
+
+
+class Replica:
+    """Hosts layers ``[min_i k_i, L)``, and stores a quantized base as bitsandbytes codes.
+
+    Every server is one; the first of them aggregates besides (:class:`~hsplit.actors.server.Server`). Its adapters are
+    a holder's like any other's: aggregated with the tokens that it trained them on.
+
+    Args:
+        job, policy: the run's settings.
+        base: the base model as the server reads it.
+        device: where it computes.
+        measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
+        name: ``server``, or ``server-1`` and so on.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        policy: Policy,
+        base: BaseModel,
+        device: str = "cpu",
+        measure: bool = True,
+        name: str = "server",
+    ) -> None:
+        self.name = name
+        self._job, self._policy, self._base = job, policy, base
+        self._device = torch.device(device)
+        self._memory = PeakMemory(self._device, measure)
+        self._layers = 0
+        self._plan: Plan | None = None
+        self._holder: Holder | None = None
+        self._kept: dict[tuple[int, int], list[JoinedBatch]] = {}
+        self._pace: Mapping[str, float] = {}
+        self._shapes: list[LinearShape] = []
+        self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
+        self._step_tokens: dict[int, int] = defaultdict(int)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @measured_with_part
+    def configure(self, plan: Plan) -> None:
+        """Read the deep layers and the tail that ``plan`` gives a server; the round is begun by :meth:`restart`.
+
+        Whatever was under way before is forgotten.
+        """
+        self._holder = self._probed = None
+        self._kept.clear()
+        self._step_tokens.clear()
+        self._hold(plan, None)
+
+    @measured_with_part
+    def follow(self, plan: Plan, update: RoundUpdate) -> None:
+        """Follow a change of plan between two rounds: take over layers, give others up, change ranks (law E4).
+
+        Args:
+            plan: the new plan.
+            update: what the adapters restart with, and residuals; those of layers that are new here whole.
+        """
+        held = self.holder.segment
+        # Given up first, so that two sets of adapters never are in memory together.
+        self._holder = None
+        self._hold(plan, held)
+        self.restart(update)
+
+    def _hold(self, plan: Plan, kept: Segment | None) -> None:
+        """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
+        assert plan.server.split is not None
+        tail = self._policy.placement == "split" and self._job.privacy.labels == "server"
+        spec = SegmentSpec(plan.server.split, plan.layers, tail=tail)
+        segment = load_segment(self._base, spec, quantized=True, device=self._device, kept=kept)
+        shapes = targeted(linear_shapes(segment.config), self._job.targets)
+        self._plan, self._layers, self._shapes = plan, plan.layers, shapes
+        self._holder = Holder(
+            self.name, segment, shapes, plan.server.ranks, self._job, self._policy, self._base.dtype, self._device
+        )
+
+    # -- one local step -------------------------------------------------------------------------------------------
+
+    @measured_in_first_steps
+    def train_step(
+        self, step: int, micro: int, *messages: Activations
+    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
+        """Labels on the server: the whole server phase of one depth-joined batch (METHOD 2).
+
+        Returns:
+            The report with a loss a message, then for each message the gradient of that client's own mean loss at
+            its split point (``None`` for a client without layers), in the order of ``messages``. A message that cannot
+            be right is left out and named in the report; its gradient is ``None``.
+        """
+        watch = Stopwatch(self._device)
+        losses: list[LossReport] = []
+        gradients: dict[str, WireTensor | None] = {}
+        refused: dict[str, str] = {}
+        trained: list[Activations] = []
+        for group in self._groups(messages):
+            joined = self._join(step, micro, group, watch, refused, training=True)
+            if joined is None:
+                continue
+            with watch.phase("tail"):
+                sums, counts = self._losses(joined)
+                total = sums.sum()
+            with watch.phase("backward"):
+                if total.requires_grad:
+                    total.backward()
+            with watch.phase("pack"):
+                gradients |= joined.gradients(self._job.wire, self._job.transport)
+            losses += _loss_reports(joined.messages, sums.detach(), counts)
+            trained += joined.messages
+        self._finish(step, micro, trained, watch)
+        watch.pace(self._pace.get("step"))
+        returned = [gradients.get(message.client) for message in messages]
+        return _report(watch, returned, losses, refused), *returned
+
+    @measured_in_first_steps
+    def forward(
+        self, step: int, micro: int, *messages: Activations
+    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
+        """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph.
+
+        A message that cannot be right is left out and named in the report; its output is ``None``.
+        """
+        watch = Stopwatch(self._device)
+        kept = self._kept[step, micro] = []
+        outputs: dict[str, WireTensor] = {}
+        refused: dict[str, str] = {}
+        for group in self._groups(messages):
+            joined = self._join(step, micro, group, watch, refused, training=True)
+            if joined is None:
+                continue
+            kept.append(joined)
+            with watch.phase("pack"):
+                outputs |= joined.outputs(self._job.wire, self._job.transport)
+        watch.pace(self._pace.get("forward"))
+        returned = [outputs.get(message.client) for message in messages]
+        return _report(watch, returned, refused=refused), *returned
+
+    @measured_in_first_steps
+    def backward(
+        self, step: int, micro: int, clients: Sequence[str], *sent: WireTensor
+    ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
+        """U-shape: from the gradients of the clients' token sums at the last layer's output.
+
+        Args:
+            clients: who sent them, in their order; a client of the forward that is not among them has trained nothing.
+        """
+        watch = Stopwatch(self._device)
+        arrived = dict(zip(clients, sent, strict=True))
+        gradients: dict[str, WireTensor | None] = {}
+        refused: dict[str, str] = {}
+        trained: list[Activations] = []
+        for joined in self._kept.pop((step, micro)):
+            with watch.phase("unpack"):
+                upstream, own = self._upstream(joined, arrived, refused)
+            with watch.phase("backward"):
+                if joined.output.requires_grad:
+                    joined.output.backward(upstream)
+            with watch.phase("pack"):
+                gradients |= joined.gradients(self._job.wire, self._job.transport)
+            trained += own
+        self._finish(step, micro, trained, watch)
+        watch.pace(self._pace.get("backward"))
+        returned = [None if client in refused else gradients.get(client) for client in clients]
+        return _report(watch, returned, refused=refused), *returned
+
+    # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
+
+    @measured
+    def probe(self, *messages: Activations) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """Labels on the server: score every weight here for each client, from its own tokens and mean loss alone.
+
+        Nothing is trained or counted, and the adapters get no gradient.
+
+        Returns:
+            The report, then for each message the gradient of that client's mean loss at its split point (``None`` for
+            a client without layers), in the order of ``messages``.
+
+        Raises:
+            RuntimeError: a weight has not reported.
+        """
+        probe, joined = self._watched(messages)
+        sums, _ = self._losses(joined)
+        return self._scored(probe, joined, sums.sum(), None)
+
+    @measured
+    def probe_forward(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
+        """U-shape: as :meth:`forward`, with the weights watched."""
+        probe, joined = self._watched(messages)
+        self._probed = probe, joined
+        outputs = list(joined.outputs(self._job.wire, self._job.transport).values())
+        return _report(None, outputs), *outputs
+
+    @measured
+    def probe_backward(self, *sent: WireTensor) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """U-shape: as :meth:`probe`, from the gradients of every client's token sum, in the messages' order."""
+        assert self._probed is not None
+        probe, joined = self._probed
+        self._probed = None
+        arrived = {m.client: slope for m, slope in zip(joined.messages, sent, strict=True)}
+        refused: dict[str, str] = {}
+        upstream, _ = self._upstream(joined, arrived, refused)
+        _raise_refused(refused, "probe_tail")
+        return self._scored(probe, joined, joined.output, upstream)
+
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    @measured_once_a_round
+    @torch.no_grad()
+    def evaluate(self, *messages: Activations) -> ServerReport:
+        """Validation loss of each client's rows, labels on the server.
+
+        Raises:
+            ActorFailure: a client's message cannot be right; names it.
+        """
+        losses: list[LossReport] = []
+        for joined in self._evaluated(messages):
+            losses += _loss_reports(joined.messages, *self._losses(joined))
+        return _report(None, (), losses)
+
+    @measured_once_a_round
+    @torch.no_grad()
+    def evaluate_deep(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
+        """U-shape: the report, then the deep layers' output for each client's validation rows; errors as above."""
+        outputs: list[WireTensor] = []
+        for joined in self._evaluated(messages):
+            outputs += joined.outputs(self._job.wire, self._job.transport).values()
+        return _report(None, outputs), *outputs
+
+    def _evaluated(self, messages: Sequence[Activations]) -> Iterator[JoinedBatch]:
+        for group in self._groups(messages):
+            refused: dict[str, str] = {}
+            joined = self._join(0, 0, group, Stopwatch(self._device), refused, training=False)
+            _raise_refused(refused, "validation_forward")
+            assert joined is not None
+            yield joined
+
+    # -- rounds ---------------------------------------------------------------------------------------------------
+
+    @measured
+    def hand_in(self) -> tuple[int, HeldAdapters]:
+        """The live adapters at the round's end, and before them their bytes."""
+        held = self.holder.held()
+        return held.nbytes, held
+
+    @measured_with_round
+    def restart(self, update: RoundUpdate) -> None:
+        self.holder.restart(update)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @measured
+    def state(self) -> dict[str, Tensor]:
+        """Own adapters and moments."""
+        return self.holder.state()
+
+    @measured_with_part
+    def take_up(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
+        """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
+        self.holder.follow_residual(update.residuals)
+        self.holder.load_state(tensors)
+
+    def set_pace(self, seconds: Mapping[str, float]) -> None:
+        """From now on spend these seconds in each call of a step, by what it does (METHOD 8): step, or where labels
+        stay at home forward and backward.
+        """
+        self._pace = dict(seconds)
+
+    def peak_bytes(self) -> int:
+        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
+        return self._memory.peak_bytes()
+
+    def parameters_held(self) -> dict[str, int]:
+        """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
+        return tensors_held(self.holder.segment)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def holder(self) -> Holder:
+        if self._holder is None:
+            raise RuntimeError(f"{self.name} has not been configured")
+        return self._holder
+
+    @property
+    def _tail(self) -> Tail:
+        tail = self.holder.segment.tail
+        assert tail is not None, "labels are at the clients"
+        return tail
+
+    @property
+    def adapters(self) -> AdapterSet:
+        return self.holder.adapters
+
+    def _groups(self, messages: Sequence[Activations]) -> list[Sequence[Activations]]:
+        """What is computed together: everybody, or with ``fast.depth_joined`` off one client after another."""
+        return [messages] if self._job.fast.depth_joined else [[message] for message in messages]
+
+    def _join(
+        self,
+        step: int,
+        micro: int,
+        messages: Sequence[Activations],
+        watch: Stopwatch,
+        refused: dict[str, str],
+        training: bool,
+    ) -> JoinedBatch | None:
+        """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it.
+
+        What cannot be right joins ``refused``; ``None`` where nothing is left.
+        """
+        self.holder.begin_phase(step * 1_000 + micro, training)
+        with watch.phase("unpack"):
+            inputs = self._unpacked(messages, lambda message: training and message.split > 0, refused)
+        if not inputs:
+            return None
+        with watch.phase("forward"):
+            sound = [message for message in messages if message.client in inputs]
+            return JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
+
+    def _losses(self, joined: JoinedBatch) -> tuple[Tensor, Tensor]:
+        return joined.losses(self._tail, self._job.fast.loss_rows)
+
+    def _unpacked(
+        self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool], refused: dict[str, str]
+    ) -> dict[str, Tensor]:
+        """By client the hidden states at its split point, in the compute dtype, as leaves of a graph.
+
+        What cannot be right is left out and joins ``refused``.
+        """
+        config = self.holder.segment.config
+        inputs: dict[str, Tensor] = {}
+        for message in messages:
+            flaw = message.flaw(config.hidden_size, config.vocab_size)
+            hidden = None if flaw else self._sound(message.client, message.hidden, message.hidden.shape, refused)
+            if flaw:
+                refused[message.client] = flaw
+            elif hidden is not None:
+                inputs[message.client] = hidden.requires_grad_(differentiable(message))
+        return inputs
+
+    def _upstream(
+        self, joined: JoinedBatch, arrived: Mapping[str, WireTensor], refused: dict[str, str]
+    ) -> tuple[Tensor, list[Activations]]:
+        """U-shape: the clients' gradients at their tokens, as the gradient of the joined output ``(n, d)``.
+
+        Who has sent none, or one that cannot be right, changes nothing; returns the messages of the others too.
+        """
+        upstream = torch.zeros_like(joined.output)
+        own = []
+        for message in joined.messages:
+            rows = upstream[joined.tokens[message.client]]
+            wire = arrived.get(message.client)
+            slope = None if wire is None else self._sound(message.client, wire, tuple(rows.shape), refused)
+            if slope is not None:
+                rows.copy_(slope)
+                own.append(message)
+        return upstream, own
+
+    def _sound(self, client: str, wire: WireTensor, shape: tuple[int, ...], refused: dict[str, str]) -> Tensor | None:
+        """What ``client`` sent, in the compute dtype; of a wrong shape or with NaN it joins ``refused`` instead."""
+        if wire.shape != shape:
+            refused[client] = f"a gradient of shape {wire.shape} where {shape} is right"
+            return None
+        tensor = wire.unpack(self._base.dtype, self._device)
+        if not_finite(tensor):
+            refused[client] = "values that are no numbers (NaN or infinite)"
+            return None
+        return tensor
+
+    def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
+        """The joined batch of a probe, without dropout, and the probe that has watched it."""
+        probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        refused: dict[str, str] = {}
+        with probe.watching():
+            self.holder.begin_phase(0, training=False)
+            # A probe needs a gradient at layer 0 too, for the first linears there.
+            inputs = self._unpacked(messages, lambda message: True, refused)
+            _raise_refused(refused, "probe_forward")
+            return probe, JoinedBatch.run(self.holder.segment, self._layers, messages, inputs)
+
+    def _scored(
+        self, probe: ImportanceProbe, joined: JoinedBatch, output: Tensor, upstream: Tensor | None
+    ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
+        """Scores and gradients from a backward of the token sum: a client's part of it over its ``n_i`` is its own."""
+        messages = joined.messages
+        rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
+        scores = probe.scores(output, upstream, rows)
+        gradients = list(joined.gradients(self._job.wire, self._job.transport).values())
+        importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
+        nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+        return ProbeReport(importance, nbytes), *gradients
+
+    def _finish(self, step: int, micro: int, messages: Sequence[Activations], watch: Stopwatch) -> None:
+        """Count tokens; after the step's last batch divide layer ``l``'s gradient by its ``n_l`` and step."""
+        first = self.holder.segment.spec.first
+        for message in messages:
+            for layer in range(max(first, message.split), self._layers):
+                self._step_tokens[layer] += message.supervised
+                self.holder.count_tokens([layer], message.supervised)
+        if micro == self._job.batches_per_step - 1:
+            layers = range(first, self._layers)
+            with watch.phase("optimizer"):
+                self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
+                self.holder.step(step)
+            self._step_tokens.clear()
+
+
+def _report(
+    watch: Stopwatch | None,
+    sent: Sequence[WireTensor | None],
+    losses: Sequence[LossReport] = (),
+    refused: Mapping[str, str] | None = None,
+) -> ServerReport:
+    nbytes = sum(tensor.nbytes for tensor in sent if tensor is not None)
+    return ServerReport(tuple(losses), nbytes, {} if watch is None else watch.seconds, refused or {})
+
+
+def _raise_refused(refused: Mapping[str, str], method: str) -> None:
+    """Where nobody can be left out: name the first client whose message cannot be right."""
+    for client, reason in refused.items():
+        raise ActorFailure(client, method, f"it sent {reason}", "refused")
+
+
+def _loss_reports(messages: Sequence[Activations], sums: Tensor, counts: Tensor) -> list[LossReport]:
+    return [LossReport(m.client, float(s), int(c)) for m, s, c in zip(messages, sums, counts, strict=True)]

@@ -1,0 +1,53 @@
+"""Which server serves whom, where there are several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def served_by(clients: Iterable[str], splits: Mapping[str, int], servers: Sequence[str]) -> dict[str, list[str]]:
+    """Deal ``clients`` out over ``servers``, the shallowest split first, in turn.
+
+    At every layer the first server then has the rows of ``ceil(n / S)`` of the ``n`` clients that pass it, and no
+    server has those of more: what is enough for the first is enough for each.
+
+    Returns:
+        Who is served, by server; servers without clients are left out.
+    """
+    # Sorting is stable: equal splits stay in the clients' order.
+    order = sorted(clients, key=lambda name: splits[name])
+    shares = {server: order[place :: len(servers)] for place, server in enumerate(servers)}
+    return {server: share for server, share in shares.items() if share}
+
+
+def cohorts(clients: Sequence[str], most: int | None) -> list[Sequence[str]]:
+    """``clients`` in their order in parts of at most ``most``: as many as the servers have reserved memory for."""
+    size = most or max(len(clients), 1)
+    return [clients[start : start + size] for start in range(0, len(clients), size)]
+
+
+def counts_at_first(counts: Ints, most: int | None, servers: int) -> Ints:
+    """Clients that the first of ``servers`` serves, at most and as shallow as can be, ``(M, L + 1)``.
+
+    Args:
+        counts: all clients at each split, ``(M, L + 1)``.
+        most: how many of them train in a round.
+        servers: number of servers.
+    """
+    joined = np.cumsum(counts, axis=1)
+    if most is not None:
+        joined = np.minimum(joined, most)
+    served: Ints = np.diff(-(-joined // servers), axis=1, prepend=0)
+    return served
+
+
+def counts_of_deepest(counts: Ints, most: int | None) -> Ints:
+    """The ``most`` clients of the deepest splits, ``(M, L + 1)`` as ``counts``."""
+    if most is None:
+        return counts
+    return counts_at_first(counts[:, ::-1], most, 1)[:, ::-1]
