@@ -45,7 +45,7 @@ class Hosts:
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Python on the head."""
         command = self.made["head"].command(sys.executable, *arguments)
-        return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=self.data, timeout=500)
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=self.data, timeout=900)
 
     def launch(self, runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``hsplit launch`` on the head."""

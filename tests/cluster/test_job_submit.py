@@ -79,7 +79,7 @@ def test_a_submitted_launch_runs_on_the_cluster(head: str, cluster_file: Path, t
         ],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-2000:]
     metrics = read_metrics(tmp_path / "runs" / "submitted" / "metrics.csv")
