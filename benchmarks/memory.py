@@ -180,7 +180,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
     _client_steps(holder, case, config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.
     state = {name: tensor.clone() for name, tensor in holder.call("round", "state").items()}
-    holder.call("round", "load_state", state, _update(held, case))
+    holder.call("round", "take_up", state, _update(held, case))
     del state
     # The residual is at its cap already, and all of it changes.
     holder.call("round", "restart", _update(held, case))
@@ -245,10 +245,10 @@ def measured_server(directory: Path, case: Case) -> Measured:
     holder.call("round", "load_state", tensors, *(c.name for c in plan.clients))
     del tensors
     # What this replaces was made here, outside the allocator's sight, so that its end is not seen.
-    holder.call("filling", "aggregate", 2, *[_held(c, shapes, case) for c in plan.clients])
+    holder.call("filling", "aggregate", 2, [], *[_held(c, shapes, case) for c in plan.clients])
     _server_steps(holder, case, messages, gradients, 1)
     _server_checks(holder, case, messages, gradients)
-    holder.call("round", "aggregate", 3, *[_held(c, shapes, case) for c in plan.clients])
+    holder.call("round", "aggregate", 3, [], *[_held(c, shapes, case) for c in plan.clients])
     _server_steps(holder, case, messages, gradients, 2)
     del messages, gradients
     holder.call("round", "state")

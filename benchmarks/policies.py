@@ -191,7 +191,7 @@ def final_perplexity(run: RunConfig, source: ModelSource, inputs: Inputs, direct
     report = judge.load_data(inputs.shares, None)
     judge.configure(layer_count(model_config(source.directory)), {})
     if whole:
-        judge.load_state(tensors[CENTRAL], RoundUpdate(0, {}, {}))
+        judge.take_up(tensors[CENTRAL], RoundUpdate(0, {}, {}))
         assert any(key.startswith(WEIGHT) for key in tensors[CENTRAL])
     else:
         terms = {name: ResidualUpdate(0, term) for name, term in learned(tensors[SERVER]).items()}

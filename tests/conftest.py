@@ -19,6 +19,9 @@ os.environ["RAY_AUTH_TOKEN"] = "t" * 64
 settings.register_profile("hsplit", deadline=None)
 settings.load_profile("hsplit")
 FAMILIES = ("llama", "gpt2")
+# How long an example takes says something about the machine alone.
+settings.register_profile("hsplit", deadline=None)
+settings.load_profile("hsplit")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

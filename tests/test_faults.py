@@ -28,12 +28,18 @@ SPLIT_PHASES = ("forward", "backward", "hand_in", "restart", "validation_forward
 
 
 def run_with(
-    model: Path, to: Path, *faults: Fault, before: Any = None, recorder: Recorder | None = None, **job: Any
+    model: Path,
+    to: Path,
+    *faults: Fault,
+    before: Any = None,
+    recorder: Recorder | None = None,
+    servers: int = 1,
+    **job: Any,
 ) -> Coordinator:
     """A run of three clients that is hit by ``faults``; the first two hold the first two layers, the third three."""
     to.mkdir(exist_ok=True)
     settings = SETTINGS | job
-    plan = fixed_plan(model, Job.model_validate({**settings, "dtype": "fp32"}), [2, 2, 3], [2, 2, 2], 2)
+    plan = fixed_plan(model, Job.model_validate({**settings, "dtype": "fp32"}), [2, 2, 3], [2, 2, 2], 2, servers)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(CLIENTS)}
     made = coordinator(model, to, plan, shares, recorder or Recorder(), **settings)
     faulty = FaultyInProcess(made._executor, faults, before)  # type: ignore[arg-type]
@@ -121,6 +127,48 @@ def test_server_and_scheduler_may_die_and_no_number_changes(
     assert metrics(run) == undisturbed
     (repeated,) = told(run, "repeated")
     assert repeated["actor"] == actor and "is repeated from" in repeated["text"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_servers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return metrics(run_with(models["llama"], tmp_path_factory.mktemp("servers"), servers=2))
+
+
+@pytest.mark.parametrize(
+    ("actor", "method", "nth"),
+    [
+        ("server-1", "configure", 1),
+        ("server-1", "train_step", 5),
+        ("server-1", "hand_in", 2),
+        ("server-1", "restart", 3),
+        ("server-1", "evaluate", 3),
+        ("server-1", "state", 3),
+        ("server", "aggregate", 2),
+    ],
+)
+def test_any_of_several_servers_may_die_and_no_number_changes(
+    models: dict[str, Path],
+    tmp_path: Path,
+    undisturbed: list[dict[str, Any]],
+    undisturbed_servers: list[dict[str, Any]],
+    actor: str,
+    method: str,
+    nth: int,
+) -> None:
+    assert undisturbed_servers != undisturbed, "two servers train apart"
+    run = run_with(models["llama"], tmp_path, Fault(actor, method, nth), servers=2)
+    assert metrics(run) == undisturbed_servers
+    (repeated,) = told(run, "repeated")
+    assert repeated["actor"] == actor
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_a_client_of_the_second_server_may_die(models: dict[str, Path], tmp_path: Path, labels: str) -> None:
+    # Dealt out by split: c0 and c2 are the first server's, c1 is all that the second has.
+    run = run_with(models["llama"], tmp_path, Fault("c1", "backward", 5), servers=2, privacy={"labels": labels})
+    lost, returned = told(run, "lost", "returned")
+    assert (lost["client"], returned["client"]) == ("c1", "c1")
+    assert [row["available_clients"] for row in metrics(run)] == [3] * 4
 
 
 @pytest.mark.parametrize("phase", SPLIT_PHASES)

@@ -13,6 +13,7 @@ from hsplit.errors import InputError
 from hsplit.launcher import join, leave
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
+from tests.faulty import Fault, FaultyInProcess
 from tests.in_process import Recorder, planned_run, random_examples
 from tests.test_adaptation import a_run, bytes_for, part, plans_by_round, saved, shares
 
@@ -141,6 +142,36 @@ def test_a_run_broken_off_after_a_join_and_a_leave_goes_on_as_if_it_had_not(
     whole, broken = rows
     for column in ("val_loss", "train_loss", "virtual_time_s", "bytes_up", "bytes_down", "available_clients"):
         assert [getattr(r, column) for r in broken] == [getattr(r, column) for r in whole], column
+
+
+@pytest.mark.parametrize("actor", ["server", "scheduler", "tablet", "large"])
+def test_a_round_is_repeated_with_and_without_those_who_came_and_went(
+    model: Path, tmp_path: Path, own_data: Path, actor: str
+) -> None:
+    """A failure right after the requests were taken: back to a checkpoint that knows nothing of them."""
+    run = a_run(model)
+    run = run.model_copy(update={"job": Job.model_validate({**run.job.model_dump(), "faults": {"recovery": "repeat"}})})
+    rows = []
+    for name in ("whole", "disturbed"):
+        (tmp_path / name).mkdir()
+        directory = saved(run, tmp_path / name)
+
+        def come_and_go(directory: RunDirectory = directory) -> None:
+            join(directory.path, newcomer(model, own_data))
+            leave(directory.path, "middle")
+
+        going, _ = asking(run, model, directory, {3: come_and_go})
+        if name == "disturbed":
+            method = {"server": "train_step", "scheduler": "aggregation_time_s"}.get(actor, "hand_in")
+            nth = {"server": 6, "scheduler": 3, "tablet": 1, "large": 3}[actor]
+            faulty = FaultyInProcess(going._executor, [Fault(actor, method, nth)])  # type: ignore[arg-type]
+            going._executor = going._training._executor = going._roster._executor = faulty  # type: ignore[attr-defined]
+        assert going.run()
+        if name == "disturbed":
+            assert len(events(directory, "repeated")) == 1
+        assert {*going._executor.actors} == {"small", "large", "tablet", "server", "scheduler"}  # type: ignore[attr-defined]
+        rows.append([{k: v for k, v in row.items() if k != "wall_time_s"} for row in going.progress.metrics])
+    assert rows[0] == rows[1]
 
 
 def test_a_run_is_resumed_with_those_who_had_joined(model: Path, tmp_path: Path, own_data: Path) -> None:

@@ -37,6 +37,11 @@ def server_names(replicas: int) -> tuple[str, ...]:
     return ("server", *(f"server-{number}" for number in range(1, replicas)))
 
 
+def is_server(name: str) -> bool:
+    """Whether ``name`` is a server's, one of :func:`server_names`."""
+    return name == "server" or _REPLICA_NAME.fullmatch(name) is not None
+
+
 def _absolute(path: str) -> str:
     """``path`` from the working directory; as text, since the file is on the client's node."""
     return path if path.startswith("~") or os.path.isabs(path) else os.path.abspath(path)

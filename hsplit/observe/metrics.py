@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
@@ -83,7 +83,7 @@ def plan_rows(
     measured_bytes: Mapping[str, int] | None = None,
     measured_time_s: Mapping[str, float] | None = None,
 ) -> list[PlanRow]:
-    """The rows of ``plan`` in ``round``, the server first; what was measured is given by holder name."""
+    """The rows of ``plan`` in ``round``, the servers first; what was measured is given by holder name."""
     sizes, times = measured_bytes or {}, measured_time_s or {}
 
     def row(holder: HolderPlan) -> PlanRow:
@@ -101,7 +101,8 @@ def plan_rows(
             measured_time_s=times.get(holder.name),
         )
 
-    return [row(holder) for holder in (plan.server, *plan.clients)]
+    servers = [replace(plan.server, name=name) for name in plan.server_names]
+    return [row(holder) for holder in (*servers, *plan.clients)]
 
 
 Row = TypeVar("Row", bound=MetricsRow | PlanRow | TimingRow)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
+from hsplit.config.cluster import is_server
 from hsplit.observe.metrics import MetricsRow
 from hsplit.observe.pace import Pace
 from hsplit.observe.plan_changes import holder_line, plan_changes
@@ -72,7 +73,7 @@ class PlainDisplay:
         if self._stepped and step % self._every_steps != 0:
             return
         self._stepped = True
-        absent = [f"{name}: {states[name]}" for name in states if name not in losses and name != "server"]
+        absent = [f"{name}: {states[name]}" for name in states if name not in losses and not is_server(name)]
         parts = [f"round {round}/{rounds} step {step}/{steps}", self._losses(losses), *absent]
         self._print(f"{', '.join(parts)} ({self._pace})")
 

@@ -147,7 +147,7 @@ def _clients(record: RunRecord) -> str:
     ]
     server = record.setting("server")
     if isinstance(server, Mapping):
-        rows.append(["server", 1, *(_span([server], key) for key in budget)])
+        rows.append(["server", server.get("replicas", 1), *(_span([server], key) for key in budget)])
     columns = ("who", "count", "memory (GB)", "TFLOP/s", "Mbit/s", "latency (ms)", "GPUs")
     return f"<h3>Cluster</h3>{table(columns, rows)}"
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from hsplit.config.cluster import is_server
 from hsplit.observe.metrics import MetricsRow
 from hsplit.observe.timing import PHASES, TimingRow
 
 ARITHMETIC = ("forward", "tail", "backward", "optimizer")
 """The phases that compute the model."""
-_SERVER = "server"
 _OVERHEAD = tuple(phase for phase in PHASES if phase not in (*ARITHMETIC, "waiting"))
 
 
@@ -63,7 +63,7 @@ def holder_steps(timing: Iterable[TimingRow], metrics: Sequence[MetricsRow]) -> 
     for name, own in seconds.items():
         count = sum(steps[round] for round in rounds[name])
         means.append(HolderSteps(name, {phase: value / count for phase, value in own.items()}))
-    return sorted(means, key=lambda holder: holder.name == _SERVER)
+    return sorted(means, key=lambda holder: is_server(holder.name))
 
 
 def step_shares(timing: Iterable[TimingRow]) -> StepShares | None:
@@ -111,8 +111,9 @@ def _shares(holders: Mapping[str, Mapping[str, float]]) -> StepShares | None:
     if wall_s <= 0:
         return None
     nothing = dict.fromkeys(PHASES, 0.0)
-    server = holders.get(_SERVER, nothing)
-    clients = [own for name, own in holders.items() if name != _SERVER] or [nothing]
+    # Several servers work side by side, like clients.
+    server = max((own for name, own in holders.items() if is_server(name)), key=_busy_s, default=nothing)
+    clients = [own for name, own in holders.items() if not is_server(name)] or [nothing]
     busiest = max(clients, key=_busy_s)
     arithmetic_s = max(map(_arithmetic_s, clients)) + _arithmetic_s(server)
     return StepShares(

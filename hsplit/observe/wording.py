@@ -146,6 +146,8 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     if available < len(plan.clients):
         lines.append(f"{available} of {len(plan.clients)} clients take part.")
+    if plan.servers > 1:
+        lines.append(f"{plan.servers} servers share the clients; the server's row is the part of each.")
     return lines
 
 

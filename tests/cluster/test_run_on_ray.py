@@ -129,6 +129,58 @@ def test_full_fine_tuning_leaves_a_model_and_a_report(cluster_file: Path, tmp_pa
     _assert_same_in_process(run, tmp_path)
 
 
+def test_two_servers_and_clients_that_are_drawn_are_the_same_in_process(cluster_file: Path, tmp_path: Path) -> None:
+    import ray
+
+    held: list[set[int]] = []
+
+    def look(step: int) -> None:
+        if step == 1:
+            for name in ("server", "server-1"):
+                actor = ray.get_actor(f"hsplit:shared:{name}", namespace="hsplit")
+                held.append(_layers(ray.get(actor.parameters_held.remote())))
+
+    overrides = {"server.replicas": 2, "clients_per_round": 2}
+    run = hsplit.launch(
+        cluster_file, None, overrides, runs_dir=tmp_path, name="shared", display=Recorder(after_step=look)
+    )
+    plans = read_plan(run.path / "plan.csv").set_index(["round", "name"])
+    assert held == [set(range(int(plans.loc[(0, "server"), "split"]), 4))] * 2
+    assert (plans.loc[(slice(None), "server-1"), "kind"] == "server").all()
+    cohorts = [event["clients"] for event in read_events(run.path / "events.jsonl") if event["event"] == "cohort"]
+    assert [len(cohort) for cohort in cohorts] == [2, 2, 2]
+    _assert_same_in_process(run, tmp_path)
+
+
+def test_a_client_joins_and_another_leaves_on_the_way(cluster_file: Path, tmp_path: Path) -> None:
+    import ray
+
+    own = tmp_path / "own.txt"
+    own.write_text("\n".join(f"{e.prompt}||{e.response.strip()}" for e in random_examples(40, seed=9)))
+    path = tmp_path / "changing"
+    there: list[bool] = []
+
+    def come_and_go(step: int) -> None:
+        if step == 2:
+            hsplit.join(path, f"{{name: tablet, memory_gb: 0.0014, tflops: 0.01, data: {own}}}")
+            hsplit.leave(path, "large-0")
+        if step in (5, 9):
+            names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+            there.append("hsplit:changing:client:large-0" in names)
+            assert "hsplit:changing:client:tablet" in names
+
+    display = Recorder(after_step=come_and_go)
+    run = hsplit.launch(cluster_file, runs_dir=tmp_path, name="changing", display=display)
+    assert run.complete and run.metrics["available_clients"].tolist() == [3, 3, 3, 3]
+    plans = read_plan(run.path / "plan.csv")
+    trained = {round_: set(rows["name"]) for round_, rows in plans[plans["kind"] == "client"].groupby("round")}
+    before, after = {"small", "large-0", "large-1"}, {"small", "large-1", "tablet"}
+    assert trained == {0: before, 1: before, 2: after, 3: after}
+    # Its process ends when no round can be repeated any more that it had a part in.
+    assert there == [True, False]
+    assert display.losses[-1].keys() == {"small", "large-1", "tablet", "large-0"}
+
+
 def _assert_same_in_process(on_ray: hsplit.Run, tmp_path: Path) -> None:
     run = RunConfig.load(on_ray.path / "config.yaml")
     source = find_model(run.job.model)

@@ -189,9 +189,10 @@ GROUPS = [
     *(
         (
             cluster(client(name=name)),
-            f"clients[0].name: '{name}' is reserved (so are central, driver, scheduler, server); choose another name",
+            f"clients[0].name: '{name}' is reserved (so are central, driver, scheduler, server, server-1 and so"
+            " on); choose another name",
         )
-        for name in ["server", "scheduler", "driver", "central"]
+        for name in ["server", "scheduler", "driver", "central", "server-1", "server-23"]
     ),
     (
         cluster(client(name="phone-1"), client(name="phone", count="2")),
