@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,7 +108,8 @@ def launch(
         inputs = read_inputs(run, source)
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
-        return _drive(run, source, inputs, directory, address, display, helpers)
+        with _left_out_if_refused(directory):
+            return _drive(run, source, inputs, directory, address, display, helpers)
 
 
 def resume(path: str | Path, *, address: str | None = None, display: Display | None = None) -> Run:
@@ -359,15 +361,20 @@ def _drive(
     passed_over: Sequence[str] = (),
 ) -> Run:
     """Start Ray and the actors, run the coordinator, leave everything tidy."""
+    from hsplit.actors.placement import place
+    from hsplit.actors.preflight import preflight
     from hsplit.actors.ray_executor import RayExecutor
 
     shown = display or display_for(sys.stdout)
     with directory.driven():
         helpers.janitor.removes(*directory.half_written)
         with ray_of(run, address, helpers) as dashboard:
-            executor = RayExecutor(directory.path.name, run, source.directory)
+            placement = place(run)
+            notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
+            name, fingerprint = directory.path.name, inputs.model_fingerprint
+            executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
-                shown.started(directory.path.name, _headlines(run, source, directory, dashboard))
+                shown.started(name, [*_headlines(run, source, directory, dashboard), *notes])
                 coordinator = Coordinator(run, executor, directory, inputs, shown)
                 with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
                     complete = coordinator.run(checkpoint, passed_over)
@@ -395,6 +402,17 @@ def ray_of(run: RunConfig, address: str | None, helpers: Helpers, *, dashboard: 
         yield found
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _left_out_if_refused(directory: RunDirectory) -> Iterator[None]:
+    """Leave no directory of a run that was refused before anything of it was started."""
+    try:
+        yield
+    except InputError:
+        if not directory.events.exists():
+            shutil.rmtree(directory.path)
+        raise
 
 
 @contextmanager

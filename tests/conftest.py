@@ -15,6 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # own, so that nothing is written under the home directory.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "t" * 64
+# How long an example takes says how busy the machine is.
+settings.register_profile("hsplit", deadline=None)
+settings.load_profile("hsplit")
 FAMILIES = ("llama", "gpt2")
 # How long an example takes says something about the machine alone.
 settings.register_profile("hsplit", deadline=None)

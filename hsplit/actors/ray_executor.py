@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,7 +20,7 @@ from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, 
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
-from hsplit.actors.placement import alive_nodes, check_requests, matching_nodes, server_request
+from hsplit.actors.placement import Node, Placement, alive_nodes, place, requests_of, room_for
 from hsplit.actors.replica import Replica
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
@@ -29,6 +29,7 @@ from hsplit.config import Client as ClientConfig
 from hsplit.config import Holder, Job, Policy, RunConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.errors import HsplitError, InputError
+from hsplit.models.source import ModelReference
 
 NAMESPACE = "hsplit"
 
@@ -54,26 +55,6 @@ _NAME_FREE_S = 30.0
 _PLACE_FREE_S = 5.0
 # Workers that Ray would start before they are asked for are not forked.
 NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """Where an actor finds the base model on its own node.
-
-    Attributes:
-        model: ``job.model`` or the client's own.
-        directory: where the driver found ``job.model``; tried first, since nodes often share paths.
-    """
-
-    model: str
-    directory: Path | None
-
-    def locate(self) -> Path:
-        from hsplit.models.source import find_model
-
-        if self.directory is not None and (self.directory / "config.json").is_file():
-            return self.directory
-        return find_model(self.model).directory
 
 
 @dataclass(frozen=True)
@@ -150,7 +131,7 @@ class ReplicaActor(Replica, _Returning):
     """The shell of a server that does not aggregate."""
 
     def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
-        _settle(None)
+        settle_process(None)
         super().__init__(job, policy, base_model(model.locate(), job), device, name=name)
 
 
@@ -211,25 +192,38 @@ class RayExecutor:
         run_name: actors are named ``hsplit:RUN:client:NAME``, ``hsplit:RUN:server``, ``hsplit:RUN:scheduler``.
         run: resolved configuration.
         model: where the driver found ``job.model``.
+        placement: where everybody runs; ``None``: it is found here.
+        fingerprint: the base's; who is begun where ``placement`` has nobody checks the base there against it.
+
+    Raises:
+        InputError: not everybody has a place; no actor was started.
     """
 
     _server_class: type = ServerActor
     # Everybody but clients and server.
     _helpers: tuple[str, ...] = (SCHEDULER,)
 
-    def __init__(self, run_name: str, run: RunConfig, model: Path) -> None:
-        check_requests(run)
+    def __init__(
+        self,
+        run_name: str,
+        run: RunConfig,
+        model: Path,
+        placement: Placement | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        placement = placement or place(run)
         self._run_name, self._run = run_name, run
-        self._shared = ModelReference(run.job.model, model)
+        self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
+        self._placement, self._model, self._fingerprint = placement, model, fingerprint
         self._transport = run.job.transport
         self._tickets = count()
         self._handles: dict[str, Any] = {}
         # Who had no place when it was looked for last.
-        self._away: set[str] = set()
-        self._added: list[ClientConfig] = []
+        self._away = set(placement.away)
         # First, so that it plans while the others start.
         for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
-            self._handles[name] = self._begin(name)
+            if name not in self._away:
+                self._handles[name] = self._begin(name)
 
         if self._collective:
             from ray.experimental.collective import create_collective_group
@@ -243,30 +237,41 @@ class RayExecutor:
 
     def _begin(self, name: str) -> Any:
         """Ask Ray for actor ``name``; the call returns before the actor is there."""
-        run, shared, prefix = self._run, self._shared, f"hsplit:{self._run_name}"
+        run, prefix = self._run, f"hsplit:{self._run_name}"
         if name == SCHEDULER:
+            # It reads the model's configuration, which the driver's node has.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             options = {"name": f"{prefix}:scheduler", "namespace": NAMESPACE, "num_cpus": 0}
-            return ray.remote(SchedulerActor).options(**options).remote(run, shared)
+            scheduler = ray.remote(SchedulerActor).options(scheduling_strategy=here, **options)
+            return scheduler.remote(run, ModelReference(run.job.model, self._model))
+        holder, node, base = self._requests[name], self._nodes[name], self._base_of(name)
         if name == SERVER:
-            holder = server_request(run)
-            server = _remote(self._server_class, f"{prefix}:server", holder, run.job.transport)
-            return server.remote(run.job, run.policy, shared, _device(holder))
+            server = _remote(self._server_class, f"{prefix}:server", holder, node, run.job.transport)
+            return server.remote(run.job, run.policy, base, _device(holder))
         if name in run.server.names:
-            replica = _remote(ReplicaActor, f"{prefix}:{name}", run.server, run.job.transport)
-            return replica.remote(name, run.job, run.policy, shared, _device(run.server))
-        client = self._client(name)
-        own = shared if client.model is None else ModelReference(client.model, None)
-        actor = _remote(self._client_class, f"{prefix}:client:{name}", client, run.job.transport)
+            replica = _remote(ReplicaActor, f"{prefix}:{name}", holder, node, run.job.transport)
+            return replica.remote(name, run.job, run.policy, base, _device(holder))
+        client = cast(ClientConfig, holder)
+        actor = _remote(self._client_class, f"{prefix}:client:{name}", client, node, run.job.transport)
         # A single node computes alone, on every core of its machine.
         threads = None if name == CENTRAL else max(1, int(client.num_cpus))
-        return actor.remote(name, run.job, run.policy, own, _device(client), threads)
+        return actor.remote(name, run.job, run.policy, base, _device(client), threads)
 
     @property
     def _client_class(self) -> type:
         return ClientActor if participant_class(self._run.policy) is Client else WholeClientActor
 
-    def _client(self, name: str) -> ClientConfig:
-        return next(client for client in [*self._run.participants, *self._added] if client.name == name)
+    def _base_of(self, name: str) -> ModelReference:
+        """Where ``name`` finds the base, to be checked there unless that was done before the run started."""
+        holder, before = self._requests[name], self._placement.nodes
+        own = holder.model if isinstance(holder, ClientConfig) else None
+        # A path of a client's own was looked at for that client alone.
+        asked = before.values() if own is None else [before[name]] if name in before else []
+        checked = any(node.id == self._nodes[name].id for node in asked)
+        fingerprint = None if checked else self._fingerprint
+        if own is not None:
+            return ModelReference(own, None, fingerprint)
+        return ModelReference(self._run.job.model, self._model, fingerprint)
 
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
         ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
@@ -330,9 +335,7 @@ class RayExecutor:
         return sorted(self._away)
 
     def add(self, client: ClientConfig) -> None:
-        known = [*self._run.participants, *self._added]
-        if all(client.name != other.name for other in known):
-            self._added.append(client)
+        self._requests.setdefault(client.name, client)
 
     def restart(self, actor: str) -> bool:
         if self._collective:
@@ -343,7 +346,7 @@ class RayExecutor:
             ray.kill(self._handles[actor])
         # What it had reserved is free a moment after its end.
         free_by = time.monotonic() + (0.0 if actor in self._away else _PLACE_FREE_S)
-        while not self._has_place(actor):
+        while not self._find_place(actor):
             if time.monotonic() > free_by:
                 self._away.add(actor)
                 return False
@@ -364,21 +367,14 @@ class RayExecutor:
         if actor in self._handles:
             ray.kill(self._handles.pop(actor))
 
-    def _has_place(self, actor: str) -> bool:
+    def _find_place(self, actor: str) -> bool:
         """Whether a node that is there has room for ``actor`` now."""
         if actor == SCHEDULER:
             return True
-        holder = server_request(self._run) if actor in self._run.server.names else self._client(actor)
-        try:
-            fitting = matching_nodes(alive_nodes(), actor, holder)
-        except InputError:
-            return False
-        wanted = {"CPU": holder.num_cpus, "GPU": holder.num_gpus}
-        free = ray._private.state.available_resources_per_node()
-        return any(
-            all(free.get(node["NodeID"], {}).get(what, 0.0) >= much for what, much in wanted.items())
-            for node in fitting
-        )
+        node = room_for(alive_nodes(), self._requests[actor], self._nodes.get(actor))
+        if node is not None:
+            self._nodes[actor] = node
+        return node is not None
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -394,17 +390,16 @@ def _why(error: ray.exceptions.RayActorError) -> str:
     return "its node is gone" if "node has died" in str(error) or "node died" in str(error) else "its process ended"
 
 
-def _remote(cls: type, name: str, holder: Holder, transport: str) -> Any:
+def _remote(cls: type, name: str, holder: Holder, node: Node, transport: str) -> Any:
     options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
         "num_cpus": holder.num_cpus,
         "num_gpus": holder.num_gpus,
+        "resources": holder.resources,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
         "max_restarts": 0,
     }
-    if holder.node is not None:
-        (node,) = matching_nodes(alive_nodes(), name, holder)[:1]
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
     return transported.options(**options)
 

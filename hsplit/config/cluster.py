@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from hsplit.config.budgets import Budget, BudgetOrZero, drawn
-from hsplit.config.section import LIST, MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
+from hsplit.config.section import LARGEST, LIST, MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
 
 CENTRAL = "central"
 """The one node of a policy with ``placement: single``."""
@@ -52,13 +52,55 @@ def _absolute_if_dotted(model: str) -> str:
     return _absolute(model) if model.startswith(".") else model
 
 
+_KEYS_OF_THEIR_OWN = {"CPU": "num_cpus", "GPU": "num_gpus"}
+# What Ray counts by itself on every node.
+_RAYS_OWN = frozenset({"memory", "object_store_memory"})
+_LABEL_PART = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"([A-Za-z0-9]([A-Za-z0-9.-]{{0,251}}[A-Za-z0-9])?/)?{_LABEL_PART}")
+_LABEL_VALUE = re.compile(_LABEL_PART)
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    for name in resources:
+        if name in _KEYS_OF_THEIR_OWN:
+            raise refuse(f"has a key of its own: {_KEYS_OF_THEIR_OWN[name]}", name)
+        if name in _RAYS_OWN or not name:
+            raise refuse("must be the name of a custom resource, as given to `ray start --resources`", name)
+    return resources
+
+
+def _label_form(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        form = "1 to 63 letters, digits, '.', '_' or '-', the first and the last a letter or digit"
+        if not _LABEL_KEY.fullmatch(key):
+            raise refuse(f"a label's key must be {form}, such as site or ray.io/region (got {shown(key)})")
+        if not _LABEL_VALUE.fullmatch(value):
+            raise refuse(f"must be {form} (got {shown(value)})", key)
+    return labels
+
+
 _ClientName = Annotated[Name, AfterValidator(_not_reserved)]
 _Cpus = Annotated[NonNegative, Field(description="CPU cores that Ray reserves for the actor")]
 _Gpus = Annotated[NonNegative, Field(description="share of a GPU that Ray reserves for the actor (0.25 = a quarter)")]
 _ClientGpus = Annotated[
     float, Field(ge=0, le=1, description="share of a GPU that Ray reserves for the client (0.25 = a quarter)")
 ]
-_Node = Annotated[Text | None, Field(description="host name or IP address of the node to run on; null = any")]
+_Node = Annotated[
+    Text | None, Field(description="host name, node name or IP address of the node to run on; null = any")
+]
+# Ray counts in steps of a ten-thousandth.
+_Resources = Annotated[
+    Annotated[dict[str, Annotated[float, Field(ge=0.0001, le=LARGEST)]], AfterValidator(_custom)],
+    Field(description="Ray's custom resources that the node must have, and how much of each is reserved"),
+]
+_Labels = Annotated[
+    Annotated[dict[str, str], AfterValidator(_label_form)],
+    Field(description="Ray's labels that the node must have, such as {site: ward}"),
+]
+_Late = Annotated[
+    bool,
+    Field(description="true = may be away when the run starts, and takes part as soon as a node that it fits is there"),
+]
 _DataPath = Annotated[
     Annotated[Text, AfterValidator(_absolute)] | None,
     Field(description="file of the client's own data, read only on its node; null = a share of `job.data`"),
@@ -115,6 +157,8 @@ class Holder(Section):
     num_cpus: _Cpus = 1.0
     num_gpus: _Gpus = 0.0
     node: _Node = None
+    resources: _Resources = Field(default_factory=dict)
+    labels: _Labels = Field(default_factory=dict)
     schedule: _Schedule = ()
 
     def changed(self, values: Mapping[str, float]) -> Self:
@@ -180,6 +224,7 @@ class Client(Holder):
     bandwidth_mbps: Positive = Field(default=100.0, description="link to the server, in Mbit/s (1e6 bits a second)")
     latency_ms: NonNegative = Field(default=10.0, description="one-way delay to the server, in milliseconds")
     num_gpus: _ClientGpus = 0.0
+    late: _Late = False
     data: _DataPath = None
     model: _ModelPath = None
 
@@ -210,6 +255,9 @@ class ClientSpec(Section):
     num_cpus: _Cpus = 1.0
     num_gpus: _ClientGpus = 0.0
     node: _Node = None
+    resources: _Resources = Field(default_factory=dict)
+    labels: _Labels = Field(default_factory=dict)
+    late: _Late = False
     data: _DataPath = None
     model: _ModelPath = None
     schedule: _Schedule = ()

@@ -25,6 +25,8 @@ _WORDS = {
     "string_unicode": "must be valid Unicode text",
     "tuple_type": "must be a list",
     "model_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "bool_type": "must be true or false",
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
     "greater_than_equal": "must be at least {ge:g}",

@@ -62,6 +62,19 @@ def _check_gpus(job: Job, policy: Policy, server: ServerSpec, clients: Sequence[
             )
 
 
+def _check_late(job: Job, clients: Sequence[Client | ClientSpec]) -> None:
+    """Refuse clients that come later where nobody can."""
+    if job.transport not in ("gloo", "nccl"):
+        return
+    for index, client in enumerate(clients):
+        if client.late:
+            raise refuse(
+                f"nobody can come later with job.transport {shown(job.transport)}: leave it out, or set that to"
+                " 'store'",
+                *("clients", index, "late"),
+            )
+
+
 def _check_placement(job: Job, policy: Policy, server: ServerSpec, own_data: list[str]) -> None:
     """Refuse settings of the job that a policy's placement gives no meaning to."""
     if policy.train == "weights" and (job.dropout or job.targets != "all-linear"):
@@ -121,6 +134,7 @@ class RunConfig(Section):
         own_data = [client.name for client in self.clients if client.data is not None]
         _check_placement(self.job, self.policy, self.server, own_data)
         _check_gpus(self.job, self.policy, self.server, self.clients)
+        _check_late(self.job, self.clients)
         return self
 
     @property
@@ -138,6 +152,8 @@ class RunConfig(Section):
             num_cpus=server.num_cpus,
             num_gpus=server.num_gpus,
             node=server.node,
+            resources=server.resources,
+            labels=server.labels,
             # It talks to nobody: its link is no limit.
             bandwidth_mbps=float(LARGEST),
             latency_ms=0.0,
@@ -188,6 +204,7 @@ class _Declared(Section):
         own_data = [group.name for group in self.clients if group.data is not None]
         _check_placement(self.job, self.policy, self.server, own_data)
         _check_gpus(self.job, self.policy, self.server, self.clients)
+        _check_late(self.job, self.clients)
         return self
 
     def resolved(self, *, cpu: bool) -> RunConfig:

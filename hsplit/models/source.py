@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsplit.errors import InputError
+from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.hub import HubMiss, cached_snapshot, fetched_snapshot, is_hub_id
 from hsplit.models.packaged import PACKAGED_TWINS, Packaged, packaged_model, parse_reference
 
@@ -21,6 +22,35 @@ class ModelSource:
 
     directory: Path
     origin: str
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Where a holder finds the base model on its own node.
+
+    Attributes:
+        model: ``job.model`` or the client's own.
+        directory: where the driver found ``job.model``; tried first, since nodes often share paths.
+        fingerprint: what the files there must come to (:func:`hsplit.models.checkpoint_reader.model_fingerprint`);
+            ``None``: that is known already.
+    """
+
+    model: str
+    directory: Path | None
+    fingerprint: str | None = None
+
+    def locate(self) -> Path:
+        """The model's directory on this node; what is missing is downloaded.
+
+        Raises:
+            InputError: it is not there, or another model than the run's.
+        """
+        directory = self.directory
+        if directory is None or not (directory / "config.json").is_file():
+            directory = find_model(self.model).directory
+        if self.fingerprint is not None and model_fingerprint(directory) != self.fingerprint:
+            raise InputError(f"job.model: {directory} is not the run's base model: other weights or configuration")
+        return directory
 
 
 def find_model(model: str, progress: bool = False) -> ModelSource:

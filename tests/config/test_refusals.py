@@ -74,6 +74,31 @@ GROUPS = [
     (cluster(client(count="true")), "clients[0].count: must be a whole number (got true)"),
     (cluster(client(count="1_000_000")), "clients[0].count: must be at most 10000 (got 1000000)"),
     (cluster(client(node="''")), "clients[0].node: must not be empty (got '')"),
+    (cluster(client(late="'yes'")), "clients[0].late: must be true or false (got 'yes')"),
+    (
+        cluster(client(late="true"), job="{transport: gloo}"),
+        "clients[0].late: nobody can come later with job.transport 'gloo': leave it out, or set that to 'store'",
+    ),
+    (cluster(client(resources="[clinic]")), "clients[0].resources: must be a mapping of keys (got ['clinic'])"),
+    (cluster(client(resources="{clinic: 0}")), "clients[0].resources.clinic: must be at least 0.0001 (got 0)"),
+    (cluster(client(resources="{clinic: one}")), "clients[0].resources.clinic: must be a number (got 'one')"),
+    (cluster(client(resources="{GPU: 1}")), "clients[0].resources.GPU: has a key of its own: num_gpus"),
+    (
+        cluster(CLIENT, server="{resources: {memory: 1}}"),
+        "server.resources.memory: must be the name of a custom resource, as given to `ray start --resources`",
+    ),
+    (cluster(client(labels="{gpu: 4090}")), "clients[0].labels.gpu: must be text (got 4090)"),
+    (
+        cluster(client(labels="{site: '!ward'}")),
+        "clients[0].labels.site: must be 1 to 63 letters, digits, '.', '_' or '-', the first and the last a letter or"
+        " digit (got '!ward')",
+    ),
+    (
+        cluster(CLIENT, server="{labels: {'a b': c}}"),
+        "server.labels: a label's key must be 1 to 63 letters, digits, '.', '_' or '-', the first and the last a letter"
+        " or digit, such as site or ray.io/region (got 'a b')",
+    ),
+    (cluster(CLIENT, server="{late: true}"), "server.late: unknown key (did you mean 'labels'?)"),
     (cluster(client(data="3")), "clients[0].data: must be text (got 3)"),
     (cluster(CLIENT, server="{memory_gb: 0}"), "server.memory_gb: must be greater than 0 (got 0)"),
     (cluster(CLIENT, server="{tflops: .nan}"), "server.tflops: must be a finite number (got nan)"),
