@@ -92,10 +92,10 @@ def post_join(directory: RunDirectory, client: str | Mapping[str, Any]) -> tuple
         The names of who is to join.
 
     Raises:
-        InputError: the run's policy has no place for others, it is no client, its name is taken, or it has no data.
+        InputError: nobody can join such a run, it is no client, its name is taken, or it has no data.
     """
     run = RunConfig.load(directory.config)
-    _refuse_single(run, directory)
+    _refuse_fixed(run, directory)
     known, place = _clients(run, directory), "--client"
     if isinstance(client, str):
         if client not in known:
@@ -126,20 +126,24 @@ def post_leave(directory: RunDirectory, client: str) -> None:
     """Ask the run in ``directory`` to go on without ``client`` from the next round's end on.
 
     Raises:
-        InputError: the run has no such client, or its policy gathers all data on one node.
+        InputError: the run has no such client, or nobody can leave it.
     """
     run = RunConfig.load(directory.config)
-    _refuse_single(run, directory)
+    _refuse_fixed(run, directory)
     known = _clients(run, directory)
     if client not in known:
         raise InputError(f"{displayed(directory.path)}: has no client {client!r}; it has: {', '.join(known)}")
     _post(directory, {"request": "leave", "client": client})
 
 
-def _refuse_single(run: RunConfig, directory: RunDirectory) -> None:
+def _refuse_fixed(run: RunConfig, directory: RunDirectory) -> None:
+    where = displayed(directory.path)
     if run.policy.placement == "single":
-        where = displayed(directory.path)
         raise InputError(f"{where}: its policy trains on one node with everybody's data: nobody joins or leaves")
+    if run.job.transport in ("gloo", "nccl"):
+        raise InputError(
+            f"{where}: with job.transport {run.job.transport!r} the group is fixed: nobody joins or leaves"
+        )
 
 
 def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, Client]:

@@ -255,8 +255,13 @@ def test_wrong_requests_are_refused_with_what_is_right(model: Path, tmp_path: Pa
     leave(directory.path, "tablet")
 
 
-def test_nobody_joins_or_leaves_one_node(model: Path, tmp_path: Path) -> None:
-    run = a_run(model, Policy.model_validate({"placement": "single", "aggregation": "none", "ranks": 4}))
+@pytest.mark.parametrize("fixed", ["one node", "gloo"])
+def test_nobody_joins_or_leaves_what_is_fixed(model: Path, tmp_path: Path, fixed: str) -> None:
+    run = a_run(model)
+    if fixed == "gloo":
+        run = run.model_copy(update={"job": run.job.model_copy(update={"transport": "gloo"})})
+    else:
+        run = a_run(model, Policy.model_validate({"placement": "single", "aggregation": "none", "ranks": 4}))
     directory = saved(run, tmp_path)
     for ask in (lambda: join(directory.path, "small"), lambda: leave(directory.path, "small")):
         with pytest.raises(InputError, match="nobody joins or leaves"):
