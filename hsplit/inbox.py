@@ -140,10 +140,9 @@ def _refuse_fixed(run: RunConfig, directory: RunDirectory) -> None:
     where = displayed(directory.path)
     if run.policy.placement == "single":
         raise InputError(f"{where}: its policy trains on one node with everybody's data: nobody joins or leaves")
-    if run.job.transport in ("gloo", "nccl"):
-        raise InputError(
-            f"{where}: with job.transport {run.job.transport!r} the group is fixed: nobody joins or leaves"
-        )
+    transport = run.job.transport
+    if transport in ("gloo", "nccl"):
+        raise InputError(f"{where}: with job.transport {transport!r} the group is fixed: nobody joins or leaves")
 
 
 def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, Client]:
