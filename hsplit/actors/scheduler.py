@@ -188,7 +188,7 @@ class Scheduler:
 
     def probe_time_s(self, plan: Plan) -> float:
         """Virtual seconds of one importance probe."""
-        return self._clock().probe_s(plan)
+        return self._clock().probe_s(plan, self._config.policy.importance.tokens)
 
     def aggregation_time_s(self, plan: Plan, up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]) -> float:
         """Virtual seconds of a round's end: adapters up, the aggregation, residual changes and restarts down."""
