@@ -99,7 +99,7 @@ class Scale:
 
     hidden: int = 384
     layers: int = 4
-    batch: int = 8
+    batch: int = 12
     length: int = 64
     clients: int = 4
     mean_share: float = 0.2
@@ -507,7 +507,9 @@ def texts(to: Path, scale: Scale) -> Path:
     """Examples of exactly ``scale.length`` tokens, all but the first of them supervised, a CSV."""
     draw = random.Random(0)
     # One word of prompt, and the end of the text.
-    lines = [" ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(scale.length - 2)) for _ in range(400)]
+    lines = [
+        " ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(scale.length - 2)) for _ in range(200 * scale.clients)
+    ]
     to.write_text("prompt,response\n" + "\n".join(f"w2,{line}" for line in lines) + "\n")
     return to
 
@@ -525,7 +527,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def holder_table(holders: Sequence[HolderRow]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: each holder's own part of a local step, by level: the setting of one batch, labels away."""
+    """Columns and cells: each holder's own part of a local step, by level, with the fewest microbatches."""
     columns = ["h", "holder", "of a core", "GFLOP/s", "split", "predicted, s (virtual)", "emulated, s", "measured, s"]
     first = min(row.microbatches for row in holders)
     cells = []

@@ -15,7 +15,7 @@ from hsplit.errors import InputError
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 20_000
 # Ahead of whatever else the machine does, so that a share of a core is had and not only allowed.
-_WEIGHT = 10
+_WEIGHT = 100
 
 
 class CpuQuotas:
