@@ -287,6 +287,7 @@ _EXPERIMENTS = {
     "aggregation": "Time, memory and error of aggregation at size, and what merging an update loses",
     "throughput": "Examples a second against plain loops, the server phase, overlap, and start-up",
     "clients": "Time of a round and memory as the number of clients grows",
+    "clock": "Time of a round as predicted, as emulated, and as measured under quotas of CPU time",
     "replicas": "What several servers give and cost as clients grow in number",
     "wire": "What sending activations and gradients in bf16 and int8 costs in perplexity",
 }

@@ -207,7 +207,7 @@ class Scheduler:
 
     def probe_time_s(self, plan: Plan, clients: Sequence[str] | None = None) -> float:
         """Virtual seconds of one importance probe of ``clients`` (by default all available)."""
-        return self._clock().probe_s(plan, clients)
+        return self._clock().probe_s(plan, self._config.policy.importance.tokens, clients)
 
     def aggregation_time_s(
         self, plan: Plan, clients: Sequence[str], up_bytes: Mapping[str, int], down_bytes: Mapping[str, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ class LowRank:
 
     B: Tensor
     A: Tensor
+
+    def __getstate__(self) -> tuple[Any, Any]:
+        # Adapters travel as many small factors, and a tensor takes fifty times as long to pickle as an array does.
+        if self.B.device.type != "cpu" or self.B.dtype not in (torch.float32, torch.float64):
+            return self.B, self.A
+        return self.B.detach().numpy(), self.A.detach().numpy()
+
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        # Of their own: an array that has travelled may be read-only.
+        for name, factor in zip(("B", "A"), state, strict=True):
+            object.__setattr__(self, name, factor if isinstance(factor, Tensor) else torch.tensor(factor))
 
     @property
     def rank(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsplit.config import Policy
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
@@ -14,6 +16,12 @@ from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.serving import cohorts
 from hsplit.scheduling.step_time import pipelined_s
+
+# What an operation of a decomposition costs in those of a step, which declared speeds are about: it is in fp64, and
+# LAPACK is half as fast as products are (measured on CPUs at 384 to 4096 wide: 3.9 to 4.5).
+_DECOMPOSED = 4.0
+# What an entry of a gradient costs to be multiplied with its weight, made positive and summed, in the same operations.
+_REDUCED = 100.0
 
 
 class VirtualClock:
@@ -76,23 +84,30 @@ class VirtualClock:
         forward_s = self._cost.times.server_forward_s(self._server, counts[0])
         return forward_s, total / self._cost.model.job.grad_accumulation - forward_s
 
-    def probe_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
-        """One importance probe: a batch forward and backward, and the gradient of every adapted weight.
+    def probe_s(self, plan: Plan, tokens: int, clients: Collection[str] | None = None) -> float:
+        """One importance probe: part of a batch forward and backward, and the gradient of every adapted weight, which
+        is reduced to a number a client.
 
         Args:
             plan: the plan in force.
+            tokens: supervised tokens wanted of each client: examples are whole, and at most a batch.
             clients: who is asked; all available ones by default.
         """
-        splits, batches = _splits(plan, clients), self._cost.model.job.grad_accumulation
+        model, splits = self._cost.model, _splits(plan, clients)
+        job = model.job
+        part = min(math.ceil(tokens / job.max_length) / job.batch_size, 1.0)
+        scored_flops = model.weight_gradient_flops * (part + _REDUCED / (2 * model.rows))
+        messages = np.array([0, 0, 0] if model.whole else [1, 2 * model.tail_at_client, 1])
         phases = []
         for name, split in splits.items():
             client = self._clients[name]
-            up, turn, down = self._cost.times.client_times(client, microbatches=1)[split] / batches
-            phases.append((up, turn, down + self._cost.model.weight_gradient_flops[:split].sum() / client.flops))
+            waits = messages * client.latency_s
+            batch = self._cost.times.client_times(client, microbatches=1)[split] / job.grad_accumulation
+            up, turn, down = waits + part * (batch - waits)
+            phases.append((up, turn, down + scored_flops[:split].sum() / client.flops))
         counts = self._counts(splits)
-        deep = self._cost.times.server_times(self._server, counts)[0] / batches
-        model = self._cost.model
-        deep += (model.joined_clients(model.served(counts)) @ model.weight_gradient_flops)[0] / self._server.flops
+        deep = part * self._cost.times.server_times(self._server, counts)[0] / job.grad_accumulation
+        deep += (model.joined_clients(model.served(counts)) @ scored_flops)[0] / self._server.flops
         return float(np.array(phases).max(axis=0).sum() + deep)
 
     def aggregation_s(
@@ -103,7 +118,8 @@ class VirtualClock:
         down_bytes: Mapping[str, int],
         clients: Collection[str] | None = None,
     ) -> float:
-        """A round's end: adapters up, the aggregation, residual changes and restarts down.
+        """A round's end: adapters up, the aggregation, residual changes and restarts down, and a dense base's working
+        weights formed anew.
 
         Args:
             plan: whose adapters are aggregated.
@@ -111,8 +127,15 @@ class VirtualClock:
             up_bytes, down_bytes: by client name.
             clients: who hands in; all available ones by default.
         """
-        arithmetic = self._aggregation_flops(plan, policy, clients) / self._server.flops
-        return self.transfer_s(up_bytes) + arithmetic + self.transfer_s(down_bytes)
+        ranks, splits = self._ranks(plan, clients), _splits(plan)
+        merged_flops = self._merged_flops(ranks, policy)
+        first = self._cost.model.layers if self._cost.model.whole else min(splits.values(), default=0)
+        server_flops = self._aggregation_flops(ranks, policy) + float(merged_flops[first:].sum())
+        restarted = (
+            self.transfer_s({name: size}) + float(merged_flops[: splits[name]].sum()) / self._clients[name].flops
+            for name, size in down_bytes.items()
+        )
+        return self.transfer_s(up_bytes) + server_flops / self._server.flops + max(restarted, default=0.0)
 
     def transfer_s(self, nbytes: Mapping[str, int]) -> float:
         """``nbytes`` by client name over every client's own link, until the last has it."""
@@ -162,22 +185,42 @@ class VirtualClock:
     def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
         return self._cost.model.clients_at(list(splits.values()))[None]
 
-    def _aggregation_flops(self, plan: Plan, policy: Policy, clients: Collection[str] | None) -> float:
+    def _ranks(self, plan: Plan, clients: Collection[str] | None) -> Ints:
+        """Ranks of every holder that hands in, the servers' last, ``(holders, W)``."""
+        own = [client.ranks for client in plan.available if clients is None or client.name in clients]
+        own += [plan.server.ranks] * plan.servers
+        return np.array([self._cost.model.rank_vector(ranks) for ranks in own])
+
+    def _joined(self, ranks: Ints, policy: Policy) -> NDArray[np.bool_]:
+        """Weights whose update joins the residual: after an svd restart the only holder of one goes on as it is."""
+        only = policy.reinit == "svd" and self._cost.model.keeps_residual
+        joined: NDArray[np.bool_] = (ranks > 0).sum(axis=0) > only
+        return joined
+
+    def _aggregation_flops(self, ranks: Ints, policy: Policy) -> float:
         """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
         model = self._cost.model
         if not model.decomposes:
             return 0.0
-        own = [client.ranks for client in plan.available if clients is None or client.name in clients]
-        own += [plan.server.ranks] * plan.servers
-        rank: Ints = np.sum([model.rank_vector(ranks) for ranks in own], axis=0)
-        cap, total = model.job.residual.max_rank, 0.0
+        rank: Ints = ranks.sum(axis=0)
         decomposed = [rank] if policy.reinit == "svd" or not model.keeps_residual else []
-        if cap != "full" and model.keeps_residual:
-            decomposed.append(rank + cap)
-        for width in decomposed:
+        if model.job.residual.max_rank != "full" and model.keeps_residual:
+            decomposed.append(rank + model.residual_entries // model.sides)
+        smaller_side = np.array([min(weight.d_out, weight.d_in) for weight in model.weights])
+        total = 0.0
+        for wanted in decomposed:
+            width = np.minimum(wanted, smaller_side)
             # Two QR, an SVD of the core, and at most all directions formed by products with the factors.
-            total += float((4.0 * model.sides * width**2 + 22.0 * width**3).sum())
-        return total
+            total += float((4.0 * model.sides * width**2 + 22.0 * width**3)[self._joined(ranks, policy)].sum())
+        return _DECOMPOSED * total
+
+    def _merged_flops(self, ranks: Ints, policy: Policy) -> Floats:
+        """What forming the residual at its cap takes, to be added to a dense base, by layer, ``(L,)``."""
+        model = self._cost.model
+        if model.quantized or not model.keeps_residual:
+            return np.zeros(model.layers)
+        products = [2.0 * weight.parameters / (weight.d_out + weight.d_in) for weight in model.weights]
+        return model.by_layer(products * model.residual_entries * self._joined(ranks, policy))
 
     @cached_property
     def _base_bytes(self) -> Floats:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +34,23 @@ def sums(draw: st.DrawFn) -> LowRankSum:
         terms.append(LowRank(B, A))
     weights = draw(st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.5]), min_size=len(ranks), max_size=len(ranks)))
     return LowRankSum(tuple(terms), tuple(weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_factors_travel_as_they_are_and_belong_to_the_receiver(dtype: torch.dtype) -> None:
+    buffer = torch.randn(40).to(dtype)
+    # Views of a longer buffer, one of them transposed, as live adapters are.
+    sent = LowRank(buffer[:12].view(3, 4).T, buffer[12:24].view(3, 4).requires_grad_().detach())
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
+    read_only = [bytes(part.raw()) for part in buffers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        came: LowRank = pickle.loads(data, buffers=read_only)
+    assert torch.equal(came.B, sent.B) and torch.equal(came.A, sent.A)
+    assert came.B.dtype == came.A.dtype == dtype
+    came.B.zero_()
+    assert torch.equal(sent.B, buffer[:12].view(3, 4).T)
 
 
 def _dense(total: LowRankSum) -> Tensor:

@@ -39,9 +39,12 @@ def test_an_aggregation_is_transfers_and_arithmetic() -> None:
     model = CostModel(tiny_config("llama"), JOB, residual=False, decomposes=False)
     averaging = VirtualClock(model, CLIENTS, server())
     averaged = averaging.aggregation_s(PLAN, Policy(aggregation="fedavg", ranks="uniform"), up, down)
-    fresh = CLOCK.aggregation_s(PLAN, Policy(reinit="random"), up, down)
-    restarted = CLOCK.aggregation_s(PLAN, Policy(), up, down)
     assert sent == pytest.approx(averaged)
+    # Both clients hold every weight, so that all are decomposed: once, or with an svd restart twice.
+    every = {w.name: 4 for w in MODEL.model.weights}
+    shared = replace(PLAN, clients=tuple(replace(c, split=LAYERS, ranks=every) for c in PLAN.clients))
+    fresh = CLOCK.aggregation_s(shared, Policy(reinit="random"), up, down)
+    restarted = CLOCK.aggregation_s(shared, Policy(), up, down)
     assert averaged < fresh < restarted
 
 
@@ -53,8 +56,47 @@ def test_validation_joins_the_clients_that_still_have_batches() -> None:
     assert CLOCK.validation_s(PLAN, {"one": 2, "two": 2}) == pytest.approx(2 * single)
 
 
-def test_a_probe_is_a_batch_and_the_gradients_of_its_weights() -> None:
-    assert PLAN.makespan_s < CLOCK.probe_s(PLAN) < 2 * PLAN.makespan_s
+def test_a_probe_is_so_much_of_a_batch_and_the_gradients_of_its_weights() -> None:
+    batch = JOB.batch_size * JOB.max_length
+    whole = CLOCK.probe_s(PLAN, batch)
+    assert whole > PLAN.makespan_s
+    # Examples are whole, and never more than a batch.
+    assert CLOCK.probe_s(PLAN, 10 * batch) == whole
+    half = CLOCK.probe_s(PLAN, JOB.max_length)
+    assert half == CLOCK.probe_s(PLAN, 1)
+    assert whole / 2 < half < whole
+
+
+def test_a_dense_base_is_formed_anew_at_a_rounds_end() -> None:
+    def spent(base: str, policy: Policy) -> float:
+        return VirtualClock(cost(base=base), CLIENTS, server()).aggregation_s(PLAN, policy, {}, dict.fromkeys(names, 0))
+
+    names = [c.name for c in PLAN.available]
+    fresh = Policy(reinit="random")
+    formed = spent("fp32", fresh) - spent("nf4", fresh)
+    # Each residual at its cap, factors times one another, at whoever is slower at its layers.
+    cap_products = {w.name: 2.0 * w.parameters * min(128, min(w.d_out, w.d_in) // 2) for w in MODEL.model.weights}
+    split = PLAN.client("one").split or 0
+    mine = sum(cap_products[w.name] for w in MODEL.model.weights if w.layer < split) / CLIENTS[0].flops
+    first = PLAN.server.split or 0
+    deep = sum(cap_products[w.name] for w in MODEL.model.weights if w.layer >= first) / server().flops
+    assert formed == pytest.approx(mine + deep, rel=1e-6)
+    average = Policy(aggregation="fedavg", ranks="uniform")
+    model = CostModel(tiny_config("llama"), JOB.model_copy(update={"base": "fp32"}), residual=False, decomposes=False)
+    assert VirtualClock(model, CLIENTS, server()).aggregation_s(PLAN, average, {}, {}) == 0
+
+
+def test_the_only_holder_of_a_weight_has_nothing_to_decompose() -> None:
+    def at(split: int) -> Plan:
+        ranks = {w.name: 4 for w in MODEL.model.weights if w.layer < split}
+        deep = {w.name: 4 for w in MODEL.model.weights if w.layer >= split}
+        clients = (replace(PLAN.clients[0], split=split, ranks=ranks),)
+        return replace(PLAN, clients=clients, server=replace(PLAN.server, split=split, ranks=deep))
+
+    alone = VirtualClock(MODEL, CLIENTS[:1], server())
+    assert alone.aggregation_s(at(2), Policy(), {}, {}) == 0
+    # Fresh adapters leave everything to the residual.
+    assert alone.aggregation_s(at(2), Policy(reinit="random"), {}, {}) > 0
 
 
 def test_a_move_costs_the_new_layers_and_what_goes_with_them() -> None:

@@ -1,0 +1,641 @@
+"""How far the time of a round agrees as it is predicted, emulated and measured (METHOD 8).
+
+    python -m benchmarks.clock [--quick]        # or: hsplit bench clock (as root, on Linux)
+
+A small random model and real actors. Clients have shares of a core that are drawn at several levels of heterogeneity: a
+coefficient of variation around a fixed mean. The time of a round by three routes:
+
+- predicted (virtual): from the cluster file alone, before anything runs: local steps, importance probe, aggregation and
+  validation under the plan, at the declared budgets;
+- emulated: the wall of a run with ``clock: emulated``, whose actors wait until their declared time has passed, times
+  the speed-up. They compute at the machine's full speed meanwhile;
+- measured: the wall of a run with the real clock, in which the kernel holds every client and the server to their share
+  of a core (a quota of CPU time, by control groups), and nobody waits for a declared time.
+
+What is declared is what such processes have. Before the runs of a level, clients under these quotas are timed, all at
+once, at a front of two layers, forward and backward: its counted FLOPs by its seconds are their FLOP/s. One of them has
+the server's quota, and stands for it. Latency and bandwidth are those of messages between two of these processes: all
+are on one machine, so that no network is part of this.
+
+Texts have ``max_length`` tokens, as plans reckon. Checkpoints and the driver's own work are in the wall and in no
+prediction. The profiler that follows memory is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median, pstdev
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+
+CLUSTER = """
+server: {{memory_gb: 8, tflops: {server}}}
+clients:
+{clients}
+job:
+  model: {model}
+  base: fp32
+  dtype: fp32
+  wire: fp32
+  data: {{source: "{data}"}}
+  batch_size: {batch}
+  max_length: {length}
+  rounds: {rounds}
+  local_steps: {steps}
+  rank_set: [8]
+  residual: {{max_rank: 16}}
+  validation: {{max_examples: {batch}}}
+  clock: {clock}
+  clock_speedup: {speedup}
+  faults: {{deadline: null}}
+  pipeline: {{microbatches: {parts}}}
+  privacy: {{labels: {labels}}}
+"""
+CLIENT = (
+    "- {{name: {name}, memory_gb: 8, tflops: {tflops}, bandwidth_mbps: {mbps}, latency_ms: {latency}, num_cpus: 1}}"
+)
+POLICY = """
+split: {split}
+importance: {{tokens: {tokens}}}
+replan: {{tau: null, measured: false}}
+"""
+WORDS = 2048
+# The first round that counts: the one before it has no probe, and whatever is done for the first time.
+FIRST = 2
+SMALLEST_SHARE = 0.05
+# What calibration runs: layers of a front, and bytes of a large message.
+FRONT = 2
+LARGE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        hidden, layers: of the model.
+        batch, length: examples of a client's batch, tokens of each.
+        clients: how many.
+        mean_share, server_share: of one core; together below the cores of the machine.
+        steps, rounds: local steps of a round; rounds measured.
+        calibration_s: seconds of the wall that speeds are measured for.
+        heterogeneity: coefficients of variation of the clients' shares.
+        parts: numbers of microbatches.
+    """
+
+    hidden: int = 384
+    layers: int = 4
+    batch: int = 12
+    length: int = 64
+    clients: int = 4
+    mean_share: float = 0.2
+    server_share: float = 0.6
+    steps: int = 3
+    rounds: int = 3
+    calibration_s: float = 8.0
+    heterogeneity: tuple[float, ...] = (0.0, 0.3, 0.6)
+    parts: tuple[int, ...] = (1, 2)
+
+
+QUICK = Scale(hidden=256, clients=2, steps=1, rounds=1, calibration_s=2.0, heterogeneity=(0.3,), parts=(1,))
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the processes have, and so declare.
+
+    Attributes:
+        flops: FLOP/s by holder.
+        latency_s, bandwidth_bps: of a message between client and server.
+    """
+
+    flops: Mapping[str, float]
+    latency_s: float
+    bandwidth_bps: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        heterogeneity: coefficient of variation that the shares were drawn with.
+        microbatches: of a batch.
+        labels: where they are.
+        splits: layers of each client, by the plan.
+        predicted_s: a round, before anything runs (virtual).
+        accounted_s: a round by the virtual clock of the run itself (virtual).
+        emulated_s: a round, of the wall, times the speed-up.
+        measured_s: a round, of the wall, under quotas.
+        step_*: the same of one local step.
+    """
+
+    heterogeneity: float
+    microbatches: int
+    labels: str
+    splits: str
+    predicted_s: float
+    accounted_s: float
+    emulated_s: float
+    measured_s: float
+    step_predicted_s: float
+    step_emulated_s: float
+    step_measured_s: float
+
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """Emulated by predicted, measured by predicted, measured by emulated."""
+        return (
+            self.emulated_s / self.predicted_s,
+            self.measured_s / self.predicted_s,
+            self.measured_s / self.emulated_s,
+        )
+
+
+@dataclass(frozen=True)
+class HolderRow:
+    """One holder in one setting: seconds of its own part of a local step, messages left out where measured.
+
+    Attributes:
+        share: of one core.
+        gflops: declared, 1e9 operations a second.
+        predicted_time_s: of ``plan.csv`` (virtual).
+        emulated_time_s, measured_time_s: of ``plan.csv`` too, in either run.
+    """
+
+    heterogeneity: float
+    microbatches: int
+    labels: str
+    name: str
+    share: float
+    gflops: float
+    split: int
+    predicted_time_s: float
+    emulated_time_s: float
+    measured_time_s: float
+
+
+def shares_of(scale: Scale, variation: float, seed: int) -> dict[str, float]:
+    """Each client's share of a core: drawn, and then scaled so that the mean is what it should be."""
+    from hsplit.config.budgets import Distribution, drawn
+
+    spread = Distribution(lognormal=(scale.mean_share, variation))
+    draws = {name: drawn(spread, seed, name, "tflops") for name in (f"client-{i}" for i in range(scale.clients))}
+    factor = scale.mean_share / mean(draws.values())
+    return {name: max(share * factor, SMALLEST_SHARE) for name, share in draws.items()}
+
+
+def predicted(run: Any, model: Path) -> tuple[float, float]:
+    """Virtual seconds of a round and of one local step, from the configuration alone.
+
+    What an aggregation sends is reckoned with the residual at its cap, which is where a run soon is.
+    """
+    from hsplit.actors.scheduler import Scheduler
+    from hsplit.models.segment import linear_shapes, model_config, targeted
+
+    scheduler = Scheduler(run, model)
+    plan = scheduler.plan()
+    job = run.job
+    sides = {s.name: s.d_in + s.d_out for s in targeted(linear_shapes(model_config(model)), job.targets)}
+    counted = scheduler.cost.model
+    caps = dict(zip((w.name for w in counted.weights), counted.residual_entries.tolist(), strict=True))
+    up = {c.name: sum(4 * rank * sides[w] for w, rank in c.ranks.items()) for c in plan.available}
+    down = {c.name: up[c.name] + sum(4 * round(caps[w]) for w in c.ranks) for c in plan.available}
+    batches = dict.fromkeys(up, 1)
+    step_s = scheduler.step_time_s(plan)
+    between = scheduler.aggregation_time_s(plan, up, down) + scheduler.validation_time_s(plan, batches)
+    if run.policy.probes:
+        between += scheduler.probe_time_s(plan)
+    return job.local_steps * step_s + between, step_s
+
+
+class Experiment:
+    """One model, one set of texts, one Ray.
+
+    Args:
+        folder: for everything written on the way.
+        scale: how large everything is.
+        speedup: of the emulated clock.
+        quotas: where processes are held to their shares; ``None``: nothing is measured.
+    """
+
+    def __init__(self, folder: Path, scale: Scale, speedup: float, quotas: Any) -> None:
+        self._folder, self._scale, self._speedup, self._quotas = folder, scale, speedup, quotas
+        self._model = small_model(folder / "model", scale)
+        self._data = texts(folder / "texts.csv", scale)
+
+    def configured(
+        self, budgets: Budgets, parts: int, labels: str, split: str | int = "planned", emulated: bool = False
+    ) -> Any:
+        """The run of one setting."""
+        from hsplit.config import load_run_config
+        from hsplit.launcher import settled
+
+        scale = self._scale
+        link = {"mbps": f"{budgets.bandwidth_bps / 1e6:.3f}", "latency": f"{1e3 * budgets.latency_s:.4f}"}
+        clients = "\n".join(
+            CLIENT.format(name=name, tflops=f"{flops / 1e12:.9f}", **link)
+            for name, flops in budgets.flops.items()
+            if name != "server"
+        )
+        cluster, policy = self._folder / "cluster.yaml", self._folder / "policy.yaml"
+        cluster.write_text(
+            CLUSTER.format(
+                server=f"{budgets.flops['server'] / 1e12:.9f}",
+                clients=clients,
+                model=self._model,
+                data=self._data,
+                batch=scale.batch,
+                length=scale.length,
+                rounds=FIRST - 1 + scale.rounds,
+                steps=scale.steps,
+                clock="emulated" if emulated else "real",
+                speedup=self._speedup,
+                parts=parts,
+                labels=labels,
+            )
+        )
+        # Two examples' supervised tokens.
+        policy.write_text(POLICY.format(split=split, tokens=2 * (scale.length - 1)))
+        return settled(load_run_config(cluster, policy))
+
+    def calibrated(self, shares: Mapping[str, float]) -> Budgets:
+        """What processes with these shares have: FLOP/s at a front of two layers, and messages between them."""
+        import torch
+
+        from hsplit.actors.messages import WireTensor
+        from hsplit.actors.ray_executor import RayExecutor
+        from hsplit.actors.scheduler import Scheduler
+        from hsplit.launcher import read_inputs
+        from hsplit.lora.holder import RoundUpdate
+        from hsplit.models.source import find_model
+
+        scale = self._scale
+        # The server's share is given to a client too, so that all do the same work.
+        names = {name if name != "server" else "as-server": share for name, share in shares.items()}
+        trial = Budgets(dict.fromkeys([*names, "server"], 1e10), 1e-3, 1e9)
+        run = self.configured(trial, 1, "server", FRONT)
+        scheduler = Scheduler(run, self._model)
+        plan, model = scheduler.plan(), scheduler.cost.model
+        flops = float((model.forward_flops + model.backward_flops)[:FRONT].sum())
+        executor = RayExecutor(f"speed-{time.monotonic_ns()}", run, self._model)
+        try:
+            data = read_inputs(run, find_model(str(self._model))).shares
+            for name in names:
+                executor.get([executor.call(name, "load_data", {name: data[name]}, None)])
+                executor.get([executor.call(name, "configure", FRONT, plan.client(name).ranks)])
+                executor.get([executor.call(name, "restart", RoundUpdate(1, {}, {}))])
+            gradient = WireTensor.pack(torch.randn(scale.batch * scale.length, scale.hidden), "fp32")
+
+            def asked(steps: Mapping[str, range]) -> dict[str, list[Any]]:
+                calls: dict[str, list[Any]] = {}
+                for name, own in steps.items():
+                    for step in own:
+                        report, _ = executor.call_many(2, name, "forward", step, 0)
+                        calls.setdefault(name, []).append((report, executor.call(name, "backward", step, 0, gradient)))
+                return calls
+
+            def seconds(calls: Sequence[Any]) -> list[float]:
+                values = [executor.get(pair) for pair in calls]
+                return [sum(up.seconds.values()) + sum(down.values()) for up, down in values]
+
+            _without_profiler(executor)
+            # How many fill the time.
+            warm = {name: seconds(calls) for name, calls in asked(dict.fromkeys(names, range(3))).items()}
+            with ExitStack() as stack:
+                handles = {name: executor._handles[name] for name in names}
+                if self._quotas is not None:
+                    stack.enter_context(self._quotas.applied({pid(handles[n]): share for n, share in names.items()}))
+                count = {
+                    n: range(3, 3 + max(3, round(scale.calibration_s * share / min(warm[n]))))
+                    for n, share in names.items()
+                }
+                calls = asked(count)
+                speeds = {name: flops / mean(seconds(own)) for name, own in calls.items()}
+                latency_s, bandwidth_bps = _messages(*list(handles.values())[:2])
+        finally:
+            executor.close()
+        return Budgets({("server" if n == "as-server" else n): s for n, s in speeds.items()}, latency_s, bandwidth_bps)
+
+    def row(self, variation: float, shares: Mapping[str, float], budgets: Budgets, parts: int, labels: str) -> Any:
+        """One setting by all three routes, and its holders."""
+        expected_s, step_s = predicted(self.configured(budgets, parts, labels), self._model)
+        emulated = self._trained(self.configured(budgets, parts, labels, emulated=True), None)
+        measured = self._trained(self.configured(budgets, parts, labels), shares)
+        splits = " ".join(str(row.split) for row in emulated.plan if row.kind == "client")
+        row = Row(
+            variation,
+            parts,
+            labels,
+            splits,
+            predicted_s=expected_s,
+            accounted_s=emulated.virtual_s,
+            emulated_s=emulated.round_s * self._speedup,
+            measured_s=measured.round_s,
+            step_predicted_s=step_s,
+            step_emulated_s=emulated.step_s * self._speedup,
+            step_measured_s=measured.step_s,
+        )
+        holders = [
+            HolderRow(
+                variation,
+                parts,
+                labels,
+                one.name,
+                shares[one.name],
+                budgets.flops[one.name] / 1e9,
+                one.split,
+                one.predicted_time_s,
+                one.measured_time_s * self._speedup,
+                other.measured_time_s,
+            )
+            for one, other in zip(emulated.plan, measured.plan, strict=True)
+        ]
+        return row, holders
+
+    def _trained(self, run: Any, shares: Mapping[str, float] | None) -> Any:
+        """Train; with ``shares`` everybody is held to its own once the rounds that are measured begin."""
+        import ray
+        import torch
+
+        from hsplit.actors.ray_executor import RayExecutor
+        from hsplit.coordinator import Coordinator
+        from hsplit.launcher import read_inputs
+        from hsplit.models.source import find_model
+        from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
+        from hsplit.observe.timing import TimingRow
+        from hsplit.run_directory import RunDirectory
+
+        executor = RayExecutor(f"clock-{time.monotonic_ns()}", run, self._model)
+        with ExitStack() as stack:
+            stack.callback(executor.close)
+            directory = RunDirectory.create(self._folder, f"run-{time.monotonic_ns()}")
+            _without_profiler(executor)
+
+            def hold() -> None:
+                if shares is not None:
+                    pids = {pid(executor._handles[name]): share for name, share in shares.items()}
+                    stack.enter_context(self._quotas.applied(pids))
+
+            if shares is not None:
+                # One thread, or the quota would be spent by threads that wait for one another.
+                server = executor._handles["server"]
+                ray.get(server.__ray_call__.remote(lambda self: torch.set_num_threads(1)))
+            watch = _Watch(FIRST - 1, hold)
+            Coordinator(run, executor, directory, read_inputs(run, find_model(str(self._model))), watch).run()
+        rows = read_rows(directory.metrics, MetricsRow)
+        timing = read_rows(directory.timing, TimingRow)
+        rounds = range(FIRST, FIRST + self._scale.rounds)
+        step_s = [sum(t.seconds for t in timing if t.round == r and t.name == "server") for r in rounds]
+        plan = read_rows(directory.plan, PlanRow)
+        return _Trained(
+            round_s=median(rows[r].wall_time_s - rows[r - 1].wall_time_s for r in rounds),
+            virtual_s=median(rows[r].virtual_time_s - rows[r - 1].virtual_time_s for r in rounds),
+            step_s=median(step_s) / self._scale.steps,
+            plan=[_of_rounds([p for p in plan if p.name == name and p.round in rounds]) for name in _names(plan)],
+        )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Medians over a run's rounds: of the wall, and virtual; and each holder's row of ``plan.csv``."""
+
+    round_s: float
+    virtual_s: float
+    step_s: float
+    plan: Sequence[Any]
+
+
+def _names(plan: Sequence[Any]) -> list[str]:
+    return list(dict.fromkeys(row.name for row in plan))
+
+
+def _of_rounds(rows: Sequence[Any]) -> Any:
+    return replace(rows[-1], measured_time_s=median(row.measured_time_s for row in rows))
+
+
+class _Watch:
+    """A display that calls ``then`` when round ``last`` is done."""
+
+    def __init__(self, last: int, then: Any) -> None:
+        self._last, self._then = last, then
+
+    def round_done(self, row: Any) -> None:
+        if row.round == self._last:
+            self._then()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def _without_profiler(executor: Any) -> None:
+    """Have nobody follow its memory: small operations are slowed down by that more than by anything else."""
+    import ray
+
+    def stop(self: Any) -> None:
+        from hsplit.actors.peak_memory import PeakMemory
+
+        self._memory = PeakMemory(self._device, enabled=False)
+
+    handles = [handle for name, handle in executor._handles.items() if name != "scheduler"]
+    ray.get([handle.__ray_call__.remote(stop) for handle in handles])
+
+
+def pid(actor: Any) -> int:
+    """The process of an actor."""
+    import ray
+
+    return int(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())))
+
+
+def _messages(one: Any, other: Any) -> tuple[float, float]:
+    """Seconds from one actor's call to the other's, and bit/s of a large message between them."""
+    import ray
+
+    def chain(nbytes: int) -> float:
+        def made(self: Any, nbytes: int) -> Any:
+            import numpy
+
+            return numpy.ones(nbytes, numpy.uint8)
+
+        def taken(self: Any, data: Any) -> int:
+            return len(data.copy())
+
+        begun = time.perf_counter()
+        ray.get(other.__ray_call__.remote(taken, one.__ray_call__.remote(made, nbytes)))
+        return time.perf_counter() - begun
+
+    small = median(chain(1) for _ in range(11))
+    large = median(chain(LARGE) for _ in range(3))
+    # Driver to one, one to the other, and back to the driver: three ways.
+    return small / 3, 8 * LARGE / max(large - small, 1e-3)
+
+
+def small_model(to: Path, scale: Scale) -> Path:
+    """Save a random model with a word-level tokenizer into ``to``."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": scale.hidden, "intermediate_size": 3 * scale.hidden, "num_hidden_layers": scale.layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **sizes, **heads)
+    LlamaForCausalLM(config).save_pretrained(to)
+    words = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(to)
+    return to
+
+
+def texts(to: Path, scale: Scale) -> Path:
+    """Examples of exactly ``scale.length`` tokens, all but the first of them supervised, a CSV."""
+    draw = random.Random(0)
+    # One word of prompt, and the end of the text.
+    lines = [
+        " ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(scale.length - 2)) for _ in range(200 * scale.clients)
+    ]
+    to.write_text("prompt,response\n" + "\n".join(f"w2,{line}" for line in lines) + "\n")
+    return to
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: a round by the three routes."""
+    columns = ["h", "microbatches", "labels", "splits", "predicted, s (virtual)", "emulated, s", "measured, s"]
+    columns += ["emulated / predicted", "measured / predicted", "measured / emulated"]
+    cells = []
+    for row in rows:
+        seconds = (row.predicted_s, row.emulated_s, row.measured_s)
+        setting = [f"{row.heterogeneity:g}", str(row.microbatches), row.labels, row.splits]
+        cells.append([*setting, *(f"{value:.2f}" for value in (*seconds, *row.ratios))])
+    return columns, cells
+
+
+def holder_table(holders: Sequence[HolderRow]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: each holder's own part of a local step, by level, with the fewest microbatches."""
+    columns = ["h", "holder", "of a core", "GFLOP/s", "split", "predicted, s (virtual)", "emulated, s", "measured, s"]
+    first = min(row.microbatches for row in holders)
+    cells = []
+    for row in holders:
+        if (row.microbatches, row.labels) == (first, "server"):
+            seconds = (row.predicted_time_s, row.emulated_time_s, row.measured_time_s)
+            budget = [f"{row.share:.2f}", f"{row.gflops:.1f}", str(row.split)]
+            cells.append([f"{row.heterogeneity:g}", row.name, *budget, *(f"{value:.2f}" for value in seconds)])
+    return columns, cells
+
+
+def plot(rows: Sequence[Row], to: Path) -> None:
+    """A round's seconds by the three routes, a group of bars a setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    routes = {"predicted (virtual)": "predicted_s", "emulated": "emulated_s", "measured": "measured_s"}
+    for index, (name, field) in enumerate(routes.items()):
+        at = [position + 0.27 * (index - 1) for position in range(len(rows))]
+        axes.bar(at, [getattr(row, field) for row in rows], width=0.25, label=name)
+    names = [f"h {row.heterogeneity:g}\n{row.microbatches} parts\nlabels: {row.labels}" for row in rows]
+    axes.set_xticks(range(len(rows)), names)
+    axes.set(ylabel="seconds a round (median)", ylim=(0, None))
+    # Above the bars.
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(to)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every setting, print the tables and write them down."""
+    options = _options(arguments)
+    console, scale = Console(width=140), QUICK if options.quick else Scale()
+    rows: list[Row] = []
+    holders: list[HolderRow] = []
+    drawn: dict[float, float] = {}
+    quotas = load_benchmark("cpu_quota").CpuQuotas()
+    with quotas.ahead():
+        _run(scale, options, quotas, console, rows, holders, drawn)
+    for columns, cells in (table(rows), holder_table(holders)):
+        shown = Table(*columns, box=SIMPLE_HEAD)
+        for cell in cells:
+            shown.add_row(*cell)
+        console.print(shown)
+    furthest = max((ratio for row in rows for ratio in row.ratios), key=lambda ratio: abs(ratio - 1))
+    console.print(f"furthest from one another: {furthest:.3f}")
+    to: Path = options.to
+    to.mkdir(parents=True, exist_ok=True)
+    header: dict[str, Any] = {**machine_description("ray", "torch"), "cores": os.cpu_count()}
+    header["command"] = f"hsplit bench clock {' '.join(arguments or ())}".strip()
+    header |= {"seed": options.seed, "speedup": options.speedup, **asdict(scale)}
+    header["variation drawn"] = ", ".join(f"{h:g}: {value:.2f}" for h, value in drawn.items())
+    ratios = ("emulated_by_predicted", "measured_by_predicted", "measured_by_emulated")
+    written = [asdict(row) | dict(zip(ratios, row.ratios, strict=True)) for row in rows]
+    write_rows(to / "clock.csv", written, header)
+    write_rows(to / "holders.csv", [asdict(row) for row in holders], header)
+    told = "".join(f"- {key}: {value}\n" for key, value in header.items())
+    tables = [markdown_table(*table(rows)), markdown_table(*holder_table(holders))]
+    (to / "clock.md").write_text("\n".join([told, *tables]))
+    plot(rows, to / "clock.svg")
+    console.print(f"written to {to}")
+
+
+def _run(
+    scale: Scale,
+    options: argparse.Namespace,
+    quotas: Any,
+    console: Console,
+    rows: list[Row],
+    holders: list[HolderRow],
+    drawn: dict[float, float],
+) -> None:
+    """Every setting, on one Ray; results join ``rows``, ``holders`` and ``drawn``."""
+    import ray
+
+    from hsplit.actors.fork_server import ForkServer
+    from hsplit.actors.ray_executor import connect
+
+    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
+        experiment = Experiment(Path(name), scale, options.speedup, quotas)
+        connect(None, scale.clients + 4, dashboard=False, fork_server=fork_server)
+        try:
+            for variation in scale.heterogeneity:
+                shares = shares_of(scale, variation, options.seed)
+                drawn[variation] = pstdev(shares.values()) / mean(shares.values())
+                shares["server"] = scale.server_share
+                budgets = experiment.calibrated(shares)
+                settings = [(parts, "server") for parts in scale.parts]
+                if variation == scale.heterogeneity[-1]:
+                    settings += [(scale.parts[-1], "client")]
+                for parts, labels in settings:
+                    row, its = experiment.row(variation, shares, budgets, parts, labels)
+                    rows.append(row)
+                    holders += its
+                    seconds = ", ".join(f"{value:.2f}" for value in (row.predicted_s, row.emulated_s, row.measured_s))
+                    console.print(f"h {variation:g}, {parts} parts, labels: {labels}: {seconds} s a round")
+        finally:
+            ray.shutdown()
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="hsplit bench clock", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller model, one level and one round")
+    parser.add_argument("--speedup", type=float, default=1.0, help="of the emulated clock")
+    parser.add_argument("--seed", type=int, default=1, help="of the shares drawn")
+    parser.add_argument("--to", type=Path, default=results_directory("clock"))
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
