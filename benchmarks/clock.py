@@ -73,7 +73,7 @@ split: {split}
 importance: {{tokens: {tokens}}}
 replan: {{tau: null, measured: false}}
 """
-WORDS = 2048
+WORDS = 512
 # The first round that counts: the one before it has no probe, and whatever is done for the first time.
 FIRST = 2
 SMALLEST_SHARE = 0.05
