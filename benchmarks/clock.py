@@ -217,7 +217,7 @@ def predicted(run: Any, model: Path) -> tuple[float, float]:
     down = {c.name: up[c.name] + sum(4 * round(caps[w]) for w in c.ranks) for c in plan.available}
     batches = dict.fromkeys(up, 1)
     step_s = scheduler.step_time_s(plan)
-    between = scheduler.aggregation_time_s(plan, up, down) + scheduler.validation_time_s(plan, batches)
+    between = scheduler.aggregation_time_s(plan, list(up), up, down) + scheduler.validation_time_s(plan, batches)
     if run.policy.probes:
         between += scheduler.probe_time_s(plan)
     return job.local_steps * step_s + between, step_s

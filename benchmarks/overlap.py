@@ -137,6 +137,7 @@ def _measured(
         directory = RunDirectory.create(folder, f"{balance.replace(' ', '-')}-{parts}")
         coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), Silent())
         coordinator.start()
+        coordinator.begin_round()
         predicted = coordinator._step_time_s
         seconds = []
         # The first steps of a round are also measured for memory, which takes time.

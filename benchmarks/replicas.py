@@ -199,7 +199,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
         begun = time.perf_counter()
         coordinator.start()
         start_s = time.perf_counter() - begun
-        coordinator._begin_round()
+        coordinator.begin_round()
         seconds = []
         for step in range(options.steps):
             begun = time.perf_counter()

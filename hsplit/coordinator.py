@@ -32,7 +32,7 @@ from hsplit.config import RunConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
 from hsplit.errors import HsplitError, InputError
-from hsplit.inbox import JoinRequest, LeaveRequest, take_requests
+from hsplit.inbox import JoinRequest, refuse, take_requests
 from hsplit.lora.holder import RoundUpdate
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
@@ -158,7 +158,7 @@ class Coordinator:
             at_its_start = progress.step == progress.round * job.local_steps
             if at_its_start and (progress.round > 0 or self._roster.shortages):
                 self._review()
-            self._begin_round()
+            self.begin_round()
             while progress.step < (progress.round + 1) * job.local_steps:
                 self.local_step(progress.step)
                 if self.stopping:
@@ -188,7 +188,7 @@ class Coordinator:
             Progress(model_fingerprint=self._inputs.model_fingerprint, data_sha256=self._inputs.data_sha256)
         )
         # After failures so early this is not the first try.
-        self._roster.recall({}, (), self._away)
+        self._roster.recall({}, (), (), away=self._away)
         planned = self._executor.call(SCHEDULER, "plan")
         # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
         gone = {*self._roster.aside, *self._roster.lost}
@@ -233,8 +233,9 @@ class Coordinator:
         self._one(SCHEDULER, "load_state", progress.scheduler)
         if fresh is None:
             self._begin_as_in(progress)
-        lost = {*progress.lost, *self._away}
-        self._roster.recall(progress.failures, progress.aside, lost, progress.shortages, progress.left)
+        self._roster.recall(
+            progress.failures, progress.aside, progress.lost, progress.shortages, progress.left, self._away
+        )
         self._adopt(Plan.from_json(progress.plan))
         named = [client.name for client in self._plan.clients if client.name not in self._roster.aside]
         reading = [name for name in named if name not in self._roster.lost and (fresh is None or name in fresh)]
@@ -252,12 +253,13 @@ class Coordinator:
 
     def _begin_as_in(self, progress: Progress) -> None:
         """Begin the clients that had joined by then beside those of the cluster file, and end those that had left."""
+        # First, so that there is room for those who came.
+        for name in progress.left:
+            self._executor.end(name)
         for client in self._run.clients[len(self._declared.clients) :]:
             self._executor.add(client)
             if not self._executor.restart(client.name):
                 self._away.append(client.name)
-        for name in progress.left:
-            self._executor.end(name)
 
     def _go_back_to(self, progress: Progress) -> None:
         """Make ``progress`` all that is known of the rounds."""
@@ -462,6 +464,11 @@ class Coordinator:
         self._note("data_lost", text, clients=lost, examples=examples, of_examples=total)
 
     def _configure(self) -> None:
+        if not self._clients and self._saved is None:
+            names = ", ".join(self._roster.lost)
+            raise InputError(f"clients: none that fits is there to begin with (away: {names}); start their nodes first")
+        if not self._clients:
+            self._nobody_is_left(self._roster.lost[0] if self._roster.lost else self._plan.clients[0].name)
         calls = [self._executor.call(name, "configure", self._plan) for name in self._servers]
         for client in map(self._plan.client, self._clients):
             calls.append(self._executor.call(client.name, "configure", client.split, client.ranks))
@@ -473,7 +480,8 @@ class Coordinator:
         """The clients that train in round ``round_``."""
         return self._roster.cohort(self._job.seed, round_, self._job.clients_per_round)
 
-    def _begin_round(self) -> None:
+    def begin_round(self) -> None:
+        """Settle who trains in the round that begins, and how long that is to take."""
         self.round = self.progress.round + 1
         cohort = self._cohort(self.round)
         self._step_time_s = self._one(SCHEDULER, "step_time_s", self._plan, cohort)
@@ -550,54 +558,74 @@ class Coordinator:
         for text in refused:
             self._note("refused", text, round=done)
         for request in asked:
-            if isinstance(request, JoinRequest):
-                self._join(request.client)
-            elif isinstance(request, LeaveRequest):
-                self._leave(request.client)
-            else:
+            if isinstance(request, BudgetRequest):
                 asked_for = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
                 self._events.write("budget", f"{request.holder}: {asked_for} asked for", round=done, **asdict(request))
                 requests.append(request)
+        for change in asked:
+            if isinstance(change, BudgetRequest):
+                continue
+            try:
+                if isinstance(change, JoinRequest):
+                    self._join(change.client, requests)
+                else:
+                    self._leave(change.client, requests)
+            except InputError as error:
+                # Nothing has changed, and the run goes on as it is.
+                refuse(self._directory.inbox, change.file)
+                self._note("refused", f"inbox: {error}", round=done)
         return [request for request in requests if request.holder not in self._roster.left]
 
-    def _join(self, client: ClientConfig) -> None:
-        """Have a client begin and read its data; the plan that follows gives it a part."""
+    def _join(self, client: ClientConfig, requests: Sequence[BudgetRequest]) -> None:
+        """Have a client begin and read its data; the plan that follows gives it a part.
+
+        Raises:
+            InputError: it is there already, has no usable data, or there is no plan with it.
+        """
         name, known = client.name, [c.name for c in self._run.clients]
         if name in known and name not in [*self._roster.left, *self._roster.aside]:
-            self._note("refused", f"inbox: {name} is asked to join, and is there already", client=name)
-            return
+            raise InputError(f"{name} is asked to join, and is there already")
         self._executor.add(client)
-        if self._executor.restart(name):
-            (report,) = self._executor.settle(
-                list(self._begin_loading_data([client]).values()), time.monotonic() + self._job.faults.patience_s
-            )
-            if isinstance(report, HsplitError):
-                self._executor.end(name)
-                self._note("refused", f"{name} cannot join: {report}", client=name)
-                return
-            self._count_data(report)
-            self._roster.join(name)
-        else:
-            self._roster.join(name)
+        begun = self._executor.restart(name)
+        try:
+            if begun:
+                until = time.monotonic() + self._job.faults.patience_s
+                (report,) = self._executor.settle(list(self._begin_loading_data([client]).values()), until)
+                if isinstance(report, HsplitError):
+                    raise report
+                self._count_data(report)
+            self._one(SCHEDULER, "join", client, requests)
+        except (InputError, ActorFailure) as error:
+            if isinstance(error, ActorFailure) and error.actor != name:
+                raise
+            self._executor.end(name)
+            raise InputError(f"{name} cannot join: {error}") from error
+        self._roster.join(name)
+        if not begun:
             self._roster.away(name)
         if name not in known:
             self._run = self._run.model_copy(update={"clients": (*self._run.clients, client)})
-        self._one(SCHEDULER, "join", client)
-        self._note("joined", f"{name} joins after round {self.progress.round}", client=name, round=self.progress.round)
+        text, declared = f"{name} joins after round {self.progress.round}", client.model_dump(mode="json")
+        self._note("joined", text, client=name, round=self.progress.round, declared=declared)
 
-    def _leave(self, name: str) -> None:
-        """Go on without a client that leaves: all that it has learned is aggregated."""
+    def _leave(self, name: str, requests: Sequence[BudgetRequest]) -> None:
+        """Go on without a client that leaves: all that it has learned is aggregated.
+
+        Raises:
+            InputError: it is not there, or nobody could go on without it.
+        """
         if all(name != client.name for client in self._run.clients) or name in self._roster.left:
-            self._note("refused", f"inbox: {name} is asked to leave, and is not there", client=name)
-            return
+            raise InputError(f"{name} is asked to leave, and is not there")
         if self._clients == [name]:
-            self._note("refused", f"inbox: {name} cannot leave: no other client is there", client=name)
-            return
+            raise InputError(f"{name} cannot leave: no other client is there")
+        try:
+            self._one(SCHEDULER, "leave", name, requests)
+        except InputError as error:
+            raise InputError(f"{name} cannot leave: {error}") from error
         if name in self._clients:
             # Its process ends when the round can no longer be repeated with it.
             self._executor.call(name, "release")
         self._roster.leave(name)
-        self._one(SCHEDULER, "leave", name)
         self._note("left", f"{name} leaves after round {self.progress.round}", client=name, round=self.progress.round)
 
     def _probe(self) -> list[ImportanceReport]:
@@ -621,7 +649,7 @@ class Coordinator:
             self._say_what_is_lost()
         names, others = list(self._clients), self._servers[1:]
         report, *sent = self._executor.call_many(
-            1 + len(names) + len(others), SERVER, "reconfigure", self.progress.round + 1, plan, *names
+            1 + len(names) + len(others), SERVER, "reconfigure", self.progress.round + 1, plan, had, *names
         )
         (report,) = self._executor.get([report])
         sent, own = sent[: len(names)], sent[len(names) :]

@@ -31,9 +31,11 @@ class JoinRequest:
 
     Attributes:
         client: with concrete budgets; one that was there before comes back as it was.
+        file: name of the request's.
     """
 
     client: Client
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class LeaveRequest:
 
     Attributes:
         client: its name.
+        file: name of the request's.
     """
 
     client: str
+    file: str = ""
 
 
 Request = BudgetRequest | JoinRequest | LeaveRequest
@@ -187,13 +191,21 @@ def take_requests(inbox: Path, round_: int) -> tuple[list[Request], list[str]]:
     return requests, refused
 
 
+def refuse(inbox: Path, file: str) -> None:
+    """Put a request out of the way that cannot be met: it is asked for no more, and its name may be asked for anew."""
+    refused = inbox / "refused"
+    refused.mkdir(exist_ok=True)
+    for path in inbox.glob(f"taken/*/{file}"):
+        path.replace(refused / path.name)
+
+
 def _read(path: Path) -> Request:
     document = json.loads(path.read_text(encoding="utf-8"))
     kind = document["request"]
     if kind == "budget":
         return BudgetRequest(str(document["holder"]), BudgetChange.model_validate(document["values"]).values())
     if kind == "join":
-        return JoinRequest(Client.model_validate(document["client"]))
+        return JoinRequest(Client.model_validate(document["client"]), path.name)
     if kind == "leave":
-        return LeaveRequest(str(document["client"]))
+        return LeaveRequest(str(document["client"]), path.name)
     raise ValueError(f"unknown request {kind!r}")

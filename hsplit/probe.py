@@ -57,20 +57,27 @@ def probe_importance(
     fronts = {c: call_many(2, c, "probe_forward", round_, tokens) for clients in served.values() for c in clients}
     # The small reports come first: a client that failed is found before its tensors are passed on.
     bytes_up = sum(report.nbytes for report in patiently([report for report, _ in fronts.values()]))
-    bytes_down = 0
+    sent = {client: message for client, (_, message) in fronts.items()}
+    bytes_down, scoring = 0, "probe"
+    if labels == "client":
+        scoring = "probe_backward"
+        # All servers are asked before anybody's tail is waited for.
+        deep = {
+            server: call_many(1 + len(clients), server, "probe_forward", *(sent[client] for client in clients))
+            for server, clients in served.items()
+        }
+        tails = {
+            client: call_many(2, client, "probe_tail", output)
+            for server, clients in served.items()
+            for client, output in zip(clients, deep[server][1:], strict=True)
+        }
+        losses: list[LossReport] = patiently([report for report, _ in tails.values()])
+        bytes_up += sum(loss.nbytes for loss in losses)
+        bytes_down += sum(report.nbytes for report in executor.get([up for up, *_ in deep.values()]))
+        sent = {client: gradient for client, (_, gradient) in tails.items()}
     down, own = [], []
     for server, clients in served.items():
-        sent = [fronts[client][1] for client in clients]
-        if labels == "client":
-            up, *deep = call_many(1 + len(clients), server, "probe_forward", *sent)
-            tails = [call_many(2, client, "probe_tail", output) for client, output in zip(clients, deep, strict=True)]
-            losses: list[LossReport] = patiently([report for report, _ in tails])
-            bytes_up += sum(loss.nbytes for loss in losses)
-            bytes_down += executor.get([up])[0].nbytes
-            sent = [gradient for _, gradient in tails]
-        report, *gradients = call_many(
-            1 + len(sent), server, "probe_backward" if labels == "client" else "probe", *sent
-        )
+        report, *gradients = call_many(1 + len(clients), server, scoring, *(sent[client] for client in clients))
         down.append(report)
         own += [call(client, "probe_backward", slope) for client, slope in zip(clients, gradients, strict=True)]
     at_servers = executor.get(down)

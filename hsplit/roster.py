@@ -133,11 +133,13 @@ class Roster:
         lost: Iterable[str],
         shortages: Mapping[str, int] | None = None,
         left: Iterable[str] = (),
+        away: Iterable[str] = (),
     ) -> None:
         """Go back to a checkpoint's ``lost``; failures since then are not forgotten.
 
         Args:
             failures, aside, shortages, left: as attributes.
+            away: clients that have no place to begin, lost or not.
         """
         for name, count in (shortages or {}).items():
             self.shortages[name] = max(count, self.shortages.get(name, 0))
@@ -145,7 +147,11 @@ class Roster:
             self.failures[name] = max(count, self.failures.get(name, 0))
         self.aside = list(dict.fromkeys([*self.aside, *aside]))
         self.left = list(left)
-        self._lost = {name: None for name in lost if name not in self.aside and name not in self.left}
+        gone = {*self.aside, *self.left}
+        self._lost = {name: None for name in lost if name not in gone}
+        for name in away:
+            if name not in gone:
+                self.away(name)
         self._tell_scheduler()
 
     def count(self, failure: ActorFailure, round_: int) -> None:

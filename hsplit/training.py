@@ -204,15 +204,17 @@ class SplitTraining(_Steps):
         super().__init__(job, executor)
         self._labels_at_home = job.privacy.labels == "client"
         self._dealt: dict[str, list[str]] = {}
+        # The servers that have had a part of the step under way.
+        self._stepping: set[str] = set()
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = self._begin(clients)
         begun = [client for client in clients if done.takes_part(client)]
-        self._dealt = self._served_by(begun)
+        self._dealt, self._stepping = self._served_by(begun), set()
         parts = self._job.pipeline.microbatches
         for first in range(0, self._job.batches_per_step, parts):
             present = [client for client in begun if done.takes_part(client)]
-            if present:
+            if present or self._stepping:
                 self._batch(done, step, range(first, first + parts), present)
         for client in begun:
             # Those whose last backward alone was late have their part in the step, and finish it.
@@ -271,7 +273,7 @@ class SplitTraining(_Steps):
         for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
             sent = self._sent(done, front, count)
             back: dict[str, Any] = {}
-            for server, served in self._dealt_among(sent).items():
+            for server, served in self._dealt_among(sent, part).items():
                 asked = [sent[client] for client in served]
                 report, *own = self._executor.call_many(1 + len(served), server, "train_step", step, part, *asked)
                 reports.append((server, report))
@@ -282,10 +284,15 @@ class SplitTraining(_Steps):
     def _served_by(self, clients: Iterable[str]) -> dict[str, list[str]]:
         return served_by(clients, self._splits, self._servers)
 
-    def _dealt_among(self, clients: Collection[str]) -> dict[str, list[str]]:
-        """Who of ``clients`` is served by whom in the step under way: in all its parts alike."""
+    def _dealt_among(self, clients: Collection[str], part: int) -> dict[str, list[str]]:
+        """Who of ``clients`` is served by whom in ``part`` of the step under way: in all its parts alike.
+
+        A server that has lost its last client on the way is asked in the last part all the same: it has a step to take.
+        """
         there = {server: [c for c in served if c in clients] for server, served in self._dealt.items()}
-        return {server: served for server, served in there.items() if served}
+        self._stepping |= {server for server, served in there.items() if served}
+        last = part == self._job.batches_per_step - 1
+        return {s: served for s, served in there.items() if served or (last and s in self._stepping)}
 
     def _u_shaped(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, list[Any]]]) -> _ServerSide:
         """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
@@ -294,7 +301,7 @@ class SplitTraining(_Steps):
         for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
             sent = self._sent(done, front, count)
             deep: dict[str, tuple[Any, dict[str, Any]]] = {}
-            for server, served in self._dealt_among(sent).items():
+            for server, served in self._dealt_among(sent, part).items():
                 rows = [sent[client] for client in served]
                 report, *out = call_many(1 + len(served), server, "forward", step, part, *rows)
                 deep[server] = report, dict(zip(served, out, strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 from hsplit.actors.executor import SERVER
 from hsplit.config import Client, RunConfig
+from hsplit.errors import InputError
 from hsplit.models.segment import model_config
 from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.clock import VirtualClock
@@ -56,6 +57,8 @@ class Scheduler:
         self._left: set[str] = set()
         # Those who came while the run was under way.
         self._joined: dict[str, Client] = {}
+        # Whether somebody has come or gone, for whom ``min_rounds`` does not wait.
+        self._due = False
         # How often a client has run out of memory.
         self._shortages: dict[str, int] = {}
         # Reasons for a new plan that ``min_rounds`` has put off.
@@ -115,11 +118,12 @@ class Scheduler:
         probed = dict(importance) if reports else None
         if not reasons:
             return Review(None, (), probed)
-        if round_ - self._planned_in < settings.min_rounds and self._holds(current):
+        if round_ - self._planned_in < settings.min_rounds and not self._due and self._holds(current):
             self._pending = reasons
             return Review(None, (), probed)
         made = self._plan(importance, current, f"probed until round {round_}" if reports else current.importance)
         self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
+        self._due = False
         return Review(made, tuple(reasons), probed)
 
     def set_aside(self, name: str) -> None:
@@ -128,20 +132,60 @@ class Scheduler:
             self._aside.add(name)
             self._pending.append(f"{name} is set aside")
 
-    def join(self, client: Client) -> None:
-        """Plan for ``client`` from the next plan on, which is due; also one that had left or was set aside."""
-        name = client.name
-        self._left.discard(name)
-        self._aside.discard(name)
-        if all(name != declared.name for declared in self._config.clients):
-            self._joined[name] = client
-        self._pending.append(f"{name} has joined")
+    def join(self, client: Client, requests: Sequence[BudgetRequest] = ()) -> None:
+        """Plan for ``client`` from the plan on that the next review makes; also one that had left or was set aside.
 
-    def leave(self, name: str) -> None:
-        """Plan without client ``name`` from the next plan on, which is due."""
-        self._left.add(name)
-        self._joined.pop(name, None)
-        self._pending.append(f"{name} has left")
+        Args:
+            client: who comes.
+            requests: changes of budgets that hold by then.
+
+        Raises:
+            InputError: there is no plan with it: the server has no room. It has no part then.
+        """
+        name, before = client.name, (self._left, self._aside, self._joined)
+        self._left, self._aside = self._left - {name}, self._aside - {name}
+        if all(name != declared.name for declared in self._config.clients):
+            self._joined = self._joined | {name: client}
+        try:
+            self._try_plan(requests)
+        except InputError:
+            self._left, self._aside, self._joined = before
+            raise
+        self._changes(f"{name} has joined")
+
+    def leave(self, name: str, requests: Sequence[BudgetRequest] = ()) -> None:
+        """Plan without client ``name`` from the plan on that the next review makes.
+
+        Args:
+            name: who goes.
+            requests: changes of budgets that hold by then.
+
+        Raises:
+            InputError: there is no plan without it: nobody else fits. It keeps its part then.
+        """
+        before = self._left, self._joined
+        self._left = self._left | {name}
+        self._joined = {other: client for other, client in self._joined.items() if other != name}
+        try:
+            self._try_plan(requests)
+        except InputError:
+            self._left, self._joined = before
+            raise
+        self._changes(f"{name} has left")
+
+    def _try_plan(self, requests: Sequence[BudgetRequest]) -> None:
+        budgets = self._budgets
+        self._budgets = {holder: dict(values) for holder, values in budgets.items()}
+        try:
+            for request in requests:
+                self._budgets.setdefault(request.holder, {}).update(request.values)
+            self._plan(self._planned_with, None, EQUAL)
+        finally:
+            self._budgets = budgets
+
+    def _changes(self, reason: str) -> None:
+        self._pending.append(reason)
+        self._due = True
 
     def ran_out_of_memory(self, name: str, times: int) -> None:
         """Give client ``name`` less to hold from the next plan on, which is due, the less the oftener it happened."""
@@ -255,7 +299,7 @@ class Scheduler:
         self._budgets = {name: dict(values) for name, values in state["budgets"].items()}
         self._excess = dict(state["excess"])
         self._aside, self._shortages = set(state["aside"]), dict(state["shortages"])
-        self._left = set(state["left"])
+        self._left, self._due = set(state["left"]), False
         self._joined = {c.name: c for c in map(Client.model_validate, state["joined"])}
         self._pending = list(state["pending"])
         self._planned_in, self._planned_with = state["planned_in"], state["planned_with"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ class Server(Replica):
 
     @measured_with_part
     def reconfigure(
-        self, round_: int, plan: Plan, *clients: str
+        self, round_: int, plan: Plan, following: Collection[str], *clients: str
     ) -> tuple[ReconfigurationReport, *tuple[RoundUpdate | None, ...]]:
         """Put ``plan`` in force between two rounds: take over layers, give others up, change ranks (law E4).
 
@@ -80,7 +80,8 @@ class Server(Replica):
         Args:
             round_: the round that begins.
             plan: the new plan.
-            clients: the clients that take part in it.
+            following: the clients that hold what the old plan gave them, and follow the residual.
+            clients: the clients that take part in the new one.
 
         Returns:
             The report; for each of ``clients`` what it needs to go on, ``None`` where nothing changes for it; then
@@ -89,7 +90,7 @@ class Server(Replica):
         before = self._plan
         assert before is not None and before.server.split is not None
         cut, changed = self.aggregator.fit_restarts(_ranks_of(plan))
-        had = {c.name: c for c in before.available}
+        had = {c.name: c for c in before.available if c.name in following}
         updates: list[RoundUpdate | None] = []
         for name in clients:
             part, old = plan.client(name), had.get(name)

@@ -75,9 +75,13 @@ class RunRecord:
         return max([row.round for row in self.metrics] + [row.round for row in self.plan_rows], default=0)
 
     def clients(self) -> list[Mapping[str, Any]]:
-        """The clients of the configuration."""
-        clients = self.setting("clients")
-        return [c for c in clients if isinstance(c, Mapping)] if isinstance(clients, list) else []
+        """The clients of the configuration, and those that joined later."""
+        declared = self.setting("clients")
+        clients = [c for c in declared if isinstance(c, Mapping)] if isinstance(declared, list) else []
+        known = {client.get("name") for client in clients}
+        declared_later = [e["declared"] for e in self.events if isinstance(e.get("declared"), Mapping)]
+        later = {client.get("name"): client for client in declared_later}
+        return [*clients, *(client for name, client in later.items() if name not in known)]
 
     def holdings(self) -> list[Holding]:
         """The layers of every holder that takes part, the server last; without a plan, from the splits."""
