@@ -188,7 +188,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
     from hsplit.run_directory import RunDirectory
 
     # Each process takes its share of this machine in every step; waiting must be long against that.
-    speedup = 1.0 if clients <= 16 else 16 / clients
+    speedup = 1.0 if clients <= 16 else 0.5
     run = _configured(folder, model, data, clients, servers, options.steps, speedup)
     executor = RayExecutor(f"replicas-{clients}-{servers}", run, model)
     try:
@@ -323,7 +323,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hsplit bench replicas", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=4, help="local steps measured; the first is not counted")
+    parser.add_argument("--steps", type=int, default=3, help="local steps measured; the first is not counted")
     parser.add_argument("--learning-clients", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--model", help="what learns; default: the job's own")
     parser.add_argument("--no-learning", action="store_true", help="speed alone")

@@ -171,6 +171,45 @@ def test_a_client_of_the_second_server_may_die(models: dict[str, Path], tmp_path
     assert [row["available_clients"] for row in metrics(run)] == [3] * 4
 
 
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_server_that_loses_its_last_client_in_mid_step_takes_the_step(
+    models: dict[str, Path], tmp_path: Path, labels: str, accumulation: int
+) -> None:
+    """Else what it gathered would count in a later step, and in a later round."""
+    parts = {"grad_accumulation": 2} if accumulation == 2 else {"pipeline": {"microbatches": 2}}
+    settings: dict[str, Any] = {"rounds": 1, "local_steps": 1, "privacy": {"labels": labels}, **parts}
+    stepped = []
+
+    def watch(actor: str, method: str, instance: Any) -> None:
+        if actor == "server-1" and method == "hand_in":
+            stepped.append((dict(instance._step_tokens), float(instance.adapters.flat.grad.abs().sum())))
+            stepped.append(dict(instance.holder.tokens))
+
+    run = run_with(models["llama"], tmp_path, Fault("c1", "forward", 2), before=watch, servers=2, **settings)
+    assert [event["client"] for event in told(run, "lost")] == ["c1"]
+    (left, gradient), trained = stepped
+    assert (left, gradient) == ({}, 0.0)
+    if labels == "server" or accumulation == 2:
+        assert sum(trained.values()) > 0, "it has trained on the part that came"
+
+
+def test_the_only_client_of_a_round_may_be_lost_in_mid_step(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"rounds": 2, "pipeline": {"microbatches": 2}, "clients_per_round": 1, "seed": 3}
+    kept: list[dict[int, int]] = []
+
+    def watch(actor: str, method: str, instance: Any) -> None:
+        if actor == "server" and method == "aggregate":
+            kept.append(dict(instance._step_tokens))
+
+    drawn = run_with(models["llama"], tmp_path / "undisturbed", **settings)
+    (first, *_) = [event["clients"][0] for event in told(drawn, "cohort")]
+    run = run_with(models["llama"], tmp_path / "lost", Fault(first, "forward", 2), before=watch, **settings)
+    assert [event["client"] for event in told(run, "lost")] == [first]
+    assert kept == [{}, {}]
+    assert [row["available_clients"] for row in metrics(run)] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("phase", SPLIT_PHASES)
 def test_with_recovery_by_repeating_a_dead_client_changes_no_number(
     models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], phase: str

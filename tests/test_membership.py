@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
+from hsplit.actors.executor import InProcess
 from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
+from hsplit.inbox import post_budget
 from hsplit.launcher import join, leave
+from hsplit.models.segment import model_config
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.cost import CostModel
 from tests.faulty import Fault, FaultyInProcess
 from tests.in_process import Recorder, planned_run, random_examples
-from tests.test_adaptation import a_run, bytes_for, part, plans_by_round, saved, shares
+from tests.test_adaptation import JOB, a_run, bytes_for, part, plans_by_round, saved, shares
 
 EQUAL = Policy.model_validate({"importance": {"metric": "equal"}})
 
@@ -200,7 +204,163 @@ def test_data_that_cannot_be_read_keeps_its_client_out_and_not_the_run(model: Pa
     assert going.run()
     assert {row.available_clients for row in recorder.rows} == {3}
     (note,) = [note for note in recorder.notes if "cannot join" in note]
-    assert note.startswith("tablet cannot join: ") and "nothing.csv" in note
+    assert note.startswith("inbox: tablet cannot join: ") and "nothing.csv" in note
+
+
+def test_a_name_that_was_refused_may_be_asked_for_anew(model: Path, tmp_path: Path, own_data: Path) -> None:
+    run = a_run(model, EQUAL)
+    directory = saved(run, tmp_path)
+    asks = {
+        1: lambda: join(directory.path, newcomer(model, tmp_path / "typo.csv")),
+        3: lambda: join(directory.path, newcomer(model, own_data)),
+    }
+    going, recorder = asking(run, model, directory, asks)
+    assert going.run()
+    assert [row.available_clients for row in recorder.rows] == [3, 3, 3, 4, 4]
+
+
+def test_one_client_too_many_for_the_server_is_refused_and_the_run_goes_on(
+    model: Path, tmp_path: Path, own_data: Path
+) -> None:
+    run = a_run(model, EQUAL)
+    cost = CostModel(model_config(model), JOB)
+    ranks = {w.name: 1 for w in cost.model.weights if w.layer >= 1}
+    full = cost.server_bytes([1, 1, 1], ranks) * 1.0001 / 1e9
+    run = run.model_copy(update={"server": run.server.changed({"memory_gb": full})})
+    directory = saved(run, tmp_path)
+    going, recorder = asking(run, model, directory, {1: lambda: join(directory.path, newcomer(model, own_data))})
+    assert going.run()
+    assert {row.available_clients for row in recorder.rows} == {3}
+    (note,) = [note for note in recorder.notes if "cannot join" in note]
+    assert "tablet cannot join: server: memory_gb:" in note and "4 clients" in note
+    assert "tablet" not in going._executor.actors  # type: ignore[attr-defined]
+
+
+def test_a_budget_of_the_same_boundary_counts_for_who_joins(model: Path, tmp_path: Path, own_data: Path) -> None:
+    run = a_run(model, EQUAL)
+    cost = CostModel(model_config(model), JOB)
+    full = cost.server_bytes([1, 1, 1], {w.name: 1 for w in cost.model.weights if w.layer >= 1}) * 1.0001 / 1e9
+    run = run.model_copy(update={"server": run.server.changed({"memory_gb": full})})
+    directory = saved(run, tmp_path)
+
+    def more() -> None:
+        join(directory.path, newcomer(model, own_data))
+        post_budget(directory, "server", {"memory_gb": 1.0})
+
+    going, recorder = asking(run, model, directory, {1: more})
+    assert going.run()
+    assert recorder.rows[-1].available_clients == 4
+
+
+@pytest.mark.parametrize("probing", [True, False])
+def test_who_leaves_and_comes_back_at_once_begins_anew(model: Path, tmp_path: Path, probing: bool) -> None:
+    run = a_run(model) if probing else a_run(model, EQUAL)
+    directory = saved(run, tmp_path)
+
+    def there_and_back() -> None:
+        leave(directory.path, "middle")
+        join(directory.path, "middle")
+
+    going, recorder = asking(run, model, directory, {3: there_and_back})
+    assert going.run()
+    assert not events(directory, "lost", "repeated")
+    assert {row.available_clients for row in recorder.rows} == {3}
+    _same_residuals(going, "large", "middle")
+
+
+def test_a_plan_is_made_for_who_comes_whatever_min_rounds_says(model: Path, tmp_path: Path, own_data: Path) -> None:
+    run = a_run(model, Policy.model_validate({"importance": {"metric": "equal"}, "replan": {"min_rounds": 10}}))
+    directory = saved(run, tmp_path)
+    going, recorder = asking(run, model, directory, {1: lambda: join(directory.path, newcomer(model, own_data))})
+    assert going.run()
+    assert [row.available_clients for row in recorder.rows] == [3, 3, 4, 4, 4]
+
+
+def _same_residuals(run: Coordinator, one: str, other: str) -> None:
+    """Two clients compute with the same residual of every weight that both hold."""
+    actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
+    ours, theirs = (actors[name].holder.segment.linears for name in (one, other))
+    both = ours.keys() & theirs.keys()
+    found = {name: (ours[name]._residual, theirs[name]._residual) for name in both}
+    assert any(mine is not None for mine, _ in found.values())
+    for name, (mine, its) in found.items():
+        # What a single holder has trained goes on in its adapter.
+        same = mine.A.equal(its.A) and mine.B.equal(its.B) if mine is not None and its is not None else mine is its
+        assert same, name
+
+
+# -- away -----------------------------------------------------------------------------------------------------------
+
+
+class Homeless(InProcess):
+    """Actors of which some have no place, until they are let in."""
+
+    def __init__(self, inside: InProcess, homeless: set[str]) -> None:
+        rest = {name: actor for name, actor in inside.actors.items() if name not in homeless}
+        super().__init__(rest, inside._make)
+        self.homeless = homeless
+
+    def away(self) -> list[str]:
+        return sorted(self.homeless)
+
+    def restart(self, actor: str) -> bool:
+        return actor not in self.homeless and super().restart(actor)
+
+
+def homeless(
+    run: RunConfig, model: Path, directory: RunDirectory, who: set[str], asks: dict[int, Any]
+) -> tuple[Coordinator, Recorder]:
+    here, recorder = asking(run, model, directory, asks)
+    executor = Homeless(here._executor, who)  # type: ignore[arg-type]
+    return Coordinator(run, executor, directory, here._inputs, recorder), recorder
+
+
+def test_a_late_client_takes_part_when_there_is_a_place(model: Path, tmp_path: Path) -> None:
+    run = a_run(model)
+    directory, who = saved(run, tmp_path), {"middle"}
+    going, recorder = homeless(run, model, directory, who, {3: who.clear})
+    assert going.run()
+    assert [row.available_clients for row in recorder.rows] == [2, 2, 2, 3, 3] or [
+        row.available_clients for row in recorder.rows
+    ] == [2, 2, 3, 3, 3]
+    assert [event["client"] for event in events(directory, "away")] == ["middle"]
+    _same_residuals(going, "large", "middle")
+
+
+def test_a_late_client_without_a_part_is_not_called_when_it_gets_one(model: Path, tmp_path: Path) -> None:
+    run = a_run(model)
+    small = run.clients[1].changed({"memory_gb": 1e-6})
+    run = run.model_copy(update={"clients": (run.clients[0], small, run.clients[2])})
+    directory, who = saved(run, tmp_path), {"middle"}
+    roomy = {"memory_gb": bytes_for(model, 2, 16) * 1.001 / 1e9}
+    asks = {1: lambda: post_budget(directory, "middle", roomy), 5: who.clear}
+    going, recorder = homeless(run, model, directory, who, asks)
+    assert going.run()
+    assert [row.available_clients for row in recorder.rows][:3] == [2, 2, 2]
+    assert recorder.rows[-1].available_clients == 3
+    assert not events(directory, "repeated")
+
+
+def test_with_nobody_there_nothing_begins(model: Path, tmp_path: Path) -> None:
+    run = a_run(model)
+    going, _ = homeless(run, model, saved(run, tmp_path), {"small", "middle", "large"}, {})
+    with pytest.raises(InputError, match=r"none that fits is there to begin with \(away: large, middle, small\)"):
+        going.run()
+
+
+def test_who_joins_without_a_place_takes_part_when_there_is_one(model: Path, tmp_path: Path, own_data: Path) -> None:
+    run = a_run(model)
+    directory, who = saved(run, tmp_path), {"tablet"}
+    asks = {1: lambda: join(directory.path, newcomer(model, own_data)), 5: who.clear}
+    here, recorder = asking(run, model, directory, asks)
+    executor = Homeless(here._executor, who)  # type: ignore[arg-type]
+    executor.homeless, who_at_first = set(), executor.homeless
+    going = Coordinator(run, executor, directory, here._inputs, recorder)
+    executor.homeless = who_at_first
+    assert going.run()
+    assert [row.available_clients for row in recorder.rows][:3] == [3, 3, 3]
+    assert recorder.rows[-1].available_clients == 4
+    _same_residuals(going, "large", "tablet")
 
 
 def test_the_last_client_cannot_leave(model: Path, tmp_path: Path) -> None:
@@ -308,13 +468,8 @@ def test_so_many_clients_train_in_a_round_and_all_follow(model: Path, tmp_path: 
     assert cohorts == trained[::2]
     assert {row.available_clients for row in recorder.rows} == {3}
     # Nobody falls behind: all compute with the same weights at the end.
-    actors = going._executor.actors  # type: ignore[attr-defined]  # in-process by construction
-    first = {n: w.weight for n, w in actors["small"].holder.segment.linears.items()}
-    residuals = [actors[name].holder.segment.linears for name in ("small", "middle", "large")]
-    assert first
-    for name in first:
-        A = [linears[name]._residual.A for linears in residuals]
-        assert all(other.equal(A[0]) for other in A[1:]), name
+    _same_residuals(going, "small", "middle")
+    _same_residuals(going, "middle", "large")
 
 
 def test_the_draw_depends_on_seed_and_round_alone(model: Path, tmp_path: Path) -> None:
