@@ -5,8 +5,8 @@
 **Speed**: a tiny random model and real actors, one process each, on emulated speeds: everybody waits until its declared
 time has passed (``clock: emulated``), so that the wall shows what the declared machines would take. The server takes
 0.25 declared seconds for the rows of one client, a client about one second for its own. A step is measured and held
-against the plan's prediction; the factor between declared and wall seconds grows with the number of processes, which
-this machine has to run all the same.
+against the plan's prediction. This machine has to run all the processes all the same, which takes the more time the more
+there are.
 
 **Cost**: memory that a plan reserves for each server, what the servers hand in to the first at a round's end, and what
 the same number of tokens comes to: adapters of several servers are trained apart for a round and then aggregated. That
@@ -48,13 +48,12 @@ job:
   validation: {{max_examples: 2}}
   residual: {{max_rank: full}}
   clock: emulated
-  clock_speedup: {speedup}
 """
 # At a round's end nothing is decomposed: on so small a model that would be most of the work.
 SPEED_POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nreinit: random\n"
 # Declared seconds of a server for the rows of one client, and of a client for its own.
 SERVER_S_A_CLIENT, CLIENT_S = 0.25, 1.0
-LEARNING = ["job.local_steps=8", "job.rounds=5", "job.batch_size=1", "job.data.partition=iid"]
+LEARNING = ["job.local_steps=6", "job.rounds=4", "job.batch_size=1", "job.data.partition=iid"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class Speed:
     Attributes:
         clients, servers: how many there are.
         predicted_s: of a step, by the plan (virtual).
-        measured_s: of a step: seconds of the wall times ``speedup``, the median.
-        speedup: declared seconds in a second of the wall.
+        measured_s: of a step, seconds of the wall, the median.
         server_mb: memory that the plan reserves for each server.
         handed_in_mb: adapters of the other servers that go to the first at a round's end.
         start_s: of the wall, until everybody is there and has its layers.
@@ -75,7 +73,6 @@ class Speed:
     servers: int
     predicted_s: float
     measured_s: float
-    speedup: float
     server_mb: float
     handed_in_mb: float
     start_s: float
@@ -114,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **machine_description("ray", "torch"),
         "command": " ".join(["hsplit bench replicas", *(sys.argv[1:] if arguments is None else arguments)]),
         "seeds": "1",
-        "steps": f"{options.steps} measured a setting",
-        "learning": f"hetero's job with {', '.join(LEARNING)}",
+        "steps": f"{options.steps} a setting, of which the first two do not count",
+        "learning": f"the default job with {', '.join(LEARNING)}",
     }
     write_rows(to / "speed.csv", [asdict(row) for row in speeds], header)
     if learned:
@@ -187,9 +184,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
     from hsplit.models.source import find_model
     from hsplit.run_directory import RunDirectory
 
-    # Each process takes its share of this machine in every step; waiting must be long against that.
-    speedup = 1.0 if clients <= 16 else 0.5
-    run = _configured(folder, model, data, clients, servers, options.steps, speedup)
+    run = _configured(folder, model, data, clients, servers, options.steps)
     executor = RayExecutor(f"replicas-{clients}-{servers}", run, model)
     try:
         directory = RunDirectory.create(folder, f"{clients}-{servers}")
@@ -211,8 +206,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
             servers,
             coordinator._plan.makespan_s,
             # The first step also takes what is only once.
-            median(seconds[1:]) * speedup,
-            speedup,
+            median(seconds[2:]),
             coordinator._plan.server.predicted_bytes / 1e6,
             sum(handed) / 1e6,
             start_s,
@@ -221,7 +215,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
         executor.close()
 
 
-def _configured(folder: Path, model: Path, data: Path, clients: int, servers: int, steps: int, speedup: float) -> Any:
+def _configured(folder: Path, model: Path, data: Path, clients: int, servers: int, steps: int) -> Any:
     from hsplit.actors.executor import SERVER
     from hsplit.actors.scheduler import Scheduler
     from hsplit.config import load_run_config
@@ -232,7 +226,7 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, servers: in
 
     def configured(client_tflops: float, server_tflops: float, clients: int, servers: int) -> Any:
         speeds = {"client_tflops": f"{client_tflops:.12f}", "server_tflops": f"{server_tflops:.12f}"}
-        sizes = {"clients": clients, "servers": servers, "steps": steps, "speedup": speedup}
+        sizes = {"clients": clients, "servers": servers, "steps": steps}
         cluster.write_text(CLUSTER.format(model=model, data=data, **speeds, **sizes))
         return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
 
@@ -323,7 +317,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hsplit bench replicas", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=3, help="local steps measured; the first is not counted")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="local steps; the first two, measured for memory, do not count",
+    )
     parser.add_argument("--learning-clients", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--model", help="what learns; default: the job's own")
     parser.add_argument("--no-learning", action="store_true", help="speed alone")
