@@ -5,8 +5,8 @@
 **Speed**: a tiny random model and real actors, one process each, on emulated speeds: everybody waits until its declared
 time has passed (``clock: emulated``), so that the wall shows what the declared machines would take. The server takes
 0.25 declared seconds for the rows of one client, a client about one second for its own. A step is measured and held
-against the plan's prediction. This machine has to run all the processes all the same, which takes the more time the more
-there are.
+against the plan's prediction. This machine has to run all the processes all the same, which takes the more time the
+more of them there are.
 
 **Cost**: memory that a plan reserves for each server, what the servers hand in to the first at a round's end, and what
 the same number of tokens comes to: adapters of several servers are trained apart for a round and then aggregated. That
