@@ -12,10 +12,10 @@ coefficient of variation around a fixed mean. The time of a round by three route
 - measured: the wall of a run with the real clock, in which the kernel holds every client and the server to their share
   of a core (a quota of CPU time, by control groups), and nobody waits for a declared time.
 
-What is declared is what such processes have. Before the runs of a level, clients under these quotas are timed, all at
-once, at a front of two layers, forward and backward: its counted FLOPs by its seconds are their FLOP/s. One of them has
-the server's quota, and stands for it. Latency and bandwidth are those of messages between two of these processes: all
-are on one machine, so that no network is part of this.
+What is declared is what such processes have. Right before each measured run clients under these quotas are timed, all
+at once, at a front of two layers, forward and backward: its counted FLOPs by its seconds are their FLOP/s. One of
+them has the server's quota, and stands for it. Latency and bandwidth are those of messages between two of these
+processes: all are on one machine, so that no network is part of this.
 
 Texts have ``max_length`` tokens, as plans reckon. Checkpoints and the driver's own work are in the wall and in no
 prediction. The profiler that follows memory is off.
@@ -334,8 +334,9 @@ class Experiment:
     def row(self, variation: float, shares: Mapping[str, float], budgets: Budgets, parts: int, labels: str) -> Any:
         """One setting by all three routes, and its holders."""
         expected_s, step_s = predicted(self.configured(budgets, parts, labels), self._model)
-        emulated = self._trained(self.configured(budgets, parts, labels, emulated=True), None)
+        # At once, since what a process of a share has changes with the machine's pace; waiting does not.
         measured = self._trained(self.configured(budgets, parts, labels), shares)
+        emulated = self._trained(self.configured(budgets, parts, labels, emulated=True), None)
         splits = " ".join(str(row.split) for row in emulated.plan if row.kind == "client")
         row = Row(
             variation,
@@ -614,11 +615,11 @@ def _run(
                 shares = shares_of(scale, variation, options.seed)
                 drawn[variation] = pstdev(shares.values()) / mean(shares.values())
                 shares["server"] = scale.server_share
-                budgets = experiment.calibrated(shares)
                 settings = [(parts, "server") for parts in scale.parts]
                 if variation == scale.heterogeneity[-1]:
                     settings += [(scale.parts[-1], "client")]
                 for parts, labels in settings:
+                    budgets = experiment.calibrated(shares)
                     row, its = experiment.row(variation, shares, budgets, parts, labels)
                     rows.append(row)
                     holders += its
