@@ -40,7 +40,7 @@ class MeasuredBudgets:
 
     Attributes:
         path: the cluster file that was written.
-        machines: the host's name, by holder; the clients, then ``server``.
+        machines: the host's name, by holder; the clients, then the servers.
         figures: by holder and key of its budget.
     """
 
@@ -77,20 +77,18 @@ def measure_budgets(
         address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
         cpu: measure a cluster file with GPUs on CPUs.
         repeats: samples of each figure.
-        seconds: that clients, and then the server, compute in all.
+        seconds: that clients, and then the servers, compute in all.
         progress: is told what is being measured.
 
     Raises:
-        InputError: something given is wrong; nothing was started.
+        InputError: something given is wrong, or a holder has no place; no actor was started.
         ActorFailure: a holder could not be measured; nothing was written.
         RunError: a holder has no memory at all; likewise.
     """
     to = Path(to)
     _check(to, repeats, seconds)
     given = load_unmeasured(cluster, overrides, cpu=cpu)
-    run = settled(given)
-    # Ray's object store is what is measured; a direct transport's group would only be in the way.
-    run = run.model_copy(update={"job": run.job.model_copy(update={"transport": "store"})})
+    run = _all_there(settled(given))
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         check_model(run, source)
@@ -106,21 +104,32 @@ def measure_budgets(
         if figures[name]["memory_gb"].value <= 0:
             raise RunError(f"{name}: no memory is free on {machine}")
     try:
-        write_text_atomically(to, measured_file(given, figures, _header(run, cluster, machines, seconds)))
+        write_text_atomically(to, measured_file(given, figures, _header(run, cost, cluster, machines, seconds)))
     except OSError as error:
         raise InputError(f"--to {displayed(to)}: cannot be written: {os_reason(error)}") from error
     return MeasuredBudgets(to, machines, figures)
 
 
+def _all_there(run: RunConfig) -> RunConfig:
+    """``run`` as it is measured.
+
+    Ray's object store is: a direct transport's group would only be in the way. Nobody may be away: what is not there
+    has no figures.
+    """
+    clients = tuple(client.model_copy(update={"late": False}) for client in run.clients)
+    job = run.job.model_copy(update={"transport": "store"})
+    return run.model_copy(update={"clients": clients, "job": job})
+
+
 class BudgetProbe:
-    """Asks the gauges in the places of a run's clients and server; Ray-free.
+    """Asks the gauges in the places of a run's clients and servers; Ray-free.
 
     Args:
         run: who there is, and the job.
         cost: what its steps count.
         executor: reaches a :class:`~hsplit.actors.gauge.Gauge` by every holder's name.
         repeats: samples of each figure.
-        seconds: that clients, and then the server, compute in all.
+        seconds: that clients, and then the servers, compute in all.
         progress: is told what is being measured.
         sizes: bytes of the messages that a link is measured with.
         clock: seconds, for messages.
@@ -141,7 +150,7 @@ class BudgetProbe:
         self._run, self._cost, self._executor = run, cost, executor
         self._repeats, self._spell_s, self._progress = repeats, seconds / repeats, progress
         self._sizes, self._clock = sizes, clock
-        self._clients = [client.name for client in run.clients]
+        self._clients, self._servers = [client.name for client in run.clients], run.server.names
 
     def machines(self) -> dict[str, str]:
         """The host's name by holder."""
@@ -155,15 +164,15 @@ class BudgetProbe:
         memory, links = self._memory_and_links()
         self._progress("computing: the clients side by side")
         flops = self._client_flops()
-        self._progress("computing: the server")
-        flops[SERVER] = self._server_flops()
+        self._progress("computing: the server" if len(self._servers) == 1 else "computing: the servers side by side")
+        flops |= self._server_flops()
         found = {}
-        for name in (*self._clients, SERVER):
+        for name in (*self._clients, *self._servers):
             found[name] = {
                 "memory_gb": Figure.least_of([nbytes / 1e9 for nbytes in memory[name]]),
                 "tflops": Figure.median_of([each / 1e12 for each in flops[name]]),
             }
-            if name != SERVER:
+            if name in links:
                 found[name] |= {
                     "bandwidth_mbps": Figure.median_of([link.bandwidth_bps / 1e6 for link in links[name]]),
                     "latency_ms": Figure.median_of([link.latency_s * 1e3 for link in links[name]]),
@@ -172,7 +181,8 @@ class BudgetProbe:
 
     def _memory_and_links(self) -> tuple[dict[str, list[float]], dict[str, list[Link]]]:
         run = self._run
-        gpus = {SERVER: run.server.num_gpus} | {client.name: client.num_gpus for client in run.clients}
+        gpus = {client.name: client.num_gpus for client in run.clients}
+        gpus |= dict.fromkeys(self._servers, run.server.num_gpus)
         places = {name: Place(machine, gpus[name]) for name, (_, machine) in self._all("machine").items()}
         # The first look at a GPU takes some of its memory, and the first messages some of the host's.
         self._all("free_bytes")
@@ -210,9 +220,10 @@ class BudgetProbe:
         spells = self._spells(self._clients, 1)
         return {name: [client_flops(self._cost, took) for took in spells[name]] for name in self._clients}
 
-    def _server_flops(self) -> list[float]:
-        together = joined_clients(len(self._clients))
-        return [server_flops(self._cost, together, took) for took in self._spells([SERVER], together)[SERVER]]
+    def _server_flops(self) -> dict[str, list[float]]:
+        together = joined_clients(self._cost.model, len(self._clients))
+        spells = self._spells(self._servers, together)
+        return {name: [server_flops(self._cost, together, took) for took in spells[name]] for name in self._servers}
 
     def _spells(self, holders: Sequence[str], clients: int) -> dict[str, list[StepSeconds]]:
         """The seconds of local steps of ``holders``, all at the same time, of each spell."""
@@ -225,7 +236,7 @@ class BudgetProbe:
 
     def _all(self, method: str, *arguments: Any, of: Sequence[str] = ()) -> dict[str, Any]:
         """Call ``method`` of everybody, or of some, at the same time."""
-        names = list(of) or [*self._clients, SERVER]
+        names = list(of) or [*self._clients, *self._servers]
         handles = [self._executor.call(name, method, *arguments) for name in names]
         return dict(zip(names, self._answers(handles), strict=True))
 
@@ -243,9 +254,13 @@ def _check(to: Path, repeats: int, seconds: float) -> None:
         raise InputError(f"--to {displayed(to)}: must be a file in a directory that there is")
 
 
-def _header(run: RunConfig, cluster: str | Path, machines: dict[str, str], seconds: float) -> list[str]:
-    job = run.job
-    together = joined_clients(len(run.clients))
+def _header(
+    run: RunConfig, cost: CostModel, cluster: str | Path, machines: dict[str, str], seconds: float
+) -> list[str]:
+    job, servers = run.job, run.server.replicas
+    together = joined_clients(cost.model, len(run.clients))
+    server = "the server alone" if servers == 1 else f"all {servers} servers at the same time, each"
+    least = [] if servers == 1 else ["", f"the server's figures are the least of the {servers} servers'"]
     lines = [
         f"Budgets measured by hsplit probe on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}; who there is:"
         f" {shown(displayed(cluster), 200)}",
@@ -254,10 +269,11 @@ def _header(run: RunConfig, cluster: str | Path, machines: dict[str, str], secon
         " reserved share",
         f"tflops          local steps of {job.batch_size} x {job.max_length} tokens in {job.dtype} on a base in"
         f" {job.base}, over {seconds:g} s: all clients",
-        f"                at the same time, then the server alone with the batches of {together}",
+        f"                at the same time, then {server} with the batches of {together}",
         "bandwidth_mbps  messages between client and server through Ray, one client at a time; on one machine that is"
         " its memory's",
         "latency_ms      one way, with all that Ray and the driver do for a message",
+        *least,
         "",
         *(f"{name} was on {machine}" for name, machine in machines.items()),
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from hsplit.actors.executor import ActorFailure, InProcess
 from hsplit.actors.gauge import Gauge
 from hsplit.actors.participant import base_model
+from hsplit.actors.placement import Node, Placement, requests_of
 from hsplit.budget_probe import BudgetProbe, measure_budgets
 from hsplit.config import RunConfig
 from hsplit.errors import InputError
@@ -67,13 +71,19 @@ class KnownGauge:
         return StepSeconds(self.step_s, 0.25)
 
 
-def _run(models: dict[str, Path], *names: str) -> RunConfig:
+def _run(models: dict[str, Path], *names: str, replicas: int = 1, **job: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
+            "server": {"replicas": replicas},
             "clients": [{"name": name, "kind": name, "memory_gb": 1.0, "tflops": 1.0} for name in names],
-            "job": {"model": str(models["llama"]), "dtype": "fp32", "max_length": 16, "rank_set": [1, 2]},
+            "job": {"model": str(models["llama"]), "dtype": "fp32", "max_length": 16, "rank_set": [1, 2], **job},
         }
     )
+
+
+def _node() -> Node:
+    room = {"CPU": 64.0}
+    return Node("id", "host", "10.0.0.1", "10.0.0.1", {}, room, room)
 
 
 def test_figures_are_the_holders_own(models: dict[str, Path]) -> None:
@@ -125,6 +135,78 @@ def test_clients_compute_together_and_the_server_when_they_are_done(models: dict
         ("prepare", "server", ("nf4", 2)),
         *[("step_seconds", "server", (3.0,))] * 2,
     ]
+
+
+def test_several_servers_share_the_memory_and_compute_together_for_their_own_clients(models: dict[str, Path]) -> None:
+    names = [f"c{number}" for number in range(8)]
+    run, world = _run(models, *names, replicas=4), World()
+    config = model_config(models["llama"])
+    servers = run.server.names
+    gauges = {name: KnownGauge(name, world, "here", 99_000, 1.0) for name in (*names, *servers)}
+    gauges["server-2"].step_s = 3.0
+    probe = BudgetProbe(run, CostModel.of_run(config, run), InProcess(gauges), 1, 6.0, clock=lambda: world.now)
+    assert list(probe.machines()) == [*names, *servers]
+    found = probe.figures()
+    assert world.asked[-8:] == [
+        *[("prepare", name, ("nf4", 2)) for name in servers],
+        *[("step_seconds", name, (6.0,)) for name in servers],
+    ]
+    # The rate is that of a lone server which joins two.
+    alone = CostModel.of_run(config, _run(models, "a", "b"))
+    for name, step_s in (("server", 1.5), ("server-1", 1.5), ("server-2", 3.5)):
+        counted = server_flops(alone, 2, StepSeconds(step_s, 0.25)) / 1e12
+        assert found[name]["tflops"].value == pytest.approx(counted, rel=1e-3)
+    # Twelve on one host.
+    for name in (*names, *servers):
+        assert found[name]["memory_gb"].value == pytest.approx((1 - HEADROOM) * 101_000 / 12 / 1e9, rel=1e-3)
+        assert ("latency_ms" in found[name]) == (name in names)
+
+
+def test_a_server_joins_as_many_as_are_drawn_for_a_round(models: dict[str, Path]) -> None:
+    names = [f"c{number}" for number in range(8)]
+    run, world = _run(models, *names, clients_per_round=3), World()
+    config = model_config(models["llama"])
+    gauges = {name: KnownGauge(name, world, "here", 99_000, 1.0) for name in (*names, "server")}
+    probe = BudgetProbe(run, CostModel.of_run(config, run), InProcess(gauges), 1, 6.0, clock=lambda: world.now)
+    found = probe.figures()
+    assert ("prepare", "server", ("nf4", 3)) in world.asked
+    counted = server_flops(CostModel.of_run(config, _run(models, "a", "b", "c")), 3, StepSeconds(1.5, 0.25))
+    assert found["server"]["tflops"].value == pytest.approx(counted / 1e12, rel=1e-3)
+
+
+def test_a_gauge_stands_in_every_place(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hsplit.actors.ray_gauges import GaugeExecutor
+
+    begun: dict[str, type] = {}
+
+    def remote(cls: type, name: str, *_: object) -> SimpleNamespace:
+        begun[name.rpartition(":")[2]] = cls
+        return SimpleNamespace(remote=inspect.signature(cls).bind)
+
+    monkeypatch.setattr("hsplit.actors.ray_executor._remote", remote)
+    run = _run(models, "a", "b", replicas=3)
+    placement = Placement({name: _node() for name, _ in requests_of(run)}, ())
+    GaugeExecutor("test", run, models["llama"], placement)
+    assert begun.keys() == {"a", "b", "server", "server-1", "server-2"}
+    assert all(issubclass(cls, Gauge) for cls in begun.values())
+
+
+def test_a_late_client_that_is_away_is_refused_by_name(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starting(*_: object) -> None:
+        raise AssertionError("an actor was started")
+
+    for what in ("helpers_of", "ray_of"):
+        monkeypatch.setattr(f"hsplit.budget_probe.{what}", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("hsplit.actors.placement.alive_nodes", lambda: [_node()])
+    monkeypatch.setattr("hsplit.actors.ray_executor._remote", starting)
+    given, to = tmp_path / "given.yaml", tmp_path / "measured.yaml"
+    clients = "[{name: here}, {name: commuter, late: true, labels: {site: den}}]"
+    given.write_text(f"clients: {clients}\njob: {{model: {models['llama']}, dtype: fp32}}\n")
+    with pytest.raises(InputError, match=r"^commuter: labels: no node has site=den; "):
+        measure_budgets(given, to)
+    assert not to.exists()
 
 
 def test_real_gauges_give_figures_of_all_kinds(models: dict[str, Path]) -> None:

@@ -200,6 +200,7 @@ class RayExecutor:
     """
 
     _server_class: type = ServerActor
+    _replica_class: type = ReplicaActor
     # Everybody but clients and server.
     _helpers: tuple[str, ...] = (SCHEDULER,)
 
@@ -249,7 +250,7 @@ class RayExecutor:
             server = _remote(self._server_class, f"{prefix}:server", holder, node, run.job.transport)
             return server.remote(run.job, run.policy, base, _device(holder))
         if name in run.server.names:
-            replica = _remote(ReplicaActor, f"{prefix}:{name}", holder, node, run.job.transport)
+            replica = _remote(self._replica_class, f"{prefix}:{name}", holder, node, run.job.transport)
             return replica.remote(name, run.job, run.policy, base, _device(holder))
         client = cast(ClientConfig, holder)
         actor = _remote(self._client_class, f"{prefix}:client:{name}", client, node, run.job.transport)

@@ -26,9 +26,17 @@ class ServerGaugeActor(Gauge):
         super().__init__(job, policy, base_model(model.locate(), job), device, at_server=True)
 
 
+class ReplicaGaugeActor(ServerGaugeActor):
+    """In the place of a server that does not aggregate."""
+
+    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
+        super().__init__(job, policy, model, device)
+
+
 class GaugeExecutor(RayExecutor):
-    """As the executor of a run, with gauges for clients and server, and nobody to plan."""
+    """As the executor of a run, with gauges for clients and servers, and nobody to plan."""
 
     _server_class = ServerGaugeActor
+    _replica_class = ReplicaGaugeActor
     _client_class = ClientGaugeActor
     _helpers = ()

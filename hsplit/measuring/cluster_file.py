@@ -13,7 +13,6 @@ from hsplit.config.overrides import Overrides, parse_overrides
 from hsplit.errors import InputError
 from hsplit.measuring.figure import Figure, Figures
 
-_SERVER = "server"
 # Any would do: it is replaced by what is measured.
 _UNMEASURED = {"memory_gb": 1.0}
 
@@ -40,12 +39,13 @@ def measured_file(run: RunConfig, figures: Figures, header: Sequence[str]) -> st
 
     Args:
         run: who takes part, and the job; of the job, what was given is written, and defaults are left out.
-        figures: by holder and key, of every client and ``server``.
+        figures: by holder and key, of every client and every server; of the servers, which have one entry, the least.
         header: lines that stand above as a comment.
     """
     server = run.server.model_dump(exclude_unset=True, exclude=set(BUDGET_FIELDS))
     lines = [*(f"# {line}".rstrip() for line in header), "", "server:"]
-    lines += textwrap.indent(_entry({}, figures[_SERVER], server), "  ").splitlines()
+    least = _least([figures[name] for name in run.server.names])
+    lines += textwrap.indent(_entry({}, least, server), "  ").splitlines()
     lines += ["", "clients:"]
     for client in run.clients:
         rest = client.model_dump(exclude_defaults=True, exclude={"name", "kind", *BUDGET_FIELDS})
@@ -53,6 +53,11 @@ def measured_file(run: RunConfig, figures: Figures, header: Sequence[str]) -> st
         lines += ("  - " + entry.lstrip()).splitlines()
     job = run.job.model_dump(exclude_unset=True)
     return "\n".join([*lines, ""]) + (f"\n{to_yaml({'job': job})}" if job else "")
+
+
+def _least(servers: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
+    """What every one of ``servers`` has."""
+    return {key: min((each[key] for each in servers), key=lambda figure: figure.value) for key in servers[0]}
 
 
 def _entry(names: Mapping[str, Any], figures: Mapping[str, Figure], rest: Mapping[str, Any]) -> str:

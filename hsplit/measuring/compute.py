@@ -29,12 +29,13 @@ from hsplit.models.segment import (
     targeted,
 )
 from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.counted_model import CountedModel
 from hsplit.scheduling.fake_layer import LayerSetting
 
 LAYERS = 2
 """Decoder layers that are timed: enough that one's weights leave the caches while another computes."""
 MOST_JOINED = 16
-"""Clients whose batches the server computes at once, at most: more would not make it faster, and take memory."""
+"""Clients whose batches a server computes at once, at most: more would not make it faster, and take memory."""
 # The first step also makes the optimizer's moments and chooses kernels.
 _WARM_UP_STEPS = 2
 
@@ -168,9 +169,10 @@ def timed_layers(layers: int) -> int:
     return min(LAYERS, layers)
 
 
-def joined_clients(clients: int) -> int:
-    """How many of a run's ``clients`` the server is timed with."""
-    return min(clients, MOST_JOINED)
+def joined_clients(model: CountedModel, clients: int) -> int:
+    """How many of a run's ``clients`` each server is timed with: as many as it serves in a round, up to a number."""
+    served = model.served(model.clients_at([0] * clients)[None])
+    return min(int(served.sum()), MOST_JOINED)
 
 
 def _part_sizes(job: Job, clients: int) -> list[int]:
@@ -198,13 +200,13 @@ def client_flops(cost: CostModel, took: StepSeconds) -> float:
 
 
 def server_flops(cost: CostModel, clients: int, took: StepSeconds) -> float:
-    """The server's FLOP/s over a whole step: all layers, at the speed of the timed ones, and its tail once.
+    """A server's FLOP/s over a whole step: all layers, at the speed of the timed ones, and its tail once.
 
     Args:
         cost: counts.
         clients: whose batches were computed at once.
-        took: of the server's :class:`StepWork`.
+        took: of that server's :class:`StepWork`.
     """
     model = cost.model
-    counted = float(cost.times.server_times(_Unit(), model.clients_at([0] * clients)[None])[0])
+    counted = float(cost.times.serving_times(_Unit(), model.clients_at([0] * clients)[None])[0])
     return counted / (took.layers * model.layers / timed_layers(model.layers) + took.tail)

@@ -79,7 +79,10 @@ class StepTimes:
 
         Of several servers it is that of the first, which no other exceeds.
         """
-        served = self._model.served(counts)
+        return self.serving_times(server, self._model.served(counts))
+
+    def serving_times(self, server: ServerBudget, served: Ints) -> Floats:
+        """Virtual seconds of one server's phase with the clients ``served``, however many take part: ``(M,)``."""
         flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
         if not self._model.tail_at_client:
             flops = flops + served.sum(axis=1) * self._tail_flops

@@ -79,6 +79,18 @@ def test_every_figure_has_its_spread_beside_it(given: Path) -> None:
     assert not any(word in text for word in ("uniform", "choice", "count", "num_gpus", "batch_size"))
 
 
+def test_several_servers_have_one_entry_with_the_least_of_each_figure(given: Path, tmp_path: Path) -> None:
+    run = load_unmeasured(given, ["server.replicas=3"])
+    figures = dict(_figures(run))
+    figures["server-1"] = {"memory_gb": Figure.least_of([6.0, 8.0]), "tflops": Figure.median_of([4e-5])}
+    figures["server-2"] = {"memory_gb": Figure.least_of([9.0]), "tflops": Figure.median_of([1e-5, 1e-5, 3e-5])}
+    path = tmp_path / "measured.yaml"
+    path.write_text(measured_file(run, figures, []))
+    server = load_run_config(path).server
+    assert (server.memory_gb, server.tflops, server.replicas) == (6.0, 1e-5, 3)
+    assert "memory_gb: 6.0  # least of 2, 6-8" in path.read_text()
+
+
 def test_no_figure_is_more_than_a_file_may_have(given: Path, tmp_path: Path) -> None:
     run = load_unmeasured(given)
     figures = {name: {key: Figure.median_of([3e12]) for key in of} for name, of in _figures(run).items()}

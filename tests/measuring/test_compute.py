@@ -41,13 +41,16 @@ def _job(**changes: Any) -> Job:
     return Job(**(settings | changes))
 
 
-def _cost(directory: Path, job: Job) -> CostModel:
+def _cost(directory: Path, job: Job, servers: int = 1) -> CostModel:
     clients: Any = [{"name": "a", "kind": "a", "memory_gb": 1.0, "tflops": 1.0}]
-    return CostModel.of_run(model_config(directory), RunConfig.model_validate({"clients": clients, "job": job}))
+    run = RunConfig.model_validate({"clients": clients, "job": job, "server": {"replicas": servers}})
+    return CostModel.of_run(model_config(directory), run)
 
 
-def _work(directory: Path, job: Job, *, at_server: bool = False, clients: int = 1) -> tuple[CostModel, StepWork]:
-    cost = _cost(directory, job)
+def _work(
+    directory: Path, job: Job, *, at_server: bool = False, clients: int = 1, servers: int = 1
+) -> tuple[CostModel, StepWork]:
+    cost = _cost(directory, job, servers)
     model = cost.model
     setting = model.setting(model.top_rank, clients * job.batch_size, job.base if at_server else None)
     base = base_model(directory, job)
@@ -81,6 +84,19 @@ def test_a_step_does_the_products_that_the_cost_model_counts(models: dict[str, P
     # A step in which the timed layers take their part of a second, and the tail nothing more.
     counted = server_flops(cost, clients, StepSeconds(LAYERS / ALL_LAYERS, 0.0))
     assert counted == pytest.approx(layers + tail, rel=1e-3)
+
+
+@pytest.mark.parametrize(("servers", "drawn"), [(4, None), (1, 3), (2, 3)])
+def test_a_server_s_products_are_those_of_whom_it_is_timed_with(
+    models: dict[str, Path], servers: int, drawn: int | None
+) -> None:
+    job = _job(privacy={"labels": "client"}, clients_per_round=drawn)
+    clients = joined_clients(_cost(models["llama"], job, servers).model, 8)
+    cost, server = _work(models["llama"], job, at_server=True, clients=clients, servers=servers)
+    with flop_counter() as done:
+        server.step()
+    counted = server_flops(cost, clients, StepSeconds(LAYERS / ALL_LAYERS, 0.0))
+    assert counted == pytest.approx(done.get_total_flops() * ALL_LAYERS / LAYERS, rel=1e-3)
 
 
 def test_twice_the_work_in_the_same_time_is_twice_the_rate(models: dict[str, Path]) -> None:
@@ -121,6 +137,20 @@ def test_a_client_holds_its_layers_dense_and_the_server_the_last_ones_as_codes(m
     assert kinds == ["DenseWeight", "NF4Weight"]
 
 
-def test_the_server_joins_everybody_up_to_a_number() -> None:
-    assert joined_clients(5) == 5
-    assert joined_clients(1000) == MOST_JOINED
+@pytest.mark.parametrize(
+    ("servers", "drawn", "clients", "joined"),
+    [
+        (1, None, 5, 5),
+        (1, None, 1000, MOST_JOINED),
+        (4, None, 8, 2),
+        (4, None, 9, 3),
+        (4, None, 1000, MOST_JOINED),
+        (1, 3, 8, 3),
+        (2, 3, 8, 2),
+        (1, 9, 8, 8),
+    ],
+)
+def test_a_server_joins_those_whom_it_serves_up_to_a_number(
+    models: dict[str, Path], servers: int, drawn: int | None, clients: int, joined: int
+) -> None:
+    assert joined_clients(_cost(models["llama"], _job(clients_per_round=drawn), servers).model, clients) == joined
