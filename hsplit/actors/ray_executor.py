@@ -20,7 +20,7 @@ from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, 
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
-from hsplit.actors.placement import Node, Placement, alive_nodes, place, requests_of, room_for
+from hsplit.actors.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
 from hsplit.actors.replica import Replica
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
@@ -192,7 +192,8 @@ class RayExecutor:
         run_name: actors are named ``hsplit:RUN:client:NAME``, ``hsplit:RUN:server``, ``hsplit:RUN:scheduler``.
         run: resolved configuration.
         model: where the driver found ``job.model``.
-        placement: where everybody runs; ``None``: it is found here.
+        placement: where everybody runs; who has no place there is not begun before :meth:`restart`; ``None``: places
+            are found here.
         fingerprint: the base's; who is begun where ``placement`` has nobody checks the base there against it.
 
     Raises:
@@ -214,7 +215,9 @@ class RayExecutor:
         placement = placement or place(run)
         self._run_name, self._run = run_name, run
         self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
-        self._placement, self._model, self._fingerprint = placement, model, fingerprint
+        self._model, self._fingerprint = model, fingerprint
+        # On which nodes a base was found before the run started, and by which path of a client's own, if any.
+        self._looked_at = {(node.id, _own_model(self._requests[name])) for name, node in placement.nodes.items()}
         self._transport = run.job.transport
         self._tickets = count()
         self._handles: dict[str, Any] = {}
@@ -222,7 +225,7 @@ class RayExecutor:
         self._away = set(placement.away)
         # First, so that it plans while the others start.
         for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
-            if name not in self._away:
+            if name in self._helpers or name in placement.nodes:
                 self._handles[name] = self._begin(name)
 
         if self._collective:
@@ -263,12 +266,8 @@ class RayExecutor:
 
     def _base_of(self, name: str) -> ModelReference:
         """Where ``name`` finds the base, to be checked there unless that was done before the run started."""
-        holder, before = self._requests[name], self._placement.nodes
-        own = holder.model if isinstance(holder, ClientConfig) else None
-        # A path of a client's own was looked at for that client alone.
-        asked = before.values() if own is None else [before[name]] if name in before else []
-        checked = any(node.id == self._nodes[name].id for node in asked)
-        fingerprint = None if checked else self._fingerprint
+        own = _own_model(self._requests[name])
+        fingerprint = None if (self._nodes[name].id, own) in self._looked_at else self._fingerprint
         if own is not None:
             return ModelReference(own, None, fingerprint)
         return ModelReference(self._run.job.model, self._model, fingerprint)
@@ -335,7 +334,10 @@ class RayExecutor:
         return sorted(self._away)
 
     def add(self, client: ClientConfig) -> None:
-        self._requests.setdefault(client.name, client)
+        if self._requests.get(client.name) != client:
+            # One that was refused may have had this name.
+            self._requests[client.name] = client
+            self._nodes.pop(client.name, None)
 
     def restart(self, actor: str) -> bool:
         if self._collective:
@@ -371,7 +373,9 @@ class RayExecutor:
         """Whether a node that is there has room for ``actor`` now."""
         if actor == SCHEDULER:
             return True
-        node = room_for(alive_nodes(), self._requests[actor], self._nodes.get(actor))
+        there = [name for name in self._nodes if name in self._handles and name not in (actor, *self._away)]
+        nodes = left_by(alive_nodes(), [(self._nodes[name].id, self._requests[name]) for name in there])
+        node = room_for(nodes, self._requests[actor], self._nodes.get(actor))
         if node is not None:
             self._nodes[actor] = node
         return node is not None
@@ -402,6 +406,10 @@ def _remote(cls: type, name: str, holder: Holder, node: Node, transport: str) ->
     }
     transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
     return transported.options(**options)
+
+
+def _own_model(holder: Holder) -> str | None:
+    return holder.model if isinstance(holder, ClientConfig) else None
 
 
 def _device(holder: Holder) -> str:
