@@ -138,8 +138,12 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]
     """Progress and each holder's tensors, by holder name."""
     from safetensors.torch import load_file
 
-    progress = Progress(**json.loads((path / "state.json").read_text()))
-    return progress, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return read_progress(path), {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+
+
+def read_progress(path: Path) -> Progress:
+    """Progress alone."""
+    return Progress(**json.loads((path / "state.json").read_text()))
 
 
 def holder_state(path: Path, holder: str) -> dict[str, Tensor] | None:

@@ -258,6 +258,8 @@ class Coordinator:
             self._executor.end(name)
         for client in self._run.clients[len(self._declared.clients) :]:
             self._executor.add(client)
+            if client.name in [*progress.left, *progress.aside]:
+                continue
             if not self._executor.restart(client.name):
                 self._away.append(client.name)
 

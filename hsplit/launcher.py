@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hsplit.actors.executor import ActorFailure
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
-from hsplit.checkpoint import latest_checkpoint
+from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
 from hsplit.config import Partition, RunConfig, load_run_config
 from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     import pandas
 
     from hsplit.data import Example
+
+# For clients that join a local run, however little the others ask for.
+_LEAST_SPARE_CPUS = 4
 
 
 @dataclass(frozen=True)
@@ -367,9 +370,11 @@ def _drive(
 
     shown = display or display_for(sys.stdout)
     with directory.driven():
+        progress = Progress() if checkpoint is None else read_progress(checkpoint)
         helpers.janitor.removes(*directory.half_written)
         with ray_of(run, address, helpers) as dashboard:
-            placement = place(run)
+            # Who takes no part any more, or is lost, need not be there for the others to go on.
+            placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
             notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             executor = RayExecutor(name, run, source.directory, placement, fingerprint)
@@ -396,12 +401,21 @@ def ray_of(run: RunConfig, address: str | None, helpers: Helpers, *, dashboard: 
     if ray.is_initialized():
         yield None
         return
-    requested = run.server.num_cpus * run.server.replicas + sum(client.num_cpus for client in run.participants)
-    found = connect(address, requested, dashboard, root=helpers.janitor.root, fork_server=helpers.fork_server)
+    cpus = local_cpus(run)
+    found = connect(address, cpus, dashboard, root=helpers.janitor.root, fork_server=helpers.fork_server)
     try:
         yield found
     finally:
         ray.shutdown()
+
+
+def local_cpus(run: RunConfig) -> float:
+    """How many logical CPUs a local Ray needs at least: with room for as many clients again, which may join.
+
+    Ray only keeps account of them. Workers that it starts beforehand, where it does, are no more than there are cores.
+    """
+    clients = sum(client.num_cpus for client in run.participants)
+    return run.server.num_cpus * run.server.replicas + clients + max(clients, _LEAST_SPARE_CPUS)
 
 
 @contextmanager

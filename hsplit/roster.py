@@ -150,7 +150,8 @@ class Roster:
         gone = {*self.aside, *self.left}
         self._lost = {name: None for name in lost if name not in gone}
         for name in away:
-            if name not in gone:
+            # Who is lost has not been begun either way: whether there is a place is seen when it is to come back.
+            if name not in gone and name not in self._lost:
                 self.away(name)
         self._tell_scheduler()
 

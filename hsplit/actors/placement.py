@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -64,7 +64,7 @@ class Placement:
 
     Attributes:
         nodes: the node of each holder that has one, by name.
-        away: the ``late`` clients that no node has room for now.
+        away: the clients that are begun later: the ``late`` ones that no node has room for now, and the lost.
     """
 
     nodes: Mapping[str, Node]
@@ -88,18 +88,24 @@ def requests_of(run: RunConfig) -> list[Request]:
     return [*servers, *((client.name, client) for client in run.participants)]
 
 
-def place(run: RunConfig) -> Placement:
+def place(run: RunConfig, without: Collection[str] = (), lost: Collection[str] = ()) -> Placement:
     """The node of each holder on the Ray that is connected.
 
     Waits a few seconds for what others are about to free.
 
+    Args:
+        run: resolved configuration.
+        without: clients that take no part, and need no place.
+        lost: clients that are to come back; see :func:`placement_of`.
+
     Raises:
         InputError: not everybody that must be there can be; see :func:`placement_of`.
     """
+    requests = [(name, holder) for name, holder in requests_of(run) if name not in without]
     until = time.monotonic() + _FREE_S
     while True:
         try:
-            return placement_of(alive_nodes(), requests_of(run))
+            return placement_of(alive_nodes(), requests, lost)
         except InUse:
             if time.monotonic() > until:
                 raise
@@ -113,15 +119,21 @@ def alive_nodes() -> list[Node]:
     return sorted(nodes, key=lambda node: (node.address, node.id))
 
 
-def placement_of(nodes: Sequence[Node], requests: Sequence[Request]) -> Placement:
+def placement_of(nodes: Sequence[Node], requests: Sequence[Request], lost: Collection[str] = ()) -> Placement:
     """Give each of ``requests`` one of ``nodes``: first those that fit few of them, then the large ones, each on the
     node with the most CPUs left. ``late`` clients come last, and stay away where no node has room.
+
+    Args:
+        nodes: that are there.
+        requests: of everybody.
+        lost: the names of clients that are begun later; room is left for them as for ``late`` ones, and they are away.
 
     Raises:
         InputError: one of the others has no place; names it, what it asks for, and what the nodes have.
         InUse: it would have one if nobody else used the cluster.
     """
-    certain = [(name, holder) for name, holder in requests if not _is_late(holder)]
+    late = [(name, holder) for name, holder in requests if _is_late(holder) or name in lost]
+    certain = [(name, holder) for name, holder in requests if not _is_late(holder) and name not in lost]
     for name, holder in certain:
         _check_alone(nodes, name, holder)
     everything = _Filling(nodes, {node.id: node.total for node in nodes})
@@ -141,9 +153,28 @@ def placement_of(nodes: Sequence[Node], requests: Sequence[Request]) -> Placemen
             f"{name}: asks for {_amounts(_asked(holder))}, which others on the Ray cluster are using; the nodes:"
             f" {described(nodes)}"
         )
-    late = [(name, holder) for name, holder in requests if _is_late(holder)]
-    away = tuple(name for name, holder in late if not now.add(name, holder))
-    return Placement({name: now.node_of[name] for name, _ in requests if name in now.node_of}, away)
+    away = {name: None for name, holder in late if not now.add(name, holder) or name in lost}
+    return Placement({name: now.node_of[name] for name, _ in requests if name not in away}, tuple(away))
+
+
+def left_by(nodes: Sequence[Node], taken: Iterable[tuple[str, Holder]]) -> list[Node]:
+    """``nodes`` with no more free than ``taken`` leave, by the ids of their nodes: of an actor that was begun a moment
+    before, Ray has not reserved anything yet.
+    """
+    on: dict[str, list[Mapping[str, float]]] = {}
+    for node_id, holder in taken:
+        on.setdefault(node_id, []).append(_asked(holder))
+    sums = {node.id: _sum(on.get(node.id, ())) for node in nodes}
+    return [
+        replace(
+            node,
+            free={
+                what: min(much, node.total.get(what, 0.0) - sums[node.id].get(what, 0.0))
+                for what, much in node.free.items()
+            },
+        )
+        for node in nodes
+    ]
 
 
 def room_for(nodes: Sequence[Node], holder: Holder, before: Node | None) -> Node | None:

@@ -20,7 +20,7 @@ from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, 
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
-from hsplit.actors.placement import Node, Placement, alive_nodes, place, requests_of, room_for
+from hsplit.actors.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
 from hsplit.actors.replica import Replica
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
@@ -70,16 +70,17 @@ def _refs(arguments: Sequence[Any]) -> list[Any]:
     return [a.ref if isinstance(a, _Handle) else a for a in arguments]
 
 
-def settle_process(threads: int | None) -> None:
+def settle_process(threads: int | None, sharing: int = 1) -> None:
     """Threads on purpose, and no library chatter on the user's terminal.
 
     Processes with idle thread pools fight over cores. A client therefore runs as many threads as it reserved CPUs,
-    one by default, which needs no pool; the server computes while the clients wait and uses every core of its node.
+    one by default, which needs no pool; the server computes while the clients wait and uses every core of its node,
+    of which several servers there have equal parts.
     """
     import torch
     import transformers
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // sharing))
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -122,16 +123,16 @@ class WholeClientActor(_ParticipantActor, WholeClient):
 class ServerActor(Server, _Returning):
     """The shell of the server."""
 
-    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
-        settle_process(None)
+    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str, sharing: int) -> None:
+        settle_process(None, sharing)
         super().__init__(job, policy, base_model(model.locate(), job), device)
 
 
 class ReplicaActor(Replica, _Returning):
     """The shell of a server that does not aggregate."""
 
-    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
-        settle_process(None)
+    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, sharing: int) -> None:
+        settle_process(None, sharing)
         super().__init__(job, policy, base_model(model.locate(), job), device, name=name)
 
 
@@ -192,7 +193,8 @@ class RayExecutor:
         run_name: actors are named ``hsplit:RUN:client:NAME``, ``hsplit:RUN:server``, ``hsplit:RUN:scheduler``.
         run: resolved configuration.
         model: where the driver found ``job.model``.
-        placement: where everybody runs; ``None``: it is found here.
+        placement: where everybody runs; who has no place there is not begun before :meth:`restart`; ``None``: places
+            are found here.
         fingerprint: the base's; who is begun where ``placement`` has nobody checks the base there against it.
 
     Raises:
@@ -215,7 +217,9 @@ class RayExecutor:
         placement = placement or place(run)
         self._run_name, self._run = run_name, run
         self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
-        self._placement, self._model, self._fingerprint = placement, model, fingerprint
+        self._model, self._fingerprint = model, fingerprint
+        # On which nodes a base was found before the run started, and by which path of a client's own, if any.
+        self._looked_at = {(node.id, _own_model(self._requests[name])) for name, node in placement.nodes.items()}
         self._transport = run.job.transport
         self._tickets = count()
         self._handles: dict[str, Any] = {}
@@ -223,7 +227,7 @@ class RayExecutor:
         self._away = set(placement.away)
         # First, so that it plans while the others start.
         for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
-            if name not in self._away:
+            if name in self._helpers or name in placement.nodes:
                 self._handles[name] = self._begin(name)
 
         if self._collective:
@@ -248,10 +252,10 @@ class RayExecutor:
         holder, node, base = self._requests[name], self._nodes[name], self._base_of(name)
         if name == SERVER:
             server = _remote(self._server_class, f"{prefix}:server", holder, node, run.job.transport)
-            return server.remote(run.job, run.policy, base, _device(holder))
+            return server.remote(run.job, run.policy, base, _device(holder), self._servers_at(node))
         if name in run.server.names:
             replica = _remote(self._replica_class, f"{prefix}:{name}", holder, node, run.job.transport)
-            return replica.remote(name, run.job, run.policy, base, _device(holder))
+            return replica.remote(name, run.job, run.policy, base, _device(holder), self._servers_at(node))
         client = cast(ClientConfig, holder)
         actor = _remote(self._client_class, f"{prefix}:client:{name}", client, node, run.job.transport)
         # A single node computes alone, on every core of its machine.
@@ -262,14 +266,14 @@ class RayExecutor:
     def _client_class(self) -> type:
         return ClientActor if participant_class(self._run.policy) is Client else WholeClientActor
 
+    def _servers_at(self, node: Node) -> int:
+        """How many servers ``node`` has, which share its cores."""
+        return sum(self._nodes[name].id == node.id for name in self._run.server.names if name in self._nodes)
+
     def _base_of(self, name: str) -> ModelReference:
         """Where ``name`` finds the base, to be checked there unless that was done before the run started."""
-        holder, before = self._requests[name], self._placement.nodes
-        own = holder.model if isinstance(holder, ClientConfig) else None
-        # A path of a client's own was looked at for that client alone.
-        asked = before.values() if own is None else [before[name]] if name in before else []
-        checked = any(node.id == self._nodes[name].id for node in asked)
-        fingerprint = None if checked else self._fingerprint
+        own = _own_model(self._requests[name])
+        fingerprint = None if (self._nodes[name].id, own) in self._looked_at else self._fingerprint
         if own is not None:
             return ModelReference(own, None, fingerprint)
         return ModelReference(self._run.job.model, self._model, fingerprint)
@@ -336,7 +340,10 @@ class RayExecutor:
         return sorted(self._away)
 
     def add(self, client: ClientConfig) -> None:
-        self._requests.setdefault(client.name, client)
+        if self._requests.get(client.name) != client:
+            # One that was refused may have had this name.
+            self._requests[client.name] = client
+            self._nodes.pop(client.name, None)
 
     def restart(self, actor: str) -> bool:
         if self._collective:
@@ -372,7 +379,9 @@ class RayExecutor:
         """Whether a node that is there has room for ``actor`` now."""
         if actor == SCHEDULER:
             return True
-        node = room_for(alive_nodes(), self._requests[actor], self._nodes.get(actor))
+        there = [name for name in self._nodes if name in self._handles and name not in (actor, *self._away)]
+        nodes = left_by(alive_nodes(), [(self._nodes[name].id, self._requests[name]) for name in there])
+        node = room_for(nodes, self._requests[actor], self._nodes.get(actor))
         if node is not None:
             self._nodes[actor] = node
         return node is not None
@@ -403,6 +412,10 @@ def _remote(cls: type, name: str, holder: Holder, node: Node, transport: str) ->
     }
     transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
     return transported.options(**options)
+
+
+def _own_model(holder: Holder) -> str | None:
+    return holder.model if isinstance(holder, ClientConfig) else None
 
 
 def _device(holder: Holder) -> str:

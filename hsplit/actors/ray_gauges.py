@@ -21,16 +21,16 @@ class ClientGaugeActor(Gauge):
 class ServerGaugeActor(Gauge):
     """In the server's place."""
 
-    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
-        settle_process(None)
+    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str, sharing: int) -> None:
+        settle_process(None, sharing)
         super().__init__(job, policy, base_model(model.locate(), job), device, at_server=True)
 
 
 class ReplicaGaugeActor(ServerGaugeActor):
     """In the place of a server that does not aggregate."""
 
-    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str) -> None:
-        super().__init__(job, policy, model, device)
+    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, sharing: int) -> None:
+        super().__init__(job, policy, model, device, sharing)
 
 
 class GaugeExecutor(RayExecutor):

@@ -11,6 +11,7 @@ from hsplit.actors.placement import (
     Node,
     Placement,
     Request,
+    left_by,
     placement_of,
     requests_of,
     room_for,
@@ -151,6 +152,24 @@ def test_a_late_client_without_a_place_is_away() -> None:
     found = placement_of(nodes, [*late, server(), client("a")])
     assert found.away == ("elsewhere", "crowded")
     assert where(found) == {"server": "n1", "a": "n1", "fits": "n1"}
+
+
+def test_a_lost_client_is_away_and_finds_room_when_it_comes_back() -> None:
+    nodes = [node("n1", 1), node("n2", 2, labels={"site": "ward"})]
+    lost = [client("pinned", labels={"site": "ward"}, num_cpus=2), client("elsewhere", node="n9"), client("any")]
+    found = placement_of(nodes, [*lost[:2], client("a")], lost=("pinned", "elsewhere"))
+    # The node with the most CPUs is left to the only one that needs it.
+    assert where(found) == {"a": "n1"} and found.away == ("pinned", "elsewhere")
+    with pytest.raises(InputError, match="elsewhere: node: n9 is not in the Ray cluster"):
+        placement_of(nodes, [*lost, client("a")], lost=("pinned",))
+
+
+def test_what_was_begun_a_moment_before_counts_as_taken_once() -> None:
+    (_, one), (_, two) = client("one"), client("two", resources={"clinic": 1})
+    nodes = [node("n1", 4, resources={"clinic": 1.0}), node("n2", 4, free={"CPU": 1.0})]
+    # Of the three on the second node Ray has reserved what they ask for already.
+    n1, n2 = left_by(nodes, [("id-n1", one), ("id-n1", two), *[("id-n2", one)] * 3, ("id-n9", one)])
+    assert (n1.free["CPU"], n1.free["clinic"], n2.free["CPU"]) == (2, 0, 1)
 
 
 def test_a_holder_that_is_begun_anew_stays_where_there_is_room() -> None:
