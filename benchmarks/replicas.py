@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def table(speeds: Sequence[Speed], learned: Sequence[Learned]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells, a row a number of clients and servers."""
     columns = ["clients", "servers", "step predicted, s (virtual)", "step measured, s", "faster than one server by"]
-    columns += ["each server, MB", "servers hand in, MB", "perplexity"]
+    columns += ["each server, MB", "servers hand in, MB", *(["perplexity"] if learned else [])]
     reached = {(row.clients, row.servers): row.val_ppl for row in learned}
     cells = []
     for row in speeds:
@@ -141,7 +141,7 @@ def table(speeds: Sequence[Speed], learned: Sequence[Learned]) -> tuple[list[str
                 gain,
                 f"{row.server_mb:.1f}",
                 f"{row.handed_in_mb:.2f}",
-                "" if perplexity is None else f"{perplexity:.3f}",
+                *([("" if perplexity is None else f"{perplexity:.3f}")] if learned else []),
             ]
         )
     return columns, cells
