@@ -7,20 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hsplit.actors.peak_memory import PeakMemory, measured, measured_with_part, measured_with_round
+from hsplit.actors.holder_actor import HolderActor
+from hsplit.actors.peak_memory import measured_with_part
 from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples
 from hsplit.data.local import LocalData
-from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
+from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import (
     BaseModel,
-    LinearShape,
     Segment,
     SegmentSpec,
     linear_shapes,
@@ -47,7 +46,7 @@ class DataReport:
     too_long: int
 
 
-class Participant:
+class Participant(HolderActor[Holder | WeightHolder]):
     """Holds data and a segment that begins with the embedding.
 
     Args:
@@ -61,18 +60,12 @@ class Participant:
     def __init__(
         self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
     ) -> None:
-        self.name = name
-        self._job, self._policy, self._base = job, policy, base
-        self._device = torch.device(device)
-        self._memory = PeakMemory(self._device, measure)
+        super().__init__(name, job, policy, base, device, measure)
         self._data: list[LocalData] = []
         self._validation: list[Batch] = []
-        self._holder: Holder | WeightHolder | None = None
         self._kept: Segment | None = None
         self._split = 0
-        self._shapes: list[LinearShape] = []
         self._batches: dict[int, list[Batch]] = {}
-        self._pace: Mapping[str, float] = {}
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -167,26 +160,6 @@ class Participant:
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
-    @measured
-    def hand_in(self) -> tuple[int, HeldAdapters]:
-        """The live adapters at the round's end, and before them their bytes, which the driver may look at alone."""
-        held = self.holder.held()
-        return held.nbytes, held
-
-    @measured_with_round
-    def restart(self, update: RoundUpdate) -> None:
-        self.holder.restart(update)
-
-    @measured
-    def state(self) -> dict[str, Tensor]:
-        return self.holder.state()
-
-    @measured_with_part
-    def take_up(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
-        """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
-        self.holder.follow_residual(update.residuals)
-        self.holder.load_state(tensors)
-
     @measured_with_part
     def rejoin(self, tensors: dict[str, Tensor] | None, update: RoundUpdate) -> None:
         """Begin a round after a failure, with the optimizer's moments as they were last kept.
@@ -199,25 +172,7 @@ class Participant:
             self.holder.load_state(tensors)
         self.holder.restart(update)
 
-    def set_pace(self, seconds: Mapping[str, float]) -> None:
-        """From now on spend these seconds in each call of a step, by what it does: up, turn, down (METHOD 8)."""
-        self._pace = dict(seconds)
-
-    def peak_bytes(self) -> int:
-        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
-        return self._memory.peak_bytes()
-
-    def parameters_held(self) -> dict[str, int]:
-        """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
-        return tensors_held(self.holder.segment)
-
     # -- inside ---------------------------------------------------------------------------------------------------
-
-    @property
-    def holder(self) -> Holder | WeightHolder:
-        if self._holder is None:
-            raise RuntimeError(f"{self.name} has not been configured")
-        return self._holder
 
     def _new_probe(self) -> ImportanceProbe:
         assert isinstance(self.holder, Holder)
@@ -255,12 +210,6 @@ class Participant:
         assert tail is not None
         targets = pack_rows(batch.targets, batch.lengths).to(self._device)
         return tail.supervised_losses(hidden, targets, self._job.fast.loss_rows).sum()
-
-
-def tensors_held(segment: Segment) -> dict[str, int]:
-    """Numbers of values of every parameter and buffer of a segment, by path."""
-    named: list[tuple[str, Any]] = [*segment.named_parameters(), *segment.named_buffers()]
-    return {name: tensor.numel() for name, tensor in named}
 
 
 def chat_template(tokenizer: Any) -> Any:

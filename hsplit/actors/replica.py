@@ -9,25 +9,22 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.executor import ActorFailure
+from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.joined_batch import JoinedBatch
 from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
-from hsplit.actors.participant import tensors_held
 from hsplit.actors.peak_memory import (
-    PeakMemory,
     measured,
     measured_in_first_steps,
     measured_once_a_round,
     measured_with_part,
-    measured_with_round,
 )
 from hsplit.actors.stopwatch import Stopwatch
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
+from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.segment import (
     BaseModel,
-    LinearShape,
     Segment,
     SegmentSpec,
     linear_shapes,
@@ -39,7 +36,7 @@ from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
 
 
-class Replica:
+class Replica(HolderActor[Holder]):
     """Hosts layers ``[min_i k_i, L)``, and stores a quantized base as bitsandbytes codes.
 
     Every server is one; the first of them aggregates besides (:class:`~hsplit.actors.server.Server`). Its adapters are
@@ -62,16 +59,10 @@ class Replica:
         measure: bool = True,
         name: str = "server",
     ) -> None:
-        self.name = name
-        self._job, self._policy, self._base = job, policy, base
-        self._device = torch.device(device)
-        self._memory = PeakMemory(self._device, measure)
+        super().__init__(name, job, policy, base, device, measure)
         self._layers = 0
         self._plan: Plan | None = None
-        self._holder: Holder | None = None
         self._kept: dict[tuple[int, int], list[JoinedBatch]] = {}
-        self._pace: Mapping[str, float] = {}
-        self._shapes: list[LinearShape] = []
         self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
         self._step_tokens: dict[int, int] = defaultdict(int)
 
@@ -273,52 +264,7 @@ class Replica:
             assert joined is not None
             yield joined
 
-    # -- rounds ---------------------------------------------------------------------------------------------------
-
-    @measured
-    def hand_in(self) -> tuple[int, HeldAdapters]:
-        """The live adapters at the round's end, and before them their bytes."""
-        held = self.holder.held()
-        return held.nbytes, held
-
-    @measured_with_round
-    def restart(self, update: RoundUpdate) -> None:
-        self.holder.restart(update)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    @measured
-    def state(self) -> dict[str, Tensor]:
-        """Own adapters and moments."""
-        return self.holder.state()
-
-    @measured_with_part
-    def take_up(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
-        """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
-        self.holder.follow_residual(update.residuals)
-        self.holder.load_state(tensors)
-
-    def set_pace(self, seconds: Mapping[str, float]) -> None:
-        """From now on spend these seconds in each call of a step, by what it does (METHOD 8): step, or where labels
-        stay at home forward and backward.
-        """
-        self._pace = dict(seconds)
-
-    def peak_bytes(self) -> int:
-        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
-        return self._memory.peak_bytes()
-
-    def parameters_held(self) -> dict[str, int]:
-        """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
-        return tensors_held(self.holder.segment)
-
     # -- inside ---------------------------------------------------------------------------------------------------
-
-    @property
-    def holder(self) -> Holder:
-        if self._holder is None:
-            raise RuntimeError(f"{self.name} has not been configured")
-        return self._holder
 
     @property
     def _tail(self) -> Tail:
