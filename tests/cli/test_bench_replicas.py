@@ -1,0 +1,33 @@
+"""`hsplit bench replicas`: what its table says of what was measured, and that its run of several servers learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hsplit.benchmark import load_benchmark
+from tests.in_process import random_examples
+
+
+def test_the_table_holds_every_setting_against_one_server() -> None:
+    replicas = load_benchmark("replicas")
+    speeds = [replicas.Speed(4, 1, 2.0, 2.2, 3.0, 0.0, 9.0), replicas.Speed(4, 2, 1.0, 1.1, 1.5, 0.25, 9.0)]
+    columns, cells = replicas.table(speeds, [])
+    assert "perplexity" not in columns
+    assert cells[1] == ["4", "2", "1.00", "1.10", "2.00", "1.5", "0.25"]
+    columns, cells = replicas.table(speeds, [replicas.Learned(4, 2, 100, 3.5)])
+    assert columns[-1] == "perplexity" and [row[-1] for row in cells] == ["", "3.500"]
+    assert all(len(row) == len(columns) for row in cells)
+
+
+def test_a_run_of_several_servers_learns(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicas, words = load_benchmark("replicas"), tmp_path / "words.txt"
+    words.write_text("".join(f"{e.prompt}||{e.response.strip()}\n" for e in random_examples(40, seed=3)))
+    small = ["job.local_steps=2", "job.rounds=2", "job.lr=0.01", "job.max_length=32", f"job.data.source={words}"]
+    monkeypatch.setattr(replicas, "LEARNING", small)
+    one, two = (replicas._learned(2, servers, str(models["llama"])) for servers in (1, 2))
+    assert one.tokens == two.tokens > 0
+    assert one.val_ppl != two.val_ppl
