@@ -357,14 +357,14 @@ class Experiment:
         """
         found = []
         before = self.calibrated(shares)
-        for attempt in range(1, ATTEMPTS + 1):
+        for _ in range(ATTEMPTS):
             run = self._trained(self.configured(before, parts, labels), shares)
             after = self.calibrated(shares)
             found.append((before, run, before.pace_of(after)))
             if abs(found[-1][-1] - 1) <= STEADY:
                 break
             before = after
-        return *min(found, key=lambda tried: abs(tried[-1] - 1)), attempt
+        return *min(found, key=lambda tried: abs(tried[-1] - 1)), len(found)
 
     def row(self, variation: float, shares: Mapping[str, float], parts: int, labels: str) -> Any:
         """One setting by all three routes, and its holders."""
