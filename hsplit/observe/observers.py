@@ -7,8 +7,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.terminal import Display
+from hsplit.observe.timing import TimingRow
 from hsplit.scheduling.plan import Plan
 
 
@@ -44,11 +45,11 @@ class Observers:
     ) -> None:
         self._tell(lambda observer: observer.step(round, rounds, step, steps, losses, states))
 
-    def round_done(self, row: MetricsRow) -> None:
-        self._tell(lambda observer: observer.round_done(row))
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
+        self._tell(lambda observer: observer.round_done(row, holders, timing))
 
-    def note(self, text: str) -> None:
-        self._tell(lambda observer: observer.note(text))
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
+        self._tell(lambda observer: observer.note(text, event, **fields))
 
     def finished(self, lines: Sequence[str]) -> None:
         self._tell(lambda observer: observer.finished(lines))
