@@ -131,8 +131,9 @@ def test_a_run_shows_its_metrics_and_announces_where(
     found: list[Any] = []
 
     def look(step: int) -> None:
+        # The display is told of a step before the metrics are.
         if step == 2:
-            found.append(_wait_for("shown", lambda shown: shown.get(("ray_hsplit_step",)) == 2))
+            found.append(_wait_for("shown", lambda shown: shown.get(("ray_hsplit_step",)) == 1))
             (file,) = (tmp_path / "cache" / "prometheus").iterdir()
             found.append(json.loads(file.read_text())[0]["targets"])
 
@@ -140,7 +141,7 @@ def test_a_run_shows_its_metrics_and_announces_where(
     recorder = Recorder(after_step=look)
     run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, name="shown", display=recorder)
     shown, targets = found
-    assert shown[("ray_hsplit_step",)] == 2 and shown[("ray_hsplit_round",)] == 0
+    assert shown[("ray_hsplit_step",)] == 1 and shown[("ray_hsplit_round",)] == 0
     before = run.metrics.iloc[0]
     assert shown[("ray_hsplit_validation_perplexity",)] == pytest.approx(before["val_ppl"], rel=1e-12)
     assert shown[("ray_hsplit_clients",)] == 3 and ("ray_hsplit_split", "large-1") in shown

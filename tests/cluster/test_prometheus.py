@@ -30,7 +30,7 @@ from hsplit.observe.metrics import read_metrics, read_plan
 pytestmark = pytest.mark.real
 
 # In a process of its own, whose Ray has a dashboard, which writes Ray's own list of nodes. A client dies in
-# the first round; after two of three rounds the run waits until it has been looked at.
+# the first round; after two of three rounds, and a step, the run waits until it has been looked at.
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -46,7 +46,7 @@ cluster_file, runs, looked_at = map(Path, sys.argv[1:])
 def after_step(step):
     if step == 2:
         ray.kill(ray.get_actor("hsplit:watched:client:large-1", namespace="hsplit"))
-    if step == 9:
+    if step == 10:
         until = time.monotonic() + 400
         while not looked_at.exists() and time.monotonic() < until:
             time.sleep(0.1)
