@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -109,12 +108,15 @@ class RayMetrics:
     ) -> None:
         """How far the run is, and the clients' losses."""
         self._local_steps = steps // rounds
-        own = {(client,): loss for client, loss in losses.items()}
+        # The losses of clients that have left the run are told of, too.
+        own: _Series = {(name,): loss for name, loss in losses.items() if (name,) in self._shown(MEMORY_DECLARED)}
         self._show({ROUND: {(): round - 1}, STEP: {(): step}, CLIENT_TRAIN_LOSS: own})
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """The round's results, and what was measured in it."""
-        measured = {(holder.name,): holder.measured_bytes for holder in holders if holder.measured_bytes is not None}
+        measured: _Series = {
+            (holder.name,): holder.measured_bytes for holder in holders if holder.measured_bytes is not None
+        }
         self._show(
             {
                 ROUND: {(): row.round},
@@ -141,7 +143,10 @@ class RayMetrics:
             failed = [(fields["actor"], fields["kind"]), *((name, "died") for name in fields["gone"])]
         else:
             return
-        self._show({FAILURES: Counter(self._shown(FAILURES)) + Counter(failed)})
+        counts = dict(self._shown(FAILURES))
+        for series in failed:
+            counts[series] = counts.get(series, 0) + 1
+        self._show({FAILURES: counts})
 
     def finished(self, lines: Sequence[str]) -> None: ...
 

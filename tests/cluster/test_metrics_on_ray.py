@@ -119,6 +119,7 @@ def test_the_endpoint_shows_what_the_observer_is_told_and_nothing_when_it_ends()
         # The phone goes: no series of it stays but its failures.
         gone = replace(PLAN.clients[0], available=False, split=None, ranks={})
         metrics.plan(replace(PLAN, clients=(gone, *PLAN.clients[1:])))
+        metrics.step(2, 2, 20, 20, {"phone": 1.5}, {})
         left = _wait_for("fed", lambda shown: sum("phone" in key for key in shown) == 1)
         assert [key for key in left if "phone" in key] == [("ray_hsplit_failures", "phone", "died")]
     assert _wait_for("fed", lambda shown: not shown) == {}

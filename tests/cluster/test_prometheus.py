@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -36,6 +37,7 @@ import sys, time
 from pathlib import Path
 
 import ray
+from ray.util.state import list_actors, list_tasks
 
 import hsplit
 from tests.in_process import Recorder
@@ -43,16 +45,26 @@ from tests.in_process import Recorder
 cluster_file, runs, looked_at = map(Path, sys.argv[1:])
 
 
+class Display(Recorder):
+    def started(self, run_name, lines):
+        print(*lines, sep="\\n", flush=True)
+
+
 def after_step(step):
     if step == 2:
         ray.kill(ray.get_actor("hsplit:watched:client:large-1", namespace="hsplit"))
     if step == 10:
+        # As the dashboard lists them.
+        names = {actor.name for actor in list_actors()}
+        assert {"hsplit:watched:client:small", "hsplit:watched:server", "hsplit:watched:scheduler"} <= names, names
+        tasks = {task.name for task in list_tasks(limit=10_000)}
+        assert {"ClientActor.forward", "ServerActor.train_step", "ClientActor.backward"} <= tasks, tasks
         until = time.monotonic() + 400
         while not looked_at.exists() and time.monotonic() < until:
             time.sleep(0.1)
 
 
-run = hsplit.launch(cluster_file, runs_dir=runs, name="watched", display=Recorder(after_step=after_step))
+run = hsplit.launch(cluster_file, runs_dir=runs, name="watched", display=Display(after_step=after_step))
 assert run.complete
 """
 _PATIENCE_S = 120.0
@@ -145,6 +157,7 @@ def test_prometheus_has_every_metric_and_answers_every_query_of_the_dashboard(
             targets = [target["scrapeUrl"] for target in prometheus.get("targets")["activeTargets"]]
             listed = json.loads(rays_file.read_text())[0]["targets"]
             assert sorted(targets) == sorted(f"http://{target}/metrics" for target in listed) and len(listed) > 1
+            _can_be_signed_in_to((tmp_path / "run.log").read_text(), targets)
             looked_at.touch()
             assert run.wait(_PATIENCE_S) == 0, _ends(tmp_path)
             # The run is over, and nobody goes on showing what it was.
@@ -206,6 +219,22 @@ def _is_shown(prometheus: Prometheus, to: Path) -> None:
             )
             assert picked and len(picked) == len(every), target
             print(f"{target['expr']} | {len(picked)} | {picked[0][1]:g}")
+
+
+def _can_be_signed_in_to(log: str, targets: list[str]) -> None:
+    """What a launch prints leads to the dashboard, and to the metrics that Prometheus scrapes."""
+    printed = re.search(r"^ray      (http://\S+) \(sign in with the output of: ray (.*)\)$", log, re.MULTILINE)
+    assert printed, log
+    url = f"{printed[1]}/api/v0/actors"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(url)
+    assert refused.value.code == 401
+    token = subprocess.check_output([sys.executable, "-m", "ray.scripts.scripts", printed[2]], text=True).strip()
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request) as answer:
+        assert "hsplit:watched:server" in answer.read().decode()
+    metrics = re.search(r"^metrics  (http://\S+) ", log, re.MULTILINE)
+    assert metrics and metrics[1] in targets, log
 
 
 def _ends(folder: Path) -> str:
