@@ -276,6 +276,33 @@ def export(run: Path, to: Path | None, **options: Any) -> None:
     click.echo(written.path)
 
 
+@main.command()
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "--ray-temp-dir",
+    "ray_temp_dirs",
+    multiple=True,
+    default=["/tmp/ray"],
+    show_default=True,
+    metavar="DIR",
+    help="Where a Ray cluster whose head is on this machine keeps its files; may be repeated.",
+)
+@click.option("--target", "targets", multiple=True, metavar="HOST:PORT", help="A metrics endpoint; may be repeated.")
+@click.option("--every", "every_s", type=float, default=10.0, show_default=True, help="Seconds between two scrapes.")
+@click.option("--prometheus", "prometheus_url", default="http://localhost:9090", show_default=True, metavar="URL")
+def monitoring(to: Path, **options: Any) -> None:
+    """Write what Prometheus and Grafana need to show runs; those of this user on this machine are found by themselves.
+
+    prometheus.yml, and in grafana/ a dashboard with the data source and the provisioning that it needs.
+    """
+    from hsplit.observe.monitoring import write_monitoring
+
+    next_steps = write_monitoring(to, **options)
+    click.echo(f"{to} is written; start Prometheus and Grafana with:", err=True)
+    for line in next_steps:
+        click.echo(line)
+
+
 @main.group()
 def bench() -> None:
     """Repeat an experiment of benchmarks/ on this machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -31,7 +32,10 @@ from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import layer_count, linear_shapes, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
+from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.metrics import read_metrics
+from hsplit.observe.observers import Observers
+from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.report import write_report
 from hsplit.observe.terminal import Display, display_for
 from hsplit.run_directory import RunDirectory
@@ -368,18 +372,21 @@ def _drive(
     from hsplit.actors.preflight import preflight
     from hsplit.actors.ray_executor import RayExecutor
 
-    shown = display or display_for(sys.stdout)
+    shown = Observers(display or display_for(sys.stdout), RayMetrics())
     with directory.driven():
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
-        helpers.janitor.removes(*directory.half_written)
+        announced = helpers.janitor.root.name
+        helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
             placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
             notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
+            metrics = metrics_address()
+            announce(announced, metrics)
             executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
-                shown.started(name, [*_headlines(run, source, directory, dashboard), *notes])
+                shown.started(name, [*_headlines(run, source, directory, dashboard, metrics), *notes])
                 coordinator = Coordinator(run, executor, directory, inputs, shown)
                 with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
                     complete = coordinator.run(checkpoint, passed_over)
@@ -477,7 +484,9 @@ def _stop_on_signal(coordinator: Coordinator, display: Display) -> Iterator[None
             signal.signal(number, handler)
 
 
-def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None) -> list[str]:
+def _headlines(
+    run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None, metrics: str
+) -> list[str]:
     job = run.job
     lines = [
         f"model    {job.model} from {source.origin}",
@@ -485,7 +494,11 @@ def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, das
         f"run      {directory.path}",
     ]
     if dashboard:
-        lines.append(f"ray      http://{dashboard} (sign in with the output of: ray get-auth-token)")
+        # Ray has set it by now, where nobody else had.
+        token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+        sign_in = " (sign in with the output of: ray get-auth-token)" if token else ""
+        lines.append(f"ray      http://{dashboard}{sign_in}")
+    lines.append(f"metrics  http://{metrics}/metrics (to watch them in Grafana: hsplit monitoring --to DIR)")
     return lines
 
 

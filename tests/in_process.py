@@ -43,10 +43,10 @@ class Recorder:
         if self.after_step is not None:
             self.after_step(step)
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.rows.append(row)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self.notes.append(text)
 
     def finished(self, lines: list[str]) -> None: ...

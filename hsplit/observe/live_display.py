@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.pace import Pace
+from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import (
     NOTHING,
     lacking_text,
@@ -91,11 +92,11 @@ class LiveDisplay:
         self._losses = {**self._losses, **losses}
         self._states = {**self._states, **states}
 
-    def round_done(self, row: MetricsRow) -> None:
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """Add the round to the perplexities."""
         self._perplexities = (*self._perplexities, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` above the table."""
         self._console.print(Text(printable(text), style="yellow"))
 

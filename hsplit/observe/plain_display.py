@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from hsplit.config.cluster import is_server
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.pace import Pace
 from hsplit.observe.plan_changes import holder_line, plan_changes
+from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import bytes_text, duration_text, number_text, plan_lines, printable
 from hsplit.scheduling.plan import Plan
 
@@ -77,7 +78,7 @@ class PlainDisplay:
         parts = [f"round {round}/{rounds} step {step}/{steps}", self._losses(losses), *absent]
         self._print(f"{', '.join(parts)} ({self._pace})")
 
-    def round_done(self, row: MetricsRow) -> None:
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """Print the round's figures."""
         trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
         parts = [
@@ -90,7 +91,7 @@ class PlainDisplay:
         ]
         self._print(", ".join(parts))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` as a note."""
         self._print(f"note: {text}")
 

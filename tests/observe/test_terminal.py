@@ -45,12 +45,12 @@ def written(console: Console) -> str:
 def play(display: Display, plan: Plan, clock: Ticking) -> None:
     display.started("first", ["model  tiny", "dashboard http"])
     display.plan(plan)
-    display.round_done(metrics_row(0))
+    display.round_done(metrics_row(0), [], [])
     for step in range(1, 11):
         clock.now += 6
         losses = {"phone-0": 3.0 - step / 10, "laptop": 2.5}
         display.step(1, 2, step, 20, losses, {"phone-0": "training", "laptop": "training"})
-    display.round_done(metrics_row(1))
+    display.round_done(metrics_row(1), [], [])
     display.note("laptop was late")
 
 
