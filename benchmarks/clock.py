@@ -471,7 +471,7 @@ class _Watch:
     def __init__(self, last: int, then: Any) -> None:
         self._last, self._then = last, then
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         if row.round == self._last:
             self._then()
 

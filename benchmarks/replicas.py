@@ -315,7 +315,7 @@ class _Last:
 
     row: Any = None
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.row = row
 
     def __getattr__(self, name: str) -> Any:
