@@ -476,7 +476,7 @@ class _Watch:
             self._then()
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments, **fields: None
 
 
 def _without_profiler(executor: Any) -> None:

@@ -319,7 +319,7 @@ class _Last:
         self.row = row
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments, **fields: None
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
