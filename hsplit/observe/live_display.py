@@ -94,7 +94,9 @@ class LiveDisplay:
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """Add the round to the perplexities."""
-        self._perplexities = (*self._perplexities, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+        # A round that is repeated from a checkpoint takes the place of those that it undoes.
+        kept = tuple(done for done in self._perplexities if done[0] < row.round)
+        self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` above the table."""

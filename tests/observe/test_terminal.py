@@ -180,6 +180,25 @@ def test_plain_lines(plan: Plan, clock: Ticking) -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_a_repeated_round_takes_the_place_of_its_first_try(plan: Plan, clock: Ticking) -> None:
+    console = recorded()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.round_done(metrics_row(2), [], [])
+        display.round_done(metrics_row(1, val_ppl=9.5), [], [])
+    assert "validation perplexity 21.75 (round 0) → 9.500 (round 1)" in written(console).rpartition("┏")[2]
+
+
+def test_plain_lines_come_every_few_steps_where_not_every_step_is_told(clock: Ticking) -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, pace=Pace(clock))
+    for step in (3, 4, 7, 8, 9, 16, 17):
+        display.step(1, 1, step, 20, {}, {})
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == [
+        f"round 1/1 step {step}/20" for step in (3, 7, 16)
+    ]
+
+
 def test_plain_lines_of_another_plan_say_what_it_changes(plan: Plan, other_plan: Plan, clock: Ticking) -> None:
     stream = io.StringIO()
     with PlainDisplay(stream, pace=Pace(clock)) as display:
