@@ -259,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", default="hetero", help="cluster file of the run (hetero)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")
+    parser.add_argument("--seconds", type=float, default=_PATIENCE_S, help="stop the run after so many (600)")
     parser.add_argument("--to", type=Path, default=PICTURES, help="folder of the pictures (docs/pictures)")
     arguments = parser.parse_args()
     for program in (chromium() or "chromium", "prometheus"):
@@ -280,7 +281,12 @@ def main() -> None:
         with launched(runs, token, "--cluster", str(cluster), *overrides) as run:
             record = once_trained(runs, run, _LOOKED_AT_STEP)
             _save(picture_of_actors(page, dashboard_url(record), token), "ray-actors", to)
-            run.wait(_PATIENCE_S)
+            try:
+                run.wait(arguments.seconds)
+            except subprocess.TimeoutExpired:
+                # As Ctrl-C does: what it has come to by then is shown.
+                run.send_signal(signal.SIGINT)
+                run.wait(_PATIENCE_S)
             ended = time.time()
         _save(picture_of_terminal(page, runs / RUN), "watch", to)
         _save(picture_of_report(page, RunDirectory(runs / RUN).report), "report", to)

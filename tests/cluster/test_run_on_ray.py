@@ -68,8 +68,9 @@ def test_a_run_leaves_everything_and_learns(whole: tuple[hsplit.Run, Any]) -> No
 
 
 def test_a_run_can_be_watched_from_its_directory_while_it_goes_on(
-    ray_cluster: None, cluster_file: Path, tmp_path: Path
+    ray_cluster: None, cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     seen, found = Recorder(), []
     watching = threading.Thread(target=lambda: found.append(hsplit.watch(tmp_path / "seen", display=seen)))
 
@@ -78,7 +79,8 @@ def test_a_run_can_be_watched_from_its_directory_while_it_goes_on(
             watching.start()
 
     shown = Recorder(after_step=begin)
-    run = hsplit.launch(cluster_file, None, {"log": ["tensorboard"]}, runs_dir=tmp_path, name="seen", display=shown)
+    logs = {"log": ["tensorboard", "wandb"]}
+    run = hsplit.launch(cluster_file, None, logs, runs_dir=tmp_path, name="seen", display=shown)
     watching.join()
     (state,) = found
     assert (state.state, state.round, state.val_ppl) == ("complete", 3, run.metrics["val_ppl"].iloc[-1])
@@ -89,6 +91,8 @@ def test_a_run_can_be_watched_from_its_directory_while_it_goes_on(
     perplexities = [event.value for event in logged.Scalars("validation/perplexity")]
     assert perplexities == pytest.approx(list(run.metrics["val_ppl"]))
     assert [event.step for event in logged.Scalars("loss/small")] == list(range(1, 13))
+    assert len(list(run.path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    assert not any("has failed" in note for note in shown.notes)
 
 
 def test_a_smaller_budget_moves_layers_on_the_way(whole: tuple[hsplit.Run, Any]) -> None:
