@@ -160,7 +160,8 @@ class LiveDisplay:
 
     def _progress(self) -> RenderableType:
         bar = ProgressBar(total=max(1, self._pace.total), completed=self._pace.done, width=_BAR_WIDTH)
-        return Group(bar, Text(f"{self._round}: {self._pace}" if self._round else "preparing"))
+        # rich's bar does not end its line
+        return Group(bar, Text("\n" + (f"{self._round}: {self._pace}" if self._round else "preparing")))
 
     def _history(self) -> Text:
         if not self._perplexities:
