@@ -147,6 +147,10 @@ def _save(picture: bytes, name: str, to: Path) -> None:
 class _Recorded(LiveDisplay):
     """The live table on a console that is no terminal, where nothing ends the table's last line."""
 
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        # Whose home it is matters to nobody else.
+        super().started(run_name, [line.replace(str(Path.home()), "~") for line in lines])
+
     def finished(self, lines: Sequence[str]) -> None:
         super().finished(["", *lines])
 
