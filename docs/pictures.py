@@ -73,7 +73,9 @@ def launched(runs: Path, token: str, *arguments: str) -> Iterator[subprocess.Pop
     """Run ``hsplit launch`` as a user does, its run named ``RUN``; its output is in ``runs/launch.log``."""
     runs.mkdir(parents=True, exist_ok=True)
     command = [*_HSPLIT, "launch", "--name", RUN, "--runs-dir", str(runs), *arguments]
-    with process(command, runs / "launch.log", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token) as run:
+    # Often enough for the last round to be seen before the run ends.
+    often = {"RAY_metrics_report_interval_ms": "1000"}
+    with process(command, runs / "launch.log", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, **often) as run:
         yield run
 
 
