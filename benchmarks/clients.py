@@ -140,7 +140,7 @@ class _Watch:
         self.trained_at = self._last = 0.0
         self._virtual_s = 0.0
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         now = time.perf_counter()
         if row.round == 0:
             self.trained_at = now
