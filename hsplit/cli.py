@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from hsplit import __version__
-from hsplit.errors import HsplitError
+from hsplit.errors import HsplitError, RunError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -117,6 +117,19 @@ def runs(runs_dir: Path, as_json: bool) -> None:
     for run in found:
         if run.reason:
             click.echo(f"{run.name}: {run.reason}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def watch(run: Path) -> None:
+    """Follow a run, from any terminal that can read its directory, until it ends.
+
+    Exit code 0 when it is complete, 1 when it failed, was stopped or was interrupted.
+    """
+    from hsplit.observe.watch import watch as follow
+
+    if follow(run).state != "complete":
+        sys.exit(RunError.exit_code)
 
 
 @main.command()

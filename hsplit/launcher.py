@@ -19,7 +19,7 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
 from hsplit.config import Partition, RunConfig, load_run_config
-from hsplit.config.files import displayed, parse_yaml
+from hsplit.config.files import parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError, os_reason
@@ -35,8 +35,11 @@ from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.observers import Observers
+from hsplit.observe.progress_file import ProgressFile
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.report import write_report
+from hsplit.observe.run_log import check_logs, logs_of
+from hsplit.observe.runs import results_lines, way_on
 from hsplit.observe.terminal import Display, display_for
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.importance import equal_importance, find_metric
@@ -109,6 +112,7 @@ def launch(
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
+    check_logs(run)
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         check_model(run, source)
@@ -123,6 +127,7 @@ def resume(path: str | Path, *, address: str | None = None, display: Display | N
     """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
+    check_logs(run)
     found = latest_checkpoint(directory.checkpoints)
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
@@ -372,9 +377,14 @@ def _drive(
     from hsplit.actors.preflight import preflight
     from hsplit.actors.ray_executor import RayExecutor
 
-    shown = Observers(display or display_for(sys.stdout), RayMetrics())
     with directory.driven():
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
+        others: list[Display] = [
+            ProgressFile(directory.progress),
+            RayMetrics(),
+            *logs_of(run, directory, progress.step),
+        ]
+        shown = Observers(display or display_for(sys.stdout), *others)
         announced = helpers.janitor.root.name
         helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers) as dashboard:
@@ -390,11 +400,12 @@ def _drive(
                 coordinator = Coordinator(run, executor, directory, inputs, shown)
                 with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
                     complete = coordinator.run(checkpoint, passed_over)
-                    exported = export(directory.path) if complete else None
+                    if complete:
+                        export(directory.path)
                     write_report([directory.path], directory.report)
-                if exported is not None:
+                if complete:
                     coordinator.finish()
-                shown.finished(_closing_lines(directory, exported))
+                shown.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory)}"])
     return Run(directory.path, complete)
 
 
@@ -454,11 +465,7 @@ def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator
         with suppress(OSError):
             # The log's own disk may be the full one.
             coordinator.fail(what)
-        if any(directory.checkpoints.glob("round-*")):
-            way_on = f"go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
-        else:
-            way_on = "there is no checkpoint yet to go on from: launch it again"
-        raise RunError(f"{what}; {way_on}") from error
+        raise RunError(f"{what}; {way_on(directory)}") from error
 
 
 @contextmanager
@@ -500,12 +507,6 @@ def _headlines(
         lines.append(f"ray      http://{dashboard}{sign_in}")
     lines.append(f"metrics  http://{metrics}/metrics (to watch them in Grafana: hsplit monitoring --to DIR)")
     return lines
-
-
-def _closing_lines(directory: RunDirectory, exported: Path | None) -> list[str]:
-    if exported is None:
-        return [f"stopped; go on with: hsplit resume {directory.path}"]
-    return [f"{exported.name:<8} {exported}", f"report   {directory.report}"]
 
 
 def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Recorder:
 
     losses: list[dict[str, float]] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
+    tables: list[tuple[Any, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     after_step: Any = None
 
@@ -45,6 +46,7 @@ class Recorder:
 
     def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.rows.append(row)
+        self.tables.append((holders, timing))
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self.notes.append(text)

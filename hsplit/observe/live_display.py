@@ -94,7 +94,9 @@ class LiveDisplay:
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """Add the round to the perplexities."""
-        self._perplexities = (*self._perplexities, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+        # A round that is repeated from a checkpoint takes the place of those that it undoes.
+        kept = tuple(done for done in self._perplexities if done[0] < row.round)
+        self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` above the table."""
@@ -158,7 +160,8 @@ class LiveDisplay:
 
     def _progress(self) -> RenderableType:
         bar = ProgressBar(total=max(1, self._pace.total), completed=self._pace.done, width=_BAR_WIDTH)
-        return Group(bar, Text(f"{self._round}: {self._pace}" if self._round else "preparing"))
+        # rich's bar does not end its line
+        return Group(bar, Text("\n" + (f"{self._round}: {self._pace}" if self._round else "preparing")))
 
     def _history(self) -> Text:
         if not self._perplexities:

@@ -38,7 +38,7 @@ class PlainDisplay:
         self._every_steps = every_steps
         self._names_shown = names_shown
         self._pace = pace or Pace()
-        self._stepped = False
+        self._printed_step = 0
         self._plan: Plan | None = None
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
@@ -70,10 +70,11 @@ class PlainDisplay:
     ) -> None:
         """Print one line every few steps."""
         self._pace.step(step, steps)
-        # the first one at once: it tells that the run has begun to train
-        if self._stepped and step % self._every_steps != 0:
+        # the first one at once: it tells that the run has begun to train; who watches may not see every step
+        passed = step // self._every_steps - self._printed_step // self._every_steps
+        if self._printed_step and passed == 0:
             return
-        self._stepped = True
+        self._printed_step = step
         absent = [f"{name}: {states[name]}" for name in states if name not in losses and not is_server(name)]
         parts = [f"round {round}/{rounds} step {step}/{steps}", self._losses(losses), *absent]
         self._print(f"{', '.join(parts)} ({self._pace})")

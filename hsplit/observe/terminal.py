@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, TextIO
 
 from hsplit.observe.live_display import LiveDisplay
 from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.pace import Pace
 from hsplit.observe.plain_display import PlainDisplay
 from hsplit.observe.plan_table import plan_table
 from hsplit.observe.timing import TimingRow
@@ -70,11 +71,16 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def display_for(stream: TextIO) -> Display:
-    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise."""
+def display_for(stream: TextIO, pace: Pace | None = None) -> Display:
+    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise.
+
+    Args:
+        stream: where to.
+        pace: how far the run is; by default counted from now on.
+    """
     if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and _shows(stream, "–Σ→━"):
-        return LiveDisplay(stream)
-    return PlainDisplay(stream)
+        return LiveDisplay(stream, pace=pace)
+    return PlainDisplay(stream, pace=pace)
 
 
 def _shows(stream: TextIO, text: str) -> bool:
