@@ -147,14 +147,41 @@ class RunDirectory:
         """The run at ``path``.
 
         Raises:
-            InputError: there is no such directory, or it is no run's.
+            InputError: there is no such directory, it is no run's, or a link in it leads out of it.
         """
         run = cls(Path(path))
-        if not run.path.is_dir():
+        if not os.path.isdir(path):
             raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME")
-        if not run.config.is_file():
+        if not os.path.isfile(run.config):
             raise InputError(f"{displayed(path)}: has no config.yaml, so it is not a run; give one, as runs/NAME")
+        run._refuse_ways_out()
         return run
+
+    def _refuse_ways_out(self) -> None:
+        """Refuse a directory that is no tree of plain files: it may be from somebody else.
+
+        What is written into a run would follow a link to files that have nothing to do with it, and a pipe would be
+        waited for.
+        """
+        inside = self.path.resolve()
+        for folder, folders, files in os.walk(inside):
+            for entry in (Path(folder, name) for name in (*folders, *files)):
+                if entry.is_symlink():
+                    if not _target(entry).is_relative_to(inside):
+                        raise InputError(
+                            f"{displayed(self.path)}: {entry.relative_to(inside)} is a link to {os.readlink(entry)},"
+                            " outside of the run: put the file itself there, or remove the link"
+                        )
+                elif not (entry.is_file() or entry.is_dir()):
+                    raise InputError(f"{displayed(self.path)}: {entry.relative_to(inside)} is no plain file: remove it")
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):
+        # A link to itself leads nowhere, and so not out.
+        return link
 
 
 def _locks(descriptor: int, shared: bool = False) -> bool:
@@ -211,7 +238,9 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
+        # Made anew, so that no link of that name is followed.
+        beside.unlink(missing_ok=True)
+        with beside.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -150,6 +151,7 @@ def connect(
     dashboard: bool = True,
     root: Path | None = None,
     fork_server: ForkServer | None = None,
+    dashboard_host: str = "127.0.0.1",
 ) -> str | None:
     """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
 
@@ -159,6 +161,7 @@ def connect(
         dashboard: whether a local one has a dashboard.
         root: where a local one keeps its files.
         fork_server: forks the worker processes of a local one.
+        dashboard_host: address that a local one's dashboard listens at.
 
     Returns:
         The dashboard's URL, or ``None``.
@@ -177,13 +180,30 @@ def connect(
         if fork_server is not None:
             quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
             os.environ |= NOT_BEFOREHAND
-        context = ray.init(address="local", num_cpus=logical, include_dashboard=dashboard, **quiet)
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=logical,
+                include_dashboard=dashboard,
+                dashboard_host=dashboard_host,
+                **quiet,
+            )
+        finally:
+            _keep_token()
     else:
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
     return context.dashboard_url or None
+
+
+def _keep_token() -> None:
+    """Let nobody else read the token that Ray has written into the user's home: who has it can run code."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
 
 
 class RayExecutor:

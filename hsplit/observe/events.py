@@ -76,7 +76,7 @@ class EventLog:
 def read_events(path: str | Path) -> list[dict[str, Any]]:
     """The events in ``path``, oldest first; none if there is no such file.
 
-    Lines that are no event are left out.
+    Lines that are no event, as :meth:`EventLog.write` makes them, are left out.
     """
     try:
         content = Path(path).read_bytes()
@@ -86,11 +86,18 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
     for line in content.split(b"\n"):
         try:
             event = json.loads(line)
-        except ValueError:  # a half line, of a run that was killed or is writing it now
+        except (ValueError, RecursionError):  # a half line, of a run that was killed or is writing it now
             continue
-        if isinstance(event, dict) and {"time", "event", "text"} <= event.keys():
+        if isinstance(event, dict) and all(isinstance(event.get(key), str) for key in _RESERVED) and _is_time(event):
             events.append(event)
     return events
+
+
+def _is_time(event: Mapping[str, Any]) -> bool:
+    try:
+        return datetime.fromisoformat(event["time"]).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _drop_half_line(descriptor: int) -> None:

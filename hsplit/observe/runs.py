@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import MetricsRow, read_rows
+from hsplit.observe.wording import printable
 from hsplit.run_directory import RunDirectory
 
 State = Literal["running", "complete", "stopped", "failed", "interrupted", "unreadable"]
 
 # What the last event of its kind says of a run that nobody is driving.
 _ENDINGS: dict[str, State] = {"finished": "complete", "stopped": "stopped", "failed": "failed"}
+_NEVER = datetime.min.replace(tzinfo=UTC)
 _BEGINNINGS = frozenset({"training", "resumed"})
 
 
@@ -52,7 +56,7 @@ class RunState:
 
     def to_json(self) -> dict[str, Any]:
         """For ``hsplit runs --json``."""
-        changed = None if self.changed is None else self.changed.isoformat()
+        changed = None if self.changed is None else _here(self.changed).isoformat()
         return {**vars(self), "path": str(self.path), "changed": changed}
 
 
@@ -60,13 +64,13 @@ def list_runs(runs_dir: str | Path) -> list[RunState]:
     """The runs kept in ``runs_dir``, the last changed at the end; none where there is no such directory."""
     folder = Path(runs_dir)
     paths = folder.iterdir() if folder.is_dir() else ()
-    found = [_state(RunDirectory(path)) for path in paths if (path / "config.yaml").is_file()]
-    return sorted(found, key=lambda run: (run.changed.timestamp() if run.changed else 0.0, run.name))
+    found = [_state(RunDirectory(path)) for path in paths if os.path.isfile(path / "config.yaml")]
+    return sorted(found, key=lambda run: (run.changed or _NEVER, run.name))
 
 
 def _state(directory: RunDirectory) -> RunState:
     try:
-        rounds = RunConfig.load(directory.config).job.rounds
+        rounds = RunConfig.load(RunDirectory.open(directory.path).config).job.rounds
     except HsplitError as error:
         return RunState(directory.name, directory.path, "unreadable", reason=str(error))
     events = read_events(directory.events)
@@ -93,9 +97,17 @@ def _state(directory: RunDirectory) -> RunState:
         rounds=rounds,
         val_ppl=last.val_ppl if last else None,
         clients=last.available_clients if last else None,
-        changed=datetime.fromisoformat(events[-1]["time"]).astimezone() if events else None,
+        changed=datetime.fromisoformat(events[-1]["time"]) if events else None,
         reason=reason,
     )
+
+
+def _here(moment: datetime) -> datetime:
+    """``moment`` on the clock of this place; as it is, where no clock goes so far."""
+    try:
+        return moment.astimezone()
+    except (OverflowError, ValueError, OSError):
+        return moment
 
 
 def runs_table(runs: Sequence[RunState]) -> Table:
@@ -106,11 +118,12 @@ def runs_table(runs: Sequence[RunState]) -> Table:
         table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=heading != "run")
     for run in runs:
         table.add_row(
-            run.name,
+            # A directory may have any name, also one that looks like markup.
+            Text(printable(run.name)),
             run.state,
             f"{run.round} of {run.rounds}" if run.rounds is not None else "",
             "" if run.val_ppl is None else f"{run.val_ppl:.3f}",
             "" if run.clients is None else str(run.clients),
-            "" if run.changed is None else run.changed.strftime("%Y-%m-%d %H:%M:%S"),
+            "" if run.changed is None else _here(run.changed).strftime("%Y-%m-%d %H:%M:%S"),
         )
     return table
