@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from hsplit.errors import HsplitError, InputError
 from hsplit.models.source import ModelReference
 
 NAMESPACE = "hsplit"
+LOCALHOST = "127.0.0.1"
 
 # Read by worker processes when they start, so it must be in the environment before Ray is.
 WORKER_ENVIRONMENT = {
@@ -151,7 +153,7 @@ def connect(
     dashboard: bool = True,
     root: Path | None = None,
     fork_server: ForkServer | None = None,
-    dashboard_host: str = "127.0.0.1",
+    dashboard_host: str = LOCALHOST,
 ) -> str | None:
     """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
 
@@ -167,8 +169,9 @@ def connect(
         The dashboard's URL, or ``None``.
 
     Raises:
-        InputError: nothing answers at ``address``.
+        InputError: nothing answers at ``address``, or ``dashboard_host`` is no address or not for it to say.
     """
+    _check_dashboard_host(dashboard_host, address)
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -196,6 +199,19 @@ def connect(
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
     return context.dashboard_url or None
+
+
+def _check_dashboard_host(host: str, address: str | None) -> None:
+    if address is not None and host != LOCALHOST:
+        raise InputError(
+            f"--dashboard-host {host}: the Ray cluster at {address} has its dashboard already: leave it out"
+        )
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise InputError(
+            f"--dashboard-host {host}: must be an IP address of this machine, or 0.0.0.0 for all of them"
+        ) from None
 
 
 def _keep_token() -> None:

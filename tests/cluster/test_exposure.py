@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from hsplit.errors import InputError
 
 # In a process of its own: the tests' shared Ray has no dashboard.
 _PROGRAM = textwrap.dedent(
@@ -46,8 +50,6 @@ _PROGRAM = textwrap.dedent(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    import json
-
     environment = {**os.environ, "RAY_AUTH_TOKEN": "t" * 64, "HOME": str(tmp_path_factory.mktemp("home"))}
     # Not asked for: it is the default that counts.
     environment.pop("RAY_AUTH_MODE", None)
@@ -87,3 +89,19 @@ def test_a_token_that_others_may_read_is_made_the_user_s_own(tmp_path: Path, mon
     token.chmod(0o644)
     _keep_token()
     assert token.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "reason"),
+    [
+        ("auto", "0.0.0.0", "--dashboard-host 0.0.0.0: the Ray cluster at auto has its dashboard already"),
+        (None, "everywhere", "--dashboard-host everywhere: must be an IP address of this machine"),
+    ],
+)
+def test_where_the_dashboard_listens_is_checked_before_anything_starts(
+    address: str | None, host: str, reason: str
+) -> None:
+    from hsplit.actors.ray_executor import connect
+
+    with pytest.raises(InputError, match=re.escape(reason)):
+        connect(address, 1, dashboard_host=host)
