@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsplit.actors.executor import ActorFailure
+from hsplit.actors.executor import LOCALHOST, ActorFailure
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 # For clients that join a local run, however little the others ask for.
 _LEAST_SPARE_CPUS = 4
-LOCALHOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)

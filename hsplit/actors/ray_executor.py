@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
+from hsplit.actors.executor import LOCALHOST, SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
@@ -34,7 +34,6 @@ from hsplit.errors import HsplitError, InputError
 from hsplit.models.source import ModelReference
 
 NAMESPACE = "hsplit"
-LOCALHOST = "127.0.0.1"
 
 # Read by worker processes when they start, so it must be in the environment before Ray is.
 WORKER_ENVIRONMENT = {

@@ -221,6 +221,15 @@ def test_a_client_cannot_have_a_name_that_is_no_file_name(tmp_path: Path, name: 
         load_run_config(path)
 
 
+@pytest.mark.parametrize("key", ["name", "kind"])
+def test_nor_does_a_resolved_configuration_have_one(pristine: FinishedRun, tmp_path: Path, key: str) -> None:
+    document = yaml.safe_load(pristine.directory.config.read_bytes())
+    document["clients"][0][key] = "../x"
+    (tmp_path / "config.yaml").write_bytes(_yaml(document))
+    with pytest.raises(InputError, match=rf"config\.yaml: clients\[0\]\.{key}: "):
+        RunConfig.load(tmp_path / "config.yaml")
+
+
 def test_names_that_differ_in_case_alone_are_one_file_s_on_some_systems(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(_yaml({"clients": [{"name": "Phone", "memory_gb": 1}, {"name": "phone", "memory_gb": 1}]}))

@@ -355,6 +355,13 @@ def test_a_link_out_of_a_run_is_refused_and_nothing_is_written_there(run_copy: P
     assert tree(outside) == before
 
 
+@pytest.mark.parametrize("name", ["../x", "..", "/abs", "a/b", "a\0", "a" * 65, "-x", "x.", "NUL", "x\ny", ""])
+def test_a_run_cannot_have_a_name_that_is_no_file_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"^--name: must be"):
+        RunDirectory.create(tmp_path / "runs", name)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+
+
 def test_links_within_a_run_and_to_a_run_are_as_good_as_files(run_copy: Path) -> None:
     (run_copy / "newest").symlink_to(sorted((run_copy / "checkpoints").iterdir())[-1])
     (run_copy / "self").symlink_to("self")
