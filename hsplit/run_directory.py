@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -166,14 +167,17 @@ class RunDirectory:
         inside = self.path.resolve()
         for folder, folders, files in os.walk(inside):
             for entry in (Path(folder, name) for name in (*folders, *files)):
-                if entry.is_symlink():
-                    if not _target(entry).is_relative_to(inside):
+                # Half-written files of a run that goes on come and go meanwhile.
+                with suppress(FileNotFoundError):
+                    mode = entry.lstat().st_mode
+                    where = f"{displayed(self.path)}: {entry.relative_to(inside)}"
+                    if stat.S_ISLNK(mode) and not _target(entry).is_relative_to(inside):
                         raise InputError(
-                            f"{displayed(self.path)}: {entry.relative_to(inside)} is a link to {os.readlink(entry)},"
-                            " outside of the run: put the file itself there, or remove the link"
+                            f"{where} is a link to {os.readlink(entry)}, outside of the run: put the file itself there,"
+                            " or remove the link"
                         )
-                elif not (entry.is_file() or entry.is_dir()):
-                    raise InputError(f"{displayed(self.path)}: {entry.relative_to(inside)} is no plain file: remove it")
+                    if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                        raise InputError(f"{where} is no plain file: remove it")
 
 
 def _target(link: Path) -> Path:

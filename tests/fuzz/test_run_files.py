@@ -370,6 +370,17 @@ def test_links_within_a_run_and_to_a_run_are_as_good_as_files(run_copy: Path) ->
     assert load_run(elsewhere).name == "tiny"
 
 
+def test_a_file_that_is_gone_meanwhile_is_in_nobody_s_way(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = os.walk
+
+    def as_it_was(path: Path) -> Any:
+        for folder, folders, files in walk(path):
+            yield folder, [*folders, ".partial-round-0009"], [*files, ".metrics.csv.7.tmp"]
+
+    monkeypatch.setattr(os, "walk", as_it_was)
+    assert RunDirectory.open(run_copy).name == "tiny"
+
+
 def test_a_pipe_in_a_run_is_refused_instead_of_waited_for(run_copy: Path) -> None:
     os.mkfifo(run_copy / "inbox" / "1.json")
     with pytest.raises(InputError, match=r"inbox/1\.json is no plain file: remove it"):
