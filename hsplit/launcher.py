@@ -265,7 +265,8 @@ def own_code(policy: Policy) -> list[str]:
     find_split_rule(policy.split)
     find_metric(policy.importance.metric)
     named = (policy.aggregation, policy.ranks, policy.split, policy.importance.metric)
-    return [f"{word} is code from {origin(word)}" for word in dict.fromkeys(named) if is_reference(word)]
+    own = [str(word) for word in dict.fromkeys(named) if is_reference(word)]
+    return [f"{word} is code from {origin(word)}" for word in own]
 
 
 def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], list[Example]]:

@@ -60,7 +60,7 @@ def _turns(messages: Any, where: str) -> list[dict[str, str]]:
         texts = [turn.get(key) for key in ("role", "content")] if isinstance(turn, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f'{where}: messages: turn {number} must be {{"role": text, "content": text}}')
-        if not all(map(is_unicode, texts)):
+        if not all(is_unicode(str(text)) for text in texts):
             raise InputError(f"{where}: messages: turn {number} holds half of a surrogate pair; must be valid Unicode")
     last = messages[-1]
     if last["role"] != "assistant":
