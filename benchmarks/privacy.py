@@ -240,7 +240,8 @@ class _Benchmark:
         lines = []
         for scope in SCOPES:
             marks = texts.scope(scope, ids)
-            guess = texts.frequent[0] if scope == "all" else texts.frequent[FREQUENT]
+            # Of content the most frequent token that is any.
+            guess = texts.frequent[0 if scope == "all" else min(FREQUENT, len(texts.frequent) - 1)]
             share = float((ids[marks] == guess).float().mean()) if bool(marks.any()) else 0.0
             lines.append(f"{scope}: {int(marks.sum())} positions; guessing the most frequent token: {share:.1%}")
         lines += [
