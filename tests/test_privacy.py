@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from hsplit.actors.client import Client
 from hsplit.actors.executor import SCHEDULER
+from hsplit.actors.participant import base_model
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Job, Policy, RunConfig, ServerSpec
 from hsplit.coordinator import Inputs
 from hsplit.data import Example
+from hsplit.errors import InputError
 from hsplit.local_run import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import FixedScheduler, Recorder, fixed_plan
@@ -227,3 +231,31 @@ def test_all_that_leaves_a_client_is_known_by_name(
     sending = ("forward", "probe_forward", "validation_forward")
     known = {m: LEAVES[m] | (targets if m in sending else set()) for m in LEAVES if "tail" not in m}
     assert fields_of(server.returned()) == known
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "w5 w6 w7,w8 w9 w10\n"),  # no header
+        ("b.csv", "prompt,response,w5 w6,w5 w6\na,b,c,d\n"),
+        ("c.csv", "prompt,response,w5 w6\na,b\n"),
+        ("d.jsonl", '{"w5 w6": "w7 w8", "w9 w10": 1}\n'),
+        ("e.jsonl", '{"prompt": ["w5 w6 w7"], "response": "w8"}\n'),
+        ("f.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "w5 w6", "content": "b"}]}\n'),
+        ("g.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "w5 w6"}]}\n'),
+        ("h.txt", "w5 w6||w7 w8||w9\n"),
+    ],
+)
+def test_an_error_in_a_clients_own_file_does_not_quote_it(
+    models: dict[str, Path], tmp_path: Path, name: str, content: str
+) -> None:
+    """Its line goes to the driver and into the run's log."""
+    path = tmp_path / name
+    path.write_text(content)
+    job = Job.model_validate({"dtype": "fp32"})
+    client = Client("c0", job, Policy(), base_model(models["llama"], job))
+    with pytest.raises(InputError) as refused:
+        client.load_data({"c0": None}, str(path))
+    assert str(path) in str(refused.value)
+    assert not text_in(pickle.dumps(refused.value)) and not text_in(str(refused.value).encode())
+    assert refused.value.__cause__ is None and refused.value.__suppress_context__
