@@ -29,15 +29,17 @@ from hsplit.models.tail import Tail
 
 # Sequences that run through the front at once, positions that are matched at once, tokens that share a first one.
 BATCH, MATCHED_AT_ONCE, ALONE_AT_ONCE = 32, 256, 1024
+# Sequences in a step of the inverter's training, of which a quarter are made.
+TRAINED_AT_ONCE = 16
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the server received, with what it would like to know.
+    """Activations, with what the server would like to know of them.
 
     Attributes:
-        hidden: ``(n, d)`` fp32, activations as they arrived.
+        hidden: ``(n, d)``, activations, in fp32 where they have arrived.
         ids: ``(n,)`` int64, the tokens that they stand for.
         lengths: tokens of each sequence.
     """
@@ -46,30 +48,34 @@ class Observed:
     ids: Tensor
     lengths: tuple[int, ...]
 
+    @property
+    def typical_norm(self) -> float:
+        """Median L2 norm of a token's activations."""
+        return float(self.hidden.float().norm(dim=1).median())
+
     def sequences(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.hidden.split(self.lengths), self.ids.split(self.lengths), strict=True))
 
 
 @torch.no_grad()
-def observed(front: Segment, examples: Sequence[TokenizedExample], noise: ActivationNoise, wire: str) -> Observed:
-    """Run ``examples`` through a client's front and send them: noise, wire dtype and back."""
+def activations(front: Segment, examples: Sequence[TokenizedExample]) -> Observed:
+    """Run ``examples`` through a client's front."""
     hidden, ids, lengths = [], [], []
     for start in range(0, len(examples), BATCH):
         part = [example.ids for example in examples[start : start + BATCH]]
         own = tuple(len(one) for one in part)
         flat = torch.tensor([token for one in part for token in one])
         packing = Packing.of(own)
-        output = front.run(front.embed(flat, packing), packing, 0, front.spec.last)
-        hidden.append(WireTensor.pack(noise.added_to(output), wire).unpack(torch.float32, "cpu"))
+        hidden.append(front.run(front.embed(flat, packing), packing, 0, front.spec.last))
         ids.append(flat)
         lengths += own
     return Observed(torch.cat(hidden), torch.cat(ids), tuple(lengths))
 
 
-def typical_norm(front: Segment, examples: Sequence[TokenizedExample]) -> float:
-    """Median L2 norm of a token's activations at the split: what the noise is measured in."""
-    hidden = observed(front, examples, ActivationNoise(0.0, 1.0), "fp32").hidden
-    return float(hidden.norm(dim=1).median())
+def received(sent: Observed, noise: ActivationNoise, wire: str) -> Observed:
+    """What arrives of activations: noised, packed for the wire and unpacked."""
+    arrived = WireTensor.pack(noise.added_to(sent.hidden), wire).unpack(torch.float32, "cpu")
+    return Observed(arrived, sent.ids, sent.lengths)
 
 
 def scrambled(examples: Sequence[TokenizedExample], vocabulary: int, seed: int) -> list[TokenizedExample]:
@@ -181,7 +187,7 @@ def trained_inverter(
         linear: where it begins.
         public, made: observed at the noise that clients send.
         embeddings: ``(V, d)``.
-        steps: of AdamW; each sees :data:`BATCH` sequences, a quarter of them made.
+        steps: of AdamW, each over :data:`TRAINED_AT_ONCE` sequences; in bf16, as the run computes.
         seed: of everything drawn.
     """
     torch.manual_seed(seed)
@@ -191,18 +197,19 @@ def trained_inverter(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     table, known = normalize(embeddings), public.ids.unique()
     real, drawn = public.sequences(), made.sequences()
-    quarter = max(1, BATCH // 4)
+    quarter = TRAINED_AT_ONCE // 4
     for _ in range(steps):
-        picked = [real[int(i)] for i in torch.randint(len(real), (BATCH - quarter,))]
+        picked = [real[int(i)] for i in torch.randint(len(real), (TRAINED_AT_ONCE - quarter,))]
         picked += [drawn[int(i)] for i in torch.randint(len(drawn), (quarter,))]
         hidden, ids = (torch.cat([pair[which] for pair in picked]) for which in (0, 1))
         others = torch.randint(vocabulary, (len(known),))
         candidates, place = torch.cat([known, ids, others]).unique(return_inverse=True)
         targets = place[len(known) : len(known) + len(ids)]
-        vectors = normalize(inverter(hidden, [len(one) for one, _ in picked]))
-        logits = inverter.scale * vectors @ table[candidates].T + inverter.prior[candidates]
         optimizer.zero_grad()
-        cross_entropy(logits, targets).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            vectors = normalize(inverter(hidden, [len(one) for one, _ in picked]))
+            logits = inverter.scale * (vectors @ table[candidates].T) + inverter.prior[candidates]
+        cross_entropy(logits.float(), targets).backward()
         nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -55,6 +55,8 @@ POLICY = "split: {split}\nranks: 8\nimportance: {{metric: equal}}\nreplan: {{mea
 # Of the most frequent tokens of public texts so many are no content: they are guessed anyway.
 FREQUENT = 100
 SCOPES = ("all", "content", "names")
+# To find what every token of the vocabulary comes to takes long in deep layers.
+NEAREST_TO = 4
 TOP = 5
 
 
@@ -196,6 +198,7 @@ class _Benchmark:
         self.base = base_model(self.source.directory, self.run_config.job)
         self.vocabulary = int(model_config(self.source.directory).vocab_size)
         self.texts = texts_of(options, self.source.directory, self.run_config)
+        self.made = self.attacks.scrambled(self.texts.public[: options.made], self.vocabulary, options.seed)
         settings = {key: value for key, value in vars(options).items() if key not in ("to", "cells", "quick")}
         settings["data"] = Path(options.data).name
         self.header = {
@@ -218,10 +221,13 @@ class _Benchmark:
             write_rows(options.to / "labels.csv", self.labels, self.header)
         for split in dict.fromkeys(split for split, _ in missing[: options.cells]):
             front = load_segment(self.base, SegmentSpec(0, split, embedding=True))
-            clip = self.attacks.typical_norm(front, self.texts.public[:64])
-            alone = self._alone(front)
+            known = [
+                self.attacks.activations(front, part) for part in (self.texts.public, self.made, self.texts.attacked)
+            ]
+            clip = known[0].typical_norm
+            alone = self._alone(front) if split <= NEAREST_TO else None
             for noise in (n for s, n in missing[: options.cells] if s == split):
-                learned, attacked = self._cell(front, alone, split, noise, clip)
+                learned, attacked = self._cell(front, known, alone, noise, clip)
                 self.learned.append(learned)
                 self.attacked += attacked
                 # What was attacked first: a cell counts as done when its training is written.
@@ -271,6 +277,7 @@ class _Benchmark:
         overrides = {
             "job.model": options.model,
             "job.base": options.base,
+            "job.batch_size": 1,
             "job.rounds": options.rounds,
             "job.local_steps": options.steps,
             "job.validation.max_examples": options.validation,
@@ -290,24 +297,27 @@ class _Benchmark:
         return self.attacks.alone(front, first, self.vocabulary)
 
     def _cell(
-        self, front: Segment, alone: Tensor, split: int, noise: float, clip: float
+        self, front: Segment, known: Sequence[Any], alone: Tensor | None, noise: float, clip: float
     ) -> tuple[Learned, list[Attacked]]:
+        """Attack, train, and attack again.
+
+        Args:
+            front: of the base model.
+            known: activations of the public texts, of made ones, and of those that are attacked.
+            alone: what each token alone comes to; ``None``: the nearest is not looked for.
+            noise, clip: the job's.
+        """
+        split = front.spec.last
         attacks, texts, options = self.attacks, self.texts, self.options
-        wire = self.run_config.job.wire
-        adding = ActivationNoise(noise, clip)
+        adding, wire = ActivationNoise(noise, clip), self.run_config.job.wire
         embeddings = next(iter(front.embeddings.values())).weight.detach().float()
-        made = attacks.scrambled(texts.public, self.vocabulary, options.seed)
 
-        def sent(through: Segment, examples: Sequence[TokenizedExample]) -> Any:
-            return attacks.observed(through, examples, adding, wire)
+        def arrived(sent: Any) -> Any:
+            return attacks.received(sent, adding, wire)
 
-        def fitted(through: Segment) -> tuple[Any, Any, Any]:
-            public, drawn = sent(through, texts.public), sent(through, made)
-            both = attacks.Observed(
-                torch.cat([public.hidden, drawn.hidden]), torch.cat([public.ids, drawn.ids]),
-                public.lengths + drawn.lengths,
-            )  # fmt: skip
-            return public, drawn, attacks.Linear(both, embeddings)
+        def fitted(public: Any, made: Any) -> Any:
+            hidden, ids = (torch.cat([getattr(part, of) for part in (public, made)]) for of in ("hidden", "ids"))
+            return attacks.Linear(attacks.Observed(hidden, ids, public.lengths + made.lengths), embeddings)
 
         found = []
 
@@ -322,17 +332,20 @@ class _Benchmark:
                         Attacked(split, noise, trained, attack, knows, scope, len(own), round(top1, 5), round(top5, 5))
                     )
 
-        public, drawn, linear = fitted(front)
-        inverter = attacks.trained_inverter(linear, public, drawn, embeddings, options.inverter_steps, options.seed)
-        before = sent(front, texts.attacked)
-        centred = before.hidden - public.hidden.mean(dim=0)
-        count(False, "nearest", "base", attacks.guesses(centred, alone - alone.mean(dim=0), TOP), before.ids)
+        public, made, before = (arrived(sent) for sent in known)
+        linear = fitted(public, made)
+        inverter = attacks.trained_inverter(linear, public, made, embeddings, options.inverter_steps, options.seed)
+        if alone is not None:
+            centred = before.hidden - public.hidden.mean(dim=0)
+            count(False, "nearest", "base", attacks.guesses(centred, alone - alone.mean(dim=0), TOP), before.ids)
         count(False, "linear", "base", attacks.guesses(linear.vectors(before), embeddings, TOP), before.ids)
         count(False, "inverter", "base", inverter.guesses(before, embeddings, TOP), before.ids)
         learned, trained = self._learned(split, noise, clip)
-        after = sent(trained, texts.attacked)
+        after = arrived(attacks.activations(trained, texts.attacked))
         count(True, "inverter", "base", inverter.guesses(after, embeddings, TOP), after.ids)
-        _, _, refitted = fitted(trained)
+        # A regression needs fewer texts than an inverter.
+        few = [arrived(attacks.activations(trained, part[: len(part) // 2])) for part in (texts.public, self.made)]
+        refitted = fitted(*few)
         count(True, "linear", "adapters", attacks.guesses(refitted.vectors(after), embeddings, TOP), after.ids)
         return learned, found
 
@@ -495,13 +508,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--splits", type=int, nargs="+", help="layers on the client (default: 0 1 2 4 8 15)")
     parser.add_argument("--noises", type=float, nargs="+", help="units of the clip (default: 0 0.02 0.1 0.3)")
     parser.add_argument("--rounds", type=int, help="of the clients' training (default: 2)")
-    parser.add_argument("--steps", type=int, help="local steps a round (default: 10)")
-    parser.add_argument("--validation", type=int, help="examples held out by each client (default: 8)")
+    parser.add_argument("--steps", type=int, help="local steps a round, one example each (default: 8)")
+    parser.add_argument("--validation", type=int, help="examples held out by each client (default: 6)")
     parser.add_argument("--private", type=int, help="examples of all clients together (default: 400)")
-    parser.add_argument("--public", type=int, help="examples that the server has (default: 1200)")
-    parser.add_argument("--attacked", type=int, help="private examples that are attacked (default: 48)")
+    parser.add_argument("--public", type=int, help="examples that the server has (default: 500)")
+    parser.add_argument("--made", type=int, help="texts with drawn tokens that the server makes (default: 200)")
+    parser.add_argument("--attacked", type=int, help="private examples that are attacked (default: 32)")
     parser.add_argument("--inverter-steps", type=int, help="that the inverter is trained (default: 80)")
-    parser.add_argument("--label-examples", type=int, help="whose labels are read from gradients (default: 16)")
+    parser.add_argument("--label-examples", type=int, help="whose labels are read from gradients (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, help="end after so many cells; the next call goes on")
     parser.add_argument("--quick", action="store_true", help="small defaults, two or three minutes")
@@ -520,13 +534,14 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "splits": ([0, 1, 2, 4, 8, 15], [0, 2]),
     "noises": ([0.0, 0.02, 0.1, 0.3], [0.0, 0.1]),
     "rounds": (2, 1),
-    "steps": (10, 4),
-    "validation": (8, 4),
+    "steps": (8, 4),
+    "validation": (6, 3),
     "private": (400, 100),
-    "public": (1200, 300),
-    "attacked": (48, 24),
+    "public": (500, 150),
+    "made": (200, 60),
+    "attacked": (32, 16),
     "inverter_steps": (80, 20),
-    "label_examples": (16, 4),
+    "label_examples": (6, 2),
 }
 
 

@@ -103,10 +103,11 @@ def test_an_inverter_learns_what_is_likely_beyond_the_regression(models: dict[st
     front = load_segment(base, SegmentSpec(0, 1, embedding=True))
     draw = random.Random(0)
     texts = [TokenizedExample(tuple(draw.choice((5, 6, 7)) for _ in range(8)), 1) for _ in range(64)]
-    noise = ActivationNoise(1.0, inversion.typical_norm(front, texts))
-    public, seen = (inversion.observed(front, part, noise, "fp32") for part in (texts[:48], texts[48:]))
+    sent = [inversion.activations(front, part) for part in (texts[:48], texts[48:])]
+    noise = ActivationNoise(0.4, sent[0].typical_norm)
+    public, seen = (inversion.received(one, noise, "fp32") for one in sent)
     anything = [TokenizedExample(tuple(draw.randrange(2, WORDS) for _ in range(8)), 1) for _ in range(200)]
-    made = inversion.observed(front, anything, noise, "fp32")
+    made = inversion.received(inversion.activations(front, anything), noise, "fp32")
     embeddings = front.embeddings["embed_tokens"].weight.detach()
     linear = inversion.Linear(made, embeddings)
     inverter = inversion.trained_inverter(linear, public, made, embeddings, 60, 0)
