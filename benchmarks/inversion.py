@@ -105,7 +105,7 @@ def alone(front: Segment, first: int, vocabulary: int) -> Tensor:
 def guesses(vectors: Tensor, table: Tensor, count: int) -> Tensor:
     """The ``count`` rows of ``table`` ``(V, d)`` of largest cosine with each of ``vectors``: ``(n, count)``."""
     table = normalize(table)
-    parts = vectors.split(MATCHED_AT_ONCE)
+    parts = normalize(vectors).split(MATCHED_AT_ONCE)
     return torch.cat([(part @ table.T).topk(count, dim=1).indices for part in parts])
 
 

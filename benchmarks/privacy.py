@@ -51,7 +51,7 @@ CLUSTER = """
 server: {memory_gb: 64, tflops: 2}
 clients: [{name: client, count: 4, memory_gb: 8, tflops: 0.5}]
 """
-POLICY = "split: {split}\nranks: 8\nimportance: {{metric: equal}}\nreplan: {{measured: false}}\n"
+POLICY = "split: {split}\nranks: 8\nimportance: {{metric: equal}}\nreinit: random\nreplan: {{measured: false}}\n"
 # Of the most frequent tokens of public texts so many are no content: they are guessed anyway.
 FREQUENT = 100
 SCOPES = ("all", "content", "names")
@@ -199,7 +199,7 @@ class _Benchmark:
         self.vocabulary = int(model_config(self.source.directory).vocab_size)
         self.texts = texts_of(options, self.source.directory, self.run_config)
         self.made = self.attacks.scrambled(self.texts.public[: options.made], self.vocabulary, options.seed)
-        settings = {key: value for key, value in vars(options).items() if key not in ("to", "cells", "quick")}
+        settings = {key: value for key, value in vars(options).items() if key not in _NOT_OF_A_CELL}
         settings["data"] = Path(options.data).name
         self.header = {
             **machine_description("torch", "transformers"),
@@ -507,14 +507,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", default="bf16", help="values of the frozen weights (default: bf16)")
     parser.add_argument("--splits", type=int, nargs="+", help="layers on the client (default: 0 1 2 4 8 15)")
     parser.add_argument("--noises", type=float, nargs="+", help="units of the clip (default: 0 0.02 0.1 0.3)")
-    parser.add_argument("--rounds", type=int, help="of the clients' training (default: 2)")
-    parser.add_argument("--steps", type=int, help="local steps a round, one example each (default: 8)")
-    parser.add_argument("--validation", type=int, help="examples held out by each client (default: 6)")
+    parser.add_argument("--rounds", type=int, help="of the clients' training (default: 1)")
+    parser.add_argument("--steps", type=int, help="local steps a round, one example each (default: 12)")
+    parser.add_argument("--validation", type=int, help="examples held out by each client (default: 4)")
     parser.add_argument("--private", type=int, help="examples of all clients together (default: 400)")
     parser.add_argument("--public", type=int, help="examples that the server has (default: 500)")
     parser.add_argument("--made", type=int, help="texts with drawn tokens that the server makes (default: 200)")
-    parser.add_argument("--attacked", type=int, help="private examples that are attacked (default: 32)")
-    parser.add_argument("--inverter-steps", type=int, help="that the inverter is trained (default: 80)")
+    parser.add_argument("--attacked", type=int, help="private examples that are attacked (default: 24)")
+    parser.add_argument("--inverter-steps", type=int, help="that the inverter is trained (default: 50)")
     parser.add_argument("--label-examples", type=int, help="whose labels are read from gradients (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, help="end after so many cells; the next call goes on")
@@ -529,18 +529,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+# A larger grid goes on from a smaller one.
+_NOT_OF_A_CELL = ("to", "cells", "quick", "splits", "noises")
 # In full, and with --quick.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "splits": ([0, 1, 2, 4, 8, 15], [0, 2]),
     "noises": ([0.0, 0.02, 0.1, 0.3], [0.0, 0.1]),
-    "rounds": (2, 1),
-    "steps": (8, 4),
-    "validation": (6, 3),
+    "rounds": (1, 1),
+    "steps": (12, 4),
+    "validation": (4, 3),
     "private": (400, 100),
     "public": (500, 150),
     "made": (200, 60),
-    "attacked": (32, 16),
-    "inverter_steps": (80, 20),
+    "attacked": (24, 16),
+    "inverter_steps": (50, 20),
     "label_examples": (6, 2),
 }
 
