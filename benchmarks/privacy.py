@@ -336,8 +336,9 @@ class _Benchmark:
         linear = fitted(public, made)
         inverter = attacks.trained_inverter(linear, public, made, embeddings, options.inverter_steps, options.seed)
         if alone is not None:
-            centred = before.hidden - public.hidden.mean(dim=0)
-            count(False, "nearest", "base", attacks.guesses(centred, alone - alone.mean(dim=0), TOP), before.ids)
+            # Deep in the model all have much in common: what the public texts' tokens have, in either form.
+            centred, table = before.hidden - public.hidden.mean(dim=0), alone - alone[public.ids].mean(dim=0)
+            count(False, "nearest", "base", attacks.guesses(centred, table, TOP), before.ids)
         count(False, "linear", "base", attacks.guesses(linear.vectors(before), embeddings, TOP), before.ids)
         count(False, "inverter", "base", inverter.guesses(before, embeddings, TOP), before.ids)
         learned, trained = self._learned(split, noise, clip)
