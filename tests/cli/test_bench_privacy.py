@@ -115,3 +115,23 @@ def test_an_inverter_learns_what_is_likely_beyond_the_regression(models: dict[st
     guessed = inverter.guesses(seen, embeddings, 1)[:, 0]
     right, right_linear = ((g == seen.ids).float().mean() for g in (guessed, regression))
     assert right > right_linear + 0.1 and right > 0.4
+
+
+def test_the_table_has_the_best_attack_of_every_cell() -> None:
+    privacy = load_benchmark("privacy")
+    learned = [privacy.Learned(2, 0.1, 3.0, 2e4, 300.0, 9.5), privacy.Learned(2, 0.0, 3.0, 12.0, 4.0, 4.0)]
+    attacked = [
+        privacy.Attacked(2, noise, trained, attack, "base", scope, 10, share, share)
+        for noise, trained, attack, scope, share in (
+            (0.1, False, "nearest", "all", 0.5),
+            (0.1, False, "inverter", "all", 0.25),
+            (0.1, False, "inverter", "content", 0.75),
+            (0.1, False, "linear", "content", 0.5),
+            (0.1, True, "linear", "all", 0.125),
+            (0.0, False, "linear", "all", 1.0),
+        )
+    ]
+    columns, cells = privacy.table(learned, attacked)
+    assert all(len(row) == len(columns) for row in cells)
+    assert cells[0] == ["2", "0", "12.00", "4.00", "4.00", "", "100.0%", "", "", "", ""]
+    assert cells[1] == ["2", "0.1", "2.0e+04", "300.00", "9.50", "50.0%", "", "25.0%", "75.0%", "", "12.5%"]
