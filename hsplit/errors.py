@@ -23,9 +23,17 @@ class InputError(HsplitError):
     """Something that the user gave is wrong: ``where: what is wrong and what would be right``.
 
     Raised before anything starts; the command line prints it without a traceback and exits with 2.
+
+    Args:
+        text: the line.
+        discreet: the same without a word of the data, where ``text`` quotes them: for those who may not see them.
     """
 
     exit_code = 2
+
+    def __init__(self, text: str = "", discreet: str | None = None) -> None:
+        super().__init__(text)
+        self.discreet = text if discreet is None else discreet
 
 
 class RunError(HsplitError):

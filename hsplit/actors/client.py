@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsplit.actors.activation_noise import ActivationNoise
 from hsplit.actors.messages import Activations, ForwardReport, LossReport, WireTensor
 from hsplit.actors.participant import Participant
 from hsplit.actors.peak_memory import measured, measured_in_first_steps, measured_once_a_round
@@ -25,9 +26,6 @@ from hsplit.models.segment import Segment, SegmentSpec
 from hsplit.scheduling.importance import ImportanceReport
 from hsplit.seeds import hash_seed
 
-# Steps count from 0 and validation is -1; a probe's noise must repeat neither's.
-_PROBE = -2
-
 
 class Client(Participant):
     """Holds private data and the front segment; talks in hidden states and adapters only."""
@@ -36,6 +34,8 @@ class Client(Participant):
         super().__init__(*arguments, **settings)
         self._probed: tuple[ImportanceProbe, Batch, Tensor] | None = None
         self._sent: dict[tuple[int, int], Tensor] = {}
+        privacy = self._job.privacy
+        self._noise = ActivationNoise(privacy.noise, privacy.noise_clip)
 
     def _forget(self) -> None:
         super()._forget()
@@ -57,7 +57,7 @@ class Client(Participant):
             batch = batches[micro]
         with watch.phase("forward"):
             self.holder.begin_phase(hash_seed(step, micro), training=True)
-            hidden = self._noised(self._front(batch), step, micro)
+            hidden = self._noise.added_to(self._front(batch))
         self._sent[step, micro] = hidden
         with watch.phase("pack"):
             message = self._message(batch, hidden, sum(b.supervised for b in batches))
@@ -122,7 +122,7 @@ class Client(Participant):
         self.holder.begin_phase(0, training=False)
         probe = self._new_probe()
         with probe.watching():
-            hidden = self._noised(self._front(batch, probing=True), _PROBE, round_)
+            hidden = self._noise.added_to(self._front(batch, probing=True))
         self._probed = probe, batch, hidden
         message = self._message(batch, hidden, batch.supervised)
         return ForwardReport(self.name, message.nbytes), message
@@ -161,7 +161,7 @@ class Client(Participant):
         """Front over validation batch ``index``, without a graph and without dropout."""
         batch = self._validation[index]
         self.holder.begin_phase(0, training=False)
-        hidden = self._noised(self._front(batch), -1, index)
+        hidden = self._noise.added_to(self._front(batch))
         message = self._message(batch, hidden, batch.supervised)
         return ForwardReport(self.name, message.nbytes), message
 
@@ -196,20 +196,6 @@ class Client(Participant):
             drawn = self._drawn(step)
             self._batches[step] = [self._batch(part) for examples in drawn for part in _cut(examples, parts)]
         return self._batches[step]
-
-    def _noised(self, hidden: Tensor, step: int, index: int) -> Tensor:
-        """Clip each position's activations and add Gaussian noise (``privacy.noise``), differentiably in ``hidden``.
-
-        The noise depends on run, client and batch alone, so that a resumed run repeats it.
-        """
-        privacy = self._job.privacy
-        if privacy.noise == 0:
-            return hidden
-        norm = hidden.norm(dim=-1, keepdim=True)
-        clipped = hidden * (privacy.noise_clip / norm.clamp_min(privacy.noise_clip))
-        generator = torch.Generator().manual_seed(hash_seed(self._job.seed, self.name, "noise", step, index))
-        draw = torch.randn(hidden.shape, generator=generator).to(hidden)
-        return clipped + privacy.noise * privacy.noise_clip * draw
 
     def _message(self, batch: Batch, hidden: Tensor, step_supervised: int) -> Activations:
         at_home = self._job.privacy.labels == "client"

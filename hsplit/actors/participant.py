@@ -14,6 +14,7 @@ from hsplit.actors.peak_memory import measured_with_part
 from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples
 from hsplit.data.local import LocalData
+from hsplit.errors import InputError
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
@@ -87,15 +88,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
         for client, share in shares.items():
             if share is None:
                 assert own is not None
-                share = read_examples(
-                    own,
-                    examples=job.data.examples,
-                    seed=job.seed,
-                    label=job.data.label,
-                    separator=job.data.separator,
-                    limit=job.data.limit,
-                    chat=chat_template(tokenizer),
-                )
+                share = self._read(own, tokenizer)
             self._data.append(LocalData(client, share, tokenizer, job))
         self._validation = [batch for data in self._data for batch in data.validation]
         return DataReport(
@@ -105,6 +98,22 @@ class Participant(HolderActor[Holder | WeightHolder]):
             validation_batches=len(self._validation),
             too_long=sum(data.too_long for data in self._data),
         )
+
+    def _read(self, own: str, tokenizer: Any) -> list[Example]:
+        data = self._job.data
+        try:
+            return read_examples(
+                own,
+                examples=data.examples,
+                seed=self._job.seed,
+                label=data.label,
+                separator=data.separator,
+                limit=data.limit,
+                chat=chat_template(tokenizer),
+            )
+        except InputError as error:
+            # What is raised here goes to the driver, and into the run's log.
+            raise InputError(error.discreet) from None
 
     @measured_with_part
     def configure(self, split: int, ranks: dict[str, int]) -> None:

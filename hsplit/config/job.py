@@ -96,7 +96,8 @@ class Privacy(Section):
     noise: NonNegative = Field(
         default=0.0,
         description="standard deviation of the Gaussian noise on the activations a client sends, in units of"
-        " `noise_clip`; 0 = none, and no clipping",
+        " `noise_clip`; 0 = none, and no clipping; drawn from a secret of the client's, so that such a run is never"
+        " repeated to the digit",
     )
     noise_clip: Positive = Field(
         default=1.0, description="L2 norm that each token's activations are clipped to before the noise"

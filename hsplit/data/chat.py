@@ -44,7 +44,8 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
         whole = chat(turns, add_generation_prompt=False)
     except Exception as error:  # a template is a program of the model's author, raising what it likes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: the model's chat template refuses these messages: {reason}") from None
+        refused = f"{where}: the model's chat template refuses these messages"
+        raise InputError(f"{refused}: {reason}", refused) from None
     response = whole.removeprefix(prompt).rstrip("\n")
     if not whole.startswith(prompt) or not response.strip():
         raise InputError(
@@ -64,7 +65,10 @@ def _turns(messages: Any, where: str) -> list[dict[str, str]]:
             raise InputError(f"{where}: messages: turn {number} holds half of a surrogate pair; must be valid Unicode")
     last = messages[-1]
     if last["role"] != "assistant":
-        raise InputError(f"{where}: messages: the last turn is the {last['role']}'s; must be the assistant's")
+        raise InputError(
+            f"{where}: messages: the last turn is the {last['role']}'s; must be the assistant's",
+            f"{where}: messages: the last turn must be the assistant's",
+        )
     if not last["content"].strip():
         raise InputError(f"{where}: messages: the assistant's last turn is blank; must be a text")
     return messages

@@ -52,16 +52,22 @@ def csv_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
     elif {"prompt", "response"} <= set(header):
         prompt_key, response_key, style = "prompt", "response", "plain"
     else:
-        raise InputError(f"{path}: has columns {listed(header)}; needs mr and ref, or prompt and response")
+        # A file without a header has its first example there.
+        needs = "needs mr and ref, or prompt and response"
+        raise InputError(f"{path}: has columns {listed(header)}; {needs}", f"{path}: has other columns; {needs}")
     if len(set(header)) < len(header):
-        raise InputError(f"{path}: has columns {listed(header)}; each name may stand there once only")
+        raise InputError(
+            f"{path}: has columns {listed(header)}; each name may stand there once only",
+            f"{path}: has a column twice; each name may stand there once only",
+        )
     rows = []
     for number, values in enumerate(lines, start=2):
         where = f"{path}: row {number}"
         if not any(value.strip() for value in values):
             raise InputError(f"{where} is empty; delete it or fill it in")
         if len(values) != len(header):
-            raise InputError(f"{where} has {len(values)} fields; the header has {len(header)} ({listed(header)})")
+            counted = f"{where} has {len(values)} fields; the header has {len(header)}"
+            raise InputError(f"{counted} ({listed(header)})", counted)
         fields = dict(zip(header, values, strict=True))
         rows.append(_row(where, fields, prompt_key, response_key, style))
     return rows
@@ -85,7 +91,8 @@ def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
         elif {"prompt", "response"} <= fields.keys():
             rows.append(_row(where, fields, "prompt", "response", "plain"))
         else:
-            raise InputError(f"{where} has keys {listed(fields)}; needs prompt and response, or messages")
+            needs = "needs prompt and response, or messages"
+            raise InputError(f"{where} has keys {listed(fields)}; {needs}", f"{where} has other keys; {needs}")
     return rows
 
 
@@ -126,7 +133,7 @@ def _row(where: str, fields: Mapping[str, Any], prompt_key: str, response_key: s
     for key in (prompt_key, response_key):
         text = fields[key]
         if not isinstance(text, str):
-            raise InputError(f"{where}: {key} is {shown(text, 40)}; must be a text")
+            raise InputError(f"{where}: {key} is {shown(text, 40)}; must be a text", f"{where}: {key} must be a text")
         if not text.strip():
             raise InputError(f"{where}: {key} is blank; must be a text")
         if not is_unicode(text):

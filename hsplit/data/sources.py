@@ -105,7 +105,8 @@ def _labels(rows: list[Row], source: str, label: str | None) -> list[str | None]
     if label is None:
         return [None] * len(rows)
     there = listed([*rows[0].fields, *(meanings[0] or ())])
-    raise InputError(f"data.label: {label!r} is no column, key or slot of {source}; its first example has {there}")
+    wrong = f"data.label: {label!r} is no column, key or slot of {source}"
+    raise InputError(f"{wrong}; its first example has {there}", wrong)
 
 
 def _field_label(row: Row, label: str) -> str | None:

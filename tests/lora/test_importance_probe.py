@@ -128,7 +128,8 @@ def test_a_client_without_layers_scores_nothing_and_gets_no_gradient(models: dic
 
 @pytest.mark.parametrize(("labels", "base"), [("server", "nf4"), ("client", "fp32")])
 def test_a_probe_leaves_no_trace(models: dict[str, Path], tmp_path: Path, labels: str, base: str) -> None:
-    privacy = {"labels": labels, "noise": 0.1}
+    # Without noise, which is never the same in two runs.
+    privacy = {"labels": labels}
     settings = {"base": base, "local_steps": 2, "rounds": 2, "lr": 0.02, "dropout": 0.2, "privacy": privacy}
     states, losses, probes = [], [], []
     for probing in (False, True):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hsplit.actors.messages import Activations, WireTensor
-from hsplit.config import Job, Residual, RunConfig
+from hsplit.config import Importance, Job, Policy, Residual, RunConfig
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.tail import CLIENT_CHUNK_ROWS
 from hsplit.scheduling.cost import CostModel
 from tests.scheduling.test_planner import client, cost, server
 from tests.tiny import LAYERS, save_tiny_model, tiny_config
@@ -80,6 +81,44 @@ def test_step_times_follow_the_declared_budget(labels: str) -> None:
     flops = model.model.forward_flops[:2].sum() + model.model.backward_flops[:2].sum()
     tail = 4 * 64 * 32 * 96 if labels == "client" else 0
     assert computed[0] == pytest.approx((flops + tail) / 1e9)
+
+
+def test_the_plan_of_a_client_with_its_labels_at_home_has_the_tail(tmp_path: Path) -> None:
+    """Its bytes are those of a loaded tail, its FLOPs those that torch counts."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    from hsplit.actors.scheduler import Scheduler
+
+    config = tiny_config("llama")
+    # A head of its own.
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plans, costs = {}, {}
+    for labels in ("server", "client"):
+        settings = {"dtype": "fp32", "base": "fp32", "batch_size": 8, "max_length": 64}
+        job = Job.model_validate(settings | {"privacy": {"labels": labels}})
+        policy = Policy(name="fixed", split=2, ranks=4, importance=Importance(metric="equal"))
+        run = RunConfig(clients=(client("one", 1e9),), server=server(), job=job, policy=policy)
+        scheduler = Scheduler(run, tmp_path)
+        plans[labels], costs[labels] = scheduler.plan().client("one"), scheduler.cost.model
+    rows = 8 * 64
+    tail = load_segment(BaseModel(tmp_path, "fp32", torch.float32), SegmentSpec(0, 2, embedding=True, tail=True)).tail
+    assert tail is not None
+    held = sum(tensor.nbytes for tensor in (*tail.parameters(), *tail.buffers()))
+    # What it takes at work counts as far as no layer takes more; ``test_measured_memory`` measures it.
+    work = costs["client"].tail_run(CLIENT_CHUNK_ROWS).peak_bytes(rows) + 3 * 4 * rows * 32
+    more = plans["client"].predicted_bytes - plans["server"].predicted_bytes
+    assert held <= more <= held + 1.2 * work
+    with FlopCounterMode(display=False) as counter:
+        hidden = torch.randn(rows, 32, requires_grad=True)
+        tail.supervised_losses(hidden, torch.arange(rows) % 96).sum().backward()
+    times = {labels: plan.step_time_s for labels, plan in plans.items()}
+    wire = {labels: model.wire_bytes(2) for labels, model in costs.items()}
+    sent = {labels: w.up + w.down + w.deep + w.slope for labels, w in wire.items()}
+    # Two more messages, each with its latency.
+    link_s = 8 * (sent["client"] - sent["server"]) / 1e8 + 2e-3
+    assert times["client"] - times["server"] == pytest.approx(counter.get_total_flops() / 1e9 + link_s)
 
 
 def test_the_scheduler_reads_the_configuration_file_alone(tmp_path: Path) -> None:
