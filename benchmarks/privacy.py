@@ -418,11 +418,11 @@ class _Rows:
     def __init__(self) -> None:
         self.rows: list[Any] = []
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.rows.append(row)
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments, **fields: None
 
 
 # -- texts --------------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def texts_of(options: argparse.Namespace, model: Path, run: RunConfig) -> Texts:
     """Deal the data out to clients and server so that no restaurant of one is one of the other's."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     examples = read_examples(
         options.data, examples=4 * (options.public + options.private), seed=options.seed, label=None, separator=None,
         limit=None,

@@ -193,6 +193,10 @@ class RunDirectory:
         """
         inside = self.path.resolve()
         for folder, folders, files in os.walk(inside):
+            if Path(folder).parent == inside / "wandb":
+                # Weights & Biases' own, which links its logs; nothing in there is looked at or written here.
+                folders.clear()
+                continue
             for entry in (Path(folder, name) for name in (*folders, *files)):
                 # Half-written files of a run that goes on come and go meanwhile.
                 with suppress(FileNotFoundError):

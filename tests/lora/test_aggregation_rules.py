@@ -178,7 +178,7 @@ def test_adapters_that_have_learned_nothing_do_not_divide_by_zero() -> None:
     [
         ("nowhere.module:rule", "no module named 'nowhere'"),
         ("hsplit.lora.low_rank:nothing", "has no 'nothing'"),
-        ("hsplit.lora.low_rank:_ROWS_AT_ONCE", "must be a function"),
+        ("hsplit.lora.optimizer:MOMENT_BLOCK", "must be a function"),
         ("medians", "must be one of concat, fedavg"),
     ],
 )
