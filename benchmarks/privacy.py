@@ -210,7 +210,9 @@ class _Benchmark:
         settings["data"] = Path(options.data).name
         self.header = {
             **machine_description("torch", "transformers"),
-            "command": "hsplit bench privacy" + (" --quick" if options.quick else ""),
+            "command": "hsplit bench privacy"
+            + (f" --data {Path(options.data).name}" if options.data != BUILT_IN else "")
+            + (" --quick" if options.quick else ""),
             "settings": "; ".join(f"{key} {value}" for key, value in sorted(settings.items())),
         }
         self.learned = [Learned(**row) for row in self._kept("utility.csv", Learned)]
@@ -225,7 +227,6 @@ class _Benchmark:
         missing = [(s, n) for s in options.splits for n in options.noises if (s, n) not in done]
         if not self.labels:
             self.labels = self._labels_read()
-            write_rows(options.to / "labels.csv", self.labels, self.header)
         for split in dict.fromkeys(split for split, _ in missing[: options.cells]):
             front = load_segment(self.base, SegmentSpec(0, split, embedding=True))
             known = [
@@ -237,14 +238,22 @@ class _Benchmark:
                 learned, attacked = self._cell(front, known, alone, noise, clip)
                 self.learned.append(learned)
                 self.attacked += attacked
-                # What was attacked first: a cell counts as done when its training is written.
-                write_rows(options.to / "attacks.csv", [asdict(row) for row in self.attacked], self.header)
-                write_rows(options.to / "utility.csv", [asdict(row) for row in self.learned], self.header)
+                self._write()
                 recovered = best(attacked, learned, False, "all")
                 console.print(
                     f"split {split}, noise {noise:g}: perplexity {_short(learned.val_ppl)}, {recovered:.1%} of tokens"
                     " recovered"
                 )
+
+        self._write()
+
+    def _write(self) -> None:
+        to, in_order = self.options.to, sorted(self.learned, key=lambda row: (row.split, row.noise))
+        write_rows(to / "labels.csv", self.labels, self.header)
+        # What was attacked first: a cell counts as done when its training is written.
+        attacked = sorted(self.attacked, key=lambda row: (row.split, row.noise, row.trained))
+        write_rows(to / "attacks.csv", [asdict(row) for row in attacked], self.header)
+        write_rows(to / "utility.csv", [asdict(row) for row in in_order], self.header)
 
     def facts(self) -> list[str]:
         """Sentences beside the table."""
