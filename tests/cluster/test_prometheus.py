@@ -54,10 +54,11 @@ def after_step(step):
     if step == 2:
         ray.kill(ray.get_actor("hsplit:watched:client:large-1", namespace="hsplit"))
     if step == 10:
-        # As the dashboard lists them.
-        names = {actor.name for actor in list_actors()}
+        # As the dashboard lists them; there may be other Ray clusters on the machine.
+        here = ray.get_runtime_context().gcs_address
+        names = {actor.name for actor in list_actors(here)}
         assert {"hsplit:watched:client:small", "hsplit:watched:server", "hsplit:watched:scheduler"} <= names, names
-        tasks = {task.name for task in list_tasks(limit=10_000)}
+        tasks = {task.name for task in list_tasks(here, limit=10_000)}
         assert {"ClientActor.forward", "ServerActor.train_step", "ClientActor.backward"} <= tasks, tasks
         until = time.monotonic() + 400
         while not looked_at.exists() and time.monotonic() < until:

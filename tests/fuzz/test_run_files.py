@@ -336,7 +336,8 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    "entry", ["events.jsonl", "inbox", "checkpoints", "inbox/taken", "adapter", "metrics.csv", "x/y"]
+    "entry",
+    ["events.jsonl", "inbox", "checkpoints", "inbox/taken", "adapter", "metrics.csv", "x/y", "wandb", "wandb/id"],
 )
 def test_a_link_out_of_a_run_is_refused_and_nothing_is_written_there(run_copy: Path, entry: str, command: str) -> None:
     outside = run_copy.parent.parent
@@ -345,8 +346,9 @@ def test_a_link_out_of_a_run_is_refused_and_nothing_is_written_there(run_copy: P
     if link.is_dir():
         shutil.rmtree(link)
     link.unlink(missing_ok=True)
-    target = outside / ("precious.txt" if "." in entry else "folder")
-    if "." not in entry:
+    is_file = "." in entry or entry.endswith("id")
+    target = outside / ("precious.txt" if is_file else "folder")
+    if not is_file:
         target.mkdir()
     link.symlink_to(target)
     before = tree(outside)
@@ -365,6 +367,10 @@ def test_a_run_cannot_have_a_name_that_is_no_file_name(tmp_path: Path, name: str
 def test_links_within_a_run_and_to_a_run_are_as_good_as_files(run_copy: Path) -> None:
     (run_copy / "newest").symlink_to(sorted((run_copy / "checkpoints").iterdir())[-1])
     (run_copy / "self").symlink_to("self")
+    # Weights & Biases links the logs of its runs to its own cache.
+    logs = run_copy / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to("/elsewhere/core-debug.log")
     elsewhere = run_copy.parent.parent / "link-to-run"
     elsewhere.symlink_to(run_copy)
     assert load_run(elsewhere).name == "tiny"
