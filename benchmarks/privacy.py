@@ -439,9 +439,9 @@ class _Rows:
 
 def texts_of(options: argparse.Namespace, model: Path, run: RunConfig) -> Texts:
     """Deal the data out to clients and server so that no restaurant of one is one of the other's."""
-    from transformers import AutoTokenizer
+    from hsplit.models.segment import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     examples = read_examples(
         options.data, examples=4 * (options.public + options.private), seed=options.seed, label=None, separator=None,
         limit=None,
