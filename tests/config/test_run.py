@@ -170,6 +170,7 @@ def test_a_failed_save_leaves_the_old_file(write: Any, monkeypatch: pytest.Monke
 
 positive = st.floats(1e-6, 1e6)
 text = st.text(min_size=1, max_size=20)
+paths = text.filter(lambda path: "\0" not in path and not path.startswith("~"))
 bounds = st.tuples(positive, positive).map(sorted).map(list)
 budget = (
     positive
@@ -192,8 +193,8 @@ groups = st.lists(
             "resources": st.dictionaries(st.sampled_from(["clinic", "x y", "1"]), st.floats(0.0001, 9)),
             "labels": st.dictionaries(st.sampled_from(["site", "ray.io/region"]), st.sampled_from(["a", "on", "1e-3"])),
             "late": st.booleans(),
-            "data": st.none() | text,
-            "model": st.none() | text,
+            "data": st.none() | paths,
+            "model": st.none() | paths,
         },
     ),
     min_size=1,
@@ -205,12 +206,12 @@ partition = (
 jobs = st.fixed_dictionaries(
     {},
     optional={
-        "model": text,
+        "model": paths,
         "base": st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
         "dtype": st.sampled_from(["auto", "fp32", "bf16", "fp64"]),
         "data": st.fixed_dictionaries(
             {"partition": partition},
-            optional={"source": text, "separator": st.none() | st.text(max_size=5), "limit": st.integers(1, 99)},
+            optional={"source": paths, "separator": st.none() | st.text(max_size=5), "limit": st.integers(1, 99)},
         ),
         "rounds": st.integers(1, 100),
         "lr": positive,
