@@ -151,7 +151,7 @@ def test_a_larger_budget_never_lowers_the_objective(given_: Instance, factor: fl
 
 
 def objective(made: Plan) -> float:
-    return made.captured_importance / made.makespan_s
+    return made.objective
 
 
 def random_instance(seed: int, most_clients: int = 3) -> Instance:
