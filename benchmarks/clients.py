@@ -140,7 +140,7 @@ class _Watch:
         self.trained_at = self._last = 0.0
         self._virtual_s = 0.0
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         now = time.perf_counter()
         if row.round == 0:
             self.trained_at = now
@@ -151,7 +151,7 @@ class _Watch:
         self._last, self._virtual_s = time.perf_counter(), row.virtual_time_s
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments, **fields: None
 
 
 def _memory_mb(pid: int) -> float:

@@ -155,7 +155,7 @@ class Silent:
     """A display that shows nothing."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments, **fields: None
 
 
 def _configured(folder: Path, model: Path, data: Path, client_tflops: float, server_tflops: float, parts: int) -> Any:

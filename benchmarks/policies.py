@@ -109,11 +109,11 @@ class _Quiet:
 
     def step(self, *progress: Any) -> None: ...
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.rows.append(row)
         self._console.print(f"  round {row.round}: validation perplexity {row.val_ppl:.3f}, {row.tokens:,} tokens")
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self._console.print(f"  {text}")
 
     def finished(self, lines: list[str]) -> None: ...

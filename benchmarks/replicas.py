@@ -98,13 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it down."""
     options = _options(arguments)
     console = Console(width=140)
-    speeds = _speeds(options, console)
-    learned = [] if options.no_learning else _all_learned(options, console)
-    columns, cells = table(speeds, learned)
-    shown = Table(*columns, box=SIMPLE_HEAD)
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
     to: Path = options.to
     to.mkdir(parents=True, exist_ok=True)
     header = {
@@ -114,24 +107,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps": f"{options.steps} a setting, of which the first two do not count",
         "learning": f"the default job with {', '.join(LEARNING)}",
     }
-    write_rows(to / "speed.csv", [asdict(row) for row in speeds], header)
-    if learned:
+    if options.part != "learning":
+        speeds = _speeds(options, console)
+        _show(speed_table(speeds), to / "speed.md", console)
+        write_rows(to / "speed.csv", [asdict(row) for row in speeds], header)
+        _plot(speeds, to / "replicas.svg")
+    if options.part != "speed":
+        learned = _all_learned(options, console)
+        _show(learning_table(learned), to / "learning.md", console)
         write_rows(to / "learning.csv", [asdict(row) for row in learned], header)
-    (to / "replicas.md").write_text(markdown_table(columns, cells))
-    _plot(speeds, to / "replicas.svg")
     console.print(f"written to {to}")
 
 
-def table(speeds: Sequence[Speed], learned: Sequence[Learned]) -> tuple[list[str], list[list[str]]]:
+def _show(table: tuple[list[str], list[list[str]]], to: Path, console: Console) -> None:
+    columns, cells = table
+    shown = Table(*columns, box=SIMPLE_HEAD)
+    for row in cells:
+        shown.add_row(*row)
+    console.print(shown)
+    to.write_text(markdown_table(columns, cells))
+
+
+def speed_table(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells, a row a number of clients and servers."""
     columns = ["clients", "servers", "step predicted, s (virtual)", "step measured, s", "faster than one server by"]
-    columns += ["each server, MB", "servers hand in, MB", *(["perplexity"] if learned else [])]
-    reached = {(row.clients, row.servers): row.val_ppl for row in learned}
+    columns += ["each server, MB", "servers hand in, MB"]
     cells = []
     for row in speeds:
         one = next((s for s in speeds if (s.clients, s.servers) == (row.clients, 1)), None)
         gain = "" if one is None else f"{one.measured_s / row.measured_s:.2f}"
-        perplexity = reached.get((row.clients, row.servers))
         cells.append(
             [
                 str(row.clients),
@@ -141,10 +145,15 @@ def table(speeds: Sequence[Speed], learned: Sequence[Learned]) -> tuple[list[str
                 gain,
                 f"{row.server_mb:.1f}",
                 f"{row.handed_in_mb:.2f}",
-                *([("" if perplexity is None else f"{perplexity:.3f}")] if learned else []),
             ]
         )
     return columns, cells
+
+
+def learning_table(learned: Sequence[Learned]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells, a row a number of clients and servers."""
+    cells = [[str(row.clients), str(row.servers), f"{row.tokens:,}", f"{row.val_ppl:.3f}"] for row in learned]
+    return ["clients", "servers", "tokens", "perplexity"], cells
 
 
 # -- speed --------------------------------------------------------------------------------------------------------
@@ -306,11 +315,11 @@ class _Last:
 
     row: Any = None
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.row = row
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+        return lambda *arguments, **fields: None
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -325,7 +334,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--learning-clients", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--model", help="what learns; default: the job's own")
-    parser.add_argument("--no-learning", action="store_true", help="speed alone")
+    parser.add_argument("--part", choices=["all", "speed", "learning"], default="all", help="what to measure")
     parser.add_argument("--to", type=Path, default=results_directory("replicas"))
     return parser.parse_args(arguments)
 

@@ -28,8 +28,9 @@ from hsplit.coordinator import Inputs
 from hsplit.launcher import check_model, read_inputs, settled
 from hsplit.local_run import local_run
 from hsplit.models.source import find_model
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.plain_display import PlainDisplay
+from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import RunDirectory
 
 WIRES = ("fp32", "bf16", "int8")
@@ -122,9 +123,9 @@ class _Rows(PlainDisplay):
         super().__init__(sys.stdout)
         self.rows: list[MetricsRow] = []
 
-    def round_done(self, row: MetricsRow) -> None:
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         self.rows.append(row)
-        super().round_done(row)
+        super().round_done(row, holders, timing)
 
 
 class _PlannedAsFirst:

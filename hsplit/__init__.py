@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hsplit.evaluation.evaluate import evaluate
     from hsplit.exporting import export
     from hsplit.launcher import Run, change_budget, join, launch, leave, plan, resume
+    from hsplit.observe.watch import watch
 
 __all__ = [
     "Run",
@@ -27,6 +28,7 @@ __all__ = [
     "measure_budgets",
     "plan",
     "resume",
+    "watch",
 ]
 
 
@@ -48,4 +50,8 @@ def __getattr__(name: str) -> Any:
         from hsplit.evaluation import evaluate
 
         return evaluate.evaluate
+    if name == "watch":
+        from hsplit.observe.watch import watch
+
+        return watch
     raise AttributeError(f"module 'hsplit' has no attribute {name!r}")

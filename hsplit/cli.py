@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from hsplit import __version__
-from hsplit.errors import HsplitError
+from hsplit.errors import HsplitError, RunError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -117,6 +117,19 @@ def runs(runs_dir: Path, as_json: bool) -> None:
     for run in found:
         if run.reason:
             click.echo(f"{run.name}: {run.reason}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def watch(run: Path) -> None:
+    """Follow a run, from any terminal that can read its directory, until it ends.
+
+    Exit code 0 when it is complete, 1 when it failed, was stopped or was interrupted.
+    """
+    from hsplit.observe.watch import watch as follow
+
+    if follow(run).state != "complete":
+        sys.exit(RunError.exit_code)
 
 
 @main.command()
@@ -274,6 +287,33 @@ def export(run: Path, to: Path | None, **options: Any) -> None:
     for line in written.lines:
         click.echo(line, err=True)
     click.echo(written.path)
+
+
+@main.command()
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "--ray-temp-dir",
+    "ray_temp_dirs",
+    multiple=True,
+    default=["/tmp/ray"],
+    show_default=True,
+    metavar="DIR",
+    help="Where a Ray cluster whose head is on this machine keeps its files; may be repeated.",
+)
+@click.option("--target", "targets", multiple=True, metavar="HOST:PORT", help="A metrics endpoint; may be repeated.")
+@click.option("--every", "every_s", type=float, default=10.0, show_default=True, help="Seconds between two scrapes.")
+@click.option("--prometheus", "prometheus_url", default="http://localhost:9090", show_default=True, metavar="URL")
+def monitoring(to: Path, **options: Any) -> None:
+    """Write what Prometheus and Grafana need to show runs; those of this user on this machine are found by themselves.
+
+    prometheus.yml, and in grafana/ a dashboard with the data source and the provisioning that it needs.
+    """
+    from hsplit.observe.monitoring import write_monitoring
+
+    next_steps = write_monitoring(to, **options)
+    click.echo(f"{to} is written; start Prometheus and Grafana with:", err=True)
+    for line in next_steps:
+        click.echo(line)
 
 
 @main.group()

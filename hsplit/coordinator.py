@@ -294,7 +294,9 @@ class Coordinator:
         gone = [name for name in self._executor.lost() if name not in known]
         text = f"round {round_}: {told(failure)}; the round is repeated {where} (try {self._repeats} of {most})"
         text += f" (gone too: {', '.join(gone)})" if gone else ""
-        self._note("repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason)
+        self._note(
+            "repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason, gone=gone
+        )
         roster, away = self._roster, []
         for name in dict.fromkeys([failure.actor, *gone, *roster.lost]):
             if name in (*self._servers, SCHEDULER):
@@ -800,8 +802,10 @@ class Coordinator:
         measured_s = {name: sum(own.values()) / self._job.local_steps for name, own in self._spent_s.items()}
         progress.measured_bytes = _larger(self._peaks([*self._clients, *self._servers]), self._probe_peaks)
         self._probe_peaks = {}
-        self._plans.append(*plan_rows(progress.round, self._plan, progress.measured_bytes, measured_s))
-        self._timing.append(*timing_rows(progress.round, self._spent_s, self._steps_s))
+        holders = plan_rows(progress.round, self._plan, progress.measured_bytes, measured_s)
+        timing = timing_rows(progress.round, self._spent_s, self._steps_s)
+        self._plans.append(*holders)
+        self._timing.append(*timing)
         progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
         progress.timing = self._timing.to_json()
         self._say_who_is_late()
@@ -809,7 +813,7 @@ class Coordinator:
         progress.round_loss_sum = 0.0
         self._clear_round()
         self._events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **asdict(row))
-        self._display.round_done(row)
+        self._display.round_done(row, holders, timing)
 
     def _clear_round(self) -> None:
         """Forget what is kept of a round beside its progress."""
@@ -876,7 +880,7 @@ class Coordinator:
 
     def _note(self, event: str, text: str, **fields: Any) -> None:
         self._events.write(event, text, **fields)
-        self._display.note(text)
+        self._display.note(text, event, **fields)
 
 
 def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -18,7 +19,7 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
 from hsplit.config import Partition, RunConfig, load_run_config
-from hsplit.config.files import displayed, parse_yaml
+from hsplit.config.files import parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError, os_reason
@@ -31,8 +32,14 @@ from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import layer_count, linear_shapes, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
+from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.metrics import read_metrics
+from hsplit.observe.observers import Observers
+from hsplit.observe.progress_file import ProgressFile
+from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.report import write_report
+from hsplit.observe.run_log import check_logs, logs_of
+from hsplit.observe.runs import results_lines, way_on
 from hsplit.observe.terminal import Display, display_for
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.importance import equal_importance, find_metric
@@ -105,6 +112,7 @@ def launch(
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
+    check_logs(run)
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         check_model(run, source)
@@ -119,6 +127,7 @@ def resume(path: str | Path, *, address: str | None = None, display: Display | N
     """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
+    check_logs(run)
     found = latest_checkpoint(directory.checkpoints)
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
@@ -368,26 +377,35 @@ def _drive(
     from hsplit.actors.preflight import preflight
     from hsplit.actors.ray_executor import RayExecutor
 
-    shown = display or display_for(sys.stdout)
     with directory.driven():
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
-        helpers.janitor.removes(*directory.half_written)
+        others: list[Display] = [
+            ProgressFile(directory.progress),
+            RayMetrics(),
+            *logs_of(run, directory, progress.step),
+        ]
+        shown = Observers(display or display_for(sys.stdout), *others)
+        announced = helpers.janitor.root.name
+        helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
             placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
             notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
+            metrics = metrics_address()
+            announce(announced, metrics)
             executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
-                shown.started(name, [*_headlines(run, source, directory, dashboard), *notes])
+                shown.started(name, [*_headlines(run, source, directory, dashboard, metrics), *notes])
                 coordinator = Coordinator(run, executor, directory, inputs, shown)
                 with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
                     complete = coordinator.run(checkpoint, passed_over)
-                    exported = export(directory.path) if complete else None
+                    if complete:
+                        export(directory.path)
                     write_report([directory.path], directory.report)
-                if exported is not None:
+                if complete:
                     coordinator.finish()
-                shown.finished(_closing_lines(directory, exported))
+                shown.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory)}"])
     return Run(directory.path, complete)
 
 
@@ -447,11 +465,7 @@ def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator
         with suppress(OSError):
             # The log's own disk may be the full one.
             coordinator.fail(what)
-        if any(directory.checkpoints.glob("round-*")):
-            way_on = f"go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
-        else:
-            way_on = "there is no checkpoint yet to go on from: launch it again"
-        raise RunError(f"{what}; {way_on}") from error
+        raise RunError(f"{what}; {way_on(directory)}") from error
 
 
 @contextmanager
@@ -477,7 +491,9 @@ def _stop_on_signal(coordinator: Coordinator, display: Display) -> Iterator[None
             signal.signal(number, handler)
 
 
-def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None) -> list[str]:
+def _headlines(
+    run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None, metrics: str
+) -> list[str]:
     job = run.job
     lines = [
         f"model    {job.model} from {source.origin}",
@@ -485,14 +501,12 @@ def _headlines(run: RunConfig, source: ModelSource, directory: RunDirectory, das
         f"run      {directory.path}",
     ]
     if dashboard:
-        lines.append(f"ray      http://{dashboard} (sign in with the output of: ray get-auth-token)")
+        # Ray has set it by now, where nobody else had.
+        token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+        sign_in = " (sign in with the output of: ray get-auth-token)" if token else ""
+        lines.append(f"ray      http://{dashboard}{sign_in}")
+    lines.append(f"metrics  http://{metrics}/metrics (to watch them in Grafana: hsplit monitoring --to DIR)")
     return lines
-
-
-def _closing_lines(directory: RunDirectory, exported: Path | None) -> list[str]:
-    if exported is None:
-        return [f"stopped; go on with: hsplit resume {directory.path}"]
-    return [f"{exported.name:<8} {exported}", f"report   {directory.report}"]
 
 
 def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from hsplit.config.files import displayed
 from hsplit.config.refusals import refusals
 from hsplit.config.section import Name
+from hsplit.driver import announced, drives_elsewhere
 from hsplit.errors import InputError
 
 _LOOKED_AT_S = 0.5
@@ -74,6 +75,21 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def model(self) -> Path:
+        """The merged model of a run that trained every weight, there once it is complete."""
+        return self.path / "model"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard shows, where ``job.log`` names it."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """What Weights & Biases is told, where ``job.log`` names it."""
+        return self.path / "wandb"
+
+    @property
     def report(self) -> Path:
         """``report.html``."""
         return self.path / "report.html"
@@ -84,10 +100,20 @@ class RunDirectory:
         return self.path / "inbox"
 
     @property
+    def progress(self) -> Path:
+        """The last local step of the newest driver, for who watches."""
+        return self.path / "progress.json"
+
+    @property
+    def driver(self) -> Path:
+        """Who drives the run, while somebody does."""
+        return self.path / "driver.json"
+
+    @property
     def half_written(self) -> list[Path]:
         """Patterns of what a driver that was killed may have left half-written."""
         run = type(self)(Path(glob.escape(str(self.path))))
-        partial = [folder / ".partial-*" for folder in (run.checkpoints, run.adapter, run.path / "model")]
+        partial = [folder / ".partial-*" for folder in (run.checkpoints, run.adapter, run.model)]
         return [*partial, run.path / ".*.tmp", run.inbox / ".*.tmp"]
 
     @contextmanager
@@ -105,7 +131,8 @@ class RunDirectory:
                 time.sleep(0.02)
             if not free:
                 raise InputError(f"{displayed(self.path)}: is running; watch it, or stop it with Ctrl-C where it runs")
-            yield
+            with announced(self.driver):
+                yield
         finally:
             os.close(descriptor)
 
@@ -114,7 +141,7 @@ class RunDirectory:
         """Whether a driver is at the run now, on this machine or one that shares its files."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return not _locks(descriptor, shared=True)
+            return not _locks(descriptor, shared=True) or drives_elsewhere(self.driver)
         finally:
             os.close(descriptor)
 
@@ -200,10 +227,10 @@ def _new_directory(runs_dir: Path) -> Path:
             number += 1
 
 
-def write_text_atomically(path: str | Path, text: str) -> None:
+def write_text_atomically(path: str | Path, text: str, durable: bool = True) -> None:
     """Writes ``text`` as UTF-8, without translating line ends, beside ``path`` and renames it there.
 
-    At any moment ``path`` holds the old text or the new one, whole, also after a loss of power.
+    At any moment ``path`` holds the old text or the new one, whole; where ``durable``, also after a loss of power.
 
     Raises:
         OSError: the file cannot be written; ``path`` is as it was.
@@ -213,12 +240,14 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     try:
         with beside.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    if durable:
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

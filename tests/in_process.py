@@ -26,6 +26,7 @@ class Recorder:
 
     losses: list[dict[str, float]] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
+    tables: list[tuple[Any, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     after_step: Any = None
 
@@ -43,10 +44,11 @@ class Recorder:
         if self.after_step is not None:
             self.after_step(step)
 
-    def round_done(self, row: Any) -> None:
+    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         self.rows.append(row)
+        self.tables.append((holders, timing))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self.notes.append(text)
 
     def finished(self, lines: list[str]) -> None: ...

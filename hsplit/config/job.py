@@ -155,6 +155,12 @@ def _increasing(ranks: tuple[int, ...]) -> tuple[int, ...]:
     return ranks
 
 
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise refuse(f"must name each once (got {shown(list(names))})")
+    return names
+
+
 _Targets = Annotated[
     Literal["all-linear"] | Annotated[tuple[Text, ...], LIST, NOT_EMPTY],
     meaning("'all-linear' or a list of at least one module name"),
@@ -231,6 +237,9 @@ class Job(Section):
     pipeline: Pipeline = Field(default=Pipeline(), description="clients computing while the server does")
     faults: Faults = Field(default=Faults(), description="actors that fail or are slow")
     fast: FastPaths = Field(default=FastPaths(), description="what to compute faster, all on by default")
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], LIST, AfterValidator(_each_once)] = Field(
+        default=(), description="libraries that are told of the run besides its own files, each an extra to install"
+    )
     keep_checkpoints: Count = Field(default=2, description="how many of the last checkpoints stay")
     privacy: Privacy = Field(default=Privacy(), description="what the server gets to see")
     residual: Residual = Field(default=Residual(), description="the store of aggregated updates")

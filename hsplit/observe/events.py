@@ -15,7 +15,8 @@ ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validat
 """Kinds that are the normal course of a run; a report lists the events of every other kind, ``replanned`` and
 ``budget`` among them."""
 
-_RESERVED = ("time", "event", "text")
+RESERVED = ("time", "event", "text")
+"""What every event has; the rest are its own fields."""
 _BLOCK_BYTES = 1 << 16
 
 
@@ -49,11 +50,11 @@ class EventLog:
             ValueError: a field is named ``time``, ``event`` or ``text``, or the log is closed.
             OSError: the line cannot be written.
         """
-        for name in _RESERVED:
+        for name in RESERVED:
             if name in fields:
                 raise ValueError(f"an event's field cannot be named {name!r}")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        event = {"time": now, "event": kind, "text": text, **_finite(fields)}
+        event = {"time": now, "event": kind, "text": text, **finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str) + "\n"
         # bytes of a path that are no UTF-8 arrive as lone surrogates; JSON has an escape for them
         left = memoryview(line.encode("utf-8", "backslashreplace"))
@@ -73,20 +74,55 @@ class EventLog:
         self.close()
 
 
+class EventReader:
+    """Reads a log that grows, each whole line once; a line that is being written is left for later.
+
+    Args:
+        path: the file, which need not be there yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._read = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The events that have come since the last call, oldest first; lines that are no event are left out."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return _events(whole)
+
+
 def read_events(path: str | Path) -> list[dict[str, Any]]:
     """The events in ``path``, oldest first; none if there is no such file.
 
-    Lines that are no event are left out.
+    Lines that are no event are left out, a half one of a run that was killed or is writing it now too.
     """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        return []
+    return EventReader(path).new()
+
+
+def finite(value: Any) -> Any:
+    """``value`` with ``nan`` and infinities as text, since strict JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _events(lines: bytes) -> list[dict[str, Any]]:
     events = []
-    for line in content.split(b"\n"):
+    for line in lines.split(b"\n"):
         try:
             event = json.loads(line)
-        except ValueError:  # a half line, of a run that was killed or is writing it now
+        except ValueError:
             continue
         if isinstance(event, dict) and {"time", "event", "text"} <= event.keys():
             events.append(event)
@@ -106,14 +142,3 @@ def _drop_half_line(descriptor: int) -> None:
         keep = start + found + 1 if found >= 0 else 0
     if keep < end:
         os.ftruncate(descriptor, keep)
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with ``nan`` and infinities as text, since strict JSON has no word for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.pace import Pace
+from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import (
     NOTHING,
     lacking_text,
@@ -91,11 +92,13 @@ class LiveDisplay:
         self._losses = {**self._losses, **losses}
         self._states = {**self._states, **states}
 
-    def round_done(self, row: MetricsRow) -> None:
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """Add the round to the perplexities."""
-        self._perplexities = (*self._perplexities, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+        # A round that is repeated from a checkpoint takes the place of those that it undoes.
+        kept = tuple(done for done in self._perplexities if done[0] < row.round)
+        self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` above the table."""
         self._console.print(Text(printable(text), style="yellow"))
 
@@ -157,7 +160,8 @@ class LiveDisplay:
 
     def _progress(self) -> RenderableType:
         bar = ProgressBar(total=max(1, self._pace.total), completed=self._pace.done, width=_BAR_WIDTH)
-        return Group(bar, Text(f"{self._round}: {self._pace}" if self._round else "preparing"))
+        # rich's bar does not end its line
+        return Group(bar, Text("\n" + (f"{self._round}: {self._pace}" if self._round else "preparing")))
 
     def _history(self) -> Text:
         if not self._perplexities:

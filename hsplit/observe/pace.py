@@ -19,10 +19,14 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._begun = self._first_time = self._last_time = clock()
         self._first: int | None = None
         self.done = 0
         self.total = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._begun = self._first_time = self._last_time = self._clock()
 
     def step(self, step: int, steps: int) -> None:
         """Step ``step`` of ``steps`` is done, counted from 1 over the whole run."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from hsplit.config.cluster import is_server
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.pace import Pace
 from hsplit.observe.plan_changes import holder_line, plan_changes
+from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import bytes_text, duration_text, number_text, plan_lines, printable
 from hsplit.scheduling.plan import Plan
 
@@ -37,7 +38,7 @@ class PlainDisplay:
         self._every_steps = every_steps
         self._names_shown = names_shown
         self._pace = pace or Pace()
-        self._stepped = False
+        self._printed_step = 0
         self._plan: Plan | None = None
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
@@ -69,15 +70,16 @@ class PlainDisplay:
     ) -> None:
         """Print one line every few steps."""
         self._pace.step(step, steps)
-        # the first one at once: it tells that the run has begun to train
-        if self._stepped and step % self._every_steps != 0:
+        # the first one at once: it tells that the run has begun to train; who watches may not see every step
+        passed = step // self._every_steps - self._printed_step // self._every_steps
+        if self._printed_step and passed == 0:
             return
-        self._stepped = True
+        self._printed_step = step
         absent = [f"{name}: {states[name]}" for name in states if name not in losses and not is_server(name)]
         parts = [f"round {round}/{rounds} step {step}/{steps}", self._losses(losses), *absent]
         self._print(f"{', '.join(parts)} ({self._pace})")
 
-    def round_done(self, row: MetricsRow) -> None:
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         """Print the round's figures."""
         trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
         parts = [
@@ -90,7 +92,7 @@ class PlainDisplay:
         ]
         self._print(", ".join(parts))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` as a note."""
         self._print(f"note: {text}")
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hsplit.config import RunConfig
+from hsplit.config.files import displayed
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import MetricsRow, read_rows
+from hsplit.observe.wording import age_text
 from hsplit.run_directory import RunDirectory
 
 State = Literal["running", "complete", "stopped", "failed", "interrupted", "unreadable"]
 
 # What the last event of its kind says of a run that nobody is driving.
 _ENDINGS: dict[str, State] = {"finished": "complete", "stopped": "stopped", "failed": "failed"}
-_BEGINNINGS = frozenset({"training", "resumed"})
+BEGINNINGS = frozenset({"training", "resumed"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RunState:
         path: its directory.
         state: ``running``: a driver is at it; ``complete``: all rounds are done; ``stopped`` on request, ``failed``
             with an error, ``interrupted`` without a word (killed, or the machine went down): these can be resumed.
+        policy: the name of its policy, or ``None`` where the configuration cannot be read.
         round, rounds: done, and asked for; ``rounds`` is ``None`` where the configuration cannot be read.
         val_ppl: validation perplexity after the last round done, or ``None`` before any.
         clients: that took part in it.
@@ -43,6 +46,7 @@ class RunState:
     name: str
     path: Path
     state: State
+    policy: str | None = None
     round: int = 0
     rounds: int | None = None
     val_ppl: float | None = None
@@ -60,13 +64,14 @@ def list_runs(runs_dir: str | Path) -> list[RunState]:
     """The runs kept in ``runs_dir``, the last changed at the end; none where there is no such directory."""
     folder = Path(runs_dir)
     paths = folder.iterdir() if folder.is_dir() else ()
-    found = [_state(RunDirectory(path)) for path in paths if (path / "config.yaml").is_file()]
+    found = [run_state(RunDirectory(path)) for path in paths if (path / "config.yaml").is_file()]
     return sorted(found, key=lambda run: (run.changed.timestamp() if run.changed else 0.0, run.name))
 
 
-def _state(directory: RunDirectory) -> RunState:
+def run_state(directory: RunDirectory) -> RunState:
+    """How far the run in ``directory`` is."""
     try:
-        rounds = RunConfig.load(directory.config).job.rounds
+        config = RunConfig.load(directory.config)
     except HsplitError as error:
         return RunState(directory.name, directory.path, "unreadable", reason=str(error))
     events = read_events(directory.events)
@@ -75,9 +80,9 @@ def _state(directory: RunDirectory) -> RunState:
     for event in events:
         if event["event"] in _ENDINGS:
             state, reason = _ENDINGS[event["event"]], event["text"] if event["event"] == "failed" else ""
-        elif event["event"] in _BEGINNINGS:
+        elif event["event"] in BEGINNINGS:
             state, reason = "interrupted", ""
-    if directory.is_driven:
+    if state != "complete" and directory.is_driven:
         state, reason = "running", ""
     try:
         rows = read_rows(directory.metrics, MetricsRow)
@@ -89,8 +94,9 @@ def _state(directory: RunDirectory) -> RunState:
         name=directory.name,
         path=directory.path,
         state=state,
+        policy=config.policy.name,
         round=last.round if last else 0,
-        rounds=rounds,
+        rounds=config.job.rounds,
         val_ppl=last.val_ppl if last else None,
         clients=last.available_clients if last else None,
         changed=datetime.fromisoformat(events[-1]["time"]).astimezone() if events else None,
@@ -98,19 +104,36 @@ def _state(directory: RunDirectory) -> RunState:
     )
 
 
-def runs_table(runs: Sequence[RunState]) -> Table:
-    """``runs`` for the terminal."""
-    table = Table(box=SIMPLE)
-    for heading in ("run", "state", "rounds", "perplexity", "clients", "last change"):
-        figures = heading in ("rounds", "perplexity", "clients")
-        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=heading != "run")
+def results_lines(directory: RunDirectory) -> list[str]:
+    """Where the results of a complete run are."""
+    exported = directory.model if directory.model.is_dir() else directory.adapter
+    return [f"{exported.name:<8} {exported}", f"report   {directory.report}"]
+
+
+def way_on(directory: RunDirectory) -> str:
+    """How to go on with a run that is not complete."""
+    if any(directory.checkpoints.glob("round-*")):
+        return f"go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
+    return "there is no checkpoint yet to go on from: launch it again"
+
+
+def runs_table(runs: Sequence[RunState], now: datetime | None = None) -> Table:
+    """``runs`` for the terminal; ``now`` is what their age is counted to."""
+    now = now or datetime.now(UTC)
+    # A name made of the time and all the rest fit into 80 columns.
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("run", "policy", "state", "rounds", "ppl", "clients", "changed"):
+        figures = heading in ("rounds", "ppl", "clients")
+        text = heading in ("run", "policy")
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=not text)
     for run in runs:
         table.add_row(
             run.name,
+            run.policy or "",
             run.state,
             f"{run.round} of {run.rounds}" if run.rounds is not None else "",
             "" if run.val_ppl is None else f"{run.val_ppl:.3f}",
             "" if run.clients is None else str(run.clients),
-            "" if run.changed is None else run.changed.strftime("%Y-%m-%d %H:%M:%S"),
+            "" if run.changed is None else age_text((now - run.changed).total_seconds()),
         )
     return table

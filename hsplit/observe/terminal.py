@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 from hsplit.observe.live_display import LiveDisplay
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.pace import Pace
 from hsplit.observe.plain_display import PlainDisplay
 from hsplit.observe.plan_table import plan_table
+from hsplit.observe.timing import TimingRow
 from hsplit.scheduling.plan import Plan
 
 __all__ = ["Display", "LiveDisplay", "PlainDisplay", "display_for", "plan_table"]
@@ -44,11 +46,20 @@ class Display(Protocol):
             states: what each holder does, in a word; a holder left out keeps its state.
         """
 
-    def round_done(self, row: MetricsRow) -> None:
-        """A round ended, its validation done; round 0 is before any training."""
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
+        """A round ended, its validation done; round 0 is before any training.
 
-    def note(self, text: str) -> None:
-        """Something that the user should know of now."""
+        Args:
+            row, holders, timing: what the round adds to ``metrics.csv``, ``plan.csv`` and ``timing.csv``.
+        """
+
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
+        """Something that the user should know of now.
+
+        Args:
+            text: a sentence.
+            event, fields: as the log has it, if it does (:class:`~hsplit.observe.events.EventLog`).
+        """
 
     def finished(self, lines: Sequence[str]) -> None:
         """The run is complete; ``lines`` say where its results are."""
@@ -60,11 +71,16 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def display_for(stream: TextIO) -> Display:
-    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise."""
+def display_for(stream: TextIO, pace: Pace | None = None) -> Display:
+    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise.
+
+    Args:
+        stream: where to.
+        pace: how far the run is; by default counted from now on.
+    """
     if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and _shows(stream, "–Σ→━"):
-        return LiveDisplay(stream)
-    return PlainDisplay(stream)
+        return LiveDisplay(stream, pace=pace)
+    return PlainDisplay(stream, pace=pace)
 
 
 def _shows(stream: TextIO, text: str) -> bool:

@@ -95,6 +95,15 @@ def duration_text(seconds: float) -> str:
     return f"{whole} s"
 
 
+def age_text(seconds: float) -> str:
+    """How long ago something was, in its largest unit: ``42 s ago``, ``3 min ago``, ``2 h ago``, ``4 d ago``."""
+    whole = max(0, int(seconds))  # below 0 where another machine's clock is ahead
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if whole >= size:
+            return f"{whole // size} {unit} ago"
+    return f"{whole} s ago"
+
+
 def layers_held(holder: HolderPlan, layers: int) -> str:
     """The decoder layers of a holder: ``0–2``, ``29``, or a dash for none."""
     if not holder.available or holder.split is None:

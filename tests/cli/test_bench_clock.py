@@ -55,9 +55,9 @@ def test_what_is_predicted_from_the_file_is_what_a_run_accounts(tmp_path: Path, 
 
 
 def test_tables_and_figure_have_every_setting(tmp_path: Path) -> None:
-    rows = [Row(0.3, parts, "server", "1 2", 4.0, 4.0, 4.4, 4.2, 1.0, 1.1, 1.0) for parts in (1, 2)]
+    rows = [Row(0.3, parts, "server", "1 2", 4.0, 4.0, 4.4, 4.2, 1.0, 1.1, 1.0, 0.97, 2) for parts in (1, 2)]
     columns, cells = clock_table(rows)
-    assert len(columns) == len(cells[0]) and cells[1][-3:] == ["1.10", "1.05", "0.95"]
+    assert len(columns) == len(cells[0]) and cells[1][-4:] == ["1.10", "1.05", "0.95", "0.97"]
     holders = [HolderRow(0.3, parts, "server", "client-0", 0.2, 10.0, 1, 0.5, 0.5, 0.45) for parts in (1, 2)]
     columns, cells = holder_table(holders)
     assert len(cells) == 1 and len(cells[0]) == len(columns)

@@ -13,12 +13,16 @@ from tests.in_process import random_examples
 def test_the_table_holds_every_setting_against_one_server() -> None:
     replicas = load_benchmark("replicas")
     speeds = [replicas.Speed(4, 1, 2.0, 2.2, 3.0, 0.0, 9.0), replicas.Speed(4, 2, 1.0, 1.1, 1.5, 0.25, 9.0)]
-    columns, cells = replicas.table(speeds, [])
-    assert "perplexity" not in columns
+    columns, cells = replicas.speed_table(speeds)
     assert cells[1] == ["4", "2", "1.00", "1.10", "2.00", "1.5", "0.25"]
-    columns, cells = replicas.table(speeds, [replicas.Learned(4, 2, 100, 3.5)])
-    assert columns[-1] == "perplexity" and [row[-1] for row in cells] == ["", "3.500"]
     assert all(len(row) == len(columns) for row in cells)
+    columns, cells = replicas.learning_table([replicas.Learned(4, 2, 1000, 3.5)])
+    assert dict(zip(columns, cells[0], strict=True)) == {
+        "clients": "4",
+        "servers": "2",
+        "tokens": "1,000",
+        "perplexity": "3.500",
+    }
 
 
 def test_a_run_of_several_servers_learns(

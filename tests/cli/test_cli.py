@@ -33,7 +33,8 @@ def _call(*arguments: object) -> Result:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, hsplit.cli; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'transformers', 'pandas')))"
+    modules = "hsplit.cli, hsplit.observe.watch"
+    code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'transformers', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "launch" in _call("--help").output
 

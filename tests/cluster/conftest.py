@@ -19,7 +19,9 @@ def ray_cluster() -> Iterator[None]:
     from hsplit.actors.ray_executor import NOT_BEFOREHAND, WORKER_ENVIRONMENT
 
     patch = pytest.MonkeyPatch()
-    for name, value in (WORKER_ENVIRONMENT | NOT_BEFOREHAND).items():
+    # Metrics are exported more often than every ten seconds, so that a test need not wait so long for them.
+    often = {"RAY_metrics_report_interval_ms": "2000"}
+    for name, value in (WORKER_ENVIRONMENT | NOT_BEFOREHAND | often).items():
         patch.setenv(name, value)
     # Ray's sockets have paths of at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray") as temporary, ForkServer() as fork_server:

@@ -6,6 +6,7 @@ import builtins
 import io
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hsplit
 from hsplit.actors.client import Client
@@ -63,6 +65,34 @@ def test_a_run_leaves_everything_and_learns(whole: tuple[hsplit.Run, Any]) -> No
     for left in ("config.yaml", "plan.csv", "events.jsonl", "report.html", "adapter/adapter_model.safetensors"):
         assert (run.path / left).stat().st_size > 0, left
     assert [p.name for p in sorted((run.path / "checkpoints").iterdir())] == ["round-0002", "round-0003"]
+
+
+def test_a_run_can_be_watched_from_its_directory_while_it_goes_on(
+    ray_cluster: None, cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    seen, found = Recorder(), []
+    watching = threading.Thread(target=lambda: found.append(hsplit.watch(tmp_path / "seen", display=seen)))
+
+    def begin(step: int) -> None:
+        if step == 1:
+            watching.start()
+
+    shown = Recorder(after_step=begin)
+    logs = {"log": ["tensorboard", "wandb"]}
+    run = hsplit.launch(cluster_file, None, logs, runs_dir=tmp_path, name="seen", display=shown)
+    watching.join()
+    (state,) = found
+    assert (state.state, state.round, state.val_ppl) == ("complete", 3, run.metrics["val_ppl"].iloc[-1])
+    assert seen.rows == shown.rows and seen.tables == shown.tables
+    assert seen.notes == shown.notes
+    assert seen.losses[-1] == shown.losses[-1]
+    logged = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    perplexities = [event.value for event in logged.Scalars("validation/perplexity")]
+    assert perplexities == pytest.approx(list(run.metrics["val_ppl"]))
+    assert [event.step for event in logged.Scalars("loss/small")] == list(range(1, 13))
+    assert len(list(run.path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    assert not any("has failed" in note for note in shown.notes)
 
 
 def test_a_smaller_budget_moves_layers_on_the_way(whole: tuple[hsplit.Run, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.observe.events import EventLog, read_events
+from hsplit.observe.events import EventLog, EventReader, read_events
 
 
 def test_lines_are_json_with_time_kind_and_sentence(tmp_path: Path) -> None:
@@ -35,6 +35,24 @@ def test_half_line_of_a_killed_process_is_taken_away(tmp_path: Path, whole: int,
         log.write("resumed", "on it goes")
     assert [event["text"] for event in read_events(path)][-1] == "on it goes"
     assert len(read_events(path)) == whole + 1
+
+
+def test_a_growing_log_is_read_once_and_by_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    reader = EventReader(path)
+    assert reader.new() == []
+    with EventLog(path) as log:
+        log.write("data", "one")
+        log.write("data", "two – with more bytes than characters")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert [event["text"] for event in reader.new()] == ["one"]
+    assert reader.new() == []
+    path.write_bytes(whole + b"\x00\xff no event\n" + whole[:20])
+    assert [event["text"] for event in reader.new()] == ["two – with more bytes than characters"]
+    with EventLog(path) as log:  # takes the half line away
+        log.write("data", "three")
+    assert [event["text"] for event in reader.new()] == ["three"]
 
 
 def test_what_json_has_no_word_for_is_text(tmp_path: Path) -> None:

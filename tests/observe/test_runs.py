@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import os
+import socket
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from hsplit.cli import main
 from hsplit.config import Client, Job, RunConfig
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
 from hsplit.observe.metrics import MetricsRow, MetricsTable
-from hsplit.observe.runs import list_runs
+from hsplit.observe.runs import list_runs, runs_table
 from hsplit.run_directory import RunDirectory
 
 
@@ -71,5 +79,35 @@ def test_the_command_lists_what_is_there(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "3 of 3" in shown.output and "bad: it has failed" in shown.output and "unreadable" in shown.output
     as_json = CliRunner().invoke(main, ["runs", "--runs-dir", str(tmp_path), "--json"])
-    found = {run["name"]: run["state"] for run in json.loads(as_json.output)}
-    assert found == {"good": "complete", "bad": "failed", "broken": "unreadable"}
+    found = {run["name"]: run for run in json.loads(as_json.output)}
+    states = {name: run["state"] for name, run in found.items()}
+    assert states == {"good": "complete", "bad": "failed", "broken": "unreadable"}
+    assert (found["good"]["policy"], found["broken"]["policy"]) == ("hsplitlora", None)
+    assert datetime.fromisoformat(found["good"]["changed"]).tzinfo is not None
+
+
+def test_the_table_tells_policy_and_age_and_fits_80_columns(tmp_path: Path) -> None:
+    made(tmp_path, "2026-11-22_09-54-12", "training", "finished", rounds=3)
+    (run,) = list_runs(tmp_path)
+    assert run.changed is not None
+    console = Console(width=80, record=True, file=io.StringIO())
+    for ago in (timedelta(seconds=7), timedelta(minutes=3), timedelta(hours=5), timedelta(days=2)):
+        console.print(runs_table([run], now=run.changed + ago))
+    lines = [line for line in console.export_text().splitlines() if "complete" in line]
+    assert all("hsplitlora" in line and "2026-11-22_09-54-12" in line for line in lines)
+    ages = [line.rstrip().rpartition("  ")[2] for line in lines]
+    assert ages == ["7 s ago", "3 min ago", "5 h ago", "2 d ago"]
+
+
+def test_a_driver_on_another_machine_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machines that share a directory do not see each other's locks."""
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError("no locks here")))
+    directory = made(tmp_path, "one", "training")
+    with directory.driven():
+        assert list_runs(tmp_path)[0].state == "interrupted", "its own machine goes by the lock alone"
+        monkeypatch.setattr(socket, "gethostname", lambda: "another-host")
+        assert list_runs(tmp_path)[0].state == "running"
+        long_ago = time.time() - 3600
+        os.utime(directory.driver, (long_ago, long_ago))
+        assert list_runs(tmp_path)[0].state == "interrupted", "it is silent"
+    assert not directory.driver.exists()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from rich.console import Console
@@ -33,8 +34,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def recorded(width: int = 110, height: int = 30) -> Console:
-    return Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+def recorded(width: int = 110, height: int = 30, colours: Literal["truecolor"] | None = None) -> Console:
+    return Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=colours)
 
 
 def written(console: Console) -> str:
@@ -45,12 +46,12 @@ def written(console: Console) -> str:
 def play(display: Display, plan: Plan, clock: Ticking) -> None:
     display.started("first", ["model  tiny", "dashboard http"])
     display.plan(plan)
-    display.round_done(metrics_row(0))
+    display.round_done(metrics_row(0), [], [])
     for step in range(1, 11):
         clock.now += 6
         losses = {"phone-0": 3.0 - step / 10, "laptop": 2.5}
         display.step(1, 2, step, 20, losses, {"phone-0": "training", "laptop": "training"})
-    display.round_done(metrics_row(1))
+    display.round_done(metrics_row(1), [], [])
     display.note("laptop was late")
 
 
@@ -91,6 +92,14 @@ def test_live_table_fits_80_columns(plan: Plan, clock: Ticking) -> None:
     assert "1–8 (Σ 22)" in phone
     assert "0.15 / 0.16 GB" in phone
     assert "training" in phone
+
+
+def test_progress_has_a_line_of_its_own_below_its_bar(plan: Plan, clock: Ticking) -> None:
+    console = recorded(width=80, colours="truecolor")  # without colours only the part that is done is drawn
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+    line = "round 1/2, step 10/20: 50%, 1 min 00 s elapsed, about 1 min 00 s left"
+    assert line in (found.strip() for found in written(console).splitlines())
 
 
 def test_low_terminal_says_how_many_clients_are_left_out(plan: Plan, clock: Ticking) -> None:
@@ -178,6 +187,25 @@ def test_plain_lines(plan: Plan, clock: Ticking) -> None:
     assert any(line.startswith("round 1 done: train loss 3.000, ") for line in lines)
     assert lines[-2:] == ["note: laptop was late", "adapter runs/first/adapter"]
     assert "\x1b" not in stream.getvalue()
+
+
+def test_a_repeated_round_takes_the_place_of_its_first_try(plan: Plan, clock: Ticking) -> None:
+    console = recorded()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.round_done(metrics_row(2), [], [])
+        display.round_done(metrics_row(1, val_ppl=9.5), [], [])
+    assert "validation perplexity 21.75 (round 0) → 9.500 (round 1)" in written(console).rpartition("┏")[2]
+
+
+def test_plain_lines_come_every_few_steps_where_not_every_step_is_told(clock: Ticking) -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, pace=Pace(clock))
+    for step in (3, 4, 7, 8, 9, 16, 17):
+        display.step(1, 1, step, 20, {}, {})
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == [
+        f"round 1/1 step {step}/20" for step in (3, 7, 16)
+    ]
 
 
 def test_plain_lines_of_another_plan_say_what_it_changes(plan: Plan, other_plan: Plan, clock: Ticking) -> None:

@@ -1,0 +1,145 @@
+"""How far a run is within its round, in a file: what ``hsplit watch`` shows between two rounds' ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hsplit.driver import Driver
+from hsplit.observe.events import finite
+from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.timing import TimingRow
+from hsplit.run_directory import write_text_atomically
+from hsplit.scheduling.plan import Plan
+
+WRITTEN_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What ``progress.json`` holds: the last local step of a run's newest driver.
+
+    Times are in seconds since 1970 by the driver's clock.
+
+    Attributes:
+        driver: who wrote it.
+        begun: when it began.
+        lines: what it runs on, as :meth:`~hsplit.observe.terminal.Display.started` is told.
+        round, rounds, step, steps, losses, states: as :meth:`~hsplit.observe.terminal.Display.step` was told last,
+            losses and states of every holder so far; 0 and empty before any step.
+        first_step, first_time: the first step that it was told of, and when.
+        time: when it was told of ``step``.
+    """
+
+    driver: Driver
+    begun: float
+    lines: tuple[str, ...] = ()
+    round: int = 0
+    rounds: int = 0
+    step: int = 0
+    steps: int = 0
+    losses: Mapping[str, float] = field(default_factory=dict)
+    states: Mapping[str, str] = field(default_factory=dict)
+    first_step: int = 0
+    first_time: float = 0.0
+    time: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """What ``asdict`` and JSON made of a record.
+
+        Raises:
+            TypeError, ValueError, KeyError, AttributeError: ``data`` is none.
+        """
+        numbers = ("round", "rounds", "step", "steps", "first_step")
+        return cls(
+            driver=Driver(**data["driver"]),
+            begun=float(data["begun"]),
+            lines=tuple(map(str, data["lines"])),
+            losses={str(name): float(loss) for name, loss in data["losses"].items()},
+            states={str(name): str(state) for name, state in data["states"].items()},
+            first_time=float(data["first_time"]),
+            time=float(data["time"]),
+            **{name: int(data[name]) for name in numbers},
+        )
+
+
+def read_step_record(path: Path) -> StepRecord | None:
+    """The record in the file ``path``; ``None`` where there is none that can be read."""
+    try:
+        return StepRecord.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+class ProgressFile:
+    """Keeps ``progress.json`` up to date.
+
+    It is written at most once in ``WRITTEN_EVERY_S``, and at the end of a round and of the run.
+
+    Args:
+        path: the file.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = path, clock
+        self._record = StepRecord(Driver.here(), clock())
+        self._written = 0.0
+
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        self._record = replace(self._record, lines=tuple(lines))
+        self._write()
+
+    def plan(self, plan: Plan) -> None: ...
+
+    def step(
+        self,
+        round: int,
+        rounds: int,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        states: Mapping[str, str],
+    ) -> None:
+        now, last = self._clock(), self._record
+        first = (last.first_step, last.first_time) if last.first_step else (step, now)
+        self._record = StepRecord(
+            last.driver,
+            last.begun,
+            last.lines,
+            *(round, rounds, step, steps),
+            {**last.losses, **losses},
+            {**last.states, **states},
+            *first,
+            now,
+        )
+        if now >= self._written + WRITTEN_EVERY_S:
+            self._write()
+
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
+        self._write()
+
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None: ...
+
+    def finished(self, lines: Sequence[str]) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
+        self._written = self._clock()
+        # Training need not wait until it is safe on the disk: nothing is resumed from it.
+        write_text_atomically(self._path, json.dumps(finite(asdict(self._record))) + "\n", durable=False)

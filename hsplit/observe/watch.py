@@ -1,0 +1,226 @@
+"""``hsplit watch``: follows a run from its directory alone, wherever that can be read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hsplit.driver import read_driver
+from hsplit.errors import InputError
+from hsplit.observe.events import RESERVED, ROUTINE_EVENTS, EventReader
+from hsplit.observe.metrics import MetricsRow, PlanRow, Row, read_rows
+from hsplit.observe.pace import Pace
+from hsplit.observe.plan_history import plan_or_none
+from hsplit.observe.progress_file import StepRecord, read_step_record
+from hsplit.observe.runs import BEGINNINGS, RunState, results_lines, run_state, way_on
+from hsplit.observe.terminal import Display, display_for
+from hsplit.observe.timing import TimingRow
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import Plan
+
+LOOKED_EVERY_S = 0.5
+_RESOLUTION_S = 0.001
+"""Of the times in a log."""
+_NO_NOTES = ROUTINE_EVENTS | {"data", "training", "cohort", "budget", "failed"}
+"""Kinds of events that ``hsplit launch`` does not print either, or, as a failure, at the end."""
+
+
+def watch(path: str | Path, *, display: Display | None = None) -> RunState:
+    """Follow a run until it ends, as ``launch`` shows it; of one that has ended, show what it came to.
+
+    Nothing but the run's directory is looked at, so a machine that shares it can watch too.
+
+    Args:
+        path: the run's directory.
+        display: what to show it on; the terminal by default.
+
+    Returns:
+        What the run came to: ``complete``, ``stopped``, ``failed`` or ``interrupted``.
+
+    Raises:
+        InputError: there is no such run, or no longer, or its configuration cannot be read.
+    """
+    directory = RunDirectory.open(path)
+    state = run_state(directory)
+    if state.state == "unreadable":
+        raise InputError(state.reason)
+    with _Follower(directory, display) as follower:
+        while True:
+            # First of all: whatever a driver writes before it is gone is read after this.
+            driven = RunDirectory.open(path).is_driven
+            follower.update(driven)
+            if follower.complete or not driven:
+                return follower.end()
+            time.sleep(LOOKED_EVERY_S)
+
+
+class _Follower:
+    """Tells a display of what is new in a run's directory.
+
+    Args:
+        directory: the run's.
+        display: whom to tell; the terminal by default.
+
+    Attributes:
+        complete: the run has said that it is.
+    """
+
+    def __init__(self, directory: RunDirectory, display: Display | None) -> None:
+        self._directory = directory
+        self._clock = _RecordedClock()
+        self._pace = Pace(self._clock)
+        self._display = display or display_for(sys.stdout, self._pace)
+        self._events = EventReader(directory.events)
+        self._shown: StepRecord | None = None
+        self._started = False
+        self._plan: Plan | None = None
+        self._left_out: set[str] = set()
+        # Rows by table and round, as read since the last look.
+        self._tables: dict[Path, dict[int, list[Any]]] = {}
+        self.complete = False
+
+    def __enter__(self) -> Self:
+        self._display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.__exit__(kind, error, trace)
+
+    def update(self, driven: bool) -> None:
+        """Tell of all that has come since the last call; ``driven``: a driver is at the run."""
+        record, events = read_step_record(self._directory.progress), self._events.new()
+        self._tables.clear()
+        if driven and record is not None and read_driver(self._directory.driver) not in (None, record.driver):
+            # Left by a driver before the one that is there.
+            record = None
+        if record is not None and (self._shown is None or record.begun != self._shown.begun):
+            self._start(record.lines)
+            with self._clock.set_to(record.begun):
+                self._pace.begin()
+            self._shown = replace(record, step=0, time=record.begun)
+        elif not self._started and (events or not driven):
+            self._start([f"run      {self._directory.path}"])
+        for event in events:
+            if record is not None and record.time < _seconds(event) + _RESOLUTION_S:
+                self._tell_step(record)
+            self._tell(event)
+        if record is not None:
+            self._tell_step(record)
+
+    def end(self) -> RunState:
+        """Tell where the results are, or how to go on."""
+        state = run_state(self._directory)
+        changed = 0.0 if state.changed is None else state.changed.timestamp()
+        lines = results_lines(self._directory) if state.state == "complete" else _way_on_lines(self._directory, state)
+        with self._clock.set_to(max(changed, 0.0 if self._shown is None else self._shown.time)):
+            self._display.finished(lines)
+        return state
+
+    def _start(self, lines: Sequence[str]) -> None:
+        self._display.started(self._directory.name, lines)
+        self._started = True
+
+    def _tell_step(self, record: StepRecord) -> None:
+        assert self._shown is not None
+        if record.step == 0 or record.time == self._shown.time:
+            return
+        if self._shown.step == 0:
+            # So that the time left is known at once.
+            with self._clock.set_to(record.first_time):
+                self._pace.step(record.first_step, record.steps)
+        with self._clock.set_to(record.time):
+            self._display.step(record.round, record.rounds, record.step, record.steps, record.losses, record.states)
+        self._shown = record
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        kind, text = event["event"], str(event["text"])
+        fields = {name: value for name, value in event.items() if name not in RESERVED}
+        if kind == "planned":
+            plan = plan_or_none(event.get("plan"))
+            if plan is not None and plan != self._plan:
+                # A repeated or resumed round has the plan that was there before.
+                self._plan = plan
+                self._display.plan(plan)
+        elif kind == "round":
+            self._left_out.clear()
+            self._tell_round(fields)
+        elif kind == "left_out":
+            # The log has it for each step.
+            client = str(fields.get("client"))
+            if client not in self._left_out:
+                self._left_out.add(client)
+                self._display.note(text, kind, **fields)
+        elif kind not in _NO_NOTES:
+            self._display.note(text, kind, **fields)
+        self.complete = kind == "finished" or (self.complete and kind not in BEGINNINGS)
+
+    def _tell_round(self, fields: Mapping[str, Any]) -> None:
+        try:
+            row = MetricsRow(**{name: _figure(value, name) for name, value in fields.items()})
+        except (TypeError, ValueError):
+            return
+        holders = self._rows(self._directory.plan, PlanRow, row.round)
+        self._display.round_done(row, holders, self._rows(self._directory.timing, TimingRow, row.round))
+
+    def _rows(self, table: Path, row_type: type[Row], round: int) -> list[Row]:
+        """A round's rows of a table; none where it cannot be read."""
+        if table not in self._tables:
+            by_round = self._tables[table] = {}
+            with suppress(InputError):
+                for row in read_rows(table, row_type):
+                    by_round.setdefault(row.round, []).append(row)
+        return self._tables[table].get(round, [])
+
+
+def _way_on_lines(directory: RunDirectory, state: RunState) -> list[str]:
+    if state.state == "failed":
+        return [f"failed: {state.reason}", way_on(directory)]
+    if state.state == "stopped":
+        return [way_on(directory)]
+    return [f"interrupted after round {state.round}: whoever drove it is gone", way_on(directory)]
+
+
+def _seconds(event: Mapping[str, Any]) -> float:
+    """When ``event`` happened, in seconds since 1970."""
+    try:
+        return datetime.fromisoformat(event["time"]).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _figure(value: Any, column: str) -> Any:
+    """A value of a row of ``metrics.csv``, from the log, where what is not finite stands as text."""
+    known = isinstance(value, int | float) or (value is None and column == "train_loss")
+    return value if known else float(value)
+
+
+class _RecordedClock:
+    """The time of what is being shown: a recorded one, or now.
+
+    Attributes:
+        at: the recorded time, ``None`` for now, both in seconds since 1970.
+    """
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self) -> float:
+        return time.time() if self.at is None else self.at
+
+    @contextmanager
+    def set_to(self, at: float) -> Iterator[None]:
+        """Show ``at`` within the block."""
+        self.at = at
+        try:
+            yield
+        finally:
+            self.at = None
