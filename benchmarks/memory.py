@@ -34,7 +34,15 @@ from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.dtype import DTYPES
-from hsplit.models.segment import BaseModel, LinearShape, layer_count, linear_shapes, model_config, targeted
+from hsplit.models.segment import (
+    BaseModel,
+    LinearShape,
+    layer_count,
+    linear_shapes,
+    load_tokenizer,
+    model_config,
+    targeted,
+)
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.plan import HolderPlan, Plan
 
@@ -335,9 +343,7 @@ def _plan(config: Any, shapes: Sequence[LinearShape], case: Case) -> Plan:
 
 def _text(directory: Path, length: int) -> str:
     """A response of ``length`` tokens, its end included."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     text = " a" * (length - 1 if tokenizer.eos_token_id is not None else length)
     if len(tokenizer(text, add_special_tokens=False)["input_ids"]) != text.count("a"):
         raise RuntimeError(f"{directory}: the tokenizer does not make one token of ' a'")
@@ -384,7 +390,7 @@ def random_model(to: Path, config: Any) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    AutoModelForCausalLM.from_config(config).save_pretrained(to)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(to)
     tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hsplit.data import Batch, Example, collate
 from hsplit.data.batches import IGNORED
 from hsplit.data.local import LocalData
+from hsplit.models.segment import load_tokenizer
 
 
 class Rival:
@@ -46,13 +47,12 @@ class Rival:
         import logging
 
         import transformers
-        from transformers import AutoTokenizer
 
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self.model_directory, self.dtype, self.job, self.rank, self.split = model, dtype, job, rank, split
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         self.data = [LocalData(name, share, tokenizer, job) for name, share in shares.items()]
         torch.manual_seed(job.seed)
         self.set_up()
@@ -74,7 +74,7 @@ class Rival:
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model_directory, dtype=self.dtype)
+        return AutoModelForCausalLM.from_pretrained(self.model_directory, dtype=self.dtype, trust_remote_code=False)
 
     def lora(self) -> LoraConfig:
         return LoraConfig(r=self.rank, lora_alpha=self.job.alpha, target_modules="all-linear", task_type="CAUSAL_LM")

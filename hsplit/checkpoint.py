@@ -9,14 +9,25 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from hsplit.config import Client
+from hsplit.config.files import displayed, read_json
+from hsplit.config.refusals import first_of, refusals
 from hsplit.errors import InputError
+from hsplit.observe.metrics import MetricsRow, PlanRow, row_from_json
+from hsplit.observe.timing import TimingRow
+from hsplit.scheduling.plan import Plan
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 _PARTIAL = ".partial-"
+
+
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass
@@ -43,13 +54,13 @@ class Progress:
         model_fingerprint, data_sha256: what the run was started with.
     """
 
-    round: int = 0
-    step: int = 0
-    tokens: int = 0
+    round: _Whole = 0
+    step: _Whole = 0
+    tokens: _Whole = 0
     round_loss_sum: float = 0.0
-    round_tokens: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
+    round_tokens: _Whole = 0
+    bytes_up: _Whole = 0
+    bytes_down: _Whole = 0
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
     plan: dict[str, Any] | None = None
@@ -66,6 +77,9 @@ class Progress:
     lost: list[str] = field(default_factory=list)
     model_fingerprint: str = ""
     data_sha256: str = ""
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def checkpoint_name(progress: Progress, local_steps: int) -> str:
@@ -89,7 +103,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / "state.json").write_text(json.dumps(asdict(progress)))
+        (partial / STATE).write_text(json.dumps(asdict(progress)))
         for holder, named in tensors.items():
             _write_tensors(partial / f"{holder}.safetensors", named)
         sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
@@ -135,43 +149,83 @@ def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
 
 def read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
-    """Progress and each holder's tensors, by holder name."""
-    from safetensors.torch import load_file
+    """Progress and each holder's tensors, by holder name.
 
-    return read_progress(path), {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    Raises:
+        InputError: a file is none that :func:`save_checkpoint` writes.
+    """
+    return read_progress(path), {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
 
 
 def read_progress(path: Path) -> Progress:
-    """Progress alone."""
-    return Progress(**json.loads((path / "state.json").read_text()))
+    """Progress alone.
+
+    Raises:
+        InputError: ``state.json`` is none that :func:`save_checkpoint` writes.
+    """
+    file = path / STATE
+    document = read_json(file)
+    try:
+        # Checksums tell damage; who wrote a checkpoint that came from elsewhere they do not tell.
+        _PROGRESS.validate_json(file.read_bytes(), strict=True)
+        progress = Progress(**document)
+        if progress.plan is not None:
+            Plan.from_json(progress.plan)
+        for rows, row_type in ((progress.metrics, MetricsRow), (progress.plans, PlanRow), (progress.timing, TimingRow)):
+            for row in rows:
+                row_from_json(row, row_type)
+        for client in progress.joined:
+            Client.model_validate(client)
+    except ValidationError as error:
+        raise first_of(displayed(file), refusals(error)) from None
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{displayed(file)}: is no state of a run: {error}") from None
+    return progress
 
 
 def holder_state(path: Path, holder: str) -> dict[str, Tensor] | None:
     """One holder's tensors, or ``None`` where the checkpoint has none of it, or a damaged file."""
+    file = path / f"{holder}.safetensors"
+    if not file.is_file() or _sums(path).get(file.name) != _sha256(file):
+        return None
+    return _read_tensors(file)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = path / f"{holder}.safetensors"
-    if not file.is_file() or json.loads((path / MANIFEST).read_text()).get(file.name) != _sha256(file):
-        return None
-    return load_file(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{displayed(file)}: is no safetensors file: {error}") from None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoint directories, oldest first."""
-    return sorted(p for p in folder.glob("round-*") if (p / MANIFEST).exists())
+    return sorted(p for p in folder.glob("round-*") if (p / MANIFEST).is_file())
 
 
 def _damage(path: Path) -> str | None:
     try:
-        sums: dict[str, str] = json.loads((path / MANIFEST).read_text())
-    except ValueError:
+        sums = _sums(path)
+    except InputError:
         return f"{MANIFEST} is not readable"
-    for name, expected in sums.items():
-        if not (path / name).is_file():
+    # What the list leaves out would be read unchecked.
+    for name in sorted({STATE, *sums, *(file.name for file in path.glob("*.safetensors"))}):
+        if "/" in name or not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != expected:
+        if _sha256(path / name) != sums.get(name):
             return f"{name} does not match its checksum"
     return None
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """The checksums of a checkpoint's files, by name."""
+    sums = read_json(path / MANIFEST)
+    if not isinstance(sums, dict):
+        raise InputError(f"{displayed(path / MANIFEST)}: must be checksums by file name")
+    return sums
 
 
 def _sha256(file: Path) -> str:

@@ -64,9 +64,19 @@ _address_option = click.option(
 )
 
 
+_dashboard_option = click.option(
+    "--dashboard-host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where a local Ray's dashboard listens; 0.0.0.0: at every address of this machine.",
+)
+
+
 @main.command()
 @_cluster_options
 @_address_option
+@_dashboard_option
 @click.option("--name", help="The run's name; made up from the time by default.")
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 def launch(
@@ -75,13 +85,23 @@ def launch(
     overrides: tuple[str, ...],
     cpu: bool,
     address: str | None,
+    dashboard_host: str,
     name: str | None,
     runs_dir: Path,
 ) -> None:
     """Fine-tune, and leave the adapter, metrics and a report in the run's directory."""
     from hsplit.launcher import launch as start
 
-    run = start(cluster, policy, overrides, runs_dir=runs_dir, name=name, address=address, cpu=cpu)
+    run = start(
+        cluster,
+        policy,
+        overrides,
+        runs_dir=runs_dir,
+        name=name,
+        address=address,
+        cpu=cpu,
+        dashboard_host=dashboard_host,
+    )
     if not run.complete:
         sys.exit(INTERRUPTED)
 
@@ -89,11 +109,12 @@ def launch(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @_address_option
-def resume(run: Path, address: str | None) -> None:
+@_dashboard_option
+def resume(run: Path, address: str | None, dashboard_host: str) -> None:
     """Go on with a run from its last complete checkpoint."""
     from hsplit.launcher import resume as go_on
 
-    if not go_on(run, address=address).complete:
+    if not go_on(run, address=address, dashboard_host=dashboard_host).complete:
         sys.exit(INTERRUPTED)
 
 
@@ -103,6 +124,7 @@ def resume(run: Path, address: str | None) -> None:
 def runs(runs_dir: Path, as_json: bool) -> None:
     """List the runs with their state: running, complete, stopped, failed or interrupted."""
     from hsplit.observe.runs import list_runs, runs_table
+    from hsplit.observe.wording import printable
 
     found = list_runs(runs_dir)
     if as_json:
@@ -116,7 +138,7 @@ def runs(runs_dir: Path, as_json: bool) -> None:
     Console().print(runs_table(found))
     for run in found:
         if run.reason:
-            click.echo(f"{run.name}: {run.reason}")
+            click.echo(printable(f"{run.name}: {run.reason}"))
 
 
 @main.command()

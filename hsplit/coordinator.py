@@ -142,6 +142,11 @@ class Coordinator:
             except ActorFailure as failure:
                 self._repair(failure)
 
+    def loaded(self, own_code: Sequence[str]) -> None:
+        """Say in the log which code of the user's own takes part."""
+        for text in own_code:
+            self._events.write("code", text)
+
     def finish(self) -> None:
         """Say in the log that the run has left all that it was to leave."""
         self._events.write("finished", f"all {self._job.rounds} rounds are done")
@@ -206,6 +211,8 @@ class Coordinator:
         """From a checkpoint, with actors that know nothing."""
         assert self._saved is not None
         progress, tensors = read_checkpoint(self._saved)
+        if progress.plan is None or progress.scheduler is None:
+            raise InputError(f"{self._saved}: is no checkpoint to resume from: it has no plan")
         for what, then, now in (
             ("model", progress.model_fingerprint, self._inputs.model_fingerprint),
             ("data", progress.data_sha256, self._inputs.data_sha256),
@@ -242,6 +249,9 @@ class Coordinator:
         self._finish_loading_data(self._begin_loading_data(self._named(reading)))
         self._configure()
         holders = [*self._clients, *self._servers[1:]]
+        for name in (SERVER, *holders):
+            if name not in tensors:
+                raise InputError(f"{self._saved}: is no checkpoint to resume from: it has nothing of {name}")
         _, *updates = self._executor.call_many(1 + len(holders), SERVER, "load_state", tensors[SERVER], *holders)
         self._wait(
             [

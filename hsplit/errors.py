@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+MAX_TEXT = 4000
+"""Characters of an error's text; what is longer quotes a file that nobody wants to read in a terminal."""
+
 
 class HsplitError(Exception):
-    """Base of every error that hsplit raises on purpose; its text is one line, made for the user."""
+    """Base of every error that hsplit raises on purpose; its text is one line, made for the user.
+
+    Whatever it quotes of a file, no character of it breaks the line or steers a terminal.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = "".join(c if c.isprintable() else " " for c in super().__str__())
+        return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
 
 
 class InputError(HsplitError):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hsplit.actors.executor import one_line
 from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
+from hsplit.config.files import displayed
 from hsplit.errors import InputError
 from hsplit.lora.export import export_peft, learned, trained_weights
 from hsplit.lora.low_rank import LowRank
@@ -118,7 +120,10 @@ def export_run(path: str | Path, to: str | Path | None, options: ExportOptions) 
     source = find_model(run.job.model, progress=sys.stderr.isatty())
     default = directory.adapter if format_ == PEFT else directory.path / "model"
     target = default if to is None else Path(to)
-    terms = learned({key: tensor for own in tensors.values() for key, tensor in own.items()})
+    try:
+        terms = learned({key: tensor for own in tensors.values() for key, tensor in own.items()})
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise InputError(f"{displayed(checkpoint)}: holds no adapters that go together: {one_line(error)}") from error
     with _written_beside(target, format_) as partial:
         if format_ == PEFT:
             lines = _write_adapter(run, source, terms, options, partial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -17,8 +16,8 @@ Part = TypeVar("Part")
 def find_part(word: str, built_in: Mapping[str, Part], key: str, kind: type | tuple[type, ...] = ()) -> Part | Any:
     """What a policy's ``key`` means: a built-in part by its name, or a user's own.
 
-    A user's module must be importable on every node: installed there, or in the directory that the run is started
-    from. Importing it runs its code.
+    A user's module must be importable on every node: installed there, or on its ``PYTHONPATH``. It is not looked for
+    in the working directory, whose files may be somebody else's. Importing it runs its code.
 
     Args:
         word: a name in ``built_in``, or ``package.module:name``.
@@ -27,17 +26,21 @@ def find_part(word: str, built_in: Mapping[str, Part], key: str, kind: type | tu
         kind: what a user's own may be instead of a function.
 
     Raises:
-        InputError: there is no such module or name, it cannot be imported, or it cannot be called.
+        InputError: there is no such module or name, it is Python's own, cannot be imported, or cannot be called.
     """
     if word in built_in:
         return built_in[word]
     if not is_reference(word):
         raise InputError(f"{key}: must be one of {', '.join(built_in)}, or package.module:name (got {word!r})")
     module_name, _, name = word.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(
+            f"{key}: {word}: the module {module_name} is Python's own; give one that was written for hsplit"
+        )
     try:
-        module = _imported(module_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        why = f"no module named {error.name!r} (it must be importable on every node)"
+        why = f"no module named {error.name!r} (it must be installed, or on the PYTHONPATH, on every node)"
         raise InputError(f"{key}: {word}: {why}") from None
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -52,9 +55,7 @@ def find_part(word: str, built_in: Mapping[str, Part], key: str, kind: type | tu
     return part
 
 
-def _imported(module: str) -> Any:
-    """The module, looked for in the working directory too, as ``python -m`` does."""
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    return importlib.import_module(module)
+def origin(word: str) -> str:
+    """The file that a user's own part ``package.module:name`` was loaded from."""
+    module_name = word.partition(":")[0]
+    return str(getattr(sys.modules.get(module_name), "__file__", None) or module_name)

@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from hsplit.actors.executor import SERVER
 from hsplit.config import BudgetChange, RunConfig
 from hsplit.config.cluster import SERVER_BUDGET_FIELDS, Client, ClientSpec
-from hsplit.config.files import displayed
+from hsplit.config.files import displayed, read_json
 from hsplit.config.refusals import first_of, refusals
 from hsplit.errors import InputError
 from hsplit.run_directory import RunDirectory, write_text_atomically
 from hsplit.scheduling.budgets import BudgetRequest
 
 # What a file that is no request may fail with.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
+_UNREADABLE = (InputError, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,15 @@ def refuse(inbox: Path, file: str) -> None:
     """Put a request out of the way that cannot be met: it is asked for no more, and its name may be asked for anew."""
     refused = inbox / "refused"
     refused.mkdir(exist_ok=True)
-    for path in inbox.glob(f"taken/*/{file}"):
-        path.replace(refused / path.name)
+    for path in inbox.glob("taken/*/*.json"):
+        if path.name == file:
+            path.replace(refused / path.name)
 
 
 def _read(path: Path) -> Request:
-    document = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise InputError(f"{displayed(path)}: is no plain file")
+    document = read_json(path)
     kind = document["request"]
     if kind == "budget":
         return BudgetRequest(str(document["holder"]), BudgetChange.model_validate(document["values"]).values())

@@ -14,23 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsplit.actors.executor import ActorFailure
+from hsplit.actors.executor import LOCALHOST, ActorFailure
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
-from hsplit.config import Partition, RunConfig, load_run_config
+from hsplit.config import Partition, Policy, RunConfig, load_run_config
 from hsplit.config.files import parse_yaml
 from hsplit.config.overrides import Overrides
+from hsplit.config.section import is_reference
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError, os_reason
 from hsplit.exporting import export
+from hsplit.extension import origin
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
-from hsplit.models.segment import layer_count, linear_shapes, model_config, targeted
+from hsplit.models.segment import layer_count, linear_shapes, load_tokenizer, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.metrics import read_metrics
@@ -94,6 +96,7 @@ def launch(
     name: str | None = None,
     address: str | None = None,
     cpu: bool = False,
+    dashboard_host: str = LOCALHOST,
     display: Display | None = None,
 ) -> Run:
     """Fine-tune as a cluster file says.
@@ -105,6 +108,7 @@ def launch(
         runs_dir, name: where the run's directory goes, and its name (made up from the time by default).
         address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
         cpu: run a cluster file with GPUs on CPUs.
+        dashboard_host: where a local Ray's dashboard listens; by default only this machine reaches it.
         display: what to show; the terminal by default.
 
     Raises:
@@ -120,10 +124,16 @@ def launch(
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
         with _left_out_if_refused(directory):
-            return _drive(run, source, inputs, directory, address, display, helpers)
+            return _drive(run, source, inputs, directory, address, dashboard_host, display, helpers)
 
 
-def resume(path: str | Path, *, address: str | None = None, display: Display | None = None) -> Run:
+def resume(
+    path: str | Path,
+    *,
+    address: str | None = None,
+    dashboard_host: str = LOCALHOST,
+    display: Display | None = None,
+) -> Run:
     """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
@@ -132,7 +142,7 @@ def resume(path: str | Path, *, address: str | None = None, display: Display | N
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         inputs = read_inputs(run, source)
-        return _drive(run, source, inputs, directory, address, display, helpers, *found)
+        return _drive(run, source, inputs, directory, address, dashboard_host, display, helpers, *found)
 
 
 def plan(
@@ -159,6 +169,8 @@ def _planning(
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
     source = find_model(run.job.model, progress=sys.stderr.isatty())
     check_model(run, source)
+    for line in own_code(run.policy):
+        print(line, file=sys.stderr)
     return run, Scheduler(run, source.directory)
 
 
@@ -226,12 +238,12 @@ def settled(run: RunConfig) -> RunConfig:
     ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.
     """
     device = "cuda" if run.server.num_gpus > 0 else "cpu"
-    job, source = run.job, Path(run.job.data.source).expanduser()
+    job, source = run.job, Path(os.path.expanduser(run.job.data.source))
     changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device))}
-    if source.is_file():
+    if os.path.isfile(source):
         changes["data"] = job.data.model_copy(update={"source": str(source.resolve())})
-    if Path(job.model).expanduser().is_dir():
-        changes["model"] = str(Path(job.model).expanduser().resolve())
+    if os.path.isdir(model := os.path.expanduser(job.model)):
+        changes["model"] = str(Path(model).resolve())
     return run.model_copy(update={"job": job.model_copy(update=changes)})
 
 
@@ -239,11 +251,7 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
     """Refuse a model without a family, targets that match nothing, a split past the last layer, and a user's own part
     of the policy that cannot be found.
     """
-    policy = run.policy
-    find_aggregation(policy.aggregation)
-    find_rank_rule(policy.ranks)
-    find_split_rule(policy.split)
-    find_metric(policy.importance.metric)
+    own_code(run.policy)
     config = model_config(source.directory)
     family_of(config.model_type)
     targeted(linear_shapes(config), run.job.targets)
@@ -253,6 +261,21 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
             f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "
             f"(got {run.policy.split})"
         )
+
+
+def own_code(policy: Policy) -> list[str]:
+    """Find the parts that a policy names, and say of each that is the user's own which file's code it runs.
+
+    Raises:
+        InputError: one of them cannot be found.
+    """
+    find_aggregation(policy.aggregation)
+    find_rank_rule(policy.ranks)
+    find_split_rule(policy.split)
+    find_metric(policy.importance.metric)
+    named = (policy.aggregation, policy.ranks, policy.split, policy.importance.metric)
+    own = [str(word) for word in dict.fromkeys(named) if is_reference(word)]
+    return [f"{word} is code from {origin(word)}" for word in own]
 
 
 def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], list[Example]]:
@@ -287,8 +310,8 @@ def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
         parts = partition(examples, len(sharing), how, job.seed)
         for name, part in zip(sharing, parts, strict=True):
             shares[name] = [examples[i] for i in part]
-        path = Path(data.source).expanduser()
-        digest = file_sha256(path) if path.is_file() else f"{data.source} {data.examples} {job.seed}"
+        path = os.path.expanduser(data.source)
+        digest = file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {job.seed}"
     return Inputs(shares, model_fingerprint(source.directory), digest)
 
 
@@ -296,9 +319,7 @@ def _chat_of(source: ModelSource) -> Any:
     from hsplit.actors.participant import chat_template
 
     def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        from transformers import AutoTokenizer
-
-        template = chat_template(AutoTokenizer.from_pretrained(source.directory))
+        template = chat_template(load_tokenizer(source.directory))
         if template is None:
             raise InputError("job.model: its tokenizer has no chat template, which messages need")
         return str(template(messages, add_generation_prompt))
@@ -367,6 +388,7 @@ def _drive(
     inputs: Inputs,
     directory: RunDirectory,
     address: str | None,
+    dashboard_host: str,
     display: Display | None,
     helpers: Helpers,
     checkpoint: Path | None = None,
@@ -377,6 +399,7 @@ def _drive(
     from hsplit.actors.preflight import preflight
     from hsplit.actors.ray_executor import RayExecutor
 
+    own = own_code(run.policy)
     with directory.driven():
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
         others: list[Display] = [
@@ -387,7 +410,7 @@ def _drive(
         shown = Observers(display or display_for(sys.stdout), *others)
         announced = helpers.janitor.root.name
         helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
-        with ray_of(run, address, helpers) as dashboard:
+        with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
             placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
             notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
@@ -396,8 +419,10 @@ def _drive(
             announce(announced, metrics)
             executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
-                shown.started(name, [*_headlines(run, source, directory, dashboard, metrics), *notes])
+                headlines = _headlines(run, source, directory, dashboard, metrics)
+                shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
                 coordinator = Coordinator(run, executor, directory, inputs, shown)
+                coordinator.loaded(own)
                 with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
                     complete = coordinator.run(checkpoint, passed_over)
                     if complete:
@@ -410,7 +435,14 @@ def _drive(
 
 
 @contextmanager
-def ray_of(run: RunConfig, address: str | None, helpers: Helpers, *, dashboard: bool = True) -> Iterator[str | None]:
+def ray_of(
+    run: RunConfig,
+    address: str | None,
+    helpers: Helpers,
+    *,
+    dashboard: bool = True,
+    dashboard_host: str = LOCALHOST,
+) -> Iterator[str | None]:
     """Ray for ``run``'s actors, unless this process is connected already; yields the dashboard's address, if any."""
     import ray
 
@@ -420,7 +452,8 @@ def ray_of(run: RunConfig, address: str | None, helpers: Helpers, *, dashboard: 
         yield None
         return
     cpus = local_cpus(run)
-    found = connect(address, cpus, dashboard, root=helpers.janitor.root, fork_server=helpers.fork_server)
+    root, fork_server = helpers.janitor.root, helpers.fork_server
+    found = connect(address, cpus, dashboard, root=root, fork_server=fork_server, dashboard_host=dashboard_host)
     try:
         yield found
     finally:
@@ -505,6 +538,8 @@ def _headlines(
         token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
         sign_in = " (sign in with the output of: ray get-auth-token)" if token else ""
         lines.append(f"ray      http://{dashboard}{sign_in}")
+        if not token:
+            lines.append("warning  Ray asks for no token here: whoever reaches its ports can run code on this machine")
     lines.append(f"metrics  http://{metrics}/metrics (to watch them in Grafana: hsplit monitoring --to DIR)")
     return lines
 

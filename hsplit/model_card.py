@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hsplit import __version__
 from hsplit.checkpoint import Progress
 from hsplit.config import Partition, RunConfig
+from hsplit.config.files import displayed, read_json
+from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.source import ModelSource
 from hsplit.run_directory import RunDirectory
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 METADATA = "hsplit"
+_EVALUATED = frozenset({"round", "data", "inputs", "references", "model", "beams", "scores"})
 """Key of the front matter under which an export says what ``hsplit eval`` needs to know of its run."""
 
 _METRIC_NAMES = {
@@ -226,8 +229,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _evaluation(directory: RunDirectory, round_: int) -> dict[str, Any] | None:
     """What ``hsplit eval`` left in the run's directory, if that is of this round."""
     file = directory.path / "eval.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found if found.get("round") == round_ else None
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    whole = isinstance(found, dict) and found.keys() >= _EVALUATED and isinstance(found["scores"], dict)
+    if not whole or any(type(score) not in (int, float) for score in found["scores"].values()):
+        raise InputError(f"{displayed(file)}: is not what `hsplit eval` writes: remove it, or evaluate anew")
+    return found if found["round"] == round_ else None
 
 
 def _eval_results(evaluation: dict[str, Any] | None, source: str) -> list[EvalResult] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -174,14 +175,44 @@ class RunDirectory:
         """The run at ``path``.
 
         Raises:
-            InputError: there is no such directory, or it is no run's.
+            InputError: there is no such directory, it is no run's, or a link in it leads out of it.
         """
         run = cls(Path(path))
-        if not run.path.is_dir():
+        if not os.path.isdir(path):
             raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME")
-        if not run.config.is_file():
+        if not os.path.isfile(run.config):
             raise InputError(f"{displayed(path)}: has no config.yaml, so it is not a run; give one, as runs/NAME")
+        run._refuse_ways_out()
         return run
+
+    def _refuse_ways_out(self) -> None:
+        """Refuse a directory that is no tree of plain files: it may be from somebody else.
+
+        What is written into a run would follow a link to files that have nothing to do with it, and a pipe would be
+        waited for.
+        """
+        inside = self.path.resolve()
+        for folder, folders, files in os.walk(inside):
+            for entry in (Path(folder, name) for name in (*folders, *files)):
+                # Half-written files of a run that goes on come and go meanwhile.
+                with suppress(FileNotFoundError):
+                    mode = entry.lstat().st_mode
+                    where = f"{displayed(self.path)}: {entry.relative_to(inside)}"
+                    if stat.S_ISLNK(mode) and not _target(entry).is_relative_to(inside):
+                        raise InputError(
+                            f"{where} is a link to {os.readlink(entry)}, outside of the run: put the file itself there,"
+                            " or remove the link"
+                        )
+                    if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                        raise InputError(f"{where} is no plain file: remove it")
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):
+        # A link to itself leads nowhere, and so not out.
+        return link
 
 
 def _locks(descriptor: int, shared: bool = False) -> bool:
@@ -238,7 +269,9 @@ def write_text_atomically(path: str | Path, text: str, durable: bool = True) -> 
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
+        # Made anew, so that no link of that name is followed.
+        beside.unlink(missing_ok=True)
+        with beside.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
             if durable:
                 file.flush()

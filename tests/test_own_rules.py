@@ -37,7 +37,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (block,) = re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
         (tmp_path / name).write_text(block)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(sys, "path", [*(path for path in sys.path if path), str(tmp_path)])
     yield tmp_path
     sys.modules.pop("my_rules", None)
 
@@ -72,12 +72,16 @@ def test_the_pages_command_finds_the_rules_beside_it(example: Path, models: dict
     cluster = example / "cluster.yaml"
     cluster.write_text(f"clients: [{{name: one, count: 2, memory_gb: 0.05}}]\njob: {{model: {models['llama']}}}\n")
     command = [sys.executable, "-c", "from hsplit.cli import main; main()", "plan", "--policy", "mine.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What the page says to run it with: the directory itself is not looked into.
+    assert "PYTHONPATH=. hsplit plan" in PAGE
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}."}
     done = subprocess.run(
         [*command, "--cluster", str(cluster)], capture_output=True, text=True, cwd=example, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "One local step takes" in done.stdout
+    for rule in ("equal_voices", "attention_first", "half_at_most", "magnitude"):
+        assert f"my_rules:{rule} is code from {example / 'my_rules.py'}\n" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from hsplit.config import Client
 from hsplit.errors import HsplitError
 
+LOCALHOST = "127.0.0.1"
 SERVER = "server"
 SCHEDULER = "scheduler"
 

@@ -60,9 +60,13 @@ class ForkServer:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(self.path)
         listening.listen(64)
-        code = f"from {__name__} import serve; serve({listening.fileno()}, {list(modules)!r})"
+        # Modules come from where this process has its own, and not from the working directory.
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve;"
+            f" serve({listening.fileno()}, {list(modules)!r})"
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
             # A Ctrl-C in the terminal is the run's to answer.
@@ -125,7 +129,7 @@ def _work(connection: socket.socket) -> None:
     threading.Thread(target=_end_with, args=[connection], daemon=True).start()
     program, *arguments = request["command"]
     sys.argv = [program, *arguments]
-    sys.path[0] = os.path.dirname(program)
+    sys.path.insert(0, os.path.dirname(program))
     runpy.run_path(program, run_name="__main__")
     os._exit(0)
 

@@ -24,6 +24,7 @@ from hsplit.models.segment import (
     SegmentSpec,
     linear_shapes,
     load_segment,
+    load_tokenizer,
     targeted,
 )
 
@@ -80,10 +81,8 @@ class Participant(HolderActor[Holder | WeightHolder]):
         Raises:
             InputError: the file is unusable, or too little of the data fits ``job.max_length``.
         """
-        from transformers import AutoTokenizer
-
         job = self._job
-        tokenizer = AutoTokenizer.from_pretrained(self._base.directory)
+        tokenizer = load_tokenizer(self._base.directory)
         self._data = []
         for client, share in shares.items():
             if share is None:

@@ -94,10 +94,10 @@ def facts(hosted: Hosted) -> Facts:
 
 def _unreadable(path: str) -> str:
     """Why there is nothing to read at ``path``; empty if there is."""
-    file = Path(path).expanduser()
-    if file.is_file():
+    file = os.path.expanduser(path)
+    if os.path.isfile(file):
         return "" if os.access(file, os.R_OK) else f"{file} may not be read"
-    return f"{file} is a directory, no file" if file.is_dir() else f"there is no file {file}"
+    return f"{file} is a directory, no file" if os.path.isdir(file) else f"there is no file {file}"
 
 
 def bases(hosted: Hosted) -> dict[str, Base | str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
+from hsplit.actors.executor import LOCALHOST, SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.participants import participant_class
@@ -150,6 +152,7 @@ def connect(
     dashboard: bool = True,
     root: Path | None = None,
     fork_server: ForkServer | None = None,
+    dashboard_host: str = LOCALHOST,
 ) -> str | None:
     """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
 
@@ -159,13 +162,15 @@ def connect(
         dashboard: whether a local one has a dashboard.
         root: where a local one keeps its files.
         fork_server: forks the worker processes of a local one.
+        dashboard_host: address that a local one's dashboard listens at.
 
     Returns:
         The dashboard's URL, or ``None``.
 
     Raises:
-        InputError: nothing answers at ``address``.
+        InputError: nothing answers at ``address``, or ``dashboard_host`` is no address or not for it to say.
     """
+    _check_dashboard_host(dashboard_host, address)
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -177,13 +182,43 @@ def connect(
         if fork_server is not None:
             quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
             os.environ |= NOT_BEFOREHAND
-        context = ray.init(address="local", num_cpus=logical, include_dashboard=dashboard, **quiet)
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=logical,
+                include_dashboard=dashboard,
+                dashboard_host=dashboard_host,
+                **quiet,
+            )
+        finally:
+            _keep_token()
     else:
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
     return context.dashboard_url or None
+
+
+def _check_dashboard_host(host: str, address: str | None) -> None:
+    if address is not None and host != LOCALHOST:
+        raise InputError(
+            f"--dashboard-host {host}: the Ray cluster at {address} has its dashboard already: leave it out"
+        )
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise InputError(
+            f"--dashboard-host {host}: must be an IP address of this machine, or 0.0.0.0 for all of them"
+        ) from None
+
+
+def _keep_token() -> None:
+    """Let nobody else read the token that Ray has written into the user's home: who has it can run code."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
 
 
 class RayExecutor:

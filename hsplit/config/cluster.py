@@ -11,13 +11,26 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from hsplit.config.budgets import Budget, BudgetOrZero, drawn
-from hsplit.config.section import LARGEST, LIST, MAX_NAME, Name, NonNegative, Positive, Section, Text, refuse, shown
+from hsplit.config.section import (
+    LARGEST,
+    LIST,
+    MAX_NAME,
+    Name,
+    NonNegative,
+    PathText,
+    Positive,
+    Section,
+    Text,
+    refuse,
+    shown,
+)
 
 CENTRAL = "central"
 """The one node of a policy with ``placement: single``."""
 RESERVED_NAMES = frozenset({"server", "scheduler", "driver", CENTRAL})
 """Names of hsplit's own actors and processes, which no client may bear."""
 MAX_COUNT = 10_000
+"""Clients of one group, and of all."""
 BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")
 """The fields of a client that may be drawn, and that may change during a run."""
 _REPLICA_NAME = re.compile(r"server-\d+")
@@ -26,7 +39,8 @@ SERVER_BUDGET_FIELDS = ("memory_gb", "tflops")
 
 
 def _not_reserved(name: str) -> str:
-    if name in RESERVED_NAMES or _REPLICA_NAME.fullmatch(name):
+    # In any case: there are file systems for which `Server.safetensors` is the server's file.
+    if name.lower() in RESERVED_NAMES or _REPLICA_NAME.fullmatch(name.lower()):
         reserved = ", ".join([*sorted(RESERVED_NAMES), "server-1 and so on"])
         raise refuse(f"{shown(name)} is reserved (so are {reserved}); choose another name")
     return name
@@ -102,11 +116,11 @@ _Late = Annotated[
     Field(description="true = may be away when the run starts, and takes part as soon as a node that it fits is there"),
 ]
 _DataPath = Annotated[
-    Annotated[Text, AfterValidator(_absolute)] | None,
+    Annotated[PathText, AfterValidator(_absolute)] | None,
     Field(description="file of the client's own data, read only on its node; null = a share of `job.data`"),
 ]
 _ModelPath = Annotated[
-    Annotated[Text, AfterValidator(_absolute_if_dotted)] | None,
+    Annotated[PathText, AfterValidator(_absolute_if_dotted)] | None,
     Field(description="where the client's node has the model, path or hub id; null = `job.model`"),
 ]
 
@@ -264,8 +278,9 @@ class ClientSpec(Section):
 
     @model_validator(mode="after")
     def _numbered_names_fit(self) -> Self:
-        if len(self.names()[-1]) > MAX_NAME:
-            longest = shown(self.names()[-1], 100)
+        last = self.name if self.count == 1 else f"{self.name}-{self.count - 1}"
+        if len(last) > MAX_NAME:
+            longest = shown(last, 100)
             raise refuse(f"is too long for its count: {longest} has more than {MAX_NAME} characters", "name")
         return self
 
@@ -294,13 +309,16 @@ class ClientSpec(Section):
 
 def unique_names(groups: tuple[ClientSpec, ...]) -> tuple[ClientSpec, ...]:
     """``groups`` unchanged; a validator's refusal names both if two of them make the same client name."""
+    if (total := sum(group.count for group in groups)) > MAX_COUNT:
+        raise refuse(f"must be at most {MAX_COUNT} clients in all (got {total})")
     owners: dict[str, int] = {}
     for index, group in enumerate(groups):
-        for name in dict.fromkeys((group.name, *group.names())):
+        # Names that differ in case alone are the same file's on some file systems.
+        for name, as_given in {name.lower(): name for name in (group.name, *group.names())}.items():
             if name in owners:
                 other = groups[owners[name]]
                 raise refuse(
-                    f"{shown(name)} is also a name of clients[{owners[name]}] ({shown(other.name)}, count"
+                    f"{shown(as_given)} is also a name of clients[{owners[name]}] ({shown(other.name)}, count"
                     f" {other.count}); give every client a name of its own",
                     index,
                     "name",

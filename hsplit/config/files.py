@@ -1,7 +1,8 @@
-"""Reading YAML files and finding the presets that come with hsplit."""
+"""Reading YAML and JSON files and finding the presets that come with hsplit."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,6 +17,10 @@ MAX_DEPTH = 20
 """Levels of nesting that a document may have; hsplit's own files need six."""
 MAX_NODES = 200_000
 """Values that a document may have once its aliases are written out."""
+MAX_BYTES = 8_000_000
+"""Size of a file; the resolved configuration of ten thousand clients has about half of it."""
+MAX_DIGITS = 100
+"""Characters of a number: YAML has forms, such as 1:30:00, that take ever longer to read."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -23,6 +28,8 @@ PresetKind = Literal["cluster", "policies"]
 
 # YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point; a learning rate is a number
 _EXPONENT = (re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+_NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,7 +58,10 @@ class _Loader(yaml.SafeLoader):
         if id(node) not in sizes:
             below = (*above, id(node))
             size = 1
-            if isinstance(node, yaml.SequenceNode):
+            if isinstance(node, yaml.ScalarNode):
+                if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+                    raise _refused(node, f"a number of more than {MAX_DIGITS} characters")
+            elif isinstance(node, yaml.SequenceNode):
                 size += sum(self._check(child, sizes, below) for child in node.value)
             elif isinstance(node, yaml.MappingNode):
                 _check_keys(node)
@@ -137,7 +147,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     place = displayed(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise InputError(f"{place}: is larger than {MAX_BYTES // 10**6} MB, so it is no file of hsplit's")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{place}: there is no such file") from None
     except UnicodeDecodeError as error:
@@ -150,6 +164,41 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{place}: must hold a mapping of keys at its top (got {shown(value)})")
     return value
+
+
+def parse_json(text: str | bytes, place: str) -> Any:
+    """The value that ``text`` denotes.
+
+    Raises:
+        InputError: ``text`` is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} on line {error.lineno}"
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError:
+        # Python reads no integer of more than some thousand digits.
+        reason = "it has a number that is too long"
+    raise InputError(f"{place}: not valid JSON: {reason}")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in the JSON file ``path``.
+
+    Raises:
+        InputError: there is no such file, or it is no JSON.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{displayed(path)}: there is no such file") from None
+    except OSError as error:
+        raise InputError(f"{displayed(path)}: cannot be read: {error.strerror or error}") from None
+    return parse_json(raw, displayed(path))
 
 
 def to_yaml(value: Any) -> str:

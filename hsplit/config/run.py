@@ -24,9 +24,10 @@ _HEADER = "# The configuration of this run with every default, override and draw
 def _distinct(clients: tuple[Client, ...]) -> tuple[Client, ...]:
     seen: dict[str, int] = {}
     for index, client in enumerate(clients):
-        if client.name in seen:
-            raise refuse(f"{shown(client.name)} is also the name of clients[{seen[client.name]}]", index, "name")
-        seen[client.name] = index
+        name = client.name.lower()
+        if name in seen:
+            raise refuse(f"{shown(client.name)} is also the name of clients[{seen[name]}]", index, "name")
+        seen[name] = index
     return clients
 
 
@@ -168,7 +169,9 @@ class RunConfig(Section):
         document["clients"] = [{"name": client["name"], **client} for client in document["clients"]]
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with beside.open("w", encoding="utf-8") as file:
+            # Made anew, so that no link of that name is followed.
+            beside.unlink(missing_ok=True)
+            with beside.open("x", encoding="utf-8") as file:
                 file.write(_HEADER + to_yaml(document))
                 file.flush()
                 os.fsync(file.fileno())

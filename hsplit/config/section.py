@@ -124,13 +124,31 @@ MAX_NAME = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+# Files that bear such a name, whatever its ending, cannot be copied to Windows.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+MAX_PATH_BYTES, MAX_PART_BYTES = 4096, 255
+"""What file systems bear, of a path and of one name in it."""
+
+
 def _well_formed(name: str) -> str:
     if not _NAME.fullmatch(name) or ".." in name:
         raise refuse(f"must be {NAME_RULE} (got {shown(name)})")
+    if _DEVICE.fullmatch(name) or name.endswith("."):
+        raise refuse(f"must be a name that files may have on every system (got {shown(name)})")
     return name
 
 
-_IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
+def _usable_path(path: str) -> str:
+    size, parts = len(path.encode()), path.split("/")
+    if "\0" in path or size > MAX_PATH_BYTES or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
+        raise refuse(f"is no path that a file can have (got {shown(path)})")
+    if parts[0].startswith("~") and parts[0] != "~":
+        raise refuse(f"must begin with ~/ or be written out: other users' homes are not looked up (got {shown(path)})")
+    return path
+
+
+# No part of it is private: what has two underscores before it is Python's own machinery.
+_IDENTIFIER = "[A-Za-z][A-Za-z0-9_]*"
 REFERENCE = rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*:{_IDENTIFIER}$"
 """The form ``package.module:name`` of a user's own function."""
 
@@ -145,6 +163,7 @@ LARGEST = 1_000_000_000
 
 AnyText = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
+PathText = Annotated[Text, AfterValidator(_usable_path)]
 Name = Annotated[str, AfterValidator(_well_formed)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from hsplit.data.files import is_unicode
 from hsplit.errors import InputError
 
 
@@ -59,6 +60,8 @@ def _turns(messages: Any, where: str) -> list[dict[str, str]]:
         texts = [turn.get(key) for key in ("role", "content")] if isinstance(turn, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f'{where}: messages: turn {number} must be {{"role": text, "content": text}}')
+        if not all(is_unicode(str(text)) for text in texts):
+            raise InputError(f"{where}: messages: turn {number} holds half of a surrogate pair; must be valid Unicode")
     last = messages[-1]
     if last["role"] != "assistant":
         raise InputError(f"{where}: messages: the last turn is the {last['role']}'s; must be the assistant's")

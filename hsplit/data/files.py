@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from pathlib import Path
 
 from hsplit.errors import InputError
@@ -14,11 +16,12 @@ def file_sha256(path: str | Path) -> str:
     Raises:
         InputError: if the file cannot be read.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
+        _refuse_devices(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
 
@@ -29,8 +32,9 @@ def read_text(path: Path) -> str:
         InputError: if the file cannot be read, is not UTF-8, or holds nothing.
     """
     try:
+        _refuse_devices(path)
         raw = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     try:
         text = raw.decode("utf-8-sig")
@@ -45,13 +49,24 @@ def read_text(path: Path) -> str:
     return text
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
-    """The line for a file that cannot be opened: missing, a folder, or not permitted."""
+def _refuse_devices(path: Path) -> None:
+    # A pipe would be waited for, and a device may never end.
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is no file that can be read twice; give the path of one on a disk")
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    """The line for a file that cannot be opened: missing, a folder, not permitted, or no path at all."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path}: there is no such file")
     if isinstance(error, IsADirectoryError):
         return InputError(f"{path}: is a folder; give the path of a .csv, .jsonl or .txt file")
-    return InputError(f"{path}: cannot be read: {error.strerror or error}")
+    return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written: JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def listed(names: object) -> str:

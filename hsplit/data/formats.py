@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsplit.config.section import shown
 from hsplit.data.chat import ChatTemplate, conversation_texts
-from hsplit.data.files import listed, read_text
+from hsplit.data.files import is_unicode, listed, read_text
 from hsplit.errors import InputError
 
 
@@ -75,11 +76,7 @@ def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
     """
     rows = []
     for where, line in _lines(path):
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            raise InputError(f"{where} is not JSON: {reason}; each line must be one object") from None
+        fields = _json(line, where)
         if not isinstance(fields, dict):
             raise InputError(f"{where} is a JSON {type(fields).__name__}; each line must be one object")
         if "messages" in fields:
@@ -112,14 +109,27 @@ Reader = Callable[[Path, ChatTemplate | None], list[Row]]
 READERS: dict[str, Reader] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": text_rows}
 
 
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        reason = error.msg
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError:
+        # Python reads no integer of more than some thousand digits.
+        reason = "a number is too long"
+    raise InputError(f"{where} is not JSON: {reason}; each line must be one object")
+
+
 def _row(where: str, fields: Mapping[str, Any], prompt_key: str, response_key: str, style: str) -> Row:
     for key in (prompt_key, response_key):
         text = fields[key]
         if not isinstance(text, str):
-            raise InputError(f"{where}: {key} is {json.dumps(text)[:40]}; must be a text")
+            raise InputError(f"{where}: {key} is {shown(text, 40)}; must be a text")
         if not text.strip():
             raise InputError(f"{where}: {key} is blank; must be a text")
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not is_unicode(text):
             raise InputError(
                 f"{where}: {key} holds half of a surrogate pair (\\ud800 to \\udfff); must be valid Unicode"
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_BRACKETED = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)")
-_PIPED = re.compile(r"\s*([^:|]+?)\s*:\s*([^|]*?)\s*(?:\||$)")
+# No two parts that follow one another match the same characters: a long line is read once, not again and again.
+_BRACKETED = re.compile(r"([^\[\],]+)\[([^\[\]]*)\]\s*(?:,|$)")
+_PIPED = re.compile(r"([^:|]+):([^|]*)(?:\||$)")
 
 
 def meaning_text(slots: Mapping[str, str]) -> str:
@@ -32,8 +33,8 @@ def _parse(pattern: re.Pattern[str], text: str) -> dict[str, str] | None:
     position = 0
     while position < len(text):
         match = pattern.match(text, position)
-        if match is None:
+        if match is None or not match[1].strip():
             return None
-        slots[match[1]] = match[2].strip()
+        slots[match[1].strip()] = match[2].strip()
         position = match.end()
     return slots or None

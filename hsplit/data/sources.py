@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_examples(
 
 
 def _file_rows(source: str, chat: ChatTemplate | None) -> list[Row]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(

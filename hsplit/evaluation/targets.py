@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsplit.actors.executor import one_line
 from hsplit.actors.participant import base_model
 from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
-from hsplit.config.files import displayed
+from hsplit.config.files import displayed, read_json
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.lora.aggregation import find_aggregation
@@ -25,8 +25,8 @@ from hsplit.model_card import METADATA
 from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
-from hsplit.models.segment import linear_shapes, model_config
-from hsplit.models.source import ModelSource, find_model
+from hsplit.models.segment import linear_shapes, load_tokenizer, model_config
+from hsplit.models.source import ModelSource, check_directory, find_model
 from hsplit.models.weights import freeze
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
@@ -97,12 +97,12 @@ def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
         _refuse_client(client, "every weight was trained on one node")
         model, how = _trained_model(run, source, trained, device), f"as one model, every weight trained; {where}"
     else:
-        cut, how = _cut(run, progress, client)
+        cut, how = _cut(run, progress, client, displayed(checkpoint))
         learned = learned_parts({key: tensor for own in tensors.values() for key, tensor in own.items()})
         model, how = split_model(base_model(source.directory, run.job), learned, cut, device), f"{how}; {where}"
     if run.job.privacy.noise:
         notes = [*notes, "the noise that clients add to activations (privacy.noise) is left out"]
-    tokenizer = _tokenizer(source.directory)
+    tokenizer = load_tokenizer(source.directory)
     return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, progress, list(notes))
 
 
@@ -112,13 +112,16 @@ def _global(run: RunConfig) -> str:
     return " (the global one: holders of smaller ranks have its leading directions)" if truncates else ""
 
 
-def _cut(run: RunConfig, progress: Progress, client: str | None) -> tuple[Cut | None, str]:
+def _cut(run: RunConfig, progress: Progress, client: str | None, where: str) -> tuple[Cut | None, str]:
     if run.policy.placement != "split":
         _refuse_client(client, f"policy {run.policy.name} splits nothing (placement {run.policy.placement!r})")
         return None, f"as one model, which each holder has whole{_global(run)}"
-    assert progress.plan is not None
+    if progress.plan is None:
+        raise InputError(f"{where}: it has no plan to cut the model by")
     plan = Plan.from_json(progress.plan)
     if client is None:
+        if not plan.available:
+            raise InputError(f"{where}: by its plan no client takes part, so there is no split to cut at")
         chosen = max(plan.available, key=lambda holder: holder.split or 0)
     else:
         found = [holder for holder in plan.available if holder.name == client]
@@ -161,12 +164,15 @@ def _adapter(path: Path, device: str) -> Target:
     from peft import PeftModel
 
     try:
-        named = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):
+        named = str(read_json(path / "adapter_config.json")["base_model_name_or_path"])
+    except (LookupError, TypeError):
         raise InputError(
             f"{displayed(path / 'adapter_config.json')}: names no base_model_name_or_path; an adapter needs its base"
         ) from None
-    directory = Path(named) if Path(named).is_dir() else find_model(named).directory
+    directory = find_model(named).directory
+    if not (path / "adapter_model.safetensors").is_file():
+        # PEFT would take a pickled one, and ask the hub for what is not there.
+        raise InputError(f"{displayed(path)}: has no adapter_model.safetensors, and only safetensors are read")
     known = _metadata(path)
     model = _loaded(directory, torch.float32)
     base = known.get("base")
@@ -178,9 +184,12 @@ def _adapter(path: Path, device: str) -> Target:
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that is about to change: nothing for users.
         warnings.simplefilter("ignore", FutureWarning)
-        model = PeftModel.from_pretrained(model, path).to(device).eval()
+        try:
+            model = PeftModel.from_pretrained(model, path).to(device).eval()
+        except Exception as error:  # PEFT raises anything on files that do not fit one another
+            raise InputError(f"{displayed(path)}: cannot be loaded as an adapter: {one_line(error)}") from error
     how = f"as one model, by transformers and PEFT, in fp32 on base values of {base or 'the base itself'}"
-    return Target(model, _tokenizer(directory), how, known.get("separator"), notes=notes)
+    return Target(model, load_tokenizer(directory), how, known.get("separator"), notes=notes)
 
 
 def _give_base_values(model: Any, directory: Path, base: str) -> None:
@@ -194,6 +203,7 @@ def _give_base_values(model: Any, directory: Path, base: str) -> None:
 
 
 def _merged(path: Path, device: str) -> Target:
+    check_directory(path)
     known = _metadata(path)
     # In the files' own type where the device computes with it, and with the files' values in any case.
     stored = str(getattr(model_config(path), "dtype", None)).removeprefix("torch.")
@@ -201,7 +211,7 @@ def _merged(path: Path, device: str) -> Target:
     dtype = resolve_dtype("auto", device) if own == "bf16" else DTYPES["fp32"]
     model = _loaded(path, dtype).to(device).eval()
     how = f"as one model, by transformers, in {str(dtype).removeprefix('torch.')}"
-    return Target(model, _tokenizer(path), how, known.get("separator"))
+    return Target(model, load_tokenizer(path), how, known.get("separator"))
 
 
 def _loaded(directory: Path, dtype: torch.dtype) -> Any:
@@ -211,9 +221,11 @@ def _loaded(directory: Path, dtype: torch.dtype) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{displayed(directory)}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers raises anything on files that do not fit one another
+        raise InputError(f"{displayed(directory)}: cannot be loaded: {one_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -226,10 +238,9 @@ def _metadata(path: Path) -> dict[str, Any]:
     card = path / "README.md"
     if not card.is_file():
         return {}
-    return dict(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get(METADATA) or {})
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        known = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get(METADATA)
+    except Exception as error:  # of the hub's library, its YAML reader or neither
+        raise InputError(f"{displayed(card)}: cannot be read: {one_line(error)}") from error
+    known = known if isinstance(known, dict) else {}
+    return {key: value for key in ("base", "separator") if isinstance(value := known.get(key), str)}

@@ -17,7 +17,7 @@ from hsplit.lora.low_rank import LowRank
 from hsplit.lora.relative_error import RelativeError
 from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.families import Family, family_of
-from hsplit.models.segment import linear_shapes, model_config, skeleton
+from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, skeleton
 from hsplit.models.weights import freeze
 
 SHARD_BYTES = 2 << 30
@@ -145,11 +145,9 @@ def export_merged(
 
 
 def _save_settings(config: Any, architecture: str, directory: Path, to: Path, dtype: torch.dtype) -> None:
-    from transformers import AutoTokenizer
-
     config.architectures, config.dtype = [architecture], dtype
     config.save_pretrained(to)
-    AutoTokenizer.from_pretrained(directory).save_pretrained(to)
+    load_tokenizer(directory).save_pretrained(to)
     generation = directory / "generation_config.json"
     if generation.is_file():
         (to / generation.name).write_bytes(generation.read_bytes())

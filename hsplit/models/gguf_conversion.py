@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsplit.models.gguf_header import check_gguf
 from hsplit.models.stages import Stage
 
 if TYPE_CHECKING:
@@ -41,15 +42,17 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    check_gguf(gguf)
     with _silence():
         with stage(f"converting {gguf.name} to bf16"):
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 dtype=torch.bfloat16,
+                trust_remote_code=False,
                 quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
             _restore_digit_splitting(tokenizer, gguf)
         with stage("saving safetensors and tokenizer"):
             weights = directory / "model.safetensors"

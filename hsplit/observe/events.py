@@ -101,7 +101,8 @@ class EventReader:
 def read_events(path: str | Path) -> list[dict[str, Any]]:
     """The events in ``path``, oldest first; none if there is no such file.
 
-    Lines that are no event are left out, a half one of a run that was killed or is writing it now too.
+    Lines that are no event, as :meth:`EventLog.write` makes them, are left out, a half one of a run that was killed or
+    is writing it now too.
     """
     return EventReader(path).new()
 
@@ -122,11 +123,18 @@ def _events(lines: bytes) -> list[dict[str, Any]]:
     for line in lines.split(b"\n"):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict) and {"time", "event", "text"} <= event.keys():
+        if isinstance(event, dict) and all(isinstance(event.get(key), str) for key in RESERVED) and _is_time(event):
             events.append(event)
     return events
+
+
+def _is_time(event: Mapping[str, Any]) -> bool:
+    try:
+        return datetime.fromisoformat(event["time"]).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _drop_half_line(descriptor: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 from hsplit.config.files import displayed
+from hsplit.config.section import shown
 from hsplit.errors import InputError
 from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import write_text_atomically
@@ -17,6 +18,10 @@ from hsplit.scheduling.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# What pandas has a type for.
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,15 @@ def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
         TypeError: columns are missing or unknown.
         ValueError: a value is none that the column may have.
     """
-    return row_type(**data)
+    row = row_type(**data)
+    for column, type_ in get_type_hints(row_type).items():
+        value = getattr(row, column)
+        # JSON has no word for a float that is whole.
+        known = isinstance(value, type_) or (type_ in (float, float | None) and isinstance(value, int))
+        if not known or (isinstance(value, bool) and type_ is not bool):
+            raise ValueError(f"{column} cannot be {shown(value)}")
+        _check_size(value)
+    return row
 
 
 class MetricsTable(Generic[Row]):
@@ -178,7 +191,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
             table = list(csv.reader(file))
     except FileNotFoundError:
         raise InputError(f"{displayed(path)}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{displayed(path)}: cannot be read ({error})") from None
     columns = [field.name for field in fields(row_type)]
     if not table or table[0] != columns:
@@ -245,4 +258,11 @@ def _value(cell: str, type_: Any) -> Any:
         if cell not in ("True", "False"):
             raise ValueError(f"{cell!r} is neither True nor False")
         return cell == "True"
-    return type_(cell)
+    value = type_(cell)
+    _check_size(value)
+    return value
+
+
+def _check_size(value: Any) -> None:
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError("a number is too large")

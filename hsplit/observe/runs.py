@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,19 +11,21 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import MetricsRow, read_rows
-from hsplit.observe.wording import age_text
+from hsplit.observe.wording import age_text, printable
 from hsplit.run_directory import RunDirectory
 
 State = Literal["running", "complete", "stopped", "failed", "interrupted", "unreadable"]
 
 # What the last event of its kind says of a run that nobody is driving.
 _ENDINGS: dict[str, State] = {"finished": "complete", "stopped": "stopped", "failed": "failed"}
+_NEVER = datetime.min.replace(tzinfo=UTC)
 BEGINNINGS = frozenset({"training", "resumed"})
 
 
@@ -64,14 +67,14 @@ def list_runs(runs_dir: str | Path) -> list[RunState]:
     """The runs kept in ``runs_dir``, the last changed at the end; none where there is no such directory."""
     folder = Path(runs_dir)
     paths = folder.iterdir() if folder.is_dir() else ()
-    found = [run_state(RunDirectory(path)) for path in paths if (path / "config.yaml").is_file()]
-    return sorted(found, key=lambda run: (run.changed.timestamp() if run.changed else 0.0, run.name))
+    found = [run_state(RunDirectory(path)) for path in paths if os.path.isfile(path / "config.yaml")]
+    return sorted(found, key=lambda run: (run.changed or _NEVER, run.name))
 
 
 def run_state(directory: RunDirectory) -> RunState:
     """How far the run in ``directory`` is."""
     try:
-        config = RunConfig.load(directory.config)
+        config = RunConfig.load(RunDirectory.open(directory.path).config)
     except HsplitError as error:
         return RunState(directory.name, directory.path, "unreadable", reason=str(error))
     events = read_events(directory.events)
@@ -99,7 +102,7 @@ def run_state(directory: RunDirectory) -> RunState:
         rounds=config.job.rounds,
         val_ppl=last.val_ppl if last else None,
         clients=last.available_clients if last else None,
-        changed=datetime.fromisoformat(events[-1]["time"]).astimezone() if events else None,
+        changed=datetime.fromisoformat(events[-1]["time"]) if events else None,
         reason=reason,
     )
 
@@ -128,8 +131,9 @@ def runs_table(runs: Sequence[RunState], now: datetime | None = None) -> Table:
         table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=not text)
     for run in runs:
         table.add_row(
-            run.name,
-            run.policy or "",
+            # A directory may have any name, also one that looks like markup.
+            Text(printable(run.name)),
+            Text(printable(run.policy or "")),
             run.state,
             f"{run.round} of {run.rounds}" if run.rounds is not None else "",
             "" if run.val_ppl is None else f"{run.val_ppl:.3f}",

@@ -8,6 +8,9 @@ from typing import Any
 
 from hsplit.config.cluster import server_names
 
+MAX_LAYERS, MAX_SERVERS = 10_000, 1000
+"""What a plan that is read from a file may have; no model is so deep."""
+
 
 @dataclass(frozen=True)
 class HolderPlan:
@@ -95,16 +98,56 @@ class Plan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
-        return Plan(
-            layers=data["layers"],
-            server=HolderPlan(**data["server"]),
-            clients=tuple(HolderPlan(**c) for c in data["clients"]),
-            makespan_s=data["makespan_s"],
-            captured_importance=data["captured_importance"],
-            importance=data["importance"],
-            servers=data.get("servers", 1),
-            exchange_s=data.get("exchange_s", 0.0),
+        """What :meth:`to_json` made.
+
+        Raises:
+            ValueError: it is no plan.
+        """
+        try:
+            plan = Plan(
+                layers=data["layers"],
+                server=HolderPlan(**data["server"]),
+                clients=tuple(HolderPlan(**c) for c in data["clients"]),
+                makespan_s=data["makespan_s"],
+                captured_importance=data["captured_importance"],
+                importance=data["importance"],
+                servers=data.get("servers", 1),
+                exchange_s=data.get("exchange_s", 0.0),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is no plan: {error}") from None
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raise ValueError where a part is none that a scheduler gives."""
+        sound = _counts(self.layers, self.servers) and 0 < self.layers <= MAX_LAYERS and 0 < self.servers <= MAX_SERVERS
+        sound = (
+            sound
+            and _figures(self.makespan_s, self.captured_importance, self.exchange_s)
+            and isinstance(self.importance, str)
         )
+        for holder in (self.server, *self.clients):
+            sound = sound and isinstance(holder.name, str) and holder.kind in ("client", "server")
+            sound = sound and isinstance(holder.available, bool) and isinstance(holder.ranks, dict)
+            # Who takes part has a split.
+            sound = sound and (holder.split is None or _counts(holder.split))
+            sound = sound and (holder.split or 0) <= self.layers and (holder.split is not None or not holder.available)
+            sound = sound and _counts(
+                holder.declared_bytes, holder.predicted_bytes, holder.lacking_bytes, *holder.ranks.values()
+            )
+            sound = sound and _figures(holder.step_time_s, holder.captured_share)
+        if not sound:
+            raise ValueError("it is no plan: a figure in it cannot be right")
+
+
+def _counts(*values: Any) -> bool:
+    """Whether all are whole numbers from 0 that a file has room for."""
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _figures(*values: Any) -> bool:
+    return all(type(value) in (int, float) and abs(value) < 2**1000 for value in values)
 
 
 def _holder_json(holder: HolderPlan) -> dict[str, Any]:

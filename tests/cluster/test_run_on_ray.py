@@ -140,6 +140,9 @@ def test_full_models_on_clients_with_an_own_rule_are_the_same_in_process(cluster
     run = hsplit.launch(cluster_file, "flora", overrides, runs_dir=tmp_path, display=recorder)
     assert [client.split for client in _plan(run).clients] == [None, 4, 4]
     assert any("1 of 3 clients are unavailable, and with them 27 of 80 examples" in note for note in recorder.notes)
+    # The log says whose code it was.
+    (code,) = [event["text"] for event in read_events(run.path / "events.jsonl") if event["event"] == "code"]
+    assert code == f"{own['policy.aggregation']} is code from {Path(__file__).with_name('own_rule.py')}"
     assert (run.metrics["available_clients"] == 2).all()
     plans = read_plan(run.path / "plan.csv")
     measured = plans[(plans["kind"] == "client") & plans["available"]]

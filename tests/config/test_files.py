@@ -66,7 +66,7 @@ def test_unreadable_files(write: Any, tmp_path: Path) -> None:
         ("none.yaml", "none.yaml: there is no such file"),
         (str(tmp_path), ".: cannot be read: Is a directory"),
         ("latin.yaml", "latin.yaml: must be UTF-8 text (byte 3 is not)"),
-        ("a\0b", "a\0b: cannot be read: embedded null byte"),
+        ("a\0b", "a b: cannot be read: embedded null byte"),
     ]:
         with pytest.raises(InputError) as caught:
             read_yaml(name)

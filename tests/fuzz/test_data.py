@@ -1,0 +1,134 @@
+"""Whatever a data file holds, it gives examples or is refused in one line that names it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsplit.data import file_sha256, read_examples
+from hsplit.data.meaning import parse_meaning
+from hsplit.errors import InputError
+from tests.fuzz.harness import as_json, damaged, examples, mangled, read_or_refused
+
+CSV = (
+    b'mr,ref,ward\n"name[The Copper Heron], food[Greek]",A Greek place.,3\n"name : Blue | food : Thai",Thai food.,4\n'
+    b'"two ""quoted"" words","over\ntwo lines",5\n'
+)
+CHAT = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}], "ward": 3}
+LINE = {"prompt": "name[Blue], food[Thai]", "response": "It is Thai.", "ward": [1, {"a": None}]}
+TEXT = b"name[Blue], food[Thai]||It is Thai.\nprompt||response\n"
+TOKENS = (
+    *(
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"\0",
+        b"\r",
+        b'"',
+        b'""',
+        b"||",
+        b",",
+        b"\n\n",
+        b"\xe2\x80\xa8",
+        b"\x1b[2J",
+        b"\xed\xa0\x80",
+    ),
+    *(
+        b"[" * 3000,
+        b'{"a":' * 3000,
+        b"9" * 5000,
+        b"NaN",
+        b"\\ud800",
+        b"mr",
+        b"prompt",
+        b" " * 3000,
+        b"x" * 200_000,
+        b"[,",
+    ),
+)
+FILES = {
+    ".csv": mangled(CSV, TOKENS),
+    ".jsonl": mangled(as_json(LINE) + b"\n" + as_json(CHAT), TOKENS)
+    | st.lists(damaged(LINE) | damaged(CHAT), max_size=3).map(lambda rows: b"\n".join(map(as_json, rows))),
+    ".txt": mangled(TEXT, TOKENS),
+}
+CONTENTS = st.sampled_from(sorted(FILES)).flatmap(
+    lambda suffix: st.tuples(st.just(suffix), FILES[suffix] | st.binary(max_size=100))
+)
+
+
+def _chat(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    text = "".join(f"<{turn['role']}>{turn['content']}\n" for turn in messages)
+    return text + "<assistant>" if add_generation_prompt else text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@examples(200)
+@given(content=CONTENTS, label=st.sampled_from([None, "ward", "name", "food", "\x1b", ""]))
+def test_a_damaged_data_file(folder: Path, content: tuple[str, bytes], label: str | None) -> None:
+    suffix, raw = content
+    path = folder / f"notes{suffix}"
+    path.write_bytes(raw)
+    options: dict[str, Any] = {"examples": 1, "seed": 0, "label": label, "separator": None, "limit": 2, "chat": _chat}
+    found = read_or_refused(lambda: read_examples(str(path), **options), path.name)
+    for example in found or ():
+        # What the tokenizer gets is text that can be encoded, and never nothing.
+        assert example.prompt.encode() and example.response.strip().encode()
+
+
+@examples(100)
+@given(text=st.text(alphabet="[],|: ab\n", max_size=60))
+def test_any_text_is_a_meaning_or_none(text: str) -> None:
+    slots = parse_meaning(text)
+    assert slots is None or all(slot == slot.strip() and slot for slot in slots)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + " " * 1_000_000 + "b",
+        "a[b]," + " " * 1_000_000 + "b",
+        "a[" + " " * 1_000_000 + "b",
+        "a[b]" + " " * 1_000_000 + "b",
+        "a" + " " * 1_000_000 + "| b",
+        "a :" + " " * 1_000_000 + "b | c",
+        "a : b |" * 100_000,
+    ],
+    ids=lambda text: text[:6] + text[-4:],
+)
+def test_a_long_line_is_read_once(text: str) -> None:
+    read_or_refused(lambda: parse_meaning(text))
+
+
+def test_rows_that_nest_deeply_or_count_far_are_refused_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    for line, reason in (
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": ' + "9" * 10_000 + "}", "number is too long"),
+    ):
+        path.write_text(f"{line}\n")
+        with pytest.raises(InputError, match=rf"deep\.jsonl: line 1 is not JSON: .*{reason}"):
+            read_examples(str(path), examples=1, seed=0, label=None, separator=None, limit=None)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_refused_instead_of_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "data.csv"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (
+        file_sha256,
+        lambda p: read_examples(str(p), examples=1, seed=0, label=None, separator=None, limit=None),
+    ):
+        with pytest.raises(InputError, match=r"data\.csv: is no file that can be read twice"):
+            read(path)
