@@ -16,7 +16,7 @@ import csv
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from hsplit.actors.executor import SERVER
 from hsplit.actors.participant import base_model
@@ -185,19 +186,40 @@ def final_perplexity(run: RunConfig, source: ModelSource, inputs: Inputs, direct
     """Perplexity of what the run's last checkpoint has learned, on every client's held-out examples."""
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
     _, tensors = read_checkpoint(checkpoint)
-    whole = run.policy.train == "weights"
-    policy = run.policy if whole else Policy(placement="single", aggregation="none")
-    judge = WholeClient(CENTRAL, run.job, policy, base_model(source.directory, run.job), measure=False)
-    report = judge.load_data(inputs.shares, None)
-    judge.configure(layer_count(model_config(source.directory)), {})
-    if whole:
-        judge.take_up(tensors[CENTRAL], RoundUpdate(0, {}, {}))
-        assert any(key.startswith(WEIGHT) for key in tensors[CENTRAL])
-    else:
-        terms = {name: ResidualUpdate(0, term) for name, term in learned(tensors[SERVER]).items()}
-        judge.restart(RoundUpdate(0, terms, {}))
-    losses = [judge.validate(index) for index in range(report.validation_batches)]
-    return math.exp(sum(loss.loss_sum for loss in losses) / sum(loss.tokens for loss in losses))
+    judge = Judge(run, source, inputs)
+    if run.policy.train == "weights":
+        return judge.of_weights(tensors[CENTRAL])
+    return judge.of_adapters(tensors[SERVER])
+
+
+class Judge:
+    """Measures models of a run on every client's held-out examples, on the run's base without a split.
+
+    Args:
+        run, source, inputs: the run's settings, its model and all clients' data.
+    """
+
+    def __init__(self, run: RunConfig, source: ModelSource, inputs: Inputs) -> None:
+        policy = run.policy if run.policy.train == "weights" else Policy(placement="single", aggregation="none")
+        self._whole = WholeClient(CENTRAL, run.job, policy, base_model(source.directory, run.job), measure=False)
+        self._batches = self._whole.load_data(inputs.shares, None).validation_batches
+        self._whole.configure(layer_count(model_config(source.directory)), {})
+
+    def of_adapters(self, server: Mapping[str, Tensor]) -> float:
+        """Perplexity of what adapters have learned, by the server's state after an aggregation."""
+        terms = {name: ResidualUpdate(0, term) for name, term in learned(server).items()}
+        self._whole.restart(RoundUpdate(0, terms, {}))
+        return self._perplexity()
+
+    def of_weights(self, node: Mapping[str, Tensor]) -> float:
+        """Perplexity of the weights in the state of a single node that trains them."""
+        assert any(key.startswith(WEIGHT) for key in node)
+        self._whole.take_up(dict(node), RoundUpdate(0, {}, {}))
+        return self._perplexity()
+
+    def _perplexity(self) -> float:
+        losses = [self._whole.validate(index) for index in range(self._batches)]
+        return math.exp(sum(loss.loss_sum for loss in losses) / sum(loss.tokens for loss in losses))
 
 
 def _with_job(run: RunConfig, **changes: Any) -> RunConfig:

@@ -344,6 +344,7 @@ def bench() -> None:
 
 
 _EXPERIMENTS = {
+    "convergence": "Perplexity and time of every policy as clients' budgets grow unequal (METHOD 9)",
     "planner": "How long planning takes as clients grow in number, and what it is worth",
     "policies": "Every policy of the papers on one cluster and the same number of tokens",
     "aggregation": "Time, memory and error of aggregation at size, and what merging an update loses",

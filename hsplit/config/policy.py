@@ -111,8 +111,10 @@ class Policy(Section):
         default="svd",
         description="what adapters restart with after `concat`: fresh, or the update's leading part",
     )
-    moments: Literal["drop", "keep"] = Field(
-        default="drop", description="whether the optimizer's moments outlive an aggregation"
+    moments: Literal["drop", "keep", "fit"] = Field(
+        default="drop",
+        description="whether the optimizer's moments outlive an aggregation; `fit` = they stay where an adapter goes on"
+        " as it is, and where it restarts in other directions the second moments' mean over the old ones stays",
     )
     init: Literal["shared", "independent"] = Field(
         default="independent", description="whether all holders of a weight draw the same initial A"
@@ -154,7 +156,7 @@ class Policy(Section):
             yield "aggregation", "'none' would leave every holder with a model of its own; it needs placement 'single'"
         if self.train == "weights" and self.placement != "single":
             yield "train", f"'weights' needs placement 'single' (got {shown(self.placement)})"
-        if self.self_pruning is not None and self.moments == "keep":
+        if self.self_pruning is not None and self.moments != "drop":
             yield "self_pruning", "needs moments 'drop': kept moments would move directions that were given up"
         if self.self_pruning is not None and self.aggregation != "hetlora":
             yield (

@@ -119,22 +119,44 @@ class AdapterSet:
             linears[name].dropout = dropout
 
     @torch.no_grad()
-    def restart(self, keys: Mapping[str, str], common: Mapping[str, LowRank]) -> None:
+    def restart(self, keys: Mapping[str, str], common: Mapping[str, LowRank]) -> list[str]:
         """Begin a round.
 
         Args:
             keys: init key by weight name, see :func:`initial_A`.
             common: by weight name, what every holder restarts with (scale folded in); its rank is at most the
                 holder's. The rest of the rank starts fresh with ``B = 0``.
+
+        Returns:
+            The weights whose factors are others than before; the rest goes on as it was.
         """
+        changed = []
         for name, slot in self._slots.items():
             A, B = self.A(name), self.B(name)
+            if name in common and self._is_at(name, common[name]):
+                continue
+            changed.append(name)
             A.copy_(initial_A(slot.rank, slot.shape.d_in, keys[name]))
             B.zero_()
             if name in common:
                 shared = common[name]
                 A[: shared.rank].copy_(shared.A)
                 B[:, : shared.rank].copy_(shared.B / self.scale(name))
+
+        return changed
+
+    def _is_at(self, name: str, term: LowRank) -> bool:
+        """Whether the live factors are those of ``term``, apart from what its folded scale was rounded by."""
+        A, B = self.A(name), self.B(name)
+        if term.rank != len(A) or not torch.equal(term.A.to(A), A):
+            return False
+        return torch.allclose(term.B.to(B), B * self.scale(name), rtol=4 * torch.finfo(B.dtype).eps, atol=0.0)
+
+    def spans(self, name: str) -> tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]:
+        """Where ``A`` and ``B`` begin in the flat buffer, and their shapes."""
+        slot = self._slots[name]
+        sides = slot.shape
+        return (slot.start, (slot.rank, sides.d_in)), (slot.start + slot.size_A, (sides.d_out, slot.rank))
 
     def scale_grad_by_layer(self, factors: Mapping[int, float]) -> None:
         """Multiply the gradient of every factor of layer ``l`` by ``factors[l]``."""

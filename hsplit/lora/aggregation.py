@@ -21,7 +21,8 @@ class Contribution:
 
     Attributes:
         term: ``s_c B_c A_c``, scale folded in.
-        share: token weight ``p_c``; the shares of a weight's holders sum to 1.
+        share: token weight ``p_c``; the shares of a weight's holders sum to 1. A rule that freezes is given as further
+            terms what some of them had frozen beside their adapters, with those holders' shares.
     """
 
     term: LowRank
@@ -35,10 +36,12 @@ class Restart:
     Attributes:
         reinit: the policy's: ``random`` or ``svd``.
         ranks: rank of each next holder of the weight; empty where nobody holds it any more.
+        spare: directions that a holder can keep frozen beside its adapter, for a rule that freezes.
     """
 
     reinit: str
     ranks: tuple[int, ...]
+    spare: int = 0
 
     @property
     def smallest(self) -> int:
@@ -48,6 +51,11 @@ class Restart:
     def largest(self) -> int:
         return max(self.ranks, default=0)
 
+    @property
+    def kept(self) -> int:
+        """Directions that may restart: as many as the largest rank, if the smallest has spare room for the others."""
+        return min(self.largest, self.smallest + self.spare)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -56,7 +64,8 @@ class Outcome:
     Attributes:
         residual: joins ``R_w``; ``None`` for nothing.
         common: what the holders restart with, scale folded in; ``None`` for a fresh start. Each takes the leading
-            directions that its rank has room for, so up to the smallest rank nothing is lost.
+            directions that its rank has room for, so up to the smallest rank nothing is lost; beyond it nothing is
+            either where the rule freezes.
     """
 
     residual: LowRank | LowRankSum | None
@@ -74,17 +83,20 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
     (it left ``R_w`` at the restart), so the sum of residual and restart is the new global term and nothing has to be
     subtracted. With ``reinit: random`` this is what FLoRA (arXiv 2409.05976) calls stacking.
 
-    With ``reinit: svd`` the sum's leading directions, as many as the smallest next rank, stay in the adapters; the
-    rest joins the residual. They go on with an ``A`` of the size that a fresh one has: ``B`` learns at the pace of
-    ``A``, and a decomposition's balanced factors would slow every round but the first. A weight that only one holder
-    has trained goes on as it is.
+    With ``reinit: svd`` the sum's leading directions, as many as the largest next rank, are what everybody goes on
+    with, and the rest joins the residual. A holder trains as many of them as its rank has room for; the others stay
+    frozen beside its adapter until the next aggregation, which counts them as its own. So a client of rank 1 does not
+    cost the others what they have learned, and all compute with the same weight. (With as many as the smallest rank
+    alone, as METHOD 6 has it, the larger ranks would start afresh every round.) They go on with an ``A`` of the size
+    that a fresh one has: ``B`` learns at the pace of ``A``, and a decomposition's balanced factors would slow every
+    round but the first. A weight that only one holder has trained goes on as it is.
     """
     total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
-    if restart.reinit == "random" or restart.smallest == 0:
+    if restart.reinit == "random" or restart.kept == 0:
         return Outcome(total, None)
-    if len(contributions) == 1 and total.width <= restart.smallest:
+    if len(contributions) == 1 and total.width <= restart.kept:
         return Outcome(None, contributions[0].term)
-    common, rest = leading_and_rest(total, restart.smallest, contributions[0].term.A.dtype)
+    common, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
     return Outcome(rest, _as_large_as_fresh(common))
 
 
@@ -192,16 +204,19 @@ class Aggregation:
         keeps_residual: whether anything joins the residual at a round's end. Without, plans reserve no memory for one.
         truncates: whether holders take as much of the common restart as their ranks have room for, and lose the rest.
         decomposes: whether it takes singular value decompositions, which cost memory and time.
+        freezes: whether holders keep frozen, beside their adapters, what their ranks have no room for of the common
+            restart. The rule is then given that among the contributions.
     """
 
     rule: Rule
     keeps_residual: bool = True
     truncates: bool = False
     decomposes: bool = True
+    freezes: bool = False
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
-    "concat": Aggregation(noise_free),
+    "concat": Aggregation(noise_free, freezes=True),
     "fedavg": Aggregation(average_factors, keeps_residual=False, decomposes=False),
     "hetlora": Aggregation(sparsity_weighted, keeps_residual=False, truncates=True, decomposes=False),
     "flexlora": Aggregation(averaged_products, keeps_residual=False, truncates=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,18 +59,19 @@ class Aggregator:
                 if name in before:
                     self._common[name] = before[name]
                 continue
-            # Gone before its successor is made, so that two sets of restarts never are in memory together.
-            before.pop(name, None)
+            # Gone before the next one is made, so that two sets of restarts never are in memory together.
+            began = before.pop(name, None)
             contributions = [
                 Contribution(_on_cpu(h.terms[name]), count / total)
                 for h, count in zip(holders, tokens, strict=True)
                 if count
             ]
+            if began is not None and self._aggregation.freezes:
+                contributions += _frozen(began, contributions)
             others = [own[name] for own in (absent or {}).values() if own.get(name, 0) > 0]
-            restart = Restart(self._reinit, (*(h.terms[name].rank for h in holders), *others))
-            outcome = self._aggregation.rule(contributions, restart)
-            if outcome.residual is not None:
-                cut = max(cut, residual.add(outcome.residual))
+            ranks = (*(h.terms[name].rank for h in holders), *others)
+            outcome = self._aggregation.rule(contributions, self._restart(residual, ranks))
+            cut = max(cut, residual.add(outcome.residual, self._beside(outcome.common, ranks)))
             if outcome.common is not None:
                 self._common[name] = outcome.common
         return cut
@@ -90,17 +92,31 @@ class Aggregator:
         if self._aggregation.truncates:
             return cut, changed
         for name, common in list(self._common.items()):
-            room = _smallest_rank(name, next_ranks)
-            if common.rank <= room:
-                continue
+            residual, ranks = self.residuals[name], _ranks_of(name, next_ranks)
+            room = self._restart(residual, ranks).kept
             # Exact for any factors: the sum of what stays and what joins the residual is what was there.
-            cut = max(cut, self.residuals[name].add(common.from_rank(room)))
+            stays, joins = (common, None) if common.rank <= room else (common.up_to_rank(room), common.from_rank(room))
+            beside = self._beside(stays, ranks)
+            if joins is None and residual.has_room(beside):
+                continue
+            cut = max(cut, residual.add(joins, beside))
             changed.add(name)
             if room:
-                self._common[name] = common.up_to_rank(room)
+                self._common[name] = stays
             else:
                 del self._common[name]
         return cut, changed
+
+    def _restart(self, residual: Residual, ranks: tuple[int, ...]) -> Restart:
+        # A quarter of the directions that holders keep room for: the residual itself loses little by it.
+        spare = (residual.cap or 0) // 4 if self._aggregation.freezes else 0
+        return Restart(self._reinit, ranks, spare)
+
+    def _beside(self, common: LowRank | None, ranks: tuple[int, ...]) -> int:
+        """Most directions of ``common`` that a holder keeps frozen beside the residual."""
+        if common is None or not ranks or not self._aggregation.freezes:
+            return 0
+        return max(0, common.rank - min(ranks))
 
     def update_for(self, round_: int, ranks: Mapping[str, int], whole: Iterable[str] = ()) -> RoundUpdate:
         """What a holder needs to begin ``round_``: changes since :meth:`mark_sent` and restarts.
@@ -110,7 +126,11 @@ class Aggregator:
             whole: those of its weights whose residual it does not have yet.
         """
         new = set(whole)
-        changes = {n: self.residuals[n].update(self._merges or n in new) for n in ranks}
+        freezes = self._aggregation.freezes
+        changes = {
+            n: self.residuals[n].update(self._merges or n in new, self._common.get(n) if freezes else None, rank)
+            for n, rank in ranks.items()
+        }
         common = {n: _leading(self._common[n], rank) for n, rank in ranks.items() if n in self._common}
         return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
 
@@ -143,8 +163,21 @@ class Aggregator:
                 self._common[name] = LowRank(tensors[f"common.{name}.B"], tensors[f"common.{name}.A"])
 
 
-def _smallest_rank(name: str, ranks: Ranks) -> int:
-    return min((own[name] for own in ranks.values() if own.get(name, 0) > 0), default=0)
+def _ranks_of(name: str, ranks: Ranks) -> tuple[int, ...]:
+    return tuple(own[name] for own in ranks.values() if own.get(name, 0) > 0)
+
+
+def _frozen(began: LowRank, contributions: Sequence[Contribution]) -> list[Contribution]:
+    """What holders had frozen of the restart that they began with, by reference: slices between their ranks."""
+    ranks = {c.term.rank for c in contributions}
+    stops = sorted(rank for rank in ranks | {began.rank} if rank <= began.rank)
+    return [
+        Contribution(
+            LowRank(began.B[:, start:stop], began.A[start:stop]),
+            sum(c.share for c in contributions if c.term.rank <= start),
+        )
+        for start, stop in pairwise(stops)
+    ]
 
 
 def _leading(common: LowRank, rank: int) -> LowRank:

@@ -12,7 +12,14 @@ from torch import Tensor
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.low_rank import LowRank
-from hsplit.lora.optimizer import as_parameters, kept_state, new_optimizer, restore_state, without_moments
+from hsplit.lora.optimizer import (
+    as_parameters,
+    kept_state,
+    new_optimizer,
+    restore_state,
+    with_fitted_moments,
+    without_moments,
+)
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.schedule import learning_rate
 from hsplit.lora.self_pruning import RankPruner
@@ -177,12 +184,14 @@ class Holder:
         self.follow_residual(update.residuals)
         scope = self.name if self._policy.init == "independent" else "shared"
         keys = {n: f"{self._job.seed}|{scope}|{n}|{update.round}" for n in self.adapters.names}
-        self.adapters.restart(keys, update.common)
+        changed = self.adapters.restart(keys, update.common)
         if self._pruner is not None:
             self._pruner.begin_round()
         self.tokens.clear()
         if self._policy.moments == "drop":
             self._optimizer = without_moments(self._job, self._optimizer)
+        elif self._policy.moments == "fit":
+            self._optimizer = with_fitted_moments(self._job, self._optimizer, map(self.adapters.spans, changed))
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
         linears = self.segment.linears

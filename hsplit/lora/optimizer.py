@@ -6,7 +6,9 @@ for a holder's adapters, which are one flat buffer; whoever trains every weight 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -116,6 +118,44 @@ def without_moments(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.O
                 state[key] = 0
             elif key not in _SHARED:
                 value.zero_()
+    return optimizer
+
+
+def with_fitted_moments(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    changed: Iterable[tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]],
+) -> torch.optim.Optimizer:
+    """``optimizer`` with the moments of adapters fitted to the other directions that they restart in.
+
+    What a gradient of ``A (r, d_in)`` squares to in one column, summed over the rank, does not depend on the basis
+    that the directions are given in; nor does a row of ``B (d_out, r)``. So each column of ``A`` and each row of ``B``
+    goes on with the mean of its second moments. The first moments begin at zero, which warms the steps up. The
+    optimizers of bitsandbytes, which keep codes, start afresh.
+
+    Args:
+        changed: where ``A`` and ``B`` of each of these adapters are in the flat buffer, and their shapes.
+    """
+    if job.optimizer == "sgd":
+        return optimizer
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return without_moments(job, optimizer)
+    firsts: list[Tensor] = []
+    seconds: list[Tensor] = []
+    for parameter in _parameters(optimizer):
+        state = optimizer.state.get(parameter)
+        if not state:
+            return optimizer
+        firsts.append(state["exp_avg"].view(-1))
+        seconds.append(state["exp_avg_sq"].view(-1))
+    begins = [0, *accumulate(len(first) for first in firsts)]
+    for spans in changed:
+        for rank_dim, (start, shape) in enumerate(spans):
+            index = bisect_right(begins, start) - 1
+            inside = slice(start - begins[index], start - begins[index] + shape[0] * shape[1])
+            firsts[index][inside].zero_()
+            second = seconds[index][inside].view(shape)
+            second.copy_(second.mean(dim=rank_dim, keepdim=True).expand(shape))
     return optimizer
 
 

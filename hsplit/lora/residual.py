@@ -48,7 +48,9 @@ class Residual:
         self.matrix: Tensor | None = None
         self._shape, self._dtype = (d_out, d_in), dtype
         self._sent = 0
-        self._updates: dict[int, ResidualUpdate] = {}
+        # Whether holders had anything beside it when they were served last, and when they are now.
+        self._had_beside = self._has_beside = False
+        self._updates: dict[tuple[int, int], ResidualUpdate] = {}
 
     @property
     def rank(self) -> int:
@@ -59,18 +61,25 @@ class Residual:
     def nbytes(self) -> int:
         return self.factors.nbytes if self.matrix is None else self.matrix.nbytes
 
-    def add(self, delta: LowRank | LowRankSum) -> float:
+    def has_room(self, beside: int) -> bool:
+        """Whether holders may keep ``beside`` directions frozen with those that the residual has."""
+        return self.cap is None or self.rank + beside <= self.cap
+
+    def add(self, delta: LowRank | LowRankSum | None, beside: int = 0) -> float:
         """``R <- R + delta``.
 
         Past the cap, ``R`` and all terms of ``delta`` are decomposed at once, without being concatenated.
 
         Args:
-            delta: scale and token weights folded in, or a sum of such terms by reference.
+            delta: scale and token weights folded in, or a sum of such terms by reference; ``None``: nothing.
+            beside: directions that holders keep frozen beside ``R``, for which the cap leaves room.
 
         Returns:
             What the cap cut, as a Frobenius norm relative to ``R`` (0.0 when nothing was cut).
         """
         self._updates.clear()
+        if delta is None:
+            return 0.0 if self.has_room(beside) else self._recompress(LowRankSum((self.factors,), (1.0,)), beside)
         if isinstance(delta, LowRank):
             delta = LowRankSum((delta,), (1.0,))
         dtype = self._dtype
@@ -81,17 +90,17 @@ class Residual:
         elif self.cap is None and joint * (d_out + d_in) > d_out * d_in:
             self.matrix = self._summed(self.factors.B.new_zeros(self._shape), delta.plus(self.factors))
             self.factors = empty(d_out, d_in, dtype)
-        elif self.cap is None or joint <= self.cap:
+        elif self.cap is None or joint + beside <= self.cap:
             self.factors = concatenate([self.factors, delta.compressed(dtype)])
         else:
-            return self._recompress(delta.plus(self.factors))
+            return self._recompress(delta.plus(self.factors), beside)
         return 0.0
 
-    def _recompress(self, total: LowRankSum) -> float:
+    def _recompress(self, total: LowRankSum, beside: int) -> float:
         """Keep the leading directions of ``total``, as many as the cap allows; returns the relative cut."""
         decomposed = spectral(total)
         # No room is spent on directions that are rounding errors of fp64; one stays, so that holders hear of a change.
-        kept = min(self.cap or 0, max(decomposed.rank, 1))
+        kept = min((self.cap or 0) - beside, max(decomposed.rank, 1))
         self.factors = decomposed.part(0, kept, self._dtype)
         self._sent = 0
         norm = float(decomposed.S.norm())
@@ -105,23 +114,34 @@ class Residual:
             total[rows] = delta.dense_rows(rows.start, rows.stop).add_(matrix[rows])
         return total
 
-    def update(self, whole: bool) -> ResidualUpdate | None:
+    def update(self, whole: bool, common: LowRank | None = None, rank: int = 0) -> ResidualUpdate | None:
         """What changed since the last call, or everything for a holder that needs it ``whole``; ``None`` if nothing.
 
         Call :meth:`mark_sent` once every holder has been served.
+
+        Args:
+            whole: from the residual's first direction on.
+            common: what holders restart with; what is beyond the ``rank`` of this one follows the residual, and is
+                gone with the next update.
         """
         if self.matrix is not None:
             return ResidualUpdate(0, None, self.matrix)
         start = 0 if whole else self._sent
-        if self.factors.rank == start:
+        beside = 0 if common is None else max(0, common.rank - rank)
+        self._has_beside |= beside > 0
+        if self.factors.rank == start and not beside and not self._had_beside:
             return None
-        if start not in self._updates:
-            # One copy serves every holder of the weight.
-            self._updates[start] = ResidualUpdate(start, self.factors.from_rank(start))
-        return self._updates[start]
+        if (start, beside) not in self._updates:
+            # One copy serves every holder of the weight with that rank.
+            factors = self.factors.from_rank(start)
+            if common is not None and beside:
+                factors = concatenate([factors, common.from_rank(rank)])
+            self._updates[start, beside] = ResidualUpdate(start, factors)
+        return self._updates[start, beside]
 
     def mark_sent(self) -> None:
         self._sent = self.factors.rank
+        self._had_beside, self._has_beside = self._has_beside, False
         self._updates.clear()
 
     def restore(self, factors: LowRank | None, matrix: Tensor | None) -> None:

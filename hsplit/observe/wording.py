@@ -149,8 +149,13 @@ def ranks_by_kind(ranks: Mapping[str, int]) -> str:
 def plan_lines(plan: Plan) -> list[str]:
     """What holds of the plan as a whole: its speed, its importance, and where that came from."""
     available = len(plan.available)
+    exchange = (
+        f" The exchange of adapters at a round's end adds {number_text(plan.exchange_s, 's')} to each."
+        if plan.exchange_s
+        else ""
+    )
     lines = [
-        f"One local step takes {number_text(plan.makespan_s, 's')} (virtual: at the declared budgets).",
+        f"One local step takes {number_text(plan.makespan_s, 's')} (virtual: at the declared budgets).{exchange}",
         f"Captured importance: {number_text(plan.captured_importance)}, from {plan.importance}.",
     ]
     if available < len(plan.clients):
@@ -168,7 +173,7 @@ def insight_lines(insight: Insight, plan: Plan) -> list[str]:
         f"Bottleneck: {_holders(waits.name, waits.alike)}; infinitely fast, it would make a step"
         f" {number_text(waits.shortens_s, 's')} ({part:.0%}) shorter.",
     ]
-    objective = plan.captured_importance / plan.makespan_s
+    objective = plan.objective
     buys = [gain for gain in insight.one_more_gb if gain.joins or gain.objective_change > 1e-9 * objective]
     if not buys:
         lines.append("One more GB of memory would buy nothing, at no holder.")

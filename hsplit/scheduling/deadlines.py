@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.prices import Prices
-from hsplit.scheduling.problem import Problem
+from hsplit.scheduling.problem import PHASES, Problem
 
-# Up, turn and down, as in Problem.times; and the three together.
-TOTAL = 3
+# Beside the phases in Problem.times: all of them together.
+TOTAL = PHASES
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DeadlineScan:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._phases = [phase for phase in range(3) if problem.times[:, 1:, phase].any()]
+        self._phases = [phase for phase in range(PHASES) if problem.times[:, 1:, phase].any()]
         self._orders: dict[int, tuple[Ints, Ints]] = {}
 
     @property

@@ -41,7 +41,7 @@ def planned(
     level = int(min(state.level[0], problem.server_level(state.counts)[0])) if problem.coupled else None
     captured = float(problem.captured(state)[0])
     held = _held_by_clients(problem, splits, level)
-    seconds = problem.times.sum(axis=2)[problem.kind, splits].tolist()
+    seconds = problem.times[:, :, :-1].sum(axis=2)[problem.kind, splits].tolist()
     placed = {c.name: i for i, c in enumerate(problem.clients)}
     parts = []
     for client in clients:
@@ -65,7 +65,8 @@ def planned(
     deep = _server_part(problem, splits, level, 1.0 - sum(part.captured_share for part in parts))
     makespan = float(problem.makespan(state)[0])
     model = problem.cost.model
-    return Plan(model.layers, deep, tuple(parts), makespan, captured, importance, model.servers)
+    exchange = float(state.slowest[0, -1])
+    return Plan(model.layers, deep, tuple(parts), makespan, captured, importance, model.servers, exchange)
 
 
 def whole_model(

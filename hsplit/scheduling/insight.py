@@ -52,7 +52,7 @@ class OneMoreGB:
         kind: ``client`` or ``server``.
         alike: how many holders have this budget; the gain is for one of them.
         joins: an unavailable client that takes part then.
-        objective_change: of captured importance per second of makespan.
+        objective_change: of captured importance per second of makespan and exchange.
         captured_importance_change: of captured importance.
         makespan_change_s: of the makespan, seconds (virtual).
     """
@@ -203,7 +203,7 @@ def _gain(
         "server" if name == "server" else "client",
         alike,
         joins,
-        after.captured_importance / after.makespan_s - made.captured_importance / made.makespan_s,
+        after.objective - made.objective,
         after.captured_importance - made.captured_importance,
         after.makespan_s - made.makespan_s,
     )
@@ -238,7 +238,7 @@ def _most_promising(
 
 def _worth(made: Plan, problem: Problem, captured: Floats, seconds: Floats) -> Floats:
     """What a client of each kind captures at each split, less what its seconds cost the others, ``(K, L + 1)``."""
-    per_second = made.captured_importance / made.makespan_s
+    per_second = made.objective
     taking_part = {part.name: part.split or 0 for part in made.available}
     members: Ints = np.array([i for i, c in enumerate(problem.clients) if c.name in taking_part], dtype=np.int64)
     splits = [taking_part[problem.clients[i].name] for i in members]

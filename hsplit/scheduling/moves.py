@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.prices import next_byte, server_prices
-from hsplit.scheduling.problem import Problem, State
+from hsplit.scheduling.problem import PHASES, Problem, State
 from hsplit.scheduling.ranks import captured_by
 
 
@@ -74,11 +74,10 @@ class Moves:
         if lacking > 0:
             score = -(lacking + size * (prices.bytes - prices.bytes[now][:, None]))
         else:
-            times = problem.cost.times
-            server_s = times.server_times(problem.server, self.state.counts)[0]
+            server_s = problem.cost.times.server_times(problem.server, self.state.counts)[0]
             server_s = server_s + size * (prices.seconds - prices.seconds[now][:, None])
             slowest = np.maximum(self._others_slowest[:, None], problem.times[kind])
-            score = self._captured() / times.makespan(slowest, server_s)
+            score = self._captured() / problem.pace(slowest, server_s)
         score = np.where(problem.fits[kind], score, -np.inf)
         score[np.arange(len(now)), now] = -np.inf
         return score
@@ -96,9 +95,9 @@ class Moves:
 
     @cached_property
     def _others_slowest(self) -> Floats:
-        """Largest up, turn and down time of the clients that each row does not move, ``(V, 3)``."""
+        """Largest time in each phase of the clients that each row does not move, ``(V, PHASES)``."""
         times = self._problem.times[self._groups.kind, self._groups.split]
-        rest = np.stack([largest_of_others(times[:, phase], 0.0) for phase in range(3)], axis=1)
+        rest = np.stack([largest_of_others(times[:, phase], 0.0) for phase in range(PHASES)], axis=1)
         return np.where(self.alone[:, None], self.state.slowest, rest[self.group])
 
     @cached_property

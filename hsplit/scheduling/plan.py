@@ -54,8 +54,10 @@ class Plan:
         clients: every declared client's part, in the cluster's order.
         makespan_s: predicted time of one local step (METHOD 5, virtual).
         captured_importance: METHOD 5's ``captured``.
-        servers: how many servers there are; ``server`` is the part of each.
         importance: where the scores came from, in words.
+        servers: how many servers there are; ``server`` is the part of each.
+        exchange_s: predicted time that a round's end takes the clients' links, with the residual at its cap, spread
+            over the round's local steps (virtual).
     """
 
     layers: int
@@ -65,6 +67,12 @@ class Plan:
     captured_importance: float
     importance: str
     servers: int = 1
+    exchange_s: float = 0.0
+
+    @property
+    def objective(self) -> float:
+        """What is maximized: captured importance per second of a local step with its part of the round's end."""
+        return self.captured_importance / (self.makespan_s + self.exchange_s)
 
     @property
     def available(self) -> tuple[HolderPlan, ...]:
@@ -104,6 +112,7 @@ class Plan:
                 captured_importance=data["captured_importance"],
                 importance=data["importance"],
                 servers=data.get("servers", 1),
+                exchange_s=data.get("exchange_s", 0.0),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no plan: {error}") from None
@@ -113,7 +122,11 @@ class Plan:
     def _check(self) -> None:
         """Raise ValueError where a part is none that a scheduler gives."""
         sound = _counts(self.layers, self.servers) and 0 < self.layers <= MAX_LAYERS and 0 < self.servers <= MAX_SERVERS
-        sound = sound and _figures(self.makespan_s, self.captured_importance) and isinstance(self.importance, str)
+        sound = (
+            sound
+            and _figures(self.makespan_s, self.captured_importance, self.exchange_s)
+            and isinstance(self.importance, str)
+        )
         for holder in (self.server, *self.clients):
             sound = sound and isinstance(holder.name, str) and holder.kind in ("client", "server")
             sound = sound and isinstance(holder.available, bool) and isinstance(holder.ranks, dict)

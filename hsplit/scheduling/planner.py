@@ -1,4 +1,8 @@
-"""Split points and ranks for everybody: captured importance per second of makespan (METHOD 5)."""
+"""Split points and ranks for everybody: captured importance per second (METHOD 5).
+
+A second is one of a local step's makespan and of its part of the exchange at the round's end, which METHOD 5 leaves
+out: layers on a client behind a slow link cost more to aggregate than they save the server.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,10 @@ def minimal_bytes(cost: CostModel, rank: int) -> Floats:
     return needed
 
 
+PHASES = 4
+"""Up, turn and down of a local step, and its part of the exchange at the round's end."""
+
+
 @dataclass(frozen=True)
 class State:
     """What the objective of some splits depends on, one row a variant.
@@ -31,7 +35,7 @@ class State:
     Attributes:
         counts: clients at each split, ``(M, L + 1)``.
         gain: importance that the clients capture, summed over them, ``(M,)``.
-        slowest: largest up, turn and down time of a client, ``(M, 3)``.
+        slowest: largest time of a client in each phase, ``(M, PHASES)``.
         level: with one rank for all, the largest that every client fits, as index, ``(M,)``.
     """
 
@@ -57,7 +61,7 @@ class Problem:
         kind: each client's kind, ``(N,)``.
         members: how many clients each kind has, ``(K,)``.
         memory: their bytes, ``(K,)``.
-        times: seconds of their phases at each split, ``(K, L + 1, 3)``; they never fall with the split.
+        times: seconds of their phases at each split, ``(K, L + 1, PHASES)``; they never fall with the split.
         needed: bytes that each split takes at the smallest rank, ``(L + 1,)``.
         deepest_of_kind: the deepest split that each kind fits, ``(K,)``.
         worth: importance of each weight, ``(W,)``.
@@ -83,7 +87,9 @@ class Problem:
         first = np.unique(self.kind, return_index=True)[1].tolist()
         self.members: Ints = np.bincount(self.kind)
         self.memory: Floats = np.array([clients[i].memory_bytes for i in first], dtype=np.float64)
-        self.times: Floats = cost.times.all_client_times([clients[i] for i in first])
+        distinct = [clients[i] for i in first]
+        phases = cost.times.all_client_times(distinct), cost.times.exchange_times(distinct)[:, :, None]
+        self.times: Floats = np.concatenate(phases, axis=2)
         self.needed = minimal_bytes(cost, int(rank_set[0]))
         # Bytes grow with the split, so the splits that fit are those up to the deepest.
         self.deepest_of_kind: Ints = (self.needed <= self.memory[:, None]).sum(axis=1) - 1
@@ -140,8 +146,8 @@ class Problem:
         return State(
             counts.reshape(len(splits), width),
             self.client_gains[self.kind, splits].sum(axis=1),
-            # Phase by phase: a third of the memory.
-            np.stack([self.times[self.kind, splits, phase].max(axis=1) for phase in range(3)], axis=1),
+            # Phase by phase takes less memory.
+            np.stack([self.times[self.kind, splits, phase].max(axis=1) for phase in range(PHASES)], axis=1),
             self.client_levels[self.kind, splits].min(axis=1)
             if self.coupled
             else np.zeros(len(splits), dtype=np.int64),
@@ -150,11 +156,22 @@ class Problem:
     def objective(self, state: State) -> Floats:
         """Captured importance per second, ``(M,)``; without room at the server, minus the bytes lacking."""
         lacking = self.server_minimal(state.counts) - self.server.memory_bytes
-        return np.where(lacking > 0, -lacking, self.captured(state) / self.makespan(state))
+        server_s = self.cost.times.server_times(self.server, state.counts)
+        return np.where(lacking > 0, -lacking, self.captured(state) / self.pace(state.slowest, server_s))
+
+    def pace(self, slowest: Floats, server_s: Floats) -> Floats:
+        """Seconds of a local step with its part of the exchange at the round's end (virtual).
+
+        Args:
+            slowest: longest phases, ``(..., PHASES)``.
+            server_s: the server's phase, ``(...)``.
+        """
+        return self.cost.times.makespan(slowest[..., :-1], server_s) + slowest[..., -1]
 
     def makespan(self, state: State) -> Floats:
         """METHOD 5's ``makespan(K)``, seconds (virtual)."""
-        return self.cost.times.makespan(state.slowest, self.cost.times.server_times(self.server, state.counts))
+        server_s = self.cost.times.server_times(self.server, state.counts)
+        return self.cost.times.makespan(state.slowest[:, :-1], server_s)
 
     def captured(self, state: State) -> Floats:
         """METHOD 5's ``captured(K, r)``."""

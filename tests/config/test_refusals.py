@@ -339,7 +339,7 @@ POLICIES = [
         "aggregation: must be 'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'none', or pack",
     ),
     ("{reinit: zero}", "reinit: must be 'random' or 'svd' (got 'zero')"),
-    ("{moments: false}", "moments: must be 'drop' or 'keep' (got false)"),
+    ("{moments: false}", "moments: must be 'drop', 'keep' or 'fit' (got false)"),
     ("{init: same}", "init: must be 'shared' or 'independent' (got 'same')"),
     ("{name: a/b}", "name: must be 1 to 64 letters"),
     ('{description: "\\ud800"}', "description: must be valid Unicode text (got '\\ud800')"),

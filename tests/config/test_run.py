@@ -231,7 +231,7 @@ policies = st.fixed_dictionaries(
         "split": st.sampled_from(["planned", "uniform"]) | st.integers(0, 40),
         "ranks": st.sampled_from(["importance", "uniform"]) | st.integers(1, 64),
         "reinit": st.sampled_from(["random", "svd"]),
-        "moments": st.sampled_from(["drop", "keep"]),
+        "moments": st.sampled_from(["drop", "keep", "fit"]),
         "init": st.sampled_from(["shared", "independent"]),
     },
 )

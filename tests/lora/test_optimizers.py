@@ -14,7 +14,17 @@ from benchmarks.memory import Case, Measured, measured_client, measured_server, 
 from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import Job, Policy
 from hsplit.lora import optimizer as module
-from hsplit.lora.optimizer import as_parameters, kept_state, new_optimizer, restore_state, without_moments
+from hsplit.lora.adapters import AdapterSet
+from hsplit.lora.low_rank import LowRank
+from hsplit.lora.optimizer import (
+    as_parameters,
+    kept_state,
+    new_optimizer,
+    restore_state,
+    with_fitted_moments,
+    without_moments,
+)
+from hsplit.models.segment import LinearShape
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.counted_model import CountedModel
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
@@ -81,6 +91,44 @@ def test_an_optimizer_without_its_moments_is_a_new_one(slices: None, optimizer: 
     assert torch.equal(old.steps(7, 20), Buffer(job, start).steps(7, 20))
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_fitted_moments_stay_where_an_adapter_does_and_lose_their_basis_where_it_does_not(flat: bool) -> None:
+    job = job_of("adamw", weight_decay=0.0, alpha=6.0)
+    shapes = [LinearShape("stays", 0, 5, 7), LinearShape("turns", 0, 6, 4)]
+    adapters = AdapterSet(shapes, {"stays": 4, "turns": 3}, job.alpha, torch.float32)
+    leaves = [f for n in adapters.names for f in (adapters.A(n), adapters.B(n))]
+    optimizer = new_optimizer(job, [adapters.flat] if flat else leaves)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        assert adapters.flat.grad is not None
+        adapters.flat.grad.copy_(torch.randn(adapters.flat.shape, generator=draw))
+        optimizer.step()
+    before = kept_state(optimizer)
+    # A scale of 6 / 4 does not divide out exactly.
+    turned = LowRank(torch.randn(6, 3, generator=draw), torch.randn(3, 4, generator=draw))
+    changed = adapters.restart({n: n for n in adapters.names}, {"stays": adapters.live("stays"), "turns": turned})
+    assert changed == ["turns"]
+    assert with_fitted_moments(job, optimizer, map(adapters.spans, changed)) is optimizer
+    after = kept_state(optimizer)
+    assert int(after["step"]) == 3
+    end = 4 * (5 + 7)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[key][:end], before[key][:end])
+    assert not after["exp_avg"][end:].any()
+    for start, shape, rank_dim in ((end, (3, 4), 0), (end + 12, (6, 3), 1)):
+        was, now = (s["exp_avg_sq"][start : start + shape[0] * shape[1]].view(shape) for s in (before, after))
+        assert torch.allclose(now, was.mean(dim=rank_dim, keepdim=True).expand(shape))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "sgd"])
+def test_codes_of_moments_are_not_fitted_but_dropped(optimizer: str) -> None:
+    job = job_of(optimizer)
+    old = Buffer(job)
+    start = old.steps(0, 7)
+    old.optimizer = with_fitted_moments(job, old.optimizer, [])
+    assert torch.equal(old.steps(7, 20), Buffer(job, start).steps(7, 20))
+
+
 def test_slices_are_stepped_as_the_whole_buffer_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Buffer(job_of("adamw8bit"))
     monkeypatch.setattr(module, "STEPPED_AT_ONCE", 512)
@@ -100,7 +148,7 @@ def test_bitsandbytes_adamw_is_torchs() -> None:
     assert torch.dist(Buffer(job_of("adamw8bit")).steps(0, 20), exact) < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("moments", ["keep", "drop"])
+@pytest.mark.parametrize("moments", ["keep", "drop", "fit"])
 def test_a_run_with_8_bit_moments_learns_and_a_stopped_one_ends_the_same(
     slices: None, models: dict[str, Path], tmp_path: Path, moments: str
 ) -> None:

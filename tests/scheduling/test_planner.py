@@ -151,7 +151,7 @@ def test_a_larger_budget_never_lowers_the_objective(given_: Instance, factor: fl
 
 
 def objective(made: Plan) -> float:
-    return made.captured_importance / made.makespan_s
+    return made.objective
 
 
 def random_instance(seed: int, most_clients: int = 3) -> Instance:
@@ -290,3 +290,16 @@ def test_a_hundred_different_clients_are_planned() -> None:
     ]
     made = plan(clients, server(1e12, 1e12), cost(), importance(0), Policy())
     assert len(made.available) == 100
+
+
+def test_layers_behind_a_slow_link_have_to_be_worth_a_rounds_exchange() -> None:
+    """METHOD 5's makespan alone would give them away: the messages of a step are the same at every split."""
+    slow = Instance((client("slow", LARGEST, 1e11, 1e6), client("other", LARGEST, 1e11, 1e9)), server(), importance(0))
+
+    def at(local_steps: int) -> Plan:
+        model = CostModel(tiny_config("llama"), JOB.model_copy(update={"local_steps": local_steps}))
+        return plan(slow.clients, slow.server, model, slow.scores, Policy(ranks=8))
+
+    often, seldom = at(2), at(10_000)
+    assert often.client("slow").split == 1 < (seldom.client("slow").split or 0)
+    assert often.exchange_s > 0 and often.objective < often.captured_importance / often.makespan_s

@@ -1,0 +1,448 @@
+"""Convergence against budget heterogeneity: the protocol of METHOD 9.
+
+    hsplit bench convergence --data devset.csv          # or: python -m benchmarks.convergence
+    hsplit bench convergence --quick                    # 15 minutes, built-in texts
+    hsplit bench convergence --list                     # what would run, and how long that takes here
+
+Clients draw memory, compute and bandwidth with a fixed mean and a coefficient of variation ``h``. Every **cell** is one
+policy (or a variant of one), one ``h``, one seed and one learning rate, run in this process by the product's own
+coordinator, clients, server and scheduler on SmolLM2-135M. Validation perplexity is that of everybody's held-out texts
+after every round, also where a policy has no use for some clients. Finished cells stay in ``cells/``: a run that was
+stopped goes on with the next one, and ``--report`` makes tables, plots and the page of what is there.
+
+Fixed before any result:
+
+- five clients; their mean memory is the papers' 12.5 GB for 6.74e9 parameters, scaled to the model in use;
+- a draw is rescaled so that its mean and its coefficient of variation are exact in every sample, and the clients'
+  places in it are the same at every ``h`` of a seed;
+- 2 TFLOP/s at the server and 0.5 at the mean client, 200 Mbit/s, 5 ms: for the compute and messages of a 7B model that
+  would be 80 and 20 TFLOP/s and 1 Gbit/s;
+- ``cenlora`` and ``ft`` are shown at the server's speed, and at the mean client's;
+- each policy's learning rate is the best of the same three factors around its usual one, at one ``h`` and on a seed
+  that nothing else uses;
+- a policy under which clients are unavailable gets as many more rounds as make up for their tokens;
+- the target is the mean perplexity that ``cenlora`` has after two thirds of its rounds; the time to it is interpolated
+  between rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from hsplit.benchmark import load_benchmark, machine_description, results_directory
+
+LEVELS = (0.0, 0.3, 0.6, 0.9)
+SEEDS = (0, 1, 2)
+TUNING_LEVEL, TUNING_SEED = 0.6, 100
+# Around a policy's usual rate: adapters', and that of all weights.
+LR_FACTORS = (0.5, 1.0, 2.0)
+USUAL_LR, FT_LR = 1e-3, 5e-5
+CLIENTS = 5
+# The papers' mean budget for LLaMA-2-7B, bytes for each of its parameters.
+PAPER_GB, PAPER_PARAMETERS = 12.5, 6.74e9
+SERVER_TFLOPS, MEAN = 2.0, {"tflops": 0.5, "bandwidth_mbps": 200.0}
+LATENCY_MS = 5
+JOB = ["job.base=bf16", "job.dtype=bf16", "job.pipeline.microbatches=2", "job.keep_checkpoints=1"]
+TARGET_PART = 2 / 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy file with overrides.
+
+    Attributes:
+        policy: its name.
+        overrides: ``KEY=VALUE`` of policy and job.
+        lr_of: the variant whose learning rate it takes; its own name if it is tuned itself.
+    """
+
+    policy: str
+    overrides: tuple[str, ...] = ()
+    lr_of: str = ""
+
+
+POLICIES = {
+    name: Variant(name)
+    for name in ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
+}
+HEADLINE = ("hsplitlora", "splitlora", "cenlora")
+"""The policies with every seed; the others have the first."""
+_OFF = {
+    "importance equal": ("policy.importance.metric=equal",),
+    "ranks uniform": ("policy.ranks=uniform",),
+    "split uniform": ("policy.split=uniform",),
+    "FedAvg": ("policy.aggregation=fedavg", "policy.ranks=uniform"),
+}
+ABLATIONS = {
+    **{name: Variant("hsplitlora", own, "hsplitlora") for name, own in _OFF.items()},
+    "all four": Variant("hsplitlora", tuple(dict.fromkeys(o for own in _OFF.values() for o in own)), "hsplitlora"),
+    "as published": Variant("hsplitlora", ("policy.reinit=random", "policy.moments=drop"), "hsplitlora"),
+    "reinit random": Variant("hsplitlora", ("policy.reinit=random",), "hsplitlora"),
+    "moments drop": Variant("hsplitlora", ("policy.moments=drop",), "hsplitlora"),
+    "init shared": Variant("hsplitlora", ("policy.init=shared",), "hsplitlora"),
+    "server nf4": Variant("hsplitlora", ("job.base=nf4",), "hsplitlora"),
+    "wire int8": Variant("hsplitlora", ("job.wire=int8",), "hsplitlora"),
+}
+VARIANTS = POLICIES | ABLATIONS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        variant: its name in :data:`VARIANTS`.
+        h: coefficient of variation of the clients' budgets.
+        seed: of budgets, data and adapters.
+        lr: learning rate.
+    """
+
+    variant: str
+    h: float
+    seed: int
+    lr: float
+
+    @property
+    def key(self) -> str:
+        """Of its file."""
+        return f"{self.variant.replace(' ', '_')}-h{self.h:g}-s{self.seed}-lr{self.lr:g}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is run.
+
+    Attributes:
+        rounds, local_steps: of a run in which all clients take part.
+        levels, seeds: of the headline cells.
+        policies, ablations: which.
+        factors: of the learning rates that are tried.
+    """
+
+    rounds: int = 6
+    local_steps: int = 10
+    levels: tuple[float, ...] = LEVELS
+    seeds: tuple[int, ...] = SEEDS
+    policies: tuple[str, ...] = tuple(POLICIES)
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+    factors: tuple[float, ...] = LR_FACTORS
+
+    @property
+    def steps(self) -> int:
+        return self.rounds * self.local_steps
+
+
+QUICK = Scale(rounds=3, local_steps=4, levels=(0.0, 0.9), seeds=(0,), policies=HEADLINE, ablations=(), factors=(1.0,))
+
+
+# -- budgets --------------------------------------------------------------------------------------------------------
+
+
+def draws(count: int, h: float, seed: int, field: str) -> list[float]:
+    """Lognormal draws whose mean is 1 and whose coefficient of variation is ``h``, both in the sample itself.
+
+    The same standard normal numbers serve every ``h``, so that a client keeps its place.
+    """
+    source = random.Random(f"{seed}:{field}")
+    normal = [source.gauss(0.0, 1.0) for _ in range(count)]
+    if h == 0:
+        return [1.0] * count
+
+    def scaled(sigma: float) -> list[float]:
+        values = [math.exp(sigma * z) for z in normal]
+        return [value / fmean(values) for value in values]
+
+    low, high = 0.0, 16.0
+    for _ in range(100):
+        sigma = (low + high) / 2
+        variation = math.sqrt(fmean((value - 1) ** 2 for value in scaled(sigma)))
+        low, high = (sigma, high) if variation < h else (low, sigma)
+    return scaled(high)
+
+
+def budgets(h: float, seed: int, memory_gb: float) -> list[dict[str, float]]:
+    """Budgets of the clients, in the fields of a cluster file; ``memory_gb`` is their mean."""
+    fields = {"memory_gb": memory_gb, **MEAN}
+    columns = {field: [mean * d for d in draws(CLIENTS, h, seed, field)] for field, mean in fields.items()}
+    return [{field: values[i] for field, values in columns.items()} for i in range(CLIENTS)]
+
+
+def mean_memory_gb(parameters: int) -> float:
+    """The papers' mean budget, scaled to a model of so many parameters."""
+    return PAPER_GB * parameters / PAPER_PARAMETERS
+
+
+# -- one cell -------------------------------------------------------------------------------------------------------
+
+
+def usual_lr(variant: str) -> float:
+    """What tuning goes around."""
+    return FT_LR if VARIANTS[variant].policy == "ft" else USUAL_LR
+
+
+def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console) -> dict[str, Any]:
+    """Train, and what it came to: what the cell is, budgets, plan, and a row a round."""
+    from hsplit.actors.scheduler import Scheduler
+    from hsplit.config import load_run_config
+    from hsplit.launcher import check_model, read_inputs, settled
+    from hsplit.local_run import local_run
+    from hsplit.models.source import find_model
+    from hsplit.run_directory import RunDirectory
+
+    variant = VARIANTS[cell.variant]
+    settings = [f"job.rounds={scale.rounds}", f"job.local_steps={scale.local_steps}"]
+    settings += [f"job.seed={cell.seed}", f"job.lr={cell.lr:g}"]
+    settings += [f"job.model={model}"] if model else []
+    settings += [f"job.data.source={data}"] if data else []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def configured(clients: Sequence[Mapping[str, float]]) -> Any:
+            cluster = folder / "cluster.yaml"
+            lines = []
+            for i, own in enumerate(clients):
+                budget = ", ".join(f"{field}: {value:.9f}" for field, value in own.items())
+                lines.append(f"  - {{name: client-{i}, latency_ms: {LATENCY_MS}, {budget}}}")
+            server = f"server: {{memory_gb: 64, tflops: {SERVER_TFLOPS}}}"
+            cluster.write_text("\n".join([server, "clients:", *lines, ""]))
+            return settled(load_run_config(cluster, variant.policy, [*JOB, *settings, *variant.overrides]))
+
+        source = find_model(configured([{"memory_gb": 1.0, **MEAN}]).job.model)
+        drawn = budgets(cell.h, cell.seed, mean_memory_gb(_parameters(source.directory)))
+        run = configured(drawn)
+        check_model(run, source)
+        inputs = read_inputs(run, source)
+        plan = Scheduler(run, source.directory).plan()
+        sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
+        lost = sum(sizes.get(c.name, 0) for c in plan.clients if not c.available)
+        found: dict[str, Any] = {
+            **asdict(cell),
+            "policy": variant.policy,
+            "overrides": list(variant.overrides),
+            "budgets": drawn,
+            "available": CLIENTS if run.policy.placement == "single" else len(plan.available),
+            "data_lost": lost / sum(sizes.values()),
+            "rows": [],
+        }
+        if not plan.available:
+            return found
+        missing = run.policy.placement == "full" and len(plan.available) < len(plan.clients)
+        if missing:
+            rounds = math.ceil(scale.rounds * len(plan.clients) / len(plan.available))
+            run = run.model_copy(update={"job": run.job.model_copy(update={"rounds": rounds})})
+        directory = RunDirectory.create(folder, "run")
+
+        # On all held-out texts, where the run itself has those of available clients only.
+        judge = load_benchmark("policies").Judge(run, source, inputs) if missing else None
+
+        def everybodys() -> float:
+            (state,) = coordinator._executor.get([coordinator._executor.call("server", "state")])
+            return float(judge.of_adapters(state))
+
+        watch = _Curve(console, everybodys if missing else None)
+        coordinator = local_run(run, source.directory, directory, inputs, watch)
+        begun = time.monotonic()
+        coordinator.run()
+        found |= {"rows": watch.rows, "plans": watch.plans, "wall_s": time.monotonic() - begun}
+        return found
+
+
+def _parameters(model: Path) -> int:
+    """Weights of a model, each once."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    made.tie_weights()
+    return sum(p.numel() for p in made.parameters())
+
+
+class _Curve:
+    """A display that keeps every round's figures.
+
+    Args:
+        console: where rounds are shown.
+        perplexity: what to take for the run's own perplexity.
+    """
+
+    def __init__(self, console: Console, perplexity: Any) -> None:
+        self._console, self._perplexity = console, perplexity
+        self.rows: list[dict[str, Any]] = []
+        self.plans: list[dict[str, Any]] = []
+
+    def __enter__(self) -> _Curve:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def plan(self, plan: Any) -> None:
+        parts = [(c.name, c.available, c.split, c.rank_total) for c in (plan.server, *plan.clients)]
+        self.plans.append({"makespan_s": plan.makespan_s, "captured": plan.captured_importance, "parts": parts})
+
+    def round_done(self, row: Any, *more: Any) -> None:
+        kept = {k: v for k, v in asdict(row).items() if k != "val_loss"}
+        kept["ppl"] = self._perplexity() if self._perplexity is not None else row.val_ppl
+        self.rows.append(kept)
+        self._console.print(f"  round {row.round}: perplexity {kept['ppl']:.3f}, {row.virtual_time_s:.1f} s (virtual)")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **fields: None
+
+
+# -- the grid -------------------------------------------------------------------------------------------------------
+
+
+class Cells:
+    """Finished cells on disk.
+
+    Args:
+        folder: where their files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        path = self._folder / f"{cell.key}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
+        from hsplit.run_directory import write_text_atomically
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self._folder / f"{cell.key}.json", json.dumps(found, indent=1) + "\n")
+
+    def all(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self._folder.glob("*.json"))]
+
+
+def tuning_cells(scale: Scale) -> list[Cell]:
+    """Learning rates tried, the same factors for each policy."""
+    return [
+        Cell(name, TUNING_LEVEL, TUNING_SEED, factor * usual_lr(name))
+        for name in scale.policies
+        for factor in scale.factors
+    ]
+
+
+def chosen_lr(cells: Cells, scale: Scale, variant: str) -> float | None:
+    """The learning rate that ended best in tuning; ``None`` where not all have run.
+
+    One that nobody could run, for want of memory, is the usual one.
+    """
+    name = VARIANTS[variant].lr_of or variant
+    if len(scale.factors) == 1:
+        return usual_lr(name)
+    tried = [cell for cell in tuning_cells(scale) if cell.variant == name]
+    found = [cells.find(cell) for cell in tried]
+    if not tried or any(result is None for result in found):
+        return None
+    ends = [result["rows"][-1]["ppl"] if result and result["rows"] else math.inf for result in found]
+    best = min(range(len(ends)), key=ends.__getitem__)
+    return usual_lr(name) if math.isinf(ends[best]) else tried[best].lr
+
+
+def main_cells(cells: Cells, scale: Scale) -> list[Cell]:
+    """The grid, as far as learning rates are known: headline policies first, then the others, then ablations."""
+    wanted: list[tuple[str, float, int]] = []
+    for name in (p for p in HEADLINE if p in scale.policies):
+        # One node has everybody's data whatever they declare.
+        levels = scale.levels[:1] if name == "cenlora" else scale.levels
+        wanted += [(name, h, seed) for seed in scale.seeds for h in levels]
+    for name in (p for p in scale.policies if p not in HEADLINE):
+        levels = scale.levels[:1] if name == "ft" else scale.levels
+        wanted += [(name, h, scale.seeds[0]) for h in levels]
+    wanted += [(name, TUNING_LEVEL, scale.seeds[0]) for name in scale.ablations]
+    rates = {name: chosen_lr(cells, scale, name) for name, _, _ in wanted}
+    return [Cell(name, h, seed, rate) for name, h, seed in wanted if (rate := rates[name]) is not None]
+
+
+def pending(cells: Cells, scale: Scale) -> Iterable[Cell]:
+    """Cells that have not run, in order; those of the grid once their learning rates are known."""
+    tuned = tuning_cells(scale) if len(scale.factors) > 1 else []
+    yield from (cell for cell in tuned if cells.find(cell) is None)
+    yield from (cell for cell in main_cells(cells, scale) if cells.find(cell) is None)
+
+
+def cost_line(cells: Cells, scale: Scale) -> str:
+    """What is left, and how long that takes at the pace of what has run."""
+    tuned = len(tuning_cells(scale)) if len(scale.factors) > 1 else 0
+    single = [p for p in scale.policies if p in ("cenlora", "ft")]
+    headline = sum(
+        len(scale.seeds) * (1 if p in single else len(scale.levels)) for p in HEADLINE if p in scale.policies
+    )
+    others = sum(1 if p in single else len(scale.levels) for p in scale.policies if p not in HEADLINE)
+    total = tuned + headline + others + len(scale.ablations)
+    walls = [found["wall_s"] for found in cells.all() if "wall_s" in found]
+    left = total - len(cells.all())
+    pace = (
+        f"{fmean(walls) / 60:.1f} minutes each so far, about {left * fmean(walls) / 3600:.1f} h more" if walls else ""
+    )
+    return f"{total} cells ({tuned} for learning rates, {headline} headline), {left} to run{': ' * bool(pace)}{pace}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the cells that are missing, and write tables, plots and the page."""
+    options = _options(arguments)
+    console = Console(width=140)
+    scale = QUICK if options.quick else replace(Scale(), **_given(options))
+    cells = Cells(options.to / "cells")
+    console.print(cost_line(cells, scale))
+    if not options.list and not options.report:
+        begun = time.monotonic()
+        # Asked anew after each: what has run decides on learning rates.
+        while (cell := next(iter(pending(cells, scale)), None)) is not None:
+            if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
+                console.print("time is up; the same command goes on from here")
+                break
+            console.print(cell.key)
+            cells.keep(cell, run_cell(cell, scale, options.data, options.model, console))
+    if not options.list:
+        header = machine_description("torch")
+        header["command"] = " ".join(["hsplit bench convergence", *(sys.argv[1:] if arguments is None else arguments)])
+        load_benchmark("convergence_page").write_results(options.to, cells, scale, header, console)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("rounds", "local_steps", "levels", "seeds", "policies", "ablations")
+    return {name: _tuple(getattr(options, name)) for name in names if getattr(options, name) is not None}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="hsplit bench convergence", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", metavar="FILE", help="texts; default: the built-in generator")
+    parser.add_argument("--model", help="default: the job's own")
+    parser.add_argument("--quick", action="store_true", help="three policies, two levels, one seed, few steps")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--local-steps", type=int)
+    parser.add_argument("--levels", type=float, nargs="+", metavar="H")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES))
+    parser.add_argument("--ablations", nargs="*", choices=list(ABLATIONS))
+    parser.add_argument("--minutes", type=float, help="begin no further cell after so long")
+    parser.add_argument("--list", action="store_true", help="only say what would run")
+    parser.add_argument("--report", action="store_true", help="only tables, plots and page, from finished cells")
+    parser.add_argument("--to", type=Path, default=results_directory("convergence"))
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,354 @@
+"""What ``convergence.py`` shows of its cells: CSV, tables, plots, and one page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hsplit.benchmark import load_benchmark, markdown_table, write_rows
+from hsplit.observe import report_page
+from hsplit.observe.inline_svg import GRID, INK, drawing_style, inline_svg
+
+# The papers' own figures: how many times as long each takes to converge as HSplitLoRA, with equal budgets.
+PAPERS_TIMES = {
+    "ft": "1.4 (LLaMA-2-7B), 1.5 (GPT-2-L)",
+    "cenlora": "1.3, 1.3",
+    "hetlora": "1.6, 1.7",
+    "splitlora": "1.5, 1.5",
+}
+# Perplexity lost with unequal budgets against equal ones, and above HSplitLoRA's end (LLaMA-2-7B).
+PAPERS_LOSSES = {"hetlora": ("0.38", "0.47"), "splitlora": ("0.10", "0.15")}
+AT_THE_CLIENT = ", mean client"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A policy or variant at one ``h``, over its seeds.
+
+    Attributes:
+        name: of the policy or variant.
+        h: coefficient of variation.
+        seeds: how many.
+        available, data_lost: clients that take part, part of the examples that others have; means.
+        ppl, ppl_spread: at the end, mean and standard deviation over seeds; NaN where nobody could take part.
+        lost: above its own end at ``h = 0`` with the same seeds; NaN where there is none.
+        target_s: virtual seconds to the target, mean; infinite where a seed does not reach it.
+        rounds: to the target, likewise.
+        tokens: trained on by the end, mean.
+        sent_mb: up and down over the whole run, mean.
+        captured: importance, of the last round's plan, mean.
+    """
+
+    name: str
+    h: float
+    seeds: int
+    available: float
+    data_lost: float
+    ppl: float
+    ppl_spread: float
+    lost: float
+    target_s: float
+    rounds: float
+    tokens: float
+    sent_mb: float
+    captured: float
+
+
+def reached(rows: Sequence[Mapping[str, Any]], target: float, column: str) -> float:
+    """Where in ``column`` the perplexity first is at ``target``, interpolated between rounds; infinite if never."""
+    for before, after in pairwise(rows):
+        if after["ppl"] <= target:
+            if before["ppl"] <= target:
+                return float(before[column])
+            part = (before["ppl"] - target) / (before["ppl"] - after["ppl"])
+            return float(before[column] + part * (after[column] - before[column]))
+    return math.inf
+
+
+def target_of(cells: Sequence[Mapping[str, Any]], part: float) -> float:
+    """Mean perplexity of ``cenlora`` after ``part`` of its rounds; NaN where it has not run."""
+    ends = [cell["rows"][math.ceil(part * (len(cell["rows"]) - 1))]["ppl"] for cell in cells if cell["rows"]]
+    return fmean(ends) if ends else math.nan
+
+
+def line(
+    name: str, h: float, cells: Sequence[Mapping[str, Any]], equal: Sequence[Mapping[str, Any]], target: float
+) -> Line:
+    """Means over ``cells``, one a seed; ``equal`` are those at ``h = 0``."""
+    ran = [cell for cell in cells if cell["rows"]]
+    ends = [cell["rows"][-1]["ppl"] for cell in ran]
+    at_equal = {cell["seed"]: cell["rows"][-1]["ppl"] for cell in equal if cell["rows"]}
+    lost = [cell["rows"][-1]["ppl"] - at_equal[cell["seed"]] for cell in ran if cell["seed"] in at_equal]
+    whole = len(ran) == len(cells)
+
+    def mean(values: Sequence[float]) -> float:
+        return fmean(values) if values else math.nan
+
+    return Line(
+        name,
+        h,
+        len(cells),
+        mean([cell["available"] for cell in cells]),
+        mean([cell["data_lost"] for cell in cells]),
+        mean(ends) if whole else math.nan,
+        pstdev(ends) if ends and whole else math.nan,
+        mean(lost) if whole else math.nan,
+        mean([reached(cell["rows"], target, "virtual_time_s") for cell in cells]),
+        mean([reached(cell["rows"], target, "round") for cell in cells]),
+        mean([cell["rows"][-1]["tokens"] for cell in ran]),
+        mean([sum(row["bytes_up"] + row["bytes_down"] for row in cell["rows"]) / 1e6 for cell in ran]),
+        mean([cell["rows"][-1]["captured_importance"] for cell in ran]),
+    )
+
+
+def slowed(cell: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """A single node's cell at a speed ``factor`` times lower: all that it does is computing."""
+    rows = [{**row, "virtual_time_s": row["virtual_time_s"] * factor} for row in cell["rows"]]
+    return {**cell, "variant": cell["variant"] + AT_THE_CLIENT, "rows": rows}
+
+
+def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], console: Console) -> None:
+    """Everything that follows from the finished cells."""
+    protocol = load_benchmark("convergence")
+    done = cells.all()
+    # The rate that each variant goes with, as far as it is known.
+    rates = {name: protocol.chosen_lr(cells, scale, name) for name in protocol.VARIANTS}
+    grid = [c for c in done if c["seed"] in scale.seeds and c["lr"] == rates[c["variant"]]]
+    factor = protocol.SERVER_TFLOPS / protocol.MEAN["tflops"]
+    grid += [slowed(c, factor) for c in grid if c["policy"] in ("cenlora", "ft")]
+    if not grid:
+        console.print("no cell of the grid has run yet")
+        return
+    target = target_of([c for c in grid if c["variant"] == "cenlora"], protocol.TARGET_PART)
+    by: dict[tuple[str, float], list[Any]] = {}
+    for cell in grid:
+        by.setdefault((cell["variant"], cell["h"]), []).append(cell)
+    lines = [line(name, h, own, by.get((name, 0.0), []), target) for (name, h), own in by.items()]
+    policies = [one for one in lines if one.name.removesuffix(AT_THE_CLIENT) in protocol.POLICIES]
+    policies.sort(key=lambda one: (one.h, one.target_s, one.ppl))
+    told = {**header, "target perplexity": f"{target:.3f}", "rounds": scale.rounds, "local_steps": scale.local_steps}
+    write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
+    write_rows(to / "headline.csv", [asdict(one) for one in policies], told)
+    tables = {"Policies": policy_table(policies), "The papers' claims": claims_table(policies)}
+    ablations = [one for one in lines if one.name in protocol.ABLATIONS or one.name == "hsplitlora"]
+    ablations = [one for one in ablations if one.h == protocol.TUNING_LEVEL]
+    if len(ablations) > 1:
+        first = [slice_of(by[one.name, one.h], scale.seeds[0]) for one in ablations]
+        one_seed = [line(c[0]["variant"], c[0]["h"], c, [], target) for c in first]
+        tables["Ablations"] = ablation_table(one_seed)
+        write_rows(to / "ablations.csv", [asdict(one) for one in one_seed], told)
+    tables["Learning rates"] = rate_table(done, protocol, scale)
+    for title, (columns, rows) in tables.items():
+        shown = Table(*columns, box=SIMPLE_HEAD, title=title)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    heading = "".join(f"- {key}: {value}\n" for key, value in told.items())
+    body = [f"## {title}\n\n{markdown_table(*content)}" for title, content in tables.items()]
+    (to / "convergence.md").write_text("\n".join([heading, *body]))
+    (to / "convergence.html").write_text(_page(grid, policies, tables, told, target, protocol))
+    with drawing_style():
+        _curves(grid, "virtual_time_s", "seconds (virtual)", target, protocol).savefig(to / "convergence.svg")
+    console.print(f"written to {to}")
+
+
+def slice_of(cells: Sequence[Any], seed: int) -> list[Any]:
+    """Those of one seed."""
+    return [cell for cell in cells if cell["seed"] == seed]
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+_Content = tuple[list[str], list[list[str]]]
+
+
+def policy_table(lines: Sequence[Line]) -> _Content:
+    """A row a policy and ``h``, the fastest first."""
+    columns = ["policy", "h", "seeds", "clients", "data lost", "perplexity", "± (seeds)", "lost against h 0"]
+    columns += ["s to target (virtual)", "rounds to target", "tokens", "MB sent", "captured importance"]
+    rows = [
+        [
+            one.name,
+            f"{one.h:g}",
+            str(one.seeds),
+            f"{one.available:.1f}",
+            f"{one.data_lost:.0%}",
+            _figure(one.ppl, ".3f"),
+            _figure(one.ppl_spread if one.seeds > 1 else math.nan, ".3f"),
+            _figure(one.lost, "+.3f"),
+            _time(one.target_s, one.ppl),
+            _time(one.rounds, one.ppl),
+            _figure(one.tokens, ",.0f"),
+            _figure(one.sent_mb, ",.0f"),
+            _figure(one.captured, ".2f"),
+        ]
+        for one in lines
+    ]
+    return columns, rows
+
+
+def claims_table(lines: Sequence[Line]) -> _Content:
+    """The papers' ratios and losses, and ours beside them."""
+    columns = ["policy", "times as long as hsplitlora at h 0", "papers", "perplexity lost at the largest h", "papers"]
+    columns += ["above hsplitlora there", "papers"]
+    at = {(one.name, one.h): one for one in lines}
+    largest = max(one.h for one in lines)
+    ours, ours_at_largest = at.get(("hsplitlora", 0.0)), at.get(("hsplitlora", largest))
+    rows = []
+    for name in dict.fromkeys(one.name for one in lines):
+        equal, unequal = at.get((name, 0.0)), at.get((name, largest))
+        ratio = equal.target_s / ours.target_s if equal and ours and math.isfinite(ours.target_s) else math.nan
+        above = unequal.ppl - ours_at_largest.ppl if unequal and ours_at_largest else math.nan
+        lost_there, above_there = PAPERS_LOSSES.get(name, ("", ""))
+        rows.append(
+            [
+                name,
+                "not reached" if math.isinf(ratio) else _figure(ratio, ".2f"),
+                PAPERS_TIMES.get(name, ""),
+                _figure(unequal.lost if unequal else math.nan, "+.3f"),
+                lost_there,
+                _figure(above, "+.3f"),
+                above_there,
+            ]
+        )
+    return columns, rows
+
+
+def ablation_table(lines: Sequence[Line]) -> _Content:
+    """Variants against ``hsplitlora``, on one seed."""
+    columns = ["variant", "perplexity", "against hsplitlora", "s to target (virtual)", "MB sent", "captured importance"]
+    whole = next(one for one in lines if one.name == "hsplitlora")
+    ordered = [whole, *(one for one in lines if one is not whole)]
+    rows = [
+        [
+            one.name,
+            _figure(one.ppl, ".3f"),
+            "" if one is whole else _figure(one.ppl - whole.ppl, "+.3f"),
+            _time(one.target_s, one.ppl),
+            _figure(one.sent_mb, ",.0f"),
+            _figure(one.captured, ".2f"),
+        ]
+        for one in ordered
+    ]
+    return columns, rows
+
+
+def rate_table(done: Sequence[Mapping[str, Any]], protocol: Any, scale: Any) -> _Content:
+    """Perplexity at the end by learning rate, on the seed that is for tuning."""
+    columns = ["policy", *(f"{factor:g} x usual" for factor in scale.factors), "usual rate"]
+    tried = {(c["variant"], c["lr"]): c for c in done if c["seed"] == protocol.TUNING_SEED}
+    rows = []
+    for name in scale.policies:
+        usual = protocol.usual_lr(name)
+        found = [tried.get((name, factor * usual)) for factor in scale.factors]
+        ends = ["" if c is None else f"{c['rows'][-1]['ppl']:.3f}" if c["rows"] else "nobody fits" for c in found]
+        rows.append([name, *ends, f"{usual:g}"])
+    return columns, rows
+
+
+def _figure(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _time(value: float, ppl: float) -> str:
+    if math.isnan(ppl):
+        return "nobody fits"
+    return "not reached" if math.isinf(value) else f"{value:.1f}"
+
+
+# -- plots ----------------------------------------------------------------------------------------------------------
+
+
+def _curve_rows(grid: Sequence[Mapping[str, Any]]) -> Any:
+    for cell in grid:
+        of = {key: cell[key] for key in ("variant", "h", "seed", "lr", "available")}
+        yield from ({**of, **row} for row in cell["rows"])
+
+
+def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: float, protocol: Any) -> Any:
+    """Perplexity against ``column``, a panel for each ``h``; thin lines are seeds."""
+    from matplotlib.figure import Figure
+
+    levels = sorted({cell["h"] for cell in grid})
+    names = [n for n in protocol.POLICIES if any(c["variant"] == n for c in grid)]
+    # What does not depend on h is in every panel.
+    everywhere = {"cenlora", "ft", "cenlora" + AT_THE_CLIENT, "ft" + AT_THE_CLIENT}
+    if column == "virtual_time_s":
+        names += [name for name in sorted(everywhere) if name.endswith(AT_THE_CLIENT)]
+    figure = Figure(figsize=(3.1 * len(levels), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
+    for panel, h in zip(panels, levels, strict=True):
+        for index, name in enumerate(names):
+            own = [c for c in grid if c["variant"] == name and (c["h"] == h or name in everywhere) and c["rows"]]
+            for number, cell in enumerate(own):
+                panel.plot(
+                    [row[column] for row in cell["rows"]],
+                    [row["ppl"] for row in cell["rows"]],
+                    color=f"C{index % 10}",
+                    linestyle="--" if name.endswith(AT_THE_CLIENT) else "-",
+                    linewidth=1.0 if len(own) > 1 else 1.6,
+                    label=name if number == 0 else None,
+                )
+        panel.axhline(target, color=GRID, linewidth=1)
+        panel.set(xlabel=label, title=f"h {h:g}", ylim=(0.9 * target, 2.2 * target))
+    panels[0].set_ylabel("validation perplexity", color=INK)
+    handles = {text: h for p in panels for h, text in zip(*p.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _against_h(lines: Sequence[Line], attribute: str, label: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(one.name for one in lines):
+        own = sorted((one for one in lines if one.name == name), key=lambda one: one.h)
+        points = [(one.h, getattr(one, attribute)) for one in own if math.isfinite(getattr(one, attribute))]
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        elif points:
+            axes.axhline(points[0][1], linestyle=":", label=f"{name} (any h)", color=GRID)
+    axes.set(xlabel="coefficient of variation h", ylabel=label)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _page(
+    grid: Sequence[Any],
+    policies: Sequence[Line],
+    tables: Mapping[str, _Content],
+    told: Mapping[str, Any],
+    target: float,
+    protocol: Any,
+) -> str:
+    seeds = len({cell["seed"] for cell in grid})
+    plots = []
+    with drawing_style():
+        drawn = {
+            "time": (_curves(grid, "virtual_time_s", "seconds (virtual)", target, protocol), "against virtual time"),
+            "tokens": (_curves(grid, "tokens", "tokens", target, protocol), "against tokens trained on"),
+            "rounds": (_curves(grid, "round", "rounds", target, protocol), "against rounds"),
+        }
+        for key, (figure, what) in drawn.items():
+            caption = f"Validation perplexity {what}; every line is one seed, of up to {seeds}; grey: the target."
+            plots.append(report_page.plot(inline_svg(figure, key, caption), caption, wide=True))
+        for key, attribute, label in (
+            ("end", "ppl", "perplexity at the end"),
+            ("target", "target_s", "seconds to target (virtual)"),
+        ):
+            caption = f"{label.capitalize()} by heterogeneity, mean over seeds."
+            plots.append(report_page.plot(inline_svg(_against_h(policies, attribute, label), key, caption), caption))
+    shown = [f"<h2>{report_page.text(t)}</h2>{report_page.table(*content)}" for t, content in tables.items()]
+    setting = f"<h2>Setting</h2>{report_page.facts(told)}"
+    subtitle = "Times are virtual: at the declared budgets. Perplexity is of everybody's held-out texts."
+    return report_page.page("Convergence against budget heterogeneity", subtitle, [*plots, *shown, setting])

@@ -1,0 +1,116 @@
+"""``hsplit bench convergence``: its protocol, and its cells on a tiny model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from hsplit.benchmark import load_benchmark
+from tests.in_process import random_examples
+
+protocol, page = load_benchmark("convergence"), load_benchmark("convergence_page")
+SMALL = ["job.base=fp32", "job.dtype=fp32", "job.max_length=32", "job.keep_checkpoints=1", "job.batch_size=1"]
+
+
+@pytest.mark.parametrize("h", [0.0, 0.3, 0.6, 0.9])
+def test_draws_have_exactly_their_mean_and_variation_and_keep_everybodys_place(h: float) -> None:
+    for seed in range(20):
+        values = protocol.draws(5, h, seed, "memory_gb")
+        assert fmean(values) == pytest.approx(1)
+        assert math.sqrt(fmean((v - 1) ** 2 for v in values)) == pytest.approx(h, abs=1e-6)
+        milder = protocol.draws(5, 0.1, seed, "memory_gb")
+        if h:
+            assert sorted(range(5), key=values.__getitem__) == sorted(range(5), key=milder.__getitem__)
+    (equal, *_), unequal = protocol.budgets(0.0, 1, 0.25), protocol.budgets(0.9, 1, 0.25)
+    assert equal == {"memory_gb": 0.25, "tflops": 0.5, "bandwidth_mbps": 200.0}
+    assert unequal != protocol.budgets(0.9, 2, 0.25)
+
+
+def test_every_variant_is_a_policy_that_can_be_read() -> None:
+    from hsplit.config import load_run_config
+
+    for name, variant in protocol.VARIANTS.items():
+        run = load_run_config("hetero", variant.policy, [*protocol.JOB, *variant.overrides])
+        assert variant.lr_of in ("", "hsplitlora"), name
+        assert run.policy.name == variant.policy
+
+
+def rows(*ppl: float) -> list[dict[str, Any]]:
+    shared = {"tokens": 10, "bytes_up": 1e6, "bytes_down": 1e6, "captured_importance": 4.0}
+    return [{"round": i, "virtual_time_s": 10.0 * i, "ppl": value, **shared} for i, value in enumerate(ppl)]
+
+
+def test_the_time_to_a_target_is_interpolated_between_rounds() -> None:
+    assert page.reached(rows(10, 6, 4), 5, "virtual_time_s") == 15
+    assert page.reached(rows(10, 6, 4), 6, "round") == 1
+    assert page.reached(rows(10, 6, 7), 5, "round") == math.inf
+    assert page.target_of([{"rows": rows(9, 6, 5, 4)}, {"rows": rows(9, 7, 6, 4)}], 2 / 3) == 5.5
+
+
+def test_a_line_says_when_somebody_could_not_take_part_or_did_not_arrive() -> None:
+    cells = [
+        {"seed": 0, "available": 5, "data_lost": 0.0, "rows": rows(10, 6, 4)},
+        {"seed": 1, "available": 4, "data_lost": 0.2, "rows": rows(10, 8, 6)},
+    ]
+    one = page.line("x", 0.3, cells, [{"seed": 0, "rows": rows(10, 3.5)}], 5.0)
+    assert (one.seeds, one.ppl, one.available, one.sent_mb) == (2, 5.0, 4.5, 6.0)
+    assert one.lost == 0.5 and math.isinf(one.target_s)
+    nobody = page.line("x", 0.3, [{"seed": 0, "available": 0, "data_lost": 1.0, "rows": []}], [], 5.0)
+    _, cells_ = page.policy_table([one, nobody])
+    assert "not reached" in cells_[0] and "nobody fits" in cells_[1]
+    assert page.slowed({"variant": "ft", "rows": rows(9, 8)}, 4)["rows"][1]["virtual_time_s"] == 40
+
+
+def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("".join(f"{e.prompt}||{e.response.strip()}\n" for e in random_examples(120, seed=3)))
+    monkeypatch.setattr(protocol, "JOB", SMALL)
+    # As for a model of such a size, a client would have next to nothing.
+    monkeypatch.setattr(protocol, "mean_memory_gb", lambda parameters: 0.004)
+    monkeypatch.setattr(
+        protocol,
+        "QUICK",
+        replace(
+            protocol.QUICK,
+            rounds=2,
+            local_steps=1,
+            levels=(0.0, 0.6),
+            policies=("hsplitlora", "cenlora", "fedlora"),
+            ablations=("as published",),
+            factors=(0.5, 1.0),
+        ),
+    )
+    ran: list[str] = []
+    run_cell = protocol.run_cell
+
+    def counted(cell: Any, *arguments: Any) -> Any:
+        ran.append(cell.key)
+        return run_cell(cell, *arguments)
+
+    monkeypatch.setattr(protocol, "run_cell", counted)
+    # The page's own module is loaded anew; it must see the small protocol.
+    monkeypatch.setattr(page, "load_benchmark", lambda name: protocol)
+    monkeypatch.setattr(
+        protocol, "load_benchmark", lambda name: page if name.endswith("page") else load_benchmark(name)
+    )
+    arguments = ["--quick", "--model", str(models["llama"]), "--data", str(words), "--to", str(tmp_path / "to")]
+    protocol.main([*arguments, "--minutes", "0"])
+    assert ran == []
+    protocol.main(arguments)
+    assert len(ran) == len(set(ran)) == 3 * 2 + (2 + 1 + 2) + 1
+    again = list(ran)
+    protocol.main(arguments)
+    assert ran == again
+    text = (tmp_path / "to" / "convergence.md").read_text()
+    assert "## Policies" in text and "## Ablations" in text and "cenlora, mean client" in text
+    html = (tmp_path / "to" / "convergence.html").read_text()
+    assert html.count("<svg") == 5 and "http://" not in html.replace("http://www.w3.org", "")
+    assert (tmp_path / "to" / "curves.csv").is_file()
+    assert "0 to run" in protocol.cost_line(protocol.Cells(tmp_path / "to" / "cells"), protocol.QUICK)
