@@ -537,7 +537,8 @@ class Coordinator:
         """Ask the scheduler whether budgets or importance have changed so much that another plan is due."""
         progress = self.progress
         requests = self._requests()
-        reports = self._steadily(self._probe) if self._run.policy.probes else []
+        due = self._run.policy.probes and self._one(SCHEDULER, "probe_due", progress.round)
+        reports = self._steadily(self._probe) if due else []
         # The probe ran under the plan that is being looked at, so it counts with the round before.
         self._probe_peaks = self._peaks([*self._clients, *self._servers])
         measured = _larger(progress.measured_bytes, self._probe_peaks)
