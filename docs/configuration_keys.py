@@ -1,5 +1,6 @@
-"""Tables of the keys of cluster and policy files, made from the models that read them: ``python -m docs.configuration_keys``
-prints them all.
+"""Tables of the keys of cluster and policy files, made from the models that read them.
+
+``python -m docs.configuration_keys`` prints them all.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 """Every section of a cluster or a policy file, by its model's name."""
 
-_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "`true`, `false`",
+    "null": "`null`",
+}
 
 
 def keys_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Draws the diagrams of the README and of ``docs/how-it-works.md`` into ``docs/diagrams/``: ``python -m docs.diagrams``.
+"""Draws the diagrams of the README and of ``docs/how-it-works.md``: ``python -m docs.diagrams``.
 
 Each is a sketch of a mechanism; no figure in them is measured. Text is drawn as outlines, so that they look the same
 everywhere, on a background of their own, so that they can be read in a dark scheme too.
