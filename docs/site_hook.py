@@ -1,8 +1,8 @@
 """What the site has beside the pages of ``docs/``: MkDocs calls these functions as it builds (``hooks`` in mkdocs.yml).
 
 Files of the repository that lie outside of ``docs/`` become pages or files under ``repository/``, so that links to
-them, which are those that a code host follows, lead there in the site too. ``<!-- keys: NAME -->`` in a page becomes the
-table of a configuration section's keys, made from its pydantic model.
+them, which are those that a code host follows, lead there in the site too. ``<!-- keys: NAME -->`` in a page becomes
+the table of a configuration section's keys, made from its pydantic model.
 """
 
 from __future__ import annotations

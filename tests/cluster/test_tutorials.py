@@ -126,7 +126,7 @@ def test_your_own_data_and_model(
 
 @pytest.mark.drill
 def test_your_own_data_and_model_on_three_hosts(models: dict[str, Path], tmp_path: Path) -> None:
-    """Network namespaces in place of machines, with other addresses and places of files; Ray's options are the page's."""
+    """Network namespaces in place of machines, other addresses and places of files; Ray's options are the page's."""
     if reason := unavailable():
         pytest.skip(f"hosts of their own cannot be made: {reason}")
     (srv := tmp_path / "srv").mkdir()
