@@ -14,6 +14,7 @@ PAGES = (
     *("index", "quickstart", "how-it-works", "policies", "reference/cluster", "reference/cli", "reference/python"),
     *("tutorials/three-machines", "results"),
 )
+_PATIENCE_MS = 300_000
 
 
 def main() -> None:
@@ -29,6 +30,8 @@ def main() -> None:
         page = started.new_page(
             viewport={"width": 1280, "height": 1400}, color_scheme="dark" if given.dark else "light"
         )
+        # A busy machine takes its time.
+        page.set_default_timeout(_PATIENCE_MS)
         for name in given.pages:
             page.goto((given.site / f"{name}.html").resolve().as_uri())
             path = given.to / f"{name.replace('/', '-')}{'-dark' if given.dark else ''}.png"
