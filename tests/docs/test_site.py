@@ -88,10 +88,10 @@ def test_references_are_made_from_the_code(site: Path) -> None:
 
 
 def test_files_beside_the_documents_are_pages_and_files_of_the_site(site: Path) -> None:
-    assert (site / "repository" / "benchmarks" / "README.html").is_file()
+    assert (site / "repository" / "benchmarks" / "index.html").is_file()
     assert (site / "repository" / "cluster" / "hetero.yaml").is_file()
-    assert 'href="repository/benchmarks/README.html' in (site / "results.html").read_text()
-    assert 'href="../../PRIVACY.html' in (site / "repository" / "benchmarks" / "README.html").read_text()
+    assert 'href="repository/benchmarks/index.html' in (site / "results.html").read_text()
+    assert 'href="../../PRIVACY.html' in (site / "repository" / "benchmarks" / "index.html").read_text()
     assert not list(site.glob("*.py"))
 
 
