@@ -105,7 +105,8 @@ def launch(
         cluster: path or name of a cluster file.
         policy: path or name of a policy file; ``hsplitlora`` by default.
         overrides: ``key=value`` strings, or a mapping of dotted keys.
-        runs_dir, name: where the run's directory goes, and its name (made up from the time by default).
+        runs_dir: where the run's directory goes.
+        name: the run's name, made up from the time by default.
         address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
         cpu: run a cluster file with GPUs on CPUs.
         dashboard_host: where a local Ray's dashboard listens; by default only this machine reaches it.
