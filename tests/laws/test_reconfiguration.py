@@ -29,7 +29,7 @@ HOLDING = st.tuples(SPLITS, RANKS, SPLITS, RANKS)
 
 
 def _loss(run: Any) -> float:
-    total, tokens = run._validate()
+    total, tokens = run.validate()
     return float(total) / int(tokens)
 
 
