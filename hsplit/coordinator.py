@@ -164,7 +164,8 @@ class Coordinator:
         """Ask the scheduler whether budgets or importance have changed so much that another plan is due."""
         standing, done = self.standing, self.progress.round
         requests = self._membership.requests()
-        reports = self._recovery.steadily(self._probe) if standing.run.policy.probes else []
+        due = standing.run.policy.probes and standing.ask(SCHEDULER, "probe_due", done)
+        reports = self._recovery.steadily(self._probe) if due else []
         measured = self._records.peaks_with_probe()
         try:
             review: Review = standing.ask(SCHEDULER, "review", done, standing.plan, reports, measured, requests)

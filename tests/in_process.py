@@ -64,6 +64,9 @@ class FixedScheduler:
     def step_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
         return plan.makespan_s
 
+    def probe_due(self, round_: int) -> bool:
+        return True
+
     def probe_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
         return 0.125
 

@@ -47,7 +47,7 @@ class VirtualClock:
             clients: who trains; all available ones by default.
         """
         splits, job = _splits(plan, clients), self._cost.model.job
-        phases = np.array([self._cost.times.client_times(self._clients[n])[k] for n, k in splits.items()])
+        phases = np.array([self._phases(plan, name) for name in splits])
         if self._cost.model.whole:
             return float(phases[:, 0].max())
         batches = job.grad_accumulation
@@ -64,8 +64,8 @@ class VirtualClock:
             plan: the plan in force.
             clients: who trains, which decides what the server has to do; all available ones by default.
         """
-        splits, job = _splits(plan), self._cost.model.job
-        times = {name: self._cost.times.client_times(self._clients[name])[k] for name, k in splits.items()}
+        job = self._cost.model.job
+        times = {part.name: self._phases(plan, part.name) for part in plan.available}
         if self._cost.model.whole:
             return {name: {"up": float(up)} for name, (up, _, _) in times.items()}
         calls: dict[str, dict[str, float]] = {}
@@ -76,6 +76,14 @@ class VirtualClock:
         forward_s, backward_s = (seconds / parts for seconds in self._server_batch_s(_splits(plan, clients)))
         calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
         return calls
+
+    def _phases(self, plan: Plan, name: str) -> Floats:
+        """Seconds of a client's up, turn and down phase of a local step, ``(3,)``."""
+        part = plan.client(name)
+        phases: Floats = self._cost.times.client_times(self._clients[name])[part.split or 0]
+        if part.forward_only:
+            phases[2] = 0.0
+        return phases
 
     def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
         """The server's forward and backward of one joined batch."""
