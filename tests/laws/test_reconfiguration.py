@@ -30,7 +30,7 @@ HOLDING = st.tuples(SPLITS, CLIENT_RANKS, SPLITS, CLIENT_RANKS)
 
 
 def _loss(run: Any) -> float:
-    total, tokens = run._validate()
+    total, tokens = run.validate()
     return float(total) / int(tokens)
 
 
