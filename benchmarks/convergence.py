@@ -55,7 +55,11 @@ CLIENTS = 5
 PAPER_GB, PAPER_PARAMETERS = 12.5, 6.74e9
 SERVER_TFLOPS, MEAN = 2.0, {"tflops": 0.5, "bandwidth_mbps": 200.0}
 LATENCY_MS = 5
-JOB = ["job.base=bf16", "job.dtype=bf16", "job.pipeline.microbatches=2", "job.keep_checkpoints=1"]
+JOB = [
+    *("job.base=bf16", "job.dtype=bf16", "job.pipeline.microbatches=2", "job.keep_checkpoints=1"),
+    # Small ranks, and a residual of no more directions than the largest has.
+    *("job.rank_set=[1, 2, 4, 8]", "job.residual.max_rank=8"),
+]
 TARGET_PART = 2 / 3
 
 
@@ -89,10 +93,16 @@ _OFF = {
 ABLATIONS = {
     **{name: Variant("hsplitlora", own, "hsplitlora") for name, own in _OFF.items()},
     "all four": Variant("hsplitlora", tuple(dict.fromkeys(o for own in _OFF.values() for o in own)), "hsplitlora"),
-    "as published": Variant("hsplitlora", ("policy.reinit=random", "policy.moments=drop"), "hsplitlora"),
+    "as published": Variant(
+        "hsplitlora",
+        ("policy.reinit=random", "policy.moments=drop", "policy.init=independent", "policy.freeze=never"),
+        "hsplitlora",
+    ),
     "reinit random": Variant("hsplitlora", ("policy.reinit=random",), "hsplitlora"),
+    "reinit svd": Variant("hsplitlora", ("policy.reinit=svd", "policy.moments=fit"), "hsplitlora"),
     "moments drop": Variant("hsplitlora", ("policy.moments=drop",), "hsplitlora"),
-    "init shared": Variant("hsplitlora", ("policy.init=shared",), "hsplitlora"),
+    "init independent": Variant("hsplitlora", ("policy.init=independent",), "hsplitlora"),
+    "everybody trains": Variant("hsplitlora", ("policy.freeze=never",), "hsplitlora"),
     "server nf4": Variant("hsplitlora", ("job.base=nf4",), "hsplitlora"),
     "wire int8": Variant("hsplitlora", ("job.wire=int8",), "hsplitlora"),
 }

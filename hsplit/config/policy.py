@@ -111,17 +111,17 @@ class Policy(Section):
         default=None, description="whether holders give up ranks that they do not need; with `hetlora`"
     )
     reinit: Literal["random", "svd", "mean"] = Field(
-        default="svd",
+        default="mean",
         description="what adapters restart with after `concat`: fresh, the update's leading part, or the mean factors;"
         " the rest of the exact sum joins the residual",
     )
     moments: Literal["drop", "keep", "fit"] = Field(
-        default="fit",
+        default="keep",
         description="whether the optimizer's moments outlive an aggregation; `fit` = they stay where an adapter goes on"
         " as it is, and where it restarts in other directions the second moments' mean over the old ones stays",
     )
     init: Literal["shared", "independent"] = Field(
-        default="independent", description="whether all holders of a weight draw the same initial A"
+        default="shared", description="whether all holders of a weight draw the same initial A"
     )
     freeze: Literal["never", "planned"] = Field(
         default="planned",
