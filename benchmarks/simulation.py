@@ -153,7 +153,8 @@ def _all_checked(options: argparse.Namespace, console: Console) -> list[Checked]
     from hsplit.actors.fork_server import ForkServer
     from hsplit.actors.ray_executor import connect
 
-    overlap, checked = load_benchmark("overlap"), []
+    overlap = load_benchmark("overlap")
+    checked: list[Checked] = []
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
         folder = Path(name)
         model = overlap.tiny_model(folder / "model")
@@ -187,7 +188,8 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) ->
         silent = load_benchmark("overlap").Silent()
         coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), silent)
         coordinator.start()
-        rounds_s, steps_s = [], []
+        rounds_s: list[float] = []
+        steps_s: list[float] = []
         for _ in range(2):
             begun = time.perf_counter()
             coordinator.begin_round()

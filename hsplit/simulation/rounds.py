@@ -114,7 +114,8 @@ class _Simulation:
     def simulated(self, rounds: int) -> Simulated:
         plan = first = self._scheduler.plan()
         clients, server = self._scheduler.budgets()
-        done, plans = [], 1
+        done: list[Round] = []
+        plans = 1
         available = {client.name for client in plan.available}
         before = {client.name for client in plan.available}
         for round_, fleet in enumerate(islice(links(clients, self._traffic, self._job.seed), rounds), 1):

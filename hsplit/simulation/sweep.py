@@ -140,7 +140,8 @@ def sweep(
                 raise InputError(f"{option}: must be from 1 to {most} (got {value})")
     drawn = Traffic(leave, back, variation)
     settings: list[Setting] = []
-    for size in sorted(set(sizes)) or [None]:
+    wanted: list[int | None] = [*sorted(set(sizes))]
+    for size in wanted or [None]:
         run = _fleet(cluster, policy, overrides, cpu, size)
         traffic = drawn if trace is None else Traffic(leave, back, variation, read_trace(trace, run.clients))
         with shape_directory(run.job.model) as directory:

@@ -94,7 +94,6 @@ def test_clients_come_and_go_alike_for_one_seed(models: dict[str, Path]) -> None
     assert found != simulation(other, traffic, rounds=8)
     present = [r.present for r in found.rounds[1:]]
     assert present[0] == 20 and min(present) < 20
-    # A return brings what was learned meanwhile, so that more comes down than to the same number that stays.
     assert len({r.step_s for r in found.rounds[1:]}) > 1
 
 
