@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from hsplit.actors.peak_memory import PeakMemory
@@ -33,6 +31,7 @@ from hsplit.benchmark import (
     machine_description,
     markdown_table,
     results_directory,
+    show_table,
     write_rows,
 )
 from hsplit.lora.aggregation import Contribution, Restart, noise_free
@@ -134,12 +133,7 @@ def _at_size(options: argparse.Namespace, console: Console, machine: dict[str, s
     title = f"Aggregating one weight, residual capped at {CAP}, ranks {RANKS[0]} to {RANKS[1]} mixed"
     columns = ["way", "side", "holders", "ranks together", "seconds", "peak / factors", "peak / dense", "cut", "error"]
     cells = [_cells(row) for row in rows]
-    table = Table(title=title, box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for line in cells:
-        table.add_row(*line)
-    console.print(table)
+    show_table(console, columns, cells, title=title)
     return f"## {title}\n\n{markdown_table(columns, cells)}"
 
 

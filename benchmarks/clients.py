@@ -19,11 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import (
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    show_table,
+    write_rows,
+)
+from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: 1}}
@@ -75,10 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds += found
         console.print(f"{clients} clients: {starts[clients]:.1f} s to the first step, {len(found)} rounds")
     columns, cells = table(rounds, starts)
-    shown = Table(*columns, box=SIMPLE_HEAD)
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    show_table(console, columns, cells)
     to: Path = options.to
     to.mkdir(parents=True, exist_ok=True)
     header = {**machine_description("ray", "torch"), "rounds": options.rounds, "local_steps": options.steps}
@@ -93,7 +96,7 @@ def run_of(clients: int, rounds: int, steps: int) -> tuple[float, list[Round]]:
     import ray
 
     from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     overlap = load_benchmark("overlap")
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
@@ -114,8 +117,8 @@ def _trained(run: Any, model: Path, folder: Path, begun: float) -> tuple[float, 
     from hsplit.actors.executor import SCHEDULER, SERVER
     from hsplit.actors.ray_executor import RayExecutor
     from hsplit.coordinator import Coordinator
-    from hsplit.launcher import read_inputs
     from hsplit.models.source import find_model
+    from hsplit.preparation import read_inputs
     from hsplit.run_directory import RunDirectory
 
     executor = RayExecutor("clients", run, model)
@@ -131,10 +134,11 @@ def _trained(run: Any, model: Path, folder: Path, begun: float) -> tuple[float, 
     return watch.trained_at - begun, watch.rounds
 
 
-class _Watch:
+class _Watch(SilentDisplay):
     """A display that looks at memory and at the clock when a round is done."""
 
     def __init__(self, clients: int, pids: dict[str, int]) -> None:
+        super().__init__()
         self._clients, self._pids = clients, pids
         self.rounds: list[Round] = []
         self.trained_at = self._last = 0.0
@@ -149,9 +153,6 @@ class _Watch:
             virtual_s = row.virtual_time_s - self._virtual_s
             self.rounds.append(Round(self._clients, row.round, now - self._last, **memory, virtual_s=virtual_s))
         self._last, self._virtual_s = time.perf_counter(), row.virtual_time_s
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **fields: None
 
 
 def _memory_mb(pid: int) -> float:
@@ -179,7 +180,7 @@ def table(rounds: Sequence[Round], starts: dict[int, float]) -> tuple[list[str],
 
 def _configured(folder: Path, model: Path, data: Path, clients: int, rounds: int, steps: int) -> Any:
     from hsplit.config import load_run_config
-    from hsplit.launcher import settled
+    from hsplit.preparation import settled
 
     cluster = folder / "cluster.yaml"
     cluster.write_text(CLUSTER.format(clients=clients, model=model, data=data, rounds=rounds, steps=steps))

@@ -38,11 +38,17 @@ from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import (
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    show_table,
+    write_rows,
+)
+from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
 server: {{memory_gb: 8, tflops: {server}}}
@@ -249,7 +255,9 @@ class Experiment:
 
     def __init__(self, folder: Path, scale: Scale, speedup: float, quotas: Any) -> None:
         self._folder, self._scale, self._speedup, self._quotas = folder, scale, speedup, quotas
-        self._model = small_model(folder / "model", scale)
+        sizes = {"hidden_size": scale.hidden, "intermediate_size": 3 * scale.hidden, "num_hidden_layers": scale.layers}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+        self._model = load_benchmark("overlap").tiny_model(folder / "model", WORDS, **sizes, **heads)
         self._data = texts(folder / "texts.csv", scale)
 
     def configured(
@@ -257,7 +265,7 @@ class Experiment:
     ) -> Any:
         """The run of one setting."""
         from hsplit.config import load_run_config
-        from hsplit.launcher import settled
+        from hsplit.preparation import settled
 
         scale = self._scale
         link = {"mbps": f"{budgets.bandwidth_bps / 1e6:.3f}", "latency": f"{1e3 * budgets.latency_s:.4f}"}
@@ -294,9 +302,9 @@ class Experiment:
         from hsplit.actors.messages import WireTensor
         from hsplit.actors.ray_executor import RayExecutor
         from hsplit.actors.scheduler import Scheduler
-        from hsplit.launcher import read_inputs
         from hsplit.lora.holder import RoundUpdate
         from hsplit.models.source import find_model
+        from hsplit.preparation import read_inputs
 
         scale = self._scale
         # The server's share is given to a client too, so that all do the same work.
@@ -411,10 +419,10 @@ class Experiment:
 
         from hsplit.actors.ray_executor import RayExecutor
         from hsplit.coordinator import Coordinator
-        from hsplit.launcher import read_inputs
         from hsplit.models.source import find_model
         from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
         from hsplit.observe.timing import TimingRow
+        from hsplit.preparation import read_inputs
         from hsplit.run_directory import RunDirectory
 
         executor = RayExecutor(f"clock-{time.monotonic_ns()}", run, self._model)
@@ -465,18 +473,16 @@ def _of_rounds(rows: Sequence[Any]) -> Any:
     return replace(rows[-1], measured_time_s=median(row.measured_time_s for row in rows))
 
 
-class _Watch:
+class _Watch(SilentDisplay):
     """A display that calls ``then`` when round ``last`` is done."""
 
     def __init__(self, last: int, then: Any) -> None:
+        super().__init__()
         self._last, self._then = last, then
 
     def round_done(self, row: Any, holders: Any, timing: Any) -> None:
         if row.round == self._last:
             self._then()
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **fields: None
 
 
 def _without_profiler(executor: Any) -> None:
@@ -520,24 +526,6 @@ def _messages(one: Any, other: Any) -> tuple[float, float]:
     large = median(chain(LARGE) for _ in range(3))
     # Driver to one, one to the other, and back to the driver: three ways.
     return small / 3, 8 * LARGE / max(large - small, 1e-3)
-
-
-def small_model(to: Path, scale: Scale) -> Path:
-    """Save a random model with a word-level tokenizer into ``to``."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": scale.hidden, "intermediate_size": 3 * scale.hidden, "num_hidden_layers": scale.layers}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
-    config = LlamaConfig(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **sizes, **heads)
-    LlamaForCausalLM(config).save_pretrained(to)
-    words = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(to)
-    return to
 
 
 def texts(to: Path, scale: Scale) -> Path:
@@ -605,10 +593,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with quotas.ahead():
         _run(scale, options, quotas, console, rows, holders, drawn)
     for columns, cells in (table(rows), holder_table(holders)):
-        shown = Table(*columns, box=SIMPLE_HEAD)
-        for cell in cells:
-            shown.add_row(*cell)
-        console.print(shown)
+        show_table(console, columns, cells)
     furthest = max((ratio for row in rows for ratio in row.ratios), key=lambda ratio: abs(ratio - 1))
     console.print(f"furthest from one another: {furthest:.3f}")
     to: Path = options.to
@@ -641,7 +626,7 @@ def _run(
     import ray
 
     from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
         experiment = Experiment(Path(name), scale, options.speedup, quotas)

@@ -263,10 +263,12 @@ def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, cons
 def _parameters(model: Path) -> int:
     """Weights of a model, each once."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from hsplit.models.segment import model_config
 
     with init_empty_weights():
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        made = AutoModelForCausalLM.from_config(model_config(model), trust_remote_code=False)
     made.tie_weights()
     return sum(p.numel() for p in made.parameters())
 

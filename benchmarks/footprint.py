@@ -152,9 +152,9 @@ def _pair(options: argparse.Namespace, base: str, clients: int, wire: str, split
     from hsplit.actors.participant import base_model
     from hsplit.actors.scheduler import Scheduler
     from hsplit.actors.server import Server
-    from hsplit.launcher import read_inputs
     from hsplit.lora.holder import RoundUpdate
     from hsplit.models.source import find_model
+    from hsplit.preparation import read_inputs
 
     options = argparse.Namespace(**{**vars(options), "split": options.split if split is None else split})
     with tempfile.TemporaryDirectory() as folder:

@@ -9,15 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from hsplit.actors.client import Client
 from hsplit.actors.executor import SERVER
 from hsplit.actors.server import Server
-from hsplit.benchmark import markdown_table, write_rows
+from hsplit.benchmark import markdown_table, show_table, write_rows
 from hsplit.config import Job, Policy
 from hsplit.config.policy import Importance
 from hsplit.data import partition, read_examples
@@ -316,10 +314,5 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def _shown(title: str, columns: list[str], cells: list[list[str]], console: Console) -> str:
-    table = Table(title=title, box=SIMPLE_HEAD)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right")
-    for line in cells:
-        table.add_row(*line)
-    console.print(table)
+    show_table(console, columns, cells, title=title, left=2)
     return f"## {title}\n\n{markdown_table(columns, cells)}"

@@ -71,7 +71,7 @@ def overlaps(steps: int, console: Console) -> list[Overlap]:
     import ray
 
     from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
         folder = Path(name)
@@ -115,8 +115,9 @@ def _measured(
     from hsplit.actors.ray_executor import RayExecutor
     from hsplit.actors.scheduler import Scheduler
     from hsplit.coordinator import Coordinator
-    from hsplit.launcher import read_inputs
     from hsplit.models.source import find_model
+    from hsplit.observe.silent_display import SilentDisplay
+    from hsplit.preparation import read_inputs
     from hsplit.run_directory import RunDirectory
 
     def configured(client_tflops: float, server_tflops: float) -> Any:
@@ -135,7 +136,7 @@ def _measured(
     executor = RayExecutor(f"overlap-{balance}-{parts}", run, model)
     try:
         directory = RunDirectory.create(folder, f"{balance.replace(' ', '-')}-{parts}")
-        coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), Silent())
+        coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), SilentDisplay())
         coordinator.start()
         coordinator.begin_round()
         predicted = coordinator._step_time_s
@@ -151,16 +152,9 @@ def _measured(
     return Overlap(balance, parts, *wanted, bound, predicted, median(seconds[2:]))
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **fields: None
-
-
 def _configured(folder: Path, model: Path, data: Path, client_tflops: float, server_tflops: float, parts: int) -> Any:
     from hsplit.config import load_run_config
-    from hsplit.launcher import settled
+    from hsplit.preparation import settled
 
     cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
     speeds = {"client_tflops": f"{client_tflops:.12f}", "server_tflops": f"{server_tflops:.12f}"}
@@ -169,19 +163,19 @@ def _configured(folder: Path, model: Path, data: Path, client_tflops: float, ser
     return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
 
 
-def tiny_model(to: Path) -> Path:
-    """Save a random model with a word-level tokenizer into ``to``."""
+def tiny_model(to: Path, words: int = WORDS, **changes: int) -> Path:
+    """Save a random Llama with a tokenizer of ``words`` words into ``to``; ``changes`` are of its sizes."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config = LlamaConfig(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **sizes, **heads)
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, **changes}
+    config = LlamaConfig(vocab_size=words, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(to)
-    words = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    vocabulary = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, words)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(to)
     return to

@@ -21,15 +21,12 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
 
 import argparse  # noqa: E402
-import csv  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import platform  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import asdict, dataclass, replace  # noqa: E402
-from importlib.metadata import version  # noqa: E402
 from itertools import groupby  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -39,7 +36,7 @@ from rich.box import SIMPLE_HEAD  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from hsplit.benchmark import results_directory  # noqa: E402
+from hsplit.benchmark import keep_to_one_core, machine_description, results_directory, write_rows  # noqa: E402
 from hsplit.config import Job, Policy, load_run_config  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
 from hsplit.scheduling.cost import CostModel  # noqa: E402
@@ -119,7 +116,8 @@ class Worth:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run both parts, print their tables and write them down."""
     options = _options(arguments)
-    machine = _one_core()
+    keep_to_one_core()
+    machine = {"seconds": "wall time on one core, measured", **machine_description("numpy", "torch")}
     options.to.mkdir(parents=True, exist_ok=True)
     console = Console()
     timings = _timings(options, console)
@@ -149,32 +147,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--clients and --repeat must be at least 1")
     options.clients = sorted(set(options.clients))
     return options
-
-
-def _one_core() -> dict[str, str]:
-    """Keep to one core and one thread; what the figures were measured on."""
-    import torch
-
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    return {
-        "seconds": "wall time on one core, measured",
-        "processor": _processor(),
-        "system": platform.platform(),
-        "versions": ", ".join(
-            [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("numpy", "torch"))]
-        ),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 # -- how long planning takes --------------------------------------------------------------------------------------
@@ -298,9 +270,9 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
 
 
 def _worths(cluster: str) -> list[Worth]:
-    from hsplit.launcher import settled
     from hsplit.models.segment import model_config
     from hsplit.models.source import find_model
+    from hsplit.preparation import settled
 
     run = settled(load_run_config(cluster))
     cost = CostModel(model_config(find_model(run.job.model).directory), run.job)
@@ -337,13 +309,9 @@ def _worth_table(worths: list[Worth], cluster: str) -> Table:
 
 
 def _write(path: Path, rows: Sequence[Timing | Worth], header: dict[str, Any]) -> None:
-    """A CSV with ``# key: value`` lines before its header, which pandas reads with ``comment="#"``; and JSON."""
+    """A CSV and a JSON file of the same figures."""
     records = [asdict(row) for row in rows]
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
-        writer = csv.DictWriter(file, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    write_rows(path, records, header)
     path.with_suffix(".json").write_text(json.dumps({**header, "rows": records}, indent=2) + "\n")
 
 

@@ -26,25 +26,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from hsplit.actors.activation_noise import ActivationNoise
 from hsplit.actors.messages import WireTensor
 from hsplit.actors.participant import base_model
-from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import (
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    show_table,
+    write_rows,
+)
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Inputs
 from hsplit.data import Example, TokenizedExample, read_examples, tokenize
 from hsplit.data.meaning import parse_meaning
 from hsplit.data.sources import BUILT_IN
-from hsplit.launcher import settled
 from hsplit.local_run import local_run
 from hsplit.models.packing import Packing
 from hsplit.models.segment import Segment, SegmentSpec, layer_count, load_segment, model_config
 from hsplit.models.source import find_model
+from hsplit.observe.silent_display import SilentDisplay
+from hsplit.preparation import settled
 from hsplit.run_directory import RunDirectory
 
 CLUSTER = """
@@ -145,10 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = _Benchmark(options)
     benchmark.run(console)
     columns, cells = table(benchmark.learned, benchmark.attacked)
-    shown = Table(*columns, box=SIMPLE_HEAD)
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    show_table(console, columns, cells)
     for line in benchmark.facts():
         console.print(line)
     (options.to / "privacy.md").write_text(
@@ -369,7 +372,7 @@ class _Benchmark:
     def _learned(self, split: int, noise: float, clip: float) -> tuple[Learned, Segment]:
         """Fine-tune on the private texts; returns also a client's front at the end."""
         run = self._configured(split, noise, clip)
-        display = _Rows()
+        display = SilentDisplay()
         with tempfile.TemporaryDirectory() as name:
             directory = RunDirectory.create(Path(name), "run")
             coordinator = local_run(
@@ -380,7 +383,7 @@ class _Benchmark:
             clients = [actor for actor_name, actor in executor.actors.items() if actor_name.startswith("client")]
             for client in clients:
                 client._noise = ActivationNoise(0.0, clip)
-            loss, tokens = coordinator._validate()
+            loss, tokens = coordinator.validate()
             front = clients[0].holder.segment
         noiseless = min(loss / max(tokens, 1), 700.0)
         perplexities = (
@@ -419,19 +422,6 @@ class _Benchmark:
             share = float((read == labels).float().mean())
             found.append({"wire": wire, "positions": str(len(labels)), "recovered": f"{share:.5f}"})
         return found
-
-
-class _Rows:
-    """A display that keeps the rounds' rows."""
-
-    def __init__(self) -> None:
-        self.rows: list[Any] = []
-
-    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
-        self.rows.append(row)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **fields: None
 
 
 # -- texts --------------------------------------------------------------------------------------------------------

@@ -25,11 +25,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import (
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    show_table,
+    write_rows,
+)
+from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: {server_tflops}, num_cpus: 0.01, replicas: {servers}}}
@@ -121,10 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _show(table: tuple[list[str], list[list[str]]], to: Path, console: Console) -> None:
     columns, cells = table
-    shown = Table(*columns, box=SIMPLE_HEAD)
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    show_table(console, columns, cells)
     to.write_text(markdown_table(columns, cells))
 
 
@@ -163,7 +166,7 @@ def _speeds(options: argparse.Namespace, console: Console) -> list[Speed]:
     import ray
 
     from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     overlap = load_benchmark("overlap")
     found = []
@@ -189,17 +192,16 @@ def _speeds(options: argparse.Namespace, console: Console) -> list[Speed]:
 def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, options: argparse.Namespace) -> Speed:
     from hsplit.actors.ray_executor import RayExecutor
     from hsplit.coordinator import Coordinator
-    from hsplit.launcher import read_inputs
     from hsplit.models.source import find_model
+    from hsplit.preparation import read_inputs
     from hsplit.run_directory import RunDirectory
 
     run = _configured(folder, model, data, clients, servers, options.steps)
     executor = RayExecutor(f"replicas-{clients}-{servers}", run, model)
     try:
         directory = RunDirectory.create(folder, f"{clients}-{servers}")
-        coordinator = Coordinator(
-            run, executor, directory, read_inputs(run, find_model(str(model))), load_benchmark("overlap").Silent()
-        )
+        inputs = read_inputs(run, find_model(str(model)))
+        coordinator = Coordinator(run, executor, directory, inputs, SilentDisplay())
         begun = time.perf_counter()
         coordinator.start()
         start_s = time.perf_counter() - begun
@@ -213,10 +215,10 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
         return Speed(
             clients,
             servers,
-            coordinator._plan.makespan_s,
+            coordinator.standing.plan.makespan_s,
             # The first step also takes what is only once.
             median(seconds[2:]),
-            coordinator._plan.server.predicted_bytes / 1e6,
+            coordinator.standing.plan.server.predicted_bytes / 1e6,
             sum(handed) / 1e6,
             start_s,
         )
@@ -228,7 +230,7 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, servers: in
     from hsplit.actors.executor import SERVER
     from hsplit.actors.scheduler import Scheduler
     from hsplit.config import load_run_config
-    from hsplit.launcher import settled
+    from hsplit.preparation import settled
 
     cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
     policy.write_text(SPEED_POLICY)
@@ -289,9 +291,9 @@ def _all_learned(options: argparse.Namespace, console: Console) -> list[Learned]
 
 def _learned(clients: int, servers: int, model: str | None) -> Learned:
     from hsplit.config import load_run_config
-    from hsplit.launcher import read_inputs, settled
     from hsplit.local_run import local_run
     from hsplit.models.source import find_model
+    from hsplit.preparation import read_inputs, settled
     from hsplit.run_directory import RunDirectory
 
     with tempfile.TemporaryDirectory() as name:
@@ -305,21 +307,9 @@ def _learned(clients: int, servers: int, model: str | None) -> Learned:
         run = settled(load_run_config(cluster, None, LEARNING))
         source = find_model(run.job.model)
         directory = RunDirectory.create(folder, "run")
-        watch = _Last()
+        watch = SilentDisplay()
         local_run(run, source.directory, directory, read_inputs(run, source), watch).run()
-    return Learned(clients, servers, watch.row.tokens, watch.row.val_ppl)
-
-
-class _Last:
-    """A display that keeps the last round's row."""
-
-    row: Any = None
-
-    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
-        self.row = row
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **fields: None
+    return Learned(clients, servers, watch.rows[-1].tokens, watch.rows[-1].val_ppl)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -151,7 +151,7 @@ def _all_checked(options: argparse.Namespace, console: Console) -> list[Checked]
     import ray
 
     from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     overlap = load_benchmark("overlap")
     checked: list[Checked] = []
@@ -174,8 +174,9 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) ->
     from hsplit.actors.ray_executor import RayExecutor
     from hsplit.actors.scheduler import Scheduler
     from hsplit.coordinator import Coordinator
-    from hsplit.launcher import read_inputs
     from hsplit.models.source import find_model
+    from hsplit.observe.silent_display import SilentDisplay
+    from hsplit.preparation import read_inputs
     from hsplit.run_directory import RunDirectory
     from hsplit.simulation.rounds import simulated
 
@@ -185,8 +186,8 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) ->
     executor = RayExecutor(f"simulation-{clients}", run, model)
     try:
         directory = RunDirectory.create(folder, f"run-{clients}")
-        silent = load_benchmark("overlap").Silent()
-        coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), silent)
+        inputs = read_inputs(run, find_model(str(model)))
+        coordinator = Coordinator(run, executor, directory, inputs, SilentDisplay())
         coordinator.start()
         rounds_s: list[float] = []
         steps_s: list[float] = []
@@ -199,7 +200,7 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) ->
                 steps_s.append(time.perf_counter() - since)
             coordinator.aggregate()
             coordinator.progress.round += 1
-            coordinator._close_round(coordinator._validate())
+            coordinator.validate()
             rounds_s.append(time.perf_counter() - begun)
         # The first round's steps also take what is only once.
         step_s, round_s = median(steps_s[steps:]), rounds_s[-1]
@@ -213,7 +214,7 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int)
     from hsplit.actors.executor import SERVER
     from hsplit.actors.scheduler import Scheduler
     from hsplit.config import load_run_config
-    from hsplit.launcher import settled
+    from hsplit.preparation import settled
 
     cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
     policy.write_text(POLICY)

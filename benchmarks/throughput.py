@@ -22,12 +22,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from hsplit.actors.fork_server import MODULES, ForkServer
-from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import (
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    show_table,
+    write_rows,
+)
+from hsplit.observe.silent_display import SilentDisplay
 from hsplit.observe.timing import timing_rows
 from hsplit.observe.timing_record import step_shares
 
@@ -137,10 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = "\n".join(f"- {key}: {value}" for key, value in header.items())
     (options.to / "throughput.md").write_text("\n".join([facts, *("\n" + markdown_table(*t) for t in tables)]))
     for columns, rows in tables:
-        shown = Table(*columns, box=SIMPLE_HEAD)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+        show_table(console, columns, rows)
     console.print(f"written to {options.to}")
 
 
@@ -171,7 +174,7 @@ def configured(
 ) -> Any:
     """The resolved configuration of equal clients, all at ``options.split`` and ``options.rank``."""
     from hsplit.config import load_run_config
-    from hsplit.launcher import settled
+    from hsplit.preparation import settled
 
     cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
     data = Path(options.data).resolve() if Path(options.data).is_file() else options.data
@@ -190,9 +193,9 @@ def step_timings(options: argparse.Namespace, dtype: str, console: Console) -> l
     """All contenders in turn, in one dtype."""
     import ray
 
-    from hsplit.actors.ray_executor import connect
-    from hsplit.launcher import read_inputs
+    from hsplit.actors.ray_connection import connect
     from hsplit.models.source import find_model
+    from hsplit.preparation import read_inputs
 
     rivals = load_benchmark("rivals")
     ray.cloudpickle.register_pickle_by_value(rivals)
@@ -259,7 +262,7 @@ class _Product:
 
         self._executor = RayExecutor(name, run, source.directory)
         directory = RunDirectory.create(folder, name)
-        self._coordinator = Coordinator(run, self._executor, directory, inputs, load_benchmark("overlap").Silent())
+        self._coordinator = Coordinator(run, self._executor, directory, inputs, SilentDisplay())
         self._coordinator.start()
         for round_ in range(rounds):
             self._coordinator.local_step(round_)
@@ -340,9 +343,9 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
     from hsplit.actors.participant import base_model
     from hsplit.actors.scheduler import Scheduler
     from hsplit.actors.server import Server
-    from hsplit.launcher import read_inputs
     from hsplit.lora.holder import RoundUpdate
     from hsplit.models.source import find_model
+    from hsplit.preparation import read_inputs
 
     with tempfile.TemporaryDirectory() as folder:
         run = configured(options, "fp32", "nf4", clients, Path(folder))

@@ -17,20 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from hsplit.actors.scheduler import Scheduler
-from hsplit.benchmark import machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import machine_description, markdown_table, results_directory, show_table, write_rows
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Inputs
-from hsplit.launcher import check_model, read_inputs, settled
 from hsplit.local_run import local_run
 from hsplit.models.source import find_model
 from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.plain_display import PlainDisplay
 from hsplit.observe.timing import TimingRow
+from hsplit.preparation import check_model, read_inputs, settled
 from hsplit.run_directory import RunDirectory
 
 WIRES = ("fp32", "bf16", "int8")
@@ -93,12 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [_cells(row) for row in rows]
     facts = "\n".join(f"- {key}: {value}" for key, value in machine.items())
     (options.to / "wire.md").write_text(f"{facts}\n\n{markdown_table(columns, cells)}")
-    table = Table(title=f"{options.cluster}: activations and gradients at a narrower wire", box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "wire" else "right")
-    for line in cells:
-        table.add_row(*line)
-    console.print(table)
+    title = f"{options.cluster}: activations and gradients at a narrower wire"
+    show_table(console, columns, cells, title=title)
     console.print(f"written to {options.to}")
 
 

@@ -19,7 +19,7 @@ from hsplit.config.files import displayed
 from hsplit.config.overrides import Overrides
 from hsplit.config.section import shown
 from hsplit.errors import InputError, RunError, os_reason
-from hsplit.launcher import check_model, helpers_of, ray_of, settled
+from hsplit.launcher import helpers_of, ray_of
 from hsplit.measuring.cluster_file import load_unmeasured, measured_file
 from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, server_flops
 from hsplit.measuring.figure import Figure, Figures
@@ -27,6 +27,7 @@ from hsplit.measuring.link import SIZES, Link, measure_link
 from hsplit.measuring.memory import HEADROOM, Place, shared_out
 from hsplit.models.segment import model_config
 from hsplit.models.source import find_model
+from hsplit.preparation import check_model, settled
 from hsplit.run_directory import write_text_atomically
 from hsplit.scheduling.cost import CostModel
 

@@ -18,42 +18,32 @@ from hsplit.actors.executor import LOCALHOST, ActorFailure
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
-from hsplit.config import Partition, Policy, RunConfig, load_run_config
+from hsplit.config import RunConfig, load_run_config
 from hsplit.config.files import parse_yaml
 from hsplit.config.overrides import Overrides
-from hsplit.config.section import is_reference
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import InputError, RunError, os_reason
 from hsplit.exporting import export
-from hsplit.extension import origin
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
-from hsplit.lora.aggregation import find_aggregation
-from hsplit.models.checkpoint_reader import model_fingerprint
-from hsplit.models.dtype import dtype_name, resolve_dtype
-from hsplit.models.families import family_of
-from hsplit.models.segment import layer_count, linear_shapes, load_tokenizer, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.discovery import announce, discovery_file
+from hsplit.observe.logs import check_logs, logs_of
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.observers import Observers
 from hsplit.observe.progress_file import ProgressFile
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.report import write_report
-from hsplit.observe.run_log import check_logs, logs_of
 from hsplit.observe.runs import results_lines, way_on
 from hsplit.observe.terminal import Display, display_for
+from hsplit.preparation import check_model, own_code, read_inputs, settled
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.importance import equal_importance, find_metric
+from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
-from hsplit.scheduling.rank_rules import find_rank_rule
-from hsplit.scheduling.split_rules import find_split_rule
 
 if TYPE_CHECKING:
     import pandas
-
-    from hsplit.data import Example
 
 # For clients that join a local run, however little the others ask for.
 _LEAST_SPARE_CPUS = 4
@@ -105,7 +95,8 @@ def launch(
         cluster: path or name of a cluster file.
         policy: path or name of a policy file; ``hsplitlora`` by default.
         overrides: ``key=value`` strings, or a mapping of dotted keys.
-        runs_dir, name: where the run's directory goes, and its name (made up from the time by default).
+        runs_dir: where the run's directory goes.
+        name: the run's name, made up from the time by default.
         address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
         cpu: run a cluster file with GPUs on CPUs.
         dashboard_host: where a local Ray's dashboard listens; by default only this machine reaches it.
@@ -229,104 +220,6 @@ def leave(path: str | Path, client: str) -> None:
     post_leave(RunDirectory.open(Path(path)), client)
 
 
-# -- before anything starts ---------------------------------------------------------------------------------------
-
-
-def settled(run: RunConfig) -> RunConfig:
-    """``run`` without anything that a resume from elsewhere could read differently.
-
-    ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.
-    """
-    device = "cuda" if run.server.num_gpus > 0 else "cpu"
-    job, source = run.job, Path(os.path.expanduser(run.job.data.source))
-    changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device))}
-    if os.path.isfile(source):
-        changes["data"] = job.data.model_copy(update={"source": str(source.resolve())})
-    if os.path.isdir(model := os.path.expanduser(job.model)):
-        changes["model"] = str(Path(model).resolve())
-    return run.model_copy(update={"job": job.model_copy(update=changes)})
-
-
-def check_model(run: RunConfig, source: ModelSource) -> None:
-    """Refuse a model without a family, targets that match nothing, a split past the last layer, and a user's own part
-    of the policy that cannot be found.
-    """
-    own_code(run.policy)
-    config = model_config(source.directory)
-    family_of(config.model_type)
-    targeted(linear_shapes(config), run.job.targets)
-    layers = layer_count(config)
-    if isinstance(run.policy.split, int) and run.policy.split > layers:
-        raise InputError(
-            f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "
-            f"(got {run.policy.split})"
-        )
-
-
-def own_code(policy: Policy) -> list[str]:
-    """Find the parts that a policy names, and say of each that is the user's own which file's code it runs.
-
-    Raises:
-        InputError: one of them cannot be found.
-    """
-    find_aggregation(policy.aggregation)
-    find_rank_rule(policy.ranks)
-    find_split_rule(policy.split)
-    find_metric(policy.importance.metric)
-    named = (policy.aggregation, policy.ranks, policy.split, policy.importance.metric)
-    own = [str(word) for word in dict.fromkeys(named) if is_reference(word)]
-    return [f"{word} is code from {origin(word)}" for word in own]
-
-
-def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], list[Example]]:
-    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees."""
-    from hsplit.data import read_examples, split_off_test
-
-    job, data = run.job, run.job.data
-    examples = read_examples(
-        data.source,
-        examples=data.examples,
-        seed=job.seed,
-        label=data.label,
-        separator=data.separator,
-        limit=data.limit,
-        chat=_chat_of(source),
-    )
-    return split_off_test(examples, data.test, job.seed)
-
-
-def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
-    """Read the shared data and share it out over the clients that bring none of their own."""
-    from hsplit.data import file_sha256, partition
-
-    job, data = run.job, run.job.data
-    sharing = [client.name for client in run.clients if client.data is None]
-    shares: dict[str, Any] = {client.name: None for client in run.clients}
-    digest = ""
-    if sharing:
-        examples, _ = read_shared(run, source)
-        spec = data.partition
-        how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
-        parts = partition(examples, len(sharing), how, job.seed)
-        for name, part in zip(sharing, parts, strict=True):
-            shares[name] = [examples[i] for i in part]
-        path = os.path.expanduser(data.source)
-        digest = file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {job.seed}"
-    return Inputs(shares, model_fingerprint(source.directory), digest)
-
-
-def _chat_of(source: ModelSource) -> Any:
-    from hsplit.actors.participant import chat_template
-
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        template = chat_template(load_tokenizer(source.directory))
-        if template is None:
-            raise InputError("job.model: its tokenizer has no chat template, which messages need")
-        return str(template(messages, add_generation_prompt))
-
-    return render
-
-
 @dataclass(frozen=True)
 class Helpers:
     """Processes beside the driver.
@@ -446,7 +339,7 @@ def ray_of(
     """Ray for ``run``'s actors, unless this process is connected already; yields the dashboard's address, if any."""
     import ray
 
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     if ray.is_initialized():
         yield None

@@ -41,6 +41,12 @@ def _quantized_anew() -> None:
     weights.SMALLEST_ENTRIES = sys.maxsize
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of this test's own: nothing is taken from what was kept before."""
+    monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories of a tiny random model of each family, with a tokenizer."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.config import Client, Importance, Job, Policy, RunConfig
-from hsplit.launcher import read_inputs
 from hsplit.models.source import find_model
+from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, coordinator, fixed_plan
 from tests.tiny import WORDS

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hsplit.actors.executor import Executor
 from hsplit.actors.scheduler import Review
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Importance, Job, Policy, RunConfig, ServerSpec
@@ -15,43 +15,33 @@ from hsplit.coordinator import Coordinator, Inputs
 from hsplit.data import Example
 from hsplit.local_run import local_run
 from hsplit.models.segment import linear_shapes, model_config, targeted
+from hsplit.observe.silent_display import SilentDisplay
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.tiny import WORDS
 
 
-@dataclass
-class Recorder:
+class Recorder(SilentDisplay):
     """A display that keeps what it is told."""
 
-    losses: list[dict[str, float]] = field(default_factory=list)
-    rows: list[Any] = field(default_factory=list)
-    tables: list[tuple[Any, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    after_step: Any = None
+    def __init__(self, after_step: Any = None) -> None:
+        super().__init__()
+        self.losses: list[dict[str, float]] = []
+        self.tables: list[tuple[Any, Any]] = []
+        self.notes: list[str] = []
+        self.after_step = after_step
 
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *args: object) -> None: ...
-
-    def started(self, run_name: str, lines: list[str]) -> None: ...
-
-    def plan(self, plan: Plan) -> None: ...
-
-    def step(self, round_: int, rounds: int, step: int, steps: int, losses: dict[str, float], states: Any) -> None:
+    def step(self, round: int, rounds: int, step: int, steps: int, losses: Any, states: Any) -> None:
         self.losses.append(losses)
         if self.after_step is not None:
             self.after_step(step)
 
     def round_done(self, row: Any, holders: Any, timing: Any) -> None:
-        self.rows.append(row)
+        super().round_done(row, holders, timing)
         self.tables.append((holders, timing))
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self.notes.append(text)
-
-    def finished(self, lines: list[str]) -> None: ...
 
 
 class FixedScheduler:
@@ -73,6 +63,9 @@ class FixedScheduler:
 
     def step_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
         return plan.makespan_s
+
+    def probe_due(self, round_: int) -> bool:
+        return True
 
     def probe_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
         return 0.125
@@ -101,6 +94,12 @@ def planned_run(
 ) -> Coordinator:
     """A coordinator over plain objects whose plans are the scheduler's own, ready to run."""
     return local_run(run, model, directory, Inputs(shares, "model", "data"), recorder)
+
+
+def reached_by(executor: Executor, made: Coordinator) -> Coordinator:
+    """The run of ``made``, which has not begun, with its actors reached through ``executor``."""
+    standing = made.standing
+    return Coordinator(standing.declared, executor, standing.directory, standing.inputs, standing.display)
 
 
 def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:

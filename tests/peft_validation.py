@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
-from hsplit.launcher import read_inputs
 from hsplit.models.source import find_model
+from hsplit.preparation import read_inputs
 
 
 def main(run: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hsplit.actors.executor import ActorFailure
+from hsplit.actors.executor import SCHEDULER, ActorFailure
+from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import latest_checkpoint
 from hsplit.config import Client, Job, Policy, RunConfig, ScheduledChange, ServerSpec
 from hsplit.errors import InputError
@@ -88,7 +89,7 @@ def test_a_client_that_no_longer_fits_leaves_and_comes_back(model: Path, tmp_pat
 
 
 def test_importance_is_probed_and_blended_and_decides_the_plan(model: Path, tmp_path: Path) -> None:
-    run = a_run(model)
+    run = a_run(model, Policy.model_validate({"importance": {"back_off": False}}))
     directory = RunDirectory.create(tmp_path, "run")
     planned_run(run, model, directory, shares(run), Recorder()).run()
     scores = [e for e in read_events(directory.events) if e["event"] == "importance"]
@@ -98,6 +99,24 @@ def test_importance_is_probed_and_blended_and_decides_the_plan(model: Path, tmp_
     plans = plans_by_round(directory)
     assert "equal importance" in plans[0]["importance"]
     assert plans[1]["importance"] == "probed until round 1"
+
+
+@pytest.mark.parametrize(("back_off", "probed"), [(True, [1, 3, 7]), (False, [1, 2, 3, 4, 5, 6, 7])])
+def test_the_next_probe_waits_twice_as_long_where_importance_has_settled(
+    model: Path, tmp_path: Path, back_off: bool, probed: list[int]
+) -> None:
+    settled = {"importance": {"back_off": back_off}, "replan": {"tau": 2.0}}
+    run = a_run(model, Policy.model_validate(settled))
+    run = run.model_copy(update={"job": run.job.model_copy(update={"rounds": 8})})
+    directory = RunDirectory.create(tmp_path, "run")
+    recorder = Recorder()
+    first = planned_run(run, model, directory, shares(run), recorder)
+    first.run()
+    assert [e["round"] for e in read_events(directory.events) if e["event"] == "importance"] == probed
+    # A scheduler that goes on from a checkpoint probes in the same rounds.
+    resumed = Scheduler(run, model)
+    resumed.load_state(json.loads(json.dumps(first._executor.actors[SCHEDULER].state())))  # type: ignore[attr-defined]
+    assert [round_ for round_ in range(8, 20) if resumed.probe_due(round_)][:1] == ([15] if back_off else [8])
 
 
 def test_without_a_reason_the_plan_stays(model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hsplit.deadlines import SLACK_S, Deadlines
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
 from tests.faulty import Fault, FaultyInProcess
-from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
+from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, reached_by
 
 CLIENTS = 3
 SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 3, "local_steps": 3, "lr": 1e-2, "batch_size": 2}
@@ -43,13 +43,13 @@ def run_with(
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(CLIENTS)}
     made = coordinator(model, to, plan, shares, recorder or Recorder(), **settings)
     faulty = FaultyInProcess(made._executor, faults, before)  # type: ignore[arg-type]
-    made._executor = made._training._executor = made._roster._executor = faulty  # type: ignore[attr-defined]
+    made = reached_by(faulty, made)
     made.run()
     return made
 
 
 def told(run: Coordinator, *kinds: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(run._directory.events) if event["event"] in kinds]
+    return [event for event in read_events(run.standing.directory.events) if event["event"] in kinds]
 
 
 def metrics(run: Coordinator) -> list[dict[str, Any]]:
@@ -357,7 +357,7 @@ def test_out_of_memory_gives_a_smaller_plan(
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
     made = planned_run(run_config, models["llama"], RunDirectory.create(tmp_path, "short"), shares, Recorder())
     faulty = FaultyInProcess(made._executor, [replace(fault)])  # type: ignore[arg-type]
-    made._executor = made._training._executor = made._roster._executor = faulty  # type: ignore[attr-defined]
+    made = reached_by(faulty, made)
     made.run()
     assert faulty.happened
     plans = {name: [row for row in made.progress.plans if row["name"] == name] for name in ("c0", "c1")}
@@ -378,7 +378,7 @@ def test_a_lost_clients_rank_counts_for_what_all_restart_with(models: dict[str, 
     policy = Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"), reinit="svd")
     made = coordinator(models["llama"], tmp_path, plan, shares, Recorder(), policy, **settings)
     faulty = FaultyInProcess(made._executor, [Fault("c1", "forward", 2)])  # type: ignore[arg-type]
-    made._executor = made._training._executor = made._roster._executor = faulty  # type: ignore[attr-defined]
+    made = reached_by(faulty, made)
     made.start()
     for step in range(3):
         made.local_step(step)
@@ -417,7 +417,7 @@ def test_a_client_lost_when_the_run_is_stopped_is_back_after_the_resume(
         models["llama"], tmp_path, plan, shares, Recorder(after_step=stop), directory=directory, **settings
     )
     faulty = FaultyInProcess(run._executor, [Fault("c1", "forward", 5)])  # type: ignore[arg-type]
-    run._executor = run._training._executor = run._roster._executor = faulty  # type: ignore[attr-defined]
+    run = reached_by(faulty, run)
     assert not run.run()
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
     assert checkpoint.name == "round-0001-step-0005" and run.progress.lost == ["c1"]
@@ -439,7 +439,7 @@ def test_a_single_node_that_dies_after_its_round_repeats_it(models: dict[str, Pa
         shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
         made = planned_run(config, models["llama"], RunDirectory.create(tmp_path, name), shares, Recorder())
         faulty = FaultyInProcess(made._executor, faults)  # type: ignore[arg-type]
-        made._executor = made._training._executor = made._roster._executor = faulty  # type: ignore[attr-defined]
+        made = reached_by(faulty, made)
         made.run()
         found.append(metrics(made))
     assert found[0] == found[1] and len(told(made, "repeated")) == 1

@@ -21,7 +21,7 @@ from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.cost import CostModel
 from tests.faulty import Fault, FaultyInProcess
-from tests.in_process import Recorder, planned_run, random_examples
+from tests.in_process import Recorder, planned_run, random_examples, reached_by
 from tests.test_adaptation import JOB, a_run, bytes_for, part, plans_by_round, saved, shares
 
 EQUAL = Policy.model_validate({"importance": {"metric": "equal"}})
@@ -172,7 +172,7 @@ def test_a_round_is_repeated_with_and_without_those_who_came_and_went(
             method = {"server": "train_step", "scheduler": "aggregation_time_s"}.get(actor, "hand_in")
             nth = {"server": 6, "scheduler": 3, "tablet": 1, "large": 3}[actor]
             faulty = FaultyInProcess(going._executor, [Fault(actor, method, nth)])  # type: ignore[arg-type]
-            going._executor = going._training._executor = going._roster._executor = faulty  # type: ignore[attr-defined]
+            going = reached_by(faulty, going)
         assert going.run()
         if name == "disturbed":
             assert len(events(directory, "repeated")) == 1
@@ -322,7 +322,7 @@ def homeless(
 ) -> tuple[Coordinator, Recorder]:
     here, recorder = asking(run, model, directory, asks)
     executor = Homeless(here._executor, who)  # type: ignore[arg-type]
-    return Coordinator(run, executor, directory, here._inputs, recorder), recorder
+    return reached_by(executor, here), recorder
 
 
 def test_a_late_client_takes_part_when_there_is_a_place(model: Path, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_who_joins_without_a_place_takes_part_when_there_is_one(model: Path, tmp
     here, recorder = asking(run, model, directory, asks)
     executor = Homeless(here._executor, who)  # type: ignore[arg-type]
     executor.homeless, who_at_first = set(), executor.homeless
-    going = Coordinator(run, executor, directory, here._inputs, recorder)
+    going = reached_by(executor, here)
     executor.homeless = who_at_first
     assert going.run()
     assert [row.available_clients for row in recorder.rows][:3] == [3, 3, 3]
@@ -458,13 +458,13 @@ def drawing(model: Path, to: Path, count: int | None, **job: Any) -> tuple[Coord
 def test_so_many_clients_train_in_a_round_and_all_follow(model: Path, tmp_path: Path) -> None:
     going, recorder, directory = drawing(model, tmp_path, 2, rounds=6)
     trained: list[set[str]] = []
-    step = going._training.step
+    step = going.standing.training.step
 
     def watched(number: int, clients: list[str]) -> Any:
         trained.append({*clients})
         return step(number, clients)
 
-    going._training.step = watched  # type: ignore[method-assign]
+    going.standing.training.step = watched  # type: ignore[method-assign]
     assert going.run()
     assert {len(clients) for clients in trained} == {2}
     # The same in all of a round's steps, and others in other rounds; everybody has a turn.
@@ -494,7 +494,8 @@ def test_the_draw_depends_on_seed_and_round_alone(model: Path, tmp_path: Path) -
 def test_a_round_of_few_takes_their_virtual_time(model: Path, tmp_path: Path) -> None:
     going, recorder, directory = drawing(model, tmp_path, 1, rounds=6)
     assert going.run()
-    alone = {c: going._one("scheduler", "step_time_s", going._plan, [c]) for c in ("small", "middle", "large")}
+    plan = going.standing.plan
+    alone = {c: going.standing.ask("scheduler", "step_time_s", plan, [c]) for c in ("small", "middle", "large")}
     assert len(set(alone.values())) > 1
     drawn = [event["clients"][0] for event in events(directory, "cohort")]
     spent = [b.virtual_time_s - a.virtual_time_s for a, b in zip(recorder.rows, recorder.rows[1:], strict=False)]
@@ -506,7 +507,7 @@ def test_a_round_of_few_takes_their_virtual_time(model: Path, tmp_path: Path) ->
 def test_a_lost_clients_place_is_taken_by_the_next_in_the_draw(model: Path, tmp_path: Path) -> None:
     going, _, _ = drawing(model, tmp_path, 2)
     going.start()
-    roster = going._roster
+    roster = going.standing.roster
     drawn = roster.cohort(0, 1, 2)
     (idle,) = {*roster.present} - {*drawn}
     roster.present.remove(drawn[0])

@@ -16,11 +16,11 @@ from hsplit.config import Client, Job, RunConfig, ServerSpec, load_run_config
 from hsplit.config.files import preset_directory
 from hsplit.coordinator import Inputs
 from hsplit.errors import InputError
-from hsplit.launcher import check_model
 from hsplit.local_run import local_run
 from hsplit.lora.export import learned
 from hsplit.models.segment import model_config
 from hsplit.models.source import ModelSource
+from hsplit.preparation import check_model
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.cost import CostModel
 from tests.in_process import Recorder, random_examples
@@ -56,7 +56,7 @@ def test_the_pages_own_rules_make_the_plan_and_the_aggregation(example: Path, mo
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
     made = local_run(run, models["llama"], directory, Inputs(shares, "model", "data"), recorder)
     assert made.run()
-    plan = made._plan
+    plan = made.standing.plan
     assert [client.split for client in plan.available] == [LAYERS // 2] * 2
     for holder in (*plan.available, plan.server):
         by_kind = {("attn" in name): rank for name, rank in holder.ranks.items()}

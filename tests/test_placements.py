@@ -193,10 +193,10 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
         "1 of 3 clients are unavailable, and with them 12 of 36 examples (33.3%) are not trained on" in note
         for note in recorder.notes
     )
-    (lost,) = [e for e in read_events(made._directory.events) if e["event"] == "data_lost"]
+    (lost,) = [e for e in read_events(made.standing.directory.events) if e["event"] == "data_lost"]
     assert (lost["clients"], lost["examples"], lost["of_examples"]) == (["c1"], 12, 36)
     assert [row.available_clients for row in recorder.rows] == [2, 2]
-    plans = pandas.read_csv(made._directory.plan)
+    plans = pandas.read_csv(made.standing.directory.plan)
     assert not plans[plans["name"] == "c1"]["available"].any()
     # Nothing of a step travels: only adapters do, once.
     assert recorder.rows[0].bytes_up == 0
@@ -228,7 +228,7 @@ def test_every_preset_runs(models: dict[str, Path], tmp_path: Path, preset: str)
     assert made.run()
     assert recorder.rows[-1].val_loss < recorder.rows[0].val_loss
     assert recorder.rows[-1].virtual_time_s > 0
-    checkpoint, _ = latest_checkpoint(made._directory.checkpoints)
+    checkpoint, _ = latest_checkpoint(made.standing.directory.checkpoints)
     _, tensors = read_checkpoint(checkpoint)
     if preset == "ft":
         assert any(key.startswith(WEIGHT) for key in tensors[CENTRAL])
@@ -291,8 +291,8 @@ def test_holders_of_smaller_ranks_go_on_with_the_leading_directions_and_a_resume
     whole, first, second = Recorder(), Recorder(), Recorder()
     made = started(run, models["llama"], tmp_path / "whole", whole)
     made.run()
-    assert [set(client.ranks.values()) for client in made._plan.clients] == [{32}, {8}, {2}]
-    _, tensors = read_checkpoint(latest_checkpoint(made._directory.checkpoints)[0])
+    assert [set(client.ranks.values()) for client in made.standing.plan.clients] == [{32}, {8}, {2}]
+    _, tensors = read_checkpoint(latest_checkpoint(made.standing.directory.checkpoints)[0])
     learnt = learned(tensors["server"])
     # Nothing was trained since the last restart, so every holder still has what it took.
     for name, rank in zip(NAMES, (32, 8, 2), strict=True):

@@ -36,6 +36,7 @@ _ACTIVATIONS = {
     "Activations.lengths[]: int",
     "Activations.split: int",
     "Activations.step_supervised: int",
+    "Activations.trains: bool",
     "Activations.supervised: int",
 }
 _REPORT = {"ForwardReport.client: str", "ForwardReport.nbytes: int"}
@@ -154,8 +155,7 @@ def recorded_run(
     executor: Any = coordinator._executor
     assert coordinator.run()
     held = [data for name in CLIENTS for data in executor.actors[name]._data]
-    rows = [example.ids for data in held for example in data.train]
-    rows += [tuple(ids.tolist()) for data in held for batch in data.validation for ids in batch.ids]
+    rows = [example.ids for data in held for example in (*data.train, *data.held_out)]
     return Recorded(executor.passed, Secrets(rows), directory.path)
 
 

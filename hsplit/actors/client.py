@@ -199,6 +199,7 @@ class Client(Participant):
 
     def _message(self, batch: Batch, hidden: Tensor, step_supervised: int) -> Activations:
         at_home = self._job.privacy.labels == "client"
+        assert isinstance(self.holder, Holder)
         return Activations(
             client=self.name,
             split=self._split,
@@ -207,6 +208,7 @@ class Client(Participant):
             supervised=batch.supervised,
             step_supervised=step_supervised,
             targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
+            trains=bool(self.holder.adapters.names),
         )
 
 

@@ -86,7 +86,7 @@ class JoinedBatch:
     def gradients(self, wire: str, transport: str) -> dict[str, WireTensor | None]:
         """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
 
-        ``None`` for a client without layers.
+        ``None`` for a client that has nothing to train.
         """
         returned: dict[str, WireTensor | None] = {}
         for message in self.messages:

@@ -126,6 +126,7 @@ class Activations:
         supervised: ``n_i`` of these rows: supervised positions, counted after the label shift.
         step_supervised: ``n_i`` of the whole local step (all its accumulated batches): the divisor of the mean loss.
         targets: ``(n,)`` int32, the id each position must predict or -100; ``None`` when labels stay at home.
+        trains: whether it has adapters to train, so that in a step it needs the gradient at its split point.
     """
 
     client: str
@@ -135,6 +136,7 @@ class Activations:
     supervised: int
     step_supervised: int
     targets: np.ndarray | None
+    trains: bool = True
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.peak_memory import measured_with_part
 from hsplit.config import Job, Policy
-from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples
+from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples, validation_batches
 from hsplit.data.local import LocalData
 from hsplit.errors import InputError
 from hsplit.lora.holder import Holder, RoundUpdate
@@ -90,11 +90,13 @@ class Participant(HolderActor[Holder | WeightHolder]):
                 assert own is not None
                 share = self._read(own, tokenizer)
             self._data.append(LocalData(client, share, tokenizer, job))
-        self._validation = [batch for data in self._data for batch in data.validation]
+        # Whoever has several clients' data has as many times their batch size.
+        held_out = [example for data in self._data for example in data.held_out]
+        self._validation = validation_batches(held_out, job.batch_size * len(self._data))
         return DataReport(
             client=self.name,
             train=sum(len(data.train) for data in self._data),
-            validation=sum(data.held_out for data in self._data),
+            validation=len(held_out),
             validation_batches=len(self._validation),
             too_long=sum(data.too_long for data in self._data),
         )

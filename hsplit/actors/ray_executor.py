@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
-import math
-import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,33 +13,17 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import LOCALHOST, SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
-from hsplit.actors.fork_server import ForkServer
-from hsplit.actors.participant import Participant, base_model
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
 from hsplit.actors.participants import participant_class
 from hsplit.actors.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
-from hsplit.actors.replica import Replica
-from hsplit.actors.scheduler import Scheduler
-from hsplit.actors.server import Server
-from hsplit.actors.whole_client import WholeClient
+from hsplit.actors.shells import ClientActor, ReplicaActor, SchedulerActor, ServerActor, WholeClientActor
 from hsplit.config import Client as ClientConfig
-from hsplit.config import Holder, Job, Policy, RunConfig
+from hsplit.config import Holder, RunConfig
 from hsplit.config.cluster import CENTRAL
-from hsplit.errors import HsplitError, InputError
+from hsplit.errors import HsplitError
 from hsplit.models.source import ModelReference
 
 NAMESPACE = "hsplit"
-
-# Read by worker processes when they start, so it must be in the environment before Ray is.
-WORKER_ENVIRONMENT = {
-    # Imports dominate an actor's start; workers that wait have them done.
-    "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate,bitsandbytes",
-    "TOKENIZERS_PARALLELISM": "false",
-    "BITSANDBYTES_NOWELCOME": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A call that waits for a dead actor's fails too, and nobody asks for it: the coordinator has told what happened.
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-}
 
 # What is called in a step or a probe and returns activations or gradients behind its report.
 STEP_METHODS = frozenset(
@@ -55,8 +34,6 @@ STEP_METHODS = frozenset(
 _LOOK_S = 1.0
 _NAME_FREE_S = 30.0
 _PLACE_FREE_S = 5.0
-# Workers that Ray would start before they are asked for are not forked.
-NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
 
 
 @dataclass(frozen=True)
@@ -70,155 +47,6 @@ class _Handle:
 
 def _refs(arguments: Sequence[Any]) -> list[Any]:
     return [a.ref if isinstance(a, _Handle) else a for a in arguments]
-
-
-def settle_process(threads: int | None, sharing: int = 1) -> None:
-    """Threads on purpose, and no library chatter on the user's terminal.
-
-    Processes with idle thread pools fight over cores. A client therefore runs as many threads as it reserved CPUs,
-    one by default, which needs no pool; the server computes while the clients wait and uses every core of its node,
-    of which several servers there have equal parts.
-    """
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // sharing))
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-class _Returning:
-    """Hands out what a method returned one value at a time: Ray Direct Transport moves one value a call.
-
-    Its tensors stay on their device until the receiver takes them, or for good where that is the same device.
-    """
-
-    def begin(self, ticket: int, method: str, *arguments: Any) -> Any:
-        """Call ``method`` and return the first of the values that it returns; :meth:`rest` has the others."""
-        report, *rest = getattr(self, method)(*arguments)
-        self._returned: dict[tuple[int, int], Any] = getattr(self, "_returned", {})
-        self._returned |= {(ticket, index): value for index, value in enumerate(rest)}
-        return report
-
-    def rest(self, ticket: int, index: int) -> Any:
-        return self._returned.pop((ticket, index))
-
-
-class _ParticipantActor(Participant, _Returning):
-    """The shell of a participant: settles threads and finds the model on its node."""
-
-    def __init__(
-        self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, threads: int | None
-    ) -> None:
-        settle_process(threads)
-        super().__init__(name, job, policy, base_model(model.locate(), job), device)
-
-
-class ClientActor(_ParticipantActor, Client):
-    """A client of a split model."""
-
-
-class WholeClientActor(_ParticipantActor, WholeClient):
-    """A participant with the whole model."""
-
-
-class ServerActor(Server, _Returning):
-    """The shell of the server."""
-
-    def __init__(self, job: Job, policy: Policy, model: ModelReference, device: str, sharing: int) -> None:
-        settle_process(None, sharing)
-        super().__init__(job, policy, base_model(model.locate(), job), device)
-
-
-class ReplicaActor(Replica, _Returning):
-    """The shell of a server that does not aggregate."""
-
-    def __init__(self, name: str, job: Job, policy: Policy, model: ModelReference, device: str, sharing: int) -> None:
-        settle_process(None, sharing)
-        super().__init__(job, policy, base_model(model.locate(), job), device, name=name)
-
-
-class SchedulerActor(Scheduler):
-    """The shell of the scheduler."""
-
-    def __init__(self, run: RunConfig, model: ModelReference) -> None:
-        settle_process(1)
-        super().__init__(run, model.locate())
-
-
-def connect(
-    address: str | None,
-    cpus: float,
-    dashboard: bool = True,
-    root: Path | None = None,
-    fork_server: ForkServer | None = None,
-    dashboard_host: str = LOCALHOST,
-) -> str | None:
-    """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
-
-    Args:
-        address: of a running cluster.
-        cpus: least number of logical CPUs of a local one.
-        dashboard: whether a local one has a dashboard.
-        root: where a local one keeps its files.
-        fork_server: forks the worker processes of a local one.
-        dashboard_host: address that a local one's dashboard listens at.
-
-    Returns:
-        The dashboard's URL, or ``None``.
-
-    Raises:
-        InputError: nothing answers at ``address``, or ``dashboard_host`` is no address or not for it to say.
-    """
-    _check_dashboard_host(dashboard_host, address)
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
-        # Actors wait most of the time, so a laptop may have more of them than cores.
-        logical = max(os.cpu_count() or 1, math.ceil(cpus))
-        if root is not None:
-            quiet["_temp_dir"] = str(root)
-        if fork_server is not None:
-            quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
-            os.environ |= NOT_BEFOREHAND
-        try:
-            context = ray.init(
-                address="local",
-                num_cpus=logical,
-                include_dashboard=dashboard,
-                dashboard_host=dashboard_host,
-                **quiet,
-            )
-        finally:
-            _keep_token()
-    else:
-        try:
-            context = ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
-    return context.dashboard_url or None
-
-
-def _check_dashboard_host(host: str, address: str | None) -> None:
-    if address is not None and host != LOCALHOST:
-        raise InputError(
-            f"--dashboard-host {host}: the Ray cluster at {address} has its dashboard already: leave it out"
-        )
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        raise InputError(
-            f"--dashboard-host {host}: must be an IP address of this machine, or 0.0.0.0 for all of them"
-        ) from None
-
-
-def _keep_token() -> None:
-    """Let nobody else read the token that Ray has written into the user's home: who has it can run code."""
-    token = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):
-        if token.stat().st_mode & 0o077:
-            token.chmod(0o600)
 
 
 class RayExecutor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from hsplit.actors.gauge import Gauge
 from hsplit.actors.participant import base_model
-from hsplit.actors.ray_executor import ModelReference, RayExecutor, settle_process
+from hsplit.actors.ray_executor import RayExecutor
+from hsplit.actors.shells import settle_process
 from hsplit.config import Job, Policy
+from hsplit.models.source import ModelReference
 
 
 class ClientGaugeActor(Gauge):

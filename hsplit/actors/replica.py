@@ -289,13 +289,13 @@ class Replica(HolderActor[Holder]):
         refused: dict[str, str],
         training: bool,
     ) -> JoinedBatch | None:
-        """The step's joined batch; a client without layers has nothing to train, so no gradient goes back to it.
+        """The step's joined batch; to a client that has nothing to train no gradient goes back.
 
         What cannot be right joins ``refused``; ``None`` where nothing is left.
         """
         self.holder.begin_phase(step * 1_000 + micro, training)
         with watch.phase("unpack"):
-            inputs = self._unpacked(messages, lambda message: training and message.split > 0, refused)
+            inputs = self._unpacked(messages, lambda m: training and m.trains and m.split > 0, refused)
         if not inputs:
             return None
         with watch.phase("forward"):

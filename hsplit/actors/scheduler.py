@@ -67,6 +67,8 @@ class Scheduler:
         self._planned_with: Mapping[str, float] = equal_importance(self.cost.model.weights)
         weighed = policy.importance
         self._history = ImportanceHistory(rounds=job.rounds, lam_0=weighed.lam_0, lam_min=weighed.lam_min)
+        # Rounds done at the last probe (0: none yet), and how many more to do before the next.
+        self._probed_in, self._probe_after = 0, 1
 
     # -- planning -------------------------------------------------------------------------------------------------
 
@@ -77,6 +79,15 @@ class Scheduler:
             InputError: see :func:`hsplit.scheduling.planner.plan`.
         """
         return self._plan(self._planned_with, None, EQUAL)
+
+    def probe_due(self, round_: int) -> bool:
+        """Whether importance is to be probed with ``round_`` rounds done.
+
+        A probe takes nearly as long as a local step, and early in training importance moves most. So with
+        ``importance.back_off`` the next one waits twice as many rounds each time that one was no reason for another
+        plan, and is due in the next round again where it was.
+        """
+        return round_ >= self._probed_in + self._probe_after
 
     def review(
         self,
@@ -107,21 +118,25 @@ class Scheduler:
         if settings.measured and self._config.policy.placement != "single":
             # A single node has nobody to give anything to.
             reasons += self._overruns(current, measured_bytes)
-        importance = self._planned_with
+        importance = self._history.scores or self._planned_with
         if reports:
             importance = self._history.blend(
                 round_, scores(reports, self.cost.model.weights, self._config.policy.importance.metric)
             )
             moved = self._history.moved(self._planned_with)
-            if settings.tau is not None and moved > settings.tau:
+            far = settings.tau is not None and moved > settings.tau
+            if far:
                 reasons.append(f"normalized importance moved by {moved:.2f} in L1")
+            settled = self._config.policy.importance.back_off and not far
+            self._probed_in, self._probe_after = round_, 2 * self._probe_after if settled else 1
         probed = dict(importance) if reports else None
         if not reasons:
             return Review(None, (), probed)
         if round_ - self._planned_in < settings.min_rounds and not self._due and self._holds(current):
             self._pending = reasons
             return Review(None, (), probed)
-        made = self._plan(importance, current, f"probed until round {round_}" if reports else current.importance)
+        probed_until = f"probed until round {self._probed_in}" if self._probed_in else current.importance
+        made = self._plan(importance, current, probed_until)
         self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
         self._due = False
         return Review(made, tuple(reasons), probed)
@@ -295,6 +310,8 @@ class Scheduler:
             "planned_in": self._planned_in,
             "planned_with": dict(self._planned_with),
             "history": self._history.to_json(),
+            "probed_in": self._probed_in,
+            "probe_after": self._probe_after,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -307,3 +324,4 @@ class Scheduler:
         self._pending = list(state["pending"])
         self._planned_in, self._planned_with = state["planned_in"], state["planned_with"]
         self._history = ImportanceHistory.from_json(state["history"])
+        self._probed_in, self._probe_after = state["probed_in"], state["probe_after"]

@@ -130,10 +130,14 @@ class Server(Replica):
         refused = {name: flaw for name, flaw in flaws.items() if flaw is not None}
         sound = [*(h for h in held if h.holder not in refused), self.holder.held()]
         # Who is missing comes back with the rank that the plan gives it, and restarts with what it has room for.
-        there = {h.holder for h in sound}
-        absent = {name: ranks for name, ranks in _ranks_of(plan).items() if name not in there}
+        there = {h.holder: h.terms for h in sound}
+        absent = {
+            name: {weight: rank for weight, rank in ranks.items() if weight not in there.get(name, {})}
+            for name, ranks in _ranks_of(plan).items()
+        }
         cut = self.aggregator.aggregate(sound, absent)
-        updates = {h.holder: self.aggregator.update_for(round_, h.ranks) for h in sound}
+        # What it has frozen has rank 0; pruned ranks are its own.
+        updates = {h.holder: self.aggregator.update_for(round_, absent[h.holder] | h.ranks) for h in sound}
         updates |= {name: self.aggregator.update_for(round_, plan.client(name).ranks) for name in idle}
         self.aggregator.mark_sent()
         self.restart(updates.pop(self.name))

@@ -50,9 +50,12 @@ class Importance(Section):
 
     metric: _Metric = Field(
         default="rngwp",
-        description="`rngwp` probes gradients at each round's end; `equal` takes all parameters alike; or your own",
+        description="`rngwp` probes gradients at rounds' ends; `equal` takes all parameters alike; or your own",
     )
     tokens: Count = Field(default=64, description="supervised tokens of one client's probe, at most those of a batch")
+    back_off: bool = Field(
+        default=True, description="whether the next probe waits twice as many rounds where this one has changed little"
+    )
     lam_0: _Share = Field(default=0.9, description="trust in the newest probe at the run's start, falling to its end")
     lam_min: _Share = Field(default=0.1, description="the least trust in the newest probe")
 
@@ -112,16 +115,26 @@ class Policy(Section):
         description="what adapters restart with after `concat`: fresh, or the update's leading part",
     )
     moments: Literal["drop", "keep", "fit"] = Field(
-        default="drop",
+        default="fit",
         description="whether the optimizer's moments outlive an aggregation; `fit` = they stay where an adapter goes on"
         " as it is, and where it restarts in other directions the second moments' mean over the old ones stays",
     )
     init: Literal["shared", "independent"] = Field(
         default="independent", description="whether all holders of a weight draw the same initial A"
     )
+    freeze: Literal["never", "planned"] = Field(
+        default="planned",
+        description="whether a client may only compute forward, its layers frozen, where training them would hold"
+        " everybody up for longer than it is worth; only for placement `split` and `concat`",
+    )
 
     importance: Importance = Field(default=Importance(), description="which weights matter")
     replan: Replan = Field(default=Replan(), description="when a new plan is made")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether plans may leave the layers of clients untrained."""
+        return self.freeze == "planned" and self.placement == "split" and self.aggregation == "concat"
 
     @property
     def probes(self) -> bool:

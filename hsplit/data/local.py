@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hsplit.config import Job
-from hsplit.data.batches import Batch, BatchSampler, validation_batches
+from hsplit.data.batches import BatchSampler
 from hsplit.data.examples import Example
 from hsplit.data.holdout import hold_out
 from hsplit.data.tokens import TokenizedExample, tokenize
@@ -29,8 +29,7 @@ class LocalData:
     Attributes:
         client: whose.
         train: examples to train on.
-        validation: the held-out examples in batches.
-        held_out: how many those are.
+        held_out: examples to validate on.
         too_long: examples over ``job.max_length`` tokens, left out whole.
 
     Raises:
@@ -46,14 +45,13 @@ class LocalData:
             seed=hash_seed(job.seed, client),
         )
         self.train, too_long_train = tokenize(train, tokenizer, job.max_length)
-        validation, too_long_validation = tokenize(held_out, tokenizer, job.max_length)
-        if not self.train or not validation:
+        self.held_out, too_long_held_out = tokenize(held_out, tokenizer, job.max_length)
+        if not self.train or not self.held_out:
             raise InputError(
                 f"client {client}: no example for training and validation fits job.max_length = "
                 f"{job.max_length} tokens; raise it or shorten the data"
             )
-        self.validation: list[Batch] = validation_batches(validation, job.batch_size)
-        self.held_out, self.too_long = len(validation), too_long_train + too_long_validation
+        self.too_long = too_long_train + too_long_held_out
         self._sampler = BatchSampler(len(self.train), job.batch_size, job.seed, client)
 
     def draw(self, batch: int) -> list[TokenizedExample]:

@@ -149,7 +149,7 @@ def _inputs(opened: Target, path: Path, data: str | Path | None, notes: list[str
 
 
 def _test_part(opened: Target, path: Path) -> tuple[list[TestInput], str]:
-    from hsplit.launcher import read_inputs, read_shared
+    from hsplit.preparation import read_inputs, read_shared
 
     if opened.run is None or opened.source is None:
         raise InputError(f"{displayed(path)}: is an exported directory, which has no data of its own; give --data FILE")
@@ -173,7 +173,7 @@ def _same_data(opened: Target, data_sha256: str) -> None:
 
 def _trained_on(opened: Target, notes: list[str]) -> set[str]:
     """The prompts of the shared data that some client trained on."""
-    from hsplit.launcher import read_inputs
+    from hsplit.preparation import read_inputs
 
     run, source = opened.run, opened.source
     assert run is not None and source is not None

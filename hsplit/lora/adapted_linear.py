@@ -96,6 +96,9 @@ def add_low_rank(
     return y
 
 
+_NO_ADAPTER = (None, None, 1.0)
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear with a residual and a live LoRA adapter.
 
@@ -125,7 +128,7 @@ class AdaptedLinear(nn.Module):
         self._residual: LowRank | None = None
         self._residual_matrix: Tensor | None = None
         # In a tuple, which nn.Module does not register: the factors belong to the holder's AdapterSet.
-        self._adapter: tuple[Tensor | None, Tensor | None, float] = (None, None, 1.0)
+        self._adapter: tuple[Tensor | None, Tensor | None, float] = _NO_ADAPTER
         self.dropout = 0.0
         self.fused = True
 
@@ -142,6 +145,10 @@ class AdaptedLinear(nn.Module):
     def set_adapter(self, A: Tensor, B: Tensor, scale: float) -> None:
         """Train with factors ``A (r, d_in)`` and ``B (d_out, r)``; they stay the caller's tensors."""
         self._adapter = (A, B, scale)
+
+    def remove_adapter(self) -> None:
+        """Compute with base and residual alone from now on."""
+        self._adapter = _NO_ADAPTER
 
     def append_residual(self, start_rank: int, factors: LowRank) -> None:
         """Keep the first ``start_rank`` directions of the residual and append ``factors`` (fp32 or fp64).

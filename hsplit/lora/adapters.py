@@ -112,8 +112,10 @@ class AdapterSet:
         return self._slots[name].shape.layer
 
     def attach(self, segment: Segment, dropout: float = 0.0) -> None:
-        """Make ``segment`` train with these factors."""
+        """Make ``segment`` train with these factors, and with no others that it had before."""
         linears = segment.linears
+        for linear in linears.values():
+            linear.remove_adapter()
         for name in self._slots:
             linears[name].set_adapter(self.A(name), self.B(name), self.scale(name))
             linears[name].dropout = dropout

@@ -43,7 +43,8 @@ class Aggregator:
 
         Args:
             held: every holder's adapters at the end of the round; the same holders go on at the same ranks.
-            absent: ranks of holders that have handed in nothing and go on with the others all the same.
+            absent: ranks, by holder and weight, where nothing was handed in and what the others have learned is
+                followed all the same; 0 of a client that computes with a weight and does not train it.
 
         Returns:
             The largest part of a residual that its cap cut, as a relative Frobenius norm.
@@ -68,7 +69,7 @@ class Aggregator:
             ]
             if began is not None and self._aggregation.freezes:
                 contributions += _frozen(began, contributions)
-            others = [own[name] for own in (absent or {}).values() if own.get(name, 0) > 0]
+            others = _ranks_of(name, absent or {})
             ranks = (*(h.terms[name].rank for h in holders), *others)
             outcome = self._aggregation.rule(contributions, self._restart(residual, ranks))
             cut = max(cut, residual.add(outcome.residual, self._beside(outcome.common, ranks)))
@@ -108,8 +109,8 @@ class Aggregator:
         return cut, changed
 
     def _restart(self, residual: Residual, ranks: tuple[int, ...]) -> Restart:
-        # A quarter of the directions that holders keep room for: the residual itself loses little by it.
-        spare = (residual.cap or 0) // 4 if self._aggregation.freezes else 0
+        # Half of the directions that holders keep room for: what restarts is the leading part.
+        spare = (residual.cap or 0) // 2 if self._aggregation.freezes else 0
         return Restart(self._reinit, ranks, spare)
 
     def _beside(self, common: LowRank | None, ranks: tuple[int, ...]) -> int:
@@ -131,7 +132,7 @@ class Aggregator:
             n: self.residuals[n].update(self._merges or n in new, self._common.get(n) if freezes else None, rank)
             for n, rank in ranks.items()
         }
-        common = {n: _leading(self._common[n], rank) for n, rank in ranks.items() if n in self._common}
+        common = {n: _leading(self._common[n], rank) for n, rank in ranks.items() if rank and n in self._common}
         return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
 
     def mark_sent(self) -> None:
@@ -164,7 +165,7 @@ class Aggregator:
 
 
 def _ranks_of(name: str, ranks: Ranks) -> tuple[int, ...]:
-    return tuple(own[name] for own in ranks.values() if own.get(name, 0) > 0)
+    return tuple(own[name] for own in ranks.values() if name in own)
 
 
 def _frozen(began: LowRank, contributions: Sequence[Contribution]) -> list[Contribution]:

@@ -62,7 +62,7 @@ class VirtualClock:
             clients: who trains; all available ones by default.
         """
         splits, job = _splits(plan, clients), self._cost.model.job
-        phases = self._phases(splits)
+        phases = self._phases(plan, splits)
         if self._cost.model.whole:
             return float(phases[:, 0].max())
         batches = job.grad_accumulation
@@ -83,7 +83,7 @@ class VirtualClock:
             By what it is spent on: whose it is (of several clients the one with most), and seconds (virtual).
         """
         splits = _splits(plan, clients)
-        phases, names = self._phases(splits), list(splits)
+        phases, names = self._phases(plan, splits), list(splits)
         model, times = self._cost.model, self._cost.times
         spent: dict[str, dict[str, float]] = {"compute": {}, "link": {}}
         wire = model.wire_bytes(1)
@@ -109,7 +109,7 @@ class VirtualClock:
             clients: who trains, which decides what the server has to do; all available ones by default.
         """
         splits, job = _splits(plan), self._cost.model.job
-        times = dict(zip(splits, self._phases(splits), strict=True))
+        times = dict(zip(splits, self._phases(plan, splits), strict=True))
         if self._cost.model.whole:
             return {name: {"up": float(up)} for name, (up, _, _) in times.items()}
         calls: dict[str, dict[str, float]] = {}
@@ -121,10 +121,12 @@ class VirtualClock:
         calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
         return calls
 
-    def _phases(self, splits: Mapping[str, int], microbatches: int | None = None) -> Floats:
-        """Seconds of the phases of a local step of every client at its split, ``(C, 3)``."""
-        clients = [self._clients[name] for name in splits]
-        return self._cost.times.times_at(clients, np.array(list(splits.values()), dtype=np.int64), microbatches)
+    def _phases(self, plan: Plan, splits: Mapping[str, int]) -> Floats:
+        """Seconds of the up, turn and down phases of a local step of every client at its split, ``(C, 3)``."""
+        phases = self._cost.times.times_at([self._clients[name] for name in splits], _array(splits))
+        if forward_only := {part.name for part in plan.available if part.forward_only}:
+            phases[[name in forward_only for name in splits], 2] = 0.0
+        return phases
 
     def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
         """The server's forward and backward of one joined batch."""
@@ -147,12 +149,11 @@ class VirtualClock:
         part = min(math.ceil(tokens / job.max_length) / job.batch_size, 1.0)
         scored_flops = model.weight_gradient_flops * (part + _REDUCED / (2 * model.rows))
         messages = np.array([0, 0, 0] if model.whole else [1, 2 * model.tail_at_client, 1])
-        clients = [self._clients[name] for name in splits]
-        waits = messages * np.array([client.latency_s for client in clients])[:, None]
-        batch = self._phases(splits, microbatches=1) / job.grad_accumulation
+        asked = [self._clients[name] for name in splits]
+        waits = messages * np.array([client.latency_s for client in asked])[:, None]
+        batch = self._cost.times.times_at(asked, _array(splits), microbatches=1) / job.grad_accumulation
         phases = waits + part * (batch - waits)
-        scored = prefix(scored_flops)[list(splits.values())]
-        phases[:, 2] += scored / np.array([client.flops for client in clients])
+        phases[:, 2] += prefix(scored_flops)[_array(splits)] / np.array([client.flops for client in asked])
         counts = self._counts(splits)
         deep = part * self._cost.times.server_times(self._server, counts)[0] / job.grad_accumulation
         deep += (model.joined_clients(model.served(counts)) @ scored_flops)[0] / self._server.flops
@@ -228,7 +229,7 @@ class VirtualClock:
 
     def _forward_s(self, splits: Mapping[str, int]) -> float:
         clients = [self._clients[name] for name in splits]
-        up, tail = self._cost.times.forward_times_at(clients, np.array(list(splits.values()))).max(axis=0).tolist()
+        up, tail = self._cost.times.forward_times_at(clients, _array(splits)).max(axis=0).tolist()
         return up + self._cost.times.server_forward_s(self._server, self._counts(splits)[0]) + tail
 
     def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
@@ -289,3 +290,7 @@ class VirtualClock:
 def _splits(plan: Plan, clients: Collection[str] | None = None) -> dict[str, int]:
     members = None if clients is None else set(clients)
     return {c.name: c.split or 0 for c in plan.available if members is None or c.name in members}
+
+
+def _array(splits: Mapping[str, int]) -> Ints:
+    return np.array(list(splits.values()), dtype=np.int64)

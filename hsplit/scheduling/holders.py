@@ -105,7 +105,7 @@ def _held_by_clients(problem: Problem, splits: Ints, level: int | None) -> list[
         kinds, of_client = np.unique(problem.kind[at_split], return_inverse=True)
         levels = _levels(problem, kinds, split, level)
         flags = problem.held[split]
-        ranks = problem.rank_set[levels[:, flags]]
+        ranks = problem.rank_set[levels[:, flags]] * ~problem.frozen[kinds][:, None]
         gains = (captured_by(ranks) @ problem.worth[flags]).tolist()
         held = list(map(str, names[flags]))
         of_kind = []

@@ -146,6 +146,7 @@ def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> 
     taking_part = [budgets[part.name] for part in made.available]
     splits = [part.split or 0 for part in made.available]
     times = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
+    times[[part.forward_only for part in made.available], 2] = 0.0
     first = _first_of_kind(taking_part)
     kinds = {budget_of(taking_part[i]): k for k, i in enumerate(first)}
     kind = np.array([kinds[budget_of(c)] for c in taking_part])

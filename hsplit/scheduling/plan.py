@@ -43,6 +43,11 @@ class HolderPlan:
     def rank_total(self) -> int:
         return sum(self.ranks.values())
 
+    @property
+    def forward_only(self) -> bool:
+        """Whether it has layers and trains none of them, so that no gradient comes back to it."""
+        return bool(self.ranks) and not any(self.ranks.values())
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -6,7 +6,7 @@ out: layers on a client behind a slow link cost more to aggregate than they save
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -15,13 +15,17 @@ from hsplit.errors import InputError
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Ints
+from hsplit.scheduling.freezing import worth_freezing
 from hsplit.scheduling.holders import planned, whole_model
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.problem import Problem, minimal_bytes
 from hsplit.scheduling.rank_rules import find_rank_rule
-from hsplit.scheduling.split_rules import find_split_rule
+from hsplit.scheduling.search import TOLERANCE
+from hsplit.scheduling.split_rules import SplitRule, find_split_rule
 
 EQUAL = "equal importance per parameter (no score yet)"
+# How often splits are chosen anew for other clients frozen; each time costs as much as a plan.
+MAX_FREEZES = 4
 
 
 def plan(
@@ -58,12 +62,62 @@ def plan(
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
     if not available:
         raise _no_client(clients, float(needed[smallest]), smallest, int(ranks[0]), policy)
-    problem = Problem(available, server, cost, importance, ranks, find_rank_rule(policy.ranks))
+    rule = find_rank_rule(policy.ranks)
+
+    def problem_of(frozen: Collection[str]) -> Problem:
+        return Problem(available, server, cost, importance, ranks, rule, frozen)
+
     # Whoever holds the full model holds every layer.
     split_rule = find_split_rule(policy.split if policy.placement == "split" else layers)
+    problem = problem_of(())
     splits = split_rule(problem, current)
     _check_server(problem, splits)
+    if policy.freezes:
+        problem, splits = _with_frozen(problem, splits, problem_of, split_rule, current)
     return planned(problem, splits, clients, int(needed[smallest]), source)
+
+
+def _with_frozen(
+    problem: Problem,
+    splits: Ints,
+    problem_of: Callable[[Collection[str]], Problem],
+    split_rule: SplitRule,
+    current: Plan | None,
+) -> tuple[Problem, Ints]:
+    """Freeze whom it pays to freeze, and choose the splits anew with that, in turns while the objective grows.
+
+    Args:
+        problem: with nobody frozen.
+        splits: chosen for it, ``(N,)``.
+        problem_of: the problem with some clients frozen.
+        split_rule: chooses splits.
+        current: the plan in force; whom it has frozen is tried first.
+
+    Returns:
+        The problem with those frozen, and the splits for it.
+    """
+    names = [client.name for client in problem.clients]
+    best, best_splits, objective = problem, splits, _objective(problem, splits)
+    in_force = {part.name for part in current.available if part.forward_only} if current is not None else set()
+    tried: set[frozenset[str]] = {frozenset()}
+    frozen = frozenset(in_force & set(names))
+    for _ in range(MAX_FREEZES):
+        if frozen not in tried:
+            tried.add(frozen)
+            made = problem_of(frozen)
+            candidates = (best_splits, split_rule(made, current))
+            for chosen in candidates:
+                value = _objective(made, chosen)
+                if value > objective * (1 + TOLERANCE):
+                    best, best_splits, objective = made, chosen, value
+        frozen = frozenset(np.array(names, dtype=object)[worth_freezing(problem, best_splits)].tolist())
+        if frozen in tried:
+            break
+    return best, best_splits
+
+
+def _objective(problem: Problem, splits: Ints) -> float:
+    return float(problem.objective(problem.state(splits))[0])
 
 
 def rank_choices(cost: CostModel, policy: Policy) -> Ints:

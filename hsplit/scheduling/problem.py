@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,7 @@ def minimal_bytes(cost: CostModel, rank: int) -> Floats:
     return needed
 
 
+UP, TURN, DOWN, EXCHANGE = range(4)
 PHASES = 4
 """Up, turn and down of a local step, and its part of the exchange at the round's end."""
 
@@ -55,8 +56,10 @@ class Problem:
         server, cost, importance: as for :func:`plan`.
         rank_set: ranks to choose from, ``(Q,)``.
         rule: how ranks are chosen.
+        frozen: names of clients that only compute forward.
 
     Attributes:
+        frozen: which kinds only compute forward, ``(K,)``.
         coupled: one rank for all weights and holders.
         kind: each client's kind, ``(N,)``.
         members: how many clients each kind has, ``(K,)``.
@@ -75,6 +78,7 @@ class Problem:
         importance: Mapping[str, float],
         rank_set: Ints,
         rule: RankRule,
+        frozen: Collection[str] = (),
     ) -> None:
         self.clients, self.server, self.cost = clients, server, cost
         self.rank_set, self.coupled, self._rule = rank_set, rule.coupled, rule
@@ -83,13 +87,17 @@ class Problem:
         self.worth: Floats = scores / scores.sum()
         self._ladders: dict[int, Ladder] = {}
         kinds: dict[tuple[float, ...], int] = {}
-        self.kind: Ints = np.array([kinds.setdefault(budget_of(c), len(kinds)) for c in clients], dtype=np.int64)
+        keys = [(*budget_of(c), c.name in frozen) for c in clients]
+        self.kind: Ints = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
         first = np.unique(self.kind, return_index=True)[1].tolist()
         self.members: Ints = np.bincount(self.kind)
         self.memory: Floats = np.array([clients[i].memory_bytes for i in first], dtype=np.float64)
         distinct = [clients[i] for i in first]
+        self.frozen: NDArray[np.bool_] = np.array([clients[i].name in frozen for i in first], dtype=bool)
         phases = cost.times.all_client_times(distinct), cost.times.exchange_times(distinct)[:, :, None]
         self.times: Floats = np.concatenate(phases, axis=2)
+        self.times[self.frozen, :, DOWN] = 0.0
+        self.times[self.frozen, :, EXCHANGE] = self.forward_only_exchange[self.frozen]
         self.needed = minimal_bytes(cost, int(rank_set[0]))
         # Bytes grow with the split, so the splits that fit are those up to the deepest.
         self.deepest_of_kind: Ints = (self.needed <= self.memory[:, None]).sum(axis=1) - 1
@@ -123,8 +131,20 @@ class Problem:
 
     @cached_property
     def client_gains(self) -> Floats:
-        """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``."""
-        return self._rule.client_gains(self)
+        """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``.
+
+        With one rank for all, which captures the same wherever the model is split: what is lost where layers are
+        frozen, at ``g`` of 1.
+        """
+        if self.coupled:
+            return np.where(self.frozen[:, None], -(self.held @ self.worth), 0.0)
+        return np.where(self.frozen[:, None], 0.0, self._rule.client_gains(self))
+
+    @cached_property
+    def forward_only_exchange(self) -> Floats:
+        """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``."""
+        first = np.unique(self.kind, return_index=True)[1].tolist()
+        return self.cost.times.exchange_times([self.clients[i] for i in first], forward_only=True)
 
     def client_ranks_at(self, kinds: Ints, split: int) -> Levels:
         """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""
@@ -177,7 +197,7 @@ class Problem:
         """METHOD 5's ``captured(K, r)``."""
         if self.coupled:
             level = np.maximum(np.minimum(state.level, self.server_level(state.counts)), 0)
-            captured: Floats = captured_by(self.rank_set)[level] * self.worth.sum()
+            captured: Floats = captured_by(self.rank_set)[level] * (self.worth.sum() + state.gain / len(self.clients))
             return captured
         total: Floats = state.gain / len(self.clients) + self.server_captured(state.counts)
         return total

@@ -84,18 +84,20 @@ class StepTimes:
         times[:, :, 2] = np.where(splits > 0, back, 0.0)
         return times * self._model.job.grad_accumulation
 
-    def exchange_times(self, clients: Sequence[ClientBudget]) -> Floats:
+    def exchange_times(self, clients: Sequence[ClientBudget], *, forward_only: bool = False) -> Floats:
         """Seconds of a round's end for the links of ``clients``, spread over its local steps: ``(C, L + 1)``.
 
-        Adapters up, the residual's change and the restart down. It grows with the split as a step's messages do not:
-        over a slow link a deep split may take longer to aggregate than it saves the server.
+        Adapters up, the residual's change and the restart down; of a client that only computes forward, the
+        residual's change alone, which has the restart in it. It grows with the split as a step's messages do not: over
+        a slow link a deep split may take longer to aggregate than it saves the server.
         """
         model = self._model
         budgets = np.array([(c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         bandwidth, latency = budgets.reshape(-1, 2).T[:, :, None]
         residual = model.by_layer(model.master.itemsize * model.residual_entries)
-        nbytes = prefix(2 * model.copied_bytes + residual)
-        seconds: Floats = (8 * nbytes / bandwidth + 2 * latency) / model.job.local_steps
+        nbytes = prefix(residual if forward_only else 2 * model.copied_bytes + residual)
+        messages = 1 if forward_only else 2
+        seconds: Floats = (8 * nbytes / bandwidth + messages * latency) / model.job.local_steps
         return seconds
 
     def server_times(self, server: ServerBudget, counts: Ints) -> Floats:

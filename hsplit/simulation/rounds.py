@@ -170,8 +170,10 @@ class _Simulation:
         ups, downs = self._exchange.aggregated(plan, cohort, present)
         aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
         validation_s = clock.validation_s(plan, self._validated(present))
-        wire = self._scheduler.cost.wire_bytes(1)
-        batches = job.local_steps * job.grad_accumulation * len(cohort)
+        wire, batches = self._scheduler.cost.wire_bytes(1), job.local_steps * job.grad_accumulation
+        training = set(cohort)
+        # No gradient comes back to who only computes forward.
+        trained = sum(part.name in training and not part.forward_only for part in plan.available)
         return self._row(
             round_,
             clock,
@@ -184,8 +186,8 @@ class _Simulation:
             validation_s=validation_s,
             probe_s=probe_s,
             replanning_s=replanning_s,
-            bytes_up=batches * wire.to_server + sum(ups.values()),
-            bytes_down=batches * wire.to_client + sum(downs.values()) + down,
+            bytes_up=batches * len(cohort) * wire.to_server + sum(ups.values()),
+            bytes_down=batches * (len(cohort) * wire.deep + trained * wire.down) + sum(downs.values()) + down,
         )
 
     def _row(

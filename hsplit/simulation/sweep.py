@@ -13,7 +13,7 @@ from hsplit.config.cluster import MAX_COUNT
 from hsplit.config.files import find_preset, read_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.errors import InputError
-from hsplit.launcher import settled
+from hsplit.preparation import settled
 from hsplit.simulation.fleet import Traffic, read_trace
 from hsplit.simulation.rounds import Round, simulated
 from hsplit.simulation.shapes import shape_directory

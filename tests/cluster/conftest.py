@@ -16,7 +16,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_executor import NOT_BEFOREHAND, WORKER_ENVIRONMENT
+    from hsplit.actors.ray_connection import NOT_BEFOREHAND, WORKER_ENVIRONMENT
 
     patch = pytest.MonkeyPatch()
     # Metrics are exported more often than every ten seconds, so that a test need not wait so long for them.

@@ -18,9 +18,9 @@ import ray
 from hsplit.actors.ray_executor import RayExecutor
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Coordinator
-from hsplit.launcher import read_inputs, settled
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
+from hsplit.preparation import read_inputs, settled
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder
 

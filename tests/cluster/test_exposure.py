@@ -79,7 +79,7 @@ def test_tests_run_with_the_token_too() -> None:
 
 
 def test_a_token_that_others_may_read_is_made_the_user_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsplit.actors.ray_executor import _keep_token
+    from hsplit.actors.ray_connection import _keep_token
 
     monkeypatch.setenv("HOME", str(tmp_path))
     _keep_token()
@@ -101,7 +101,7 @@ def test_a_token_that_others_may_read_is_made_the_user_s_own(tmp_path: Path, mon
 def test_where_the_dashboard_listens_is_checked_before_anything_starts(
     address: str | None, host: str, reason: str
 ) -> None:
-    from hsplit.actors.ray_executor import connect
+    from hsplit.actors.ray_connection import connect
 
     with pytest.raises(InputError, match=re.escape(reason)):
         connect(address, 1, dashboard_host=host)

@@ -1,4 +1,4 @@
-"""``ray job submit`` of a launch, on a Ray that was started as the README says."""
+"""``ray job submit`` of a launch, on a Ray that was started as docs/clusters.md says."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from hsplit.actors.placement import InUse, place
 from hsplit.actors.ray_executor import RayExecutor
 from hsplit.config import load_run_config
 from hsplit.errors import InputError
-from hsplit.launcher import settled
+from hsplit.preparation import settled
 from hsplit.models.checkpoint_reader import model_fingerprint
 from tests.in_process import Recorder
 

@@ -22,10 +22,10 @@ from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
 from hsplit.errors import InputError
-from hsplit.launcher import read_inputs
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import read_plan
+from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 from tests.in_process import Recorder, planned_run, random_examples

@@ -121,7 +121,7 @@ def test_policy_s_name_is_its_file_s(write: Any) -> None:
 def test_published_policies(write: Any) -> None:
     path = write("c.yaml", TWO)
     for name, choices in {
-        "hsplitlora": ("planned", "importance", "concat", "svd", "drop", "independent"),
+        "hsplitlora": ("planned", "importance", "concat", "svd", "fit", "independent"),
         "splitlora": ("uniform", "uniform", "fedavg", "svd", "keep", "shared"),
     }.items():
         policy = load_run_config(path, name).policy

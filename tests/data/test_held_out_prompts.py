@@ -10,8 +10,8 @@ import pytest
 from hsplit.config import Client, Job, RunConfig
 from hsplit.data import Example, split_off_test
 from hsplit.errors import InputError
-from hsplit.launcher import read_inputs, read_shared
 from hsplit.models.source import find_model
+from hsplit.preparation import read_inputs, read_shared
 from tests.finished_run import write_data
 
 EXAMPLES = [Example(f"p{i % 40}", f"r{i}", None) for i in range(100)]

@@ -17,8 +17,8 @@ from hsplit.cli import main
 from hsplit.data import read_examples
 from hsplit.errors import InputError
 from hsplit.evaluation.inputs import TestInput, grouped, limited
-from hsplit.launcher import read_shared
 from hsplit.models.source import find_model
+from hsplit.preparation import read_shared
 from tests.finished_run import FinishedRun, finished_run, write_data
 
 WITHOUT_JAVA = "ppl,bleu,nist,rouge-l,cider"

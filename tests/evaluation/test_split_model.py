@@ -17,10 +17,10 @@ from hsplit.evaluation.generation import generate, prompt_ids
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.exporting import export
-from hsplit.launcher import read_inputs
 from hsplit.lora.export import learned_parts
 from hsplit.models.source import find_model
 from hsplit.models.weights import DenseWeight
+from hsplit.preparation import read_inputs
 from hsplit.seeds import hash_seed
 from tests.finished_run import FinishedRun, finished_run, logits_of
 

@@ -25,9 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"
 _UNITS = {"": "short", "seconds": "s", "bytes": "bytes"}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def _dashboard(to: Path) -> Any:

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from hsplit.cli import main
 from hsplit.config import RunConfig, load_run_config
 from hsplit.errors import InputError
+from hsplit.observe.logs import check_logs, logs_of
 from hsplit.observe.metrics import plan_rows
 from hsplit.observe.observers import Observers
-from hsplit.observe.run_log import MOST_HOLDERS, check_logs, logs_of, round_figures
+from hsplit.observe.run_log import MOST_HOLDERS, round_figures
 from hsplit.observe.terminal import Display
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan

@@ -13,10 +13,7 @@ from hsplit.scheduling.count_store import CountStore
 from tests.scheduling.test_planner import JOB
 from tests.tiny import tiny_config
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_what_is_kept_is_found_by_its_key_alone() -> None:

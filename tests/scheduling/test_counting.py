@@ -16,11 +16,7 @@ from hsplit.scheduling.counting import LayerCounter, LayerRun
 from hsplit.scheduling.fake_layer import LayerKind, LayerSetting
 from hsplit.scheduling.tracing import LiveBytes, saved_storages
 
-
-@pytest.fixture(autouse=True)
-def _counted_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is taken from what was counted before."""
-    monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def tiny_llama() -> PreTrainedConfig:

@@ -1,0 +1,105 @@
+"""The driver's connection to Ray: a cluster that runs already, or a local one that is started for the run."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from hsplit.actors.executor import LOCALHOST, one_line
+from hsplit.actors.fork_server import ForkServer
+from hsplit.errors import InputError
+
+# Read by worker processes when they start, so it must be in the environment before Ray is.
+WORKER_ENVIRONMENT = {
+    # Imports dominate an actor's start; workers that wait have them done.
+    "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate,bitsandbytes",
+    "TOKENIZERS_PARALLELISM": "false",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A call that waits for a dead actor's fails too, and nobody asks for it: the coordinator has told what happened.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+}
+# Workers that Ray would start before they are asked for are not forked.
+NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
+
+
+def connect(
+    address: str | None,
+    cpus: float,
+    dashboard: bool = True,
+    root: Path | None = None,
+    fork_server: ForkServer | None = None,
+    dashboard_host: str = LOCALHOST,
+) -> str | None:
+    """Join the Ray cluster at ``address``, or start a local one with at least ``cpus`` logical CPUs.
+
+    Args:
+        address: of a running cluster.
+        cpus: least number of logical CPUs of a local one.
+        dashboard: whether a local one has a dashboard.
+        root: where a local one keeps its files.
+        fork_server: forks the worker processes of a local one.
+        dashboard_host: address that a local one's dashboard listens at.
+
+    Returns:
+        The dashboard's URL, or ``None``.
+
+    Raises:
+        InputError: nothing answers at ``address``, or ``dashboard_host`` is no address or not for it to say.
+    """
+    _check_dashboard_host(dashboard_host, address)
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        # Actors wait most of the time, so a laptop may have more of them than cores.
+        logical = max(os.cpu_count() or 1, math.ceil(cpus))
+        if root is not None:
+            quiet["_temp_dir"] = str(root)
+        if fork_server is not None:
+            quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
+            os.environ |= NOT_BEFOREHAND
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=logical,
+                include_dashboard=dashboard,
+                dashboard_host=dashboard_host,
+                **quiet,
+            )
+        finally:
+            _keep_token()
+    else:
+        try:
+            context = ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
+    return context.dashboard_url or None
+
+
+def _check_dashboard_host(host: str, address: str | None) -> None:
+    if address is not None and host != LOCALHOST:
+        raise InputError(
+            f"--dashboard-host {host}: the Ray cluster at {address} has its dashboard already: leave it out"
+        )
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise InputError(
+            f"--dashboard-host {host}: must be an IP address of this machine, or 0.0.0.0 for all of them"
+        ) from None
+
+
+def _keep_token() -> None:
+    """Let nobody else read the token that Ray has written into the user's home: who has it can run code."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)

@@ -1,0 +1,98 @@
+"""The clients' data: who is asked to read it, how much each has found, and what is lost with those without a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hsplit.actors.executor import Executor
+from hsplit.actors.participant import DataReport
+from hsplit.config import Client
+from hsplit.config.cluster import CENTRAL
+from hsplit.data import Example
+from hsplit.errors import InputError
+from hsplit.observe.events import EventLog
+from hsplit.scheduling.plan import Plan
+
+
+class ClientData:
+    """Has clients read their data, and keeps count of it.
+
+    Args:
+        executor: reaches the clients.
+        shares: each client's part of the shared data, ``None`` for a client with its own.
+        max_length: longest text in tokens that is trained on.
+        events: the run's log.
+        note: tells of an event to log and user: kind, text, fields.
+
+    Attributes:
+        validation_batches: by client how many it has held out.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        shares: Mapping[str, list[Example] | None],
+        max_length: int,
+        events: EventLog,
+        note: Callable[..., None],
+    ) -> None:
+        self._executor, self._shares, self._max_length = executor, shares, max_length
+        self._events, self._note = events, note
+        self._examples: dict[str, int] = {}
+        self.validation_batches: dict[str, int] = {}
+
+    def begin(self, clients: Sequence[Client]) -> dict[str, Any]:
+        """Ask ``clients`` to read their data; returns the calls by client."""
+        every, calls = self._shares, {}
+        for client in clients:
+            # A single node has everybody's data.
+            shares = every if client.name == CENTRAL else {client.name: every.get(client.name)}
+            calls[client.name] = self._executor.call(client.name, "load_data", shares, client.data)
+        return calls
+
+    def finish(self, calls: Mapping[str, Any], unavailable: Collection[str]) -> None:
+        """Wait for what :meth:`begin` returned, and say what was found.
+
+        Args:
+            calls: by client.
+            unavailable: who has no part in the run, and so cannot fail it.
+
+        Raises:
+            InputError: a client that has a part cannot read its data.
+            ActorFailure: a client failed.
+        """
+        for name, call in calls.items():
+            try:
+                report: DataReport
+                (report,) = self._executor.get([call])
+            except InputError as error:
+                if name not in unavailable:
+                    raise
+                self._examples[name] = 0
+                self._note("data", f"{name}, which is unavailable: {error}", client=name)
+                continue
+            self.count(report)
+            text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
+            self._events.write("data", text, **asdict(report))
+            if report.too_long:
+                text = f"{report.client}: {report.too_long} examples over {self._max_length} tokens are left out"
+                self._note("too_long", text, client=report.client, count=report.too_long)
+
+    def count(self, report: DataReport) -> None:
+        """Take note of what a client has found."""
+        self._examples[report.client] = report.train + report.validation
+        self.validation_batches[report.client] = report.validation_batches
+
+    def say_what_is_lost(self, plan: Plan) -> None:
+        """Say how many clients, and how much of the data, ``plan`` has no place for, if any."""
+        lost = [client.name for client in plan.clients if not client.available]
+        if not lost:
+            return
+        examples, total = sum(self._examples.get(name, 0) for name in lost), sum(self._examples.values())
+        text = (
+            f"{len(lost)} of {len(plan.clients)} clients are unavailable, and with them {examples} of {total}"
+            f" examples ({examples / total:.1%}) are not trained on"
+        )
+        self._note("data_lost", text, clients=lost, examples=examples, of_examples=total)

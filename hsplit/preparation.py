@@ -1,0 +1,120 @@
+"""What is settled, checked and read before anything of a run starts: in the driver, without Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsplit.config import Partition, Policy, RunConfig
+from hsplit.config.section import is_reference
+from hsplit.errors import InputError
+from hsplit.extension import origin
+from hsplit.lora.aggregation import find_aggregation
+from hsplit.models.checkpoint_reader import model_fingerprint
+from hsplit.models.dtype import dtype_name, resolve_dtype
+from hsplit.models.families import family_of
+from hsplit.models.segment import layer_count, linear_shapes, load_tokenizer, model_config, targeted
+from hsplit.models.source import ModelSource
+from hsplit.scheduling.importance import find_metric
+from hsplit.scheduling.rank_rules import find_rank_rule
+from hsplit.scheduling.split_rules import find_split_rule
+from hsplit.standing import Inputs
+
+if TYPE_CHECKING:
+    from hsplit.data import Example
+
+
+def settled(run: RunConfig) -> RunConfig:
+    """``run`` without anything that a resume from elsewhere could read differently.
+
+    ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.
+    """
+    device = "cuda" if run.server.num_gpus > 0 else "cpu"
+    job, source = run.job, Path(os.path.expanduser(run.job.data.source))
+    changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device))}
+    if os.path.isfile(source):
+        changes["data"] = job.data.model_copy(update={"source": str(source.resolve())})
+    if os.path.isdir(model := os.path.expanduser(job.model)):
+        changes["model"] = str(Path(model).resolve())
+    return run.model_copy(update={"job": job.model_copy(update=changes)})
+
+
+def check_model(run: RunConfig, source: ModelSource) -> None:
+    """Refuse a model without a family, targets that match nothing, a split past the last layer, and a user's own part
+    of the policy that cannot be found.
+    """
+    own_code(run.policy)
+    config = model_config(source.directory)
+    family_of(config.model_type)
+    targeted(linear_shapes(config), run.job.targets)
+    layers = layer_count(config)
+    if isinstance(run.policy.split, int) and run.policy.split > layers:
+        raise InputError(
+            f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "
+            f"(got {run.policy.split})"
+        )
+
+
+def own_code(policy: Policy) -> list[str]:
+    """Find the parts that a policy names, and say of each that is the user's own which file's code it runs.
+
+    Raises:
+        InputError: one of them cannot be found.
+    """
+    find_aggregation(policy.aggregation)
+    find_rank_rule(policy.ranks)
+    find_split_rule(policy.split)
+    find_metric(policy.importance.metric)
+    named = (policy.aggregation, policy.ranks, policy.split, policy.importance.metric)
+    own = [str(word) for word in dict.fromkeys(named) if is_reference(word)]
+    return [f"{word} is code from {origin(word)}" for word in own]
+
+
+def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], list[Example]]:
+    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees."""
+    from hsplit.data import read_examples, split_off_test
+
+    job, data = run.job, run.job.data
+    examples = read_examples(
+        data.source,
+        examples=data.examples,
+        seed=job.seed,
+        label=data.label,
+        separator=data.separator,
+        limit=data.limit,
+        chat=_chat_of(source),
+    )
+    return split_off_test(examples, data.test, job.seed)
+
+
+def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
+    """Read the shared data and share it out over the clients that bring none of their own."""
+    from hsplit.data import file_sha256, partition
+
+    job, data = run.job, run.job.data
+    sharing = [client.name for client in run.clients if client.data is None]
+    shares: dict[str, Any] = {client.name: None for client in run.clients}
+    digest = ""
+    if sharing:
+        examples, _ = read_shared(run, source)
+        spec = data.partition
+        how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
+        parts = partition(examples, len(sharing), how, job.seed)
+        for name, part in zip(sharing, parts, strict=True):
+            shares[name] = [examples[i] for i in part]
+        path = os.path.expanduser(data.source)
+        digest = file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {job.seed}"
+    return Inputs(shares, model_fingerprint(source.directory), digest)
+
+
+def _chat_of(source: ModelSource) -> Any:
+    from hsplit.actors.participant import chat_template
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        template = chat_template(load_tokenizer(source.directory))
+        if template is None:
+            raise InputError("job.model: its tokenizer has no chat template, which messages need")
+        return str(template(messages, add_generation_prompt))
+
+    return render

@@ -1,0 +1,153 @@
+"""What is done about actors that fail: the others go on and the lost one comes back, or the round is repeated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure
+from hsplit.errors import HsplitError
+from hsplit.roster import told
+from hsplit.save_point import SavePoint
+from hsplit.standing import Standing
+
+_Value = TypeVar("_Value")
+
+
+class Recovery:
+    """Goes on after failures, as ``job.faults`` has it.
+
+    Args:
+        standing: where the run stands.
+        save_point: what a round is repeated from.
+    """
+
+    def __init__(self, standing: Standing, save_point: SavePoint) -> None:
+        self._standing, self._save_point = standing, save_point
+        self._repeats = 0
+
+    # -- going on without a client ----------------------------------------------------------------------------------
+
+    def lose(self, failure: ActorFailure) -> None:
+        """Go on without a client.
+
+        Raises:
+            ActorFailure: ``failure``, where the round is to be repeated instead.
+        """
+        standing, actor = self._standing, failure.actor
+        # A single node has all that was learned in the round: without it there is nobody to go on.
+        if standing.job.faults.recovery == "repeat" or standing.single or actor not in standing.clients:
+            raise failure
+        standing.training.forget(actor)
+        standing.roster.lose(failure, standing.round)
+
+    def settled(self, calls: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of calls by client, of those that did not fail; the others are lost.
+
+        Raises:
+            ActorFailure: nobody is left, or the round is to be repeated.
+        """
+        executor, patience_s = self._standing.executor, self._standing.job.faults.patience_s
+        until = time.monotonic() + patience_s
+        values = {}
+        for name, call in calls.items():
+            (value,) = executor.settle([call], until)
+            if isinstance(value, ActorFailure):
+                self.lose(value)
+            elif isinstance(value, HsplitError):
+                raise value
+            else:
+                values[name] = value
+        if calls and not values:
+            self._standing.nobody_is_left(next(iter(calls)))
+        return values
+
+    def steadily(self, what: Callable[[], _Value]) -> _Value:
+        """Do something between two rounds. Who fails meanwhile is brought back first, and it is done again."""
+        while True:
+            try:
+                return what()
+            except ActorFailure as failure:
+                self.lose(failure)
+                if failure.kind != "memory":
+                    self.bring_back()
+                elif not self._standing.clients:
+                    # Those short of memory are back when the next plan has given them less.
+                    self._standing.nobody_is_left(failure.actor)
+
+    def bring_back(self) -> None:
+        """Whoever was lost begins the round that follows like everybody else.
+
+        Raises:
+            ActorFailure: nobody is there then.
+        """
+        standing, roster = self._standing, self._standing.roster
+        if not roster.lost:
+            return
+        round_ = standing.progress.step // standing.job.local_steps + 1
+        roster.bring_back(round_, lambda names: self._rejoin(names, round_))
+        roster.adopt(standing.plan)
+        if not standing.clients:
+            standing.nobody_is_left(roster.lost[0] if roster.lost else roster.aside[-1])
+
+    def _rejoin(self, names: list[str], round_: int) -> list[Any]:
+        """Ask clients that have their data and layers to begin round ``round_``; returns the calls."""
+        executor = self._standing.executor
+        sent, *updates = executor.call_many(1 + len(names), SERVER, "welcome", round_, *names)
+        kept = {name: self._save_point.kept(name) for name in names}
+        calls = [executor.call(name, "rejoin", kept[name], update) for name, update in zip(names, updates, strict=True)]
+        self._standing.progress.bytes_down += executor.get([sent])[0]
+        return calls
+
+    # -- repeating a round ------------------------------------------------------------------------------------------
+
+    def repair(self, failure: ActorFailure) -> None:
+        """Replace whoever is gone, so that the round can be repeated from the last checkpoint.
+
+        Raises:
+            ActorFailure: ``failure``, where that would not help, or has been tried often enough.
+        """
+        standing, executor, roster = self._standing, self._standing.executor, self._standing.roster
+        most, round_ = standing.job.faults.max_failures, standing.round
+        self._repeats += 1
+        if failure.kind == "hopeless" or self._repeats > most:
+            raise failure
+        known = {failure.actor, *roster.aside, *roster.lost}
+        gone = [name for name in executor.lost() if name not in known]
+        where = self._save_point.name
+        text = f"round {round_}: {told(failure)}; the round is repeated {where} (try {self._repeats} of {most})"
+        text += f" (gone too: {', '.join(gone)})" if gone else ""
+        standing.note(
+            "repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason, gone=gone
+        )
+        away = []
+        for name in dict.fromkeys([failure.actor, *gone, *roster.lost]):
+            if name in (*standing.servers, SCHEDULER):
+                self._replace(name)
+                continue
+            if name not in roster.lost:
+                own = failure if name == failure.actor else ActorFailure(name, "the round", "its process ended", "died")
+                roster.count(own, round_)
+            if name in roster.aside:
+                continue
+            if executor.restart(name):
+                self._save_point.knows_nothing(name)
+            else:
+                away.append(name)
+        for name in away:
+            roster.away(name)
+        self._save_point.have_no_place(away)
+        standing.training.forget()
+
+    def round_is_done(self) -> None:
+        """The round that follows may be repeated as often as any."""
+        self._repeats = 0
+
+    def _replace(self, name: str) -> None:
+        """Begin server or scheduler anew, on whatever node has room for it or comes to have."""
+        until = time.monotonic() + self._standing.job.faults.patience_s
+        while not self._standing.executor.restart(name):
+            if time.monotonic() > until:
+                raise ActorFailure(name, "restart", "no node has room for it", "hopeless")
+            time.sleep(1.0)

@@ -1,0 +1,115 @@
+"""Clients behind slow links only compute forward where that is worth more than training their layers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsplit.config import Job, Policy
+from hsplit.scheduling import freezing
+from hsplit.scheduling.clock import VirtualClock
+from hsplit.scheduling.cost import CostModel
+from hsplit.scheduling.freezing import worth_freezing
+from hsplit.scheduling.importance import equal_importance
+from hsplit.scheduling.planner import plan
+from hsplit.scheduling.problem import Problem
+from hsplit.scheduling.rank_rules import RANK_RULES
+from tests.scheduling.test_planner import JOB, client, cost, server
+from tests.tiny import tiny_config
+
+NEVER = Policy(freeze="never")
+
+
+def deep_cost(**job: object) -> CostModel:
+    """Of a model with so many layers that one of them is a small part of it."""
+    config = tiny_config("llama")
+    config.num_hidden_layers = 16
+    return CostModel(config, Job.model_validate(JOB.model_dump() | job))
+
+
+MODEL = deep_cost()
+EQUAL = equal_importance(MODEL.model.weights)
+SLOW = [client("slow", 1e9, bandwidth_bps=2e5), client("a", 1e9), client("b", 1e9)]
+
+
+def test_a_client_behind_a_slow_link_only_computes_forward() -> None:
+    made, without = (plan(SLOW, server(), MODEL, EQUAL, policy) for policy in (Policy(), NEVER))
+    slow = made.client("slow")
+    assert slow.forward_only and slow.split == 1 and set(slow.ranks.values()) == {0} and len(slow.ranks) > 0
+    assert made.objective > 1.3 * without.objective
+    assert slow.captured_share == 0.0
+    clock = VirtualClock(MODEL, SLOW, server())
+    assert clock.call_s(made)["slow"]["down"] == 0.0 < clock.call_s(without)["slow"]["down"]
+    assert clock.step_s(made) == pytest.approx(made.makespan_s)
+    assert clock.step_s(made) < 0.7 * clock.step_s(without)
+    # As a start for the next plan it stays.
+    assert plan(SLOW, server(), MODEL, EQUAL, Policy(), made) == made
+
+
+def test_nobody_is_frozen_where_links_are_fast() -> None:
+    clients = [client(name, 1e9, 1e13, 1e12) for name in "abc"]
+    assert not any(part.forward_only for part in plan(clients, server(), MODEL, EQUAL, Policy()).clients)
+
+
+def test_no_more_than_a_tenth_of_what_is_captured_is_given_up() -> None:
+    # With four layers the first is a fourth of it.
+    made = plan(SLOW, server(), cost(), equal_importance(cost().model.weights), Policy())
+    without = plan(SLOW, server(), cost(), equal_importance(cost().model.weights), NEVER)
+    assert made.captured_importance >= 0.9 * without.captured_importance
+
+
+def test_a_residual_without_a_cap_leaves_no_room_for_frozen_restarts() -> None:
+    whole = deep_cost(residual={"max_rank": "full"})
+    assert not any(part.forward_only for part in plan(SLOW, server(), whole, EQUAL, Policy()).clients)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"placement": "full"},
+        {"aggregation": "fedavg", "ranks": "uniform"},
+        {"freeze": "never"},
+    ],
+)
+def test_only_where_the_aggregation_can_freeze(changes: dict[str, str]) -> None:
+    policy = Policy.model_validate(changes)
+    assert not policy.freezes
+    assert not any(part.forward_only for part in plan(SLOW, server(), MODEL, EQUAL, policy).clients)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    links=st.lists(st.floats(4, 9).map(lambda x: 10**x), min_size=1, max_size=5),
+    splits=st.lists(st.integers(1, 3), min_size=5, max_size=5),
+    ranks=st.sampled_from(["importance", "budget", "uniform"]),
+    seed=st.integers(0, 99),
+)
+def test_whom_it_freezes_is_the_best_choice(links: list[float], splits: list[int], ranks: str, seed: int) -> None:
+    """Against every set of clients that gives up no more than is allowed."""
+    clients = [client(f"c{i}", 1e9, bandwidth_bps=link) for i, link in enumerate(links)]
+    spread = np.random.default_rng(seed).lognormal(0.0, 1.0, len(EQUAL))
+    scores = {name: value * float(s) for (name, value), s in zip(EQUAL.items(), spread, strict=True)}
+    chosen = np.array(splits[: len(clients)])
+
+    def problem(frozen: tuple[str, ...]) -> Problem:
+        return Problem(clients, server(), MODEL, scores, np.array([1, 2, 4, 8]), RANK_RULES[ranks], frozen)
+
+    base = problem(())
+    captured = float(base.captured(base.state(chosen))[0])
+
+    def value(frozen: tuple[str, ...]) -> float:
+        made = problem(frozen)
+        state = made.state(chosen)
+        if float(made.captured(state)[0]) < (1 - freezing.FREEZABLE) * captured - 1e-12:
+            return -np.inf
+        return float(made.objective(state)[0])
+
+    found = tuple(c.name for c, frozen in zip(clients, worth_freezing(base, chosen), strict=True) if frozen)
+    names = [c.name for c in clients]
+    every = [value(some) for count in range(len(names) + 1) for some in itertools.combinations(names, count)]
+    assert value(found) >= value(())
+    assert value(found) >= 0.95 * max(every)
