@@ -78,8 +78,10 @@ CLIENT = (
 )
 POLICY = """
 split: {split}
-importance: {{tokens: {tokens}}}
+importance: {{tokens: {tokens}, back_off: false}}
 replan: {{tau: null, measured: false}}
+reinit: svd
+freeze: never
 """
 WORDS = 512
 # The first round that counts: the one before it has no probe, and whatever is done for the first time.

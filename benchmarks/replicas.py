@@ -56,7 +56,7 @@ job:
   clock: emulated
 """
 # At a round's end nothing is decomposed: on so small a model that would be most of the work.
-SPEED_POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nreinit: random\n"
+SPEED_POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nreinit: random\nfreeze: never\n"
 # Declared seconds of a server for the rows of one client, and of a client for its own.
 SERVER_S_A_CLIENT, CLIENT_S = 0.25, 1.0
 LEARNING = ["job.local_steps=6", "job.rounds=4", "job.batch_size=1", "job.data.partition=iid"]

@@ -175,6 +175,55 @@ def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool
 
 
 @main.command()
+@_cluster_options
+@click.option("--clients", "sizes", multiple=True, type=int, metavar="N", help="Scale the fleet to N; may be repeated.")
+@click.option("--servers", multiple=True, type=int, metavar="N", help="Simulate N servers; may be repeated.")
+@click.option("--rounds", type=click.IntRange(1, 100_000), help="Rounds; default: job.rounds.")
+@click.option("--leave", type=float, default=0.0, show_default=True, help="Chance that a client is gone next round.")
+@click.option("--return", "back", type=float, default=0.5, show_default=True, help="Chance that it is back next round.")
+@click.option(
+    "--link-variation",
+    "variation",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Coefficient of variation of links.",
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="CSV: round,client,bandwidth_mbps (0: not there).")
+@click.option("--to", type=click.Path(path_type=Path), help="Directory to write: CSV files and report.html.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def simulate(
+    cluster: str,
+    policy: str | None,
+    overrides: tuple[str, ...],
+    cpu: bool,
+    to: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Simulate a fleet of 10 to 100,000 clients without training: virtual time, server load, bytes, bottleneck."""
+    from rich.console import Console
+
+    from hsplit.simulation.sweep import sweep
+    from hsplit.simulation.table import sweep_table
+
+    with Console(stderr=True).status("simulating") as status:
+        found = sweep(cluster, policy, overrides, cpu=cpu, **options, progress=status.update)
+    if to is not None:
+        from hsplit.simulation.report import write_simulation
+
+        write_simulation(found, to)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        Console().print(sweep_table(found))
+        for line in found.findings():
+            click.echo(line)
+    if to is not None:
+        click.echo(to / "report.html", err=as_json)
+
+
+@main.command()
 @click.option("--cluster", required=True, metavar="FILE|NAME", help="Who takes part; clients need no budgets.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; may be repeated.")
 @click.option("--cpu", is_flag=True, help="Measure a cluster file with GPUs on CPUs.")
@@ -352,6 +401,7 @@ _EXPERIMENTS = {
     "clients": "Time of a round and memory as the number of clients grows",
     "clock": "Time of a round as predicted, as emulated, and as measured under quotas of CPU time",
     "replicas": "What several servers give and cost as clients grow in number",
+    "simulation": "Whether a simulation tells what emulated runs take, and what simulating itself costs",
     "wire": "What sending activations and gradients in bf16 and int8 costs in perplexity",
     "privacy": "What a curious server reads out of activations, by split and noise, and what noise costs",
 }

@@ -10,7 +10,7 @@ from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor
 from hsplit.config.job import Faults
 from hsplit.errors import HsplitError
 from hsplit.scheduling.plan import Plan
-from hsplit.seeds import hash_seed
+from hsplit.scheduling.serving import drawn_cohort
 
 # What an actor was asked for, in the words of an event.
 _ASKED_FOR = {
@@ -94,10 +94,7 @@ class Roster:
         Each client's place in a round's draw depends on seed, round and name alone. So a run that is resumed draws the
         same, and for a client that is lost the next in the draw steps in.
         """
-        if count is None or count >= len(self.present):
-            return list(self.present)
-        drawn = sorted(self.present, key=lambda name: hash_seed(seed, "cohort", round_, name))[:count]
-        return [name for name in self.present if name in drawn]
+        return drawn_cohort(self.present, seed, round_, count)
 
     def join(self, name: str) -> None:
         """A client comes to a run that is under way, for the first time or again; what it did before is forgiven."""

@@ -151,7 +151,13 @@ def test_ft_is_plain_training_of_every_weight(models: dict[str, Path], tmp_path:
     [
         CENLORA,
         FT,
-        {"placement": "full", "ranks": 8, "aggregation": "hetlora", "self_pruning": {"decay": 0.7, "penalty": 50.0}},
+        {
+            "placement": "full",
+            "ranks": 8,
+            "aggregation": "hetlora",
+            "moments": "drop",
+            "self_pruning": {"decay": 0.7, "penalty": 50.0},
+        },
         {"placement": "full", "ranks": "importance", "importance": {"metric": "rngwp"}},
         {"placement": "split", "ranks": "budget", "aggregation": "raflora"},
     ],
@@ -166,7 +172,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     interrupted = started(run, models["llama"], tmp_path / "cut", first)
     first.after_step = lambda step: setattr(interrupted, "stopping", step == 3)
     assert not interrupted.run()
-    directory = interrupted._directory
+    directory = interrupted.standing.directory
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
     again = planned_run(run, models["llama"], directory, shares, second)
@@ -206,7 +212,7 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
 
 def test_self_pruning_gives_up_ranks_and_sends_less(models: dict[str, Path], tmp_path: Path) -> None:
     policy = {"placement": "full", "ranks": 4, "aggregation": "hetlora"}
-    pruning = {**policy, "self_pruning": {"decay": 0.5, "penalty": 50.0}}
+    pruning = {**policy, "moments": "drop", "self_pruning": {"decay": 0.5, "penalty": 50.0}}
     sent = []
     for name, settings in (("kept", policy), ("pruned", pruning)):
         recorder = Recorder()
@@ -246,7 +252,7 @@ def test_every_preset_runs(models: dict[str, Path], tmp_path: Path, preset: str)
         ({"train": "weights"}, "train", "needs placement 'single'"),
         ({"aggregation": "fedavg"}, "aggregation", "needs one rank for all"),
         ({"aggregation": "fedavg", "ranks": "budget"}, "aggregation", "needs one rank for all"),
-        ({"self_pruning": {"decay": 0.5}}, "self_pruning", "needs aggregation 'hetlora'"),
+        ({"self_pruning": {"decay": 0.5}, "moments": "drop"}, "self_pruning", "needs aggregation 'hetlora'"),
         ({"aggregation": "hetlora2"}, "aggregation", "package.module:name"),
     ],
 )
@@ -305,8 +311,8 @@ def test_holders_of_smaller_ranks_go_on_with_the_leading_directions_and_a_resume
     first.after_step = lambda step: setattr(interrupted, "stopping", step == 3)
     assert not interrupted.run()
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
-    checkpoint, _ = latest_checkpoint(interrupted._directory.checkpoints)
-    assert planned_run(run, models["llama"], interrupted._directory, shares, second).run(checkpoint)
+    checkpoint, _ = latest_checkpoint(interrupted.standing.directory.checkpoints)
+    assert planned_run(run, models["llama"], interrupted.standing.directory, shares, second).run(checkpoint)
     assert [row.val_loss for row in (*first.rows, *second.rows)] == [row.val_loss for row in whole.rows]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors.executor import SERVER
-from hsplit.config import Client, RunConfig
+from hsplit.config import Client, RunConfig, ServerSpec
 from hsplit.errors import InputError
 from hsplit.models.segment import model_config
 from hsplit.scheduling.budgets import BudgetRequest
@@ -289,8 +289,11 @@ class Scheduler:
         return self._clock().validation_s(plan, batches)
 
     def _clock(self) -> VirtualClock:
-        server = self._config.server.changed(self._budgets.get(SERVER, {}))
-        return VirtualClock(self.cost, self._declared(), server)
+        return VirtualClock(self.cost, *self.budgets())
+
+    def budgets(self) -> tuple[list[Client], ServerSpec]:
+        """Clients and server with the budgets in force, as declared."""
+        return self._declared(), self._config.server.changed(self._budgets.get(SERVER, {}))
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

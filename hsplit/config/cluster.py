@@ -29,8 +29,10 @@ CENTRAL = "central"
 """The one node of a policy with ``placement: single``."""
 RESERVED_NAMES = frozenset({"server", "scheduler", "driver", CENTRAL})
 """Names of hsplit's own actors and processes, which no client may bear."""
-MAX_COUNT = 10_000
-"""Clients of one group, and of all."""
+MAX_COUNT = 200_000
+"""Clients of one group, and of all, that a simulation takes."""
+MAX_TAKING_PART = 10_000
+"""Clients of a run."""
 BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")
 """The fields of a client that may be drawn, and that may change during a run."""
 _REPLICA_NAME = re.compile(r"server-\d+")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from hsplit.config.cluster import CENTRAL, Client, ClientSpec, ServerSpec, unique_names
+from hsplit.config.cluster import CENTRAL, MAX_TAKING_PART, Client, ClientSpec, ServerSpec, unique_names
 from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
 from hsplit.config.job import TORCH_OPTIMIZERS, Job, Partition
 from hsplit.config.overrides import Override, Overrides, below, parse_overrides
@@ -210,6 +210,11 @@ class _Declared(Section):
         _check_late(self.job, self.clients)
         return self
 
+    def check_size(self, most: int, place: str) -> None:
+        """Refuse more than ``most`` clients before they are counted out."""
+        if (total := sum(group.count for group in self.clients)) > most:
+            raise InputError(f"{place}: clients: must be at most {most} clients in all (got {total})")
+
     def resolved(self, *, cpu: bool) -> RunConfig:
         clients = tuple(client for group in self.clients for client in group.expanded(self.job.seed))
         server = self.server
@@ -225,6 +230,7 @@ def load_run_config(
     overrides: Overrides = (),
     cpu: bool = False,
     client_defaults: Mapping[str, Any] | None = None,
+    most_clients: int = MAX_TAKING_PART,
 ) -> RunConfig:
     """The configuration that a cluster file, a policy file and overrides come to.
 
@@ -235,6 +241,7 @@ def load_run_config(
             ``clients.GROUP``, ``job`` or ``policy``; any other is a key of ``job``. Later ones win.
         cpu: reserve no GPU for anybody, whatever the file says.
         client_defaults: values of keys that an entry of ``clients`` may then leave out.
+        most_clients: how many there may be in all.
 
     Raises:
         InputError: anything is wrong with the files or the overrides; the text names the file or
@@ -254,7 +261,9 @@ def load_run_config(
     for step in steps:
         documents.append(step.applied_to(documents[-1]))
     try:
-        return _Declared.model_validate(documents[-1]).resolved(cpu=cpu)
+        declared = _Declared.model_validate(documents[-1])
+        declared.check_size(most_clients, displayed(cluster_path))
+        return declared.resolved(cpu=cpu)
     except ValidationError as error:
         found = refusals(error)
     refused, blamed = found[0], _blamed(found[0], documents, cpu)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from hsplit.config import Policy
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
-from hsplit.scheduling.counted_model import Floats, Ints
+from hsplit.scheduling.counted_model import Floats, Ints, prefix
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.serving import cohorts
 from hsplit.scheduling.step_time import pipelined_s
@@ -22,6 +24,19 @@ from hsplit.scheduling.step_time import pipelined_s
 _DECOMPOSED = 4.0
 # What an entry of a gradient costs to be multiplied with its weight, made positive and summed, in the same operations.
 _REDUCED = 100.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What holders have of each weight.
+
+    Attributes:
+        total: their ranks together, ``(W,)``.
+        holders: how many of them hold it, ``(W,)``.
+    """
+
+    total: Ints
+    holders: Ints
 
 
 class VirtualClock:
@@ -47,7 +62,7 @@ class VirtualClock:
             clients: who trains; all available ones by default.
         """
         splits, job = _splits(plan, clients), self._cost.model.job
-        phases = np.array([self._phases(plan, name) for name in splits])
+        phases = self._phases(plan, splits)
         if self._cost.model.whole:
             return float(phases[:, 0].max())
         batches = job.grad_accumulation
@@ -55,6 +70,35 @@ class VirtualClock:
         turns = self._cost.model.tail_at_client
         parts = job.pipeline.microbatches
         return batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns))
+
+    def waits_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, tuple[str, float]]:
+        """What one local step is spent on, without overlap: the server's phase (``server``), and of the clients that
+        the step waits for in its phases their compute (``compute``) and their links (``link``).
+
+        Args:
+            plan: the plan in force.
+            clients: who trains; all available ones by default.
+
+        Returns:
+            By what it is spent on: whose it is (of several clients the one with most), and seconds (virtual).
+        """
+        splits = _splits(plan, clients)
+        phases, names = self._phases(plan, splits), list(splits)
+        model, times = self._cost.model, self._cost.times
+        spent: dict[str, dict[str, float]] = {"compute": {}, "link": {}}
+        wire = model.wire_bytes(1)
+        sent = ((wire.up,), (wire.deep, wire.slope) if model.tail_at_client else (), (wire.down,))
+        for phase, (slowest, messages) in enumerate(zip(phases.argmax(axis=0).tolist(), sent, strict=True)):
+            name, seconds = names[slowest], float(phases[slowest, phase])
+            client = self._clients[name]
+            parts = model.job.pipeline.microbatches
+            link = sum(times.sent_s(size, client) + (parts - 1) * client.latency_s for size in messages)
+            link = min(0.0 if model.whole else link * model.job.grad_accumulation, seconds)
+            for what, share in (("compute", seconds - link), ("link", link)):
+                spent[what][name] = spent[what].get(name, 0.0) + share
+        found = {what: (max(own, key=own.__getitem__), sum(own.values())) for what, own in spent.items()}
+        server_s = 0.0 if model.whole else sum(self._server_batch_s(splits)) * model.job.grad_accumulation
+        return {**found, "server": (plan.server.name, server_s)}
 
     def call_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, dict[str, float]]:
         """Seconds of each call of a local step, by holder and by what is called for: up, turn and down of a client;
@@ -64,8 +108,8 @@ class VirtualClock:
             plan: the plan in force.
             clients: who trains, which decides what the server has to do; all available ones by default.
         """
-        job = self._cost.model.job
-        times = {part.name: self._phases(plan, part.name) for part in plan.available}
+        splits, job = _splits(plan), self._cost.model.job
+        times = dict(zip(splits, self._phases(plan, splits), strict=True))
         if self._cost.model.whole:
             return {name: {"up": float(up)} for name, (up, _, _) in times.items()}
         calls: dict[str, dict[str, float]] = {}
@@ -77,12 +121,11 @@ class VirtualClock:
         calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
         return calls
 
-    def _phases(self, plan: Plan, name: str) -> Floats:
-        """Seconds of a client's up, turn and down phase of a local step, ``(3,)``."""
-        part = plan.client(name)
-        phases: Floats = self._cost.times.client_times(self._clients[name])[part.split or 0]
-        if part.forward_only:
-            phases[2] = 0.0
+    def _phases(self, plan: Plan, splits: Mapping[str, int]) -> Floats:
+        """Seconds of the up, turn and down phases of a local step of every client at its split, ``(C, 3)``."""
+        phases = self._cost.times.times_at([self._clients[name] for name in splits], _array(splits))
+        if forward_only := {part.name for part in plan.available if part.forward_only}:
+            phases[[name in forward_only for name in splits], 2] = 0.0
         return phases
 
     def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
@@ -106,17 +149,15 @@ class VirtualClock:
         part = min(math.ceil(tokens / job.max_length) / job.batch_size, 1.0)
         scored_flops = model.weight_gradient_flops * (part + _REDUCED / (2 * model.rows))
         messages = np.array([0, 0, 0] if model.whole else [1, 2 * model.tail_at_client, 1])
-        phases = []
-        for name, split in splits.items():
-            client = self._clients[name]
-            waits = messages * client.latency_s
-            batch = self._cost.times.client_times(client, microbatches=1)[split] / job.grad_accumulation
-            up, turn, down = waits + part * (batch - waits)
-            phases.append((up, turn, down + scored_flops[:split].sum() / client.flops))
+        asked = [self._clients[name] for name in splits]
+        waits = messages * np.array([client.latency_s for client in asked])[:, None]
+        batch = self._cost.times.times_at(asked, _array(splits), microbatches=1) / job.grad_accumulation
+        phases = waits + part * (batch - waits)
+        phases[:, 2] += prefix(scored_flops)[_array(splits)] / np.array([client.flops for client in asked])
         counts = self._counts(splits)
         deep = part * self._cost.times.server_times(self._server, counts)[0] / job.grad_accumulation
         deep += (model.joined_clients(model.served(counts)) @ scored_flops)[0] / self._server.flops
-        return float(np.array(phases).max(axis=0).sum() + deep)
+        return float(phases.max(axis=0).sum() + deep)
 
     def aggregation_s(
         self,
@@ -139,8 +180,9 @@ class VirtualClock:
         merged_flops = self._merged_flops(ranks, policy)
         first = self._cost.model.layers if self._cost.model.whole else min(splits.values(), default=0)
         server_flops = self._aggregation_flops(ranks, policy) + float(merged_flops[first:].sum())
+        merged, sent = prefix(merged_flops).tolist(), self._cost.times.sent_s
         restarted = (
-            self.transfer_s({name: size}) + float(merged_flops[: splits[name]].sum()) / self._clients[name].flops
+            sent(size, self._clients[name]) + merged[splits[name]] / self._clients[name].flops
             for name, size in down_bytes.items()
         )
         return self.transfer_s(up_bytes) + server_flops / self._server.flops + max(restarted, default=0.0)
@@ -186,31 +228,37 @@ class VirtualClock:
         return seconds
 
     def _forward_s(self, splits: Mapping[str, int]) -> float:
-        clients = [self._cost.times.client_forward_s(self._clients[n], k) for n, k in splits.items()]
-        up, tail = (max(phase) for phase in zip(*clients, strict=True))
+        clients = [self._clients[name] for name in splits]
+        up, tail = self._cost.times.forward_times_at(clients, _array(splits)).max(axis=0).tolist()
         return up + self._cost.times.server_forward_s(self._server, self._counts(splits)[0]) + tail
 
     def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
         return self._cost.model.clients_at(list(splits.values()))[None]
 
-    def _ranks(self, plan: Plan, clients: Collection[str] | None) -> Ints:
-        """Ranks of every holder that hands in, the servers' last, ``(holders, W)``."""
-        own = [client.ranks for client in plan.available if clients is None or client.name in clients]
+    def _ranks(self, plan: Plan, clients: Collection[str] | None) -> Ranks:
+        """Ranks of every holder that hands in, the servers among them."""
+        members = None if clients is None else set(clients)
+        own = [client.ranks for client in plan.available if members is None or client.name in members]
         own += [plan.server.ranks] * plan.servers
-        return np.array([self._cost.model.rank_vector(ranks) for ranks in own])
+        # Thousands of clients share a few mappings: each is read once.
+        shared = {id(ranks): ranks for ranks in own}
+        count = Counter(id(ranks) for ranks in own)
+        vectors = np.array([self._cost.model.rank_vector(ranks) for ranks in shared.values()])
+        holders = np.array([count[key] for key in shared])
+        return Ranks(holders @ vectors, holders @ (vectors > 0))
 
-    def _joined(self, ranks: Ints, policy: Policy) -> NDArray[np.bool_]:
+    def _joined(self, ranks: Ranks, policy: Policy) -> NDArray[np.bool_]:
         """Weights whose update joins the residual: after an svd restart the only holder of one goes on as it is."""
         only = policy.reinit != "random" and self._cost.model.keeps_residual
-        joined: NDArray[np.bool_] = (ranks > 0).sum(axis=0) > only
+        joined: NDArray[np.bool_] = ranks.holders > only
         return joined
 
-    def _aggregation_flops(self, ranks: Ints, policy: Policy) -> float:
+    def _aggregation_flops(self, ranks: Ranks, policy: Policy) -> float:
         """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
         model = self._cost.model
         if not model.decomposes:
             return 0.0
-        rank: Ints = ranks.sum(axis=0)
+        rank = ranks.total
         decomposed = [rank] if policy.reinit == "svd" or not model.keeps_residual else []
         if model.job.residual.max_rank != "full" and model.keeps_residual:
             decomposed.append(rank + model.residual_entries // model.sides)
@@ -222,7 +270,7 @@ class VirtualClock:
             total += float((4.0 * model.sides * width**2 + 22.0 * width**3)[self._joined(ranks, policy)].sum())
         return _DECOMPOSED * total
 
-    def _merged_flops(self, ranks: Ints, policy: Policy) -> Floats:
+    def _merged_flops(self, ranks: Ranks, policy: Policy) -> Floats:
         """What forming the residual at its cap takes, to be added to a dense base, by layer, ``(L,)``."""
         model = self._cost.model
         if model.quantized or not model.keeps_residual:
@@ -240,4 +288,9 @@ class VirtualClock:
 
 
 def _splits(plan: Plan, clients: Collection[str] | None = None) -> dict[str, int]:
-    return {c.name: c.split or 0 for c in plan.available if clients is None or c.name in clients}
+    members = None if clients is None else set(clients)
+    return {c.name: c.split or 0 for c in plan.available if members is None or c.name in members}
+
+
+def _array(splits: Mapping[str, int]) -> Ints:
+    return np.array(list(splits.values()), dtype=np.int64)

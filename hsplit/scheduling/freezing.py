@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit.scheduling.counted_model import Floats, Ints, prefix
+from hsplit.scheduling.counted_model import Floats, Ints
 from hsplit.scheduling.problem import DOWN, EXCHANGE, PHASES, TURN, UP, Problem
 from hsplit.scheduling.ranks import captured_by
 
@@ -35,7 +35,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
         return none
     state = problem.state(splits)
     phases, gains = problem.times[kind, splits], _gains(problem, splits)
-    idle = problem.forward_only_exchange[kind, splits]
+    idle = problem.frozen_exchange(everybody=False)[kind, splits]
     saved = phases[:, DOWN] + phases[:, EXCHANGE] - idle
     order = np.argsort(-saved, kind="stable")
     # After so many of them: what is left to wait for.
@@ -44,7 +44,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
     slowest[:-1, [DOWN, EXCHANGE]] = np.maximum.accumulate(phases[order[::-1]][:, [DOWN, EXCHANGE]], axis=0)[::-1]
     slowest[1:, EXCHANGE] = np.maximum(slowest[1:, EXCHANGE], np.maximum.accumulate(idle[order]))
     if count:
-        slowest[-1, EXCHANGE] = _exchange_of_all(problem, splits).max()
+        slowest[-1, EXCHANGE] = problem.frozen_exchange(everybody=True)[kind, splits].max()
     lost = np.concatenate([[0.0], np.cumsum(gains[order])]) / count
     captured = problem.captured(state)[0] - lost
     server_s = float(cost.times.server_times(problem.server, state.counts)[0])
@@ -66,12 +66,3 @@ def _gains(problem: Problem, splits: Ints) -> Floats:
     level = problem.uniform_levels(problem.state(splits))[0]
     held: Floats = (problem.held @ problem.worth)[splits]
     return held * captured_by(problem.rank_set)[level]
-
-
-def _exchange_of_all(problem: Problem, splits: Ints) -> Floats:
-    """Each client's part of the exchange where no client trains, ``(N,)``: only the server's layers learn."""
-    model, kind = problem.cost.model, problem.kind
-    residual = prefix(model.by_layer(model.residual_entries))
-    learned = np.where(residual > 0, 1 - residual[splits.min()] / np.maximum(residual, 1), 0.0)
-    exchange: Floats = problem.forward_only_exchange[kind, splits] * np.clip(learned[splits], 0.0, 1.0)
-    return exchange

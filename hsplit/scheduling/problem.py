@@ -97,7 +97,7 @@ class Problem:
         phases = cost.times.all_client_times(distinct), cost.times.exchange_times(distinct)[:, :, None]
         self.times: Floats = np.concatenate(phases, axis=2)
         self.times[self.frozen, :, DOWN] = 0.0
-        self.times[self.frozen, :, EXCHANGE] = self.forward_only_exchange[self.frozen]
+        self.times[self.frozen, :, EXCHANGE] = self.frozen_exchange(bool(self.frozen.all()))[self.frozen]
         self.needed = minimal_bytes(cost, int(rank_set[0]))
         # Bytes grow with the split, so the splits that fit are those up to the deepest.
         self.deepest_of_kind: Ints = (self.needed <= self.memory[:, None]).sum(axis=1) - 1
@@ -140,11 +140,15 @@ class Problem:
             return np.where(self.frozen[:, None], -(self.held @ self.worth), 0.0)
         return np.where(self.frozen[:, None], 0.0, self._rule.client_gains(self))
 
-    @cached_property
-    def forward_only_exchange(self) -> Floats:
-        """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``."""
+    def frozen_exchange(self, everybody: bool) -> Floats:
+        """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``.
+
+        Args:
+            everybody: all clients do, so that nobody learns layer 0, which all of them have.
+        """
         first = np.unique(self.kind, return_index=True)[1].tolist()
-        return self.cost.times.exchange_times([self.clients[i] for i in first], forward_only=True)
+        kinds = [self.clients[i] for i in first]
+        return self.cost.times.exchange_times(kinds, forward_only=True, learned_from=int(everybody))
 
     def client_ranks_at(self, kinds: Ints, split: int) -> Levels:
         """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit.seeds import hash_seed
+
 Ints = NDArray[np.int64]
 
 
@@ -23,6 +25,14 @@ def served_by(clients: Iterable[str], splits: Mapping[str, int], servers: Sequen
     order = sorted(clients, key=lambda name: splits[name])
     shares = {server: order[place :: len(servers)] for place, server in enumerate(servers)}
     return {server: share for server, share in shares.items() if share}
+
+
+def drawn_cohort(present: Sequence[str], seed: int, round_: int, count: int | None) -> list[str]:
+    """``count`` of the clients ``present``, in their order, drawn for ``round_`` by seed, round and name alone."""
+    if count is None or count >= len(present):
+        return list(present)
+    drawn = set(sorted(present, key=lambda name: hash_seed(seed, "cohort", round_, name))[:count])
+    return [name for name in present if name in drawn]
 
 
 def cohorts(clients: Sequence[str], most: int | None) -> list[Sequence[str]]:

@@ -52,6 +52,15 @@ class StepTimes:
 
     def all_client_times(self, clients: Sequence[ClientBudget], microbatches: int | None = None) -> Floats:
         """:meth:`client_times` of many clients at once: ``(C, L + 1, 3)``."""
+        layers = np.arange(self._model.layers + 1)
+        return self._times(clients, layers[None], microbatches)
+
+    def times_at(self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None = None) -> Floats:
+        """:meth:`client_times` of many clients, each at its own split alone: ``(C, 3)`` for ``splits`` ``(C,)``."""
+        return self._times(clients, splits[:, None], microbatches)[:, 0]
+
+    def _times(self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None) -> Floats:
+        """Seconds of the phases at ``splits``, ``(C, K)`` or ``(1, K)``: ``(C, K, 3)``."""
         messages = microbatches or self._model.job.pipeline.microbatches
         budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         flops, bandwidth, latency = budgets.reshape(-1, 3).T[:, :, None]
@@ -62,29 +71,38 @@ class StepTimes:
             seconds: Floats = 8 * nbytes / bandwidth + messages * latency
             return seconds
 
-        times = np.zeros((len(clients), self._model.layers + 1, 3))
+        times = np.zeros((len(clients), splits.shape[1], 3))
         if self._model.whole:
             # A step of its own: no phase waits for anybody.
             work = prefix(self._model.forward_flops + self._model.backward_flops + self._weight_gradient_flops)
-            times[:, :, 0] = (work + self._tail_flops) / flops
+            times[:, :, 0] = (work + self._tail_flops)[splits] / flops
             return times * self._model.job.grad_accumulation
-        times[:, :, 0] = prefix(self._model.forward_flops) / flops + sent(wire.up)
+        times[:, :, 0] = prefix(self._model.forward_flops)[splits] / flops + sent(wire.up)
         if self._model.tail_at_client:
             times[:, :, 1] = sent(wire.deep) + self._tail_flops / flops + sent(wire.slope)
-        times[:, 1:, 2] = prefix(self._model.backward_flops)[1:] / flops + sent(wire.down)
+        back = prefix(self._model.backward_flops)[splits] / flops + sent(wire.down)
+        times[:, :, 2] = np.where(splits > 0, back, 0.0)
         return times * self._model.job.grad_accumulation
 
-    def exchange_times(self, clients: Sequence[ClientBudget], *, forward_only: bool = False) -> Floats:
+    def exchange_times(
+        self, clients: Sequence[ClientBudget], *, forward_only: bool = False, learned_from: int = 0
+    ) -> Floats:
         """Seconds of a round's end for the links of ``clients``, spread over its local steps: ``(C, L + 1)``.
 
         Adapters up, the residual's change and the restart down; of a client that only computes forward, the
         residual's change alone, which has the restart in it. It grows with the split as a step's messages do not: over
         a slow link a deep split may take longer to aggregate than it saves the server.
+
+        Args:
+            clients: whose links.
+            forward_only: whether they train nothing.
+            learned_from: the first layer that anybody trains; what lies before has no residual.
         """
         model = self._model
         budgets = np.array([(c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         bandwidth, latency = budgets.reshape(-1, 2).T[:, :, None]
         residual = model.by_layer(model.master.itemsize * model.residual_entries)
+        residual[:learned_from] = 0
         nbytes = prefix(residual if forward_only else 2 * model.copied_bytes + residual)
         messages = 1 if forward_only else 2
         seconds: Floats = (8 * nbytes / bandwidth + messages * latency) / model.job.local_steps
@@ -134,15 +152,21 @@ class StepTimes:
         forward = float(self._model.forward_flops.sum())
         return forward / (forward + float(self._model.backward_flops.sum()))
 
-    def client_forward_s(self, client: ClientBudget, split: int) -> tuple[float, float]:
-        """Virtual seconds of a client's forward of one batch: front and message up, and the tail if held."""
+    def forward_times_at(self, clients: Sequence[ClientBudget], splits: Ints) -> Floats:
+        """Seconds of each client's forward of one batch, ``(C, 2)``: front and message up, and the tail if held."""
+        budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
+        flops, bandwidth, latency = budgets.reshape(-1, 3).T
+        front = prefix(self._model.forward_flops)[splits]
+        times = np.zeros((len(clients), 2))
         if self._model.whole:
-            return (float(self._model.forward_flops[:split].sum()) + self._tail_forward_flops) / client.flops, 0.0
-        wire = self._model.wire_bytes(split)
-        up = float(self._model.forward_flops[:split].sum()) / client.flops + self.sent_s(wire.up, client)
-        if not self._model.tail_at_client:
-            return up, 0.0
-        return up, self.sent_s(wire.deep, client) + self._tail_forward_flops / client.flops
+            times[:, 0] = (front + self._tail_forward_flops) / flops
+            return times
+        # What is sent does not depend on the split: everybody's hidden states are as wide.
+        wire = self._model.wire_bytes(1)
+        times[:, 0] = front / flops + 8 * wire.up / bandwidth + latency
+        if self._model.tail_at_client:
+            times[:, 1] = 8 * wire.deep / bandwidth + latency + self._tail_forward_flops / flops
+        return times
 
     def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
         """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""

@@ -72,7 +72,7 @@ GROUPS = [
     (cluster(client(count="0")), "clients[0].count: must be at least 1 (got 0)"),
     (cluster(client(count="1.5")), "clients[0].count: must be a whole number (got 1.5)"),
     (cluster(client(count="true")), "clients[0].count: must be a whole number (got true)"),
-    (cluster(client(count="1_000_000")), "clients[0].count: must be at most 10000 (got 1000000)"),
+    (cluster(client(count="1_000_000")), "clients[0].count: must be at most 200000 (got 1000000)"),
     (cluster(client(node="''")), "clients[0].node: must not be empty (got '')"),
     (cluster(client(late="'yes'")), "clients[0].late: must be true or false (got 'yes')"),
     (

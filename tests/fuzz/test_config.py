@@ -203,7 +203,7 @@ def test_a_file_that_never_ends_is_not_read_to_its_end(tmp_path: Path) -> None:
 def test_a_crowd_is_refused_at_once(tmp_path: Path, groups: str) -> None:
     path = tmp_path / "crowd.yaml"
     path.write_text(f"clients: [{groups}]")
-    with pytest.raises(InputError, match=r"crowd\.yaml: clients.*must be at most 10000"):
+    with pytest.raises(InputError, match=r"crowd\.yaml: clients.*must be at most 200000"):
         load_run_config(path)
 
 

@@ -1,0 +1,105 @@
+"""A simulation's files: CSV, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hsplit.errors import InputError, os_reason
+from hsplit.observe.inline_svg import drawing_style, inline_svg
+from hsplit.observe.report_figures import COLOURS
+from hsplit.observe.report_page import facts, page, plot, table, text
+from hsplit.simulation.sweep import Setting, Sweep
+from hsplit.simulation.table import COLUMNS, cells
+
+
+def write_simulation(sweep: Sweep, to: Path) -> None:
+    """Write ``settings.csv``, ``rounds.csv`` and ``report.html`` into ``to``.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    rounds = [
+        {"clients": s.clients, "servers": s.servers, **asdict(round_)} for s in sweep.settings for round_ in s.rounds
+    ]
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        _write(to / "settings.csv", [s.row() for s in sweep.settings], sweep.about)
+        if rounds:
+            _write(to / "rounds.csv", rounds, sweep.about)
+        (to / "report.html").write_text(simulation_page(sweep), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--to: {to}: {os_reason(error)}") from error
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write("# simulation: nothing was trained; all seconds are virtual\n")
+        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def simulation_page(sweep: Sweep) -> str:
+    """The whole page."""
+    fitting = [s for s in sweep.settings if not s.refused]
+    found = "".join(f"<p>{text(line)}</p>" for line in sweep.findings())
+    sections = [
+        f"<h2>What it comes to</h2>{found}{facts(sweep.about)}",
+        "<h2>Fleets and servers</h2>" + table(COLUMNS, map(cells, sweep.settings), 0, "seconds are virtual; a round"),
+    ]
+    if fitting:
+        sections.append(f'<h2>Growth</h2><div class="plots">{_growth(fitting)}</div>')
+        sections.append(f'<h2>Rounds of the largest fleet</h2><div class="plots">{_rounds(fitting[-1])}</div>')
+    return page("Simulation", "Nothing was trained: all seconds are virtual, of declared budgets.", sections)
+
+
+def _growth(settings: Sequence[Setting]) -> str:
+    plots: tuple[tuple[str, str, Callable[[Setting], float]], ...] = (
+        ("round", "virtual seconds a round (simulation)", lambda s: s.round_s),
+        ("share", "server's part of a local step (simulation)", lambda s: s.server_share),
+    )
+    made = []
+    for key, label, value in plots:
+        curves = {}
+        for count in dict.fromkeys(s.servers for s in settings):
+            own = [s for s in settings if s.servers == count]
+            curves[f"{count} server{'s' if count > 1 else ''}"] = ([s.clients for s in own], [value(s) for s in own])
+        made.append(_curves(key, label, "clients", curves, logarithmic=True))
+    return "".join(made)
+
+
+def _rounds(setting: Setting) -> str:
+    trained = setting.rounds[1:]
+    numbers = [r.round for r in trained]
+    whose = f"{setting.clients:,} clients, {setting.servers} servers"
+    return _curves(
+        "seconds", "virtual seconds a round (simulation)", "round", {whose: (numbers, [r.round_s for r in trained])}
+    ) + _curves("present", "clients there (simulation)", "round", {whose: (numbers, [r.present for r in trained])})
+
+
+def _curves(
+    key: str,
+    label: str,
+    across: str,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    logarithmic: bool = False,
+) -> str:
+    from matplotlib.figure import Figure
+
+    with drawing_style():
+        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, (x, y)) in enumerate(curves.items()):
+            axes.plot(x, y, "o-", markersize=3, label=name, color=COLOURS[index % len(COLOURS)])
+        axes.set(xlabel=across, ylabel=label)
+        if logarithmic:
+            axes.set_xscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+        return plot(inline_svg(figure, f"simulation-{key}", label), label)

@@ -1,0 +1,289 @@
+"""The rounds of a simulated run, in :mod:`hsplit.coordinator`'s order of events, each timed by the virtual clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from hsplit.actors.executor import SERVER
+from hsplit.actors.scheduler import Scheduler
+from hsplit.config import RunConfig
+from hsplit.errors import InputError
+from hsplit.scheduling.budgets import BudgetRequest
+from hsplit.scheduling.clock import VirtualClock
+from hsplit.scheduling.counted_model import prefix
+from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.serving import drawn_cohort
+from hsplit.simulation.fleet import Traffic, links
+
+
+@dataclass(frozen=True)
+class Round:
+    """One simulated round. All seconds are virtual; bytes are of full batches, and of residuals at their cap.
+
+    Attributes:
+        round: counted from 1; 0 is the validation before training.
+        present, training: clients that are there, and those of them that train.
+        virtual_time_s: since the run's start.
+        round_s: of the round, which the following come to.
+        step_s: of one local step.
+        steps_s, aggregation_s, validation_s, probe_s, replanning_s: of the round's local steps, and so on.
+        server_share: the server's part of a local step, 0 to 1.
+        bottleneck: what takes most of a local step: ``server``, or ``compute`` or ``link`` of the slowest clients.
+        holder: whose that is.
+        bytes_up, bytes_down: from and to all clients.
+    """
+
+    round: int
+    present: int
+    training: int
+    virtual_time_s: float
+    round_s: float
+    step_s: float
+    steps_s: float
+    aggregation_s: float
+    validation_s: float
+    probe_s: float
+    replanning_s: float
+    server_share: float
+    bottleneck: str
+    holder: str
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A simulated run.
+
+    Attributes:
+        plan: the first plan.
+        rounds: from round 0 on.
+        plans: how many plans were made.
+    """
+
+    plan: Plan
+    rounds: tuple[Round, ...]
+    plans: int
+
+
+def simulated(
+    run: RunConfig,
+    scheduler: Scheduler,
+    rounds: int,
+    traffic: Traffic | None = None,
+    validation_batches: Mapping[str, int] | None = None,
+) -> Simulated:
+    """Go through a run's rounds without training.
+
+    A client that is gone is one that a run has lost: the plan stays, the others go on, and it is back with its part.
+    Budgets change as the cluster file's ``schedule`` says, and the scheduler plans anew for them. Importance stays
+    equal, since nothing is learned: a plan that would follow it is not made.
+
+    Args:
+        run: resolved configuration, with ``job.dtype`` settled.
+        scheduler: of this run, fresh.
+        rounds: how many.
+        traffic: who comes and goes, and the links; by default everything is as declared.
+        validation_batches: of each client; by default those of ``job.validation.max_examples`` examples.
+
+    Raises:
+        InputError: there is no plan, or a round without any client.
+    """
+    if run.policy.placement == "single":
+        raise InputError("policy: placement: 'single' has one node and nothing to simulate; choose another policy")
+    return _Simulation(run, scheduler, traffic or Traffic(), validation_batches).simulated(rounds)
+
+
+class _Simulation:
+    def __init__(
+        self, run: RunConfig, scheduler: Scheduler, traffic: Traffic, batches: Mapping[str, int] | None
+    ) -> None:
+        self._run, self._job, self._scheduler, self._traffic = run, run.job, scheduler, traffic
+        self._batches, self._exchange = batches, _Exchange(run, scheduler)
+        self._each = math.ceil(run.job.validation.max_examples / run.job.batch_size)
+        self._scheduled = [
+            (change.round, BudgetRequest(name, change.values()))
+            for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.clients)]
+            for change in holder.schedule
+        ]
+        self._time_s = 0.0
+
+    def simulated(self, rounds: int) -> Simulated:
+        plan = first = self._scheduler.plan()
+        clients, server = self._scheduler.budgets()
+        done: list[Round] = []
+        plans = 1
+        available = {client.name for client in plan.available}
+        before = {client.name for client in plan.available}
+        for round_, fleet in enumerate(islice(links(clients, self._traffic, self._job.seed), rounds), 1):
+            here = [c.name for c, there in zip(clients, fleet.present.tolist(), strict=True) if there]
+            clock = VirtualClock(self._scheduler.cost, fleet.budgets(clients), server)
+            if round_ == 1:
+                done.append(self._start(clock, plan, [name for name in here if name in available]))
+            probe_s = replanning_s = 0.0
+            down = 0
+            if round_ > 1:
+                probed = drawn_cohort([n for n in here if n in available], self._job.seed, round_, self._most)
+                if self._run.policy.probes and probed:
+                    probe_s = clock.probe_s(plan, self._run.policy.importance.tokens, probed)
+                requests = [request for when, request in self._scheduled if when == round_]
+                review = self._scheduler.review(round_ - 1, plan, (), {}, requests)
+                if requests:
+                    clients, server = self._scheduler.budgets()
+                    clock = VirtualClock(self._scheduler.cost, fleet.budgets(clients), server)
+                if review.plan is not None:
+                    moved = self._exchange.moved(plan, review.plan, here)
+                    replanning_s, down = clock.reconfiguration_s(plan, review.plan, moved), sum(moved.values())
+                    plan, plans = review.plan, plans + 1
+                    available = {client.name for client in plan.available}
+            present = [name for name in here if name in available]
+            if not present:
+                raise InputError(f"round {round_}: no client is there; lower --leave, or raise --return")
+            returned = self._exchange.whole(plan, [name for name in present if name not in before])
+            done.append(self._round(round_, clock, plan, present, probe_s, replanning_s, down + returned))
+            before = set(present)
+        return Simulated(first, tuple(done), plans)
+
+    @property
+    def _most(self) -> int | None:
+        return self._job.clients_per_round
+
+    def _start(self, clock: VirtualClock, plan: Plan, present: Sequence[str]) -> Round:
+        validation_s = clock.validation_s(plan, self._validated(present))
+        return self._row(0, clock, plan, present, present, validation_s=validation_s)
+
+    def _round(
+        self,
+        round_: int,
+        clock: VirtualClock,
+        plan: Plan,
+        present: Sequence[str],
+        probe_s: float,
+        replanning_s: float,
+        down: int,
+    ) -> Round:
+        job, cohort = self._job, drawn_cohort(present, self._job.seed, round_, self._most)
+        step_s = clock.step_s(plan, cohort)
+        ups, downs = self._exchange.aggregated(plan, cohort, present)
+        aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
+        validation_s = clock.validation_s(plan, self._validated(present))
+        wire, batches = self._scheduler.cost.wire_bytes(1), job.local_steps * job.grad_accumulation
+        training = set(cohort)
+        # No gradient comes back to who only computes forward.
+        trained = sum(part.name in training and not part.forward_only for part in plan.available)
+        return self._row(
+            round_,
+            clock,
+            plan,
+            present,
+            cohort,
+            step_s=step_s,
+            steps_s=job.local_steps * step_s,
+            aggregation_s=aggregation_s,
+            validation_s=validation_s,
+            probe_s=probe_s,
+            replanning_s=replanning_s,
+            bytes_up=batches * len(cohort) * wire.to_server + sum(ups.values()),
+            bytes_down=batches * (len(cohort) * wire.deep + trained * wire.down) + sum(downs.values()) + down,
+        )
+
+    def _row(
+        self,
+        round_: int,
+        clock: VirtualClock,
+        plan: Plan,
+        present: Sequence[str],
+        cohort: Sequence[str],
+        *,
+        step_s: float = 0.0,
+        steps_s: float = 0.0,
+        aggregation_s: float = 0.0,
+        validation_s: float = 0.0,
+        probe_s: float = 0.0,
+        replanning_s: float = 0.0,
+        bytes_up: int = 0,
+        bytes_down: int = 0,
+    ) -> Round:
+        # Added up as a run does, one thing after the other.
+        for seconds in (probe_s, replanning_s, *[step_s] * (self._job.local_steps if round_ else 0)):
+            self._time_s += seconds
+        self._time_s += aggregation_s
+        self._time_s += validation_s
+        waits = clock.waits_s(plan, cohort)
+        bottleneck = max(waits, key=lambda what: waits[what][1])
+        return Round(
+            round=round_,
+            present=len(present),
+            training=len(cohort) if round_ else 0,
+            virtual_time_s=self._time_s,
+            round_s=probe_s + replanning_s + steps_s + aggregation_s + validation_s,
+            step_s=step_s,
+            steps_s=steps_s,
+            aggregation_s=aggregation_s,
+            validation_s=validation_s,
+            probe_s=probe_s,
+            replanning_s=replanning_s,
+            server_share=waits["server"][1] / sum(seconds for _, seconds in waits.values()),
+            bottleneck=bottleneck,
+            holder=waits[bottleneck][0],
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
+        )
+
+    def _validated(self, present: Sequence[str]) -> dict[str, int]:
+        if self._batches is None:
+            return dict.fromkeys(present, self._each)
+        return {name: self._batches[name] for name in present}
+
+
+class _Exchange:
+    """Bytes of a round's end: exact for adapters, and with the residual at its cap, where it is in a few rounds."""
+
+    def __init__(self, run: RunConfig, scheduler: Scheduler) -> None:
+        model = scheduler.cost.model
+        self._model = model
+        # Fresh restarts are drawn by each holder for itself.
+        self._restarts = run.policy.reinit == "svd" or not model.keeps_residual
+        self._residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries)).tolist()
+        self._adapters: dict[int, int] = {}
+        # Kept, so that no other mapping comes to have the identity of one that is gone.
+        self._kept: list[Mapping[str, int]] = []
+        self._parts: dict[str, HolderPlan] = {}
+        self._of: Plan | None = None
+
+    def aggregated(
+        self, plan: Plan, cohort: Iterable[str], present: Iterable[str]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Up from those who train, and down to all who are there, by client name."""
+        return {n: self._up(plan, n) for n in cohort}, {n: self._down(plan, n) for n in present}
+
+    def moved(self, before: Plan, after: Plan, present: Iterable[str]) -> dict[str, int]:
+        """Down to those whose part is another after a change of plan."""
+        had = {c.name: (c.split, c.ranks) for c in before.available}
+        here = set(present)
+        changed = [c.name for c in after.available if c.name in here and had.get(c.name) != (c.split, c.ranks)]
+        return {name: self._down(after, name) for name in changed}
+
+    def whole(self, plan: Plan, names: Iterable[str]) -> int:
+        """Down to clients that are back."""
+        return sum(self._down(plan, name) for name in names)
+
+    def _up(self, plan: Plan, name: str) -> int:
+        ranks = self._part(plan, name).ranks
+        if id(ranks) not in self._adapters:
+            self._kept.append(ranks)
+            entries = int(self._model.rank_vector(ranks) @ self._model.sides)
+            self._adapters[id(ranks)] = self._model.master.itemsize * entries
+        return self._adapters[id(ranks)]
+
+    def _down(self, plan: Plan, name: str) -> int:
+        restart = self._up(plan, name) if self._restarts else 0
+        return restart + round(self._residual[self._part(plan, name).split or 0])
+
+    def _part(self, plan: Plan, name: str) -> HolderPlan:
+        if self._of is not plan:
+            self._of, self._parts = plan, {client.name: client for client in plan.clients}
+        return self._parts[name]

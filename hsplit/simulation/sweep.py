@@ -1,0 +1,235 @@
+"""A fleet at several sizes and with several numbers of servers, each simulated; and where one server is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.scheduler import Scheduler
+from hsplit.config import RunConfig, load_run_config
+from hsplit.config.cluster import MAX_COUNT
+from hsplit.config.files import find_preset, read_yaml
+from hsplit.config.overrides import Overrides
+from hsplit.errors import InputError
+from hsplit.preparation import settled
+from hsplit.simulation.fleet import Traffic, read_trace
+from hsplit.simulation.rounds import Round, simulated
+from hsplit.simulation.shapes import shape_directory
+
+MAX_SERVERS = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One fleet with one number of servers. All seconds are virtual.
+
+    Attributes:
+        clients, servers: how many there are.
+        unavailable: clients that have no memory for the smallest part of the model.
+        training: clients that train in a round, on average.
+        refused: why there is no plan, in words; empty where there is one, and everything that follows is 0 without.
+        step_s: of the last round's local steps, one of them.
+        round_s: of a round, on average.
+        makespan_s: of all rounds.
+        server_share: the server's part of a local step, 0 to 1, on average.
+        bottleneck: what takes most of a local step, in most rounds.
+        server_gb: memory that the plan reserves for each server.
+        bytes_up, bytes_down: a round, on average.
+        server_gbps: what that comes to over a round, in Gbit/s of all servers' links together, which have no limit.
+        rounds: every round.
+    """
+
+    clients: int
+    servers: int
+    unavailable: int
+    training: float
+    refused: str
+    step_s: float
+    round_s: float
+    makespan_s: float
+    server_share: float
+    bottleneck: str
+    server_gb: float
+    bytes_up: float
+    bytes_down: float
+    server_gbps: float
+    rounds: tuple[Round, ...]
+
+    def row(self) -> dict[str, Any]:
+        """All but the rounds, as written into a file."""
+        return {key: value for key, value in asdict(self).items() if key != "rounds"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was simulated.
+
+    Attributes:
+        about: what decides it: cluster, model, policy, seed, churn.
+        settings: by fleet, then by servers.
+    """
+
+    about: dict[str, Any]
+    settings: tuple[Setting, ...]
+
+    def findings(self) -> list[str]:
+        """Where one server stops being enough, and what more of them give, in sentences."""
+        lines = []
+        enough = [s.clients for s in self.settings if s.servers == 1 and not s.refused and s.server_share < 0.5]
+        beyond = [s for s in self.settings if s.servers == 1 and (s.refused or s.server_share >= 0.5)]
+        if enough:
+            lines.append(f"simulation: one server is enough for {max(enough):,} clients")
+        if beyond:
+            first = beyond[0]
+            why = first.refused or f"it takes {first.server_share:.0%} of a local step (virtual)"
+            lines.append(f"simulation: one server is not enough for {first.clients:,} clients: {why}")
+        for size in dict.fromkeys(s.clients for s in self.settings):
+            own = [s for s in self.settings if s.clients == size and not s.refused]
+            if len(own) > 1:
+                first, best = own[0], min(own, key=lambda s: s.round_s)
+                lines.append(
+                    f"simulation: {size:,} clients: {best.servers} servers do a round in {best.round_s:.3g} s,"
+                    f" {first.servers} in {first.round_s:.3g} s (virtual)"
+                )
+            needed = [s.servers for s in own if s.server_share < 0.5]
+            if needed and needed[0] > 1:
+                lines.append(
+                    f"simulation: {size:,} clients: from {needed[0]} servers on, clients take longer than servers"
+                )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        settings = [{**s.row(), "rounds": [asdict(r) for r in s.rounds]} for s in self.settings]
+        return {"simulation": True, **self.about, "settings": settings, "findings": self.findings()}
+
+
+def sweep(
+    cluster: str | Path,
+    policy: str | Path | None = None,
+    overrides: Overrides = (),
+    *,
+    cpu: bool = False,
+    sizes: Sequence[int] = (),
+    servers: Sequence[int] = (),
+    rounds: int | None = None,
+    leave: float = 0.0,
+    back: float = 0.5,
+    variation: float = 0.0,
+    trace: Path | None = None,
+    progress: Callable[[str], object] = lambda text: None,
+) -> Sweep:
+    """Simulate a cluster file's fleet.
+
+    Args:
+        cluster, policy, overrides, cpu: as for :func:`hsplit.launcher.launch`.
+        sizes: numbers of clients to scale the fleet to, in the proportions of the file; by default the file's own.
+        servers: numbers of servers; by default the file's own.
+        rounds: how many; ``job.rounds`` by default.
+        leave, back, variation: as :class:`~hsplit.simulation.fleet.Traffic` has them.
+        trace: file that :func:`~hsplit.simulation.fleet.read_trace` reads.
+        progress: told what is simulated.
+
+    Raises:
+        InputError: something given is wrong.
+    """
+    for option, values, most in (("--clients", sizes, MAX_COUNT), ("--servers", servers, MAX_SERVERS)):
+        for value in values:
+            if not 1 <= value <= most:
+                raise InputError(f"{option}: must be from 1 to {most} (got {value})")
+    drawn = Traffic(leave, back, variation)
+    settings: list[Setting] = []
+    wanted: list[int | None] = [*sorted(set(sizes))]
+    for size in wanted or [None]:
+        run = _fleet(cluster, policy, overrides, cpu, size)
+        traffic = drawn if trace is None else Traffic(leave, back, variation, read_trace(trace, run.clients))
+        with shape_directory(run.job.model) as directory:
+            for count in sorted(set(servers)) or [run.server.replicas]:
+                if count > 1 and run.policy.placement != "split":
+                    raise InputError("--servers: must be 1 with a policy that does not split the model")
+                progress(f"simulating {len(run.clients):,} clients, {count} servers")
+                replicated = run.server.model_copy(update={"replicas": count})
+                own = run.model_copy(update={"server": replicated})
+                settings.append(_setting(own, directory, rounds or run.job.rounds, traffic))
+    about = {
+        "cluster": str(cluster),
+        "model": run.job.model,
+        "policy": run.policy.name,
+        "seed": run.job.seed,
+        "rounds": rounds or run.job.rounds,
+        "local_steps": run.job.local_steps,
+        "clients_per_round": run.job.clients_per_round,
+        "leave": leave,
+        "return": back,
+        "link_variation": variation,
+        "trace": None if trace is None else str(trace),
+        "server_memory_gb": run.server.memory_gb,
+        "server_tflops": run.server.tflops,
+    }
+    return Sweep(about, tuple(settings))
+
+
+def _fleet(
+    cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool, size: int | None
+) -> RunConfig:
+    """The run with the file's fleet, or with one of ``size`` clients in its proportions."""
+    if size is None:
+        return settled(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
+    declared = read_yaml(find_preset("cluster", cluster)).get("clients")
+    groups = [group for group in declared if isinstance(group, dict)] if isinstance(declared, list) else []
+    counts: dict[str, int] = {str(g.get("name")): g.get("count", 1) for g in groups}
+    named = all(isinstance(g.get("name"), str) for g in groups)
+    if not counts or not named or not all(type(n) is int and n > 0 for n in counts.values()):
+        # Whatever is wrong with the file is said as always.
+        return settled(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
+    if size < len(counts):
+        raise InputError(
+            f"--clients: must be at least {len(counts)}, one of each kind of the cluster file (got {size})"
+        )
+    scaled = [f"clients.{name}.count={n}" for name, n in scaled_counts(counts, size).items()]
+    given = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, dict) else list(overrides)
+    return settled(load_run_config(cluster, policy, [*given, *scaled], cpu=cpu, most_clients=MAX_COUNT))
+
+
+def scaled_counts(counts: dict[str, int], size: int) -> dict[str, int]:
+    """``size`` clients in the proportions of ``counts``, at least one of each kind."""
+    spare, total = size - len(counts), sum(counts.values())
+    exact = {name: spare * count / total for name, count in counts.items()}
+    made = {name: 1 + int(share) for name, share in exact.items()}
+    # What is left goes to the kinds that rounding has cost most.
+    for name in sorted(exact, key=lambda n: int(exact[n]) - exact[n])[: size - sum(made.values())]:
+        made[name] += 1
+    return made
+
+
+def _setting(run: RunConfig, directory: Path, rounds: int, traffic: Traffic) -> Setting:
+    scheduler = Scheduler(run, directory)
+    try:
+        found = simulated(run, scheduler, rounds, traffic)
+    except InputError as error:
+        if not str(error).startswith("server: memory_gb"):
+            raise
+        return Setting(
+            len(run.clients), run.server.replicas, 0, 0.0, str(error), 0.0, 0.0, 0.0, 0.0, "", 0.0, 0.0, 0.0, 0.0, ()
+        )
+    trained = found.rounds[1:]
+    held = [r.bottleneck for r in trained]
+    total_s, nbytes = sum(r.round_s for r in trained), sum(r.bytes_up + r.bytes_down for r in trained)
+    return Setting(
+        clients=len(run.clients),
+        servers=run.server.replicas,
+        unavailable=len(run.clients) - len(found.plan.available),
+        training=sum(r.training for r in trained) / rounds,
+        refused="",
+        step_s=trained[-1].step_s,
+        round_s=total_s / rounds,
+        makespan_s=found.rounds[-1].virtual_time_s,
+        server_share=sum(r.server_share for r in trained) / rounds,
+        bottleneck=max(dict.fromkeys(held), key=held.count),
+        server_gb=found.plan.server.predicted_bytes / 1e9,
+        bytes_up=sum(r.bytes_up for r in trained) / rounds,
+        bytes_down=sum(r.bytes_down for r in trained) / rounds,
+        server_gbps=8 * nbytes / total_s / 1e9,
+        rounds=found.rounds,
+    )
