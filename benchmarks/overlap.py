@@ -41,7 +41,7 @@ job:
   clock: emulated
   pipeline: {{microbatches: {parts}}}
 """
-POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\n"
+POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nfreeze: never\n"
 
 
 @dataclass(frozen=True)

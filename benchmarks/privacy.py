@@ -57,7 +57,16 @@ CLUSTER = """
 server: {memory_gb: 64, tflops: 2}
 clients: [{name: client, count: 4, memory_gb: 8, tflops: 0.5}]
 """
-POLICY = "split: {split}\nranks: 8\nimportance: {{metric: equal}}\nreinit: random\nreplan: {{measured: false}}\n"
+POLICY = """
+split: {split}
+ranks: 8
+importance: {{metric: equal}}
+reinit: random
+moments: drop
+init: independent
+freeze: never
+replan: {{measured: false}}
+"""
 # Of the most frequent tokens of public texts so many are no content: they are guessed anyway.
 FREQUENT = 100
 SCOPES = ("all", "content", "names")

@@ -58,6 +58,7 @@ POLICY = """
 split: {split}
 ranks: {rank}
 importance: {{metric: equal}}
+freeze: never
 """
 
 # Steps [first, first + count) to seconds of the wall and the last loss.

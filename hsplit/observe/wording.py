@@ -122,19 +122,19 @@ def split_text(holder: HolderPlan, layers: int) -> str:
 
 
 def ranks_range(ranks: Mapping[str, int]) -> str:
-    """Least and greatest rank and their sum: ``1–8 (Σ 112)``."""
+    """Least and greatest rank and their sum: ``1–8 (Σ 112)``; ``frozen`` where nothing that is held is trained."""
     held = [rank for rank in ranks.values() if rank > 0]
-    return f"{_span(held)} (Σ {sum(held)})" if held else NOTHING
+    return f"{_span(held)} (Σ {sum(held)})" if held else _untrained(ranks)
 
 
 def ranks_by_kind(ranks: Mapping[str, int]) -> str:
-    """Ranks by weight kind over all layers: ``all 8``, or ``q:8 k:2–4 down:1``."""
+    """Ranks by weight kind over all layers: ``all 8``, or ``q:8 k:2–4 down:1``; ``frozen`` as above."""
     kinds: dict[str, list[int]] = {}
     for weight, rank in ranks.items():
         if rank > 0:
             kinds.setdefault(_kind(weight), []).append(rank)
     if not kinds:
-        return NOTHING
+        return _untrained(ranks)
     spans = {kind: _span(held) for kind, held in kinds.items()}
     if len(set(spans.values())) == 1:
         return f"all {next(iter(spans.values()))}"
@@ -144,6 +144,10 @@ def ranks_by_kind(ranks: Mapping[str, int]) -> str:
     named = zip(labels, spans.values(), strict=True)
     # no space within a pair, where a narrow table would break the line
     return " ".join(f"{label.removesuffix('_proj')}:{span}" for label, span in named)
+
+
+def _untrained(ranks: Mapping[str, int]) -> str:
+    return "frozen" if ranks else NOTHING
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -160,6 +164,12 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     if available < len(plan.clients):
         lines.append(f"{available} of {len(plan.clients)} clients take part.")
+    if frozen := [part.name for part in plan.available if part.forward_only]:
+        whose = frozen[0] if len(frozen) == 1 else f"{frozen[0]} and {len(frozen) - 1} more"
+        lines.append(
+            f"{whose} only compute{'s' if len(frozen) == 1 else ''} forward: training there would hold everybody up for"
+            " longer than it is worth (policy.freeze)."
+        )
     if plan.servers > 1:
         lines.append(f"{plan.servers} servers share the clients; the server's row is the part of each.")
     return lines
