@@ -87,6 +87,13 @@ class Replica(HolderActor[Holder]):
             plan: the new plan.
             update: what the adapters restart with, and residuals; those of layers that are new here whole.
         """
+        before = self._plan
+        assert before is not None
+        if (before.server.split, before.server.ranks) == (plan.server.split, plan.server.ranks):
+            # A new holder would have forgotten the optimizer's moments, which a plan for others is no reason for.
+            self._plan = plan
+            self.restart(update)
+            return
         held = self.holder.segment
         # Given up first, so that two sets of adapters never are in memory together.
         self._holder = None

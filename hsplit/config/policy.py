@@ -110,9 +110,10 @@ class Policy(Section):
     self_pruning: SelfPruning | None = Field(
         default=None, description="whether holders give up ranks that they do not need; with `hetlora`"
     )
-    reinit: Literal["random", "svd"] = Field(
+    reinit: Literal["random", "svd", "mean"] = Field(
         default="svd",
-        description="what adapters restart with after `concat`: fresh, or the update's leading part",
+        description="what adapters restart with after `concat`: fresh, the update's leading part, or the mean factors;"
+        " the rest of the exact sum joins the residual",
     )
     moments: Literal["drop", "keep", "fit"] = Field(
         default="fit",

@@ -23,10 +23,12 @@ class Contribution:
         term: ``s_c B_c A_c``, scale folded in.
         share: token weight ``p_c``; the shares of a weight's holders sum to 1. A rule that freezes is given as further
             terms what some of them had frozen beside their adapters, with those holders' shares.
+        first: which direction of the holders' common restart the term's first one began as.
     """
 
     term: LowRank
     share: float
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Restart:
     """What the holders of one weight are to go on with.
 
     Attributes:
-        reinit: the policy's: ``random`` or ``svd``.
+        reinit: the policy's: ``random``, ``svd`` or ``mean``.
         ranks: rank of each next holder of the weight; empty where nobody holds it any more.
         spare: directions that a holder can keep frozen beside its adapter, for a rule that freezes.
     """
@@ -90,12 +92,20 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
     alone, as METHOD 6 has it, the larger ranks would start afresh every round.) They go on with an ``A`` of the size
     that a fresh one has: ``B`` learns at the pace of ``A``, and a decomposition's balanced factors would slow every
     round but the first. A weight that only one holder has trained goes on as it is.
+
+    With ``reinit: mean`` everybody goes on with the holders' mean factors, as with FedAvg, and the residual takes what
+    these leave out of the exact sum: with ``B`` and ``A`` the means, ``sum_c p_c s_c (B_c - B)(A_c - A)``. Where the
+    holders began alike that is small, no direction turns, and the optimizer's moments go on meaning what they did.
     """
     total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
     if restart.reinit == "random" or restart.kept == 0:
         return Outcome(total, None)
     if len(contributions) == 1 and total.width <= restart.kept:
         return Outcome(None, contributions[0].term)
+    if restart.reinit == "mean":
+        mean = _mean_factors(contributions)
+        common = mean if mean.rank <= restart.kept else mean.up_to_rank(restart.kept)
+        return Outcome(LowRankSum((*total.terms, common), (*total.weights, -1.0)), common)
     common, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
     return Outcome(rest, _as_large_as_fresh(common))
 
@@ -154,15 +164,25 @@ def continued(contributions: Sequence[Contribution], restart: Restart) -> Outcom
     return Outcome(None, only.term)
 
 
+def _mean_factors(contributions: Sequence[Contribution]) -> LowRank:
+    """Token-weighted means; of ``A`` over those holders alone that have the direction: others know of none."""
+    mean = _averaged(contributions, [c.share for c in contributions])
+    having = mean.A.new_zeros(mean.rank)
+    for c in contributions:
+        having[c.first : c.first + c.term.rank] += c.share
+    return LowRank(mean.B, mean.A / having[:, None])
+
+
 def _averaged(contributions: Sequence[Contribution], weights: Sequence[float]) -> LowRank:
     """Weighted means of B and of A, zero beyond a holder's own rank."""
-    first = contributions[0].term
-    rank = max(c.term.rank for c in contributions)
-    B, A = first.B.new_zeros(first.B.shape[0], rank), first.A.new_zeros(rank, first.A.shape[1])
+    some = contributions[0].term
+    rank = max(c.first + c.term.rank for c in contributions)
+    B, A = some.B.new_zeros(some.B.shape[0], rank), some.A.new_zeros(rank, some.A.shape[1])
     for contribution, weight in zip(contributions, weights, strict=True):
         term = contribution.term
-        B[:, : term.rank].add_(term.B, alpha=weight)
-        A[: term.rank].add_(term.A, alpha=weight)
+        own = slice(contribution.first, contribution.first + term.rank)
+        B[:, own].add_(term.B, alpha=weight)
+        A[own].add_(term.A, alpha=weight)
     return LowRank(B, A)
 
 

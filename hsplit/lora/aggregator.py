@@ -176,6 +176,7 @@ def _frozen(began: LowRank, contributions: Sequence[Contribution]) -> list[Contr
         Contribution(
             LowRank(began.B[:, start:stop], began.A[start:stop]),
             sum(c.share for c in contributions if c.term.rank <= start),
+            start,
         )
         for start, stop in pairwise(stops)
     ]

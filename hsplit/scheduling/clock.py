@@ -201,7 +201,7 @@ class VirtualClock:
 
     def _joined(self, ranks: Ints, policy: Policy) -> NDArray[np.bool_]:
         """Weights whose update joins the residual: after an svd restart the only holder of one goes on as it is."""
-        only = policy.reinit == "svd" and self._cost.model.keeps_residual
+        only = policy.reinit != "random" and self._cost.model.keeps_residual
         joined: NDArray[np.bool_] = (ranks > 0).sum(axis=0) > only
         return joined
 

@@ -78,6 +78,7 @@ def _learned(aggregator: Aggregator) -> torch.Tensor:
     later=st.lists(RANK, min_size=5, max_size=5),
     resumed=st.booleans(),
     merges=st.booleans(),
+    reinit=st.sampled_from(["svd", "mean"]),
     max_rank=st.sampled_from([40, 128]),
     seed=st.integers(0, 2**16),
 )
@@ -87,6 +88,7 @@ def test_everybody_computes_with_the_exact_sum(
     later: list[int],
     resumed: bool,
     merges: bool,
+    reinit: str,
     max_rank: int,
     seed: int,
 ) -> None:
@@ -94,7 +96,7 @@ def test_everybody_computes_with_the_exact_sum(
     job = Job.model_validate({"residual": {"max_rank": max_rank}})
 
     def made() -> Aggregator:
-        return Aggregator([WEIGHT], job, Policy(reinit="svd"), torch.float32, merges=merges)
+        return Aggregator([WEIGHT], job, Policy.model_validate({"reinit": reinit}), torch.float32, merges=merges)
 
     aggregator = made()
     followers = [Follower(f"c{i}", rank, tokens[i]) for i, rank in enumerate(ranks)]

@@ -28,7 +28,7 @@ def _dense64(*terms: LowRank | None) -> torch.Tensor:
     shape=st.tuples(st.integers(8, 48), st.integers(8, 48)),
     ranks=st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5),
     tokens=st.lists(st.integers(0, 500), min_size=5, max_size=5),
-    reinit=st.sampled_from(["random", "svd"]),
+    reinit=st.sampled_from(["random", "svd", "mean"]),
     rounds=st.integers(1, 4),
     seed=st.integers(0, 2**16),
     max_rank=st.sampled_from([None, 128]),

@@ -41,7 +41,7 @@ def _loss(run: Any) -> float:
     server_ranks=st.tuples(RANKS, RANKS),
     labels=st.sampled_from(["server", "client"]),
     base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
-    reinit=st.sampled_from(["svd", "random"]),
+    reinit=st.sampled_from(["svd", "random", "mean"]),
     moments=st.sampled_from(["drop", "keep", "fit"]),
     max_rank=st.sampled_from(["full", 128]),
     seed=st.integers(0, 2**16),

@@ -47,7 +47,7 @@ def _known(state: dict[str, torch.Tensor], name: str, kind: str) -> torch.Tensor
     training=st.none() | st.integers(1, 4),
     labels=st.sampled_from(["server", "client"]),
     base=st.sampled_from(["fp32", "nf4"]),
-    reinit=st.sampled_from(["random", "svd"]),
+    reinit=st.sampled_from(["random", "svd", "mean"]),
     init=st.sampled_from(["shared", "independent"]),
     seed=st.integers(0, 2**16),
 )
