@@ -245,7 +245,8 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int)
 def _cost(clients: int, rounds: int, console: Console) -> Cost:
     command = [sys.executable, "-c", "from hsplit.cli import run; run()", "simulate", "--cluster", "fleet-10k"]
     command += ["--clients", str(clients), "--rounds", str(rounds), "--leave", "0.02", "--return", "0.2"]
-    command += ["--link-variation", "0.3"]
+    # With room for everybody, so that there is a plan for every size.
+    command += ["--link-variation", "0.3", "--set", "server.memory_gb=1e8"]
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)

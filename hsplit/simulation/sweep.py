@@ -194,12 +194,14 @@ def _fleet(
 
 def scaled_counts(counts: dict[str, int], size: int) -> dict[str, int]:
     """``size`` clients in the proportions of ``counts``, at least one of each kind."""
-    spare, total = size - len(counts), sum(counts.values())
-    exact = {name: spare * count / total for name, count in counts.items()}
-    made = {name: 1 + int(share) for name, share in exact.items()}
-    # What is left goes to the kinds that rounding has cost most.
-    for name in sorted(exact, key=lambda n: int(exact[n]) - exact[n])[: size - sum(made.values())]:
-        made[name] += 1
+    total = sum(counts.values())
+    exact = {name: size * count / total for name, count in counts.items()}
+    made = {name: max(1, int(share)) for name, share in exact.items()}
+    # One at a time to the kind that is furthest from its share; from it where there are too many.
+    while (lacking := size - sum(made.values())) != 0:
+        step = 1 if lacking > 0 else -1
+        open_ = [name for name in made if made[name] + step >= 1]
+        made[max(open_, key=lambda name: step * (exact[name] - made[name]))] += step
     return made
 
 
