@@ -246,7 +246,7 @@ class _Exchange:
         model = scheduler.cost.model
         self._model = model
         # Fresh restarts are drawn by each holder for itself.
-        self._restarts = run.policy.reinit == "svd" or not model.keeps_residual
+        self._restarts = run.policy.reinit != "random" or not model.keeps_residual
         self._residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries)).tolist()
         self._adapters: dict[int, int] = {}
         # Kept, so that no other mapping comes to have the identity of one that is gone.

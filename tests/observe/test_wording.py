@@ -51,6 +51,7 @@ def test_ranks() -> None:
     assert ranks_range(mixed) == "1–8 (Σ 13)"
     assert ranks_by_kind(mixed) == "q:1–8 up:4"
     assert ranks_by_kind(dict.fromkeys(mixed, 8)) == "all 8"
-    assert (ranks_range({}), ranks_by_kind({"a.0.b": 0})) == ("–", "–")
+    assert (ranks_range({}), ranks_by_kind({})) == ("–", "–")
+    assert (ranks_range({"a.0.b": 0}), ranks_by_kind({"a.0.b": 0})) == ("frozen", "frozen")
     gpt2 = {"transformer.h.0.attn.c_proj": 2, "transformer.h.0.mlp.c_proj": 4, "transformer.h.0.mlp.c_fc": 4}
     assert ranks_by_kind(gpt2) == "attn.c:2 mlp.c:4 c_fc:4"
