@@ -17,6 +17,7 @@ Fixed before any result:
   places in it are the same at every ``h`` of a seed;
 - 2 TFLOP/s at the server and 0.5 at the mean client, 200 Mbit/s, 5 ms: for the compute and messages of a 7B model that
   would be 80 and 20 TFLOP/s and 1 Gbit/s;
+- ranks up to 8, and a residual of at most 8 directions; one base in bf16 for everybody;
 - ``cenlora`` and ``ft`` are shown at the server's speed, and at the mean client's;
 - each policy's learning rate is the best of the same three factors around its usual one, at one ``h`` and on a seed
   that nothing else uses;
