@@ -59,8 +59,10 @@ def write_data(path: Path, prompts: int = PROMPTS, references: int = REFERENCES,
     return path
 
 
-def finished_run(folder: Path, model: Path, **job: Any) -> FinishedRun:
-    """Two rounds over two clients that hold one and three of four layers, large steps so that much is learned."""
+def finished_run(
+    folder: Path, model: Path, splits: tuple[int, int] = (1, 3), ranks: tuple[int, int] = (2, 4), **job: Any
+) -> FinishedRun:
+    """Two rounds over two clients, of four layers one and three with them; large steps so that much is learned."""
     source = write_data(folder / "data.csv")
     settings = {
         "dtype": "fp32",
@@ -74,7 +76,7 @@ def finished_run(folder: Path, model: Path, **job: Any) -> FinishedRun:
     }
     wanted = Job.model_validate({"model": str(model), **settings})
     policy = Policy(importance=Importance(metric="equal"), description="for tests")
-    plan = fixed_plan(model, wanted, [1, 3], [2, 4], 4)
+    plan = fixed_plan(model, wanted, splits, ranks, 4)
     clients = tuple(Client(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     config = RunConfig(clients=clients, job=wanted, policy=policy)
     inputs = read_inputs(config, find_model(str(model)))

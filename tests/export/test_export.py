@@ -76,6 +76,17 @@ def test_an_adapter_loads_with_peft_and_has_the_split_models_logits_on_the_runs_
     assert (logits_of(open_target(path).model) - _split_logits(run)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("format_", ["peft", "merged"])
+def test_layers_that_nobody_trained_are_exported_as_they_were(
+    models: dict[str, Path], tmp_path: Path, format_: str
+) -> None:
+    run = finished_run(tmp_path, models["llama"], splits=(1, 1), ranks=(0, 0))
+    written = export_run(run.path, tmp_path / "out", ExportOptions(format=format_))
+    found = logits_of(_load(written.path) if format_ == "merged" else open_target(written.path).model)
+    assert (found - _split_logits(run)).abs().max() < 1e-4
+    assert (logits_of(_load(run.model)) - found).abs().max() > 1e-2
+
+
 def test_an_untied_model_in_several_files_loads_as_one(tmp_path: Path) -> None:
     model = save_tiny_model("gpt2", tmp_path / "model", tie_word_embeddings=False)
     (tmp_path / "out").mkdir()
