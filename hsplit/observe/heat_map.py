@@ -90,7 +90,7 @@ def _draw_map(axes: Axes, each: HeatMap, scale: Scale, rows: int, columns: Seque
 
     _frame(axes)
     axes.set_title(each.title, fontsize=8)
-    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_xlim(-0.5, max(len(columns), 1) - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
     if each.cells:
         shades = {place: scale.shade(value) for place, value in each.cells.items()}
