@@ -177,11 +177,6 @@ class AdaptedLinear(nn.Module):
         else:
             self._residual_matrix = matrix.to(self.compute_dtype)
 
-    def residual_bytes(self) -> int:
-        """Bytes that the residual takes beside the base."""
-        matrix = 0 if self._residual_matrix is None else self._residual_matrix.nbytes
-        return matrix + (0 if self._residual is None else self._residual.nbytes)
-
     def forward(self, x: Tensor) -> Tensor:
         """``x (W_0 + R + s B A)^T + bias`` for ``x`` of shape ``(..., d_in)``."""
         rows = x.reshape(-1, x.shape[-1])

@@ -46,10 +46,6 @@ class WireBytes:
     def to_server(self) -> int:
         return self.up + self.slope
 
-    @property
-    def to_client(self) -> int:
-        return self.deep + self.down
-
 
 class CountedModel:
     """One model under one job: sizes and counts by layer and by adapted weight.
