@@ -44,6 +44,7 @@ from typing import Any
 from rich.console import Console
 
 from hsplit.benchmark import load_benchmark, machine_description, results_directory
+from hsplit.observe.silent_display import SilentDisplay
 
 LEVELS = (0.0, 0.3, 0.6, 0.9)
 SEEDS = (0, 1, 2)
@@ -267,7 +268,7 @@ def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, cons
         coordinator = local_run(run, source.directory, directory, inputs, watch)
         begun = time.monotonic()
         coordinator.run()
-        found |= {"rows": watch.rows, "plans": watch.plans, "wall_s": time.monotonic() - begun}
+        found |= {"rows": watch.figures, "plans": watch.plans, "wall_s": time.monotonic() - begun}
         return found
 
 
@@ -284,7 +285,7 @@ def _parameters(model: Path) -> int:
     return sum(p.numel() for p in made.parameters())
 
 
-class _Curve:
+class _Curve(SilentDisplay):
     """A display that keeps every round's figures.
 
     Args:
@@ -293,14 +294,10 @@ class _Curve:
     """
 
     def __init__(self, console: Console, perplexity: Any) -> None:
+        super().__init__()
         self._console, self._perplexity = console, perplexity
-        self.rows: list[dict[str, Any]] = []
+        self.figures: list[dict[str, Any]] = []
         self.plans: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Curve:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
 
     def plan(self, plan: Any) -> None:
         parts = [(c.name, c.available, c.split, c.rank_total) for c in (plan.server, *plan.clients)]
@@ -309,11 +306,8 @@ class _Curve:
     def round_done(self, row: Any, *more: Any) -> None:
         kept = {k: v for k, v in asdict(row).items() if k != "val_loss"}
         kept["ppl"] = self._perplexity() if self._perplexity is not None else row.val_ppl
-        self.rows.append(kept)
+        self.figures.append(kept)
         self._console.print(f"  round {row.round}: perplexity {kept['ppl']:.3f}, {row.virtual_time_s:.1f} s (virtual)")
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **fields: None
 
 
 # -- the grid -------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import layer_count, model_config
 from hsplit.models.source import ModelSource, find_model
+from hsplit.observe.silent_display import SilentDisplay
 from hsplit.run_directory import RunDirectory
 
 POLICIES = ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
@@ -89,34 +90,23 @@ class Row:
     ppl: float
 
 
-class _Quiet:
+class _Quiet(SilentDisplay):
     """A display that says what a run notes, and nothing else."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__()
         self._console = console
-        self.rows: list[Any] = []
         self.plans: list[Any] = []
-
-    def __enter__(self) -> _Quiet:
-        return self
-
-    def __exit__(self, *args: object) -> None: ...
-
-    def started(self, run_name: str, lines: list[str]) -> None: ...
 
     def plan(self, plan: Any) -> None:
         self.plans.append(plan)
 
-    def step(self, *progress: Any) -> None: ...
-
     def round_done(self, row: Any, holders: Any, timing: Any) -> None:
-        self.rows.append(row)
+        super().round_done(row, holders, timing)
         self._console.print(f"  round {row.round}: validation perplexity {row.val_ppl:.3f}, {row.tokens:,} tokens")
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self._console.print(f"  {text}")
-
-    def finished(self, lines: list[str]) -> None: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

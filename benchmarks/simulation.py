@@ -25,11 +25,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from hsplit.benchmark import load_benchmark, machine_description, markdown_table, results_directory, write_rows
+from hsplit.benchmark import (
+    load_benchmark,
+    machine_description,
+    markdown_table,
+    results_directory,
+    show_table,
+    write_rows,
+)
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: {server_tflops}, num_cpus: 0.01}}
@@ -112,10 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _show(table: tuple[list[str], list[list[str]]], to: Path, console: Console) -> None:
     columns, cells = table
-    shown = Table(*columns, box=SIMPLE_HEAD)
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    show_table(console, columns, cells)
     to.write_text(markdown_table(columns, cells))
 
 

@@ -43,8 +43,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
     slowest[:, [UP, TURN]] = phases[:, [UP, TURN]].max(axis=0)
     slowest[:-1, [DOWN, EXCHANGE]] = np.maximum.accumulate(phases[order[::-1]][:, [DOWN, EXCHANGE]], axis=0)[::-1]
     slowest[1:, EXCHANGE] = np.maximum(slowest[1:, EXCHANGE], np.maximum.accumulate(idle[order]))
-    if count:
-        slowest[-1, EXCHANGE] = problem.frozen_exchange(everybody=True)[kind, splits].max()
+    slowest[-1, EXCHANGE] = problem.frozen_exchange(everybody=True)[kind, splits].max()
     lost = np.concatenate([[0.0], np.cumsum(gains[order])]) / count
     captured = problem.captured(state)[0] - lost
     server_s = float(cost.times.server_times(problem.server, state.counts)[0])

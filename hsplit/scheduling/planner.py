@@ -15,7 +15,7 @@ from hsplit.errors import InputError
 from hsplit.scheduling.budgets import ClientBudget, ServerBudget
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.counted_model import Ints
-from hsplit.scheduling.freezing import worth_freezing
+from hsplit.scheduling.freezing import FREEZABLE, worth_freezing
 from hsplit.scheduling.holders import planned, whole_model
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.problem import Problem, minimal_bytes
@@ -98,6 +98,9 @@ def _with_frozen(
     """
     names = [client.name for client in problem.clients]
     best, best_splits, objective = problem, splits, _objective(problem, splits)
+    # Splits that are chosen anew may not give up more than freezing itself may. Who is frozen in force may stay so: a
+    # larger budget never makes a plan worse.
+    least = (1 - FREEZABLE) * float(problem.captured(problem.state(splits))[0])
     in_force = {part.name for part in current.available if part.forward_only} if current is not None else set()
     tried: set[frozenset[str]] = {frozenset()}
     frozen = frozenset(in_force & set(names))
@@ -107,8 +110,8 @@ def _with_frozen(
             made = problem_of(frozen)
             candidates = (best_splits, split_rule(made, current))
             for chosen in candidates:
-                value = _objective(made, chosen)
-                if value > objective * (1 + TOLERANCE):
+                value, captured = _objective(made, chosen), float(made.captured(made.state(chosen))[0])
+                if value > objective * (1 + TOLERANCE) and (captured >= least or frozen == in_force):
                     best, best_splits, objective = made, chosen, value
         frozen = frozenset(np.array(names, dtype=object)[worth_freezing(problem, best_splits)].tolist())
         if frozen in tried:
