@@ -154,16 +154,26 @@ def test_prometheus_has_every_metric_and_answers_every_query_of_the_dashboard(
             assert _until(lambda: prometheus.query('ray_hsplit_step{run="watched"} == 9')), _ends(tmp_path)
             _is_what_the_run_wrote(prometheus, runs / "watched")
             _is_shown(prometheus, to)
-            # What Ray lists is scraped as well; the node that both name is one target.
-            targets = [target["scrapeUrl"] for target in prometheus.get("targets")["activeTargets"]]
-            listed = json.loads(rays_file.read_text())[0]["targets"]
-            assert sorted(targets) == sorted(f"http://{target}/metrics" for target in listed) and len(listed) > 1
-            _can_be_signed_in_to((tmp_path / "run.log").read_text(), targets)
+            # What Ray lists is scraped as well, soon after Ray has listed it; the node that both name is one target.
+            assert _until(lambda: len(_listed(rays_file)) > 1 and _scraped(prometheus) == _listed(rays_file)), (
+                f"{_scraped(prometheus)}, {_listed(rays_file)}"
+            )
+            _can_be_signed_in_to((tmp_path / "run.log").read_text(), _scraped(prometheus))
             looked_at.touch()
             assert run.wait(_PATIENCE_S) == 0, _ends(tmp_path)
             # The run is over, and nobody goes on showing what it was.
             assert _until(lambda: not prometheus.query('{__name__=~"ray_hsplit_.*"}'))
             assert not list((tmp_path / "cache" / "prometheus").iterdir())
+
+
+def _scraped(prometheus: Prometheus) -> list[str]:
+    """Addresses of all targets."""
+    return sorted(target["scrapeUrl"] for target in prometheus.get("targets")["activeTargets"])
+
+
+def _listed(rays_file: Path) -> list[str]:
+    """Addresses that Ray lists for Prometheus."""
+    return sorted(f"http://{target}/metrics" for target in json.loads(rays_file.read_text())[0]["targets"])
 
 
 def _is_what_the_run_wrote(prometheus: Prometheus, run: Path) -> None:
