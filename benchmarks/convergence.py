@@ -19,8 +19,8 @@ Fixed before any result:
   would be 80 and 20 TFLOP/s and 1 Gbit/s;
 - ranks up to 8, and a residual of at most 8 directions; one base in bf16 for everybody;
 - ``cenlora`` and ``ft`` are shown at the server's speed, and at the mean client's;
-- each policy's learning rate is the best of the same three factors around its usual one, at one ``h`` and on a seed
-  that nothing else uses;
+- each policy's learning rate is the best of the same three factors around its usual one, after half the rounds, at one
+  ``h`` and on a seed that nothing else uses;
 - a policy under which clients are unavailable gets as many more rounds as make up for their tokens;
 - the target is the mean perplexity that ``cenlora`` has after two thirds of its rounds; the time to it is interpolated
   between rounds.
@@ -152,9 +152,9 @@ class Scale:
     ablations: tuple[str, ...] = tuple(ABLATIONS)
     factors: tuple[float, ...] = LR_FACTORS
 
-    @property
-    def steps(self) -> int:
-        return self.rounds * self.local_steps
+    def rounds_of(self, cell: Cell) -> int:
+        """Rounds of one cell; learning rates are told apart after half of them."""
+        return math.ceil(self.rounds / 2) if cell.seed == TUNING_SEED else self.rounds
 
 
 QUICK = Scale(rounds=3, local_steps=4, levels=(0.0, 0.9), seeds=(0,), policies=HEADLINE, ablations=(), factors=(1.0,))
@@ -215,7 +215,8 @@ def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, cons
     from hsplit.run_directory import RunDirectory
 
     variant = VARIANTS[cell.variant]
-    settings = [f"job.rounds={scale.rounds}", f"job.local_steps={scale.local_steps}"]
+    planned_rounds = scale.rounds_of(cell)
+    settings = [f"job.rounds={planned_rounds}", f"job.local_steps={scale.local_steps}"]
     settings += [f"job.seed={cell.seed}", f"job.lr={cell.lr:g}"]
     settings += [f"job.model={model}"] if model else []
     settings += [f"job.data.source={data}"] if data else []
@@ -251,9 +252,9 @@ def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, cons
         }
         if not plan.available:
             return found
-        missing = run.policy.placement == "full" and len(plan.available) < len(plan.clients)
+        missing = run.policy.placement != "single" and len(plan.available) < len(plan.clients)
         if missing:
-            rounds = math.ceil(scale.rounds * len(plan.clients) / len(plan.available))
+            rounds = math.ceil(planned_rounds * len(plan.clients) / len(plan.available))
             run = run.model_copy(update={"job": run.job.model_copy(update={"rounds": rounds})})
         directory = RunDirectory.create(folder, "run")
 

@@ -213,24 +213,30 @@ class VirtualClock:
     def validation_s(self, plan: Plan, batches: Mapping[str, int]) -> float:
         """Forward passes over each client's validation batches, joined one by one.
 
+        Clients go through theirs without waiting for anybody, and the server takes up each when the last has sent it;
+        tails come when a client has sent all.
+
         Args:
             plan: the plan in force.
             batches: number of validation batches by client name.
         """
         splits = {name: k for name, k in _splits(plan).items() if batches.get(name, 0) > 0}
-        seconds, done = 0.0, 0
-        # Between two distinct batch counts the same clients take part.
-        for count in sorted({batches[name] for name in splits}):
-            taking_part = [name for name in splits if batches[name] >= count]
-            for part in cohorts(taking_part, self._cost.model.job.clients_per_round):
-                seconds += (count - done) * self._forward_s({name: splits[name] for name in part})
-            done = count
-        return seconds
-
-    def _forward_s(self, splits: Mapping[str, int]) -> float:
-        clients = [self._clients[name] for name in splits]
-        up, tail = self._cost.times.forward_times_at(clients, _array(splits)).max(axis=0).tolist()
-        return up + self._cost.times.server_forward_s(self._server, self._counts(splits)[0]) + tail
+        model, at = self._cost.model, _array(splits)
+        up, tail = self._cost.times.forward_times_at([self._clients[name] for name in splits], at).T
+        count = np.array([batches[name] for name in splits], dtype=np.int64)
+        free, own = 0.0, up * count
+        parts: list[tuple[Sequence[int], float]] = []
+        for index in range(int(count.max(initial=0))):
+            if index in count or not parts:
+                # Others take part than in the batch before.
+                there = cohorts(np.flatnonzero(count > index).tolist(), model.job.clients_per_round)
+                served = [model.clients_at(at[part]) for part in there]
+                deep = [self._cost.times.server_forward_s(self._server, counts) for counts in served]
+                parts = list(zip(there, deep, strict=True))
+            for part, deep_s in parts:
+                free = max(free, (index + 1) * float(up[part].max())) + deep_s
+                own[part] = np.maximum(own[part], free) + tail[part]
+        return max(free, float(own.max(initial=0.0)))
 
     def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
         return self._cost.model.clients_at(list(splits.values()))[None]

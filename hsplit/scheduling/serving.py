@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from hsplit.seeds import hash_seed
 
 Ints = NDArray[np.int64]
+_Client = TypeVar("_Client")
 
 
 def served_by(clients: Iterable[str], splits: Mapping[str, int], servers: Sequence[str]) -> dict[str, list[str]]:
@@ -35,7 +37,7 @@ def drawn_cohort(present: Sequence[str], seed: int, round_: int, count: int | No
     return [name for name in present if name in drawn]
 
 
-def cohorts(clients: Sequence[str], most: int | None) -> list[Sequence[str]]:
+def cohorts(clients: Sequence[_Client], most: int | None) -> list[Sequence[_Client]]:
     """``clients`` in their order in parts of at most ``most``: as many as the servers have reserved memory for."""
     size = most or max(len(clients), 1)
     return [clients[start : start + size] for start in range(0, len(clients), size)]

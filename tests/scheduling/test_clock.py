@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hsplit.config import Policy
@@ -48,12 +49,36 @@ def test_an_aggregation_is_transfers_and_arithmetic() -> None:
     assert averaged < fresh < restarted
 
 
-def test_validation_joins_the_clients_that_still_have_batches() -> None:
+def test_validation_takes_up_each_batch_when_the_last_client_has_sent_it() -> None:
+    splits = np.array([PLAN.client(c.name).split for c in CLIENTS])
+    up = dict(zip(("one", "two"), MODEL.times.forward_times_at(CLIENTS, splits)[:, 0].tolist(), strict=True))
+
+    def deep(*names: str) -> float:
+        counts = MODEL.model.clients_at([PLAN.client(name).split or 0 for name in names])
+        return MODEL.times.server_forward_s(server(), counts)
+
+    slowest = max(up.values())
     single = CLOCK.validation_s(PLAN, {"one": 1, "two": 1})
-    assert 0 < single < PLAN.makespan_s
-    alone = CLOCK.validation_s(PLAN, {"one": 1, "two": 0})
-    assert CLOCK.validation_s(PLAN, {"one": 2, "two": 1}) == pytest.approx(single + alone)
-    assert CLOCK.validation_s(PLAN, {"one": 2, "two": 2}) == pytest.approx(2 * single)
+    assert single == pytest.approx(slowest + deep("one", "two"))
+    # Clients go on while the server computes.
+    both = single + max(slowest, deep("one", "two"))
+    assert CLOCK.validation_s(PLAN, {"one": 2, "two": 2}) == pytest.approx(both)
+    assert CLOCK.validation_s(PLAN, {"one": 2, "two": 1}) == pytest.approx(max(single, 2 * up["one"]) + deep("one"))
+    assert CLOCK.validation_s(PLAN, {"one": 1, "two": 0}) == pytest.approx(up["one"] + deep("one"))
+    assert CLOCK.validation_s(PLAN, {"one": 0, "two": 0}) == 0
+
+
+def test_validation_of_labels_at_home_ends_with_the_tails() -> None:
+    at_home = cost("client")
+    clock = VirtualClock(at_home, CLIENTS, server())
+    up, tail = at_home.times.forward_times_at(CLIENTS[:1], np.array([PLAN.client("one").split]))[0].tolist()
+    deep = at_home.times.server_forward_s(server(), at_home.model.clients_at([PLAN.client("one").split or 0]))
+    # The tail of a batch waits until its client has sent all of them.
+    ends, free = 3 * up, 0.0
+    for index in range(3):
+        free = max(free, (index + 1) * up) + deep
+        ends = max(ends, free) + tail
+    assert clock.validation_s(PLAN, {"one": 3}) == pytest.approx(ends)
 
 
 def test_a_probe_is_so_much_of_a_batch_and_the_gradients_of_its_weights() -> None:
