@@ -238,11 +238,11 @@ def predicted(run: Any, model: Path) -> tuple[float, float]:
     up = {c.name: sum(4 * rank * sides[w] for w, rank in c.ranks.items()) for c in plan.available}
     down = {c.name: up[c.name] + sum(4 * round(caps[w]) for w in c.ranks) for c in plan.available}
     batches = dict.fromkeys(up, 1)
-    step_s = scheduler.step_time_s(plan)
+    steps_s = scheduler.step_times_s(plan)
     between = scheduler.aggregation_time_s(plan, list(up), up, down) + scheduler.validation_time_s(plan, batches)
     if run.policy.probes:
         between += scheduler.probe_time_s(plan)
-    return job.local_steps * step_s + between, step_s
+    return sum(steps_s) + between, steps_s[-1]
 
 
 class Experiment:

@@ -144,7 +144,7 @@ class Scale:
         factors: of the learning rates that are tried.
     """
 
-    rounds: int = 6
+    rounds: int = 4
     local_steps: int = 10
     levels: tuple[float, ...] = LEVELS
     seeds: tuple[int, ...] = SEEDS

@@ -139,7 +139,7 @@ def _measured(
         coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), SilentDisplay())
         coordinator.start()
         coordinator.begin_round()
-        predicted = coordinator._step_time_s
+        predicted = coordinator._step_times_s[-1]
         seconds = []
         # The first steps of a round are also measured for memory, which takes time.
         for step in range(2 + steps):

@@ -58,7 +58,8 @@ class Coordinator:
         self._membership = Membership(standing)
         # The first server aggregates; these take part.
         _, *self._replicas = run.server.names
-        self._step_time_s = 0.0
+        # Virtual, of each local step of the round; nothing until one has begun.
+        self._step_times_s = [0.0]
         self.stopping = False
 
     @property
@@ -230,7 +231,7 @@ class Coordinator:
         standing = self.standing
         standing.round = self.progress.round + 1
         cohort = standing.cohort(self.round)
-        self._step_time_s = standing.ask(SCHEDULER, "step_time_s", standing.plan, cohort)
+        self._step_times_s = standing.ask(SCHEDULER, "step_times_s", standing.plan, cohort)
         if cohort != standing.clients:
             text = f"round {self.round}: {len(cohort)} of {len(standing.clients)} clients train: {', '.join(cohort)}"
             standing.events.write("cohort", text, round=self.round, clients=cohort)
@@ -244,7 +245,7 @@ class Coordinator:
             self._recovery.lose(failure)
         if not self.standing.clients:
             self.standing.nobody_is_left(next(iter(done.failed)))
-        self._records.step(done, time.monotonic() - begun, self._step_time_s)
+        self._records.step(done, time.monotonic() - begun, self._step_times_s[step % len(self._step_times_s)])
         return done
 
     def aggregate(self) -> None:

@@ -192,6 +192,19 @@ def _failure(client: str, error: HsplitError) -> ActorFailure:
     return error if isinstance(error, ActorFailure) else ActorFailure(client, "a local step", str(error))
 
 
+@dataclass
+class _Early:
+    """Calls of one step of a client that does not wait for the server: a list a part.
+
+    Attributes:
+        fronts: its reports and activations.
+        backwards: what ends each part.
+    """
+
+    fronts: list[list[Any]] = field(default_factory=list)
+    backwards: list[Any] = field(default_factory=list)
+
+
 class SplitTraining(_Steps):
     """Clients hold the front, the server everything deeper (METHOD 2).
 
@@ -206,11 +219,25 @@ class SplitTraining(_Steps):
         self._dealt: dict[str, list[str]] = {}
         # The servers that have had a part of the step under way.
         self._stepping: set[str] = set()
+        # Clients that only compute forward, and what they have been asked for in advance, by client and step.
+        self._forward_only: frozenset[str] = frozenset()
+        self._early: dict[tuple[str, int], _Early] = {}
+
+    def adopt(self, plan: Plan) -> None:
+        super().adopt(plan)
+        self._forward_only = plan.forward_only if self._job.runs_ahead else frozenset()
+
+    def forget(self, client: str | None = None) -> None:
+        super().forget(client)
+        self._early = {of: calls for of, calls in self._early.items() if client is not None and of[0] != client}
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = self._begin(clients)
         begun = [client for client in clients if done.takes_part(client)]
         self._dealt, self._stepping = self._served_by(begun), set()
+        for client in begun:
+            if client in self._forward_only:
+                self._ask_early(client, step)
         parts = self._job.pipeline.microbatches
         for first in range(0, self._job.batches_per_step, parts):
             present = [client for client in begun if done.takes_part(client)]
@@ -220,8 +247,29 @@ class SplitTraining(_Steps):
             # Those whose last backward alone was late have their part in the step, and finish it.
             if client in done.left_out and client not in self._busy:
                 self._busy[client] = self._executor.call(client, "skip", step)
+        for client, of in [key for key in self._early if key[1] <= step]:
+            del self._early[client, of]
+            if client not in begun and client not in done.failed:
+                # It was not there to take the part that it had computed.
+                self._busy[client] = self._executor.call(client, "skip", of)
         self._somebody(done)
         return done
+
+    def _ask_early(self, client: str, step: int) -> None:
+        """Ask a client that only computes forward for all of ``step``, and for the fronts of the next one.
+
+        No gradient comes back to it, so it need not wait for one; what it sends in the next step of a round is settled
+        as well. The order of its calls is that of everybody else's.
+        """
+        parts = range(self._job.batches_per_step)
+        early = self._early.setdefault((client, step), _Early())
+        early.fronts = early.fronts or self._fronts(client, step, parts)
+        early.backwards = [self._executor.call(client, "backward", step, part, None) for part in parts]
+        if (step + 1) % self._job.local_steps:
+            self._early[client, step + 1] = _Early(self._fronts(client, step + 1, parts))
+
+    def _fronts(self, client: str, step: int, parts: Iterable[int]) -> list[list[Any]]:
+        return [self._executor.call_many(2, client, "forward", step, part) for part in parts]
 
     def _batch(self, done: Done, step: int, parts: range, clients: Sequence[str]) -> None:
         """One batch of every client, in microbatches ``parts``.
@@ -229,11 +277,20 @@ class SplitTraining(_Steps):
         An actor does what it is asked in the order in which it is asked. So all fronts are asked for first, and the
         server is given each part once it has been sent: meanwhile clients compute the next, or go back over the last.
         """
-        fronts = [{c: self._executor.call_many(2, c, "forward", step, part) for c in clients} for part in parts]
+        early = {client: self._early[client, step] for client in clients if (client, step) in self._early}
+        asked = {
+            client: early[client].fronts[parts.start : parts.stop]
+            if client in early
+            else self._fronts(client, step, parts)
+            for client in clients
+        }
+        fronts = [{client: asked[client][index] for client in clients} for index in range(len(parts))]
         server_side = self._u_shaped if self._labels_at_home else self._at_server
         reports, gradients = server_side(done, step, parts, fronts)
         backwards: dict[str, list[Any]] = {
-            client: [
+            client: early[client].backwards[parts.start : parts.stop]
+            if client in early
+            else [
                 self._executor.call(client, "backward", step, part, of_part[client])
                 for part, of_part in zip(parts, gradients, strict=True)
             ]

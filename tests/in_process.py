@@ -61,8 +61,8 @@ class FixedScheduler:
     def review(self, round_: int, *found: Any) -> Review:
         return Review(self._later.get(round_), ("the test says so",) if round_ in self._later else (), None)
 
-    def step_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
-        return plan.makespan_s
+    def step_times_s(self, plan: Plan, clients: Sequence[str]) -> list[float]:
+        return [plan.makespan_s]
 
     def probe_due(self, round_: int) -> bool:
         return True

@@ -256,9 +256,9 @@ class Scheduler:
 
     # -- the virtual clock (METHOD 8) -----------------------------------------------------------------------------
 
-    def step_time_s(self, plan: Plan, clients: Sequence[str] | None = None) -> float:
-        """Virtual seconds of one local step of ``clients`` (by default all available) under ``plan``."""
-        return self._clock().step_s(plan, clients)
+    def step_times_s(self, plan: Plan, clients: Sequence[str] | None = None) -> list[float]:
+        """Virtual seconds of each local step of a round of ``clients`` (by default all available) under ``plan``."""
+        return self._clock().steps_s(plan, clients)
 
     def call_times_s(self, plan: Plan, clients: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         """Virtual seconds of each call of a local step of ``clients`` (by default all available), by holder."""

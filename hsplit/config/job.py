@@ -119,6 +119,11 @@ class Pipeline(Section):
         default=1,
         description="parts that each batch is cut into, at most batch_size; 1 = clients and server take turns",
     )
+    ahead: bool = Field(
+        default=True,
+        description="clients that only compute forward are a step ahead: nothing that they send depends on what the"
+        " others learn within a round (with labels on the server)",
+    )
 
 
 class FastPaths(Section):
@@ -259,6 +264,11 @@ class Job(Section):
     def batches_per_step(self) -> int:
         """Batches that travel in one local step of a split model: every accumulated batch's microbatches."""
         return self.grad_accumulation * self.pipeline.microbatches
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether clients that only compute forward are a step ahead of the others within a round."""
+        return self.pipeline.ahead and self.privacy.labels == "server" and self.local_steps > 1
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

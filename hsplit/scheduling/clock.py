@@ -54,22 +54,39 @@ class VirtualClock:
         self._cost, self._server = cost, server
         self._clients = {client.name: client for client in clients}
 
-    def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
-        """One local step: METHOD 5's makespan, pipelined where the job says so.
+    def steps_s(self, plan: Plan, clients: Collection[str] | None = None) -> list[float]:
+        """Each local step of a round, in order: in the first nobody is ahead.
 
         Args:
             plan: the plan in force.
             clients: who trains; all available ones by default.
         """
+        more = self._cost.model.job.local_steps - 1
+        return [self._step_s(plan, clients, frozenset()), *[self.step_s(plan, clients)] * more]
+
+    def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
+        """One local step in the midst of a round: METHOD 5's makespan, pipelined where the job says so.
+
+        Args:
+            plan: the plan in force.
+            clients: who trains; all available ones by default.
+        """
+        return self._step_s(plan, clients, self._ahead(plan))
+
+    def _step_s(self, plan: Plan, clients: Collection[str] | None, ahead: frozenset[str]) -> float:
         splits, job = _splits(plan, clients), self._cost.model.job
         phases = self._phases(plan, splits)
         if self._cost.model.whole:
             return float(phases[:, 0].max())
+        early = _among(splits, ahead)
+        # They have sent when the step begins, unless that takes them longer than the step.
+        sent_s = float(phases[early, 0].max(initial=0.0))
+        phases[early, 0] = 0.0
         batches = job.grad_accumulation
         forward_s, backward_s = self._server_batch_s(splits)
         turns = self._cost.model.tail_at_client
         parts = job.pipeline.microbatches
-        return batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns))
+        return max(sent_s, batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns)))
 
     def waits_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, tuple[str, float]]:
         """What one local step is spent on, without overlap: the server's phase (``server``), and of the clients that
@@ -85,6 +102,11 @@ class VirtualClock:
         splits = _splits(plan, clients)
         phases, names = self._phases(plan, splits), list(splits)
         model, times = self._cost.model, self._cost.times
+        server_s = 0.0 if model.whole else sum(self._server_batch_s(splits)) * model.job.grad_accumulation
+        early = _among(splits, self._ahead(plan))
+        # What they take is waited for only as far as it is longer than all the rest.
+        rest_s = phases[~early].max(axis=0, initial=0.0).sum() + server_s
+        phases[early, 0] = np.maximum(phases[early, 0] - rest_s, 0.0)
         spent: dict[str, dict[str, float]] = {"compute": {}, "link": {}}
         wire = model.wire_bytes(1)
         sent = ((wire.up,), (wire.deep, wire.slope) if model.tail_at_client else (), (wire.down,))
@@ -97,7 +119,6 @@ class VirtualClock:
             for what, share in (("compute", seconds - link), ("link", link)):
                 spent[what][name] = spent[what].get(name, 0.0) + share
         found = {what: (max(own, key=own.__getitem__), sum(own.values())) for what, own in spent.items()}
-        server_s = 0.0 if model.whole else sum(self._server_batch_s(splits)) * model.job.grad_accumulation
         return {**found, "server": (plan.server.name, server_s)}
 
     def call_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, dict[str, float]]:
@@ -124,9 +145,12 @@ class VirtualClock:
     def _phases(self, plan: Plan, splits: Mapping[str, int]) -> Floats:
         """Seconds of the up, turn and down phases of a local step of every client at its split, ``(C, 3)``."""
         phases = self._cost.times.times_at([self._clients[name] for name in splits], _array(splits))
-        if forward_only := {part.name for part in plan.available if part.forward_only}:
-            phases[[name in forward_only for name in splits], 2] = 0.0
+        phases[_among(splits, plan.forward_only), 2] = 0.0
         return phases
+
+    def _ahead(self, plan: Plan) -> frozenset[str]:
+        """The clients that are a step ahead of the others in the midst of a round."""
+        return plan.forward_only if self._cost.model.job.runs_ahead else frozenset()
 
     def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
         """The server's forward and backward of one joined batch."""
@@ -296,6 +320,10 @@ class VirtualClock:
 def _splits(plan: Plan, clients: Collection[str] | None = None) -> dict[str, int]:
     members = None if clients is None else set(clients)
     return {c.name: c.split or 0 for c in plan.available if members is None or c.name in members}
+
+
+def _among(splits: Mapping[str, int], clients: Collection[str]) -> NDArray[np.bool_]:
+    return np.array([name in clients for name in splits], dtype=bool)
 
 
 def _array(splits: Mapping[str, int]) -> Ints:

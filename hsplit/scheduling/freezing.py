@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit.scheduling.counted_model import Floats, Ints
-from hsplit.scheduling.problem import DOWN, EXCHANGE, PHASES, TURN, UP, Problem
+from hsplit.scheduling.problem import AHEAD, DOWN, EXCHANGE, PHASES, TURN, UP, Problem
 from hsplit.scheduling.ranks import captured_by
 
 FREEZABLE = 0.1
@@ -36,12 +36,17 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
     state = problem.state(splits)
     phases, gains = problem.times[kind, splits], _gains(problem, splits)
     idle = problem.frozen_exchange(everybody=False)[kind, splits]
-    saved = phases[:, DOWN] + phases[:, EXCHANGE] - idle
+    ahead = cost.model.job.runs_ahead
+    left = (UP, DOWN, EXCHANGE) if ahead else (DOWN, EXCHANGE)
+    saved = phases[:, left].sum(axis=1) - idle
     order = np.argsort(-saved, kind="stable")
     # After so many of them: what is left to wait for.
     slowest: Floats = np.zeros((count + 1, PHASES))
     slowest[:, [UP, TURN]] = phases[:, [UP, TURN]].max(axis=0)
-    slowest[:-1, [DOWN, EXCHANGE]] = np.maximum.accumulate(phases[order[::-1]][:, [DOWN, EXCHANGE]], axis=0)[::-1]
+    slowest[-1, left] = 0.0
+    slowest[:-1, left] = np.maximum.accumulate(phases[order[::-1]][:, left], axis=0)[::-1]
+    if ahead:
+        slowest[1:, AHEAD] = np.maximum.accumulate(phases[order, UP])
     slowest[1:, EXCHANGE] = np.maximum(slowest[1:, EXCHANGE], np.maximum.accumulate(idle[order]))
     slowest[-1, EXCHANGE] = problem.frozen_exchange(everybody=True)[kind, splits].max()
     lost = np.concatenate([[0.0], np.cumsum(gains[order])]) / count

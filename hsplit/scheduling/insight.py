@@ -145,14 +145,19 @@ def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> 
     budgets = {c.name: c for c in clients}
     taking_part = [budgets[part.name] for part in made.available]
     splits = [part.split or 0 for part in made.available]
-    times = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
-    times[[part.forward_only for part in made.available], 2] = 0.0
+    times = np.zeros((len(splits), 4))
+    times[:, :3] = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
+    forward_only = [part.forward_only for part in made.available]
+    times[forward_only, 2] = 0.0
+    if cost.model.job.runs_ahead:
+        times[forward_only, 3] = times[forward_only, 0]
+        times[forward_only, 0] = 0.0
     first = _first_of_kind(taking_part)
     kinds = {budget_of(taking_part[i]): k for k, i in enumerate(first)}
     kind = np.array([kinds[budget_of(c)] for c in taking_part])
-    slowest = np.zeros((len(first), 3))
+    slowest = np.zeros((len(first), 4))
     np.maximum.at(slowest, kind, times)
-    without = np.stack([largest_of_others(slowest[:, phase], 0.0) for phase in range(3)], axis=1)
+    without = np.stack([largest_of_others(slowest[:, phase], 0.0) for phase in range(4)], axis=1)
     now, server_s = slowest.max(axis=0), np.array(made.server.step_time_s)
     makespan = cost.times.makespan(now, server_s)
     shortens = makespan - cost.times.makespan(without, server_s)

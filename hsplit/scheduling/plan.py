@@ -85,6 +85,11 @@ class Plan:
         return tuple(c for c in self.clients if c.available)
 
     @property
+    def forward_only(self) -> frozenset[str]:
+        """The clients that take part and train nothing."""
+        return frozenset(client.name for client in self.available if client.forward_only)
+
+    @property
     def server_names(self) -> tuple[str, ...]:
         """The servers, the one that aggregates first."""
         return server_names(self.servers)

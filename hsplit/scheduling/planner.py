@@ -101,9 +101,9 @@ def _with_frozen(
     # Splits that are chosen anew may not give up more than freezing itself may. Who is frozen in force may stay so: a
     # larger budget never makes a plan worse.
     least = (1 - FREEZABLE) * float(problem.captured(problem.state(splits))[0])
-    in_force = {part.name for part in current.available if part.forward_only} if current is not None else set()
+    in_force = current.forward_only if current is not None else frozenset()
     tried: set[frozenset[str]] = {frozenset()}
-    frozen = frozenset(in_force & set(names))
+    frozen = in_force & set(names)
     for _ in range(MAX_FREEZES):
         if frozen not in tried:
             tried.add(frozen)

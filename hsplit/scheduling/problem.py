@@ -24,9 +24,10 @@ def minimal_bytes(cost: CostModel, rank: int) -> Floats:
     return needed
 
 
-UP, TURN, DOWN, EXCHANGE = range(4)
-PHASES = 4
-"""Up, turn and down of a local step, and its part of the exchange at the round's end."""
+UP, TURN, DOWN, AHEAD, EXCHANGE = range(5)
+PHASES = 5
+"""Up, turn and down of a local step, up of those who are a step ahead, and the part of the exchange at the round's end.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ class Problem:
         self.memory: Floats = np.array([clients[i].memory_bytes for i in first], dtype=np.float64)
         distinct = [clients[i] for i in first]
         self.frozen: NDArray[np.bool_] = np.array([clients[i].name in frozen for i in first], dtype=bool)
-        phases = cost.times.all_client_times(distinct), cost.times.exchange_times(distinct)[:, :, None]
-        self.times: Floats = np.concatenate(phases, axis=2)
+        self.times: Floats = np.zeros((len(distinct), cost.model.layers + 1, PHASES))
+        self.times[:, :, [UP, TURN, DOWN]] = cost.times.all_client_times(distinct)
+        self.times[:, :, EXCHANGE] = cost.times.exchange_times(distinct)
         self.times[self.frozen, :, DOWN] = 0.0
+        if cost.model.job.runs_ahead:
+            self.times[self.frozen, :, AHEAD] = self.times[self.frozen, :, UP]
+            self.times[self.frozen, :, UP] = 0.0
         self.times[self.frozen, :, EXCHANGE] = self.frozen_exchange(bool(self.frozen.all()))[self.frozen]
         self.needed = minimal_bytes(cost, int(rank_set[0]))
         # Bytes grow with the split, so the splits that fit are those up to the deepest.

@@ -130,21 +130,23 @@ class StepTimes:
         phases are taken for one client's, which they need not be.
 
         Args:
-            slowest: longest up, turn and down phase, ``(..., 3)``.
+            slowest: longest up, turn and down phase of those who wait for one another, and longest up phase of those
+                who are a step ahead, ``(..., 4)``.
             server_s: the server's phase, ``(...)``.
         """
-        job = self._model.job
+        job, together, ahead = self._model.job, slowest[..., :3], slowest[..., 3]
         if job.pipeline.microbatches == 1:
-            total: Floats = slowest.sum(axis=-1) + server_s
+            total: Floats = np.maximum(together.sum(axis=-1) + server_s, ahead)
             return total
         # Batches that are accumulated follow one another: phases of one are a part of the step's.
-        return pipelined_s(
-            slowest[..., None, :],
+        cut = pipelined_s(
+            together[..., None, :],
             self._forward_part * server_s,
             (1 - self._forward_part) * server_s,
             job.pipeline.microbatches,
             turns=self._model.tail_at_client,
         )
+        return np.maximum(cut, ahead)
 
     @cached_property
     def _forward_part(self) -> float:

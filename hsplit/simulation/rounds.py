@@ -166,7 +166,7 @@ class _Simulation:
         down: int,
     ) -> Round:
         job, cohort = self._job, drawn_cohort(present, self._job.seed, round_, self._most)
-        step_s = clock.step_s(plan, cohort)
+        each_s = clock.steps_s(plan, cohort)
         ups, downs = self._exchange.aggregated(plan, cohort, present)
         aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
         validation_s = clock.validation_s(plan, self._validated(present))
@@ -180,8 +180,7 @@ class _Simulation:
             plan,
             present,
             cohort,
-            step_s=step_s,
-            steps_s=job.local_steps * step_s,
+            each_s=each_s,
             aggregation_s=aggregation_s,
             validation_s=validation_s,
             probe_s=probe_s,
@@ -198,8 +197,7 @@ class _Simulation:
         present: Sequence[str],
         cohort: Sequence[str],
         *,
-        step_s: float = 0.0,
-        steps_s: float = 0.0,
+        each_s: Sequence[float] = (),
         aggregation_s: float = 0.0,
         validation_s: float = 0.0,
         probe_s: float = 0.0,
@@ -208,7 +206,7 @@ class _Simulation:
         bytes_down: int = 0,
     ) -> Round:
         # Added up as a run does, one thing after the other.
-        for seconds in (probe_s, replanning_s, *[step_s] * (self._job.local_steps if round_ else 0)):
+        for seconds in (probe_s, replanning_s, *each_s):
             self._time_s += seconds
         self._time_s += aggregation_s
         self._time_s += validation_s
@@ -219,9 +217,9 @@ class _Simulation:
             present=len(present),
             training=len(cohort) if round_ else 0,
             virtual_time_s=self._time_s,
-            round_s=probe_s + replanning_s + steps_s + aggregation_s + validation_s,
-            step_s=step_s,
-            steps_s=steps_s,
+            round_s=probe_s + replanning_s + sum(each_s) + aggregation_s + validation_s,
+            step_s=each_s[-1] if each_s else 0.0,
+            steps_s=sum(each_s),
             aggregation_s=aggregation_s,
             validation_s=validation_s,
             probe_s=probe_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,40 @@ def test_a_client_behind_a_slow_link_only_computes_forward() -> None:
     assert clock.step_s(made) < 0.7 * clock.step_s(without)
     # As a start for the next plan it stays.
     assert plan(SLOW, server(), MODEL, EQUAL, Policy(), made) == made
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("link", [2e5, 1e6, 1e8])
+@pytest.mark.parametrize("server_flops", [1e8, 1e9, 1e10])
+def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, server_flops: float) -> None:
+    """Against everybody's calls one by one, in the order in which they are asked for."""
+    model = deep_cost(local_steps=6, pipeline={"microbatches": microbatches})
+    clients = [client("slow", 1e9, bandwidth_bps=link), client("a", 1e9, 2e9)]
+    made = plan(clients, server(flops=server_flops), model, EQUAL, NEVER)
+    frozen = replace(made.client("slow"), ranks=dict.fromkeys(made.client("slow").ranks, 0))
+    made = replace(made, clients=(frozen, made.client("a")))
+    clock = VirtualClock(model, clients, server(flops=server_flops))
+    calls = clock.call_s(made)
+    up, deep, down = calls["slow"]["up"], calls["server"]["step"], calls["a"]["down"]
+    ends, sent, server_free = [0.0, 0.0], 0.0, 0.0
+    for _ in range(6):
+        # What was asked for when the step before began goes out one after another.
+        begun, own = ends[-1], ends[-1]
+        sent = max(sent, ends[-2])
+        server_free, parts = ends[-1], []
+        for part in range(microbatches):
+            sent += up
+            server_free = max(server_free, begun + (part + 1) * calls["a"]["up"], sent) + deep
+            parts.append(server_free)
+        own = begun + microbatches * calls["a"]["up"]
+        for ready in parts:
+            own = max(own, ready) + down
+        ends.append(own)
+    steps = clock.steps_s(made)
+    assert sum(steps) == pytest.approx(ends[-1])
+    assert steps[0] >= steps[1] == pytest.approx(clock.step_s(made))
+    in_turn = deep_cost(local_steps=6, pipeline={"microbatches": microbatches, "ahead": False})
+    assert VirtualClock(in_turn, clients, server(flops=server_flops)).steps_s(made) == [steps[0]] * 6
 
 
 def test_nobody_is_frozen_where_links_are_fast() -> None:
