@@ -92,6 +92,13 @@ _OFF = {
     "split uniform": ("policy.split=uniform",),
     "FedAvg": ("policy.aggregation=fedavg", "policy.ranks=uniform"),
 }
+# With room for the largest rank everywhere, importance decides on little. Here ranks have to be chosen.
+_TIGHT, _TIGHT_SERVER = "tight server", "server.memory_gb=0.82"
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "": (),
+    ", importance equal": _OFF["importance equal"],
+    ", ranks uniform": _OFF["ranks uniform"],
+}
 ABLATIONS = {
     **{name: Variant("hsplitlora", own, "hsplitlora") for name, own in _OFF.items()},
     "all four": Variant("hsplitlora", tuple(dict.fromkeys(o for own in _OFF.values() for o in own)), "hsplitlora"),
@@ -105,8 +112,10 @@ ABLATIONS = {
     "moments drop": Variant("hsplitlora", ("policy.moments=drop",), "hsplitlora"),
     "init independent": Variant("hsplitlora", ("policy.init=independent",), "hsplitlora"),
     "everybody trains": Variant("hsplitlora", ("policy.freeze=never",), "hsplitlora"),
+    "nobody ahead": Variant("hsplitlora", ("job.pipeline.ahead=false",), "hsplitlora"),
     "server nf4": Variant("hsplitlora", ("job.base=nf4",), "hsplitlora"),
     "wire int8": Variant("hsplitlora", ("job.wire=int8",), "hsplitlora"),
+    **{f"{_TIGHT}{name}": Variant("hsplitlora", (_TIGHT_SERVER, *own), "hsplitlora") for name, own in _CHOICES.items()},
 }
 VARIANTS = POLICIES | ABLATIONS
 
