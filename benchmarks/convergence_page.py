@@ -10,11 +10,9 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from hsplit.benchmark import load_benchmark, markdown_table, write_rows
+from hsplit.benchmark import load_benchmark, markdown_table, show_table, write_rows
 from hsplit.observe import report_page
 from hsplit.observe.inline_svg import GRID, INK, drawing_style, inline_svg
 
@@ -28,6 +26,8 @@ PAPERS_TIMES = {
 # Perplexity lost with unequal budgets against equal ones, and above HSplitLoRA's end (LLaMA-2-7B).
 PAPERS_LOSSES = {"hetlora": ("0.38", "0.47"), "splitlora": ("0.10", "0.15")}
 AT_THE_CLIENT = ", mean client"
+# One node with everybody's data, whatever clients have.
+SINGLE = ("cenlora", "ft")
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,20 @@ def line(
     lost = [cell["rows"][-1]["ppl"] - at_equal[cell["seed"]] for cell in ran if cell["seed"] in at_equal]
     whole = len(ran) == len(cells)
 
-    def mean(values: Sequence[float]) -> float:
-        return fmean(values) if values else math.nan
-
     return Line(
         name,
         h,
         len(cells),
-        mean([cell["available"] for cell in cells]),
-        mean([cell["data_lost"] for cell in cells]),
-        mean(ends) if whole else math.nan,
+        _mean([cell["available"] for cell in cells]),
+        _mean([cell["data_lost"] for cell in cells]),
+        _mean(ends) if whole else math.nan,
         pstdev(ends) if ends and whole else math.nan,
-        mean(lost) if whole else math.nan,
-        mean([reached(cell["rows"], target, "virtual_time_s") for cell in cells]),
-        mean([reached(cell["rows"], target, "round") for cell in cells]),
-        mean([cell["rows"][-1]["tokens"] for cell in ran]),
-        mean([sum(row["bytes_up"] + row["bytes_down"] for row in cell["rows"]) / 1e6 for cell in ran]),
-        mean([cell["rows"][-1]["captured_importance"] for cell in ran]),
+        _mean(lost) if whole else math.nan,
+        _mean([reached(cell["rows"], target, "virtual_time_s") for cell in cells]),
+        _mean([reached(cell["rows"], target, "round") for cell in cells]),
+        _mean([cell["rows"][-1]["tokens"] for cell in ran]),
+        _mean([sum(row["bytes_up"] + row["bytes_down"] for row in cell["rows"]) / 1e6 for cell in ran]),
+        _mean([cell["rows"][-1]["captured_importance"] for cell in ran]),
     )
 
 
@@ -124,7 +121,7 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     rates = {name: protocol.chosen_lr(cells, scale, name) for name in protocol.VARIANTS}
     grid = [c for c in done if c["seed"] in scale.seeds and c["lr"] == rates[c["variant"]]]
     factor = protocol.SERVER_TFLOPS / protocol.MEAN["tflops"]
-    grid += [slowed(c, factor) for c in grid if c["policy"] in ("cenlora", "ft")]
+    grid += [slowed(c, factor) for c in grid if c["policy"] in SINGLE]
     if not grid:
         console.print("no cell of the grid has run yet")
         return
@@ -135,10 +132,14 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     lines = [line(name, h, own, by.get((name, 0.0), []), target) for (name, h), own in by.items()]
     policies = [one for one in lines if one.name.removesuffix(AT_THE_CLIENT) in protocol.POLICIES]
     policies.sort(key=lambda one: (one.h, one.target_s, one.ppl))
+    of_policies = {
+        (name, h): own for (name, h), own in by.items() if name.removesuffix(AT_THE_CLIENT) in protocol.POLICIES
+    }
     told = {**header, "target perplexity": f"{target:.3f}", "rounds": scale.rounds, "local_steps": scale.local_steps}
     write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
+    write_rows(to / "budgets.csv", _budget_rows(grid), told)
     write_rows(to / "headline.csv", [asdict(one) for one in policies], told)
-    tables = {"Policies": policy_table(policies), "The papers' claims": claims_table(policies)}
+    tables = {"Policies": policy_table(policies), "The papers' claims": claims_table(of_policies, target)}
     ablations = [one for one in lines if one.name in protocol.ABLATIONS or one.name == "hsplitlora"]
     ablations = [one for one in ablations if one.h == protocol.TUNING_LEVEL]
     if len(ablations) > 1:
@@ -148,10 +149,7 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
         write_rows(to / "ablations.csv", [asdict(one) for one in one_seed], told)
     tables["Learning rates"] = rate_table(done, protocol, scale)
     for title, (columns, rows) in tables.items():
-        shown = Table(*columns, box=SIMPLE_HEAD, title=title)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+        show_table(console, columns, rows, title=title)
     heading = "".join(f"- {key}: {value}\n" for key, value in told.items())
     body = [f"## {title}\n\n{markdown_table(*content)}" for title, content in tables.items()]
     (to / "convergence.md").write_text("\n".join([heading, *body]))
@@ -196,31 +194,65 @@ def policy_table(lines: Sequence[Line]) -> _Content:
     return columns, rows
 
 
-def claims_table(lines: Sequence[Line]) -> _Content:
-    """The papers' ratios and losses, and ours beside them."""
-    columns = ["policy", "times as long as hsplitlora at h 0", "papers", "perplexity lost at the largest h", "papers"]
-    columns += ["above hsplitlora there", "papers"]
-    at = {(one.name, one.h): one for one in lines}
-    largest = max(one.h for one in lines)
-    ours, ours_at_largest = at.get(("hsplitlora", 0.0)), at.get(("hsplitlora", largest))
+def claims_table(by: Mapping[tuple[str, float], Sequence[Any]], target: float) -> _Content:
+    """The papers' ratios and losses, and ours beside them: each policy against ``hsplitlora`` on the seeds of both.
+
+    Args:
+        by: cells by policy and ``h``; a single node has those at ``h = 0`` alone, which stand for every ``h``.
+        target: perplexity to reach.
+    """
+    levels = sorted({h for _, h in by})
+    largest = f"at h {levels[-1]:g}"
+    columns = ["policy", "seeds", *(f"times as long, h {h:g}" for h in levels), "papers, equal budgets"]
+    columns += [f"above hsplitlora at the end, h {levels[0]:g}", largest, "papers", f"lost {largest}", "papers"]
     rows = []
-    for name in dict.fromkeys(one.name for one in lines):
-        equal, unequal = at.get((name, 0.0)), at.get((name, largest))
-        ratio = equal.target_s / ours.target_s if equal and ours and math.isfinite(ours.target_s) else math.nan
-        above = unequal.ppl - ours_at_largest.ppl if unequal and ours_at_largest else math.nan
-        lost_there, above_there = PAPERS_LOSSES.get(name, ("", ""))
+    for name in dict.fromkeys(name for name, _ in by):
+        everywhere = name.removesuffix(AT_THE_CLIENT) in SINGLE
+        pairs = {
+            h: _paired(by.get((name, 0.0 if everywhere else h), []), by.get(("hsplitlora", h), [])) for h in levels
+        }
+        ends = {
+            h: [(one["rows"][-1]["ppl"], own["rows"][-1]["ppl"]) for one, own in pairs[h]]
+            for h in (levels[0], levels[-1])
+        }
+        above = [_mean([one - own for one, own in ends[h]]) for h in ends]
+        lost = _paired(by.get((name, levels[-1]), []), by.get((name, 0.0), []))
+        papers_lost, papers_above = PAPERS_LOSSES.get(name, ("", ""))
         rows.append(
             [
                 name,
-                "not reached" if math.isinf(ratio) else _figure(ratio, ".2f"),
+                str(max(len(pair) for pair in pairs.values())),
+                *(_ratio(pairs[h], target) for h in levels),
                 PAPERS_TIMES.get(name, ""),
-                _figure(unequal.lost if unequal else math.nan, "+.3f"),
-                lost_there,
-                _figure(above, "+.3f"),
-                above_there,
+                *(_figure(value, "+.3f") for value in above),
+                papers_above,
+                ""
+                if everywhere
+                else _figure(_mean([a["rows"][-1]["ppl"] - b["rows"][-1]["ppl"] for a, b in lost]), "+.3f"),
+                papers_lost,
             ]
         )
     return columns, rows
+
+
+def _paired(cells: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Those of one seed together, where both have run."""
+    of_seed = {cell["seed"]: cell for cell in others if cell["rows"]}
+    return [(cell, of_seed[cell["seed"]]) for cell in cells if cell["rows"] and cell["seed"] in of_seed]
+
+
+def _ratio(pairs: Sequence[tuple[Any, Any]], target: float) -> str:
+    """How many times as long the first take to the target as the second."""
+    if not pairs:
+        return ""
+    one, own = (fmean(reached(pair[i]["rows"], target, "virtual_time_s") for pair in pairs) for i in (0, 1))
+    if math.isinf(own):
+        return ""
+    return "not reached" if math.isinf(one) else f"{one / own:.2f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan
 
 
 def ablation_table(lines: Sequence[Line]) -> _Content:
@@ -274,6 +306,16 @@ def _curve_rows(grid: Sequence[Mapping[str, Any]]) -> Any:
         yield from ({**of, **row} for row in cell["rows"])
 
 
+def _budget_rows(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What every client drew, once for each level and seed."""
+    drawn = {(cell["h"], cell["seed"]): cell["budgets"] for cell in grid}
+    return [
+        {"h": h, "seed": seed, "client": index, **budget}
+        for (h, seed), budgets in sorted(drawn.items())
+        for index, budget in enumerate(budgets)
+    ]
+
+
 def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: float, protocol: Any) -> Any:
     """Perplexity against ``column``, a panel for each ``h``; thin lines are seeds."""
     from matplotlib.figure import Figure
@@ -281,7 +323,7 @@ def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: 
     levels = sorted({cell["h"] for cell in grid})
     names = [n for n in protocol.POLICIES if any(c["variant"] == n for c in grid)]
     # What does not depend on h is in every panel.
-    everywhere = {"cenlora", "ft", "cenlora" + AT_THE_CLIENT, "ft" + AT_THE_CLIENT}
+    everywhere = {*SINGLE, *(name + AT_THE_CLIENT for name in SINGLE)}
     if column == "virtual_time_s":
         names += [name for name in sorted(everywhere) if name.endswith(AT_THE_CLIENT)]
     figure = Figure(figsize=(3.1 * len(levels), 3.4), layout="constrained")
