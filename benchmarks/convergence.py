@@ -19,7 +19,7 @@ Fixed before any result:
   would be 80 and 20 TFLOP/s and 1 Gbit/s;
 - ranks up to 8, and a residual of at most 8 directions; one base in bf16 for everybody;
 - ``cenlora`` and ``ft`` are shown at the server's speed, and at the mean client's;
-- each policy's learning rate is the best of the same three factors around its usual one, after half the rounds, at one
+- each policy's learning rate is the best of the same four factors around its usual one, after half the rounds, at one
   ``h`` and on a seed that nothing else uses;
 - a policy under which clients are unavailable gets as many more rounds as make up for their tokens;
 - the target is the mean perplexity that ``cenlora`` has after two thirds of its rounds; the time to it is interpolated
@@ -50,7 +50,7 @@ LEVELS = (0.0, 0.3, 0.6, 0.9)
 SEEDS = (0, 1, 2)
 TUNING_LEVEL, TUNING_SEED = 0.6, 100
 # Around a policy's usual rate: adapters', and that of all weights.
-LR_FACTORS = (0.5, 1.0, 2.0)
+LR_FACTORS = (0.5, 1.0, 2.0, 4.0)
 USUAL_LR, FT_LR = 1e-3, 5e-5
 CLIENTS = 5
 # The papers' mean budget for LLaMA-2-7B, bytes for each of its parameters.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,28 @@ def test_a_server_without_room_is_a_line_of_the_table(fleet: Path) -> None:
     assert found.settings[-1].refused.startswith("server: memory_gb")
     assert found.settings[-1].rounds == ()
     assert any("not enough" in line for line in found.findings())
+
+
+@pytest.mark.parametrize(
+    ("share", "round_s", "said"),
+    [
+        (0.7, 10.0, "not enough for 300 clients: it takes 70% of a local step"),
+        (0.2, 40.0, "not enough for 300 clients: 4 do a round 4.0 times as fast"),
+        (0.2, 10.9, "enough for 300 clients"),
+    ],
+)
+def test_where_one_server_stops_being_enough(share: float, round_s: float, said: str) -> None:
+    def setting(clients: int, servers: int, share: float, round_s: float) -> Setting:
+        numbers = {"server_share": share, "round_s": round_s, "clients": clients, "servers": servers}
+        rest = {field.name: 0 for field in fields(Setting)} | {"refused": "", "bottleneck": "link", "rounds": ()}
+        return Setting(**rest | numbers)
+
+    small = [setting(100, 1, 0.1, 10.0), setting(100, 4, 0.1, 10.0)]
+    large = [setting(300, 1, share, round_s), setting(300, 4, 0.1, 10.0)]
+    first, *others = Sweep({}, (*small, *large)).findings()
+    assert first.startswith("simulation: one server is enough for ")
+    assert said in first or said in others[0]
+    assert ("enough for 100 clients" in first) == ("not" in said)
 
 
 @pytest.mark.parametrize(
