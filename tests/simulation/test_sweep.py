@@ -17,7 +17,7 @@ from hsplit.config.files import find_preset
 from hsplit.errors import InputError
 from hsplit.models.segment import layer_count, model_config
 from hsplit.simulation.shapes import SHAPES, shape_directory
-from hsplit.simulation.sweep import scaled_counts, sweep
+from hsplit.simulation.sweep import Setting, Sweep, scaled_counts, sweep
 
 
 @pytest.fixture
