@@ -119,6 +119,22 @@ def test_the_next_probe_waits_twice_as_long_where_importance_has_settled(
     assert [round_ for round_ in range(8, 20) if resumed.probe_due(round_)][:1] == ([15] if back_off else [8])
 
 
+@pytest.mark.parametrize(("rank_set", "probed"), [([4], [1, 3, 7]), ([1, 2, 4, 8, 16], [1, 2])])
+def test_importance_that_moves_nobody_puts_the_next_probe_off_as_well(
+    model: Path, tmp_path: Path, rank_set: list[int], probed: list[int]
+) -> None:
+    run = a_run(model, Policy.model_validate({"replan": {"tau": 0.0}, "freeze": "never", "split": 1}))
+    job = run.job.model_copy(update={"rounds": 8, "rank_set": rank_set})
+    run = run.model_copy(update={"job": job})
+    directory, recorder = RunDirectory.create(tmp_path, "run"), Recorder()
+    assert planned_run(run, model, directory, shares(run), recorder).run()
+    events = read_events(directory.events)
+    found = [e["round"] for e in events if e["event"] == "importance"]
+    # With one rank to choose from there is nothing to decide; with many, ranks follow importance.
+    assert found[: len(probed)] == probed
+    assert {e["round"] for e in events if e["event"] == "replanned"} == set(found)
+
+
 def test_without_a_reason_the_plan_stays(model: Path, tmp_path: Path) -> None:
     run = a_run(model, Policy.model_validate({"importance": {"metric": "equal"}}))
     directory = RunDirectory.create(tmp_path, "run")

@@ -127,8 +127,9 @@ class Scheduler:
             far = settings.tau is not None and moved > settings.tau
             if far:
                 reasons.append(f"normalized importance moved by {moved:.2f} in L1")
-            settled = self._config.policy.importance.back_off and not far
-            self._probed_in, self._probe_after = round_, 2 * self._probe_after if settled else 1
+            waited, self._probed_in, self._probe_after = self._probe_after, round_, 1
+            if self._config.policy.importance.back_off and not far:
+                self._probe_after = 2 * waited
         probed = dict(importance) if reports else None
         if not reasons:
             return Review(None, (), probed)
@@ -139,6 +140,9 @@ class Scheduler:
         made = self._plan(importance, current, probed_until)
         self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
         self._due = False
+        if reports and self._config.policy.importance.back_off and made.gives_the_same_as(current):
+            # Importance has moved, and nobody with it.
+            self._probe_after = 2 * waited
         return Review(made, tuple(reasons), probed)
 
     def set_aside(self, name: str) -> None:

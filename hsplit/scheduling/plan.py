@@ -94,6 +94,13 @@ class Plan:
         """The servers, the one that aggregates first."""
         return server_names(self.servers)
 
+    def gives_the_same_as(self, other: Plan) -> bool:
+        """Whether everybody holds the same layers at the same ranks."""
+        own, others = (
+            {part.name: (part.split, part.ranks) for part in (p.server, *p.available)} for p in (self, other)
+        )
+        return own == others
+
     def client(self, name: str) -> HolderPlan:
         return next(c for c in self.clients if c.name == name)
 
