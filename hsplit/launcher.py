@@ -22,7 +22,7 @@ from hsplit.config import RunConfig, load_run_config
 from hsplit.config.files import parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
-from hsplit.errors import InputError, RunError, os_reason
+from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting import export
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
@@ -244,6 +244,8 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Read when Ray is imported. What the coordinator tells of a lost actor is enough.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
+    # A local one whose dashboard is not there by then is no Ray; its own 60 s are short on a machine with much to do.
+    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
     import ray
 
     holders = (run.server, *run.participants)
@@ -364,10 +366,10 @@ def local_cpus(run: RunConfig) -> float:
 
 @contextmanager
 def _left_out_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leave no directory of a run that was refused before anything of it was started."""
+    """Leave no directory of a run that was refused, or whose Ray did not start, before anything of it was."""
     try:
         yield
-    except InputError:
+    except HsplitError:
         if not directory.events.exists():
             shutil.rmtree(directory.path)
         raise
@@ -378,6 +380,8 @@ def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator
     """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(way_on(directory)) from None
     except InputError as error:
         coordinator.fail(str(error))
         raise
