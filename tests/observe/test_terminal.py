@@ -60,6 +60,23 @@ def clock() -> Iterator[Ticking]:
     return Ticking()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_before_the_first_step_it_is_told_what_is_waited_for(plan: Plan, resumed: bool) -> None:
+    console = recorded()
+    display = LiveDisplay(console=console)
+    with display:
+        display.started("first", [])
+        display.plan(plan)
+        if resumed:
+            display.note("resumed from round-0001", "resumed")
+        else:
+            console.print(display._frame())
+            assert "preparing: layers, data, and a validation before any training" in written(console)
+            display.round_done(metrics_row(0), [], [])
+        console.print(display._frame())
+        assert ("training goes on" if resumed else "training begins") in written(console)
+
+
 def test_live_table_shows_what_a_user_must_see(plan: Plan, clock: Ticking) -> None:
     console = recorded()
     with LiveDisplay(console=console, pace=Pace(clock)) as display:
