@@ -19,7 +19,7 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
 from hsplit.config import RunConfig, load_run_config
-from hsplit.config.files import parse_yaml
+from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
@@ -34,7 +34,7 @@ from hsplit.observe.observers import Observers
 from hsplit.observe.progress_file import ProgressFile
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.report import write_report
-from hsplit.observe.runs import results_lines, way_on
+from hsplit.observe.runs import results_lines, run_state, way_on
 from hsplit.observe.terminal import Display, display_for
 from hsplit.preparation import check_model, own_code, read_inputs, settled
 from hsplit.run_directory import RunDirectory
@@ -125,11 +125,18 @@ def resume(
     dashboard_host: str = LOCALHOST,
     display: Display | None = None,
 ) -> Run:
-    """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
+    """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors.
+
+    Of a run that is complete already it is told where the results are, and nothing is started.
+    """
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
     check_logs(run)
     found = latest_checkpoint(directory.checkpoints)
+    if run_state(directory).state == "complete" and read_progress(found[0]).round >= run.job.rounds:
+        with display or display_for(sys.stdout) as shown:
+            shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
+        return Run(directory.path, True)
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         inputs = read_inputs(run, source)

@@ -13,7 +13,9 @@ from click.testing import CliRunner, Result
 
 from hsplit.cli import main
 from hsplit.launcher import _failing_well
+from hsplit.observe.events import EventLog
 from hsplit.run_directory import RunDirectory
+from tests.finished_run import finished_run
 
 
 @pytest.fixture
@@ -121,6 +123,20 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_no_run(
     told = "error: no Ray could be started on this machine (Exception: The last 20 lines of dashboard.log:); try again "
     assert result.stderr.startswith(told) and result.stderr.count("\n") == 1
     assert not any(runs.iterdir())
+
+
+def test_a_run_that_is_complete_is_not_begun_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path, models["llama"], base="fp32", rounds=1)
+    monkeypatch.setattr("hsplit.launcher.helpers_of", Mock(side_effect=AssertionError("started")))
+    EventLog(run.directory.events).write("finished", "the run is complete")
+    result = _call("resume", run.path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{run.path}: is complete already\nadapter ")
+    # A crash between the last checkpoint and the export leaves something to do.
+    EventLog(run.directory.events).write("failed", "no space left")
+    assert isinstance(_call("resume", run.path).exception, AssertionError)
 
 
 def test_a_run_that_is_interrupted_at_once_says_how_to_go_on(
