@@ -29,8 +29,8 @@ class _Group(click.Group):
         except HsplitError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+        except KeyboardInterrupt as error:
+            click.echo("; ".join(["interrupted", *map(str, error.args)]), err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -150,7 +150,11 @@ def watch(run: Path) -> None:
     """
     from hsplit.observe.watch import watch as follow
 
-    if follow(run).state != "complete":
+    try:
+        state = follow(run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("this ended the watching, not the run") from None
+    if state.state != "complete":
         sys.exit(RunError.exit_code)
 
 

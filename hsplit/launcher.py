@@ -19,10 +19,10 @@ from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
 from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
 from hsplit.config import RunConfig, load_run_config
-from hsplit.config.files import parse_yaml
+from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
-from hsplit.errors import InputError, RunError, os_reason
+from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting import export
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
@@ -34,7 +34,7 @@ from hsplit.observe.observers import Observers
 from hsplit.observe.progress_file import ProgressFile
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.report import write_report
-from hsplit.observe.runs import results_lines, way_on
+from hsplit.observe.runs import results_lines, run_state, way_on
 from hsplit.observe.terminal import Display, display_for
 from hsplit.preparation import check_model, own_code, read_inputs, settled
 from hsplit.run_directory import RunDirectory
@@ -125,11 +125,18 @@ def resume(
     dashboard_host: str = LOCALHOST,
     display: Display | None = None,
 ) -> Run:
-    """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors."""
+    """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors.
+
+    Of a run that is complete already it is told where the results are, and nothing is started.
+    """
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
     check_logs(run)
     found = latest_checkpoint(directory.checkpoints)
+    if run_state(directory).state == "complete" and read_progress(found[0]).round >= run.job.rounds:
+        with display or display_for(sys.stdout) as shown:
+            shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
+        return Run(directory.path, True)
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         inputs = read_inputs(run, source)
@@ -244,6 +251,8 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Read when Ray is imported. What the coordinator tells of a lost actor is enough.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
+    # A local one whose dashboard is not there by then is no Ray; its own 60 s are short on a machine with much to do.
+    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
     import ray
 
     holders = (run.server, *run.participants)
@@ -364,10 +373,10 @@ def local_cpus(run: RunConfig) -> float:
 
 @contextmanager
 def _left_out_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leave no directory of a run that was refused before anything of it was started."""
+    """Leave no directory of a run that was refused, or whose Ray did not start, before anything of it was."""
     try:
         yield
-    except InputError:
+    except HsplitError:
         if not directory.events.exists():
             shutil.rmtree(directory.path)
         raise
@@ -378,6 +387,8 @@ def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator
     """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(way_on(directory)) from None
     except InputError as error:
         coordinator.fail(str(error))
         raise

@@ -177,7 +177,9 @@ class Roster:
         if name in self.present:
             self.present.remove(name)
         failed = self.failures.get(name, 0) + 1
-        text = f"round {round_}: {told(failure)}; the others go on (failure {failed}, {most} are borne)"
+        anew = ", and it is begun anew" if failed <= most else ""
+        borne = f"failure {failed}; more than {most} set a client aside"
+        text = f"round {round_}: {told(failure)}; the others go on{anew} ({borne})"
         self._note("lost", text, client=name, round=round_, kind=failure.kind, reason=failure.reason, failures=failed)
         self._lost.pop(name, None)
         self.count(failure, round_)

@@ -98,7 +98,7 @@ def test_importance_is_probed_and_blended_and_decides_the_plan(model: Path, tmp_
     assert all(e["scores"].keys() == weights for e in scores)
     plans = plans_by_round(directory)
     assert "equal importance" in plans[0]["importance"]
-    assert plans[1]["importance"] == "probed until round 1"
+    assert plans[1]["importance"] == "probes until round 1"
 
 
 @pytest.mark.parametrize(("back_off", "probed"), [(True, [1, 3, 7]), (False, [1, 2, 3, 4, 5, 6, 7])])

@@ -223,7 +223,11 @@ def test_with_recovery_by_repeating_a_dead_client_changes_no_number(
 def test_a_client_that_fails_too_often_is_set_aside_and_named(models: dict[str, Path], tmp_path: Path) -> None:
     fault = Fault("c1", "forward", 1, times=3)
     run = run_with(models["llama"], tmp_path, fault, rounds=4, faults={"max_failures": 2})
-    assert [event["failures"] for event in told(run, "lost")] == [1, 2, 3]
+    lost = told(run, "lost")
+    assert [event["failures"] for event in lost] == [1, 2, 3]
+    ends = [event["text"].partition("; the others go on")[2] for event in lost]
+    assert ends[1] == ", and it is begun anew (failure 2; more than 2 set a client aside)"
+    assert ends[2] == " (failure 3; more than 2 set a client aside)"
     (aside,) = told(run, "set_aside")
     assert "c1 has failed 3 times and is set aside" in aside["text"]
     assert [row["available_clients"] for row in run.progress.metrics] == [3, 3, 3, 2, 2]

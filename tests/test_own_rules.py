@@ -65,7 +65,7 @@ def test_the_pages_own_rules_make_the_plan_and_the_aggregation(example: Path, mo
     _, tensors = read_checkpoint(latest_checkpoint(directory.checkpoints)[0])
     assert learned(tensors["server"]) and not any(key.startswith("common.") for key in tensors["server"])
     # The metric was asked: the first plan had no score yet, the one after the first round has its.
-    assert plan.importance == "probed until round 1"
+    assert plan.importance == "probes until round 1"
 
 
 def test_the_pages_command_finds_the_rules_beside_it(example: Path, models: dict[str, Path]) -> None:

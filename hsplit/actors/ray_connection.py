@@ -14,7 +14,7 @@ import ray
 
 from hsplit.actors.executor import LOCALHOST, one_line
 from hsplit.actors.fork_server import ForkServer
-from hsplit.errors import InputError
+from hsplit.errors import InputError, RunError
 
 # Read by worker processes when they start, so it must be in the environment before Ray is.
 WORKER_ENVIRONMENT = {
@@ -53,6 +53,7 @@ def connect(
 
     Raises:
         InputError: nothing answers at ``address``, or ``dashboard_host`` is no address or not for it to say.
+        RunError: no local one could be started.
     """
     _check_dashboard_host(dashboard_host, address)
     for name, value in WORKER_ENVIRONMENT.items():
@@ -74,6 +75,11 @@ def connect(
                 dashboard_host=dashboard_host,
                 **quiet,
             )
+        except Exception as error:  # Ray raises anything, a log's last lines among it
+            raise RunError(
+                f"no Ray could be started on this machine ({one_line(error)}); try again when it has less to do, or"
+                " start one with `ray start --head` and give --address auto"
+            ) from error
         finally:
             _keep_token()
     else:

@@ -136,7 +136,7 @@ class Scheduler:
         if round_ - self._planned_in < settings.min_rounds and not self._due and self._holds(current):
             self._pending = reasons
             return Review(None, (), probed)
-        probed_until = f"probed until round {self._probed_in}" if self._probed_in else current.importance
+        probed_until = f"probes until round {self._probed_in}" if self._probed_in else current.importance
         made = self._plan(importance, current, probed_until)
         self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
         self._due = False

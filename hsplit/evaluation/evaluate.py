@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors.participant import chat_template
+from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.data import hold_out, read_examples, tokenize
 from hsplit.errors import InputError
@@ -15,7 +16,8 @@ from hsplit.evaluation.inputs import TestInput, grouped, limited, without
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.report import Evaluation, Generation
 from hsplit.evaluation.scores import PERPLEXITY, SCORES, chosen_metrics, text_scores
-from hsplit.evaluation.targets import Target, open_target
+from hsplit.evaluation.targets import Target, kind_of, open_target
+from hsplit.run_directory import RunDirectory
 from hsplit.seeds import hash_seed
 
 
@@ -59,10 +61,15 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise InputError(f"{name}: {value} is too few; must be at least 1")
+    if data is None:
+        # Before anything is loaded, which takes a while.
+        _refuse_without_test_part(Path(target), client)
+    else:
+        kind_of(Path(target), client)
     chosen = chosen_metrics(metrics)
     opened = open_target(Path(target), client)
     notes = list(opened.notes)
-    inputs, described = _inputs(opened, Path(target), data, notes)
+    inputs, described = _inputs(opened, data, notes)
     inputs = limited(inputs, limit, opened.seed)
     inputs = _fitting(opened, inputs, notes)
 
@@ -119,10 +126,10 @@ def evaluate(
 # -- what to evaluate on ------------------------------------------------------------------------------------------
 
 
-def _inputs(opened: Target, path: Path, data: str | Path | None, notes: list[str]) -> tuple[list[TestInput], str]:
+def _inputs(opened: Target, data: str | Path | None, notes: list[str]) -> tuple[list[TestInput], str]:
     """The inputs, and in words what they are."""
     if data is None:
-        return _test_part(opened, path)
+        return _test_part(opened)
     examples = read_examples(
         str(data),
         examples=1,
@@ -148,17 +155,26 @@ def _inputs(opened: Target, path: Path, data: str | Path | None, notes: list[str
     return left, Path(data).name
 
 
-def _test_part(opened: Target, path: Path) -> tuple[list[TestInput], str]:
+def _refuse_without_test_part(path: Path, client: str | None) -> None:
+    if kind_of(path, client) != "run":
+        raise InputError(f"{displayed(path)}: is an exported directory, which has no data of its own; give --data FILE")
+    run = RunConfig.load(RunDirectory.open(path).config)
+    if all(one.data is not None for one in run.clients):
+        raise InputError(
+            f"{displayed(path)}: has no test part, as all of the run's data is the clients' own; give --data FILE"
+        )
+    if run.job.data.test == 0:
+        raise InputError(
+            f"{displayed(path)}: the run kept no test part of its data (job.data.test is 0); give --data FILE, or"
+            " launch another with --set job.data.test=0.1"
+        )
+
+
+def _test_part(opened: Target) -> tuple[list[TestInput], str]:
     from hsplit.preparation import read_inputs, read_shared
 
-    if opened.run is None or opened.source is None:
-        raise InputError(f"{displayed(path)}: is an exported directory, which has no data of its own; give --data FILE")
+    assert opened.run is not None and opened.source is not None
     data = opened.run.job.data
-    if data.test == 0 or all(client.data is not None for client in opened.run.clients):
-        raise InputError(
-            f"{displayed(path)}: the run kept no test part of its data (data.test is 0, or all data is the clients' "
-            "own); give --data FILE, or launch with --set data.test=0.1"
-        )
     _same_data(opened, read_inputs(opened.run, opened.source).data_sha256)
     _, test = read_shared(opened.run, opened.source)
     return grouped(test), f"the test part ({data.test:g}) of {Path(data.source).name}"

@@ -140,7 +140,7 @@ def chosen_metrics(wanted: str | Sequence[str]) -> tuple[str, ...]:
     missing = sorted(library for library in libraries if importlib.util.find_spec(library) is None)
     if missing:
         raise InputError(
-            f"--metrics: {', '.join(missing)} is not installed; run: pip install 'hsplit[eval]', "
+            f"--metrics: not installed: {', '.join(missing)}; run: pip install 'hsplit[eval]', "
             f"or ask for --metrics {PERPLEXITY} alone"
         )
     return tuple(name for name in known if name in names)

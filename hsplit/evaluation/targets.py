@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +58,27 @@ class Target:
     notes: list[str] = field(default_factory=list)
 
 
+def kind_of(path: Path, client: str | None = None) -> Literal["run", "adapter", "model"]:
+    """What there is to evaluate in ``path``, by the names of its files: nothing is loaded.
+
+    Raises:
+        InputError: there is nothing, or ``client`` is given for what is not split.
+    """
+    if not path.is_dir():
+        raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME, or an export")
+    if (path / "config.yaml").is_file():
+        return "run"
+    if client is not None:
+        raise InputError(f"--client {client}: {displayed(path)} is not a run's directory, so nothing is split there")
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    if (path / "config.json").is_file():
+        return "model"
+    raise InputError(
+        f"{displayed(path)}: is no run (config.yaml), no PEFT adapter (adapter_config.json) and no model (config.json)"
+    )
+
+
 def open_target(path: Path, client: str | None = None) -> Target:
     """The model in ``path``: a run's directory, a PEFT adapter, or a merged model.
 
@@ -67,20 +89,11 @@ def open_target(path: Path, client: str | None = None) -> Target:
     Raises:
         InputError: it is none of these, cannot be read, or has no such client.
     """
-    if not path.is_dir():
-        raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME, or an export")
+    kind = kind_of(path, client)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (path / "config.yaml").is_file():
+    if kind == "run":
         return _run(RunDirectory.open(path), client, device)
-    if client is not None:
-        raise InputError(f"--client {client}: {displayed(path)} is not a run's directory, so nothing is split there")
-    if (path / "adapter_config.json").is_file():
-        return _adapter(path, device)
-    if (path / "config.json").is_file():
-        return _merged(path, device)
-    raise InputError(
-        f"{displayed(path)}: is no run (config.yaml), no PEFT adapter (adapter_config.json) and no model (config.json)"
-    )
+    return _adapter(path, device) if kind == "adapter" else _merged(path, device)
 
 
 # -- a run --------------------------------------------------------------------------------------------------------
@@ -161,6 +174,8 @@ def _trained_model(run: RunConfig, source: ModelSource, trained: Mapping[str, Te
 
 def _adapter(path: Path, device: str) -> Target:
     """The adapter on its base, whose linears get the values that ``job.base`` gives them (METHOD 1)."""
+    # PEFT imports it, and what it says on CPUs of an optional kernel for inference is not for users' eyes.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def export_peft(
         fan_in_fan_out: the family stores linears transposed (GPT-2).
         to: directory, made if needed.
     """
+    # PEFT imports it, and what it says on CPUs of an optional kernel for inference is not for users' eyes.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig
     from safetensors.torch import save_file
 

@@ -50,6 +50,8 @@ class LiveDisplay:
         self._pace = pace or Pace()
         # Drawn by rich's own thread: what it reads is replaced as a whole here, never changed in place.
         self._plan: Plan | None = None
+        # What is under way, until there is a step to tell of: on a busy machine that may take minutes.
+        self._waits_for = "preparing: layers, data, and a validation before any training"
         self._round = ""
         self._losses: Mapping[str, float] = {}
         self._states: Mapping[str, str] = {}
@@ -97,9 +99,12 @@ class LiveDisplay:
         # A round that is repeated from a checkpoint takes the place of those that it undoes.
         kept = tuple(done for done in self._perplexities if done[0] < row.round)
         self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+        self._waits_for = "training begins"
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` above the table."""
+        if event == "resumed":
+            self._waits_for = "training goes on"
         self._console.print(Text(printable(text), style="yellow"))
 
     def finished(self, lines: Sequence[str]) -> None:
@@ -161,7 +166,7 @@ class LiveDisplay:
     def _progress(self) -> RenderableType:
         bar = ProgressBar(total=max(1, self._pace.total), completed=self._pace.done, width=_BAR_WIDTH)
         # rich's bar does not end its line
-        return Group(bar, Text("\n" + (f"{self._round}: {self._pace}" if self._round else "preparing")))
+        return Group(bar, Text("\n" + (f"{self._round}: {self._pace}" if self._round else self._waits_for)))
 
     def _history(self) -> Text:
         if not self._perplexities:

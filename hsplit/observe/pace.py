@@ -52,10 +52,11 @@ class Pace:
         if self._first is None or self.done <= self._first:
             return None
         per_step = (self._last_time - self._first_time) / (self.done - self._first)
-        since_last = self._clock() - self._last_time
+        # What ends a round may take longer than a step; the steps that come after it are still to be done.
+        since_last = min(self._clock() - self._last_time, per_step)
         return max(0.0, (self.total - self.done) * per_step - since_last)
 
     def __str__(self) -> str:
         left = self.left_s
-        rest = "" if left is None else f", about {duration_text(left)} left"
+        rest = "" if not left else f", about {duration_text(left)} left"
         return f"{self.share:.0%}, {duration_text(round(self.elapsed_s))} elapsed{rest}"

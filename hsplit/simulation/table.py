@@ -5,20 +5,21 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hsplit.observe.wording import NOTHING, bytes_text, number_text
+from hsplit.observe.wording import NOTHING, number_text
 from hsplit.simulation.sweep import Setting, Sweep
 
+# Two lines a heading, with the unit, so that a fleet of 100,000 still fits into 80 columns; on a page they are one.
 COLUMNS = (
     "clients",
     "servers",
     "train",
-    "step, s",
-    "round, s",
-    "server",
-    "bottleneck",
-    "each server",
-    "up",
-    "down",
+    "step,\ns",
+    "round,\ns",
+    "server\nshare",
+    "bottle-\nneck",
+    "memory,\nGB",
+    "up,\nGB",
+    "down,\nGB",
     "Gbit/s",
 )
 
@@ -35,22 +36,26 @@ def cells(setting: Setting) -> list[str]:
         number_text(setting.round_s),
         f"{setting.server_share:.0%}",
         setting.bottleneck,
-        bytes_text(setting.server_gb * 1e9),
-        bytes_text(setting.bytes_up),
-        bytes_text(setting.bytes_down),
+        number_text(setting.server_gb),
+        number_text(setting.bytes_up / 1e9),
+        number_text(setting.bytes_down / 1e9),
         number_text(setting.server_gbps),
     ]
 
 
 def sweep_table(sweep: Sweep) -> Table:
     """One line for every fleet and number of servers."""
+    title = (
+        f"simulation of {sweep.about['model']}:\nnothing is trained, all seconds are virtual; up and down are a round's"
+    )
     table = Table(
-        title=f"simulation of {sweep.about['model']}: nothing is trained, all seconds are virtual; bytes are a round's",
+        title=title,
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,
     )
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "bottleneck" else "right")
+        table.add_column(column, justify="left" if column.startswith("bottle") else "right", no_wrap=True)
     for setting in sweep.settings:
         table.add_row(*cells(setting))
     return table

@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner, Result
 
 from hsplit.cli import main
+from hsplit.launcher import _failing_well
+from hsplit.observe.events import EventLog
+from hsplit.run_directory import RunDirectory
+from tests.finished_run import finished_run
 
 
 @pytest.fixture
@@ -102,3 +107,55 @@ def test_resume_and_report_refuse_what_is_no_run(tmp_path: Path) -> None:
     for command in ("resume", "report", "export"):
         result = _call(command, tmp_path / "nothing")
         assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_no_run(
+    cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(**_: object) -> None:
+        raise Exception("\nThe last 20 lines of dashboard.log:\nINFO loading\n")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", failing)
+    runs = tmp_path / "runs"
+    result = _call("launch", "--cluster", cluster_file, "--runs-dir", runs)
+    assert result.exit_code == 1, result.output
+    told = "error: no Ray could be started on this machine (Exception: The last 20 lines of dashboard.log:); try again "
+    assert result.stderr.startswith(told) and result.stderr.count("\n") == 1
+    assert not any(runs.iterdir())
+
+
+def test_a_run_that_is_complete_is_not_begun_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path, models["llama"], base="fp32", rounds=1)
+    monkeypatch.setattr("hsplit.launcher.helpers_of", Mock(side_effect=AssertionError("started")))
+    EventLog(run.directory.events).write("finished", "the run is complete")
+    result = _call("resume", run.path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{run.path}: is complete already\nadapter ")
+    # A crash between the last checkpoint and the export leaves something to do.
+    EventLog(run.directory.events).write("failed", "no space left")
+    assert isinstance(_call("resume", run.path).exception, AssertionError)
+
+
+def test_a_run_that_is_interrupted_at_once_says_how_to_go_on(
+    cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory.create(tmp_path, "cut")
+    (directory.checkpoints / "round-0001").mkdir()
+
+    def interrupted(*_: object, **__: object) -> None:
+        with _failing_well(Mock(), directory):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hsplit.launcher.launch", interrupted)
+    result = _call("launch", "--cluster", cluster_file)
+    assert result.exit_code == 130
+    assert result.stderr == f"interrupted; go on from the last checkpoint with: hsplit resume {directory.path}\n"
+
+
+def test_who_stops_watching_is_told_that_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hsplit.observe.watch.watch", Mock(side_effect=KeyboardInterrupt))
+    result = _call("watch", tmp_path)
+    assert (result.exit_code, result.stderr) == (130, "interrupted; this ended the watching, not the run\n")

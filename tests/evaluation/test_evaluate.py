@@ -172,10 +172,29 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert not (run.path / "eval.json").exists()
 
 
+@pytest.mark.parametrize("missing", ["target", "test part"])
+def test_what_cannot_be_evaluated_is_said_before_a_library_is_asked_for_or_a_model_loaded(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def loading(*_: object) -> None:
+        raise AssertionError("looked further")
+
+    target = tmp_path / "nothing"
+    if missing == "test part":
+        data = {"source": str(write_data(tmp_path / "data.csv"))}
+        target = finished_run(tmp_path, models["llama"], base="fp32", rounds=1, data=data).path
+    monkeypatch.setattr("hsplit.evaluation.evaluate.chosen_metrics", loading)
+    monkeypatch.setattr("hsplit.evaluation.evaluate.open_target", loading)
+    with pytest.raises(InputError, match="no such directory" if missing == "target" else "kept no test part"):
+        hsplit.evaluate(target)
+
+
 def test_a_run_without_a_test_part_says_what_to_do(models: dict[str, Path], tmp_path: Path) -> None:
     data = {"source": str(write_data(tmp_path / "data.csv"))}
     run = finished_run(tmp_path, models["gpt2"], base="fp32", rounds=1, data=data)
-    with pytest.raises(InputError, match=r"kept no test part.*give --data FILE, or launch with --set data\.test=0\.1"):
+    with pytest.raises(
+        InputError, match=r"no test part.*--data FILE, or launch another with --set job\.data\.test=0\.1"
+    ):
         hsplit.evaluate(run.path, metrics="ppl")
 
 

@@ -114,6 +114,6 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
         return None if name in ("sacrebleu", "nltk", "rouge_score", "pycocoevalcap") else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(InputError, match=r"nltk, sacrebleu is not installed; run: pip install 'hsplit\[eval\]'"):
+    with pytest.raises(InputError, match=r"not installed: nltk, sacrebleu; run: pip install 'hsplit\[eval\]'"):
         chosen_metrics("nist")
     assert chosen_metrics("ppl") == ("ppl",)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,16 @@ def test_an_adapter_loads_with_peft_and_has_the_split_models_logits_on_the_runs_
     run = runs[case]
     path = export(run.path, tmp_path / "adapter")
     assert (logits_of(open_target(path).model) - _split_logits(run)).abs().max() < 1e-4
+
+
+def test_an_export_says_nothing_that_is_not_hsplits_own(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path
+) -> None:
+    """In a process of its own, where PEFT imports bitsandbytes for the first time."""
+    code = "import sys; from hsplit.cli import main; main(sys.argv[1:])"
+    arguments = ["export", str(runs["llama", "nf4"].path), "--to", str(tmp_path / "adapter")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'adapter'}\n", "")
 
 
 @pytest.mark.parametrize("format_", ["peft", "merged"])

@@ -59,7 +59,7 @@ def other_plan(plan: Plan) -> Plan:
         ),
         makespan_s=2.25,
         captured_importance=55.5,
-        importance="probed until round 2",
+        importance="probes until round 2",
     )
 
 
@@ -81,7 +81,7 @@ def write_decisions(run: Path, plan: Plan, other: Plan) -> None:
         events.write("importance", "importance of 18 weights after round 2", round=2, scores=scores(1.0, 2.0, 5.0))
         why = "the budget of phone-0 is now memory_gb 0.001"
         events.write("replanned", f"planned anew after round 2: {why}", round=2, reasons=[why])
-        events.write("planned", "plan by probed until round 2", round=2, plan=other.to_json())
+        events.write("planned", "plan by probes until round 2", round=2, plan=other.to_json())
 
 
 def metrics_row(round: int, **changes: float) -> MetricsRow:

@@ -30,7 +30,7 @@ def test_report_of_a_run_whose_plan_changed(fake_run: MakeRun, plan: Plan, other
     shown = page.text.split("\n")
     for heading in ("Importance and ranks", "Plans and split points", "step (virtual)"):
         assert heading in shown
-    for cell in ("after round 2", "the budget of phone-0 is now memory_gb 0.001", "probed until round 2", "2.250 s"):
+    for cell in ("after round 2", "the budget of phone-0 is now memory_gb 0.001", "probes until round 2", "2.250 s"):
         assert cell in shown
     assert "The importance or the plan changed twice after the start." in page.text
     assert "planned anew after round 2" in page.text  # among the events

@@ -60,6 +60,34 @@ def clock() -> Iterator[Ticking]:
     return Ticking()
 
 
+def test_a_long_end_of_a_round_leaves_the_time_of_the_steps_after_it(clock: Ticking) -> None:
+    pace = Pace(clock)
+    for step in (1, 2):
+        clock.now += 60
+        pace.step(step, 4)
+    clock.now += 600
+    assert str(pace) == "50%, 12 min 00 s elapsed, about 1 min 00 s left"
+    pace.step(4, 4)
+    assert str(pace) == "100%, 12 min 00 s elapsed"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_before_the_first_step_it_is_told_what_is_waited_for(plan: Plan, resumed: bool) -> None:
+    console = recorded()
+    display = LiveDisplay(console=console)
+    with display:
+        display.started("first", [])
+        display.plan(plan)
+        if resumed:
+            display.note("resumed from round-0001", "resumed")
+        else:
+            console.print(display._frame())
+            assert "preparing: layers, data, and a validation before any training" in written(console)
+            display.round_done(metrics_row(0), [], [])
+        console.print(display._frame())
+        assert ("training goes on" if resumed else "training begins") in written(console)
+
+
 def test_live_table_shows_what_a_user_must_see(plan: Plan, clock: Ticking) -> None:
     console = recorded()
     with LiveDisplay(console=console, pace=Pace(clock)) as display:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from hsplit.cli import main
 from hsplit.config import load_run_config
@@ -18,6 +20,7 @@ from hsplit.errors import InputError
 from hsplit.models.segment import layer_count, model_config
 from hsplit.simulation.shapes import SHAPES, shape_directory
 from hsplit.simulation.sweep import Setting, Sweep, scaled_counts, sweep
+from hsplit.simulation.table import COLUMNS, cells, sweep_table
 
 
 @pytest.fixture
@@ -62,6 +65,23 @@ def test_a_server_without_room_is_a_line_of_the_table(fleet: Path) -> None:
     assert found.settings[-1].refused.startswith("server: memory_gb")
     assert found.settings[-1].rounds == ()
     assert any("not enough" in line for line in found.findings())
+
+
+def test_the_table_fits_80_columns_up_to_the_largest_fleets() -> None:
+    small = Setting(10, 1, 0, 10, "", 0.123, 1.5, 3.0, 0.01, "link", 1.2, 12e6, 22e6, 0.01, ())
+    large = Setting(100_000, 1000, 0, 99_876, "", 12_345, 23_456, 5e4, 1.0, "compute", 123.4, 8e13, 9e13, 1234, ())
+    full = replace(small, clients=100_000, refused="server: memory_gb: no plan fits")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(sweep_table(Sweep({"model": "HuggingFaceTB/SmolLM2-135M-Instruct"}, (small, large, full))))
+    shown = console.export_text()
+    assert "…" not in shown
+    lines = shown.splitlines()
+    assert [line.split() for line in lines if line.lstrip().startswith(("10 ", "100,000"))] == list(
+        map(cells, (small, large, full))
+    )
+    # Every heading, whole, whichever of its two lines has its words.
+    heading = " ".join(lines[: next(n for n, line in enumerate(lines) if "───" in line)]).split()
+    assert all(word in heading for column in COLUMNS for word in column.split())
 
 
 @pytest.mark.parametrize(
