@@ -73,15 +73,13 @@ def plan(
     splits = split_rule(problem, current)
     _check_server(problem, splits)
     if policy.freezes:
-        shallowest = np.ones_like(splits) if policy.split == "planned" else splits
-        problem, splits = _with_frozen(problem, splits, shallowest, problem_of, split_rule, current)
+        problem, splits = _with_frozen(problem, splits, problem_of, split_rule, current)
     return planned(problem, splits, clients, int(needed[smallest]), source)
 
 
 def _with_frozen(
     problem: Problem,
     splits: Ints,
-    shallowest: Ints,
     problem_of: Callable[[Collection[str]], Problem],
     split_rule: SplitRule,
     current: Plan | None,
@@ -91,7 +89,6 @@ def _with_frozen(
     Args:
         problem: with nobody frozen.
         splits: chosen for it, ``(N,)``.
-        shallowest: another start, ``(N,)``: deep splits spare the server, and may only pay as long as nobody is frozen.
         problem_of: the problem with some clients frozen.
         split_rule: chooses splits.
         current: the plan in force; whom it has frozen is tried first.
@@ -104,22 +101,21 @@ def _with_frozen(
     # Splits that are chosen anew may not give up more than freezing itself may. Who is frozen in force may stay so: a
     # larger budget never makes a plan worse.
     least = (1 - FREEZABLE) * float(problem.captured(problem.state(splits))[0])
-    in_force = (current.forward_only if current is not None else frozenset()) & set(names)
+    in_force = current.forward_only if current is not None else frozenset()
     tried: set[frozenset[str]] = {frozenset()}
-
-    def frozen_at(splits: Ints) -> frozenset[str]:
-        return frozenset(np.array(names, dtype=object)[worth_freezing(problem, splits)].tolist())
-
-    for frozen in (in_force, frozen_at(shallowest), *(None,) * (MAX_FREEZES - 1)):
-        frozen = frozen_at(best_splits) if frozen is None else frozen
+    frozen = in_force & set(names)
+    for _ in range(MAX_FREEZES):
+        if frozen not in tried:
+            tried.add(frozen)
+            made = problem_of(frozen)
+            candidates = (best_splits, split_rule(made, current))
+            for chosen in candidates:
+                value, captured = _objective(made, chosen), float(made.captured(made.state(chosen))[0])
+                if value > objective * (1 + TOLERANCE) and (captured >= least or frozen == in_force):
+                    best, best_splits, objective = made, chosen, value
+        frozen = frozenset(np.array(names, dtype=object)[worth_freezing(problem, best_splits)].tolist())
         if frozen in tried:
-            continue
-        tried.add(frozen)
-        made = problem_of(frozen)
-        for chosen in (best_splits, shallowest, split_rule(made, current)):
-            value, captured = _objective(made, chosen), float(made.captured(made.state(chosen))[0])
-            if value > objective * (1 + TOLERANCE) and (captured >= least or frozen == in_force):
-                best, best_splits, objective = made, chosen, value
+            break
     return best, best_splits
 
 

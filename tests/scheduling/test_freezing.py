@@ -85,24 +85,6 @@ def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, ser
     assert VirtualClock(in_turn, clients, server(flops=server_flops)).steps_s(made) == [steps[0]] * 6
 
 
-def test_freezing_is_also_tried_with_the_shallowest_splits() -> None:
-    """Deep splits pay here as long as nobody is frozen, and hide that with everybody frozen a step is shorter yet."""
-    draw = np.random.default_rng(8)
-    clients = [
-        client(f"c{i}", 1e9, 0.95e9 * float(draw.lognormal(0.0, 0.5)), 9.3e7 * float(draw.lognormal(0.0, 0.5)))
-        for i in range(7)
-    ]
-    made = plan(clients, server(flops=1.2e10), MODEL, EQUAL, Policy())
-    frozen = [c.name for c in clients]
-    problem = Problem(
-        clients, server(flops=1.2e10), MODEL, EQUAL, np.array(JOB.rank_set), RANK_RULES["importance"], frozen
-    )
-    shallowest = float(problem.objective(problem.state(np.ones(7, dtype=np.int64)))[0])
-    without = plan(clients, server(flops=1.2e10), MODEL, EQUAL, NEVER)
-    assert any(part.split > 1 for part in without.available if part.split)
-    assert made.objective >= (1 - 1e-9) * shallowest > without.objective
-
-
 def test_nobody_is_frozen_where_links_are_fast() -> None:
     clients = [client(name, 1e9, 1e13, 1e12) for name in "abc"]
     assert not any(part.forward_only for part in plan(clients, server(), MODEL, EQUAL, Policy()).clients)

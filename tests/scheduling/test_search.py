@@ -100,11 +100,10 @@ def test_no_single_move_improves_a_large_plan(ranks: str) -> None:
 
 
 def test_the_most_promising_moves_do_not_improve_a_large_plan_at_a_server_short_of_memory() -> None:
-    # Frozen clients could take over layers from it at no cost here.
-    clients, policy = many_clients(150), Policy(freeze="never")
-    made = plan(clients, AMPLE, cost(), importance(0), policy)
+    clients = many_clients(150)
+    made = plan(clients, AMPLE, cost(), importance(0), Policy())
     deep = short_of_memory(clients, made)
-    tight = plan(clients, deep, cost(), importance(0), policy)
+    tight = plan(clients, deep, cost(), importance(0), Policy())
     assert 0 < objective(tight) < objective(made)
     assert tight.server.predicted_bytes <= deep.memory_bytes
     problem = problem_of(clients, deep)
