@@ -58,7 +58,8 @@ PAPER_GB, PAPER_PARAMETERS = 12.5, 6.74e9
 SERVER_TFLOPS, MEAN = 2.0, {"tflops": 0.5, "bandwidth_mbps": 200.0}
 LATENCY_MS = 5
 JOB = [
-    *("job.base=bf16", "job.dtype=bf16", "job.pipeline.microbatches=2", "job.keep_checkpoints=1"),
+    *("job.base=bf16", "job.dtype=bf16", "job.keep_checkpoints=1"),
+    *("job.pipeline.microbatches=2", "job.pipeline.ahead=true"),
     # Small ranks, and a residual of no more directions than the largest has.
     *("job.rank_set=[1, 2, 4, 8]", "job.residual.max_rank=8"),
 ]

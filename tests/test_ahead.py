@@ -14,6 +14,7 @@ from tests.faulty import Fault, FaultyInProcess
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, reached_by
 
 SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 2, "local_steps": 4, "lr": 1e-2, "batch_size": 2}
+SETTINGS["pipeline"] = {"ahead": True}
 POLICY = Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"))
 
 
@@ -31,7 +32,10 @@ def metrics(run: Coordinator) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in run.progress.metrics]
 
 
-@pytest.mark.parametrize("job", [{}, {"pipeline": {"microbatches": 2}, "grad_accumulation": 2, "dropout": 0.1}])
+MORE = {"pipeline": {"microbatches": 2, "ahead": True}, "grad_accumulation": 2, "dropout": 0.1}
+
+
+@pytest.mark.parametrize("job", [{}, MORE])
 def test_what_is_learned_and_sent_does_not_change(models: dict[str, Path], tmp_path: Path, job: dict[str, Any]) -> None:
     ahead = made(models["llama"], tmp_path / "ahead", **job)
     pipeline = {**job.get("pipeline", {}), "ahead": False}

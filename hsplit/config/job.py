@@ -120,7 +120,7 @@ class Pipeline(Section):
         description="parts that each batch is cut into, at most batch_size; 1 = clients and server take turns",
     )
     ahead: bool = Field(
-        default=True,
+        default=False,
         description="clients that only compute forward are a step ahead: nothing that they send depends on what the"
         " others learn within a round (with labels on the server)",
     )

@@ -33,6 +33,7 @@ def deep_cost(**job: object) -> CostModel:
 
 
 MODEL = deep_cost()
+AHEAD = deep_cost(pipeline={"ahead": True})
 EQUAL = equal_importance(MODEL.model.weights)
 SLOW = [client("slow", 1e9, bandwidth_bps=2e5), client("a", 1e9), client("b", 1e9)]
 
@@ -56,7 +57,7 @@ def test_a_client_behind_a_slow_link_only_computes_forward() -> None:
 @pytest.mark.parametrize("server_flops", [1e8, 1e9, 1e10])
 def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, server_flops: float) -> None:
     """Against everybody's calls one by one, in the order in which they are asked for."""
-    model = deep_cost(local_steps=6, pipeline={"microbatches": microbatches})
+    model = deep_cost(local_steps=6, pipeline={"microbatches": microbatches, "ahead": True})
     clients = [client("slow", 1e9, bandwidth_bps=link), client("a", 1e9, 2e9)]
     made = plan(clients, server(flops=server_flops), model, EQUAL, NEVER)
     frozen = replace(made.client("slow"), ranks=dict.fromkeys(made.client("slow").ranks, 0))
@@ -81,7 +82,7 @@ def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, ser
     steps = clock.steps_s(made)
     assert sum(steps) == pytest.approx(ends[-1])
     assert steps[0] >= steps[1] == pytest.approx(clock.step_s(made))
-    in_turn = deep_cost(local_steps=6, pipeline={"microbatches": microbatches, "ahead": False})
+    in_turn = deep_cost(local_steps=6, pipeline={"microbatches": microbatches})
     assert VirtualClock(in_turn, clients, server(flops=server_flops)).steps_s(made) == [steps[0]] * 6
 
 
@@ -126,8 +127,11 @@ def test_only_where_the_aggregation_can_freeze(changes: dict[str, str]) -> None:
     splits=st.lists(st.integers(1, 3), min_size=5, max_size=5),
     ranks=st.sampled_from(["importance", "budget", "uniform"]),
     seed=st.integers(0, 99),
+    ahead=st.booleans(),
 )
-def test_whom_it_freezes_is_the_best_choice(links: list[float], splits: list[int], ranks: str, seed: int) -> None:
+def test_whom_it_freezes_is_the_best_choice(
+    links: list[float], splits: list[int], ranks: str, seed: int, ahead: bool
+) -> None:
     """Against every set of clients that gives up no more than is allowed."""
     clients = [client(f"c{i}", 1e9, bandwidth_bps=link) for i, link in enumerate(links)]
     spread = np.random.default_rng(seed).lognormal(0.0, 1.0, len(EQUAL))
@@ -135,7 +139,8 @@ def test_whom_it_freezes_is_the_best_choice(links: list[float], splits: list[int
     chosen = np.array(splits[: len(clients)])
 
     def problem(frozen: tuple[str, ...]) -> Problem:
-        return Problem(clients, server(), MODEL, scores, np.array([1, 2, 4, 8]), RANK_RULES[ranks], frozen)
+        model = AHEAD if ahead else MODEL
+        return Problem(clients, server(), model, scores, np.array([1, 2, 4, 8]), RANK_RULES[ranks], frozen)
 
     base = problem(())
     captured = float(base.captured(base.state(chosen))[0])
