@@ -104,9 +104,10 @@ class VirtualClock:
         model, times = self._cost.model, self._cost.times
         server_s = 0.0 if model.whole else sum(self._server_batch_s(splits)) * model.job.grad_accumulation
         early = _among(splits, self._ahead(plan))
-        # What they take is waited for only as far as it is longer than all the rest.
-        rest_s = phases[~early].max(axis=0, initial=0.0).sum() + server_s
-        phases[early, 0] = np.maximum(phases[early, 0] - rest_s, 0.0)
+        # What they take is waited for only as far as it is longer than all the rest, and after the others' own.
+        others = phases[~early].max(axis=0, initial=0.0)
+        beyond = phases[early, 0] - (others.sum() + server_s)
+        phases[early, 0] = np.where(beyond > 0, beyond + others[0], 0.0)
         spent: dict[str, dict[str, float]] = {"compute": {}, "link": {}}
         wire = model.wire_bytes(1)
         sent = ((wire.up,), (wire.deep, wire.slope) if model.tail_at_client else (), (wire.down,))

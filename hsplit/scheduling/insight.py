@@ -16,7 +16,7 @@ from hsplit.scheduling.moves import largest_of_others
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planner import plan, rank_choices
 from hsplit.scheduling.prices import server_prices
-from hsplit.scheduling.problem import Problem, budget_of
+from hsplit.scheduling.problem import AHEAD, DOWN, EXCHANGE, UP, Problem, budget_of
 from hsplit.scheduling.rank_rules import RANK_RULES
 
 GIGABYTE = 10**9
@@ -145,19 +145,20 @@ def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> 
     budgets = {c.name: c for c in clients}
     taking_part = [budgets[part.name] for part in made.available]
     splits = [part.split or 0 for part in made.available]
-    times = np.zeros((len(splits), 4))
-    times[:, :3] = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
+    # Those of a step: what comes before the exchange at a round's end.
+    times = np.zeros((len(splits), EXCHANGE))
+    times[:, :AHEAD] = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
     forward_only = [part.forward_only for part in made.available]
-    times[forward_only, 2] = 0.0
+    times[forward_only, DOWN] = 0.0
     if cost.model.job.runs_ahead:
-        times[forward_only, 3] = times[forward_only, 0]
-        times[forward_only, 0] = 0.0
+        times[forward_only, AHEAD] = times[forward_only, UP]
+        times[forward_only, UP] = 0.0
     first = _first_of_kind(taking_part)
     kinds = {budget_of(taking_part[i]): k for k, i in enumerate(first)}
     kind = np.array([kinds[budget_of(c)] for c in taking_part])
-    slowest = np.zeros((len(first), 4))
+    slowest = np.zeros((len(first), EXCHANGE))
     np.maximum.at(slowest, kind, times)
-    without = np.stack([largest_of_others(slowest[:, phase], 0.0) for phase in range(4)], axis=1)
+    without = np.stack([largest_of_others(slowest[:, phase], 0.0) for phase in range(EXCHANGE)], axis=1)
     now, server_s = slowest.max(axis=0), np.array(made.server.step_time_s)
     makespan = cost.times.makespan(now, server_s)
     shortens = makespan - cost.times.makespan(without, server_s)

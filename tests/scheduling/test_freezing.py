@@ -16,6 +16,7 @@ from hsplit.scheduling.clock import VirtualClock
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.freezing import worth_freezing
 from hsplit.scheduling.importance import equal_importance
+from hsplit.scheduling.insight import bottleneck
 from hsplit.scheduling.planner import plan
 from hsplit.scheduling.problem import Problem
 from hsplit.scheduling.rank_rules import RANK_RULES
@@ -84,6 +85,19 @@ def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, ser
     assert steps[0] >= steps[1] == pytest.approx(clock.step_s(made))
     in_turn = deep_cost(local_steps=6, pipeline={"microbatches": microbatches})
     assert VirtualClock(in_turn, clients, server(flops=server_flops)).steps_s(made) == [steps[0]] * 6
+
+
+def test_one_who_is_ahead_is_waited_for_only_beyond_all_the_rest() -> None:
+    made = plan(SLOW, server(), AHEAD, EQUAL, Policy())
+    assert "slow" in made.forward_only
+    sends_s = float(AHEAD.times.client_times(SLOW[0])[1, 0])
+    assert made.makespan_s == pytest.approx(sends_s)
+    waits = bottleneck(made, SLOW, AHEAD)
+    assert waits.name == "slow"
+    rest_s = made.server.step_time_s + float(AHEAD.times.client_times(SLOW[1])[made.client("a").split or 0].sum())
+    assert waits.shortens_s == pytest.approx(sends_s - rest_s)
+    waits_s = VirtualClock(AHEAD, SLOW, server()).waits_s(made)
+    assert sum(seconds for _, seconds in waits_s.values()) == pytest.approx(made.makespan_s)
 
 
 def test_nobody_is_frozen_where_links_are_fast() -> None:
