@@ -43,7 +43,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import load_benchmark, machine_description, results_directory
+from hsplit.benchmark import device_name, load_benchmark, machine_description, results_directory
 from hsplit.observe.silent_display import SilentDisplay
 
 LEVELS = (0.0, 0.3, 0.6, 0.9)
@@ -87,6 +87,7 @@ POLICIES = {
 }
 HEADLINE = ("hsplitlora", "splitlora", "cenlora")
 """The policies with every seed; the others have the first."""
+NOTHING_OFF = "nothing off"
 _OFF = {
     "importance equal": ("policy.importance.metric=equal",),
     "ranks uniform": ("policy.ranks=uniform",),
@@ -101,17 +102,23 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     ", ranks uniform": _OFF["ranks uniform"],
 }
 ABLATIONS = {
+    # The same again: on another device than the headline's, what rounding does.
+    NOTHING_OFF: Variant("hsplitlora", (), "hsplitlora"),
     **{name: Variant("hsplitlora", own, "hsplitlora") for name, own in _OFF.items()},
     "all four": Variant("hsplitlora", tuple(dict.fromkeys(o for own in _OFF.values() for o in own)), "hsplitlora"),
     "as published": Variant(
         "hsplitlora",
-        ("policy.reinit=random", "policy.moments=drop", "policy.init=independent", "policy.freeze=never"),
+        (
+            *("policy.reinit=random", "policy.moments=drop", "policy.init=independent"),
+            *("policy.freeze=never", "policy.lr_scaling=none"),
+        ),
         "hsplitlora",
     ),
     "reinit random": Variant("hsplitlora", ("policy.reinit=random",), "hsplitlora"),
     "reinit svd": Variant("hsplitlora", ("policy.reinit=svd", "policy.moments=fit"), "hsplitlora"),
     "moments drop": Variant("hsplitlora", ("policy.moments=drop",), "hsplitlora"),
     "init independent": Variant("hsplitlora", ("policy.init=independent",), "hsplitlora"),
+    "one rate for all": Variant("hsplitlora", ("policy.lr_scaling=none",), "hsplitlora"),
     "everybody trains": Variant("hsplitlora", ("policy.freeze=never",), "hsplitlora"),
     "nobody ahead": Variant("hsplitlora", ("job.pipeline.ahead=false",), "hsplitlora"),
     "server nf4": Variant("hsplitlora", ("job.base=nf4",), "hsplitlora"),
@@ -215,7 +222,9 @@ def usual_lr(variant: str) -> float:
     return FT_LR if VARIANTS[variant].policy == "ft" else USUAL_LR
 
 
-def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console, device: str = "cpu"
+) -> dict[str, Any]:
     """Train, and what it came to: what the cell is, budgets, plan, and a row a round."""
     from hsplit.actors.scheduler import Scheduler
     from hsplit.config import load_run_config
@@ -258,6 +267,7 @@ def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, cons
             "budgets": drawn,
             "available": CLIENTS if run.policy.placement == "single" else len(plan.available),
             "data_lost": lost / sum(sizes.values()),
+            "device": device_name(device),
             "rows": [],
         }
         if not plan.available:
@@ -269,14 +279,14 @@ def run_cell(cell: Cell, scale: Scale, data: str | None, model: str | None, cons
         directory = RunDirectory.create(folder, "run")
 
         # On all held-out texts, where the run itself has those of available clients only.
-        judge = load_benchmark("policies").Judge(run, source, inputs) if missing else None
+        judge = load_benchmark("policies").Judge(run, source, inputs, device) if missing else None
 
         def everybodys() -> float:
             (state,) = coordinator._executor.get([coordinator._executor.call("server", "state")])
             return float(judge.of_adapters(state))
 
         watch = _Curve(console, everybodys if missing else None)
-        coordinator = local_run(run, source.directory, directory, inputs, watch)
+        coordinator = local_run(run, source.directory, directory, inputs, watch, device=device)
         begun = time.monotonic()
         coordinator.run()
         found |= {"rows": watch.figures, "plans": watch.plans, "wall_s": time.monotonic() - begun}
@@ -428,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print("time is up; the same command goes on from here")
                 break
             console.print(cell.key)
-            cells.keep(cell, run_cell(cell, scale, options.data, options.model, console))
+            cells.keep(cell, run_cell(cell, scale, options.data, options.model, console, options.device))
     if not options.list:
         header = machine_description("torch")
         header["command"] = " ".join(["hsplit bench convergence", *(sys.argv[1:] if arguments is None else arguments)])
@@ -448,6 +458,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hsplit bench convergence", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", metavar="FILE", help="texts; default: the built-in generator")
     parser.add_argument("--model", help="default: the job's own")
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda; default: cpu")
     parser.add_argument("--quick", action="store_true", help="three policies, two levels, one seed, few steps")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--local-steps", type=int)

@@ -135,7 +135,9 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     of_policies = {
         (name, h): own for (name, h), own in by.items() if name.removesuffix(AT_THE_CLIENT) in protocol.POLICIES
     }
-    told = {**header, "target perplexity": f"{target:.3f}", "rounds": scale.rounds, "local_steps": scale.local_steps}
+    devices = ", ".join(sorted({c["device"] for c in grid}))
+    told = {**header, "cells computed on": devices, "target perplexity": f"{target:.3f}"}
+    told |= {"rounds": scale.rounds, "local_steps": scale.local_steps}
     write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
     write_rows(to / "budgets.csv", _budget_rows(grid), told)
     write_rows(to / "headline.csv", [asdict(one) for one in policies], told)

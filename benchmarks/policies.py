@@ -187,11 +187,13 @@ class Judge:
 
     Args:
         run, source, inputs: the run's settings, its model and all clients' data.
+        device: where to compute.
     """
 
-    def __init__(self, run: RunConfig, source: ModelSource, inputs: Inputs) -> None:
+    def __init__(self, run: RunConfig, source: ModelSource, inputs: Inputs, device: str = "cpu") -> None:
         policy = run.policy if run.policy.train == "weights" else Policy(placement="single", aggregation="none")
-        self._whole = WholeClient(CENTRAL, run.job, policy, base_model(source.directory, run.job), measure=False)
+        base = base_model(source.directory, run.job)
+        self._whole = WholeClient(CENTRAL, run.job, policy, base, device, measure=False)
         self._batches = self._whole.load_data(inputs.shares, None).validation_batches
         self._whole.configure(layer_count(model_config(source.directory)), {})
 

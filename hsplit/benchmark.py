@@ -70,6 +70,13 @@ def machine_description(*packages: str) -> dict[str, str]:
     return {"processor": _processor(), "system": platform.platform(), "versions": ", ".join(versions)}
 
 
+def device_name(device: str) -> str:
+    """The name of a GPU, or of this machine's processor."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any]) -> None:
     """A CSV with ``# key: value`` lines before its header, which pandas reads with ``comment="#"``."""
     path.parent.mkdir(parents=True, exist_ok=True)

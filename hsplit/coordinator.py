@@ -10,6 +10,7 @@ last checkpoint. What is done then is in :mod:`hsplit.recovery` and :mod:`hsplit
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,6 +237,7 @@ class Coordinator:
             text = f"round {self.round}: {len(cohort)} of {len(standing.clients)} clients train: {', '.join(cohort)}"
             standing.events.write("cohort", text, round=self.round, clients=cohort)
         self._set_pace(cohort)
+        self._set_lr_scales(cohort)
 
     def local_step(self, step: int) -> Done:
         """One local step of those who train in its round, the run's ``step``-th from 0 (METHOD 2)."""
@@ -304,6 +306,17 @@ class Coordinator:
         self.progress.virtual_time_s += virtual_s
         if self._job.clock == "emulated":
             time.sleep(max(0.0, begun + virtual_s / self._job.clock_speedup - time.monotonic()))
+
+    def _set_lr_scales(self, cohort: Sequence[str]) -> None:
+        """Tell everybody how many holders, each with data of its own, a round's mean is taken over."""
+        standing = self.standing
+        if standing.run.policy.lr_scaling == "none" or self._job.optimizer == "sgd" or standing.single:
+            return
+        training = [name for name in cohort if name not in standing.plan.forward_only]
+        for names in (training, standing.servers):
+            for name in names:
+                # As for the pace: whoever is gone is found later.
+                self._executor.call(name, "set_lr_scale", math.sqrt(len(names)))
 
     def _set_pace(self, cohort: list[str]) -> None:
         """Tell everybody how long each call of a step is to take, where the clock is emulated."""

@@ -24,6 +24,7 @@ def local_run(
     inputs: Inputs,
     display: Display,
     *,
+    device: str = "cpu",
     measure: bool = False,
     scheduler: Any = None,
 ) -> Coordinator:
@@ -37,6 +38,7 @@ def local_run(
         directory: the run's directory.
         inputs: data shares and fingerprints.
         display: what to show.
+        device: where everybody computes.
         measure: follow each holder's peak of allocated memory, which takes time.
         scheduler: makes the plans; the run's own by default.
     """
@@ -46,10 +48,10 @@ def local_run(
         if name == SCHEDULER:
             return scheduler or Scheduler(run, model)
         if name == SERVER:
-            return Server(run.job, run.policy, base, measure=measure)
+            return Server(run.job, run.policy, base, device, measure=measure)
         if name in run.server.names:
-            return Replica(run.job, run.policy, base, measure=measure, name=name)
-        return make(name, run.job, run.policy, base, measure=measure)
+            return Replica(run.job, run.policy, base, device, measure=measure, name=name)
+        return make(name, run.job, run.policy, base, device, measure=measure)
 
     names = [*(client.name for client in run.participants), *run.server.names, SCHEDULER]
     return Coordinator(run, InProcess({name: actor(name) for name in names}, actor), directory, inputs, display)

@@ -83,7 +83,7 @@ class Client(Participant):
             tokens = sum(batch.supervised for batch in self._batches.pop(step))
             self.holder.count_tokens(range(self._split), tokens)
             with watch.phase("optimizer"):
-                self.holder.step(step)
+                self.holder.step(step, self._lr_scale)
         watch.pace(self._pace.get("down"))
         return watch.seconds
 

@@ -1,6 +1,7 @@
 """The process that worker processes are forked from: see :mod:`hsplit.actors.forked_workers`.
 
-A forked process cannot use CUDA once its parent has looked for it, so this is not for clusters with GPUs.
+A forked process cannot use CUDA once its parent has looked for it, so this is not for clusters with GPUs. On a machine
+that has one all the same, nobody here sees it: autograd alone would look for it, and fail in a forked process.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ MODULES = (
 )
 
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+
+
 class ForkServer:
     """Starts the server, which ends with the ``with`` block, or with the process that started it.
 
@@ -69,6 +73,7 @@ class ForkServer:
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
+            env=os.environ | NO_GPU,
             # A Ctrl-C in the terminal is the run's to answer.
             start_new_session=True,
         )
@@ -124,7 +129,7 @@ def _work(connection: socket.socket) -> None:
         os.dup2(given, own)
         os.close(given)
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request["environment"] | NO_GPU)
     os.chdir(request["directory"])
     threading.Thread(target=_end_with, args=[connection], daemon=True).start()
     program, *arguments = request["command"]

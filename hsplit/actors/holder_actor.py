@@ -36,6 +36,7 @@ class HolderActor(Generic[Held]):
         self._holder: Held | None = None
         self._shapes: list[LinearShape] = []
         self._pace: Mapping[str, float] = {}
+        self._lr_scale = 1.0
 
     @property
     def holder(self) -> Held:
@@ -69,6 +70,10 @@ class HolderActor(Generic[Held]):
         client; step of a server, or where labels stay at home forward and backward.
         """
         self._pace = dict(seconds)
+
+    def set_lr_scale(self, scale: float) -> None:
+        """From now on step with ``scale`` times the job's learning rate."""
+        self._lr_scale = scale
 
     def peak_bytes(self) -> int:
         """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""

@@ -393,7 +393,7 @@ class Replica(HolderActor[Holder]):
             layers = range(first, self._layers)
             with watch.phase("optimizer"):
                 self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
-                self.holder.step(step)
+                self.holder.step(step, self._lr_scale)
             self._step_tokens.clear()
 
 

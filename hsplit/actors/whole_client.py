@@ -55,7 +55,7 @@ class WholeClient(Participant):
             loss_sum += float(loss.detach())
         self.holder.count_tokens(range(self._split), tokens)
         with watch.phase("optimizer"):
-            self.holder.step(step)
+            self.holder.step(step, self._lr_scale)
         self._batches.pop(step, None)
         watch.pace(self._pace.get("up"))
         return LossReport(self.name, loss_sum, tokens, seconds=watch.seconds)

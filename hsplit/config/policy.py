@@ -123,6 +123,12 @@ class Policy(Section):
     init: Literal["shared", "independent"] = Field(
         default="shared", description="whether all holders of a weight draw the same initial A"
     )
+    lr_scaling: Literal["none", "sqrt"] = Field(
+        default="sqrt",
+        description="`sqrt`: each of n clients that train (and of n servers) steps with the square root of n times"
+        " `job.lr`: the mean of n steps of Adam, each on data of its own, is shorter by that than one step on all of it"
+        " (plain SGD's is not, and keeps `job.lr`)",
+    )
     freeze: Literal["never", "planned"] = Field(
         default="planned",
         description="whether a client may only compute forward, its layers frozen, where training them would hold"

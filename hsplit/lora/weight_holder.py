@@ -46,11 +46,16 @@ class WeightHolder:
         for layer in layers:
             self.tokens[layer] += tokens
 
-    def step(self, step: int) -> None:
-        """One optimizer step from the gradients gathered since the last one; ``step`` counts from 0 over the run."""
+    def step(self, step: int, lr_scale: float = 1.0) -> None:
+        """One optimizer step from the gradients gathered since the last one.
+
+        Args:
+            step: counts from 0 over the run.
+            lr_scale: how many times the job's learning rate.
+        """
         job = self._job
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
+            group["lr"] = lr_scale * learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
         if job.clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.weights.values()), job.clip)
         self._optimizer.step()
