@@ -49,6 +49,8 @@ from hsplit.observe.silent_display import SilentDisplay
 LEVELS = (0.0, 0.3, 0.6, 0.9)
 SEEDS = (0, 1, 2)
 TUNING_LEVEL, TUNING_SEED = 0.6, 100
+# At the first clients train many layers, at the second few or none.
+ABLATION_LEVELS = (0.0, 0.6)
 # Around a policy's usual rate: adapters', and that of all weights.
 LR_FACTORS = (0.5, 1.0, 2.0, 4.0)
 USUAL_LR, FT_LR = 1e-3, 5e-5
@@ -158,6 +160,7 @@ class Scale:
         rounds, local_steps: of a run in which all clients take part.
         levels, seeds: of the headline cells.
         policies, ablations: which.
+        ablation_levels: of the ablations.
         factors: of the learning rates that are tried.
     """
 
@@ -167,6 +170,7 @@ class Scale:
     seeds: tuple[int, ...] = SEEDS
     policies: tuple[str, ...] = tuple(POLICIES)
     ablations: tuple[str, ...] = tuple(ABLATIONS)
+    ablation_levels: tuple[float, ...] = ABLATION_LEVELS
     factors: tuple[float, ...] = LR_FACTORS
 
     def rounds_of(self, cell: Cell) -> int:
@@ -394,7 +398,7 @@ def main_cells(cells: Cells, scale: Scale) -> list[Cell]:
     for name in (p for p in scale.policies if p not in HEADLINE):
         levels = scale.levels[:1] if name == "ft" else scale.levels
         wanted += [(name, h, scale.seeds[0]) for h in levels]
-    wanted += [(name, TUNING_LEVEL, scale.seeds[0]) for name in scale.ablations]
+    wanted += [(name, h, scale.seeds[0]) for h in scale.ablation_levels for name in scale.ablations]
     rates = {name: chosen_lr(cells, scale, name) for name, _, _ in wanted}
     return [Cell(name, h, seed, rate) for name, h, seed in wanted if (rate := rates[name]) is not None]
 
@@ -414,7 +418,7 @@ def cost_line(cells: Cells, scale: Scale) -> str:
         len(scale.seeds) * (1 if p in single else len(scale.levels)) for p in HEADLINE if p in scale.policies
     )
     others = sum(1 if p in single else len(scale.levels) for p in scale.policies if p not in HEADLINE)
-    total = tuned + headline + others + len(scale.ablations)
+    total = tuned + headline + others + len(scale.ablations) * len(scale.ablation_levels)
     walls = [found["wall_s"] for found in cells.all() if "wall_s" in found]
     left = total - len(cells.all())
     pace = (
@@ -446,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("rounds", "local_steps", "levels", "seeds", "policies", "ablations")
+    names = ("rounds", "local_steps", "levels", "seeds", "policies", "ablations", "ablation_levels")
     return {name: _tuple(getattr(options, name)) for name in names if getattr(options, name) is not None}
 
 
@@ -466,6 +470,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES))
     parser.add_argument("--ablations", nargs="*", choices=list(ABLATIONS))
+    parser.add_argument("--ablation-levels", type=float, nargs="+", metavar="H")
     parser.add_argument("--minutes", type=float, help="begin no further cell after so long")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--report", action="store_true", help="only tables, plots and page, from finished cells")

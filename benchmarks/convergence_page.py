@@ -142,13 +142,12 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     write_rows(to / "budgets.csv", _budget_rows(grid), told)
     write_rows(to / "headline.csv", [asdict(one) for one in policies], told)
     tables = {"Policies": policy_table(policies), "The papers' claims": claims_table(of_policies, target)}
-    ablations = [one for one in lines if one.name in protocol.ABLATIONS or one.name == "hsplitlora"]
-    ablations = [one for one in ablations if one.h == protocol.TUNING_LEVEL]
-    if len(ablations) > 1:
-        first = [slice_of(by[one.name, one.h], scale.seeds[0]) for one in ablations]
-        one_seed = [line(c[0]["variant"], c[0]["h"], c, [], target) for c in first]
-        tables["Ablations"] = ablation_table(one_seed)
-        write_rows(to / "ablations.csv", [asdict(one) for one in one_seed], told)
+    ablations = [c for c in grid if c["variant"] in protocol.ABLATIONS and c["seed"] == scale.seeds[0]]
+    if ablations:
+        wholes = [c for c in grid if c["variant"] in (protocol.NOTHING_OFF, "hsplitlora")]
+        rows = ablation_rows(ablations, wholes, target)
+        tables["Ablations"] = ablation_table(rows)
+        write_rows(to / "ablations.csv", [asdict(one) for one in rows], told)
     tables["Learning rates"] = rate_table(done, protocol, scale)
     for title, (columns, rows) in tables.items():
         show_table(console, columns, rows, title=title)
@@ -159,11 +158,6 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     with drawing_style():
         _curves(grid, "virtual_time_s", "seconds (virtual)", target, protocol).savefig(to / "convergence.svg")
     console.print(f"written to {to}")
-
-
-def slice_of(cells: Sequence[Any], seed: int) -> list[Any]:
-    """Those of one seed."""
-    return [cell for cell in cells if cell["seed"] == seed]
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
@@ -257,23 +251,64 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else math.nan
 
 
-def ablation_table(lines: Sequence[Line]) -> _Content:
-    """Variants against ``hsplitlora``, on one seed."""
-    columns = ["variant", "perplexity", "against hsplitlora", "s to target (virtual)", "MB sent", "captured importance"]
-    whole = next(one for one in lines if one.name == "hsplitlora")
-    ordered = [whole, *(one for one in lines if one is not whole)]
-    rows = [
+@dataclass(frozen=True)
+class Ablation:
+    """A variant against the whole method, on one seed and computed on the same device.
+
+    Attributes:
+        name, h, device: which, at which coefficient of variation, and what computed it.
+        ppl, against: at the end, and above the whole method's; NaN where that has not run on this device.
+        target_s: virtual seconds to the target; infinite where it is not reached.
+        sent_mb, captured: as of :class:`Line`.
+    """
+
+    name: str
+    h: float
+    device: str
+    ppl: float
+    against: float
+    target_s: float
+    sent_mb: float
+    captured: float
+
+
+def ablation_rows(
+    ablations: Sequence[Mapping[str, Any]], wholes: Sequence[Mapping[str, Any]], target: float
+) -> list[Ablation]:
+    """One for each of ``ablations``, and before them ``wholes`` of the same levels, seeds and devices."""
+    where = {(c["h"], c["seed"], c["device"]) for c in ablations}
+    whole = {key: c for c in wholes if (key := (c["h"], c["seed"], c["device"])) in where}
+    others = [c for c in ablations if c not in whole.values()]
+    rows = []
+    for cell in sorted([*whole.values(), *others], key=lambda c: c["h"]):
+        if not cell["rows"]:
+            continue
+        one = line(cell["variant"], cell["h"], [cell], [], target)
+        base = whole.get((cell["h"], cell["seed"], cell["device"]))
+        against = math.nan if base is None else one.ppl - base["rows"][-1]["ppl"]
+        rows.append(
+            Ablation(one.name, one.h, cell["device"], one.ppl, against, one.target_s, one.sent_mb, one.captured)
+        )
+    return rows
+
+
+def ablation_table(rows: Sequence[Ablation]) -> _Content:
+    """Variants against the whole method."""
+    columns = ["variant", "h", "computed on", "perplexity", "against the whole", "s to target (virtual)", "MB sent"]
+    table = [
         [
             one.name,
-            _figure(one.ppl, ".3f"),
-            "" if one is whole else _figure(one.ppl - whole.ppl, "+.3f"),
+            f"{one.h:g}",
+            one.device,
+            f"{one.ppl:.3f}",
+            _figure(one.against, "+.3f"),
             _time(one.target_s, one.ppl),
-            _figure(one.sent_mb, ",.0f"),
-            _figure(one.captured, ".2f"),
+            f"{one.sent_mb:,.0f}",
+            f"{one.captured:.2f}",
         ]
-        for one in ordered
+        for one in rows
     ]
-    return columns, rows
+    return [*columns, "captured importance"], table
 
 
 def rate_table(done: Sequence[Mapping[str, Any]], protocol: Any, scale: Any) -> _Content:
@@ -342,8 +377,11 @@ def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: 
                     linewidth=1.0 if len(own) > 1 else 1.6,
                     label=name if number == 0 else None,
                 )
-        panel.axhline(target, color=GRID, linewidth=1)
-        panel.set(xlabel=label, title=f"h {h:g}", ylim=(0.9 * target, 2.2 * target))
+        panel.set(xlabel=label, title=f"h {h:g}")
+        # Without cenlora there is none.
+        if math.isfinite(target):
+            panel.axhline(target, color=GRID, linewidth=1)
+            panel.set(ylim=(0.9 * target, 1.7 * target))
     panels[0].set_ylabel("validation perplexity", color=INK)
     handles = {text: h for p in panels for h, text in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)

@@ -66,6 +66,26 @@ def test_a_line_says_when_somebody_could_not_take_part_or_did_not_arrive() -> No
     assert page.slowed({"variant": "ft", "rows": rows(9, 8)}, 4)["rows"][1]["virtual_time_s"] == 40
 
 
+def test_an_ablation_is_held_against_the_whole_of_its_own_level_and_device() -> None:
+    def cell(variant: str, h: float, device: str, end: float) -> dict[str, Any]:
+        of = {"variant": variant, "h": h, "device": device, "seed": 0, "available": 5, "data_lost": 0.0}
+        return {**of, "rows": rows(10, end)}
+
+    wholes = [cell("hsplitlora", 0.0, "CPU", 4.0), cell("hsplitlora", 0.3, "CPU", 9.0)]
+    wholes += [cell("hsplitlora", 0.6, "CPU", 4.5), cell(protocol.NOTHING_OFF, 0.6, "GPU", 5.0)]
+    ablations = [cell("FedAvg", 0.0, "CPU", 4.25), cell("FedAvg", 0.6, "GPU", 5.5), cell("as published", 0.6, "?", 6.0)]
+    found = page.ablation_rows([*ablations, wholes[-1]], wholes, 4.1)
+    assert [(one.name, one.h, one.device, one.ppl) for one in found] == [
+        ("hsplitlora", 0.0, "CPU", 4.0),
+        ("FedAvg", 0.0, "CPU", 4.25),
+        (protocol.NOTHING_OFF, 0.6, "GPU", 5.0),
+        ("FedAvg", 0.6, "GPU", 5.5),
+        ("as published", 0.6, "?", 6.0),
+    ]
+    assert [one.against for one in found][:4] == [0.0, 0.25, 0.0, 0.5] and math.isnan(found[-1].against)
+    assert "not reached" in page.ablation_table(found)[1][1]
+
+
 def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +104,7 @@ def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
             levels=(0.0, 0.6),
             policies=("hsplitlora", "cenlora", "fedlora"),
             ablations=("as published",),
+            ablation_levels=(0.6,),
             factors=(0.5, 1.0),
         ),
     )
@@ -113,4 +134,6 @@ def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
     html = (tmp_path / "to" / "convergence.html").read_text()
     assert html.count("<svg") == 5 and "http://" not in html.replace("http://www.w3.org", "")
     assert (tmp_path / "to" / "curves.csv").is_file()
+    # Without cenlora there is no target, but there are curves.
+    protocol.main([*arguments, "--policies", "hsplitlora", "--ablations", "--report"])
     assert "0 to run" in protocol.cost_line(protocol.Cells(tmp_path / "to" / "cells"), protocol.QUICK)
