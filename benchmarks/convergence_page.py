@@ -141,7 +141,14 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
     write_rows(to / "budgets.csv", _budget_rows(grid), told)
     write_rows(to / "headline.csv", [asdict(one) for one in policies], told)
-    tables = {"Policies": policy_table(policies), "The papers' claims": claims_table(of_policies, target)}
+    single = [c for c in grid if c["variant"] == "cenlora"]
+    own_targets = {c["seed"]: target_of([c], protocol.TARGET_PART) for c in single}
+    tables = {
+        "Policies": policy_table(policies),
+        "The papers' claims": claims_table(of_policies, target),
+        # Seeds draw other data, some of it harder.
+        "Times as long as hsplitlora, each seed to its own cenlora's perplexity": times_table(of_policies, own_targets),
+    }
     ablations = [c for c in grid if c["variant"] in protocol.ABLATIONS and c["seed"] == scale.seeds[0]]
     if ablations:
         wholes = [c for c in grid if c["variant"] in (protocol.NOTHING_OFF, "hsplitlora")]
@@ -231,17 +238,42 @@ def claims_table(by: Mapping[tuple[str, float], Sequence[Any]], target: float) -
     return columns, rows
 
 
+def times_table(by: Mapping[tuple[str, float], Sequence[Any]], targets: Mapping[int, float]) -> _Content:
+    """How many times as long as ``hsplitlora`` each takes, to a target of each seed's own.
+
+    Args:
+        by: as for :func:`claims_table`.
+        targets: perplexity to reach, by seed.
+    """
+    levels = sorted({h for _, h in by})
+    rows = []
+    for name in dict.fromkeys(name for name, _ in by):
+        everywhere = name.removesuffix(AT_THE_CLIENT) in SINGLE
+        ratios = []
+        for h in levels:
+            pairs = _paired(by.get((name, 0.0 if everywhere else h), []), by.get(("hsplitlora", h), []))
+            known = [pair for pair in pairs if pair[0]["seed"] in targets]
+            ratios.append(f"{_ratio(known, targets)} ({len(known)})" if known else "")
+        rows.append([name, *ratios])
+    return ["policy (seeds)", *(f"h {h:g}" for h in levels)], rows
+
+
 def _paired(cells: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
     """Those of one seed together, where both have run."""
     of_seed = {cell["seed"]: cell for cell in others if cell["rows"]}
     return [(cell, of_seed[cell["seed"]]) for cell in cells if cell["rows"] and cell["seed"] in of_seed]
 
 
-def _ratio(pairs: Sequence[tuple[Any, Any]], target: float) -> str:
-    """How many times as long the first take to the target as the second."""
+def _ratio(pairs: Sequence[tuple[Any, Any]], target: float | Mapping[int, float]) -> str:
+    """How many times as long the first take to the target, or that of their seed, as the second."""
     if not pairs:
         return ""
-    one, own = (fmean(reached(pair[i]["rows"], target, "virtual_time_s") for pair in pairs) for i in (0, 1))
+
+    def mean_s(cells: Sequence[Any]) -> float:
+        aims = [target if isinstance(target, float) else target[cell["seed"]] for cell in cells]
+        return fmean(reached(c["rows"], aim, "virtual_time_s") for c, aim in zip(cells, aims, strict=True))
+
+    one, own = (mean_s([pair[i] for pair in pairs]) for i in (0, 1))
     if math.isinf(own):
         return ""
     return "not reached" if math.isinf(one) else f"{one / own:.2f}"

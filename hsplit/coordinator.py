@@ -310,7 +310,7 @@ class Coordinator:
     def _set_lr_scales(self, cohort: Sequence[str]) -> None:
         """Tell everybody how many holders, each with data of its own, a round's mean is taken over."""
         standing = self.standing
-        if standing.run.policy.lr_scaling == "none" or self._job.optimizer == "sgd" or standing.single:
+        if not standing.run.scales_lr:
             return
         training = [name for name in cohort if name not in standing.plan.forward_only]
         for names in (training, standing.servers):

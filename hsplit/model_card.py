@@ -152,6 +152,7 @@ def _training(run: RunConfig, source: ModelSource, progress: Progress) -> str:
     partition = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
     where = policy.split if policy.placement == "split" else "none"
     ranks = policy.ranks if policy.train == "adapters" else "none: every weight trained"
+    scaled = " times the root of the number of clients that train" if run.scales_lr else ""
     rows = [
         ("base model", f"`{_named(job.model)}`"),
         ("base values (`job.base`)", f"{job.base}, computed in {job.dtype}"),
@@ -168,7 +169,10 @@ def _training(run: RunConfig, source: ModelSource, progress: Progress) -> str:
         ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {job.wire}"),
         ("rounds done", f"{progress.round} of {job.rounds}, {job.local_steps} local steps each"),
         ("batch size", f"{job.batch_size} a client, {job.grad_accumulation} accumulated"),
-        ("optimizer", f"{job.optimizer}, lr {job.lr:g}, {job.schedule}, warm-up {job.warmup} steps, clip {job.clip}"),
+        (
+            "optimizer",
+            f"{job.optimizer}, lr {job.lr:g}{scaled}, {job.schedule}, warm-up {job.warmup} steps, clip {job.clip}",
+        ),
         ("LoRA alpha, dropout", f"{job.alpha:g}, {job.dropout:g}"),
         ("seed", str(job.seed)),
         ("supervised tokens", f"{progress.tokens:,}"),

@@ -161,6 +161,12 @@ class RunConfig(Section):
         )
         return (central,)
 
+    @property
+    def scales_lr(self) -> bool:
+        """Whether those who are averaged step farther than ``job.lr`` says (``policy.lr_scaling``)."""
+        policy = self.policy
+        return policy.lr_scaling != "none" and policy.placement != "single" and self.job.optimizer != "sgd"
+
     def save(self, path: str | Path) -> None:
         """Writes the configuration as YAML; the file is there whole or not at all."""
         path = Path(path)
