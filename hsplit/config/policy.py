@@ -124,7 +124,7 @@ class Policy(Section):
         default="shared", description="whether all holders of a weight draw the same initial A"
     )
     lr_scaling: Literal["none", "sqrt"] = Field(
-        default="sqrt",
+        default="none",
         description="`sqrt`: each of n clients that train (and of n servers) steps with the square root of n times"
         " `job.lr`: the mean of n steps of Adam, each on data of its own, is shorter by that than one step on all of it"
         " (plain SGD's is not, and keeps `job.lr`)",
