@@ -44,6 +44,7 @@ from typing import Any
 from rich.console import Console
 
 from hsplit.benchmark import device_name, load_benchmark, machine_description, results_directory
+from hsplit.errors import InputError
 from hsplit.observe.silent_display import SilentDisplay
 
 LEVELS = (0.0, 0.3, 0.6, 0.9)
@@ -258,7 +259,18 @@ def run_cell(
         run = configured(drawn)
         check_model(run, source)
         inputs = read_inputs(run, source)
-        plan = Scheduler(run, source.directory).plan()
+        try:
+            plan = Scheduler(run, source.directory).plan()
+        except InputError as nobody:
+            # The papers' device unavailability, at its worst: a result of its own.
+            console.print(f"  {nobody}")
+            lost = {"available": 0, "data_lost": 1.0, "device": device_name(device), "rows": []}
+            return {
+                **asdict(cell),
+                "policy": variant.policy,
+                "overrides": list(variant.overrides),
+                "budgets": drawn,
+            } | lost
         sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
         lost = sum(sizes.get(c.name, 0) for c in plan.clients if not c.available)
         found: dict[str, Any] = {
@@ -271,8 +283,6 @@ def run_cell(
             "device": device_name(device),
             "rows": [],
         }
-        if not plan.available:
-            return found
         missing = run.policy.placement != "single" and len(plan.available) < len(plan.clients)
         if missing:
             rounds = math.ceil(planned_rounds * len(plan.clients) / len(plan.available))

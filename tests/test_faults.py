@@ -34,7 +34,6 @@ def run_with(
     before: Any = None,
     recorder: Recorder | None = None,
     servers: int = 1,
-    policy: Policy | None = None,
     **job: Any,
 ) -> Coordinator:
     """A run of three clients that is hit by ``faults``; the first two hold the first two layers, the third three."""
@@ -42,7 +41,7 @@ def run_with(
     settings = SETTINGS | job
     plan = fixed_plan(model, Job.model_validate({**settings, "dtype": "fp32"}), [2, 2, 3], [2, 2, 2], 2, servers)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(CLIENTS)}
-    made = coordinator(model, to, plan, shares, recorder or Recorder(), policy, **settings)
+    made = coordinator(model, to, plan, shares, recorder or Recorder(), **settings)
     faulty = FaultyInProcess(made._executor, faults, before)  # type: ignore[arg-type]
     made = reached_by(faulty, made)
     made.run()
@@ -89,14 +88,12 @@ def test_the_others_train_on_without_the_lost_one(models: dict[str, Path], tmp_p
     """What is left of a round with a client lost is the round of the others alone, with weights of their own."""
     settings = {"rounds": 1, "privacy": {"labels": labels}}
     method = "tail" if labels == "client" else "forward"
-    # How far clients step is settled when a round begins.
-    policy = Policy(init="shared", importance=Importance(metric="equal"), lr_scaling="none")
-    run = run_with(models["llama"], tmp_path / "lost", Fault("c2", method, 1), policy=policy, **settings)
+    run = run_with(models["llama"], tmp_path / "lost", Fault("c2", method, 1), **settings)
     trained = run.progress.metrics[1]
     others = fixed_plan(models["llama"], Job.model_validate(SETTINGS), [2, 2], [2, 2], 2)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
     (tmp_path / "others").mkdir()
-    alone = coordinator(models["llama"], tmp_path / "others", others, shares, Recorder(), policy, **SETTINGS | settings)
+    alone = coordinator(models["llama"], tmp_path / "others", others, shares, Recorder(), **SETTINGS | settings)
     alone.run()
     expected = alone.progress.metrics[1]
     assert trained["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)

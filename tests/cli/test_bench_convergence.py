@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from hsplit.benchmark import load_benchmark
 from tests.in_process import random_examples
@@ -84,6 +86,19 @@ def test_an_ablation_is_held_against_the_whole_of_its_own_level_and_device() -> 
     ]
     assert [one.against for one in found][:4] == [0.0, 0.25, 0.0, 0.5] and math.isnan(found[-1].against)
     assert "not reached" in page.ablation_table(found)[1][1]
+
+
+def test_a_cell_that_nobody_has_the_memory_for_is_a_result(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "JOB", SMALL)
+    monkeypatch.setattr(protocol, "mean_memory_gb", lambda parameters: 1e-5)
+    shown = StringIO()
+    cell = protocol.Cell("fedlora", 0.3, 0, 1e-3)
+    found = protocol.run_cell(cell, protocol.QUICK, None, str(models["llama"]), Console(file=shown))
+    assert (found["available"], found["data_lost"], found["rows"]) == (0, 1.0, [])
+    assert len(found["budgets"]) == 5 and found["variant"] == "fedlora"
+    assert "none has the memory for the full model" in shown.getvalue()
 
 
 def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
