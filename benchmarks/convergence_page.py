@@ -428,10 +428,10 @@ def _against_h(lines: Sequence[Line], attribute: str, label: str) -> Any:
     for name in dict.fromkeys(one.name for one in lines):
         own = sorted((one for one in lines if one.name == name), key=lambda one: one.h)
         points = [(one.h, getattr(one, attribute)) for one in own if math.isfinite(getattr(one, attribute))]
-        if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
-        elif points:
+        if points and name.removesuffix(AT_THE_CLIENT) in SINGLE:
             axes.axhline(points[0][1], linestyle=":", label=f"{name} (any h)", color=GRID)
+        elif points:
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
     axes.set(xlabel="coefficient of variation h", ylabel=label)
     axes.legend(fontsize="small")
     return figure
