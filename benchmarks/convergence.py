@@ -259,29 +259,24 @@ def run_cell(
         run = configured(drawn)
         check_model(run, source)
         inputs = read_inputs(run, source)
-        try:
-            plan = Scheduler(run, source.directory).plan()
-        except InputError as nobody:
-            # The papers' device unavailability, at its worst: a result of its own.
-            console.print(f"  {nobody}")
-            lost = {"available": 0, "data_lost": 1.0, "device": device_name(device), "rows": []}
-            return {
-                **asdict(cell),
-                "policy": variant.policy,
-                "overrides": list(variant.overrides),
-                "budgets": drawn,
-            } | lost
-        sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
-        lost = sum(sizes.get(c.name, 0) for c in plan.clients if not c.available)
         found: dict[str, Any] = {
             **asdict(cell),
             "policy": variant.policy,
             "overrides": list(variant.overrides),
             "budgets": drawn,
+            "device": device_name(device),
+        }
+        try:
+            plan = Scheduler(run, source.directory).plan()
+        except InputError as nobody:
+            # The papers' device unavailability, at its worst: a result of its own.
+            console.print(f"  {nobody}")
+            return found | {"available": 0, "data_lost": 1.0, "rows": []}
+        sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
+        lost = sum(sizes.get(c.name, 0) for c in plan.clients if not c.available)
+        found |= {
             "available": CLIENTS if run.policy.placement == "single" else len(plan.available),
             "data_lost": lost / sum(sizes.values()),
-            "device": device_name(device),
-            "rows": [],
         }
         missing = run.policy.placement != "single" and len(plan.available) < len(plan.clients)
         if missing:

@@ -105,7 +105,6 @@ def test_measured_memory_is_what_was_predicted(tmp_path: Path) -> None:
     run = hsplit.launch("gpu", None, few, runs_dir=tmp_path, name="gpu", display=Recorder())
     plan = read_plan(run.path / "plan.csv")
     plan = plan[plan["measured_bytes"] > 0]
-    print(plan[["round", "name", "split", "predicted_bytes", "measured_bytes", "declared_bytes"]].to_string())
     assert set(plan["kind"]) == {"client", "server"}
     assert (plan["measured_bytes"] <= plan["declared_bytes"]).all()
     assert (plan["measured_bytes"] <= 1.02 * plan["predicted_bytes"]).all()
