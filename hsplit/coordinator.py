@@ -211,7 +211,9 @@ class Coordinator:
         executor.get([executor.call(n, "follow", plan, update) for n, update in zip(others, own, strict=True)])
         down, updates = report.nbytes_down, dict(zip(names, sent, strict=True))
         moving = {name: plan.client(name) for name in names if name in down}
-        given_up = self._recovery.settled({n: executor.call(n, "give_up", part.split) for n, part in moving.items()})
+        given_up = self._recovery.settled(
+            {name: executor.call(name, "give_up", part.split, part.ranks) for name, part in moving.items()}
+        )
         self._records.forget_peaks(list(given_up))
         self._recovery.settled(
             {

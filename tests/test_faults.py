@@ -184,7 +184,7 @@ def test_a_server_that_loses_its_last_client_in_mid_step_takes_the_step(
     def watch(actor: str, method: str, instance: Any) -> None:
         if actor == "server-1" and method == "hand_in":
             stepped.append((dict(instance._step_tokens), float(instance.adapters.flat.grad.abs().sum())))
-            stepped.append(dict(instance.holder.tokens))
+            stepped.append(instance.holder.tokens.by_layer())
 
     run = run_with(models["llama"], tmp_path, Fault("c1", "forward", 2), before=watch, servers=2, **settings)
     assert [event["client"] for event in told(run, "lost")] == ["c1"]

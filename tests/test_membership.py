@@ -79,7 +79,7 @@ def test_a_client_joins_and_trains_from_the_next_round_on(
     (told,) = events(directory, "joined")
     assert (told["client"], told["round"]) == ("tablet", 2)
     # What it trained is aggregated like anybody's: it handed in adapters for its tokens.
-    assert going._executor.actors["tablet"].holder.tokens == {}  # type: ignore[attr-defined]
+    assert going._executor.actors["tablet"].holder.tokens.by_layer() == {}  # type: ignore[attr-defined]
     assert recorder.rows[-1].tokens > recorder.rows[0].tokens
 
 

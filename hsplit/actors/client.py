@@ -81,7 +81,7 @@ class Client(Participant):
         if micro == self._job.batches_per_step - 1:
             # Counted when it is done: a step that is given up has trained nothing.
             tokens = sum(batch.supervised for batch in self._batches.pop(step))
-            self.holder.count_tokens(range(self._split), tokens)
+            self.holder.tokens.add(range(self._split), tokens)
             with watch.phase("optimizer"):
                 self.holder.step(step, self._lr_scale)
         watch.pace(self._pace.get("down"))

@@ -15,6 +15,7 @@ from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples, validation_batches
 from hsplit.data.local import LocalData
 from hsplit.errors import InputError
+from hsplit.lora.carried_moments import CarriedMoments
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
@@ -66,6 +67,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
         self._data: list[LocalData] = []
         self._validation: list[Batch] = []
         self._kept: Segment | None = None
+        self._carried: CarriedMoments | None = None
         self._split = 0
         self._batches: dict[int, list[Batch]] = {}
 
@@ -128,16 +130,18 @@ class Participant(HolderActor[Holder | WeightHolder]):
 
     def _forget(self) -> None:
         """Drop what was held and begun."""
-        self._holder = self._kept = None
+        self._holder = self._kept = self._carried = None
         self._batches.clear()
 
     @measured_with_part
-    def give_up(self, split: int) -> None:
-        """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure`.
+    def give_up(self, split: int, ranks: Mapping[str, int]) -> None:
+        """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure` to ``ranks``.
 
         A step of its own, so that what an old plan held does not count as the new one's memory.
         """
         if self._holder is not None:
+            if isinstance(self._holder, Holder):
+                self._carried = self._holder.carried_moments(ranks)
             held, self._holder = self._holder.segment, None
             self._kept = load_segment(self._base, replace(held.spec, last=min(split, held.spec.last)), kept=held)
 
@@ -148,8 +152,11 @@ class Participant(HolderActor[Holder | WeightHolder]):
         Call it after :meth:`give_up`. A client that had no part so far may join like this too.
         """
         kept, self._kept = self._kept, None
+        carried, self._carried = self._carried, None
         self._hold(split, ranks, kept)
         self.holder.restart(update)
+        if carried is not None and isinstance(self.holder, Holder):
+            self.holder.go_on_from(carried)
 
     @measured_with_part
     def release(self) -> None:

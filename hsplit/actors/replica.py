@@ -90,15 +90,17 @@ class Replica(HolderActor[Holder]):
         before = self._plan
         assert before is not None
         if (before.server.split, before.server.ranks) == (plan.server.split, plan.server.ranks):
-            # A new holder would have forgotten the optimizer's moments, which a plan for others is no reason for.
+            # The same adapters and optimizer: nothing to carry over.
             self._plan = plan
             self.restart(update)
             return
-        held = self.holder.segment
+        held, carried = self.holder.segment, self.holder.carried_moments(plan.server.ranks)
         # Given up first, so that two sets of adapters never are in memory together.
         self._holder = None
         self._hold(plan, held)
         self.restart(update)
+        if carried is not None:
+            self.holder.go_on_from(carried)
 
     def _hold(self, plan: Plan, kept: Segment | None) -> None:
         """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
@@ -388,7 +390,7 @@ class Replica(HolderActor[Holder]):
         for message in messages:
             for layer in range(max(first, message.split), self._layers):
                 self._step_tokens[layer] += message.supervised
-                self.holder.count_tokens([layer], message.supervised)
+                self.holder.tokens.add([layer], message.supervised)
         if micro == self._job.batches_per_step - 1:
             layers = range(first, self._layers)
             with watch.phase("optimizer"):

@@ -53,7 +53,7 @@ class WholeClient(Participant):
             with watch.phase("backward"):
                 (loss / max(tokens, 1)).backward()
             loss_sum += float(loss.detach())
-        self.holder.count_tokens(range(self._split), tokens)
+        self.holder.tokens.add(range(self._split), tokens)
         with watch.phase("optimizer"):
             self.holder.step(step, self._lr_scale)
         self._batches.pop(step, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hsplit.config import Job, Policy
 from hsplit.lora.adapters import AdapterSet
+from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.optimizer import (
     as_parameters,
@@ -23,6 +23,7 @@ from hsplit.lora.optimizer import (
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.schedule import learning_rate
 from hsplit.lora.self_pruning import RankPruner
+from hsplit.lora.token_counts import TokenCounts
 from hsplit.models.segment import LinearShape, Segment, set_adapter_dropout
 from hsplit.seeds import hash_seed
 
@@ -123,7 +124,7 @@ class Holder:
         for linear in segment.linears.values():
             linear.fused = job.fast.fused_lora
         self._pruner = None if policy.self_pruning is None else RankPruner(policy.self_pruning, self.adapters)
-        self.tokens: dict[int, int] = defaultdict(int)
+        self.tokens = TokenCounts()
         self._optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -139,11 +140,6 @@ class Holder:
         set_adapter_dropout(self.segment, training)
         if training and self._job.dropout:
             torch.manual_seed(hash_seed(self._job.seed, self.name, step))
-
-    def count_tokens(self, layers: Sequence[int], tokens: int) -> None:
-        """Record that ``tokens`` supervised tokens passed through each of ``layers`` in this round."""
-        for layer in layers:
-            self.tokens[layer] += tokens
 
     def step(self, step: int, lr_scale: float = 1.0) -> None:
         """One optimizer step from the gradients gathered since the last one.
@@ -180,7 +176,7 @@ class Holder:
         return HeldAdapters(
             self.name,
             {n: self.adapters.live(n, ranks[n]) for n in names},
-            dict(self.tokens),
+            self.tokens.by_layer(),
             {n: self.adapters.layer(n) for n in names},
         )
 
@@ -198,6 +194,17 @@ class Holder:
         elif self._policy.moments == "fit":
             self._optimizer = with_fitted_moments(self._job, self._optimizer, map(self.adapters.spans, changed))
 
+    def carried_moments(self, ranks: Mapping[str, int]) -> CarriedMoments | None:
+        """The moments that outlive this holder where another of other ``ranks`` takes its place."""
+        if self._policy.moments == "drop":
+            return None
+        return carried_moments(self.adapters, self._optimizer, ranks)
+
+    def go_on_from(self, carried: CarriedMoments) -> None:
+        """Take over the moments of the holder whose place this one takes; what was carried is used up."""
+        if self.adapters.names:
+            go_on_from(carried, self.adapters, self._optimizer)
+
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
         linears = self.segment.linears
         for name, change in residuals.items():
@@ -210,10 +217,9 @@ class Holder:
 
     def state(self) -> dict[str, Tensor]:
         """Everything of this holder that a checkpoint must keep: factors, moments, round's token counts."""
-        layers = sorted(self.tokens)
         tensors = {
             "parameters": self.adapters.flat.detach().cpu().clone(),
-            "tokens": torch.tensor([[layer, self.tokens[layer]] for layer in layers], dtype=torch.int64),
+            "tokens": self.tokens.state(),
         }
         if self._pruner is not None:
             tensors["pruning"] = self._pruner.state()
@@ -230,8 +236,7 @@ class Holder:
             flat.copy_(tensors["parameters"])
         if self._pruner is not None:
             self._pruner.load_state(tensors["pruning"])
-        self.tokens.clear()
-        self.tokens.update({int(layer): int(count) for layer, count in tensors["tokens"].reshape(-1, 2)})
+        self.tokens.load_state(tensors["tokens"])
         self._optimizer = self._new_optimizer()
         kept = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         restore_state(self._optimizer, kept)

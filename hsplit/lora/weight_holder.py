@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -14,6 +13,7 @@ from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.lora.optimizer import new_optimizer
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.schedule import learning_rate
+from hsplit.lora.token_counts import TokenCounts
 from hsplit.models.segment import Segment
 from hsplit.models.weights import DenseWeight
 
@@ -35,16 +35,11 @@ class WeightHolder:
     def __init__(self, name: str, segment: Segment, job: Job) -> None:
         self.name, self.segment, self._job = name, segment, job
         self.weights: dict[str, nn.Parameter] = dict(_made_trainable(segment))
-        self.tokens: dict[int, int] = defaultdict(int)
+        self.tokens = TokenCounts()
         self._optimizer = new_optimizer(job, list(self.weights.values()))
 
     def begin_phase(self, step: int, training: bool) -> None:
         """Nothing to set: there are no adapters that could drop their input."""
-
-    def count_tokens(self, layers: Sequence[int], tokens: int) -> None:
-        """Record that ``tokens`` supervised tokens passed through each of ``layers`` in this round."""
-        for layer in layers:
-            self.tokens[layer] += tokens
 
     def step(self, step: int, lr_scale: float = 1.0) -> None:
         """One optimizer step from the gradients gathered since the last one.
@@ -63,7 +58,7 @@ class WeightHolder:
 
     def held(self) -> HeldAdapters:
         """No adapters: there is nobody to aggregate with."""
-        return HeldAdapters(self.name, {}, dict(self.tokens), {})
+        return HeldAdapters(self.name, {}, self.tokens.by_layer(), {})
 
     def restart(self, update: RoundUpdate) -> None:
         """Begin a round: training goes on where it is."""
@@ -74,10 +69,7 @@ class WeightHolder:
 
     def state(self) -> dict[str, Tensor]:
         """Every weight under :data:`WEIGHT` in the checkpoint's own layout, moments, round's token counts."""
-        layers = sorted(self.tokens)
-        tensors = {
-            "tokens": torch.tensor([[layer, self.tokens[layer]] for layer in layers], dtype=torch.int64),
-        }
+        tensors = {"tokens": self.tokens.state()}
         for name, weight in self.weights.items():
             values = weight.detach().T if name in self._transposed else weight.detach()
             tensors[f"{WEIGHT}{name}"] = values.cpu().clone(memory_format=torch.contiguous_format)
@@ -91,8 +83,7 @@ class WeightHolder:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave."""
-        self.tokens.clear()
-        self.tokens.update({int(layer): int(count) for layer, count in tensors["tokens"].reshape(-1, 2)})
+        self.tokens.load_state(tensors["tokens"])
         self._optimizer = new_optimizer(self._job, list(self.weights.values()))
         with torch.no_grad():
             for name, weight in self.weights.items():

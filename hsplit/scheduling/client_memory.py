@@ -106,16 +106,18 @@ class ClientMemory:
 
     @cached_property
     def _loading_bytes(self) -> Floats:
-        """Reading the layers, by split, when neither adapters nor the last layer's residual are there yet.
+        """Reading the layers, by split, when the last layer's residual is not there yet.
 
-        Embedding and head are converted in chunks.
+        Of the adapters there are no more than moments that outlive a change of plan, and embedding and head are
+        converted in chunks.
         """
         model = self._model
         most = np.maximum(_running_maximum(model.loading(codes=model.client_codes is not None)), CHUNK_BYTES)
         if model.quantized:
             most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
+        values_and_gradients = 2 * model.master.itemsize * model.sides.astype(np.float64)
         return np.maximum(
-            most - prefix(model.by_layer(min(model.rank_set[0], model.top_rank) * model.adapter_bytes)), 0.0
+            most - prefix(model.by_layer(min(model.rank_set[0], model.top_rank) * values_and_gradients)), 0.0
         )
 
 

@@ -1,0 +1,140 @@
+"""Moments outlive a change of ranks: of the directions that stay exactly, of those that begin as means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hsplit.config import Importance, Job, Policy
+from hsplit.lora.adapters import AdapterSet
+from hsplit.lora.carried_moments import carried_moments, go_on_from
+from hsplit.lora.optimizer import kept_state, new_optimizer
+from hsplit.models.segment import LinearShape
+from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
+
+STEPS = 3
+Q0, Q1, V0 = "layers.0.q", "layers.1.q", "layers.0.v"
+SHAPES = [LinearShape(Q0, 0, 5, 7), LinearShape(V0, 0, 6, 7), LinearShape(Q1, 1, 5, 7)]
+JOB = Job.model_validate({"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.0, "alpha": 6.0})
+
+
+class Adapted:
+    """Adapters with their optimizer, in a flat buffer or leaf by leaf."""
+
+    def __init__(self, ranks: dict[str, int], flat: bool = True, job: Job = JOB) -> None:
+        self.adapters = AdapterSet(SHAPES, ranks, job.alpha, torch.float32)
+        leaves = [f for n in self.adapters.names for f in (self.adapters.A(n), self.adapters.B(n))]
+        self.optimizer = new_optimizer(job, [self.adapters.flat] if flat or not leaves else leaves)
+
+    def stepped(self, steps: int = STEPS) -> Adapted:
+        draw, flat = torch.Generator().manual_seed(0), self.adapters.flat
+        assert flat.grad is not None
+        for _ in range(steps):
+            flat.grad.copy_(torch.randn(flat.shape, generator=draw))
+            self.optimizer.step()
+        return self
+
+    def taking_the_place_of(self, other: Adapted) -> Adapted:
+        carried = carried_moments(other.adapters, other.optimizer, self.adapters.ranks)
+        assert carried is not None
+        go_on_from(carried, self.adapters, self.optimizer)
+        return self
+
+    def moments(self, name: str, side: int) -> tuple[Tensor, Tensor]:
+        """First and second, of ``A`` (side 0) or of ``s B`` (side 1), directions along the rows."""
+        start, shape = self.adapters.spans(name)[side]
+        scale = self.adapters.scale(name) if side else 1.0
+        kept = kept_state(self.optimizer)
+        first, second = (kept[k][start : start + shape[0] * shape[1]].view(shape) for k in ("exp_avg", "exp_avg_sq"))
+        return (first / scale).movedim(side, 0), (second / scale**2).movedim(side, 0)
+
+
+ranks = st.fixed_dictionaries({name: st.sampled_from([0, 1, 2, 4]) for name in (Q0, V0, Q1)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(before=ranks, after=ranks, flats=st.tuples(st.booleans(), st.booleans()))
+def test_directions_that_stay_keep_theirs_and_those_that_begin_have_means(
+    before: dict[str, int], after: dict[str, int], flats: tuple[bool, bool]
+) -> None:
+    old = Adapted(before, flats[0]).stepped()
+    stays = [name for name in before if before[name] and after[name]]
+    if not stays:
+        assert carried_moments(old.adapters, old.optimizer, after) is None
+        return
+    new = Adapted(after, flats[1]).taking_the_place_of(old)
+    assert int(kept_state(new.optimizer)["step"]) == STEPS
+    for name in new.adapters.names:
+        for side in (0, 1):
+            first, second = new.moments(name, side)
+            size = min(before[name], after[name])
+            if name in stays:
+                was_first, was_second = (moment[:size] for moment in old.moments(name, side))
+                torch.testing.assert_close(first[:size], was_first)
+                torch.testing.assert_close(second[:size], was_second)
+                mean = was_second.mean(dim=0)
+            else:
+                # Of its kind, or else of every kind that is known.
+                like = [[n for n in stays if n[-1] == k] for k in sorted({n[-1] for n in stays})]
+                own = [of_kind for of_kind in like if of_kind[0][-1] == name[-1]]
+                seconds = [
+                    [old.moments(n, side)[1][: after[n]].mean(dim=0) for n in of_kind] for of_kind in own or like
+                ]
+                mean = torch.stack([torch.stack(known).mean(dim=0 if own else None) for known in seconds]).mean(dim=0)
+            assert not first[size:].any()
+            torch.testing.assert_close(second[size:], mean.expand(second[size:].shape))
+
+
+@pytest.mark.parametrize("flats", [(True, True), (True, False), (False, True)])
+def test_the_same_ranks_go_on_exactly(flats: tuple[bool, bool]) -> None:
+    own = {Q0: 4, V0: 2, Q1: 1}
+    old = Adapted(own, flats[0]).stepped()
+    new = Adapted(own, flats[1]).taking_the_place_of(old)
+    with torch.no_grad():
+        new.adapters.flat.copy_(old.adapters.flat)
+    # Scales of 6 / r are divided out and multiplied in again.
+    torch.testing.assert_close(new.stepped().adapters.flat, old.stepped().adapters.flat)
+
+
+def test_nothing_is_carried_where_there_is_nothing_to_carry() -> None:
+    own = {Q0: 2}
+    fresh = Adapted(own)
+    assert carried_moments(fresh.adapters, fresh.optimizer, own) is None
+    for optimizer in ("sgd", "adamw8bit"):
+        other = Adapted(own, job=JOB.model_copy(update={"optimizer": optimizer})).stepped()
+        assert carried_moments(other.adapters, other.optimizer, own) is None
+
+
+@pytest.mark.parametrize(("moments", "outlive"), [("keep", True), ("fit", True), ("drop", False)])
+def test_a_change_of_plan_leaves_holders_their_moments(
+    models: dict[str, Path], tmp_path: Path, moments: str, outlive: bool
+) -> None:
+    job = {"base": "fp32", "local_steps": 3, "rounds": 3}
+    settled = Job.model_validate({"dtype": "fp32", **job})
+    before = fixed_plan(models["llama"], settled, [2, 1], [4, 2], 2)
+    after = fixed_plan(models["llama"], settled, [1, 2], [2, 4], 4)
+    shares = {c.name: random_examples(12, i) for i, c in enumerate(before.clients)}
+    policy = Policy(
+        reinit="svd" if moments == "fit" else "mean", moments=moments, importance=Importance(metric="equal")
+    )
+    run = coordinator(models["llama"], tmp_path, before, shares, Recorder(), policy, **job)
+    actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
+    run.start()
+    for step in range(3):
+        run.local_step(step)
+    run.aggregate()
+    run.progress.round += 1
+    run._reconfigure(after)
+    for name in ("server", *(c.name for c in after.clients)):
+        kept = kept_state(actors[name].holder._optimizer)
+        assert bool(kept) == outlive, name
+        if outlive:
+            assert int(kept["step"]) == 3 and kept["exp_avg_sq"].min() > 0
+    for step in range(3, 6):
+        run.local_step(step)
+    run.aggregate()
