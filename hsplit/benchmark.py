@@ -105,6 +105,12 @@ def show_table(
     console.print(table)
 
 
+def keep_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], to: Path) -> None:
+    """Show a table, and write it into a markdown file."""
+    show_table(console, columns, rows)
+    to.write_text(markdown_table(columns, rows))
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting import export
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
+from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.logs import check_logs, logs_of
@@ -247,8 +247,7 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     Workers of a local cluster are forked from a process that imports meanwhile; not where a holder has a GPU, which a
     forked process may be unable to use, and not on systems whose own libraries do not bear a fork.
     """
-    # What it says on CPUs of an optional kernel for inference is not for users' eyes.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quieten_bitsandbytes()
     # Read when Ray is imported. What the coordinator tells of a lost actor is enough.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
     # A local one whose dashboard is not there by then is no Ray; its own 60 s are short on a machine with much to do.

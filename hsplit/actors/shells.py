@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -13,6 +12,7 @@ from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
 from hsplit.config import Job, Policy, RunConfig
+from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.models.source import ModelReference
 
 
@@ -28,7 +28,7 @@ def settle_process(threads: int | None, sharing: int = 1) -> None:
 
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // sharing))
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quieten_bitsandbytes()
 
 
 class _Returning:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from hsplit.config import RunConfig
 from hsplit.config.files import displayed, read_json
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
+from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.lora.export import learned_parts, trained_weights
 from hsplit.model_card import METADATA
@@ -174,8 +174,7 @@ def _trained_model(run: RunConfig, source: ModelSource, trained: Mapping[str, Te
 
 def _adapter(path: Path, device: str) -> Target:
     """The adapter on its base, whose linears get the values that ``job.base`` gives them (METHOD 1)."""
-    # PEFT imports it, and what it says on CPUs of an optional kernel for inference is not for users' eyes.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quieten_bitsandbytes()
     from peft import PeftModel
 
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.lora.low_rank import LowRank, concatenate, empty
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import LinearShape
@@ -108,8 +108,7 @@ def export_peft(
         fan_in_fan_out: the family stores linears transposed (GPT-2).
         to: directory, made if needed.
     """
-    # PEFT imports it, and what it says on CPUs of an optional kernel for inference is not for users' eyes.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quieten_bitsandbytes()
     from peft import LoraConfig
     from safetensors.torch import save_file
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.models.gguf_header import check_gguf
 from hsplit.models.stages import Stage
 
@@ -124,11 +124,9 @@ def _silence() -> Iterator[None]:
 
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    level = bitsandbytes.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    bitsandbytes.setLevel(logging.ERROR)
+    quieten_bitsandbytes()
     try:
         # transformers' GGUF reader draws one bar with bare tqdm, which no setting of either reaches.
         with redirect_stderr(io.StringIO()):
@@ -137,4 +135,3 @@ def _silence() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-        bitsandbytes.setLevel(level)

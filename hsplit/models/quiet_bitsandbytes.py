@@ -7,17 +7,18 @@ where there is one, and run as they are where there is none. Here they always ru
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
+
+from hsplit.library_messages import quieten_bitsandbytes
 
 
 def _as_it_is(function: Any = None, **settings: Any) -> Any:
     return (lambda given: given) if function is None else function
 
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+quieten_bitsandbytes()
 _compile = torch.compile
 torch.compile = _as_it_is  # type: ignore[assignment]  # a stand-in for its every signature
 try:
