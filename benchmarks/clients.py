@@ -98,10 +98,10 @@ def run_of(clients: int, rounds: int, steps: int) -> tuple[float, list[Round]]:
     from hsplit.actors.fork_server import ForkServer
     from hsplit.actors.ray_connection import connect
 
-    overlap = load_benchmark("overlap")
+    tiny = load_benchmark("tiny_cluster")
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
         folder = Path(name)
-        model, data = overlap.tiny_model(folder / "model"), overlap.texts(folder / "texts.csv", 20 * clients)
+        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv", 20 * clients)
         run = _configured(folder, model, data, clients, rounds, steps)
         begun = time.perf_counter()
         connect(None, 4 + clients / 10, dashboard=False, fork_server=fork_server)

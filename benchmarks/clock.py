@@ -29,7 +29,6 @@ import math
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,14 +39,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import (
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
+from hsplit.benchmark import load_benchmark, machine_description, results_directory
 from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
@@ -259,7 +251,7 @@ class Experiment:
         self._folder, self._scale, self._speedup, self._quotas = folder, scale, speedup, quotas
         sizes = {"hidden_size": scale.hidden, "intermediate_size": 3 * scale.hidden, "num_hidden_layers": scale.layers}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-        self._model = load_benchmark("overlap").tiny_model(folder / "model", WORDS, **sizes, **heads)
+        self._model = load_benchmark("tiny_cluster").tiny_model(folder / "model", WORDS, **sizes, **heads)
         self._data = texts(folder / "texts.csv", scale)
 
     def configured(
@@ -541,49 +533,6 @@ def texts(to: Path, scale: Scale) -> Path:
     return to
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: a round by the three routes."""
-    columns = ["h", "microbatches", "labels", "splits", "predicted, s (virtual)", "emulated, s", "measured, s"]
-    columns += ["emulated / predicted", "measured / predicted", "measured / emulated", "pace"]
-    cells = []
-    for row in rows:
-        seconds = (row.predicted_s, row.emulated_s, row.measured_s)
-        setting = [f"{row.heterogeneity:g}", str(row.microbatches), row.labels, row.splits]
-        cells.append([*setting, *(f"{value:.2f}" for value in (*seconds, *row.ratios, row.pace))])
-    return columns, cells
-
-
-def holder_table(holders: Sequence[HolderRow]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: each holder's own part of a local step, by level, with the fewest microbatches."""
-    columns = ["h", "holder", "of a core", "GFLOP/s", "split", "predicted, s (virtual)", "emulated, s", "measured, s"]
-    first = min(row.microbatches for row in holders)
-    cells = []
-    for row in holders:
-        if (row.microbatches, row.labels) == (first, "server"):
-            seconds = (row.predicted_time_s, row.emulated_time_s, row.measured_time_s)
-            budget = [f"{row.share:.2f}", f"{row.gflops:.1f}", str(row.split)]
-            cells.append([f"{row.heterogeneity:g}", row.name, *budget, *(f"{value:.2f}" for value in seconds)])
-    return columns, cells
-
-
-def plot(rows: Sequence[Row], to: Path) -> None:
-    """A round's seconds by the three routes, a group of bars a setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = figure.subplots()
-    routes = {"predicted (virtual)": "predicted_s", "emulated": "emulated_s", "measured": "measured_s"}
-    for index, (name, field) in enumerate(routes.items()):
-        at = [position + 0.27 * (index - 1) for position in range(len(rows))]
-        axes.bar(at, [getattr(row, field) for row in rows], width=0.25, label=name)
-    names = [f"h {row.heterogeneity:g}\n{row.microbatches} parts\nlabels: {row.labels}" for row in rows]
-    axes.set_xticks(range(len(rows)), names)
-    axes.set(ylabel="seconds a round (median)", ylim=(0, None))
-    # Above the bars.
-    figure.legend(loc="outside upper center", ncols=3)
-    figure.savefig(to)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every setting, print the tables and write them down."""
     options = _options(arguments)
@@ -594,25 +543,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quotas = load_benchmark("cpu_quota").CpuQuotas()
     with quotas.ahead():
         _run(scale, options, quotas, console, rows, holders, drawn)
-    for columns, cells in (table(rows), holder_table(holders)):
-        show_table(console, columns, cells)
-    furthest = max((ratio for row in rows for ratio in row.ratios), key=lambda ratio: abs(ratio - 1))
-    console.print(f"furthest from one another: {furthest:.3f}")
-    to: Path = options.to
-    to.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {**machine_description("ray", "torch"), "cores": os.cpu_count()}
     header["command"] = f"hsplit bench clock {' '.join(arguments or ())}".strip()
     header |= {"seed": options.seed, "speedup": options.speedup, **asdict(scale)}
     header["variation drawn"] = ", ".join(f"{h:g}: {value:.2f}" for h, value in drawn.items())
-    ratios = ("emulated_by_predicted", "measured_by_predicted", "measured_by_emulated")
-    written = [asdict(row) | dict(zip(ratios, row.ratios, strict=True)) for row in rows]
-    write_rows(to / "clock.csv", written, header)
-    write_rows(to / "holders.csv", [asdict(row) for row in holders], header)
-    told = "".join(f"- {key}: {value}\n" for key, value in header.items())
-    tables = [markdown_table(*table(rows)), markdown_table(*holder_table(holders))]
-    (to / "clock.md").write_text("\n".join([told, *tables]))
-    plot(rows, to / "clock.svg")
-    console.print(f"written to {to}")
+    load_benchmark("clock_page").write_results(options.to, rows, holders, header, console)
 
 
 def _run(
@@ -625,33 +560,24 @@ def _run(
     drawn: dict[float, float],
 ) -> None:
     """Every setting, on one Ray; results join ``rows``, ``holders`` and ``drawn``."""
-    import ray
-
-    from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_connection import connect
-
-    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
-        experiment = Experiment(Path(name), scale, options.speedup, quotas)
-        connect(None, scale.clients + 4, dashboard=False, fork_server=fork_server)
-        try:
-            for variation in scale.heterogeneity:
-                shares = shares_of(scale, variation, options.seed)
-                drawn[variation] = pstdev(shares.values()) / mean(shares.values())
-                shares["server"] = scale.server_share
-                settings = [(parts, "server") for parts in scale.parts]
-                if variation == scale.heterogeneity[-1]:
-                    settings += [(scale.parts[-1], "client")]
-                for parts, labels in settings:
-                    row, its = experiment.row(variation, shares, parts, labels)
-                    rows.append(row)
-                    holders += its
-                    seconds = ", ".join(f"{value:.2f}" for value in (row.predicted_s, row.emulated_s, row.measured_s))
-                    console.print(
-                        f"h {variation:g}, {parts} parts, labels: {labels}: {seconds} s a round, pace {row.pace:.3f}"
-                        f" after {row.attempts} runs"
-                    )
-        finally:
-            ray.shutdown()
+    with load_benchmark("tiny_cluster").local_ray(scale.clients + 4) as folder:
+        experiment = Experiment(folder, scale, options.speedup, quotas)
+        for variation in scale.heterogeneity:
+            shares = shares_of(scale, variation, options.seed)
+            drawn[variation] = pstdev(shares.values()) / mean(shares.values())
+            shares["server"] = scale.server_share
+            settings = [(parts, "server") for parts in scale.parts]
+            if variation == scale.heterogeneity[-1]:
+                settings += [(scale.parts[-1], "client")]
+            for parts, labels in settings:
+                row, its = experiment.row(variation, shares, parts, labels)
+                rows.append(row)
+                holders += its
+                seconds = ", ".join(f"{value:.2f}" for value in (row.predicted_s, row.emulated_s, row.measured_s))
+                console.print(
+                    f"h {variation:g}, {parts} parts, labels: {labels}: {seconds} s a round, pace {row.pace:.3f}"
+                    f" after {row.attempts} runs"
+                )
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,8 +10,6 @@ of one part at the other side, which cannot be hidden.
 
 from __future__ import annotations
 
-import random
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-WORDS = 96
+from hsplit.benchmark import load_benchmark, markdown_table
+
 # Declared seconds of the clients' and the server's phase of a whole batch.
 BALANCES = {"clients slower": (1.6, 0.8), "even": (1.2, 1.2), "server slower": (0.8, 1.6)}
 # Microbatches that each is measured with: every setting starts its actors anew.
@@ -68,24 +67,15 @@ class Overlap:
 
 def overlaps(steps: int, console: Console) -> list[Overlap]:
     """Measure every balance with its numbers of microbatches."""
-    import ray
-
-    from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_connection import connect
-
-    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
-        folder = Path(name)
-        model, data = tiny_model(folder / "model"), texts(folder / "texts.csv")
-        connect(None, 8, dashboard=False, fork_server=fork_server)
-        try:
-            found = []
-            for balance, wanted in BALANCES.items():
-                for parts in PARTS[balance]:
-                    found.append(_measured(folder, model, data, balance, wanted, parts, steps))
-                    console.print(f"overlap, {balance}, {parts} parts: {found[-1].measured_s:.3f} s a step")
-            return found
-        finally:
-            ray.shutdown()
+    tiny = load_benchmark("tiny_cluster")
+    with tiny.local_ray(8) as folder:
+        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv")
+        found = []
+        for balance, wanted in BALANCES.items():
+            for parts in PARTS[balance]:
+                found.append(_measured(folder, model, data, balance, wanted, parts, steps))
+                console.print(f"overlap, {balance}, {parts} parts: {found[-1].measured_s:.3f} s a step")
+        return found
 
 
 def table(rows: Sequence[Overlap]) -> tuple[list[str], list[list[str]]]:
@@ -163,36 +153,8 @@ def _configured(folder: Path, model: Path, data: Path, client_tflops: float, ser
     return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
 
 
-def tiny_model(to: Path, words: int = WORDS, **changes: int) -> Path:
-    """Save a random Llama with a tokenizer of ``words`` words into ``to``; ``changes`` are of its sizes."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, **changes}
-    config = LlamaConfig(vocab_size=words, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True, **sizes)
-    LlamaForCausalLM(config).save_pretrained(to)
-    vocabulary = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, words)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(to)
-    return to
-
-
-def texts(to: Path, count: int = 200) -> Path:
-    """Write ``count`` examples in that tokenizer's words, a CSV."""
-    draw = random.Random(0)
-    lines = [" ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(12)) for _ in range(count)]
-    to.write_text("prompt,response\n" + "\n".join(f"{line[:8]},{line}" for line in lines) + "\n")
-    return to
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    from hsplit.benchmark import markdown_table
-
     console = Console()
     rows = overlaps(3, console)
     console.print(markdown_table(*table(rows)))

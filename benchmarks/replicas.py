@@ -27,14 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import (
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
+from hsplit.benchmark import keep_table, load_benchmark, machine_description, results_directory, write_rows
 from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
@@ -115,20 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if options.part != "learning":
         speeds = _speeds(options, console)
-        _show(speed_table(speeds), to / "speed.md", console)
+        keep_table(console, *speed_table(speeds), to / "speed.md")
         write_rows(to / "speed.csv", [asdict(row) for row in speeds], header)
         _plot(speeds, to / "replicas.svg")
     if options.part != "speed":
         learned = _all_learned(options, console)
-        _show(learning_table(learned), to / "learning.md", console)
+        keep_table(console, *learning_table(learned), to / "learning.md")
         write_rows(to / "learning.csv", [asdict(row) for row in learned], header)
     console.print(f"written to {to}")
-
-
-def _show(table: tuple[list[str], list[list[str]]], to: Path, console: Console) -> None:
-    columns, cells = table
-    show_table(console, columns, cells)
-    to.write_text(markdown_table(columns, cells))
 
 
 def speed_table(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
@@ -163,29 +150,19 @@ def learning_table(learned: Sequence[Learned]) -> tuple[list[str], list[list[str
 
 
 def _speeds(options: argparse.Namespace, console: Console) -> list[Speed]:
-    import ray
-
-    from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_connection import connect
-
-    overlap = load_benchmark("overlap")
+    tiny = load_benchmark("tiny_cluster")
+    most = max(options.clients)
     found = []
-    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
-        folder = Path(name)
-        model = overlap.tiny_model(folder / "model")
-        data = overlap.texts(folder / "texts.csv", 20 * max(options.clients))
-        connect(None, 4 + max(options.clients) / 10, dashboard=False, fork_server=fork_server)
-        try:
-            for clients in options.clients:
-                for servers in options.servers:
-                    found.append(_speed(folder, model, data, clients, servers, options))
-                    last = found[-1]
-                    console.print(
-                        f"{clients} clients, {servers} servers: {last.measured_s:.2f} s a step, predicted"
-                        f" {last.predicted_s:.2f}"
-                    )
-        finally:
-            ray.shutdown()
+    with tiny.local_ray(4 + most / 10) as folder:
+        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv", 20 * most)
+        for clients in options.clients:
+            for servers in options.servers:
+                found.append(_speed(folder, model, data, clients, servers, options))
+                last = found[-1]
+                console.print(
+                    f"{clients} clients, {servers} servers: {last.measured_s:.2f} s a step, predicted"
+                    f" {last.predicted_s:.2f}"
+                )
     return found
 
 

@@ -3,21 +3,19 @@
     python -m benchmarks.simulation [--quick]        # or: hsplit bench simulation
 
 **Cross-check**: a tiny random model and real actors, one process each, on emulated speeds: everybody waits until its
-declared time has passed (``clock: emulated``). Clients of three kinds with drawn budgets. Local steps and a whole round
-(steps, aggregation, validation) are measured by the wall, and held against what ``hsplit simulate`` tells of the same
+declared time has passed (``clock: emulated``). Clients of two kinds with drawn budgets. A local step, the aggregation,
+the validation and a whole round are measured by the wall, and held against what ``hsplit simulate`` tells of the same
 cluster file (virtual). ``--quick``: 5 clients only.
 
 **Growth**: ``hsplit simulate`` as a process of its own for 10 to 100,000 clients of ``cluster/fleet-10k.yaml``: seconds
-of the wall and peak memory.
+of the wall and peak memory (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,14 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import (
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
+from hsplit.benchmark import keep_table, load_benchmark, machine_description, results_directory, write_rows
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: {server_tflops}, num_cpus: 0.01}}
@@ -63,24 +54,28 @@ POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nreinit: random\nfreez
 SECONDS = {5: (2.0, 1.0), 16: (3.0, 2.0), 100: (12.0, 8.0)}
 
 
+# What simulating 20 rounds is to take at most, by the number of clients.
+WANTED_S = {10_000: 60.0, 100_000: 600.0}
+PHASES = ("step", "aggregation", "validation", "round")
+
+
 @dataclass(frozen=True)
 class Checked:
-    """A cluster simulated and run.
+    """A part of a round, simulated and measured.
 
     Attributes:
         clients: how many.
-        step_simulated_s, round_simulated_s: virtual.
-        step_measured_s, round_measured_s: of the wall: the median of steps, and the last round.
-        step_off, round_off: measured by simulated, less 1.
+        phase: of :data:`PHASES`.
+        simulated_s: virtual.
+        measured_s: of the wall: the median of all but the first round.
+        off: measured by simulated, less 1.
     """
 
     clients: int
-    step_simulated_s: float
-    step_measured_s: float
-    step_off: float
-    round_simulated_s: float
-    round_measured_s: float
-    round_off: float
+    phase: str
+    simulated_s: float
+    measured_s: float
+    off: float
 
 
 @dataclass(frozen=True)
@@ -106,35 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if options.part != "growth":
         checked = _all_checked(options, console)
-        _show(checked_table(checked), to / "crosscheck.md", console)
+        keep_table(console, *checked_table(checked), to / "crosscheck.md")
         write_rows(to / "crosscheck.csv", [asdict(row) for row in checked], header)
     if options.part != "crosscheck":
         costs = [_cost(clients, options.rounds, console) for clients in options.growth]
-        _show(cost_table(costs), to / "growth.md", console)
+        keep_table(console, *cost_table(costs), to / "growth.md")
         write_rows(to / "growth.csv", [asdict(row) for row in costs], header)
+        _plot(costs, to / "growth.svg")
     console.print(f"written to {to}")
 
 
-def _show(table: tuple[list[str], list[list[str]]], to: Path, console: Console) -> None:
-    columns, cells = table
-    show_table(console, columns, cells)
-    to.write_text(markdown_table(columns, cells))
-
-
 def checked_table(checked: Sequence[Checked]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells, a row a number of clients."""
-    columns = ["clients", "step simulated, s (virtual)", "step measured, s", "off"]
-    columns += ["round simulated, s (virtual)", "round measured, s", "off"]
+    """Columns and cells, a row a part of a round."""
+    columns = ["clients", "of a round", "simulated, s (virtual)", "measured, s", "off"]
     cells = [
-        [
-            str(row.clients),
-            f"{row.step_simulated_s:.2f}",
-            f"{row.step_measured_s:.2f}",
-            f"{row.step_off:+.1%}",
-            f"{row.round_simulated_s:.2f}",
-            f"{row.round_measured_s:.2f}",
-            f"{row.round_off:+.1%}",
-        ]
+        [str(row.clients), row.phase, f"{row.simulated_s:.2f}", f"{row.measured_s:.2f}", f"{row.off:+.1%}"]
         for row in checked
     ]
     return columns, cells
@@ -150,29 +131,18 @@ def cost_table(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
 
 
 def _all_checked(options: argparse.Namespace, console: Console) -> list[Checked]:
-    import ray
-
-    from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_connection import connect
-
-    overlap = load_benchmark("overlap")
+    tiny = load_benchmark("tiny_cluster")
+    most = max(options.clients)
     checked: list[Checked] = []
-    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
-        folder = Path(name)
-        model = overlap.tiny_model(folder / "model")
-        data = overlap.texts(folder / "texts.csv", 20 * max(options.clients))
-        connect(None, 4 + max(options.clients) / 10, dashboard=False, fork_server=fork_server)
-        try:
-            for clients in options.clients:
-                checked.append(_checked(folder, model, data, clients, options.steps))
-                last = checked[-1]
-                console.print(f"{clients} clients: a step off by {last.step_off:+.1%}, a round {last.round_off:+.1%}")
-        finally:
-            ray.shutdown()
+    with tiny.local_ray(4 + most / 10) as folder:
+        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv", 20 * most)
+        for clients in options.clients:
+            checked += _checked(folder, model, data, clients, options)
+            console.print(f"{clients} clients: a round off by {checked[-1].off:+.1%}")
     return checked
 
 
-def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) -> Checked:
+def _checked(folder: Path, model: Path, data: Path, clients: int, options: argparse.Namespace) -> list[Checked]:
     from hsplit.actors.ray_executor import RayExecutor
     from hsplit.actors.scheduler import Scheduler
     from hsplit.coordinator import Coordinator
@@ -182,8 +152,8 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) ->
     from hsplit.run_directory import RunDirectory
     from hsplit.simulation.rounds import simulated
 
-    run = _configured(folder, model, data, clients, steps)
-    # Two rounds: in the first there is no residual yet, in the second it is at its cap.
+    run = _configured(folder, model, data, clients, options.steps)
+    # From the second round on: in the first there is no residual yet, then it is at its cap.
     told = simulated(run, Scheduler(run, model), 2).rounds[-1]
     executor = RayExecutor(f"simulation-{clients}", run, model)
     try:
@@ -191,25 +161,34 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, steps: int) ->
         inputs = read_inputs(run, find_model(str(model)))
         coordinator = Coordinator(run, executor, directory, inputs, SilentDisplay())
         coordinator.start()
-        rounds_s: list[float] = []
-        steps_s: list[float] = []
-        for _ in range(2):
-            begun = time.perf_counter()
-            coordinator.begin_round()
-            for _ in range(steps):
-                since = time.perf_counter()
-                coordinator.local_step(coordinator.progress.step)
-                steps_s.append(time.perf_counter() - since)
-            coordinator.aggregate()
-            coordinator.progress.round += 1
-            coordinator.validate()
-            rounds_s.append(time.perf_counter() - begun)
-        # The first round's steps also take what is only once.
-        step_s, round_s = median(steps_s[steps:]), rounds_s[-1]
-        off = step_s / told.step_s - 1, round_s / told.round_s - 1
-        return Checked(clients, told.step_s, step_s, off[0], told.round_s, round_s, off[1])
+        # The first round also takes what is only once.
+        rounds = [_timed_round(coordinator, options.steps) for _ in range(options.check_rounds + 1)][1:]
     finally:
         executor.close()
+    simulated_s = dict(zip(PHASES, (told.step_s, told.aggregation_s, told.validation_s, told.round_s), strict=True))
+    measured_s = {phase: median(row[phase] for row in rounds) for phase in PHASES}
+    return [
+        Checked(clients, phase, simulated_s[phase], measured_s[phase], measured_s[phase] / simulated_s[phase] - 1)
+        for phase in PHASES
+    ]
+
+
+def _timed_round(coordinator: Any, steps: int) -> dict[str, float]:
+    """Seconds of the wall of :data:`PHASES`; of a step, their median."""
+    begun = time.perf_counter()
+    coordinator.begin_round()
+    steps_s: list[float] = []
+    for _ in range(steps):
+        since = time.perf_counter()
+        coordinator.local_step(coordinator.progress.step)
+        steps_s.append(time.perf_counter() - since)
+    stepped = time.perf_counter()
+    coordinator.aggregate()
+    aggregated = time.perf_counter()
+    coordinator.progress.round += 1
+    coordinator.validate()
+    done = time.perf_counter()
+    return dict(zip(PHASES, (median(steps_s), aggregated - stepped, done - aggregated, done - begun), strict=True))
 
 
 def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int) -> Any:
@@ -244,26 +223,50 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int)
 # -- growth -------------------------------------------------------------------------------------------------------
 
 
+def _plot(costs: Sequence[Cost], to: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    clients = [cost.clients for cost in costs]
+    time_axes.plot(clients, [cost.wall_s for cost in costs], marker="o", label=f"{costs[0].rounds} rounds")
+    time_axes.plot([*WANTED_S], [*WANTED_S.values()], "x", color="black", label="at most")
+    time_axes.set(xlabel="simulated clients", ylabel="seconds (wall)", xscale="log", yscale="log")
+    time_axes.legend()
+    memory_axes.plot(clients, [cost.peak_mb for cost in costs], marker="o")
+    memory_axes.set(xlabel="simulated clients", ylabel="peak memory, MB", xscale="log", ylim=(0, None))
+    figure.savefig(to, metadata={"Date": None})
+
+
+# What a process has reserved at most, itself: what waiting for it tells begins with its parent's.
+TELLING_ITS_PEAK = """
+import atexit, sys
+from pathlib import Path
+atexit.register(lambda: sys.stderr.write(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+from hsplit.cli import run
+run()
+"""
+
+
 def _cost(clients: int, rounds: int, console: Console) -> Cost:
-    command = [sys.executable, "-c", "from hsplit.cli import run; run()", "simulate", "--cluster", "fleet-10k"]
+    command = [sys.executable, "-c", TELLING_ITS_PEAK, "simulate", "--cluster", "fleet-10k"]
     command += ["--clients", str(clients), "--rounds", str(rounds), "--leave", "0.02", "--return", "0.2"]
     # With room for everybody, so that there is a plan for every size.
     command += ["--link-variation", "0.3", "--set", "server.memory_gb=1e8"]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wall_s = time.perf_counter() - begun
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(process.returncode)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     console.print(f"{clients} clients: {wall_s:.1f} s")
-    return Cost(clients, rounds, wall_s, used.ru_maxrss / 1e3)
+    return Cost(clients, rounds, wall_s, int(done.stderr.split()[-1]) / 1e3)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hsplit bench simulation", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[5, 16, 100], help="of the cross-check")
-    parser.add_argument("--steps", type=int, default=2, help="local steps of each of its two rounds")
+    parser.add_argument("--steps", type=int, default=2, help="local steps of each of its rounds")
+    parser.add_argument("--check-rounds", type=int, default=3, help="its measured rounds, after one that is not")
     parser.add_argument("--growth", type=int, nargs="+", default=[10, 100, 1000, 10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=20, help="of a simulation whose cost is measured")
     parser.add_argument("--part", choices=["all", "crosscheck", "growth"], default="all", help="what to measure")

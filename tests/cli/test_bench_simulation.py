@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hsplit.actors.scheduler import Scheduler
 from hsplit.benchmark import load_benchmark
@@ -13,15 +14,22 @@ from hsplit.simulation.rounds import simulated
 
 def test_the_table_says_how_far_off_a_simulation_is() -> None:
     bench = load_benchmark("simulation")
-    columns, cells = bench.checked_table([bench.Checked(5, 2.0, 2.1, 0.05, 10.0, 9.5, -0.05)])
-    assert cells == [["5", "2.00", "2.10", "+5.0%", "10.00", "9.50", "-5.0%"]]
+    columns, cells = bench.checked_table([bench.Checked(5, "round", 10.0, 9.5, -0.05)])
+    assert cells == [["5", "round", "10.00", "9.50", "-5.0%"]]
     assert len(columns) == len(cells[0])
     assert bench.cost_table([bench.Cost(10_000, 20, 12.34, 567.8)])[1] == [["10,000", "20", "12.3", "568"]]
 
 
+def test_a_simulation_tells_its_own_peak_memory() -> None:
+    bench = load_benchmark("simulation")
+    cost = bench._cost(10, 2, Console(quiet=True))
+    # Of its own process: Python with torch, and not what runs the tests.
+    assert 100 < cost.peak_mb < 2000 and cost.wall_s > 0
+
+
 def test_its_clusters_take_as_long_as_wanted(tmp_path: Path) -> None:
-    bench, overlap = load_benchmark("simulation"), load_benchmark("overlap")
-    model, data = overlap.tiny_model(tmp_path / "model"), overlap.texts(tmp_path / "texts.csv", 100)
+    bench, tiny = load_benchmark("simulation"), load_benchmark("tiny_cluster")
+    model, data = tiny.tiny_model(tmp_path / "model"), tiny.texts(tmp_path / "texts.csv", 100)
     run = bench._configured(tmp_path, model, data, 5, 2)
     told = simulated(run, Scheduler(run, model), 2).rounds[-1]
     client_s, server_s = bench.SECONDS[5]
