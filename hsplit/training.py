@@ -76,6 +76,7 @@ class Done:
         self.losses.append(loss)
 
     def takes_part(self, client: str) -> bool:
+        """Whether a client is neither lost nor left out of the step."""
         return client not in self.failed and client not in self.left_out
 
 

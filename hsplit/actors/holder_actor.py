@@ -40,6 +40,7 @@ class HolderActor(Generic[Held]):
 
     @property
     def holder(self) -> Held:
+        """What it trains; an error before it was configured."""
         if self._holder is None:
             raise RuntimeError(f"{self.name} has not been configured")
         return self._holder
@@ -52,6 +53,7 @@ class HolderActor(Generic[Held]):
 
     @measured_with_round
     def restart(self, update: RoundUpdate) -> None:
+        """Begin a round with what the aggregation has made of the last one."""
         self.holder.restart(update)
 
     @measured

@@ -62,6 +62,7 @@ class WireTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the wire, scales included."""
         return int(self.data.nbytes)
 
 
@@ -140,6 +141,7 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the wire: tensors as they are, 4 a length, and 8 for the counts."""
         return self.hidden.nbytes + 4 * len(self.lengths) + 8 + (0 if self.targets is None else self.targets.nbytes)
 
     def flaw(self, width: int, vocabulary: int) -> str | None:

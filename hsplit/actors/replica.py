@@ -283,6 +283,7 @@ class Replica(HolderActor[Holder]):
 
     @property
     def adapters(self) -> AdapterSet:
+        """The server's own."""
         return self.holder.adapters
 
     def _groups(self, messages: Sequence[Activations]) -> list[Sequence[Activations]]:

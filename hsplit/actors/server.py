@@ -62,6 +62,7 @@ class Server(Replica):
 
     @measured_with_part
     def configure(self, plan: Plan) -> None:
+        """As every server; and forget what was aggregated: residuals begin empty."""
         job = self._job
         shapes = targeted(linear_shapes(model_config(self._base.directory)), job.targets)
         self._all_shapes = {shape.name: shape for shape in shapes}
@@ -194,6 +195,7 @@ class Server(Replica):
 
     @property
     def aggregator(self) -> Aggregator:
+        """What earlier rounds have learned; an error before it was configured."""
         if self._aggregator is None:
             raise RuntimeError("the server has not been configured")
         return self._aggregator

@@ -92,16 +92,20 @@ class AdapterSet:
 
     @property
     def names(self) -> list[str]:
+        """The weights held, in layer order."""
         return list(self._slots)
 
     @property
     def ranks(self) -> dict[str, int]:
+        """Rank by weight name."""
         return {name: slot.rank for name, slot in self._slots.items()}
 
     def A(self, name: str) -> nn.Parameter:
+        """``A (r, d_in)``, a view of the flat buffer."""
         return self._leaves[name][0]
 
     def B(self, name: str) -> nn.Parameter:
+        """``B (d_out, r)``, a view of the flat buffer."""
         return self._leaves[name][1]
 
     def scale(self, name: str) -> float:
@@ -109,6 +113,7 @@ class AdapterSet:
         return self.alpha / self._slots[name].rank
 
     def layer(self, name: str) -> int:
+        """The layer that a weight is in."""
         return self._slots[name].shape.layer
 
     def attach(self, segment: Segment, dropout: float = 0.0) -> None:

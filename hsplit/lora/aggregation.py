@@ -47,10 +47,12 @@ class Restart:
 
     @property
     def smallest(self) -> int:
+        """The smallest rank of the next holders; 0 without any."""
         return min(self.ranks, default=0)
 
     @property
     def largest(self) -> int:
+        """The largest rank of the next holders; 0 without any."""
         return max(self.ranks, default=0)
 
     @property

@@ -51,6 +51,7 @@ class HeldAdapters:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the factors."""
         return sum(term.nbytes for term in self.terms.values())
 
     def flaw(self, ranks: Mapping[str, int], shapes: Mapping[str, LinearShape]) -> str | None:
@@ -89,6 +90,7 @@ class RoundUpdate:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of residuals and restarts."""
         return sum(u.nbytes for u in self.residuals.values()) + sum(c.nbytes for c in self.common.values())
 
 
@@ -206,6 +208,7 @@ class Holder:
             go_on_from(carried, self.adapters, self._optimizer)
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
+        """Add to ``R_w`` what others have learned, by weight name; adapters stay as they are."""
         linears = self.segment.linears
         for name, change in residuals.items():
             device = linears[name].device

@@ -38,10 +38,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """Directions: rows of ``A`` and columns of ``B``."""
         return self.A.shape[0]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both factors."""
         return self.A.nbytes + self.B.nbytes
 
     def dense(self) -> Tensor:
@@ -57,6 +59,7 @@ class LowRank:
         return LowRank(self.B[:, :stop].clone(), self.A[:stop].clone())
 
     def to(self, dtype: torch.dtype) -> LowRank:
+        """Both factors in ``dtype``."""
         return LowRank(self.B.to(dtype), self.A.to(dtype))
 
 

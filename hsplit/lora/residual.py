@@ -29,6 +29,7 @@ class ResidualUpdate:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the factors or of the matrix."""
         return (self.factors.nbytes if self.factors else 0) + (self.matrix.nbytes if self.matrix is not None else 0)
 
 
@@ -59,6 +60,7 @@ class Residual:
 
     @property
     def nbytes(self) -> int:
+        """Bytes held: factors or matrix."""
         return self.factors.nbytes if self.matrix is None else self.matrix.nbytes
 
     def has_room(self, beside: int) -> bool:
@@ -140,6 +142,7 @@ class Residual:
         return self._updates[start, beside]
 
     def mark_sent(self) -> None:
+        """Every holder now has the residual as it is."""
         self._sent = self.factors.rank
         self._had_beside, self._has_beside = self._has_beside, False
         self._updates.clear()

@@ -122,6 +122,7 @@ class StepWork:
         return holder
 
     def warm_up(self) -> None:
+        """Do what only first steps take time for."""
         for _ in range(_WARM_UP_STEPS):
             self.step()
 

@@ -41,6 +41,7 @@ class Family:
         return None
 
     def layer_name(self, index: int) -> str:
+        """A layer's module path in the causal LM."""
         return f"{self.layers}.{index}"
 
 

@@ -60,6 +60,7 @@ class Packing:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest sequence."""
         return max(self.lengths)
 
     def pad(self, tensor: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class LinearShape:
 
     @property
     def parameters(self) -> int:
+        """Entries of the weight."""
         return self.d_out * self.d_in
 
 

@@ -35,6 +35,7 @@ class DenseWeight(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
         return cast("tuple[int, int]", tuple(self.values.shape))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -86,6 +87,7 @@ class NF4Weight(nn.Module):
         return tensors
 
     def dense(self, dtype: torch.dtype) -> Tensor:
+        """The values that the codes stand for, shape ``(d_out, d_in)``, in ``dtype``."""
         bnb = _bitsandbytes()
         # bitsandbytes has no fp64 kernel; its fp32 product is the definition of the value, so it is widened after.
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -120,9 +122,11 @@ class Int8Weight(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
         return cast("tuple[int, int]", tuple(self.codes.shape))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
+        """The values that the codes stand for, shape ``(d_out, d_in)``, in ``dtype``."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         values = self.codes.to(exact).mul_((self.scales.to(exact) / 127.0).unsqueeze(1))
         return values.to(torch.float32).to(dtype)

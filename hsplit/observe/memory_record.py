@@ -26,6 +26,7 @@ class HolderMemory:
 
     @property
     def name(self) -> str:
+        """Whose memory it is."""
         return self.last.name
 
     @property

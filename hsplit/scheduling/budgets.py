@@ -10,24 +10,36 @@ class ClientBudget(Protocol):
     """What the cost model and the planner need of a client."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in the cluster file."""
+
     @property
-    def memory_bytes(self) -> int: ...
+    def memory_bytes(self) -> int:
+        """Declared memory."""
+
     @property
-    def flops(self) -> float: ...
+    def flops(self) -> float:
+        """Declared compute, FLOP/s."""
+
     @property
-    def bandwidth_bps(self) -> float: ...
+    def bandwidth_bps(self) -> float:
+        """Declared link to the server, bit/s."""
+
     @property
-    def latency_s(self) -> float: ...
+    def latency_s(self) -> float:
+        """Declared seconds of a message one way."""
 
 
 class ServerBudget(Protocol):
     """What they need of the server: ``config.ServerSpec`` is one."""
 
     @property
-    def memory_bytes(self) -> int: ...
+    def memory_bytes(self) -> int:
+        """Declared memory."""
+
     @property
-    def flops(self) -> float: ...
+    def flops(self) -> float:
+        """Declared compute, FLOP/s."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class WireBytes:
 
     @property
     def to_server(self) -> int:
+        """Bytes that a client sends."""
         return self.up + self.slope
 
 
@@ -118,6 +119,7 @@ class CountedModel:
         self._count_layers()
 
     def setting(self, ranks: int, rows: int, codes: str | None) -> LayerSetting:
+        """What a layer is counted at: ranks of its adapters, rows of tokens, and how its base is kept."""
         cap = self.job.residual.max_rank
         # Uncapped factors become one matrix when they would outgrow it; counted as if they stopped there.
         cap_rank = 10**9 if cap == "full" else cap
@@ -170,6 +172,7 @@ class CountedModel:
 
     @cached_property
     def hidden_bytes(self) -> int:
+        """One client's hidden states of a batch, in the compute dtype."""
         return self.rows * self.width * self.dtype.itemsize
 
     @cached_property
@@ -194,6 +197,7 @@ class CountedModel:
 
     @cached_property
     def adapter_bytes(self) -> Floats:
+        """Bytes of one unit of rank of each weight with all that training it keeps, ``(W,)``."""
         # Parameter, gradient and moments: with Adam's two in fp32 16 bytes (METHOD 3).
         total: Floats = self.sides.astype(np.float64) * ((2 + self.moments) * self.master.itemsize)
         return total
@@ -216,6 +220,7 @@ class CountedModel:
 
     @cached_property
     def stored_bytes(self) -> Floats:
+        """Each layer stored as the base is, with room for its residual beside codes, ``(L,)``."""
         item, base = self.dtype.itemsize, self.job.base
         beside = self.by_layer(item * self.residual_entries) if self.quantized else np.zeros(self.layers)
         stored = [_linear_bytes(kind, base, item) + item * kind.small_parameters for kind in self.counter.kinds]
@@ -275,6 +280,7 @@ class CountedModel:
 
     @cached_property
     def embedding_bytes(self) -> int:
+        """All embeddings, in the compute dtype."""
         return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
 
     @cached_property
@@ -284,9 +290,11 @@ class CountedModel:
 
     @cached_property
     def rotary_bytes(self) -> int:
+        """Tables of the rotary positions; 0 of a family without."""
         return self.counter.rotary_bytes(self.setting(1, 1, None))
 
     def tail_bytes(self, head: bool) -> int:
+        """The last norm, and with ``head`` the output head, in the compute dtype."""
         entries = self.words * self.width if head else 0
         return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
 

@@ -49,6 +49,7 @@ class LayerKind:
 
     @property
     def weight_parameters(self) -> int:
+        """Number of the linears' weights."""
         return sum(linear.d_out * linear.d_in for linear in self.linears)
 
     @property

@@ -169,10 +169,12 @@ class ImportanceHistory:
         return sum(abs(share - then[name]) for name, share in now.items())
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint."""
         return {"rounds": self._rounds, "lam_0": self._lam_0, "lam_min": self._lam_min, "scores": dict(self.scores)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ImportanceHistory:
+        """What :meth:`to_json` made."""
         history = ImportanceHistory(data["rounds"], data["lam_0"], data["lam_min"])
         history.scores = dict(data["scores"])
         return history

@@ -68,6 +68,7 @@ class Moves:
 
     @cached_property
     def estimate(self) -> Floats:
+        """The objective after each move, estimated, ``(groups, splits)``; minus infinity where one does not fit."""
         problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
         size = self._size[:, None]
         lacking = float(problem.server_minimal(self.state.counts)[0]) - problem.server.memory_bytes

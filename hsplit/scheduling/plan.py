@@ -41,6 +41,7 @@ class HolderPlan:
 
     @property
     def rank_total(self) -> int:
+        """Sum of its ranks."""
         return sum(self.ranks.values())
 
     @property
@@ -102,6 +103,7 @@ class Plan:
         return own == others
 
     def client(self, name: str) -> HolderPlan:
+        """What a client holds, by its name."""
         return next(c for c in self.clients if c.name == name)
 
     def part(self, holder: str) -> HolderPlan:
@@ -109,6 +111,7 @@ class Plan:
         return self.server if holder in self.server_names else self.client(holder)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint and for the event log."""
         # asdict would copy each of the ranks on its own, which takes seconds for thousands of clients.
         whole = {f.name: getattr(self, f.name) for f in fields(self)}
         return whole | {"server": _holder_json(self.server), "clients": tuple(map(_holder_json, self.clients))}

@@ -49,6 +49,7 @@ class Found:
     objective: float
 
     def beaten_by(self, objective: float) -> bool:
+        """Whether ``objective`` is larger by more than rounding."""
         return objective > self.objective + TOLERANCE * abs(self.objective)
 
 

@@ -28,6 +28,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
+        """All of it, seconds (virtual)."""
         return self.up_s + self.turn_s + self.down_s
 
 

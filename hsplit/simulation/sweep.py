@@ -115,6 +115,7 @@ class Sweep:
         return f"{best.servers} do a round {one.round_s / best.round_s:.1f} times as fast (virtual)"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data: what ``hsplit simulate --json`` prints."""
         settings = [{**s.row(), "rounds": [asdict(r) for r in s.rounds]} for s in self.settings]
         return {"simulation": True, **self.about, "settings": settings, "findings": self.findings()}
 
