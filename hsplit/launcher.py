@@ -112,6 +112,8 @@ def launch(
         source = find_model(run.job.model, progress=sys.stderr.isatty())
         check_model(run, source)
         inputs = read_inputs(run, source)
+        # Made again by the scheduler: that nobody fits is said before anything starts.
+        Scheduler(run, source.directory).plan()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
         with _left_out_if_refused(directory):

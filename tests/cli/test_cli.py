@@ -84,6 +84,8 @@ BAD = [
     (["--set", "data.examples=3"], "more clients than examples"),
     (["--policy", "no-such-policy"], "no-such-policy"),
     (["--name", "../escape"], "../escape"),
+    (["--set", "server.memory_gb=0.0001"], "server: memory_gb: 0.000 is"),
+    (["--set", "clients.small.memory_gb=1e-6", "--set", "clients.large.memory_gb=1e-6"], "none has the memory"),
 ]
 
 
