@@ -12,8 +12,9 @@ from hsplit.errors import InputError, os_reason
 from hsplit.observe.inline_svg import drawing_style, inline_svg
 from hsplit.observe.report_figures import COLOURS
 from hsplit.observe.report_page import facts, page, plot, table, text
+from hsplit.observe.wording import NOTHING
 from hsplit.simulation.sweep import Setting, Sweep
-from hsplit.simulation.table import COLUMNS, cells
+from hsplit.simulation.table import HEADINGS, cells
 
 
 def write_simulation(sweep: Sweep, to: Path) -> None:
@@ -49,8 +50,8 @@ def simulation_page(sweep: Sweep) -> str:
     fitting = [s for s in sweep.settings if not s.refused]
     found = "".join(f"<p>{text(line)}</p>" for line in sweep.findings())
     sections = [
-        f"<h2>What it comes to</h2>{found}{facts(sweep.about)}",
-        "<h2>Fleets and servers</h2>" + table(COLUMNS, map(cells, sweep.settings), 0, "seconds are virtual; a round"),
+        f"<h2>What it comes to</h2>{found}{facts({k: NOTHING if v is None else v for k, v in sweep.about.items()})}",
+        "<h2>Fleets and servers</h2>" + table(HEADINGS, map(cells, sweep.settings), 0, "seconds are virtual; a round"),
     ]
     if fitting:
         sections.append(f'<h2>Growth</h2><div class="plots">{_growth(fitting)}</div>')
@@ -62,6 +63,8 @@ def _growth(settings: Sequence[Setting]) -> str:
     plots: tuple[tuple[str, str, Callable[[Setting], float]], ...] = (
         ("round", "virtual seconds a round (simulation)", lambda s: s.round_s),
         ("share", "server's part of a local step (simulation)", lambda s: s.server_share),
+        ("memory", "GB that each server needs (simulation)", lambda s: s.server_gb),
+        ("bytes", "GB a round, up and down (simulation)", lambda s: (s.bytes_up + s.bytes_down) / 1e9),
     )
     made = []
     for key, label, value in plots:
@@ -90,6 +93,7 @@ def _curves(
     logarithmic: bool = False,
 ) -> str:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with drawing_style():
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
@@ -100,6 +104,7 @@ def _curves(
         if logarithmic:
             axes.set_xscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(0, 1.1 * max(max(y) for _, y in curves.values()) or 1)
         axes.legend(fontsize="small")
         return plot(inline_svg(figure, f"simulation-{key}", label), label)

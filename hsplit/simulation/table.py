@@ -8,7 +8,7 @@ from rich.table import Table
 from hsplit.observe.wording import NOTHING, number_text
 from hsplit.simulation.sweep import Setting, Sweep
 
-# Two lines a heading, with the unit, so that a fleet of 100,000 still fits into 80 columns; on a page they are one.
+# Two lines a heading, with the unit, so that a fleet of 100,000 still fits into 80 columns.
 COLUMNS = (
     "clients",
     "servers",
@@ -22,6 +22,9 @@ COLUMNS = (
     "down,\nGB",
     "Gbit/s",
 )
+
+HEADINGS = tuple(column.replace("-\n", "").replace("\n", " ") for column in COLUMNS)
+"""The same in one line each, for a page."""
 
 
 def cells(setting: Setting) -> list[str]:

@@ -54,7 +54,7 @@ def test_the_page_and_the_files_say_that_it_is_a_simulation(fleet: Path, tmp_pat
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
         assert len(rows) == (4 if name == "settings.csv" else 4 * 3)
     html = (to / "report.html").read_text()
-    assert "Simulation" in html and "virtual" in html and html.count("<svg") == 4 and "http-equiv" in html
+    assert "Simulation" in html and "virtual" in html and html.count("<svg") == 6 and "http-equiv" in html
     again = tmp_path / "again"
     CliRunner().invoke(main, [*options, "--servers", "2", "--leave", "0.1", "--to", str(again)])
     assert (again / "rounds.csv").read_text() == (to / "rounds.csv").read_text()
