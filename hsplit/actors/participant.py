@@ -139,10 +139,12 @@ class Participant(HolderActor[Holder | WeightHolder]):
 
         A step of its own, so that what an old plan held does not count as the new one's memory.
         """
+        self._carried = None
         if self._holder is not None:
             if isinstance(self._holder, Holder):
                 self._carried = self._holder.carried_moments(ranks)
             held, self._holder = self._holder.segment, None
+            held.remove_adapters()
             self._kept = load_segment(self._base, replace(held.spec, last=min(split, held.spec.last)), kept=held)
 
     @measured_with_part
@@ -156,12 +158,12 @@ class Participant(HolderActor[Holder | WeightHolder]):
         self._hold(split, ranks, kept)
         self.holder.restart(update)
         if carried is not None and isinstance(self.holder, Holder):
-            self.holder.go_on_from(carried)
+            self.holder.go_on_from(carried, update)
 
     @measured_with_part
     def release(self) -> None:
         """Drop every layer and adapter: the client has no part in the rounds that follow."""
-        self._holder = None
+        self._forget()
 
     def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
         """Hold layers ``[0, split)``; layers of ``kept`` are not read again."""

@@ -97,10 +97,11 @@ class Replica(HolderActor[Holder]):
         held, carried = self.holder.segment, self.holder.carried_moments(plan.server.ranks)
         # Given up first, so that two sets of adapters never are in memory together.
         self._holder = None
+        held.remove_adapters()
         self._hold(plan, held)
         self.restart(update)
         if carried is not None:
-            self.holder.go_on_from(carried)
+            self.holder.go_on_from(carried, update)
 
     def _hold(self, plan: Plan, kept: Segment | None) -> None:
         """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""

@@ -42,7 +42,7 @@ def carried_moments(
         ranks: the next ranks, by weight name; no more directions are copied than they have room for.
 
     Returns:
-        ``None`` where there are no moments yet, and of optimizers that keep codes or none.
+        ``None`` where there are no moments yet, and of every optimizer but AdamW.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return None
@@ -72,13 +72,18 @@ def carried_moments(
     return CarriedMoments(states[0]["step"].clone(), of_A, of_B) if of_A else None
 
 
-def go_on_from(carried: CarriedMoments, adapters: AdapterSet, optimizer: torch.optim.Optimizer) -> None:
+def go_on_from(
+    carried: CarriedMoments, adapters: AdapterSet, optimizer: torch.optim.Optimizer, stay: Mapping[str, int]
+) -> None:
     """Give a new ``optimizer`` of ``adapters`` the moments that were carried over.
 
     A direction that begins has no moments of its own. Adam divides all by what it has squared over the run, so with
     none it would leap: its second moments begin at the mean over the weight's other directions, and those of a weight
     that is new here at the mean over weights of its kind (the same of other layers), or else over all of them; its
     first moments at zero, which warms it up. What is carried is given up as it is taken.
+
+    Args:
+        stay: how many of a weight's leading directions go on as they were, by name; the others begin.
     """
     flat = adapters.flat
     kept = {key: torch.zeros_like(flat.detach()) for key in _KEYS}
@@ -93,10 +98,10 @@ def go_on_from(carried: CarriedMoments, adapters: AdapterSet, optimizer: torch.o
                 continue
             known_first, known_second = carried_over.pop(name)
             # A's directions are its rows, B's its columns.
-            size = known_first.shape[side]
-            first.narrow(side, 0, size).copy_(known_first * scale)
+            size = min(known_first.shape[side], stay.get(name, 0))
+            first.narrow(side, 0, size).copy_(known_first.narrow(side, 0, size) * scale)
             second.copy_((known_second.mean(dim=side, keepdim=True) * scale**2).expand(shape))
-            second.narrow(side, 0, size).copy_(known_second * scale**2)
+            second.narrow(side, 0, size).copy_(known_second.narrow(side, 0, size) * scale**2)
     restore_state(optimizer, {"step": carried.step, **kept})
 
 

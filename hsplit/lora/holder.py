@@ -202,10 +202,14 @@ class Holder:
             return None
         return carried_moments(self.adapters, self._optimizer, ranks)
 
-    def go_on_from(self, carried: CarriedMoments) -> None:
-        """Take over the moments of the holder whose place this one takes; what was carried is used up."""
+    def go_on_from(self, carried: CarriedMoments, update: RoundUpdate) -> None:
+        """Take over the moments of the holder whose place this one takes, after :meth:`restart` with ``update``.
+
+        Those of directions that the update restarts afresh are forgotten. What was carried is used up.
+        """
         if self.adapters.names:
-            go_on_from(carried, self.adapters, self._optimizer)
+            stay = {name: common.rank for name, common in update.common.items()}
+            go_on_from(carried, self.adapters, self._optimizer, stay)
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
         """Add to ``R_w`` what others have learned, by weight name; adapters stay as they are."""

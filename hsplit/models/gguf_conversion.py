@@ -126,6 +126,7 @@ def _silence() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # For good, as everywhere.
     quieten_bitsandbytes()
     try:
         # transformers' GGUF reader draws one bar with bare tqdm, which no setting of either reaches.

@@ -105,6 +105,11 @@ class Segment(nn.Module):
         """The layers' linears by weight name, in layer order."""
         return {m.name: m for m in self.layers.modules() if isinstance(m, AdaptedLinear)}
 
+    def remove_adapters(self) -> None:
+        """Compute without adapters from now on, and let go of those that there were."""
+        for linear in self.linears.values():
+            linear.remove_adapter()
+
     def embed(self, ids: Tensor, packing: Packing) -> Tensor:
         """Packed token ids ``(n,)`` to hidden states ``(n, d)``."""
         return self.family.embed(self.embeddings, ids, packing.positions)

@@ -22,9 +22,10 @@ def test_the_table_says_how_far_off_a_simulation_is() -> None:
 
 def test_a_simulation_tells_its_own_peak_memory() -> None:
     bench = load_benchmark("simulation")
+    # What waiting for a process tells of its memory is never less than its parent's.
+    ballast = b"x" * 1_500_000_000
     cost = bench._cost(10, 2, Console(quiet=True))
-    # Of its own process: Python with torch, and not what runs the tests.
-    assert 100 < cost.peak_mb < 2000 and cost.wall_s > 0
+    assert 100 < cost.peak_mb < len(ballast) / 1e6 and cost.wall_s > 0
 
 
 def test_its_clusters_take_as_long_as_wanted(tmp_path: Path) -> None:

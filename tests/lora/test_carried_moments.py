@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hsplit.config import Importance, Job, Policy
 from hsplit.lora.adapters import AdapterSet
@@ -39,10 +41,10 @@ class Adapted:
             self.optimizer.step()
         return self
 
-    def taking_the_place_of(self, other: Adapted) -> Adapted:
+    def taking_the_place_of(self, other: Adapted, stay: dict[str, int] | None = None) -> Adapted:
         carried = carried_moments(other.adapters, other.optimizer, self.adapters.ranks)
         assert carried is not None
-        go_on_from(carried, self.adapters, self.optimizer)
+        go_on_from(carried, self.adapters, self.optimizer, stay or self.adapters.ranks)
         return self
 
     def moments(self, name: str, side: int) -> tuple[Tensor, Tensor]:
@@ -110,14 +112,40 @@ def test_nothing_is_carried_where_there_is_nothing_to_carry() -> None:
         assert carried_moments(other.adapters, other.optimizer, own) is None
 
 
-@pytest.mark.parametrize(("moments", "outlive"), [("keep", True), ("fit", True), ("drop", False)])
-def test_a_change_of_plan_leaves_holders_their_moments(
-    models: dict[str, Path], tmp_path: Path, moments: str, outlive: bool
-) -> None:
-    job = {"base": "fp32", "local_steps": 3, "rounds": 3}
+def test_a_direction_that_restarts_afresh_forgets() -> None:
+    own = {Q0: 4, V0: 2}
+    old = Adapted(own).stepped()
+    new = Adapted(own).taking_the_place_of(old, {Q0: 1})
+    for name, stays in ((Q0, 1), (V0, 0)):
+        for side in (0, 1):
+            first, second = new.moments(name, side)
+            was_first, was_second = old.moments(name, side)
+            torch.testing.assert_close(first[:stays], was_first[:stays])
+            assert not first[stays:].any()
+            torch.testing.assert_close(second[stays:], was_second.mean(dim=0).expand(second[stays:].shape))
+
+
+HOLDERS = ("server", "server-1", "c0", "c1", "c2")
+
+
+def _looking(actor: Any, gone: list[bool]) -> Any:
+    """``actor._hold``, which first notes whether the adapters that there were are gone."""
+    hold, old = actor._hold, StorageWeakRef(actor.holder.adapters.flat.untyped_storage())
+
+    def holding(*arguments: Any) -> None:
+        gone.append(old.expired())
+        hold(*arguments)
+
+    return holding
+
+
+@pytest.mark.parametrize("moments", ["keep", "fit", "drop"])
+def test_a_change_of_plan_leaves_holders_their_moments(models: dict[str, Path], tmp_path: Path, moments: str) -> None:
+    """Two servers, and clients whose splits and ranks change, one to no rank at all and back."""
+    job = {"base": "fp32", "local_steps": 3, "rounds": 4}
     settled = Job.model_validate({"dtype": "fp32", **job})
-    before = fixed_plan(models["llama"], settled, [2, 1], [4, 2], 2)
-    after = fixed_plan(models["llama"], settled, [1, 2], [2, 4], 4)
+    before = fixed_plan(models["llama"], settled, [2, 1, 2], [4, 2, 4], 2, servers=2)
+    after = fixed_plan(models["llama"], settled, [1, 2, 2], [2, 4, 0], 4, servers=2)
     shares = {c.name: random_examples(12, i) for i, c in enumerate(before.clients)}
     policy = Policy(
         reinit="svd" if moments == "fit" else "mean", moments=moments, importance=Importance(metric="equal")
@@ -125,16 +153,29 @@ def test_a_change_of_plan_leaves_holders_their_moments(
     run = coordinator(models["llama"], tmp_path, before, shares, Recorder(), policy, **job)
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
     run.start()
-    for step in range(3):
-        run.local_step(step)
-    run.aggregate()
-    run.progress.round += 1
-    run._reconfigure(after)
-    for name in ("server", *(c.name for c in after.clients)):
-        kept = kept_state(actors[name].holder._optimizer)
-        assert bool(kept) == outlive, name
-        if outlive:
-            assert int(kept["step"]) == 3 and kept["exp_avg_sq"].min() > 0
-    for step in range(3, 6):
+    for number, (had, gets) in enumerate([(before, after), (after, before)], start=1):
+        while run.progress.step < 3 * number:
+            run.local_step(run.progress.step)
+        run.aggregate()
+        run.progress.round += 1
+        least = {n: {w: min(r, gets.part(n).ranks.get(w, 0)) for w, r in had.part(n).ranks.items()} for n in HOLDERS}
+        known = {name: actors[name].holder.carried_moments(least[name]) for name in HOLDERS}
+        gone: list[bool] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in HOLDERS:
+                patch.setattr(actors[name], "_hold", _looking(actors[name], gone))
+            run._reconfigure(gets)
+        # Old adapters take no memory beside new layers and adapters.
+        assert len(gone) == len(HOLDERS) and all(gone)
+        for name in HOLDERS:
+            now = actors[name].holder.carried_moments(least[name])
+            assert (known[name] is not None) == (moments != "drop" and any(least[name].values())), name
+            if known[name] is None:
+                assert not kept_state(actors[name].holder._optimizer)
+                continue
+            assert int(now.step) == int(known[name].step)
+            torch.testing.assert_close(now.of_A, known[name].of_A)
+            torch.testing.assert_close(now.of_B, known[name].of_B)
+    for step in range(run.progress.step, run.progress.step + 3):
         run.local_step(step)
     run.aggregate()
