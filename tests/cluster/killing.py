@@ -24,6 +24,9 @@ from hsplit.preparation import read_inputs, settled
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder
 
+# Of all actors; a round of the drill's cluster is some sixty.
+CALLS_BETWEEN_KILLS = (10, 80)
+
 
 @dataclass
 class Kill:
@@ -54,8 +57,18 @@ class KillingExecutor(RayExecutor):
 
     def __init__(self, *arguments: Any) -> None:
         self.happenings = []
+        self.closed = False
         self._calls: Counter[tuple[str, str]] = Counter()
         super().__init__(*arguments)
+
+    @property
+    def called(self) -> int:
+        """How many calls there were of any actor."""
+        return self._calls.total()
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
 
     def pid(self, actor: str) -> int:
         return int(ray.get(self._handles[actor].__ray_call__.remote(lambda self: os.getpid())))
@@ -153,6 +166,8 @@ def drill(
 class RandomKills:
     """SIGKILL of ``count`` actors drawn from ``names``, one after another; to be called beside a run.
 
+    Between two of them as many calls pass as are drawn, so that a run has room for all of them on any machine.
+
     Attributes:
         killed: the actors, in the order of their ends.
     """
@@ -163,7 +178,11 @@ class RandomKills:
 
     def __call__(self, executor: KillingExecutor) -> None:
         while len(self.killed) < self._count:
-            time.sleep(self._draw.uniform(0.5, 2.5))
+            until = executor.called + self._draw.randint(*CALLS_BETWEEN_KILLS)
+            while executor.called < until:
+                if executor.closed:
+                    return
+                time.sleep(0.005)
             name = self._draw.choice(self._names)
             try:
                 os.kill(executor.pid(name), signal.SIGKILL)
