@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import math
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import ray
 
 from hsplit.actors.executor import LOCALHOST, one_line
 from hsplit.actors.fork_server import ForkServer
-from hsplit.errors import InputError, RunError
+from hsplit.errors import InputError, RunError, os_reason
 
 # Read by worker processes when they start, so it must be in the environment before Ray is.
 WORKER_ENVIRONMENT = {
@@ -26,6 +27,7 @@ WORKER_ENVIRONMENT = {
     # A call that waits for a dead actor's fails too, and nobody asks for it: the coordinator has told what happened.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
+ANSWERED_WITHIN_S = 10.0
 # Workers that Ray would start before they are asked for are not forked.
 NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
 
@@ -83,11 +85,28 @@ def connect(
         finally:
             _keep_token()
     else:
+        _check_answers(address)
         try:
             context = ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
     return context.dashboard_url or None
+
+
+def _check_answers(address: str) -> None:
+    """Refuse a ``HOST:PORT`` where nothing listens: Ray would try for two minutes, and say so in lines of its own."""
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERED_WITHIN_S):
+            pass
+    except (OSError, OverflowError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"--address {address}: nothing answers there ({reason}); give HOST:PORT as `ray start --head` has"
+            " printed it, or auto on a machine of the cluster"
+        ) from error
 
 
 def _check_dashboard_host(host: str, address: str | None) -> None:
