@@ -10,7 +10,7 @@ more of them there are.
 
 **Cost**: memory that a plan reserves for each server, what the servers hand in to the first at a round's end, and what
 the same number of tokens comes to: adapters of several servers are trained apart for a round and then aggregated. That
-is a run in this process on the default model, by validation perplexity.
+is a run in this process on the default model, by validation perplexity, with and without ``lr_scaling: sqrt``.
 """
 
 from __future__ import annotations
@@ -83,12 +83,14 @@ class Learned:
 
     Attributes:
         clients, servers: how many there are.
+        lr_scaling: the policy's, of clients and of servers.
         tokens: supervised tokens trained on.
         val_ppl: validation perplexity at the end.
     """
 
     clients: int
     servers: int
+    lr_scaling: str
     tokens: int
     val_ppl: float
 
@@ -142,8 +144,10 @@ def speed_table(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
 
 def learning_table(learned: Sequence[Learned]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells, a row a number of clients and servers."""
-    cells = [[str(row.clients), str(row.servers), f"{row.tokens:,}", f"{row.val_ppl:.3f}"] for row in learned]
-    return ["clients", "servers", "tokens", "perplexity"], cells
+    cells = [
+        [str(row.clients), str(row.servers), row.lr_scaling, f"{row.tokens:,}", f"{row.val_ppl:.3f}"] for row in learned
+    ]
+    return ["clients", "servers", "lr_scaling", "tokens", "perplexity"], cells
 
 
 # -- speed --------------------------------------------------------------------------------------------------------
@@ -261,12 +265,14 @@ def _all_learned(options: argparse.Namespace, console: Console) -> list[Learned]
     found = []
     for clients in options.learning_clients:
         for servers in options.servers:
-            found.append(_learned(clients, servers, options.model))
-            console.print(f"{clients} clients, {servers} servers: perplexity {found[-1].val_ppl:.3f}")
+            for scaling in options.lr_scaling:
+                found.append(_learned(clients, servers, scaling, options.model))
+                told = f"{clients} clients, {servers} servers, lr_scaling {scaling}"
+                console.print(f"{told}: perplexity {found[-1].val_ppl:.3f}")
     return found
 
 
-def _learned(clients: int, servers: int, model: str | None) -> Learned:
+def _learned(clients: int, servers: int, scaling: str, model: str | None) -> Learned:
     from hsplit.config import load_run_config
     from hsplit.local_run import local_run
     from hsplit.models.source import find_model
@@ -281,12 +287,12 @@ def _learned(clients: int, servers: int, model: str | None) -> Learned:
             f"clients: [{{name: client, count: {clients}, memory_gb: 0.3, tflops: 0.5}}]\n"
             + ("" if model is None else f"job: {{model: {model}}}\n")
         )
-        run = settled(load_run_config(cluster, None, LEARNING))
+        run = settled(load_run_config(cluster, None, [*LEARNING, f"policy.lr_scaling={scaling}"]))
         source = find_model(run.job.model)
         directory = RunDirectory.create(folder, "run")
         watch = SilentDisplay()
         local_run(run, source.directory, directory, read_inputs(run, source), watch).run()
-    return Learned(clients, servers, watch.rows[-1].tokens, watch.rows[-1].val_ppl)
+    return Learned(clients, servers, scaling, watch.rows[-1].tokens, watch.rows[-1].val_ppl)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -300,6 +306,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="local steps; the first two, measured for memory, do not count",
     )
     parser.add_argument("--learning-clients", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--lr-scaling", nargs="+", choices=["none", "sqrt"], default=["none", "sqrt"])
     parser.add_argument("--model", help="what learns; default: the job's own")
     parser.add_argument("--part", choices=["all", "speed", "learning"], default="all", help="what to measure")
     parser.add_argument("--to", type=Path, default=results_directory("replicas"))

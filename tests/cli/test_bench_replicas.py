@@ -16,10 +16,11 @@ def test_the_table_holds_every_setting_against_one_server() -> None:
     columns, cells = replicas.speed_table(speeds)
     assert cells[1] == ["4", "2", "1.00", "1.10", "2.00", "1.5", "0.25"]
     assert all(len(row) == len(columns) for row in cells)
-    columns, cells = replicas.learning_table([replicas.Learned(4, 2, 1000, 3.5)])
+    columns, cells = replicas.learning_table([replicas.Learned(4, 2, "sqrt", 1000, 3.5)])
     assert dict(zip(columns, cells[0], strict=True)) == {
         "clients": "4",
         "servers": "2",
+        "lr_scaling": "sqrt",
         "tokens": "1,000",
         "perplexity": "3.500",
     }
@@ -32,6 +33,6 @@ def test_a_run_of_several_servers_learns(
     words.write_text("".join(f"{e.prompt}||{e.response.strip()}\n" for e in random_examples(40, seed=3)))
     small = ["job.local_steps=2", "job.rounds=2", "job.lr=0.01", "job.max_length=32", f"job.data.source={words}"]
     monkeypatch.setattr(replicas, "LEARNING", small)
-    one, two = (replicas._learned(2, servers, str(models["llama"])) for servers in (1, 2))
+    one, two = (replicas._learned(2, servers, "none", str(models["llama"])) for servers in (1, 2))
     assert one.tokens == two.tokens > 0
     assert one.val_ppl != two.val_ppl
