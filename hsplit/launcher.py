@@ -21,11 +21,11 @@ from hsplit.config import RunConfig, load_run_config
 from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
+from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting import export
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
-from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.logs import check_logs, logs_of

@@ -30,7 +30,7 @@ LAYERS = (
     ("data", "lora", "models", "scheduling"),
     ("extension", "run_directory"),
     ("config",),
-    ("driver", "errors", "library_messages", "seeds"),
+    ("driver", "errors", "dependency_messages", "seeds"),
 )
 # They start actors, place them, and pass on Ray's metrics.
 KNOW_RAY = {

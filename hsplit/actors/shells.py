@@ -12,7 +12,7 @@ from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
 from hsplit.config import Job, Policy, RunConfig
-from hsplit.library_messages import quieten_bitsandbytes
+from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.models.source import ModelReference
 
 

@@ -17,9 +17,9 @@ from hsplit.actors.participant import base_model
 from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed, read_json
+from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
-from hsplit.library_messages import quieten_bitsandbytes
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.lora.export import learned_parts, trained_weights
 from hsplit.model_card import METADATA

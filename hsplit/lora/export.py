@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hsplit.library_messages import quieten_bitsandbytes
+from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.lora.low_rank import LowRank, concatenate, empty
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import LinearShape

@@ -207,9 +207,8 @@ class Holder:
 
         Those of directions that the update restarts afresh are forgotten. What was carried is used up.
         """
-        if self.adapters.names:
-            stay = {name: common.rank for name, common in update.common.items()}
-            go_on_from(carried, self.adapters, self._optimizer, stay)
+        stay = {name: common.rank for name, common in update.common.items()}
+        go_on_from(carried, self.adapters, self._optimizer, stay)
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
         """Add to ``R_w`` what others have learned, by weight name; adapters stay as they are."""

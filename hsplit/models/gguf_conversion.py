@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsplit.library_messages import quieten_bitsandbytes
+from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.models.gguf_header import check_gguf
 from hsplit.models.stages import Stage
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hsplit.library_messages import quieten_bitsandbytes
+from hsplit.dependency_messages import quieten_bitsandbytes
 
 
 def _as_it_is(function: Any = None, **settings: Any) -> Any:

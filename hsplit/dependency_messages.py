@@ -1,4 +1,4 @@
-"""What libraries say that is not for users' eyes."""
+"""What dependencies say that is not for users' eyes."""
 
 from __future__ import annotations
 
