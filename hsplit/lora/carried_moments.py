@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.optimizer import restore_state
-
-_KEYS = ("exp_avg", "exp_avg_sq")
+from hsplit.lora.optimizer import FIRST, SECOND, moment_views, restore_state
 
 
 @dataclass(frozen=True)
@@ -44,32 +40,18 @@ def carried_moments(
     Returns:
         ``None`` where there are no moments yet, and of every optimizer but AdamW.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
+    view = moment_views(optimizer) if isinstance(optimizer, torch.optim.AdamW) else None
+    if view is None:
         return None
-    states = [optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]]
-    if not states or not all(states):
-        return None
-    begins = [0, *accumulate(state["exp_avg"].numel() for state in states if state)]
-
-    def part(start: int, shape: tuple[int, int], key: str) -> Tensor:
-        index = bisect_right(begins, start) - 1
-        state = states[index]
-        assert state is not None
-        begin = start - begins[index]
-        values: Tensor = state[key].view(-1)[begin : begin + shape[0] * shape[1]].view(shape)
-        return values
-
     of_A, of_B = {}, {}
     for name in adapters.names:
         rank, scale = ranks.get(name, 0), adapters.scale(name)
         if rank:
             span_A, span_B = adapters.spans(name)
-            first, second = (part(*span_A, key)[:rank].clone() for key in _KEYS)
-            of_A[name] = first, second
-            first, second = (part(*span_B, key)[:, :rank] for key in _KEYS)
-            of_B[name] = first / scale, second / scale**2
-    assert states[0] is not None
-    return CarriedMoments(states[0]["step"].clone(), of_A, of_B) if of_A else None
+            of_A[name] = view(FIRST, span_A)[:rank].clone(), view(SECOND, span_A)[:rank].clone()
+            of_B[name] = view(FIRST, span_B)[:, :rank] / scale, view(SECOND, span_B)[:, :rank] / scale**2
+    step = next(iter(optimizer.state.values()))["step"]
+    return CarriedMoments(step.clone(), of_A, of_B) if of_A else None
 
 
 def go_on_from(
@@ -86,12 +68,12 @@ def go_on_from(
         stay: how many of a weight's leading directions go on as they were, by name; the others begin.
     """
     flat = adapters.flat
-    kept = {key: torch.zeros_like(flat.detach()) for key in _KEYS}
+    kept = {key: torch.zeros_like(flat.detach()) for key in (FIRST, SECOND)}
     for carried_over, side in ((carried.of_A, 0), (carried.of_B, 1)):
         means = _means_by_kind(carried_over, side)
         for name in adapters.names:
             start, shape = adapters.spans(name)[side]
-            first, second = (kept[key][start : start + shape[0] * shape[1]].view(shape) for key in _KEYS)
+            first, second = (kept[key][start : start + shape[0] * shape[1]].view(shape) for key in (FIRST, SECOND))
             scale = adapters.scale(name) if side else 1.0
             if name not in carried_over:
                 second.copy_((_mean_of(means, name) * scale**2).expand(shape))

@@ -7,7 +7,7 @@ for a holder's adapters, which are one flat buffer; whoever trains every weight 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +24,11 @@ STEPPED_AT_ONCE = 1 << 18
 """Entries that an 8-bit optimizer steps at once on a CPU: a whole number of blocks."""
 PASSING_BYTES = 20
 """What bitsandbytes takes in passing for each entry that it steps on a CPU (measured); on a GPU it takes nothing."""
+
+Span = tuple[int, tuple[int, int]]
+"""Where a factor begins in the flat buffer, and its shape."""
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
+"""AdamW's names of its moments."""
 
 # The same for all parameters that are stepped together.
 _SHARED = frozenset({"step", "qmap1", "qmap2"})
@@ -124,7 +129,7 @@ def without_moments(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.O
 def with_fitted_moments(
     job: Job,
     optimizer: torch.optim.Optimizer,
-    changed: Iterable[tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]],
+    changed: Iterable[tuple[Span, Span]],
 ) -> torch.optim.Optimizer:
     """``optimizer`` with the moments of adapters fitted to the other directions that they restart in.
 
@@ -140,23 +145,34 @@ def with_fitted_moments(
         return optimizer
     if not isinstance(optimizer, torch.optim.AdamW):
         return without_moments(job, optimizer)
-    firsts: list[Tensor] = []
-    seconds: list[Tensor] = []
-    for parameter in _parameters(optimizer):
-        state = optimizer.state.get(parameter)
-        if not state:
-            return optimizer
-        firsts.append(state["exp_avg"].view(-1))
-        seconds.append(state["exp_avg_sq"].view(-1))
-    begins = [0, *accumulate(len(first) for first in firsts)]
+    view = moment_views(optimizer)
+    if view is None:
+        return optimizer
     for spans in changed:
-        for rank_dim, (start, shape) in enumerate(spans):
-            index = bisect_right(begins, start) - 1
-            inside = slice(start - begins[index], start - begins[index] + shape[0] * shape[1])
-            firsts[index][inside].zero_()
-            second = seconds[index][inside].view(shape)
-            second.copy_(second.mean(dim=rank_dim, keepdim=True).expand(shape))
+        for rank_dim, span in enumerate(spans):
+            view(FIRST, span).zero_()
+            second = view(SECOND, span)
+            second.copy_(second.mean(dim=rank_dim, keepdim=True).expand_as(second))
     return optimizer
+
+
+def moment_views(optimizer: torch.optim.Optimizer) -> Callable[[str, Span], Tensor] | None:
+    """A view of AdamW's :data:`FIRST` or :data:`SECOND` moments at a span, whether it steps the whole buffer or parts.
+
+    ``None`` before the first step.
+    """
+    states = [optimizer.state.get(parameter) for parameter in _parameters(optimizer)]
+    if not states or not all(states):
+        return None
+    moments = {key: [state[key].view(-1) for state in states if state] for key in (FIRST, SECOND)}
+    begins = [0, *accumulate(map(len, moments[FIRST]))]
+
+    def view(key: str, span: Span) -> Tensor:
+        start, shape = span
+        index = bisect_right(begins, start) - 1
+        return moments[key][index][start - begins[index] :][: shape[0] * shape[1]].view(shape)
+
+    return view
 
 
 def moment_bytes(job: Job, exact: torch.dtype) -> float:
