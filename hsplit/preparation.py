@@ -41,12 +41,17 @@ def settled(run: RunConfig) -> RunConfig:
 
 
 def check_model(run: RunConfig, source: ModelSource) -> None:
-    """Refuse a model without a family, targets that match nothing, a split past the last layer, and a user's own part
-    of the policy that cannot be found.
+    """Refuse a model without a family, targets that match nothing, a split past the last layer, texts longer than the
+    model's learned positions, and a user's own part of the policy that cannot be found.
     """
     own_code(run.policy)
     config = model_config(source.directory)
-    family_of(config.model_type)
+    positions = family_of(config.model_type).positions(config)
+    if positions is not None and run.job.max_length > positions:
+        raise InputError(
+            f"job.max_length: must be at most {positions}, the positions that {run.job.model} has learned "
+            f"(got {run.job.max_length})"
+        )
     targeted(linear_shapes(config), run.job.targets)
     layers = layer_count(config)
     if isinstance(run.policy.split, int) and run.policy.split > layers:
@@ -71,8 +76,15 @@ def own_code(policy: Policy) -> list[str]:
     return [f"{word} is code from {origin(word)}" for word in own]
 
 
-def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], list[Example]]:
-    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees."""
+def read_shared(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> tuple[list[Example], list[Example]]:
+    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees.
+
+    Args:
+        run: resolved configuration.
+        source: the model.
+        tokenizer: the model's, where it is loaded already.
+    """
+    from hsplit.actors.participant import chat_template
     from hsplit.data import read_examples, split_off_test
 
     job, data = run.job, run.job.data
@@ -83,38 +95,57 @@ def read_shared(run: RunConfig, source: ModelSource) -> tuple[list[Example], lis
         label=data.label,
         separator=data.separator,
         limit=data.limit,
-        chat=_chat_of(source),
+        chat=chat_template(tokenizer or load_tokenizer(source.directory)),
     )
     return split_off_test(examples, data.test, job.seed)
 
 
-def read_inputs(run: RunConfig, source: ModelSource) -> Inputs:
-    """Read the shared data and share it out over the clients that bring none of their own."""
-    from hsplit.data import file_sha256, partition
+def shared_sha256(run: RunConfig) -> str:
+    """What the shared data are recognised by: the file's SHA-256, or what generates them."""
+    from hsplit.data import file_sha256
 
+    data, path = run.job.data, os.path.expanduser(run.job.data.source)
+    return file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {run.job.seed}"
+
+
+def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> Inputs:
+    """Read the shared data and share it out over the clients that bring none of their own.
+
+    Args:
+        run: resolved configuration.
+        source: the model.
+        tokenizer: the model's, where it is loaded already.
+
+    Raises:
+        InputError: the data are unusable, or hold tokens that the model has no embedding for.
+    """
+    from hsplit.data import partition
+
+    tokenizer = tokenizer or load_tokenizer(source.directory)
     job, data = run.job, run.job.data
     sharing = [client.name for client in run.clients if client.data is None]
     shares: dict[str, Any] = {client.name: None for client in run.clients}
     digest = ""
+    examples: list[Example] = []
     if sharing:
-        examples, _ = read_shared(run, source)
+        examples, _ = read_shared(run, source, tokenizer)
         spec = data.partition
         how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
         parts = partition(examples, len(sharing), how, job.seed)
         for name, part in zip(sharing, parts, strict=True):
             shares[name] = [examples[i] for i in part]
-        path = os.path.expanduser(data.source)
-        digest = file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {job.seed}"
+        digest = shared_sha256(run)
+    _check_tokens(examples, run, source, tokenizer)
     return Inputs(shares, model_fingerprint(source.directory), digest)
 
 
-def _chat_of(source: ModelSource) -> Any:
-    from hsplit.actors.participant import chat_template
+def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, tokenizer: Any) -> None:
+    """Refuse a tokenizer, and what it makes of ``examples``, with ids that the model has no embedding for."""
+    from hsplit.data import check_ids, check_special_tokens, largest_id, tokenize
 
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        template = chat_template(load_tokenizer(source.directory))
-        if template is None:
-            raise InputError("job.model: its tokenizer has no chat template, which messages need")
-        return str(template(messages, add_generation_prompt))
-
-    return render
+    vocab_size = int(model_config(source.directory).vocab_size)
+    if largest_id(tokenizer) < vocab_size:
+        return
+    check_special_tokens(tokenizer, vocab_size)
+    fitting, _ = tokenize(examples, tokenizer, run.job.max_length)
+    check_ids(fitting, tokenizer, vocab_size, f"data.source {run.job.data.source}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.peak_memory import measured_with_part
 from hsplit.config import Job, Policy
-from hsplit.data import Batch, Example, TokenizedExample, collate, read_examples, validation_batches
+from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
 from hsplit.data.local import LocalData
 from hsplit.errors import InputError
 from hsplit.lora.carried_moments import CarriedMoments
@@ -27,6 +27,7 @@ from hsplit.models.segment import (
     linear_shapes,
     load_segment,
     load_tokenizer,
+    model_config,
     targeted,
 )
 
@@ -82,16 +83,26 @@ class Participant(HolderActor[Holder | WeightHolder]):
             own: path of that file, read here and nowhere else.
 
         Raises:
-            InputError: the file is unusable, or too little of the data fits ``job.max_length``.
+            InputError: the file is unusable, too little of the data fits ``job.max_length``, or it holds tokens that
+                the model has no embedding for; without a word of a file of its own, since what is raised here goes to
+                the driver, and into the run's log.
         """
         job = self._job
         tokenizer = load_tokenizer(self._base.directory)
+        vocab_size = int(model_config(self._base.directory).vocab_size)
         self._data = []
         for client, share in shares.items():
-            if share is None:
-                assert own is not None
-                share = self._read(own, tokenizer)
-            self._data.append(LocalData(client, share, tokenizer, job))
+            try:
+                if share is None:
+                    assert own is not None
+                    examples = self._read(own, tokenizer)
+                else:
+                    examples = list(share)
+                data = LocalData(client, examples, tokenizer, job)
+                check_ids([*data.train, *data.held_out], tokenizer, vocab_size, f"client {client}: its data")
+            except InputError as error:
+                raise InputError(error.discreet if share is None else str(error)) from None
+            self._data.append(data)
         # Whoever has several clients' data has as many times their batch size.
         held_out = [example for data in self._data for example in data.held_out]
         self._validation = validation_batches(held_out, job.batch_size * len(self._data))
@@ -105,19 +116,15 @@ class Participant(HolderActor[Holder | WeightHolder]):
 
     def _read(self, own: str, tokenizer: Any) -> list[Example]:
         data = self._job.data
-        try:
-            return read_examples(
-                own,
-                examples=data.examples,
-                seed=self._job.seed,
-                label=data.label,
-                separator=data.separator,
-                limit=data.limit,
-                chat=chat_template(tokenizer),
-            )
-        except InputError as error:
-            # What is raised here goes to the driver, and into the run's log.
-            raise InputError(error.discreet) from None
+        return read_examples(
+            own,
+            examples=data.examples,
+            seed=self._job.seed,
+            label=data.label,
+            separator=data.separator,
+            limit=data.limit,
+            chat=chat_template(tokenizer),
+        )
 
     @measured_with_part
     def configure(self, split: int, ranks: dict[str, int]) -> None:

@@ -9,7 +9,14 @@ from hsplit.data.holdout import hold_out
 from hsplit.data.partition import partition
 from hsplit.data.restaurants import restaurants
 from hsplit.data.sources import read_examples
-from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
+from hsplit.data.tokens import (
+    TokenizedExample,
+    check_ids,
+    check_special_tokens,
+    largest_id,
+    padding_id,
+    tokenize,
+)
 
 __all__ = [
     "Batch",
@@ -17,9 +24,12 @@ __all__ = [
     "ChatTemplate",
     "Example",
     "TokenizedExample",
+    "check_ids",
+    "check_special_tokens",
     "collate",
     "file_sha256",
     "hold_out",
+    "largest_id",
     "padding_id",
     "partition",
     "read_examples",

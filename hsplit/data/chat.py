@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from hsplit.data.files import is_unicode
 from hsplit.errors import InputError
+
+# What templates are given beside the turns. Without it the prompt would be another one than the row means.
+_BESIDE_MESSAGES = ("tools", "functions", "documents", "chat_template_kwargs")
+# How data sets say of a turn whether it is trained on, with the value that says what is done: the last turn is.
+_TRAINED_ON = {"weight": 1, "train": True, "training": True, "loss": True, "masked": False}
+_WORDINGS = 3  # tries to word prompt and whole conversation within one tick of a clock that the template shows
 
 
 class ChatTemplate(Protocol):
@@ -31,8 +40,9 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
 
     Raises:
         InputError: for anything but a list of turns ``{"role": …, "content": …}`` with texts of which the
-            last is the assistant's and not blank; without a template; and for a template that words a prompt
-            and the whole conversation differently, so that no prompt can be told apart.
+            last is the assistant's and not blank; for a turn that is said not to be trained on, or with a
+            weight; without a template; and for a template that words a prompt and the whole conversation
+            differently, so that no prompt can be told apart.
     """
     turns = _turns(messages, where)
     if chat is None:
@@ -40,8 +50,11 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
             f"{where}: messages need a model with a chat template; this one has none: use prompt and response"
         )
     try:
-        prompt = chat(turns[:-1], add_generation_prompt=True)
-        whole = chat(turns, add_generation_prompt=False)
+        for _ in range(_WORDINGS):
+            prompt = chat(turns[:-1], add_generation_prompt=True)
+            whole = chat(turns, add_generation_prompt=False)
+            if whole.startswith(prompt):
+                break
     except Exception as error:  # a template is a program of the model's author, raising what it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         refused = f"{where}: the model's chat template refuses these messages"
@@ -54,6 +67,34 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
     return prompt, response
 
 
+def turns_sha256(turns: Sequence[Mapping[str, str]]) -> str:
+    """SHA-256 of the roles and texts of a prompt's turns, in hexadecimal.
+
+    It is the same on every day, whatever the template writes around the texts, and for texts that differ in
+    surrounding blanks alone, which templates strip.
+    """
+    texts = [(turn["role"], turn["content"].strip()) for turn in turns]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def refuse_other_keys(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse a row whose template would need more than the messages.
+
+    Args:
+        fields: the row.
+        where: file and line, for messages.
+
+    Raises:
+        InputError: the row has tools, documents or the like, and not an empty one.
+    """
+    for key in _BESIDE_MESSAGES:
+        if fields.get(key):
+            raise InputError(
+                f"{where}: {key} beside messages cannot be given to the chat template; take {key} out of the row, "
+                "or write them into a system turn"
+            )
+
+
 def _turns(messages: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or len(messages) < 2:
         raise InputError(f"{where}: messages must be a list of at least two turns, the last one the assistant's")
@@ -63,6 +104,12 @@ def _turns(messages: Any, where: str) -> list[dict[str, str]]:
             raise InputError(f'{where}: messages: turn {number} must be {{"role": text, "content": text}}')
         if not all(is_unicode(str(text)) for text in texts):
             raise InputError(f"{where}: messages: turn {number} holds half of a surrogate pair; must be valid Unicode")
+        for key, served in _TRAINED_ON.items():
+            if turn.get(key) not in (None, served):
+                raise InputError(
+                    f"{where}: messages: turn {number}: {key} must be {json.dumps(served)} or left out: the last turn "
+                    "is trained on, the others are not"
+                )
     last = messages[-1]
     if last["role"] != "assistant":
         raise InputError(

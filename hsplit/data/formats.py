@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.config.section import shown
-from hsplit.data.chat import ChatTemplate, conversation_texts
+from hsplit.data.chat import ChatTemplate, conversation_texts, refuse_other_keys, turns_sha256
 from hsplit.data.files import is_unicode, listed, read_text
 from hsplit.errors import InputError
 
@@ -26,6 +26,7 @@ class Row:
         style: ``meaning`` (``mr,ref`` columns and text lines: joined by `` =>``), ``plain`` (prompt and
             response: joined by a line end) or ``chat`` (the model's template has already joined them).
         fields: every column or key of the row, from which a label may be taken.
+        turns: of a chat, what :func:`~hsplit.data.chat.turns_sha256` gives for the prompt's turns.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Row:
     response: str
     style: str
     fields: Mapping[str, Any]
+    turns: str | None = None
 
 
 def csv_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
@@ -78,7 +80,7 @@ def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
 
     Raises:
         InputError: for a line that is no JSON object, lacks its keys, has a blank text, or is a chat without
-            a template.
+            a template or with keys that would have to change what the template writes.
     """
     rows = []
     for where, line in _lines(path):
@@ -86,8 +88,10 @@ def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
         if not isinstance(fields, dict):
             raise InputError(f"{where} is a JSON {type(fields).__name__}; each line must be one object")
         if "messages" in fields:
-            prompt, response = conversation_texts(fields["messages"], chat, where)
-            rows.append(Row(where, prompt, response, "chat", fields))
+            refuse_other_keys(fields, where)
+            messages = fields["messages"]
+            prompt, response = conversation_texts(messages, chat, where)
+            rows.append(Row(where, prompt, response, "chat", fields, turns_sha256(messages[:-1])))
         elif {"prompt", "response"} <= fields.keys():
             rows.append(_row(where, fields, "prompt", "response", "plain"))
         else:

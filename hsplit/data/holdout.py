@@ -55,5 +55,5 @@ def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
     """The indices of each distinct prompt; each index alone if there is one prompt only."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        groups[example.prompt].append(index)
+        groups[example.input_key].append(index)
     return list(groups.values()) if len(groups) > 1 else [[index] for index in range(len(examples))]

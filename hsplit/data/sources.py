@@ -81,7 +81,7 @@ def _file_rows(source: str, chat: ChatTemplate | None) -> list[Row]:
 
 def _example(row: Row, label: str | None, separator: str | None) -> Example:
     if row.style == "chat":
-        return Example(row.prompt, row.response, label)
+        return Example(row.prompt, row.response, label, row.turns)
     if row.style == "meaning":
         prompt, response = row.prompt.strip(), f" {row.response.strip()}"
     else:

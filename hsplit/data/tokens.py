@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hsplit.data.examples import Example
+from hsplit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Texts that most tokenizers end a token with, before whatever follows.
+_BORDERS = ("", "\n", ".", "a")
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,13 @@ def tokenize(
 ) -> tuple[list[TokenizedExample], int]:
     """Tokenize, leaving out (never cutting) what is longer than `max_length` tokens.
 
-    Prompt and response are tokenized apart, so that the prompt's tokens are the ones that generation starts
-    from. No special token is added but the bos that the tokenizer puts before every text and the eos at the
-    end, and neither where the text already has it, as chat templates do.
+    The prompt's tokens are the ones that generation starts from: those of the prompt alone. The response's are
+    the ones that follow them when prompt and response are tokenized as one text, so that no tokenizer puts the
+    space there that it puts before a text. Where a token reaches over the border, which the model could not
+    write behind the prompt, the response has the tokens of its own text.
+
+    No special token is added but the bos that the tokenizer puts before every text and the eos at the end, and
+    neither where the text already has it. A chat gets the bos that its template writes, or none.
 
     Returns:
         The examples that fit, in their order, and the number of those that do not.
@@ -42,11 +51,15 @@ def tokenize(
         return [], 0
     first = _leading_bos(tokenizer)
     prompts = _ids(tokenizer, [example.prompt for example in examples])
-    responses = _ids(tokenizer, [example.response for example in examples])
+    wholes = _ids(tokenizer, [example.prompt + example.response for example in examples])
     last = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     fitting = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        if first and prompt[:1] != first:
+    for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
+        if whole[: len(prompt)] == prompt:
+            response = whole[len(prompt) :]
+        else:
+            response = _continuation(tokenizer, prompt, whole, example.response)
+        if first and example.turns is None and prompt[:1] != first:
             prompt = first + prompt
         if last and response[-1:] != last:
             response = response + last
@@ -55,23 +68,99 @@ def tokenize(
     return fitting, len(examples) - len(fitting)
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the pad token's, else the eos's, else 0.
+def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
+    """The id to pad with: the pad token's, else the eos's, else 0; never one that the model has no embedding for.
 
     It does not matter to any result: the models are causal and padding stands on the right, so no real
-    position ever looks at it, and no target is set there. A tokenizer without a pad token therefore works as
-    it is.
+    position ever looks at it, and no target is set there. A tokenizer without a pad token, or with one that was
+    added without the model, therefore works as it is.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (vocab_size is None or token < vocab_size):
             return int(token)
     return 0
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse a tokenizer that puts a token into every text which the model has no embedding for.
+
+    Raises:
+        InputError: names the token, its id and the limit.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for kind, ids in (("eos", eos), ("bos", _leading_bos(tokenizer))):
+        for token in ids:
+            if token >= vocab_size:
+                raise InputError(
+                    f"job.model: its tokenizer's {kind} token {_named(tokenizer, token)} is beyond the model's "
+                    f"vocab_size {vocab_size}; give the tokenizer that the model was made with"
+                )
+
+
+def check_ids(
+    examples: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str
+) -> None:
+    """Refuse examples with a token that the model has no embedding for.
+
+    Args:
+        examples: of `tokenizer`.
+        tokenizer: the model's.
+        vocab_size: the model's number of embeddings.
+        where: whose data, for messages.
+
+    Raises:
+        InputError: names the token, its id and the limit. Without a word of the data (see `InputError.discreet`)
+            it names the tokens of the tokenizer that are beyond the limit, whichever the data hold.
+    """
+    for example in examples:
+        if (largest := max(example.ids, default=0)) >= vocab_size:
+            remedy = "take it out of the data, or give a model that has it"
+            beyond = f"beyond the model's vocab_size {vocab_size}; {remedy}"
+            raise InputError(
+                f"{where}: token {_named(tokenizer, largest)} is {beyond}",
+                f"{where}: holds a token (its tokenizer has {_beyond(tokenizer, vocab_size)}) {beyond}",
+            )
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id that the tokenizer can give, or -1."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def _named(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
+
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
+    ids = sorted(token for token in tokenizer.get_vocab().values() if token >= vocab_size)
+    named = ", ".join(_named(tokenizer, token) for token in ids[:_MOST_NAMED])
+    return named if len(ids) <= _MOST_NAMED else f"{named} and {len(ids) - _MOST_NAMED} more"
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The bos as a list of one if the tokenizer puts it before a text of its own accord, as Llama's does."""
     bos = tokenizer.bos_token_id
     return [int(bos)] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
+
+
+def _continuation(tokenizer: Any, prompt: list[int], whole: list[int], response: str) -> list[int]:
+    """The tokens of `response` behind those of a prompt whose last token would reach into it.
+
+    They are cut off a text that ends where a token does. Right are those that make the same text, without a
+    space that the tokenizer puts before a text.
+    """
+    text = _text(tokenizer, whole)
+    for border in _BORDERS:
+        before, both = _ids(tokenizer, [border, border + response])
+        after = both[len(before) :]
+        if both[: len(before)] == before and _text(tokenizer, prompt + after) == text:
+            return after
+    # A tokenizer that does not give its texts back, such as one of whole words.
+    return _ids(tokenizer, [response])[0]
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

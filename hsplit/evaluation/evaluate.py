@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hsplit.actors.participant import chat_template
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
-from hsplit.data import hold_out, read_examples, tokenize
+from hsplit.data import TokenizedExample, check_ids, hold_out, read_examples, tokenize
 from hsplit.errors import InputError
-from hsplit.evaluation.generation import generate, prompt_ids
+from hsplit.evaluation.generation import generate
 from hsplit.evaluation.inputs import TestInput, grouped, limited, without
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.report import Evaluation, Generation
@@ -71,20 +73,19 @@ def evaluate(
     notes = list(opened.notes)
     inputs, described = _inputs(opened, data, notes)
     inputs = limited(inputs, limit, opened.seed)
-    inputs = _fitting(opened, inputs, notes)
+    inputs, tokenized = _fitting(opened, inputs, described, notes)
 
     scores: dict[str, float] = {}
     supervised = None
     if PERPLEXITY in chosen:
         progress(f"perplexity over {len(inputs)} inputs")
-        examples = [example for one in inputs for example in one.examples]
-        tokenized, _ = tokenize(examples, opened.tokenizer, _context(opened.model))
-        measured = cross_entropy(opened.model, opened.tokenizer, tokenized, batch_size)
+        examples = [example for own in tokenized for example in own]
+        measured = cross_entropy(opened.model, opened.tokenizer, examples, batch_size)
         scores[PERPLEXITY], supervised = measured.perplexity, measured.tokens
     generations: tuple[Generation, ...] = ()
     of_text = [name for name in chosen if name in SCORES]
     if of_text:
-        prompts = prompt_ids(opened.tokenizer, [one.prompt for one in inputs])
+        prompts = [own[0].ids[: own[0].prompt_length] for own in tokenized]
         max_new_tokens = _room(opened, prompts, max_new_tokens, notes)
         outputs = generate(
             opened.model,
@@ -171,12 +172,12 @@ def _refuse_without_test_part(path: Path, client: str | None) -> None:
 
 
 def _test_part(opened: Target) -> tuple[list[TestInput], str]:
-    from hsplit.preparation import read_inputs, read_shared
+    from hsplit.preparation import read_shared, shared_sha256
 
     assert opened.run is not None and opened.source is not None
     data = opened.run.job.data
-    _same_data(opened, read_inputs(opened.run, opened.source).data_sha256)
-    _, test = read_shared(opened.run, opened.source)
+    _same_data(opened, shared_sha256(opened.run))
+    _, test = read_shared(opened.run, opened.source, opened.tokenizer)
     return grouped(test), f"the test part ({data.test:g}) of {Path(data.source).name}"
 
 
@@ -188,7 +189,7 @@ def _same_data(opened: Target, data_sha256: str) -> None:
 
 
 def _trained_on(opened: Target, notes: list[str]) -> set[str]:
-    """The prompts of the shared data that some client trained on."""
+    """The inputs of the shared data that some client trained on, by their ``input_key``."""
     from hsplit.preparation import read_inputs
 
     run, source = opened.run, opened.source
@@ -196,19 +197,19 @@ def _trained_on(opened: Target, notes: list[str]) -> set[str]:
     if any(client.data is not None for client in run.clients):
         notes.append("what clients with data of their own trained on is not known here")
     try:
-        inputs = read_inputs(run, source)
+        inputs = read_inputs(run, source, opened.tokenizer)
         _same_data(opened, inputs.data_sha256)
     except InputError as error:
         notes.append(f"the run's data cannot be read, so no input was left out for having been trained on ({error})")
         return set()
     validation = run.job.validation
-    prompts: set[str] = set()
+    keys: set[str] = set()
     for name, share in inputs.shares.items():
         if share is not None:
             # As each client's data is held out from, on whatever node it lies.
             train, _ = hold_out(share, validation.share, validation.max_examples, hash_seed(run.job.seed, name))
-            prompts.update(example.prompt for example in train)
-    return prompts
+            keys.update(example.input_key for example in train)
+    return keys
 
 
 def _context(model: Any) -> int:
@@ -216,19 +217,25 @@ def _context(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
 
 
-def _fitting(opened: Target, inputs: Sequence[TestInput], notes: list[str]) -> list[TestInput]:
-    """The inputs whose every example fits the model's context.
+def _fitting(
+    opened: Target, inputs: Sequence[TestInput], described: str, notes: list[str]
+) -> tuple[list[TestInput], list[list[TokenizedExample]]]:
+    """The inputs whose every example fits the model's context, and the examples of each.
 
     Raises:
-        InputError: none does.
+        InputError: none does, or one has a token that the model has no embedding for.
     """
     context = _context(opened.model)
-    fitting = [one for one in inputs if not tokenize(one.examples, opened.tokenizer, context)[1]]
+    every = iter(tokenize([example for one in inputs for example in one.examples], opened.tokenizer, sys.maxsize)[0])
+    tokenized = [(one, list(islice(every, len(one.responses)))) for one in inputs]
+    fitting = [(one, own) for one, own in tokenized if all(len(example.ids) <= context for example in own)]
     if not fitting:
         raise InputError(f"--data: no input fits the model's context of {context} tokens")
     if len(fitting) < len(inputs):
         notes.append(f"{len(inputs) - len(fitting)} inputs are left out: over the model's context of {context} tokens")
-    return fitting
+    for _, own in fitting:
+        check_ids(own, opened.tokenizer, int(opened.model.config.vocab_size), described)
+    return [one for one, _ in fitting], [own for _, own in fitting]
 
 
 def _room(opened: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, notes: list[str]) -> int:

@@ -8,15 +8,6 @@ from typing import Any
 import torch
 
 from hsplit.data import padding_id
-from hsplit.data.examples import Example
-from hsplit.data.tokens import tokenize
-
-
-def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-    """The tokens that training puts before a response, for each prompt."""
-    examples = [Example(prompt, "", None) for prompt in prompts]
-    tokenized, _ = tokenize(examples, tokenizer, max_length=10**9)
-    return [example.ids[: example.prompt_length] for example in tokenized]
 
 
 @torch.no_grad()
@@ -37,7 +28,7 @@ def generate(
     Args:
         model: a causal LM in eval mode.
         tokenizer: its tokenizer.
-        prompts: token ids, at least one each.
+        prompts: token ids, at least one each: those that training puts before a response.
         beams: 1 is greedy.
         max_new_tokens: most tokens of an answer.
         batch_size: prompts at once; each is padded on the left to the longest of its batch.
@@ -45,7 +36,7 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    padding = padding_id(tokenizer)
+    padding = padding_id(tokenizer, model.config.vocab_size)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=beams,

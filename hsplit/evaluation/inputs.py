@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hsplit.data import Example
 
@@ -16,6 +16,7 @@ class TestInput:
     Attributes:
         prompt: what the model is given, separator included.
         responses: each answer that the data has for it, as training takes them.
+        turns: as `Example` has them.
     """
 
     # pytest would take the name for a test class.
@@ -23,11 +24,12 @@ class TestInput:
 
     prompt: str
     responses: tuple[str, ...]
+    turns: str | None = field(default=None, compare=False)
 
     @property
     def examples(self) -> list[Example]:
-        """One example a response, for perplexity."""
-        return [Example(self.prompt, response, None) for response in self.responses]
+        """One example a response, as training has them."""
+        return [Example(self.prompt, response, None, self.turns) for response in self.responses]
 
     def references(self, special_tokens: Iterable[str]) -> list[str]:
         """The responses as texts to compare with: without special tokens and surrounding blanks."""
@@ -40,16 +42,19 @@ class TestInput:
 
 
 def grouped(examples: Iterable[Example]) -> list[TestInput]:
-    """Examples of one prompt as one input; prompts and responses in their given order."""
-    responses: dict[str, list[str]] = {}
+    """Examples of one prompt as one input, worded as in its first; prompts and responses in their given order."""
+    groups: dict[str, list[Example]] = {}
     for example in examples:
-        responses.setdefault(example.prompt, []).append(example.response)
-    return [TestInput(prompt, tuple(own)) for prompt, own in responses.items()]
+        groups.setdefault(example.input_key, []).append(example)
+    return [
+        TestInput(group[0].prompt, tuple(example.response for example in group), group[0].turns)
+        for group in groups.values()
+    ]
 
 
-def without(inputs: Sequence[TestInput], prompts: Collection[str]) -> list[TestInput]:
-    """The inputs whose prompt is none of ``prompts``."""
-    return [one for one in inputs if one.prompt not in prompts]
+def without(inputs: Sequence[TestInput], keys: Collection[str]) -> list[TestInput]:
+    """The inputs whose ``input_key``, as `Example` has it, is none of ``keys``."""
+    return [one for one in inputs if one.examples[0].input_key not in keys]
 
 
 def limited(inputs: Sequence[TestInput], limit: int | None, seed: int) -> list[TestInput]:

@@ -43,7 +43,8 @@ def cross_entropy(model: Any, tokenizer: Any, examples: Sequence[TokenizedExampl
         batch_size: examples at once.
     """
     total, count = 0.0, 0
-    for batch in validation_batches(examples, batch_size, padding_id(tokenizer)):
+    padding = padding_id(tokenizer, model.config.vocab_size)
+    for batch in validation_batches(examples, batch_size, padding):
         mask = torch.arange(batch.ids.shape[1])[None, :] < torch.tensor(batch.lengths)[:, None]
         ids, at = batch.ids.to(model.device), batch.targets != IGNORED
         logits = model(input_ids=ids, attention_mask=mask.long().to(model.device), use_cache=False).logits

@@ -40,6 +40,10 @@ class Family:
         """Length of the layer's sliding attention window, ``None`` for full causal attention."""
         return None
 
+    def positions(self, config: Any) -> int | None:
+        """Number of learned positions, beyond which no text can be embedded; ``None`` where none are learned."""
+        return None
+
     def layer_name(self, index: int) -> str:
         """A layer's module path in the causal LM."""
         return f"{self.layers}.{index}"
@@ -76,6 +80,9 @@ class GPT2Family(Family):
     def embed(self, modules: nn.ModuleDict, ids: Tensor, positions: Tensor) -> Tensor:
         hidden: Tensor = modules["wte"](ids) + modules["wpe"](positions)
         return hidden
+
+    def positions(self, config: Any) -> int | None:
+        return int(config.max_position_embeddings)
 
 
 FAMILIES: tuple[Family, ...] = (LlamaFamily(), GPT2Family())

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from hsplit.data import hold_out, split_off_test
 from hsplit.data.examples import Example
 from hsplit.data.meaning import parse_meaning
 from hsplit.data.restaurants import restaurants
 from hsplit.data.sources import file_sha256, read_examples
 from hsplit.errors import InputError
+from hsplit.evaluation.inputs import grouped
 
 E2E = Path(__file__).parents[3] / "shared" / "data" / "e2e" / "devset.csv"
 
@@ -253,6 +257,69 @@ def test_chat_refusals(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, 
     with pytest.raises(InputError) as refused:
         read(path, chat=chat_of(chat_tokenizer))
     assert str(refused.value).startswith(f"{path}: line 1: {message}")
+
+
+@pytest.mark.parametrize("key", ["tools", "functions", "documents"])
+def test_what_a_template_would_need_beside_the_messages_is_refused(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, key: str
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    row = json.loads(conversation(("user", "a"), ("assistant", "b")))
+    path.write_text("\n".join(json.dumps(row | {key: value}) for value in (None, [])))
+    assert len(read(path, chat=chat_of(chat_tokenizer))) == 2
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {key: [{"name": "weather"}]}))
+    with pytest.raises(InputError, match=rf"chat\.jsonl: line 2: {key} beside messages cannot be given"):
+        read(path, chat=chat_of(chat_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("flag", "served"),
+    [
+        ({"weight": 0}, 1),
+        ({"weight": 0.5}, 1),
+        ({"train": False}, True),
+        ({"loss": False}, True),
+        ({"masked": True}, False),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, 2, 4])
+def test_a_turn_that_is_not_to_be_trained_on_is_refused(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, flag: dict[str, Any], served: object, turn: int
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    row = json.loads(conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    (key,) = flag
+    row["messages"][turn - 1][key] = served
+    path.write_text(json.dumps(row))
+    assert len(read(path, chat=chat_of(chat_tokenizer))) == 1
+    row["messages"][turn - 1] |= flag
+    path.write_text(json.dumps(row))
+    with pytest.raises(
+        InputError, match=rf"line 1: messages: turn {turn}: {key} must be {json.dumps(served)} or left out"
+    ):
+        read(path, chat=chat_of(chat_tokenizer))
+
+
+def test_parts_of_a_dated_chat_are_the_same_on_every_day(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    rows = [(("user", f"a{n % 30} "), ("assistant", f"b{n}")) for n in range(60)]
+    path.write_text("\n".join(conversation(*turns) for turns in rows))
+
+    def parts(clock: Iterator[int]) -> Any:
+        def dated(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+            date = f"<{next(clock)}>"
+            body = "".join(f"{turn['role']}: {turn['content'].strip()}\n" for turn in messages)
+            return date + body + ("assistant: " if add_generation_prompt else "")
+
+        examples = read(path, chat=dated)
+        rest, test = split_off_test(examples, 0.2, seed=1)
+        sides = (test, *hold_out(rest, 0.2, 64, seed=2))
+        assert [len(one.responses) for one in grouped(test)] == [2] * 6
+        return [[example.response for example in side] for side in sides]
+
+    assert parts(repeat(1)) == parts(repeat(2))
+    # A clock that goes on while the file is read: the two references of a question still stand on one side.
+    assert parts(repeat(1)) == parts(n // 7 for n in count())
 
 
 def test_chat_needs_a_template_that_fits(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hsplit.actors.messages import WireTensor
 from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
-from hsplit.data import hold_out, tokenize
-from hsplit.evaluation.generation import generate, prompt_ids
+from hsplit.data import Example, hold_out, tokenize
+from hsplit.evaluation.generation import generate
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.exporting import export
@@ -60,6 +60,12 @@ def test_its_loss_is_the_coordinators_own_validation_loss(
     bare = cross_entropy(_split_model(run, learned=False), tokenizer, rows, batch_size=4)
     assert bare.total / bare.tokens == pytest.approx(progress.metrics[0]["val_loss"], rel=1e-5)
     assert progress.metrics[0]["val_loss"] - progress.metrics[-1]["val_loss"] > 0.01
+
+
+def prompt_ids(tokenizer: Any, prompts: list[str]) -> list[tuple[int, ...]]:
+    """The tokens that training puts before a response, for each prompt."""
+    tokenized, _ = tokenize([Example(prompt, " w2", None) for prompt in prompts], tokenizer, 99)
+    return [example.ids[: example.prompt_length] for example in tokenized]
 
 
 def test_holders_store_the_base_as_in_the_run(runs: dict[str, FinishedRun]) -> None:
