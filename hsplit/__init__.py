@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hsplit.home import make_home_usable
+
 __version__ = "0.1.0"
+
+# Before any library looks where it may write, in workers on other nodes too.
+make_home_usable()
 
 if TYPE_CHECKING:
     from hsplit.budget_probe import measure_budgets

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from hsplit.shadowing import refuse_shadowed_modules
+
+# Before whatever else is imported, which might come from the wrong place.
+refuse_shadowed_modules()
+# ruff: noqa: E402
+
 import gc
 import json
 import sys

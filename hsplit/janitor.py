@@ -36,7 +36,10 @@ class Janitor:
     """
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="hsplit-"))
+        # Here, since this file is a program too, with the standard library alone.
+        from hsplit.socket_directory import socket_directory
+
+        self.root = Path(tempfile.mkdtemp(prefix="hsplit-", dir=socket_directory()))
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(self.root)],
             stdin=subprocess.PIPE,

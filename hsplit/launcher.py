@@ -24,6 +24,7 @@ from hsplit.coordinator import Coordinator, Inputs
 from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting import export
+from hsplit.home import keep_ray_token
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
 from hsplit.models.source import ModelSource, find_model
@@ -41,10 +42,13 @@ from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
+from hsplit.shadowing import shadowing_file, why_refused
 
 if TYPE_CHECKING:
     import pandas
 
+# A module in the working directory that has a name of Python's own, such as random.py, is not for Ray's processes.
+OWN_MODULES_ONLY = {"PYTHONSAFEPATH": "1"}
 # For clients that join a local run, however little the others ask for.
 _LEAST_SPARE_CPUS = 4
 
@@ -254,12 +258,28 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
     # A local one whose dashboard is not there by then is no Ray; its own 60 s are short on a machine with much to do.
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
+    if address is None:
+        if (file := shadowing_file()) is not None:
+            raise InputError(why_refused(file))
+        # Under `uv run` Ray would upload the whole working directory for workers that are on this machine anyway.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        try:
+            keep_ray_token()
+        except OSError as error:
+            raise InputError(
+                f"HOME: Ray's token cannot be written there nor elsewhere ({os_reason(error)}); set HOME or TMPDIR to a"
+                " directory that can be written"
+            ) from error
     import ray
 
     holders = (run.server, *run.participants)
     local = address is None and not ray.is_initialized()
     forking = local and sys.platform == "linux" and not any(holder.num_gpus for holder in holders)
-    with Janitor() as janitor, _environment({MARK: str(janitor.root), "TMPDIR": str(janitor.root)}):
+    environment = OWN_MODULES_ONLY if local else {}
+    with (
+        Janitor() as janitor,
+        _environment({MARK: str(janitor.root), "TMPDIR": str(janitor.root), **environment}),
+    ):
         if not forking:
             yield Helpers(janitor, None)
             return
@@ -441,7 +461,9 @@ def _headlines(
     if dashboard:
         # Ray has set it by now, where nobody else had.
         token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-        sign_in = " (sign in with the output of: ray get-auth-token)" if token else ""
+        kept = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        where = f"the token in {kept}" if kept else "the output of: ray get-auth-token"
+        sign_in = f" (sign in with {where})" if token else ""
         lines.append(f"ray      http://{dashboard}{sign_in}")
         if not token:
             lines.append("warning  Ray asks for no token here: whoever reaches its ports can run code on this machine")

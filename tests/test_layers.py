@@ -30,7 +30,8 @@ LAYERS = (
     ("data", "lora", "models", "scheduling"),
     ("extension", "run_directory"),
     ("config",),
-    ("driver", "errors", "dependency_messages", "seeds"),
+    ("driver", "socket_directory"),
+    ("dependency_messages", "errors", "home", "seeds", "shadowing"),
 )
 # They start actors, place them, and pass on Ray's metrics.
 KNOW_RAY = {

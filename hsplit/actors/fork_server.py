@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors import forked_workers
+from hsplit.socket_directory import socket_directory
 
 # What participants and scheduler need, and what Ray's own imports take longest for.
 MODULES = (
@@ -54,12 +55,12 @@ class ForkServer:
 
     Args:
         modules: what it imports. Ray must not be among them: workers that are forked after its import do not come up.
-        within: where it makes a folder for its socket; the system's temporary one by default.
+        within: where it makes a folder for its socket; by default a temporary directory with a short path.
     """
 
     def __init__(self, modules: Sequence[str] = MODULES, within: Path | None = None) -> None:
         # Short, since a socket's path may have about a hundred bytes; nobody else may enter.
-        self._folder = tempfile.TemporaryDirectory(prefix="hsplit-", dir=within)
+        self._folder = tempfile.TemporaryDirectory(prefix="hsplit-", dir=within or socket_directory())
         self.path = str(Path(self._folder.name) / "fork")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(self.path)
