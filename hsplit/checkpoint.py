@@ -46,7 +46,7 @@ class Progress:
         measured_bytes: most memory that each holder took in the last round, by name.
         metrics, plans, timing: rows of metrics.csv, plan.csv and timing.csv so far.
         failures: by client how often it failed.
-        shortages: by client how often it ran out of memory.
+        shortages: by client, or ``server``, how often it ran out of memory.
         aside: clients that take no part any more.
         joined: clients that came while the run was under way, as in a cluster file.
         left: clients that have left.

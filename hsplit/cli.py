@@ -27,7 +27,7 @@ INTERRUPTED = 130
 
 
 class _Group(click.Group):
-    """Turns hsplit's own errors into one line on stderr and their exit code."""
+    """Turns every error into one line on stderr and an exit code; the traceback of one that nothing foresaw is kept."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,6 +38,15 @@ class _Group(click.Group):
         except KeyboardInterrupt as error:
             click.echo("; ".join(["interrupted", *map(str, error.args)]), err=True)
             ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            # click's own way to end, and a reader that has gone away.
+            raise
+        except Exception as error:
+            from hsplit.tracebacks import unexpected
+
+            told = unexpected(error)
+            click.echo(f"error: {told}", err=True)
+            ctx.exit(told.exit_code)
 
 
 def run() -> None:

@@ -29,6 +29,7 @@ from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.discovery import announce, discovery_file
+from hsplit.observe.events import EventLog
 from hsplit.observe.logs import check_logs, logs_of
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.observers import Observers
@@ -43,6 +44,7 @@ from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
 from hsplit.shadowing import shadowing_file, why_refused
+from hsplit.tracebacks import unexpected
 
 if TYPE_CHECKING:
     import pandas
@@ -321,9 +323,10 @@ def _drive(
     from hsplit.actors.placement import place
     from hsplit.actors.preflight import preflight
     from hsplit.actors.ray_executor import RayExecutor
+    from hsplit.actors.ray_failures import RAY, failing_as
 
     own = own_code(run.policy)
-    with directory.driven():
+    with directory.driven(), _failing_well(directory) as course:
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
         others: list[Display] = [
             ProgressFile(directory.progress),
@@ -338,15 +341,16 @@ def _drive(
             placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
             notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
-            metrics = metrics_address()
+            with failing_as(RAY, "naming its metrics endpoint"):
+                metrics = metrics_address()
             announce(announced, metrics)
             executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
                 headlines = _headlines(run, source, directory, dashboard, metrics)
                 shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
-                coordinator = Coordinator(run, executor, directory, inputs, shown)
+                coordinator = course.coordinator = Coordinator(run, executor, directory, inputs, shown)
                 coordinator.loaded(own)
-                with _stop_on_signal(coordinator, shown), _failing_well(coordinator, directory):
+                with _stop_on_signal(coordinator, shown):
                     complete = coordinator.run(checkpoint, passed_over)
                     if complete:
                         export(directory.path)
@@ -394,36 +398,74 @@ def local_cpus(run: RunConfig) -> float:
 
 @contextmanager
 def _left_out_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leave no directory of a run that was refused, or whose Ray did not start, before anything of it was."""
+    """Leave no directory of a run that ended before anything of it was begun."""
     try:
         yield
-    except HsplitError:
+    except Exception:
         if not directory.events.exists():
             shutil.rmtree(directory.path)
         raise
 
 
+@dataclass
+class _Course:
+    """What is under way, for who has to say where it ended.
+
+    Attributes:
+        coordinator: drives the run, as soon as there is one.
+    """
+
+    coordinator: Coordinator | None = None
+
+
 @contextmanager
-def _failing_well(coordinator: Coordinator, directory: RunDirectory) -> Iterator[None]:
-    """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log."""
+def _failing_well(directory: RunDirectory) -> Iterator[_Course]:
+    """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log.
+
+    The traceback of what nothing foresaw is kept in the run's directory. Of a run of which nothing was begun nothing is
+    said in its log, since it has none, nor of input that was refused before anything of this process was.
+    """
+    course = _Course()
     try:
-        yield
+        yield course
     except KeyboardInterrupt:
         raise KeyboardInterrupt(way_on(directory)) from None
     except InputError as error:
-        coordinator.fail(str(error))
+        if course.coordinator is not None:
+            _log_failure(directory, course, str(error))
         raise
-    except (ActorFailure, OSError) as error:
-        if isinstance(error, ActorFailure):
-            what = f"{error.actor} failed in {error.method} in round {coordinator.round}: {error.reason}"
-        elif isinstance(error, ConnectionError):
-            what = f"round {coordinator.round}: a connection broke: {os_reason(error)}"
-        else:
-            what = f"round {coordinator.round}: a file could not be written: {os_reason(error)}"
-        with suppress(OSError):
-            # The log's own disk may be the full one.
-            coordinator.fail(what)
+    except Exception as error:
+        if not directory.events.exists():
+            raise
+        what = _told(error, course, directory)
+        _log_failure(directory, course, what)
         raise RunError(f"{what}; {way_on(directory)}") from error
+
+
+def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
+    """What ended a run, in one line."""
+    if course.coordinator is None:
+        return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))
+    round_ = course.coordinator.round
+    if isinstance(error, ActorFailure):
+        return f"{error.actor} failed in {error.method} in round {round_}: {error.reason}"
+    if isinstance(error, HsplitError):
+        return f"round {round_}: {error}"
+    if isinstance(error, ConnectionError):
+        return f"round {round_}: a connection broke: {os_reason(error)}"
+    if isinstance(error, OSError):
+        return f"round {round_}: a file could not be written: {os_reason(error)}"
+    return f"round {round_}: {unexpected(error, directory.path)}"
+
+
+def _log_failure(directory: RunDirectory, course: _Course, what: str) -> None:
+    # The log's own disk may be the full one.
+    with suppress(OSError):
+        if course.coordinator is not None:
+            course.coordinator.fail(what)
+        else:
+            with EventLog(directory.events) as events:
+                events.write("failed", what)
 
 
 @contextmanager

@@ -112,9 +112,10 @@ class Recovery:
         most, round_ = standing.job.faults.max_failures, standing.round
         self._repeats += 1
         if failure.kind == "hopeless" or self._repeats > most:
-            raise failure
+            raise self._with_what_it_lacked(failure)
         known = {failure.actor, *roster.aside, *roster.lost}
-        gone = [name for name in executor.lost() if name not in known]
+        others = {lost.actor: lost for lost in executor.lost() if lost.actor not in known}
+        gone = {name: lost.kind for name, lost in others.items()}
         where = self._save_point.name
         text = f"round {round_}: {told(failure)}; the round is repeated {where} (try {self._repeats} of {most})"
         text += f" (gone too: {', '.join(gone)})" if gone else ""
@@ -122,13 +123,16 @@ class Recovery:
             "repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason, gone=gone
         )
         away = []
-        for name in dict.fromkeys([failure.actor, *gone, *roster.lost]):
+        failures = {failure.actor: failure, **others}
+        for name in dict.fromkeys([*failures, *roster.lost]):
             if name in (*standing.servers, SCHEDULER):
+                if name != SCHEDULER and failures[name].kind == "memory":
+                    # Whichever of several servers it was: all have the same part.
+                    roster.ran_short(SERVER)
                 self._replace(name)
                 continue
             if name not in roster.lost:
-                own = failure if name == failure.actor else ActorFailure(name, "the round", "its process ended", "died")
-                roster.count(own, round_)
+                roster.count(failures[name], round_)
             if name in roster.aside:
                 continue
             if executor.restart(name):
@@ -143,6 +147,17 @@ class Recovery:
     def round_is_done(self) -> None:
         """The round that follows may be repeated as often as any."""
         self._repeats = 0
+
+    def _with_what_it_lacked(self, failure: ActorFailure) -> ActorFailure:
+        """``failure`` as the end of the run: where memory was short, with how much its part takes."""
+        if failure.kind != "memory":
+            return failure
+        held_bytes = self._standing.roster.held_bytes(
+            SERVER if failure.actor in self._standing.servers else failure.actor
+        )
+        part = f"its part of the plan takes {held_bytes / 1e6:.1f} MB, and its node lacks them" if held_bytes else ""
+        reason = "; ".join(filter(None, [failure.reason, part, "free memory there, or give it less to do"]))
+        return ActorFailure(failure.actor, failure.method, reason, failure.kind)
 
     def _replace(self, name: str) -> None:
         """Begin server or scheduler anew, on whatever node has room for it or comes to have."""

@@ -60,7 +60,8 @@ class Roster:
         failures: by client how often it failed.
         aside: the clients that take no part any more.
         left: the clients that have left of their own will.
-        shortages: by client how often it ran out of memory.
+        shortages: by client, or ``server``, how often it ran out of memory.
+        reasons: by client why it failed last.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Roster:
         self._lost: dict[str, Sequence[Any] | None] = {}
         self._away: set[str] = set()
         self.shortages: dict[str, int] = {}
+        # By the same what they held by the plan that was in force then, in bytes.
+        self._held_then: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
 
     @property
     def lost(self) -> list[str]:
@@ -156,19 +160,31 @@ class Roster:
         """Count a client's failure; one too many sets it aside."""
         name = failure.actor
         self.failures[name] = failed = self.failures.get(name, 0) + 1
+        self.reasons[name] = failure.reason
         if failure.kind == "memory":
-            self.shortages[name] = self.shortages.get(name, 0) + 1
+            self.ran_short(name)
         if failed > self._faults.max_failures:
             self.aside.append(name)
             self._executor.end(name)
             text = f"{name} has failed {failed} times and is set aside: its layers and its data take no part any more"
             self._note("set_aside", text, client=name, round=round_, failures=failed)
 
+    def ran_short(self, name: str) -> None:
+        """Count that a client or ``server`` ran out of memory: by the next plan it holds less."""
+        self.shortages[name] = self.shortages.get(name, 0) + 1
+        self._held_then[name] = self.held_bytes(name)
+
+    def held_bytes(self, name: str) -> int:
+        """Bytes that the plan in force says a client or ``server`` takes; 0 where there is no plan, or no part."""
+        parts = () if self._plan is None else (self._plan.server, *self._plan.clients)
+        return next((part.predicted_bytes for part in parts if part.name == name), 0)
+
     def _tell_scheduler(self) -> None:
         """Say what the next plan must heed; to say it again changes nothing."""
         calls = [self._executor.call(SCHEDULER, "set_aside", name) for name in self.aside]
-        short = self.shortages.items()
-        calls += [self._executor.call(SCHEDULER, "ran_out_of_memory", name, times) for name, times in short]
+        for name, times in self.shortages.items():
+            held_bytes = self._held_then.get(name, 0)
+            calls.append(self._executor.call(SCHEDULER, "ran_out_of_memory", name, times, held_bytes))
         self._executor.get(calls)
 
     def lose(self, failure: ActorFailure, round_: int) -> None:

@@ -158,7 +158,9 @@ class Standing:
 
     def nobody_is_left(self, last: str) -> NoReturn:
         """Say by the failure of ``last`` that the run cannot go on."""
-        raise ActorFailure(last, "the round", "no client is left to train with")
+        reason = self.roster.reasons.get(last)
+        why = f" ({last} failed last: {reason})" if reason else ""
+        raise ActorFailure(last, "the round", f"no client is left to train with{why}")
 
     def _prepare_return(self, name: str) -> list[Any]:
         """Have a client that was begun anew read its data and its layers."""

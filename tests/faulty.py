@@ -99,8 +99,8 @@ class FaultyInProcess(InProcess):
     def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
         return [handle.seen(until) if isinstance(handle, _Late) else handle for handle in handles]
 
-    def lost(self) -> list[str]:
-        return sorted(self.dead)
+    def lost(self) -> list[ActorFailure]:
+        return [ActorFailure(name, "the round", "its process ended", "died") for name in sorted(self.dead)]
 
     def restart(self, actor: str) -> bool:
         self.dead.discard(actor)

@@ -30,7 +30,7 @@ LAYERS = (
     ("data", "lora", "models", "scheduling"),
     ("extension", "run_directory"),
     ("config",),
-    ("driver", "socket_directory"),
+    ("driver", "socket_directory", "tracebacks"),
     ("dependency_messages", "errors", "home", "seeds", "shadowing"),
 )
 # They start actors, place them, and pass on Ray's metrics.
@@ -39,6 +39,7 @@ KNOW_RAY = {
     "actors/preflight.py",
     "actors/ray_connection.py",
     "actors/ray_executor.py",
+    "actors/ray_failures.py",
     "launcher.py",
     "observe/ray_metrics.py",
 }

@@ -12,7 +12,7 @@ LOCALHOST = "127.0.0.1"
 SERVER = "server"
 SCHEDULER = "scheduler"
 
-FailureKind = Literal["died", "memory", "late", "refused", "hopeless", "error"]
+FailureKind = Literal["died", "memory", "node", "late", "refused", "hopeless", "error"]
 
 
 class ActorFailure(HsplitError):
@@ -22,8 +22,9 @@ class ActorFailure(HsplitError):
         actor: its name: a client's, ``server`` or ``scheduler``.
         method: what it was asked to do.
         reason: one line.
-        kind: ``died``: its process is gone, and its state; ``memory``: it ran out of memory; ``late``: no answer in
-            time; ``refused``: what it sent cannot be right; ``hopeless``: the same would happen again; ``error``: else.
+        kind: ``died``: its process is gone, and its state; ``memory``: it ran out of memory, or was ended because its
+            node did; ``node``: its node is gone; ``late``: no answer in time; ``refused``: what it sent cannot be
+            right, or Ray does not take what was asked for; ``hopeless``: the same would happen again; ``error``: else.
     """
 
     def __init__(self, actor: str, method: str, reason: str, kind: FailureKind = "error") -> None:
@@ -64,8 +65,8 @@ class Executor(Protocol):
             ActorFailure: an actor failed or died.
         """
 
-    def lost(self) -> list[str]:
-        """The actors whose processes are known to be gone."""
+    def lost(self) -> list[ActorFailure]:
+        """A failure of each actor whose process is known to be gone, which says why."""
 
     def away(self) -> list[str]:
         """The actors that have not been begun, since there was no place for them when it was looked last."""
@@ -129,7 +130,7 @@ class InProcess:
     def get(self, handles: Sequence[Any]) -> list[Any]:
         return values_of(self.settle(handles))
 
-    def lost(self) -> list[str]:
+    def lost(self) -> list[ActorFailure]:
         return []
 
     def away(self) -> list[str]:

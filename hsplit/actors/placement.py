@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from hsplit.actors.ray_failures import RAY, failing_as
 from hsplit.config import Client, Holder, RunConfig
 from hsplit.errors import InputError
 
@@ -113,9 +114,14 @@ def place(run: RunConfig, without: Collection[str] = (), lost: Collection[str] =
 
 
 def alive_nodes() -> list[Node]:
-    """Every node that is there, by address."""
-    free = ray._private.state.available_resources_per_node()
-    nodes = [Node.of(node, free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+    """Every node that is there, by address.
+
+    Raises:
+        ActorFailure: Ray does not say.
+    """
+    with failing_as(RAY, "naming its nodes"):
+        free = ray._private.state.available_resources_per_node()
+        nodes = [Node.of(node, free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
     return sorted(nodes, key=lambda node: (node.address, node.id))
 
 

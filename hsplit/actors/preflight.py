@@ -19,8 +19,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit import __version__
-from hsplit.actors.executor import one_line
 from hsplit.actors.placement import Node, Placement, requests_of
+from hsplit.actors.ray_failures import RAY_ERRORS, failure_from
 from hsplit.config import Client, RunConfig
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
@@ -188,6 +188,7 @@ def preflight(run: RunConfig, placement: Placement, directory: Path, fingerprint
 
     Raises:
         InputError: a node has other versions, another base model, or lacks a file; one line about the first of these.
+        ActorFailure: a node could not be looked at.
     """
     here = ray.get_runtime_context().get_node_id()
     nodes = list({node.id: node for node in placement.nodes.values()}.values())
@@ -240,10 +241,10 @@ def _ask(nodes: Sequence[Node], question: Callable[[Hosted], Any], arguments: Se
     for node, ref in zip(nodes, refs, strict=True):
         try:
             answers.append(ray.get(ref))
-        except ray.exceptions.RayError as error:
+        except RAY_ERRORS as error:
             missing = _MISSING.search(str(error))
             if missing is None:
-                raise InputError(f"node {node}: could not be looked at ({one_line(error)})") from error
+                raise failure_from(error, f"node {node}", "being looked at") from error
             raise InputError(
                 f"node {node}: hsplit cannot be imported there ({missing[1]}): install hsplit {__version__} there, for"
                 " the Python that runs Ray"

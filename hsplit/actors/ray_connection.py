@@ -88,7 +88,7 @@ def connect(
         _check_answers(address)
         try:
             context = ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # likewise
             raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
     return context.dashboard_url or None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,14 +14,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, failure_of, one_line, values_of
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, values_of
 from hsplit.actors.participants import participant_class
 from hsplit.actors.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
+from hsplit.actors.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
 from hsplit.actors.shells import ClientActor, ReplicaActor, SchedulerActor, ServerActor, WholeClientActor
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Holder, RunConfig
 from hsplit.config.cluster import CENTRAL
-from hsplit.errors import HsplitError
 from hsplit.models.source import ModelReference
 
 NAMESPACE = "hsplit"
@@ -62,6 +63,7 @@ class RayExecutor:
 
     Raises:
         InputError: not everybody has a place; no actor was started.
+        ActorFailure: Ray did not begin an actor; those begun before it have ended.
     """
 
     _server_class: type = ServerActor
@@ -89,38 +91,62 @@ class RayExecutor:
         # Who had no place when it was looked for last.
         self._away = set(placement.away)
         # First, so that it plans while the others start.
-        for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
-            if name in self._helpers or name in placement.nodes:
-                self._handles[name] = self._begin(name)
-
-        if self._collective:
-            from ray.experimental.collective import create_collective_group
-
-            moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
-            create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
+        try:
+            for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
+                if name in self._helpers or name in placement.nodes:
+                    self._handles[name] = self._begun(name)
+            if self._collective:
+                self._join_directly()
+        except ActorFailure:
+            self.close()
+            raise
 
     @property
     def _collective(self) -> bool:
         return self._transport in ("gloo", "nccl")
 
+    def _join_directly(self) -> None:
+        """Let everybody that moves tensors do so without the object store."""
+        from ray.experimental.collective import create_collective_group
+
+        moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
+        with failing_as(SERVER, "start", self._names):
+            create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
+
+    def _begun(self, name: str) -> Any:
+        """As :meth:`_begin`, as soon as Ray gives the name free, which it does a moment after an earlier actor's end.
+
+        Raises:
+            ActorFailure: Ray does not begin it.
+        """
+        until = time.monotonic() + _NAME_FREE_S
+        while True:
+            try:
+                with failing_as(name, "start"):
+                    return self._begin(name)
+            except ValueError as error:
+                if time.monotonic() > until:
+                    raise failure_from(error, name, "start") from error
+                time.sleep(0.05)
+
     def _begin(self, name: str) -> Any:
         """Ask Ray for actor ``name``; the call returns before the actor is there."""
-        run, prefix = self._run, f"hsplit:{self._run_name}"
+        run, full_name = self._run, self._rays_name(name)
         if name == SCHEDULER:
             # It reads the model's configuration, which the driver's node has.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            options = {"name": f"{prefix}:scheduler", "namespace": NAMESPACE, "num_cpus": 0}
+            options = {"name": full_name, "namespace": NAMESPACE, "num_cpus": 0}
             scheduler = ray.remote(SchedulerActor).options(scheduling_strategy=here, **options)
             return scheduler.remote(run, ModelReference(run.job.model, self._model))
         holder, node, base = self._requests[name], self._nodes[name], self._base_of(name)
         if name == SERVER:
-            server = _remote(self._server_class, f"{prefix}:server", holder, node, run.job.transport)
+            server = _remote(self._server_class, full_name, holder, node, run.job.transport)
             return server.remote(run.job, run.policy, base, _device(holder), self._servers_at(node))
         if name in run.server.names:
-            replica = _remote(self._replica_class, f"{prefix}:{name}", holder, node, run.job.transport)
+            replica = _remote(self._replica_class, full_name, holder, node, run.job.transport)
             return replica.remote(name, run.job, run.policy, base, _device(holder), self._servers_at(node))
         client = cast(ClientConfig, holder)
-        actor = _remote(self._client_class, f"{prefix}:client:{name}", client, node, run.job.transport)
+        actor = _remote(self._client_class, full_name, client, node, run.job.transport)
         # A single node computes alone, on every core of its machine.
         threads = None if name == CENTRAL else max(1, int(client.num_cpus))
         return actor.remote(name, run.job, run.policy, base, _device(client), threads)
@@ -142,22 +168,25 @@ class RayExecutor:
         return ModelReference(self._run.job.model, self._model, fingerprint)
 
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
-        ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
+        with failing_as(actor, method):
+            ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
         return _Handle(ref, actor, method)
 
     def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
         if self._transport != "store" and method in STEP_METHODS:
             return self._directly(returns, actor, method, *arguments)
         bound = getattr(self._handles[actor], method).options(num_returns=returns)
-        refs = bound.remote(*_refs(arguments))
+        with failing_as(actor, method):
+            refs = bound.remote(*_refs(arguments))
         return [_Handle(ref, actor, method) for ref in refs]
 
     def _directly(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
         """As :meth:`call_many`, all values but the report by Ray Direct Transport."""
         handle, ticket = self._handles[actor], next(self._tickets)
-        refs = [handle.begin.remote(ticket, method, *_refs(arguments))]
-        rest = handle.rest.options(tensor_transport=self._transport)
-        refs += [rest.remote(ticket, index) for index in range(returns - 1)]
+        with failing_as(actor, method):
+            refs = [handle.begin.remote(ticket, method, *_refs(arguments))]
+            rest = handle.rest.options(tensor_transport=self._transport)
+            refs += [rest.remote(ticket, index) for index in range(returns - 1)]
         return [_Handle(ref, actor, method) for ref in refs]
 
     def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
@@ -166,38 +195,30 @@ class RayExecutor:
     def _settled(self, handle: _Handle, until: float | None) -> Any:
         try:
             return ray.get(handle.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
-            return ActorFailure(handle.actor, handle.method, "it has not answered in time", "late")
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            return cause if isinstance(cause, HsplitError) else failure_of(handle.actor, handle.method, cause)
-        except ray.exceptions.OutOfMemoryError as error:
-            return ActorFailure(handle.actor, handle.method, one_line(error), "memory")
-        except ray.exceptions.RayActorError as error:
-            # A call that waits for the value of a dead actor's call fails like that one.
-            return ActorFailure(self._named(error.actor_id) or handle.actor, handle.method, _why(error), "died")
-        except ray.exceptions.RayError as error:
-            return ActorFailure(handle.actor, handle.method, one_line(error))
+        except Exception as error:  # also what cannot be unpickled here
+            return failure_from(error, handle.actor, handle.method, self._names)
 
-    def _named(self, actor_id: str | None) -> str | None:
-        return next((name for name, handle in self._handles.items() if handle._actor_id.hex() == actor_id), None)
+    @property
+    def _names(self) -> dict[str, str]:
+        """The actors' names by Ray's ids and by Ray's names of them."""
+        by_id = {handle._actor_id.hex(): name for name, handle in self._handles.items()}
+        return by_id | {self._rays_name(name): name for name in self._handles}
+
+    def _rays_name(self, name: str) -> str:
+        """Ray's name of an actor, by which its dashboard shows it."""
+        alone = name in (*self._helpers, *self._run.server.names)
+        return f"hsplit:{self._run_name}:{'' if alone else 'client:'}{name}"
 
     def get(self, handles: Sequence[Any]) -> list[Any]:
         return values_of(self.settle(handles))
 
-    def lost(self) -> list[str]:
+    def lost(self) -> list[ActorFailure]:
         # Answers at once where an actor is gone; one that is busy does not answer, but is there.
-        ready = {name: handle.__ray_ready__.remote() for name, handle in self._handles.items()}
-        ray.wait(list(ready.values()), num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
-        found = []
-        for name, ref in ready.items():
-            try:
-                ray.get(ref, timeout=0)
-            except ray.exceptions.RayActorError:
-                found.append(name)
-            except ray.exceptions.GetTimeoutError:
-                pass
-        return found
+        ready = [_Handle(actor.__ray_ready__.remote(), name, "the round") for name, actor in self._handles.items()]
+        with failing_as(RAY, "looking for its actors"):
+            ray.wait([handle.ref for handle in ready], num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
+        found = self.settle(ready, time.monotonic())
+        return [value for value in found if isinstance(value, ActorFailure) and value.kind != "late"]
 
     def away(self) -> list[str]:
         return sorted(self._away)
@@ -212,9 +233,8 @@ class RayExecutor:
         if self._collective:
             reason = f"with job.transport {self._transport} an actor cannot be replaced while others go on"
             raise ActorFailure(actor, "restart", reason, "hopeless")
-        if actor in self._handles:
-            # Else its name would not be free.
-            ray.kill(self._handles[actor])
+        # Else its name would not be free.
+        self._kill(actor)
         # What it had reserved is free a moment after its end.
         free_by = time.monotonic() + (0.0 if actor in self._away else _PLACE_FREE_S)
         while not self._find_place(actor):
@@ -223,20 +243,18 @@ class RayExecutor:
                 return False
             time.sleep(0.1)
         self._away.discard(actor)
-        until = time.monotonic() + _NAME_FREE_S
-        while True:
-            try:
-                self._handles[actor] = self._begin(actor)
-                return True
-            except ValueError:
-                # Ray gives a name back a moment after its actor's end.
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.05)
+        self._handles[actor] = self._begun(actor)
+        return True
 
     def end(self, actor: str) -> None:
+        self._kill(actor)
+        self._handles.pop(actor, None)
+
+    def _kill(self, actor: str) -> None:
         if actor in self._handles:
-            ray.kill(self._handles.pop(actor))
+            # Where Ray does not answer, it has no process left to end.
+            with suppress(*RAY_ERRORS):
+                ray.kill(self._handles[actor])
 
     def _find_place(self, actor: str) -> bool:
         """Whether a node that is there has room for ``actor`` now."""
@@ -250,17 +268,9 @@ class RayExecutor:
         return node is not None
 
     def close(self) -> None:
-        for handle in self._handles.values():
-            ray.kill(handle)
+        for name in self._handles:
+            self._kill(name)
         self._handles.clear()
-
-
-def _why(error: ray.exceptions.RayActorError) -> str:
-    """What Ray knows of an actor's end, in a few words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if error.actor_init_failed:
-        return f"it could not start ({lines[-1]})"
-    return "its node is gone" if "node has died" in str(error) or "node died" in str(error) else "its process ended"
 
 
 def _remote(cls: type, name: str, holder: Holder, node: Node, transport: str) -> Any:

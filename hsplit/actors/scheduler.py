@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hsplit.actors.executor import SERVER
 from hsplit.config import Client, RunConfig, ServerSpec
@@ -16,10 +16,14 @@ from hsplit.scheduling.clock import VirtualClock
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
 from hsplit.scheduling.plan import Plan
-from hsplit.scheduling.planner import EQUAL, plan
+from hsplit.scheduling.planner import EQUAL, plan, smallest_part_bytes
 
-# How much more than planned a client is taken to need that ran out of memory, each time.
+# How much more than planned a holder is taken to need that ran out of memory, each time.
 _SHRINK = 1.25
+# How many budgets of a server that ran out of memory are tried, from the least, before the whole one.
+_RELAXED = 6
+
+_Holder = TypeVar("_Holder", Client, ServerSpec)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,12 @@ class Scheduler:
         self._joined: dict[str, Client] = {}
         # Whether somebody has come or gone, for whom ``min_rounds`` does not wait.
         self._due = False
-        # How often a client has run out of memory.
+        # How often a client, or the server, has run out of memory, and what share of its budget it is given since: one
+        # by this.
         self._shortages: dict[str, int] = {}
+        self._shrunk: dict[str, float] = {}
+        # Why those who ran out of memory have no smaller part in the last plan; empty if they have.
+        self._lacking = ""
         # Reasons for a new plan that ``min_rounds`` has put off.
         self._pending: list[str] = []
         self._planned_in = 0
@@ -140,6 +148,7 @@ class Scheduler:
         made = self._plan(importance, current, probed_until)
         self._pending, self._planned_in, self._planned_with = [], round_, dict(importance)
         self._due = False
+        reasons += [self._lacking] if self._lacking else []
         if reports and self._config.policy.importance.back_off and made.gives_the_same_as(current):
             # Importance has moved, and nobody with it.
             self._probe_after = 2 * waited
@@ -206,32 +215,76 @@ class Scheduler:
         self._pending.append(reason)
         self._due = True
 
-    def ran_out_of_memory(self, name: str, times: int) -> None:
-        """Give client ``name`` less to hold from the next plan on, which is due, the less the oftener it happened."""
+    def ran_out_of_memory(self, name: str, times: int, held_bytes: int = 0) -> None:
+        """Give a client, or ``server``, less to hold from the next plan on, which is due.
+
+        Args:
+            name: whom.
+            times: how often it has happened by now; to say it again changes nothing.
+            held_bytes: what it held by the plan with which it happened last; its next part takes less.
+        """
         had = self._shortages.get(name, 0)
-        if had < times:
-            self._shortages[name] = times
-            self._excess[name] = max(self._excess.get(name, 1.0), 1.0) * _SHRINK ** (times - had)
-            self._pending.append(f"{name} ran out of memory")
+        if had >= times:
+            return
+        self._shortages[name] = times
+        shrunk = self._shrunk.get(name, 1.0) * _SHRINK ** (times - had)
+        declared_bytes = self._declared_bytes(name)
+        if 0 < held_bytes <= declared_bytes / shrunk:
+            # It held much less than it declared, and would hold the same again.
+            shrunk = _SHRINK * declared_bytes / held_bytes
+        self._shrunk[name] = shrunk
+        self._pending.append(f"{name} ran out of memory")
+
+    def _declared_bytes(self, name: str) -> float:
+        """The budget in force of a client or ``server``; 0 for a client that is not known."""
+        holders = {SERVER: self._server(), **{client.name: client for client in self._declared()}}
+        return holders[name].memory_bytes if name in holders else 0.0
 
     def _plan(self, importance: Mapping[str, float], current: Plan | None, source: str) -> Plan:
-        server = self._config.server.changed(self._budgets.get(SERVER, {}))
-        return plan(self._clients(), server, self.cost, importance, self._config.policy, current, source)
+        """A plan in which those who ran out of memory hold less, the server as much less as there is a plan for.
+
+        Raises:
+            InputError: there is none by the budgets in force.
+        """
+        server, clients, shrunk = self._server(), self._clients(), self._shrunk.get(SERVER, 1.0)
+        self._lacking = ""
+        for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
+            try:
+                return plan(
+                    clients, _given(server, divisor), self.cost, importance, self._config.policy, current, source
+                )
+            except InputError as error:
+                if divisor == 1.0:
+                    raise
+                # To be left without a plan helps nobody: it is tried with more, and the run says what it lacked.
+                self._lacking = self._lacking or f"there is no plan with so little ({error})"
+        raise AssertionError("the budgets as they are come last")
+
+    def _server(self) -> ServerSpec:
+        """The server with the budget in force."""
+        return self._config.server.changed(self._budgets.get(SERVER, {}))
 
     def _clients(self) -> list[Client]:
-        """The clients with the budgets in force, less what measurements took off them."""
+        """The clients with the budgets in force, less what measurements and shortages of memory took off them.
+
+        Who was short of memory keeps what the smallest part takes: without any part it would be of no use at all.
+        """
+        least_bytes = smallest_part_bytes(self.cost, self._config.policy) if self._shrunk else 0
         clients = []
         for client in self._declared():
             if client.name in self._aside | self._left:
                 continue
-            excess = self._excess.get(client.name, 1.0)
-            clients.append(client.changed({"memory_gb": client.memory_gb / excess}) if excess > 1 else client)
+            given = _given(client, self._excess.get(client.name, 1.0))
+            shrunk = self._shrunk.get(client.name, 1.0)
+            if shrunk > 1:
+                given = _given(given, min(shrunk, max(1.0, given.memory_bytes / least_bytes)))
+            clients.append(given)
         return clients
 
     def _declared(self) -> list[Client]:
         if self._config.policy.placement == "single":
             # The one node is the server's, and has what the aggregator beside it leaves.
-            server = self._config.server.changed(self._budgets.get(SERVER, {}))
+            server = self._server()
             (node,) = self._config.model_copy(update={"server": server}).participants
             left = server.memory_bytes - self.cost.server_bytes([self.cost.model.layers], {})
             return [node.changed({"memory_gb": max(left, 0) / 1e9})]
@@ -255,7 +308,7 @@ class Scheduler:
         """Whether everybody still fits what ``current`` gives it."""
         budgets = {client.name: client.memory_bytes for client in self._clients()}
         budgets |= dict.fromkeys(self._aside | self._left, 0)
-        budgets[SERVER] = self._config.server.changed(self._budgets.get(SERVER, {})).memory_bytes
+        budgets[SERVER] = _given(self._server(), self._shrunk.get(SERVER, 1.0)).memory_bytes
         return all(budgets[part.name] >= part.predicted_bytes for part in (current.server, *current.available))
 
     # -- the virtual clock (METHOD 8) -----------------------------------------------------------------------------
@@ -297,7 +350,7 @@ class Scheduler:
 
     def budgets(self) -> tuple[list[Client], ServerSpec]:
         """Clients and server with the budgets in force, as declared."""
-        return self._declared(), self._config.server.changed(self._budgets.get(SERVER, {}))
+        return self._declared(), self._server()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -310,6 +363,7 @@ class Scheduler:
             "left": sorted(self._left),
             "joined": [client.model_dump() for client in self._joined.values()],
             "shortages": self._shortages,
+            "shrunk": self._shrunk,
             "pending": self._pending,
             "planned_in": self._planned_in,
             "planned_with": dict(self._planned_with),
@@ -323,9 +377,15 @@ class Scheduler:
         self._budgets = {name: dict(values) for name, values in state["budgets"].items()}
         self._excess = dict(state["excess"])
         self._aside, self._shortages = set(state["aside"]), dict(state["shortages"])
+        self._shrunk = dict(state.get("shrunk", {}))
         self._left, self._due = set(state["left"]), False
         self._joined = {c.name: c for c in map(Client.model_validate, state["joined"])}
         self._pending = list(state["pending"])
         self._planned_in, self._planned_with = state["planned_in"], state["planned_with"]
         self._history = ImportanceHistory.from_json(state["history"])
         self._probed_in, self._probe_after = state["probed_in"], state["probe_after"]
+
+
+def _given(holder: _Holder, shrunk: float) -> _Holder:
+    """``holder`` with its memory divided by ``shrunk``, where that is more than 1."""
+    return holder.changed({"memory_gb": holder.memory_gb / shrunk}) if shrunk > 1 else holder

@@ -140,7 +140,7 @@ class RayMetrics:
         if event == "lost":
             failed = [(fields["client"], fields["kind"])]
         elif event == "repeated":
-            failed = [(fields["actor"], fields["kind"]), *((name, "died") for name in fields["gone"])]
+            failed = [(fields["actor"], fields["kind"]), *fields["gone"].items()]
         else:
             return
         counts = dict(self._shown(FAILURES))

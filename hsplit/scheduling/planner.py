@@ -56,7 +56,7 @@ def plan(
         raise InputError(f"policy: split: must be at most {layers}, the number of layers (got {policy.split})")
     if policy.train == "weights":
         return whole_model(clients, server, cost, importance)
-    smallest = layers if policy.placement != "split" else policy.split if isinstance(policy.split, int) else 1
+    smallest = smallest_split(cost, policy)
     ranks = rank_choices(cost, policy)
     needed = minimal_bytes(cost, int(ranks[0]))
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
@@ -121,6 +121,21 @@ def _with_frozen(
 
 def _objective(problem: Problem, splits: Ints) -> float:
     return float(problem.objective(problem.state(splits))[0])
+
+
+def smallest_split(cost: CostModel, policy: Policy) -> int:
+    """The fewest layers that a client holds under ``policy``."""
+    if policy.placement != "split":
+        return cost.model.layers
+    return policy.split if isinstance(policy.split, int) else 1
+
+
+def smallest_part_bytes(cost: CostModel, policy: Policy) -> int:
+    """Memory that a client needs for the smallest part there is under ``policy``."""
+    if policy.train == "weights":
+        return cost.training_bytes
+    # Of a budget in GB the last byte is rounding.
+    return 1 + int(np.ceil(minimal_bytes(cost, int(rank_choices(cost, policy)[0]))[smallest_split(cost, policy)]))
 
 
 def rank_choices(cost: CostModel, policy: Policy) -> Ints:

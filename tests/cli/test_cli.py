@@ -138,7 +138,8 @@ def test_a_run_that_is_complete_is_not_begun_again(
     assert result.stdout.startswith(f"{run.path}: is complete already\nadapter ")
     # A crash between the last checkpoint and the export leaves something to do.
     EventLog(run.directory.events).write("failed", "no space left")
-    assert isinstance(_call("resume", run.path).exception, AssertionError)
+    begun = _call("resume", run.path)
+    assert begun.exit_code == 1 and begun.stderr.startswith("error: AssertionError: started; the traceback is in ")
 
 
 def test_a_run_that_is_interrupted_at_once_says_how_to_go_on(
@@ -148,7 +149,7 @@ def test_a_run_that_is_interrupted_at_once_says_how_to_go_on(
     (directory.checkpoints / "round-0001").mkdir()
 
     def interrupted(*_: object, **__: object) -> None:
-        with _failing_well(Mock(), directory):
+        with _failing_well(directory):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("hsplit.launcher.launch", interrupted)

@@ -68,7 +68,7 @@ assert placement.away == ("small",)
 
 def of(fingerprint, name):
     executor = RayExecutor(name, run, model, placement, fingerprint)
-    assert executor.away() == ["small"] and "small" not in executor.lost()
+    assert executor.away() == ["small"] and not executor.lost()
     return executor
 
 
