@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from ray import exceptions
 
-from hsplit.actors.executor import ActorFailure, FailureKind, failure_of, one_line
+from hsplit.actors.executor import ActorFailure, FailureKind, failure_of
 from hsplit.errors import HsplitError
 
 RAY = "Ray"
@@ -25,7 +25,8 @@ _USE = re.compile(r"Memory usage (\d+)B exceeded threshold of (\d+)B")
 _FOR_MEMORY = re.compile(r"running low on memory|memory monitor|OutOfMemoryError|MemoryError|allocate memory")
 _NODE_GONE = re.compile(r"node (?:has )?died|node was (?:dead|terminated|preempted)|node is dead")
 
-# By exception, the first that fits: the kind, and the reason (empty: Ray's own first line).
+_MAX_REASON = 500
+# By exception, the first that fits: the kind, and the reason (empty: Ray's own text).
 _KINDS: tuple[tuple[type[Exception], FailureKind, str], ...] = (
     (exceptions.GetTimeoutError, "late", "it has not answered in time"),
     (exceptions.NodeDiedError, "node", "its node is gone"),
@@ -62,17 +63,17 @@ def failure_from(error: BaseException, actor: str, method: str, names: Mapping[s
         An :class:`ActorFailure`, or the :class:`HsplitError` that the call itself raised.
     """
     names = names or {}
-    if isinstance(error, HsplitError):
-        return error
     if isinstance(error, exceptions.RayTaskError):
-        # First: of the class of its cause it is too.
+        # First: it is also of the class of its cause.
         cause = error.cause
         return failure_of(actor, method, error) if cause is None else failure_from(cause, actor, method, names)
+    if isinstance(error, HsplitError):
+        return error
     if isinstance(error, exceptions.OutOfMemoryError):
         return ActorFailure(_ended(str(error), actor, names), method, _short(str(error)), "memory")
     for kind_of_error, kind, reason in _KINDS:
         if isinstance(error, kind_of_error):
-            return ActorFailure(_named(error, actor, names), method, reason or one_line(error), kind)
+            return ActorFailure(_named(error, actor, names), method, reason or _whole(error), kind)
     if isinstance(error, exceptions.RayActorError):
         return _dead(error, _named(error, actor, names), method)
     return failure_of(actor, method, error)
@@ -99,6 +100,10 @@ def _ended(text: str, actor: str, names: Mapping[str, str]) -> str:
     """Which of those that the memory monitor has ended a failure is of: ``actor`` if it is among them."""
     ended = [names[found] for pattern in (_ENDED_NAME, _ENDED_ID) for found in pattern.findall(text) if found in names]
     return actor if actor in ended or not ended else ended[0]
+
+
+def _whole(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_REASON]
 
 
 def _short(text: str) -> str:
