@@ -70,10 +70,10 @@ class Recovery:
                 return what()
             except ActorFailure as failure:
                 self.lose(failure)
+                # Those short of memory are back when the next plan has given them less.
                 if failure.kind != "memory":
                     self.bring_back()
-                elif not self._standing.clients:
-                    # Those short of memory are back when the next plan has given them less.
+                if not self._standing.clients:
                     self._standing.nobody_is_left(failure.actor)
 
     def bring_back(self) -> None:

@@ -374,6 +374,82 @@ def test_out_of_memory_gives_a_smaller_plan(
     assert made.progress.failures == {"c1": 1} and made.progress.metrics[-1]["available_clients"] == 2
 
 
+def short_run(
+    model: Path, to: Path, fault: Fault, server: tuple[float, float], client_gb: float = 0.0014, max_failures: int = 3
+) -> Coordinator:
+    """A run of two clients, by its own plans, in which ``fault`` is to happen; ``server``: its memory and TFLOP/s."""
+    from hsplit.config import Client, RunConfig, ServerSpec
+    from tests.in_process import planned_run
+
+    settings = {**SETTINGS, "dtype": "fp32", "max_length": 32, "rank_set": [1, 2, 4]}
+    job = Job.model_validate({**settings, "faults": {"max_failures": max_failures}})
+    clients = tuple(Client(name=f"c{i}", kind=f"c{i}", memory_gb=client_gb, tflops=0.01) for i in range(2))
+    config = RunConfig(server=ServerSpec(memory_gb=server[0], tflops=server[1]), clients=clients, job=job)
+    shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
+    made = planned_run(config, model, RunDirectory.create(to, "short"), shares, Recorder())
+    return reached_by(FaultyInProcess(made._executor, [fault]), made)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "nth", "smaller_from"),
+    [
+        ("server", "train_step", 5, 2),
+        ("server", "evaluate", 2, 1),
+        ("server", "configure", 1, 0),
+        ("c1", "forward", 5, 3),
+    ],
+)
+def test_who_is_short_of_much_less_than_it_declared_holds_less_than_before(
+    models: dict[str, Path], tmp_path: Path, name: str, method: str, nth: int, smaller_from: int
+) -> None:
+    """A budget of a thousand times of what the plan takes says nothing of the machine that it is on."""
+    # A fast server has most layers; a slow one leaves them to clients that have room.
+    server, client_gb = ((4.0, 20.0), 0.0014) if name == "server" else ((4.0, 0.001), 0.004)
+    run = short_run(models["llama"], tmp_path, Fault(name, method, nth, "memory"), server, client_gb)
+    assert run.run()
+    held = [row["predicted_bytes"] for row in run.progress.plans if row["name"] == name]
+    (planned, *_) = told(run, "planned")
+    first = planned["plan"]["server"] if name == "server" else planned["plan"]["clients"][1]
+    for round_, held_bytes in enumerate(held):
+        if round_ >= smaller_from:
+            assert held_bytes < first["predicted_bytes"]
+        else:
+            assert held_bytes == first["predicted_bytes"]
+    assert any(f"{name} ran out of memory" in reason for event in told(run, "replanned") for reason in event["reasons"])
+    assert run.progress.shortages == {name: 1} and run.progress.metrics[-1]["available_clients"] == 2
+
+
+def test_a_server_that_could_hold_no_less_is_tried_again_and_the_run_says_what_is_lacking(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    fault = Fault("server", "train_step", 4, "memory", times=9)
+    run = short_run(models["llama"], tmp_path, fault, (4.0, 20.0), max_failures=8)
+    with pytest.raises(ActorFailure) as failure:
+        run.run()
+    assert [event["kind"] for event in told(run, "repeated")] == ["memory"] * 8
+    last = told(run, "planned")[-1]["plan"]["server"]["predicted_bytes"]
+    assert failure.value.reason == (
+        f"the test says so; its part of the plan takes {last / 1e6:.1f} MB, and its node lacks them; free memory there,"
+        " or give it less to do"
+    )
+    reasons = [reason for event in told(run, "replanned") for reason in event["reasons"]]
+    assert any("there is no plan with so little (server: memory_gb: " in reason for reason in reasons)
+
+
+def test_a_client_that_could_hold_no_less_keeps_its_part(models: dict[str, Path], tmp_path: Path) -> None:
+    run = short_run(models["llama"], tmp_path, Fault("c1", "forward", 2, "memory", times=3), (1.0, 20.0))
+    assert run.run()
+    assert [row["available_clients"] for row in run.progress.metrics] == [2] * 4
+    assert not told(run, "unavailable", "set_aside") and run.progress.shortages == {"c1": 3}
+
+
+def test_when_nobody_is_left_the_last_ones_reason_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+    faults = [Fault(f"c{i}", "validation_forward", 2, "error", times=20) for i in range(CLIENTS)]
+    told_ = r"no client is left to train with \(c\d failed last: the test says so\)"
+    with pytest.raises(ActorFailure, match=told_):
+        run_with(models["llama"], tmp_path, *faults, faults={"max_failures": 1})
+
+
 def test_a_lost_clients_rank_counts_for_what_all_restart_with(models: dict[str, Path], tmp_path: Path) -> None:
     """With unequal ranks the common restart must have room with the one who is missing too (law E4)."""
     settings = {**SETTINGS, "rounds": 2, "dtype": "fp32"}

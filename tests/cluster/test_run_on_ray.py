@@ -21,7 +21,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
-from hsplit.errors import InputError
+from hsplit.errors import InputError, RunError
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import read_plan
@@ -329,6 +329,25 @@ def test_a_client_that_dies_is_left_out_and_comes_back(cluster_file: Path, tmp_p
     assert "large-1 failed in its forward (its process ended); the others go on" in events[0]["text"]
     assert run.metrics["val_loss"].iloc[-1] < run.metrics["val_loss"].iloc[0]
     assert (run.metrics["available_clients"] == 3).all()
+
+
+def test_an_error_that_nothing_foresaw_ends_the_run_in_one_line_and_it_is_resumed(
+    cluster_file: Path, tmp_path: Path, whole: tuple[hsplit.Run, Recorder]
+) -> None:
+    def fail(step: int) -> None:
+        if step == 6:
+            raise ZeroDivisionError("nothing to divide by")
+
+    with pytest.raises(RunError) as error:
+        hsplit.launch(cluster_file, runs_dir=tmp_path, name="hit", display=Recorder(after_step=fail))
+    path, text = tmp_path / "hit", str(error.value)
+    log = path / "traceback.log"
+    assert text.startswith(f"round 2: ZeroDivisionError: nothing to divide by; the traceback is in {log}; ")
+    assert text.endswith(f"hsplit resume {path}") and "in fail" in log.read_text()
+    (failed,) = (event for event in read_events(path / "events.jsonl") if event["event"] == "failed")
+    assert failed["text"] == text.partition("; go on")[0]
+    resumed = hsplit.resume(path, display=Recorder())
+    assert resumed.complete and _comparable(resumed) == _comparable(whole[0])
 
 
 def test_a_gpu_that_no_node_has_is_refused_by_name(cluster_file: Path, tmp_path: Path) -> None:
