@@ -26,6 +26,7 @@ from tests.in_process import Recorder
 
 # Of all actors; a round of the drill's cluster is some sixty.
 CALLS_BETWEEN_KILLS = (10, 80)
+MOST_TAKEN_BYTES, PIECE_BYTES = 8 << 30, 64 << 20
 
 
 @dataclass
@@ -77,6 +78,10 @@ class KillingExecutor(RayExecutor):
         """Call ``what`` with the actor's own object, in its process."""
         return ray.get(self._handles[actor].__ray_call__.remote(what))
 
+    def have_memory_taken(self, actor: str) -> None:
+        """Have the actor take memory, before anything that it is asked for later, until its process is ended."""
+        self._handles[actor].__ray_call__.remote(_take_memory)
+
     def call(self, actor: str, method: str, *arguments: Any) -> Any:
         (handle,) = self._watched(actor, method, lambda: [super(KillingExecutor, self).call(actor, method, *arguments)])
         return handle
@@ -105,6 +110,16 @@ class KillingExecutor(RayExecutor):
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         return handles
+
+
+def _take_memory(actor: Any) -> None:
+    import numpy as np
+
+    taken = []
+    for _ in range(MOST_TAKEN_BYTES // PIECE_BYTES):
+        taken.append(np.ones(PIECE_BYTES, dtype=np.uint8))
+    # The memory monitor looks several times a second.
+    time.sleep(60)
 
 
 @dataclass
@@ -142,21 +157,35 @@ def drill(
     after_step: Callable[[int], None] | None = None,
     beside: Callable[[KillingExecutor], None] | None = None,
     name: str = "drill",
+    checkpoint: Path | None = None,
+    stop_after: int | None = None,
 ) -> Drill:
-    """Run ``cluster_file`` on the Ray that is there; ``beside`` is called in a thread of its own meanwhile."""
+    """Run ``cluster_file`` on the Ray that is there; ``beside`` is called in a thread of its own meanwhile.
+
+    With a ``checkpoint`` of that run it goes on from there; it is stopped after the step ``stop_after``.
+    """
     run: RunConfig = settled(load_run_config(cluster_file, None, overrides or {}))
     source = find_model(run.job.model)
     inputs = read_inputs(run, source)
-    directory = RunDirectory.create(runs_dir, name)
-    run.save(directory.config)
+    if checkpoint is None:
+        directory = RunDirectory.create(runs_dir, name)
+        run.save(directory.config)
+    else:
+        directory = RunDirectory.open(runs_dir / name)
     executor = KillingExecutor(directory.path.name, run, source.directory)
     executor.happenings = list(happenings)
+
+    def stepped(step: int) -> None:
+        coordinator.stopping = step == stop_after
+        if after_step is not None:
+            after_step(step)
+
     thread = None if beside is None else threading.Thread(target=beside, args=[executor], daemon=True)
     try:
-        coordinator = Coordinator(run, executor, directory, inputs, Recorder(after_step=after_step))
+        coordinator = Coordinator(run, executor, directory, inputs, Recorder(after_step=stepped))
         if thread is not None:
             thread.start()
-        complete = coordinator.run()
+        complete = coordinator.run(checkpoint)
     finally:
         executor.close()
     assert all(happening.done for happening in happenings), "what was to happen has happened"
