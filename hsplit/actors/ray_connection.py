@@ -13,8 +13,9 @@ from typing import Any
 
 import ray
 
-from hsplit.actors.executor import LOCALHOST, one_line
+from hsplit.actors.executor import LOCALHOST
 from hsplit.actors.fork_server import ForkServer
+from hsplit.actors.ray_start import last_words, no_waiting_for_a_failed_dashboard
 from hsplit.errors import InputError, RunError, os_reason
 
 # Read by worker processes when they start, so it must be in the environment before Ray is.
@@ -70,17 +71,18 @@ def connect(
             quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
             os.environ |= NOT_BEFOREHAND
         try:
-            context = ray.init(
-                address="local",
-                num_cpus=logical,
-                include_dashboard=dashboard,
-                dashboard_host=dashboard_host,
-                **quiet,
-            )
+            with no_waiting_for_a_failed_dashboard(root):
+                context = ray.init(
+                    address="local",
+                    num_cpus=logical,
+                    include_dashboard=dashboard,
+                    dashboard_host=dashboard_host,
+                    **quiet,
+                )
         except Exception as error:  # Ray raises anything, a log's last lines among it
             raise RunError(
-                f"no Ray could be started on this machine ({one_line(error)}); try again when it has less to do, or"
-                " start one with `ray start --head` and give --address auto"
+                f"no Ray could be started on this machine: {last_words(error, root)}; if it only has too much to do,"
+                " try again, or start one with `ray start --head` and give --address auto"
             ) from error
         finally:
             _keep_token()
@@ -89,7 +91,9 @@ def connect(
         try:
             context = ray.init(address=address, **quiet)
         except Exception as error:  # likewise
-            raise InputError(f"--address {address}: no Ray cluster could be reached ({one_line(error)})") from error
+            raise InputError(
+                f"--address {address}: no Ray cluster could be reached: {last_words(error, None)}"
+            ) from error
     return context.dashboard_url or None
 
 
