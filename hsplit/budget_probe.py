@@ -30,6 +30,7 @@ from hsplit.models.source import find_model
 from hsplit.preparation import check_model, settled
 from hsplit.run_directory import write_text_atomically
 from hsplit.scheduling.cost import CostModel
+from hsplit.streams import is_terminal
 
 # Times that a message is passed on between client and server, by its least size: always there and back.
 _HOPS = ((16 << 20, 2), (4 << 20, 4), (1 << 20, 8), (0, 32))
@@ -91,7 +92,7 @@ def measure_budgets(
     given = load_unmeasured(cluster, overrides, cpu=cpu)
     run = _all_there(settled(given))
     with helpers_of(run, address) as helpers:
-        source = find_model(run.job.model, progress=sys.stderr.isatty())
+        source = find_model(run.job.model, progress=is_terminal(sys.stderr))
         check_model(run, source)
         cost = CostModel.of_run(model_config(source.directory), run)
         progress("starting the actors")

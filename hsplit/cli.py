@@ -19,6 +19,8 @@ import click
 
 from hsplit import __version__
 from hsplit.errors import HsplitError, RunError
+from hsplit.streams import outputs
+from hsplit.waiting import status
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -53,7 +55,15 @@ def run() -> None:
     """The console command."""
     # Imports alone make a million objects that all live on; looking for garbage among them every 700 takes a second.
     gc.set_threshold(100_000)
-    main()
+    outputs.protect()
+    try:
+        main()
+    except SystemExit as end:
+        if (loss := outputs.loss()) is not None:
+            click.echo(f"error: standard output could not be written: {loss}", err=True)
+            # A run's exit code says how the run ended.
+            end.code = end.code or (0 if outputs.runs else RunError.exit_code)
+        raise
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -107,6 +117,7 @@ def launch(
     """Fine-tune, and leave the adapter, metrics and a report in the run's directory."""
     from hsplit.launcher import launch as start
 
+    outputs.never_wait()
     run = start(
         cluster,
         policy,
@@ -129,6 +140,7 @@ def resume(run: Path, address: str | None, dashboard_host: str) -> None:
     """Go on with a run from its last complete checkpoint."""
     from hsplit.launcher import resume as go_on
 
+    outputs.never_wait()
     if not go_on(run, address=address, dashboard_host=dashboard_host).complete:
         sys.exit(INTERRUPTED)
 
@@ -226,8 +238,8 @@ def simulate(
     from hsplit.simulation.sweep import sweep
     from hsplit.simulation.table import sweep_table
 
-    with Console(stderr=True).status("simulating") as status:
-        found = sweep(cluster, policy, overrides, cpu=cpu, **options, progress=status.update)
+    with status("simulating") as update:
+        found = sweep(cluster, policy, overrides, cpu=cpu, **options, progress=update)
     if to is not None:
         from hsplit.simulation.report import write_simulation
 
@@ -263,8 +275,8 @@ def probe(cluster: str, overrides: tuple[str, ...], to: Path, as_json: bool, **o
     from hsplit.budget_probe import measure_budgets
     from hsplit.observe.budget_table import budget_table
 
-    with Console(stderr=True).status("looking for the model") as status:
-        found = measure_budgets(cluster, to, overrides, **options, progress=status.update)
+    with status("looking for the model") as update:
+        found = measure_budgets(cluster, to, overrides, **options, progress=update)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -342,8 +354,8 @@ def evaluate(target: Path, data: str | None, as_json: bool, **options: Any) -> N
 
     from hsplit.evaluation.evaluate import evaluate as measure
 
-    with Console(stderr=True).status("loading") as status:
-        found = measure(target, data, **options, progress=status.update)
+    with status("loading") as update:
+        found = measure(target, data, **options, progress=update)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
@@ -373,7 +385,8 @@ def export(run: Path, to: Path | None, **options: Any) -> None:
     """Write what a run has learned by its last checkpoint, for PeftModel or AutoModelForCausalLM.from_pretrained."""
     from hsplit.exporting import ExportOptions, export_run
 
-    written = export_run(run, to, ExportOptions(**options))
+    with status("exporting"):
+        written = export_run(run, to, ExportOptions(**options))
     for line in written.lines:
         click.echo(line, err=True)
     click.echo(written.path)

@@ -28,6 +28,7 @@ from hsplit.models.hub import is_hub_id
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
 from hsplit.run_directory import RunDirectory
+from hsplit.streams import is_terminal
 
 PEFT, MERGED = "peft", "merged"
 RUN, ORIGINAL = "run", "original"
@@ -117,7 +118,7 @@ def export_run(path: str | Path, to: str | Path | None, options: ExportOptions) 
         )
     if trained and options.base == ORIGINAL:
         raise InputError(f"{directory.path}: --base original: every weight was trained, so there is no other base")
-    source = find_model(run.job.model, progress=sys.stderr.isatty())
+    source = find_model(run.job.model, progress=is_terminal(sys.stderr))
     default = directory.adapter if format_ == PEFT else directory.path / "model"
     target = default if to is None else Path(to)
     try:

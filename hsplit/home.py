@@ -14,6 +14,7 @@ from pathlib import Path
 
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 """What ``getpass.getuser`` looks at before it asks the system for a user's name."""
+_PREFIX = "hsplit-home-"
 
 
 def make_home_usable(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -59,8 +60,10 @@ def keep_ray_token(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if os.name != "posix" or environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
         return
-    rays = Path(environ.get("HOME") or os.path.expanduser("~")) / ".ray"
-    if _writable(rays) or os.access(rays / "auth_token", os.R_OK):
+    home = Path(environ.get("HOME") or os.path.expanduser("~"))
+    rays = home / ".ray"
+    # In a home of this process's own making `ray get-auth-token` would not look for it.
+    if not home.name.startswith(_PREFIX) and (_writable(rays) or os.access(rays / "auth_token", os.R_OK)):
         return
     path = _directory_instead() / "ray_auth_token"
     if not path.exists():
@@ -93,12 +96,12 @@ def _directory_instead() -> Path:
     """A directory of this user's alone below the temporary one, the same for every command."""
     import tempfile
 
-    path = Path(tempfile.gettempdir()) / f"hsplit-home-{os.getuid()}"
+    path = Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getuid()}"
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             # Somebody else's, who could put something there.
-            return Path(tempfile.mkdtemp(prefix="hsplit-home-"))
+            return Path(tempfile.mkdtemp(prefix=_PREFIX))
     return path

@@ -44,7 +44,9 @@ from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
 from hsplit.shadowing import shadowing_file, why_refused
+from hsplit.streams import is_terminal
 from hsplit.tracebacks import unexpected
+from hsplit.waiting import Waiting
 
 if TYPE_CHECKING:
     import pandas
@@ -115,11 +117,15 @@ def launch(
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
     check_logs(run)
     with helpers_of(run, address) as helpers:
-        source = find_model(run.job.model, progress=sys.stderr.isatty())
-        check_model(run, source)
-        inputs = read_inputs(run, source)
-        # Made again by the scheduler: that nobody fits is said before anything starts.
-        Scheduler(run, source.directory).plan()
+        with Waiting("the model is looked for") as waiting:
+            source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+            waiting.update("the model is checked")
+            check_model(run, source)
+            waiting.update("model and data are read")
+            inputs = read_inputs(run, source)
+            waiting.update("a plan is made")
+            # Made again by the scheduler: that nobody fits is said before anything starts.
+            Scheduler(run, source.directory).plan()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
         with _left_out_if_refused(directory):
@@ -146,8 +152,9 @@ def resume(
             shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
         return Run(directory.path, True)
     with helpers_of(run, address) as helpers:
-        source = find_model(run.job.model, progress=sys.stderr.isatty())
-        inputs = read_inputs(run, source)
+        with Waiting("model and data are read"):
+            source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+            inputs = read_inputs(run, source)
         return _drive(run, source, inputs, directory, address, dashboard_host, display, helpers, *found)
 
 
@@ -155,25 +162,27 @@ def plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> Plan:
     """The plan that :func:`launch` would start with; reads the model's ``config.json`` only."""
-    _, scheduler = _planning(cluster, policy, overrides, cpu)
-    return scheduler.plan()
+    with Waiting("model and plan"):
+        _, scheduler = _planning(cluster, policy, overrides, cpu)
+        return scheduler.plan()
 
 
 def explained_plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> tuple[Plan, Insight]:
     """:func:`plan`, with whom it waits for most and what one more GB of memory would buy."""
-    run, scheduler = _planning(cluster, policy, overrides, cpu)
-    made, cost = scheduler.plan(), scheduler.cost
-    importance = equal_importance(cost.model.weights)
-    return made, explained(made, run.participants, run.server, cost, importance, run.policy)
+    with Waiting("model and plan"):
+        run, scheduler = _planning(cluster, policy, overrides, cpu)
+        made, cost = scheduler.plan(), scheduler.cost
+        importance = equal_importance(cost.model.weights)
+        return made, explained(made, run.participants, run.server, cost, importance, run.policy)
 
 
 def _planning(
     cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool
 ) -> tuple[RunConfig, Scheduler]:
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
-    source = find_model(run.job.model, progress=sys.stderr.isatty())
+    source = find_model(run.job.model, progress=is_terminal(sys.stderr))
     check_model(run, source)
     for line in own_code(run.policy):
         print(line, file=sys.stderr)
@@ -272,7 +281,8 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
                 f"HOME: Ray's token cannot be written there nor elsewhere ({os_reason(error)}); set HOME or TMPDIR to a"
                 " directory that can be written"
             ) from error
-    import ray
+    with Waiting("Ray's program is loaded"):
+        import ray
 
     holders = (run.server, *run.participants)
     local = address is None and not ray.is_initialized()
@@ -338,13 +348,15 @@ def _drive(
         helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
-            placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
-            notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
+            with Waiting("the nodes are looked at, and their base model"):
+                placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
+                notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             with failing_as(RAY, "naming its metrics endpoint"):
                 metrics = metrics_address()
             announce(announced, metrics)
-            executor = RayExecutor(name, run, source.directory, placement, fingerprint)
+            with Waiting("the actors are started"):
+                executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
                 headlines = _headlines(run, source, directory, dashboard, metrics)
                 shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
@@ -380,7 +392,8 @@ def ray_of(
         return
     cpus = local_cpus(run)
     root, fork_server = helpers.janitor.root, helpers.fork_server
-    found = connect(address, cpus, dashboard, root=root, fork_server=fork_server, dashboard_host=dashboard_host)
+    with Waiting("Ray is started" if address is None else f"the Ray cluster at {address} is reached"):
+        found = connect(address, cpus, dashboard, root=root, fork_server=fork_server, dashboard_host=dashboard_host)
     try:
         yield found
     finally:

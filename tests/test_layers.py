@@ -30,8 +30,8 @@ LAYERS = (
     ("data", "lora", "models", "scheduling"),
     ("extension", "run_directory"),
     ("config",),
-    ("driver", "socket_directory", "tracebacks"),
-    ("dependency_messages", "errors", "home", "seeds", "shadowing"),
+    ("driver", "socket_directory", "tracebacks", "waiting"),
+    ("dependency_messages", "errors", "home", "seeds", "shadowing", "streams"),
 )
 # They start actors, place them, and pass on Ray's metrics.
 KNOW_RAY = {

@@ -10,6 +10,7 @@ from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.hub import HubMiss, cached_snapshot, fetched_snapshot, is_hub_id
 from hsplit.models.packaged import PACKAGED_TWINS, Packaged, packaged_model, parse_reference
+from hsplit.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _from_hub(model: str, progress: bool) -> ModelSource:
     tried: list[str] = []
     for place, snapshot in (("local hub cache", cached_snapshot), ("hub", fetched_snapshot)):
         try:
-            directory = snapshot(model, progress)
+            with Waiting(f"{model}: the {place}"):
+                directory = snapshot(model, progress)
         except HubMiss as miss:
             tried.append(f"{place}: {miss}")
             continue

@@ -26,6 +26,7 @@ from hsplit.observe.wording import (
     split_text,
 )
 from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.waiting import Waiting
 
 REFRESH_PER_S = 4
 _ROUNDS_SHOWN = 8
@@ -56,6 +57,8 @@ class LiveDisplay:
         self._losses: Mapping[str, float] = {}
         self._states: Mapping[str, str] = {}
         self._perplexities: tuple[tuple[int, float], ...] = ()
+        # Until there is something to redraw.
+        self._waiting = Waiting("the actors read their data, and a plan is made")
         self._live = Live(
             get_renderable=self._frame,
             console=self._console,
@@ -77,6 +80,7 @@ class LiveDisplay:
             self._welcome(self._plan, plan)
         self._plan = plan
         if not self._live.is_started:  # not earlier: until there is a plan there is nothing to redraw
+            self._waiting.end()
             self._live.start()
 
     def step(
@@ -114,11 +118,13 @@ class LiveDisplay:
             self._console.print(Text(printable(line)))
 
     def __enter__(self) -> Self:
+        self._waiting.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._waiting.__exit__(kind, error, trace)
         self._live.stop()
 
     def _welcome(self, before: Plan, after: Plan) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.silent_display import SilentDisplay
 from hsplit.observe.terminal import Display
 from hsplit.observe.timing import TimingRow
 from hsplit.scheduling.plan import Plan
@@ -16,8 +18,8 @@ from hsplit.scheduling.plan import Plan
 class Observers:
     """Tells a display, then others, as a :class:`~hsplit.observe.terminal.Display` is told.
 
-    What the display raises is raised here. One of the others that fails is left out from then on, and the display says
-    so: a run does not end because it cannot be watched.
+    One that fails, the display too, is left out from then on, and the display says so of the others: a run does not end
+    because it cannot be watched.
 
     Args:
         display: what the user watches.
@@ -64,10 +66,19 @@ class Observers:
         for observer in reversed(self._others):
             with suppress(Exception):
                 observer.__exit__(kind, error, trace)
-        self._display.__exit__(kind, error, trace)
+        with suppress(Exception):
+            self._display.__exit__(kind, error, trace)
 
     def _tell(self, what: Callable[[Display], Any]) -> None:
-        what(self._display)
+        try:
+            what(self._display)
+        except Exception as error:
+            with suppress(Exception):
+                self._display.__exit__(type(error), error, error.__traceback__)
+            self._display = SilentDisplay()
+            with suppress(Exception):
+                failed = "what shows the run has failed, and the run goes on without"
+                print(f"note: {failed}: {type(error).__name__}: {error}", file=sys.stderr)
         for observer in list(self._others):
             try:
                 what(observer)

@@ -13,8 +13,8 @@ from hsplit.observe.plan_changes import holder_line, plan_changes
 from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import bytes_text, duration_text, number_text, plan_lines, printable
 from hsplit.scheduling.plan import Plan
-
-_ASCII = str.maketrans({"–": "-", "Σ": "sum", "→": "->", "…": "..."})
+from hsplit.streams import encodable
+from hsplit.waiting import Waiting
 
 
 class PlainDisplay:
@@ -40,6 +40,7 @@ class PlainDisplay:
         self._pace = pace or Pace()
         self._printed_step = 0
         self._plan: Plan | None = None
+        self._waiting = Waiting("the actors read their data and layers", growing=True)
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
         """Print the run's name and what it runs on."""
@@ -58,6 +59,7 @@ class PlainDisplay:
         self._plan = plan
         for line in (*lines, *plan_lines(plan)):
             self._print(f"  {line}")
+        self._waiting.update("layers are loaded as the plan says")
 
     def step(
         self,
@@ -70,6 +72,7 @@ class PlainDisplay:
     ) -> None:
         """Print one line every few steps."""
         self._pace.step(step, steps)
+        self._waiting.update(f"round {round}/{rounds} goes on after step {step}/{steps}")
         # the first one at once: it tells that the run has begun to train; who watches may not see every step
         passed = step // self._every_steps - self._printed_step // self._every_steps
         if self._printed_step and passed == 0:
@@ -91,6 +94,7 @@ class PlainDisplay:
             f"{row.available_clients} clients",
         ]
         self._print(", ".join(parts))
+        self._waiting.update(f"what follows round {row.round}")
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` as a note."""
@@ -102,12 +106,13 @@ class PlainDisplay:
             self._print(line)
 
     def __enter__(self) -> Self:
+        self._waiting.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        self._waiting.__exit__(kind, error, trace)
 
     def _losses(self, losses: Mapping[str, float]) -> str:
         if not losses:
@@ -118,10 +123,5 @@ class PlainDisplay:
         return f"losses of {len(losses)} clients from {number_text(low)} to {number_text(high)}"
 
     def _print(self, line: str) -> None:
-        line = printable(line)
-        encoding = self._stream.encoding or "utf-8"
-        try:
-            line.encode(encoding)
-        except UnicodeEncodeError:
-            line = line.translate(_ASCII).encode(encoding, "replace").decode(encoding)
-        print(line, file=self._stream, flush=True)
+        print(encodable(printable(line), self._stream.encoding), file=self._stream, flush=True)
+        self._waiting.heard()

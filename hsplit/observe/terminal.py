@@ -12,8 +12,10 @@ from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.pace import Pace
 from hsplit.observe.plain_display import PlainDisplay
 from hsplit.observe.plan_table import plan_table
+from hsplit.observe.silent_display import SilentDisplay
 from hsplit.observe.timing import TimingRow
 from hsplit.scheduling.plan import Plan
+from hsplit.streams import is_terminal
 
 __all__ = ["Display", "LiveDisplay", "PlainDisplay", "display_for", "plan_table"]
 
@@ -71,14 +73,16 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def display_for(stream: TextIO, pace: Pace | None = None) -> Display:
-    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise.
+def display_for(stream: TextIO | None, pace: Pace | None = None) -> Display:
+    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise; nothing without a stream.
 
     Args:
         stream: where to.
         pace: how far the run is; by default counted from now on.
     """
-    if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and _shows(stream, "–Σ→━"):
+    if stream is None or stream.closed:
+        return SilentDisplay()
+    if is_terminal(stream) and os.environ.get("TERM") not in ("dumb", "unknown") and _shows(stream, "–Σ→━"):
         return LiveDisplay(stream, pace=pace)
     return PlainDisplay(stream, pace=pace)
 

@@ -24,6 +24,7 @@ from hsplit.observe.terminal import Display, display_for
 from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
+from hsplit.streams import outputs
 
 LOOKED_EVERY_S = 0.5
 _RESOLUTION_S = 0.001
@@ -42,7 +43,8 @@ def watch(path: str | Path, *, display: Display | None = None) -> RunState:
         display: what to show it on; the terminal by default.
 
     Returns:
-        What the run came to: ``complete``, ``stopped``, ``failed`` or ``interrupted``.
+        What the run came to: ``complete``, ``stopped``, ``failed`` or ``interrupted``; its state by then if nobody
+        reads the command line's output any more.
 
     Raises:
         InputError: there is no such run, or no longer, or its configuration cannot be read.
@@ -58,6 +60,8 @@ def watch(path: str | Path, *, display: Display | None = None) -> RunState:
             follower.update(driven)
             if follower.complete or not driven:
                 return follower.end()
+            if outputs.reader_is_gone:
+                return run_state(directory)
             time.sleep(LOOKED_EVERY_S)
 
 
