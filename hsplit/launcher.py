@@ -39,6 +39,7 @@ from hsplit.observe.report import write_report
 from hsplit.observe.runs import results_lines, run_state, way_on
 from hsplit.observe.terminal import Display, display_for
 from hsplit.preparation import check_model, own_code, read_inputs, settled
+from hsplit.roster import asked_for
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.insight import Insight, explained
@@ -461,7 +462,7 @@ def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
         return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))
     round_ = course.coordinator.round
     if isinstance(error, ActorFailure):
-        return f"{error.actor} failed in {error.method} in round {round_}: {error.reason}"
+        return f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
     if isinstance(error, HsplitError):
         return f"round {round_}: {error}"
     if isinstance(error, ConnectionError):

@@ -37,12 +37,22 @@ _ASKED_FOR = {
     "probe_backward": "the importance probe",
     "give_up": "a change of plan",
     "reconfigure": "a change of plan",
+    "plan": "planning",
+    "review": "planning",
+    "set_aside": "planning",
+    "ran_out_of_memory": "planning",
+    "take_up": "taking up its state",
 }
+
+
+def asked_for(failure: ActorFailure) -> str:
+    """What an actor was asked for when it failed, in a user's words: ``its forward``."""
+    return _ASKED_FOR.get(failure.method, failure.method)
 
 
 def told(failure: ActorFailure) -> str:
     """A failure in a user's words: ``phone-0 failed in its forward (its process ended)``."""
-    return f"{failure.actor} failed in {_ASKED_FOR.get(failure.method, failure.method)} ({failure.reason})"
+    return f"{failure.actor} failed in {asked_for(failure)} ({failure.reason})"
 
 
 class Roster:
