@@ -21,6 +21,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
+from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError, RunError
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
@@ -334,12 +335,16 @@ def test_a_client_that_dies_is_left_out_and_comes_back(cluster_file: Path, tmp_p
 def test_an_error_that_nothing_foresaw_ends_the_run_in_one_line_and_it_is_resumed(
     cluster_file: Path, tmp_path: Path, whole: tuple[hsplit.Run, Recorder]
 ) -> None:
-    def fail(step: int) -> None:
-        if step == 6:
-            raise ZeroDivisionError("nothing to divide by")
+    aggregate = Coordinator.aggregate
 
-    with pytest.raises(RunError) as error:
-        hsplit.launch(cluster_file, runs_dir=tmp_path, name="hit", display=Recorder(after_step=fail))
+    def fail(coordinator: Coordinator) -> None:
+        if coordinator.round == 2:
+            raise ZeroDivisionError("nothing to divide by")
+        aggregate(coordinator)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RunError) as error:
+        patched.setattr(Coordinator, "aggregate", fail)
+        hsplit.launch(cluster_file, runs_dir=tmp_path, name="hit", display=Recorder())
     path, text = tmp_path / "hit", str(error.value)
     log = path / "traceback.log"
     assert text.startswith(f"round 2: ZeroDivisionError: nothing to divide by; the traceback is in {log}; ")
