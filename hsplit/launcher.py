@@ -118,13 +118,13 @@ def launch(
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
     check_logs(run)
     with helpers_of(run, address) as helpers:
-        with Waiting("the model is looked for") as waiting:
+        with Waiting("looking for the model") as waiting:
             source = find_model(run.job.model, progress=is_terminal(sys.stderr))
-            waiting.update("the model is checked")
+            waiting.update("checking the model")
             check_model(run, source)
-            waiting.update("model and data are read")
+            waiting.update("reading model and data")
             inputs = read_inputs(run, source)
-            waiting.update("a plan is made")
+            waiting.update("making a plan")
             # Made again by the scheduler: that nobody fits is said before anything starts.
             Scheduler(run, source.directory).plan()
         directory = RunDirectory.create(Path(runs_dir), name)
@@ -153,7 +153,7 @@ def resume(
             shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
         return Run(directory.path, True)
     with helpers_of(run, address) as helpers:
-        with Waiting("model and data are read"):
+        with Waiting("reading model and data"):
             source = find_model(run.job.model, progress=is_terminal(sys.stderr))
             inputs = read_inputs(run, source)
         return _drive(run, source, inputs, directory, address, dashboard_host, display, helpers, *found)
@@ -163,7 +163,7 @@ def plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> Plan:
     """The plan that :func:`launch` would start with; reads the model's ``config.json`` only."""
-    with Waiting("model and plan"):
+    with Waiting("reading the model, making a plan"):
         _, scheduler = _planning(cluster, policy, overrides, cpu)
         return scheduler.plan()
 
@@ -172,7 +172,7 @@ def explained_plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> tuple[Plan, Insight]:
     """:func:`plan`, with whom it waits for most and what one more GB of memory would buy."""
-    with Waiting("model and plan"):
+    with Waiting("reading the model, making a plan"):
         run, scheduler = _planning(cluster, policy, overrides, cpu)
         made, cost = scheduler.plan(), scheduler.cost
         importance = equal_importance(cost.model.weights)
@@ -282,7 +282,7 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
                 f"HOME: Ray's token cannot be written there nor elsewhere ({os_reason(error)}); set HOME or TMPDIR to a"
                 " directory that can be written"
             ) from error
-    with Waiting("Ray's program is loaded"):
+    with Waiting("importing Ray"):
         import ray
 
     holders = (run.server, *run.participants)
@@ -349,14 +349,14 @@ def _drive(
         helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
-            with Waiting("the nodes are looked at, and their base model"):
+            with Waiting("checking the nodes and their base model"):
                 placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
                 notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             with failing_as(RAY, "naming its metrics endpoint"):
                 metrics = metrics_address()
             announce(announced, metrics)
-            with Waiting("the actors are started"):
+            with Waiting("starting the actors"):
                 executor = RayExecutor(name, run, source.directory, placement, fingerprint)
             with shown, closing(executor):
                 headlines = _headlines(run, source, directory, dashboard, metrics)
@@ -393,7 +393,7 @@ def ray_of(
         return
     cpus = local_cpus(run)
     root, fork_server = helpers.janitor.root, helpers.fork_server
-    with Waiting("Ray is started" if address is None else f"the Ray cluster at {address} is reached"):
+    with Waiting("starting Ray" if address is None else f"connecting to the Ray cluster at {address}"):
         found = connect(address, cpus, dashboard, root=root, fork_server=fork_server, dashboard_host=dashboard_host)
     try:
         yield found

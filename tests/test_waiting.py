@@ -24,10 +24,10 @@ class Heard(io.StringIO):
 
 def test_it_is_said_again_and_again() -> None:
     stream = Heard(lines=3)
-    with Waiting("Ray is started", 0.01, stream=stream):
+    with Waiting("starting Ray", 0.01, stream=stream):
         assert stream.all.wait(60)
     for line in stream.getvalue().splitlines():
-        assert line.startswith("waiting: Ray is started (") and line.endswith(" s)")
+        assert line.startswith("waiting: starting Ray (") and line.endswith(" s)")
     ended = stream.getvalue()
     assert stream.getvalue() == ended
 

@@ -58,7 +58,7 @@ class LiveDisplay:
         self._states: Mapping[str, str] = {}
         self._perplexities: tuple[tuple[int, float], ...] = ()
         # Until there is something to redraw.
-        self._waiting = Waiting("the actors read their data, and a plan is made")
+        self._waiting = Waiting("the actors are reading their data")
         self._live = Live(
             get_renderable=self._frame,
             console=self._console,

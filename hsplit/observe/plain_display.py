@@ -40,7 +40,7 @@ class PlainDisplay:
         self._pace = pace or Pace()
         self._printed_step = 0
         self._plan: Plan | None = None
-        self._waiting = Waiting("the actors read their data and layers", growing=True)
+        self._waiting = Waiting("the actors are reading their data and layers", growing=True)
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
         """Print the run's name and what it runs on."""
@@ -59,7 +59,7 @@ class PlainDisplay:
         self._plan = plan
         for line in (*lines, *plan_lines(plan)):
             self._print(f"  {line}")
-        self._waiting.update("layers are loaded as the plan says")
+        self._waiting.update("loading the layers of the plan")
 
     def step(
         self,

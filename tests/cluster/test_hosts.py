@@ -15,6 +15,7 @@ import pytest
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.runs import list_runs
 from tests.cluster.namespaces import Host, RayNode, environment, hosts, ray_on, unavailable
+from tests.errors import error_lines
 from tests.in_process import random_examples
 
 pytestmark = pytest.mark.drill
@@ -161,6 +162,6 @@ def test_what_a_host_cannot_give_is_refused_in_one_line(
     assert refused.returncode == 2
     for name, host in ray_hosts.made.items():
         reason = reason.replace(name.upper(), host.address)
-    (line,) = refused.stderr.splitlines()
+    (line,) = error_lines(refused.stderr)
     assert line.startswith("error: " + reason.replace("GPT2", str(models["gpt2"])))
     assert not list((tmp_path / "runs").iterdir())

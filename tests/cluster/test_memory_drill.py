@@ -22,6 +22,7 @@ import pytest
 from hsplit.observe.events import read_events
 from hsplit.observe.runs import run_state
 from hsplit.run_directory import RunDirectory
+from tests.errors import error_lines
 
 pytestmark = pytest.mark.drill
 
@@ -162,7 +163,7 @@ def hsplit_command(*arguments: object, watched: dict[str, str] | None = None) ->
 def ended_well(command: subprocess.Popen[str], run: Path, record: Record) -> str:
     """Wait for a command that cannot succeed; returns its one line."""
     out, errors = command.communicate(timeout=300)
-    lines = errors.strip().splitlines()
+    lines = error_lines(errors)
     record("exit_code", command.returncode)
     record("told", lines[-1])
     assert command.returncode == 1 and "Traceback" not in out + errors

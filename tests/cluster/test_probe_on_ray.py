@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from hsplit.cli import main
 from hsplit.config import load_run_config
+from tests.errors import error_lines
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -51,6 +52,6 @@ def test_a_node_that_is_not_there_is_refused_by_name(models: dict[str, Path], tm
     bare.write_text(f"clients: [{{name: small, node: elsewhere}}]\njob: {{model: {models['llama']}, dtype: fp32}}\n")
     result = CliRunner().invoke(main, ["probe", "--cluster", str(bare), "--to", str(to)])
     assert result.exit_code == 2
-    (line,) = result.stderr.strip().splitlines()
+    (line,) = error_lines(result.stderr)
     assert line.startswith("error: small: node: elsewhere is not in the Ray cluster")
     assert not to.exists()
