@@ -20,6 +20,7 @@ from hsplit.models.device_map import place
 from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
+from hsplit.models.tokenizer_files import missing_packages, vocabulary_file
 from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
 from hsplit.scheduling.plan import MAX_LAYERS
 
@@ -173,13 +174,29 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of the model in ``directory``.
 
     Raises:
-        InputError: there is none that transformers can read without running code that comes with it.
+        InputError: there is none that transformers can read without running code that comes with it, or a package
+            that it needs for that is not installed.
     """
     from transformers import AutoTokenizer
 
+    vocabulary = vocabulary_file(directory)
     try:
+        # Before transformers tries, which takes any vocabulary that it cannot read for one of tiktoken.
+        missing = [] if vocabulary is None else missing_packages(vocabulary)
+        if vocabulary is not None and missing:
+            raise InputError(
+                f"job.model: {directory}: {vocabulary.name}, its tokenizer, needs {' and '.join(missing)}: pip install"
+                f" {' '.join(missing)} (on every node)"
+            )
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except InputError:
+        raise
     except Exception as error:  # transformers' and tokenizers' readers raise anything on files that they do not know
+        if "instantiate the backend tokenizer" in str(error):
+            raise InputError(
+                f"job.model: {directory}: has no tokenizer.json, nor anything that one can be made of; put the"
+                " tokenizer's files beside config.json"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"job.model: {directory}: its tokenizer cannot be read: {reason}") from error
 
