@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,8 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
         tokenizer: the model's, where it is loaded already.
 
     Raises:
-        InputError: the data are unusable, or hold tokens that the model has no embedding for.
+        InputError: the data are unusable or too few, hold tokens that the model has no embedding for, or no token that
+            could be learned or tested.
     """
     from hsplit.data import partition
 
@@ -128,15 +130,46 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
     digest = ""
     examples: list[Example] = []
     if sharing:
-        examples, _ = read_shared(run, source, tokenizer)
+        examples, test = read_shared(run, source, tokenizer)
+        _check_count(len(examples), len(sharing), run)
         spec = data.partition
         how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
         parts = partition(examples, len(sharing), how, job.seed)
         for name, part in zip(sharing, parts, strict=True):
             shares[name] = [examples[i] for i in part]
+        _check_supervised({name: shares[name] for name in sharing}, test, run, tokenizer)
         digest = shared_sha256(run)
     _check_tokens(examples, run, source, tokenizer)
     return Inputs(shares, model_fingerprint(source.directory), digest)
+
+
+def _check_count(count: int, clients: int, run: RunConfig) -> None:
+    """Refuse fewer examples than the clients that share them need."""
+    from hsplit.data.partition import SMALLEST_SHARE
+
+    data, least = run.job.data, SMALLEST_SHARE * clients
+    if count >= least:
+        return
+    made = "" if os.path.isfile(os.path.expanduser(data.source)) else f", job.data.examples {data.examples}"
+    taken = f", job.data.limit {data.limit}" if data.limit is not None else ""
+    taken += f", job.data.test {data.test:g}" if data.test else ""
+    names = "1 client" if clients == 1 else f"{clients} clients"
+    raise InputError(
+        f"job.data.source {data.source}{made}{taken}: more clients than examples to share out: {names} without data of"
+        f" their own need at least {least}, {SMALLEST_SHARE} each; there are {count}"
+    )
+
+
+def _check_supervised(shares: dict[str, list[Example]], test: list[Example], run: RunConfig, tokenizer: Any) -> None:
+    """Refuse shares that a client cannot train and validate on, and shared data without a token to predict."""
+    from hsplit.data.local import check_shares, has_example, nothing_supervised
+
+    job = run.job
+    supervised = check_shares(shares, tokenizer, job)
+    if not supervised and len(shares) == len(run.clients):
+        raise nothing_supervised(f"job.data.source {job.data.source}", "training", job.model, job.max_length)
+    if test and not has_example(test, tokenizer, sys.maxsize, lambda example: example.supervised > 0):
+        raise nothing_supervised(f"job.data.test {job.data.test:g} of {job.data.source}", "test", job.model)
 
 
 def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, tokenizer: Any) -> None:

@@ -67,7 +67,7 @@ class Standing:
         self.executor, self.directory, self.inputs, self.display = executor, directory, inputs, display
         self.events = EventLog(directory.events)
         self.progress, self.round = self.nothing_done(), 0
-        self.data = ClientData(executor, inputs.shares, run.job.max_length, self.events, self.note)
+        self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note)
         self.roster = Roster(run.job.faults, executor, self._prepare_return, self._learn, self.note)
         self.training = training_of(run, executor)
         self.servers = run.server.names

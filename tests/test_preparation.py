@@ -14,11 +14,12 @@ import hsplit.preparation
 from hsplit.actors.client import Client as ClientActor
 from hsplit.actors.participant import base_model
 from hsplit.config import Client, Job, Policy, RunConfig
+from hsplit.config.job import DataSpec
 from hsplit.errors import InputError
 from hsplit.models.segment import load_tokenizer
 from hsplit.models.source import find_model
-from hsplit.preparation import check_model, read_inputs
-from tests.tiny import WORDS
+from hsplit.preparation import check_model, read_inputs, read_shared
+from tests.tiny import WORDS, wordless_tokenizer
 
 
 def with_token(model: Path, to: Path, token: str, **special: str) -> Path:
@@ -32,9 +33,9 @@ def with_token(model: Path, to: Path, token: str, **special: str) -> Path:
     return to
 
 
-def run_of(data: Path | None, *, own: Path | None = None, **job: Any) -> RunConfig:
-    source = {} if data is None else {"data": {"source": str(data)}}
-    made = Job.model_validate({"dtype": "fp32", **source, **job})
+def run_of(data: Path | None, *, own: Path | None = None, spec: dict[str, Any] | None = None, **job: Any) -> RunConfig:
+    source = {} if data is None else {"source": str(data)}
+    made = Job.model_validate({"dtype": "fp32", "data": {**source, **(spec or {})}, **job})
     clients = tuple(
         Client(name=name, kind=name, memory_gb=1.0, tflops=1.0, data=None if own is None else str(own))
         for name in ("a", "b")
@@ -110,3 +111,76 @@ def test_the_tokenizer_is_loaded_once_for_a_shared_chat_file(
     shares = read_inputs(run_of(chats), find_model(str(tmp_path / "model"))).shares
     assert sum(len(share or []) for share in shares.values()) == 30
     assert len(loaded) == 1
+
+
+def wordless(model: Path, to: Path) -> Path:
+    """The model with a tokenizer that makes no token of words such as ``zz``, and has no eos."""
+    shutil.copytree(model, to)
+    for file in to.glob("tokenizer*"):
+        file.unlink()
+    wordless_tokenizer().save_pretrained(to)
+    return to
+
+
+def test_shared_data_without_a_token_to_predict_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    source = find_model(str(wordless(models["llama"], tmp_path / "model")))
+    nothing = rows(tmp_path / "nothing.csv", *["zz"] * 8)
+    said = r"^job\.data\.source .*nothing\.csv: no training example .* job\.max_length = .* has a token to predict"
+    with pytest.raises(InputError, match=said):
+        read_inputs(run_of(nothing), source)
+    assert read_inputs(run_of(rows(tmp_path / "some.csv", *["zz"] * 7, "w5", "w6", "w7")), source).shares["a"]
+
+
+def test_a_test_part_without_a_token_to_predict_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    source = find_model(str(wordless(models["llama"], tmp_path / "model")))
+    data = rows(tmp_path / "d.csv", *["w5"] * 9)
+    run = run_of(data, spec={"test": 0.1})
+    _, (tested,) = read_shared(run, source)
+    number = int(tested.prompt.split()[0].removeprefix("w")) - 2
+    rows(data, *["w5"] * number, "zz", *["w5"] * (8 - number))
+    with pytest.raises(InputError, match=r"^job\.data\.test 0\.1 of .*d\.csv: no test example has a token to predict"):
+        read_inputs(run, source)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, ": more clients than examples to share out: 2 clients without data of their own need at least 4, 2 each"),
+        ({"limit": 3}, ", job.data.limit 3: more clients than examples"),
+        ({"test": 0.5}, ", job.data.test 0.5: more clients than examples"),
+        ({"source": "restaurants", "examples": 3}, "restaurants, job.data.examples 3: more clients than examples"),
+    ],
+)
+def test_too_few_shared_examples_name_the_source_and_what_takes_from_it(
+    models: dict[str, Path], tmp_path: Path, data: dict[str, Any], said: str
+) -> None:
+    file = rows(tmp_path / "few.csv", *["w4"] * (3 if not data else 6))
+    with pytest.raises(InputError) as refused:
+        read_inputs(run_of(file, spec=data), find_model(str(models["llama"])))
+    assert str(refused.value).startswith("job.data.source ") and said in str(refused.value)
+    assert str(refused.value).endswith("; there are 3")
+
+
+def test_limit_is_a_draw_by_the_seed_from_shared_data_and_from_a_client_s_own_file(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    file, source = rows(tmp_path / "d.csv", *["w4"] * 60), find_model(str(models["llama"]))
+
+    def drawn(**job: Any) -> set[str]:
+        shares = read_inputs(run_of(file, spec={"limit": 12}, **job), source).shares
+        return {example.prompt for share in shares.values() for example in share or ()}
+
+    whole = {f"w{n + 2} w3\n" for n in range(60)}
+    assert len(drawn()) == 12 and drawn() < whole and drawn() == drawn() != drawn(seed=1)
+    assert not drawn() <= {f"w{n + 2} w3\n" for n in range(12)}, "not the first ones"
+    job = run_of(None, own=file, spec={"limit": 12}).job
+    client = ClientActor("clinic", job, Policy(), base_model(models["llama"], job))
+    report = client.load_data({"clinic": None}, str(file))
+    assert report.train + report.validation == 12
+    assert "drawn by `seed`" in str(DataSpec.model_fields["limit"].description)
+
+
+def test_a_share_that_does_not_fit_is_refused_in_the_driver_by_client(models: dict[str, Path], tmp_path: Path) -> None:
+    long = rows(tmp_path / "long.csv", *["w4 " * 40] * 8)
+    with pytest.raises(InputError, match=r"^client a: .*long\.csv: none of its 3 training .* job\.max_length = 16 "):
+        read_inputs(run_of(long, max_length=16), find_model(str(models["llama"])))

@@ -45,10 +45,12 @@ _TAIL = {f"LossReport.{field}" for field in _LOSS | _SECONDS} | _FLOATS
 LEAVES = {
     "load_data": {
         "DataReport.client: str",
+        "DataReport.supervised: int",
         "DataReport.too_long: int",
         "DataReport.train: int",
         "DataReport.validation: int",
         "DataReport.validation_batches: int",
+        "DataReport.validation_supervised: int",
     },
     "forward": _ACTIVATIONS | _REPORT | {f"ForwardReport.{field}" for field in _SECONDS},
     "tail": _TAIL,

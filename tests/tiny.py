@@ -44,6 +44,15 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
+def wordless_tokenizer() -> Any:
+    """A tokenizer of the letters of ``w1 w2 …`` that drops any other, and has no special token."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = models.BPE(vocab={letter: index for index, letter in enumerate("w0123456789")}, merges=[])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(letters))
+
+
 def save_tiny_model(family: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of ``family`` with its tokenizer into ``directory``."""
     from transformers import AutoModelForCausalLM

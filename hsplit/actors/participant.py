@@ -41,6 +41,7 @@ class DataReport:
         train, validation: examples in use.
         validation_batches: batches that the validation examples make.
         too_long: examples over ``job.max_length``, left out whole.
+        supervised, validation_supervised: tokens of either that the model is to predict.
     """
 
     client: str
@@ -48,6 +49,8 @@ class DataReport:
     validation: int
     validation_batches: int
     too_long: int
+    supervised: int
+    validation_supervised: int
 
 
 class Participant(HolderActor[Holder | WeightHolder]):
@@ -88,7 +91,10 @@ class Participant(HolderActor[Holder | WeightHolder]):
                 the driver, and into the run's log.
         """
         job = self._job
-        tokenizer = load_tokenizer(self._base.directory)
+        try:
+            tokenizer = load_tokenizer(self._base.directory)
+        except InputError as error:
+            raise InputError(f"client {self.name}: {error}") from None
         vocab_size = int(model_config(self._base.directory).vocab_size)
         self._data = []
         for client, share in shares.items():
@@ -98,7 +104,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
                     examples = self._read(own, tokenizer)
                 else:
                     examples = list(share)
-                data = LocalData(client, examples, tokenizer, job)
+                data = LocalData(client, examples, tokenizer, job, None if share is not None else f"data {own}")
                 check_ids([*data.train, *data.held_out], tokenizer, vocab_size, f"client {client}: its data")
             except InputError as error:
                 raise InputError(error.discreet if share is None else str(error)) from None
@@ -112,6 +118,8 @@ class Participant(HolderActor[Holder | WeightHolder]):
             validation=len(held_out),
             validation_batches=len(self._validation),
             too_long=sum(data.too_long for data in self._data),
+            supervised=sum(example.supervised for data in self._data for example in data.train),
+            validation_supervised=sum(example.supervised for example in held_out),
         )
 
     def _read(self, own: str, tokenizer: Any) -> list[Example]:

@@ -71,7 +71,11 @@ class DataSpec(Section):
     separator: AnyText | None = Field(
         default=None, description="text between an example's prompt and its answer; null = the source's own"
     )
-    limit: Count | None = Field(default=None, description="use the first so many examples; null = all")
+    limit: Count | None = Field(
+        default=None,
+        description="use at most so many examples, drawn by `seed` from the whole source, and from each client's own"
+        " file; null = all",
+    )
     test: float = Field(
         default=0.0,
         ge=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hsplit.config import Job
@@ -16,15 +16,19 @@ from hsplit.seeds import hash_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# How many examples are tokenized at first where one that fits is enough; four times as many each time after.
+_FIRST = 4
+
 
 class LocalData:
     """Tokenized examples of one client; which of them stand where depends on run seed, client and step alone.
 
     Args:
         client: whose.
-        examples: at least two.
+        examples: all of them.
         tokenizer: the model's.
         job: its validation share, batch size, longest example and seed.
+        source: where the examples are from, for messages; the job's source by default.
 
     Attributes:
         client: whose.
@@ -33,27 +37,109 @@ class LocalData:
         too_long: examples over ``job.max_length`` tokens, left out whole.
 
     Raises:
-        InputError: too little of the data fits ``job.max_length``.
+        InputError: there are fewer than two examples, or too few that fit ``job.max_length``.
     """
 
-    def __init__(self, client: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    def __init__(
+        self,
+        client: str,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        job: Job,
+        source: str | None = None,
+    ) -> None:
         self.client = client
-        train, held_out = hold_out(
-            examples,
-            share=job.validation.share,
-            max_examples=job.validation.max_examples,
-            seed=hash_seed(job.seed, client),
-        )
+        where = _where(client, source, job)
+        train, held_out = _parts(client, examples, job, where)
         self.train, too_long_train = tokenize(train, tokenizer, job.max_length)
         self.held_out, too_long_held_out = tokenize(held_out, tokenizer, job.max_length)
-        if not self.train or not self.held_out:
-            raise InputError(
-                f"client {client}: no example for training and validation fits job.max_length = "
-                f"{job.max_length} tokens; raise it or shorten the data"
-            )
+        for what, part, fitting in (("training", train, self.train), ("validation", held_out, self.held_out)):
+            if not fitting:
+                raise _none_fits(where, what, len(part), job)
         self.too_long = too_long_train + too_long_held_out
         self._sampler = BatchSampler(len(self.train), job.batch_size, job.seed, client)
 
     def draw(self, batch: int) -> list[TokenizedExample]:
         """The training examples of batch ``batch``, counted over the run."""
         return [self.train[index] for index in self._sampler.indices(batch)]
+
+
+def check_shares(shares: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, job: Job) -> bool:
+    """Check that every client can train and validate on its share, tokenizing no more examples than that takes.
+
+    Args:
+        shares: examples by client.
+        tokenizer: the model's.
+        job: as for :class:`LocalData`.
+
+    Returns:
+        Whether some client has a training example with a supervised token.
+
+    Raises:
+        InputError: as :class:`LocalData`.
+    """
+    supervised = False
+    for client, examples in shares.items():
+        where = _where(client, None, job)
+        train, held_out = _parts(client, examples, job, where)
+        for what, part in (("training", train), ("validation", held_out)):
+            if not has_example(part, tokenizer, job.max_length):
+                raise _none_fits(where, what, len(part), job)
+        supervised = supervised or has_example(train, tokenizer, job.max_length, lambda example: example.supervised > 0)
+    return supervised
+
+
+def has_example(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    wanted: Callable[[TokenizedExample], bool] = lambda example: True,
+) -> bool:
+    """Tell whether one of ``examples`` fits ``max_length`` tokens and is ``wanted``; stops at the first that is."""
+    start, count = 0, _FIRST
+    while start < len(examples):
+        fitting, _ = tokenize(examples[start : start + count], tokenizer, max_length)
+        if any(map(wanted, fitting)):
+            return True
+        start, count = start + count, 4 * count
+    return False
+
+
+def nothing_supervised(where: str, what: str, model: str, max_length: int | None = None) -> InputError:
+    """Make the refusal of data that nothing can be learned from, or measured on.
+
+    Args:
+        where: the data, as a user knows them.
+        what: which examples of them: ``training``, ``validation`` or ``test``.
+        model: the model, as a user knows it.
+        max_length: of the run, where longer examples are left out.
+    """
+    fitting = "" if max_length is None else f" of at most job.max_length = {max_length} tokens"
+    return InputError(
+        f"{where}: no {what} example{fitting} has a token to predict: to the tokenizer of {model} every response is"
+        " empty, and it adds no eos; give responses in its words, or a tokenizer with an eos_token"
+    )
+
+
+def _where(client: str, source: str | None, job: Job) -> str:
+    return f"client {client}: {source or f'job.data.source {job.data.source}'}"
+
+
+def _parts(client: str, examples: Sequence[Example], job: Job, where: str) -> tuple[list[Example], list[Example]]:
+    """The client's examples to train on and to validate on."""
+    if len(examples) < 2:
+        has = "1 example" if examples else "no example"
+        raise InputError(f"{where}: has {has}; at least 2 are needed, one to train on and one to validate on")
+    return hold_out(
+        examples,
+        share=job.validation.share,
+        max_examples=job.validation.max_examples,
+        seed=hash_seed(job.seed, client),
+    )
+
+
+def _none_fits(where: str, what: str, count: int, job: Job) -> InputError:
+    return InputError(
+        f"{where}: none of its {count} {what} examples fits job.max_length = {job.max_length} tokens; raise"
+        " job.max_length, or shorten the examples"
+    )

@@ -30,6 +30,11 @@ class TokenizedExample:
     ids: tuple[int, ...]
     prompt_length: int
 
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that the model is trained to predict; with an empty prompt nothing predicts the first."""
+        return max(0, len(self.ids) - max(self.prompt_length, 1))
+
 
 def tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -12,6 +12,7 @@ from hsplit.actors.participant import chat_template
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.data import TokenizedExample, check_ids, hold_out, read_examples, tokenize
+from hsplit.data.local import nothing_supervised
 from hsplit.errors import InputError
 from hsplit.evaluation.generation import generate
 from hsplit.evaluation.inputs import TestInput, grouped, limited, without
@@ -80,6 +81,8 @@ def evaluate(
     if PERPLEXITY in chosen:
         progress(f"perplexity over {len(inputs)} inputs")
         examples = [example for own in tokenized for example in own]
+        if not any(example.supervised for example in examples):
+            raise nothing_supervised(described, "test", str(target))
         measured = cross_entropy(opened.model, opened.tokenizer, examples, batch_size)
         scores[PERPLEXITY], supervised = measured.perplexity, measured.tokens
     generations: tuple[Generation, ...] = ()
