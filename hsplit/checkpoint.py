@@ -20,6 +20,7 @@ from hsplit.config.refusals import first_of, refusals
 from hsplit.errors import InputError
 from hsplit.observe.metrics import MetricsRow, PlanRow, row_from_json
 from hsplit.observe.timing import TimingRow
+from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 
 MANIFEST = "manifest.json"
@@ -144,8 +145,13 @@ def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
         if damage is None:
             return path, passed
         passed.append(f"checkpoint {path.name} is damaged ({damage}) and is passed over")
-    why = f" ({'; '.join(passed)})" if passed else ""
-    raise InputError(f"{folder}: holds no complete checkpoint to resume from{why}")
+    passed += [f"checkpoint {path.name} has no {MANIFEST}" for path in folder.glob("round-*") if not _is_whole(path)]
+    begin = f"the run begins from round 0 with: {RunDirectory(folder.parent).resume_command()}"
+    if passed:
+        begin = f"({'; '.join(passed)}); put a copy of one back, or remove what is there, and {begin}"
+    else:
+        begin = f"yet; {begin}"
+    raise InputError(f"{displayed(folder)}: holds no complete checkpoint {begin}")
 
 
 def read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
@@ -203,7 +209,12 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoint directories, oldest first."""
-    return sorted(p for p in folder.glob("round-*") if (p / MANIFEST).is_file())
+    return sorted(filter(_is_whole, folder.glob("round-*")))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (path / MANIFEST).is_file()
 
 
 def _damage(path: Path) -> str | None:

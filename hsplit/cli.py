@@ -134,14 +134,18 @@ def launch(
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Step farther or less far: job.lr=1e-4.")
 @_address_option
 @_dashboard_option
-def resume(run: Path, address: str | None, dashboard_host: str) -> None:
-    """Go on with a run from its last complete checkpoint."""
+def resume(run: Path, overrides: tuple[str, ...], address: str | None, dashboard_host: str) -> None:
+    """Go on with a run from its last complete checkpoint, or from its start while it has none.
+
+    --set changes job.lr, job.schedule, job.warmup, job.clip or job.weight_decay from there on.
+    """
     from hsplit.launcher import resume as go_on
 
     outputs.never_wait()
-    if not go_on(run, address=address, dashboard_host=dashboard_host).complete:
+    if not go_on(run, overrides, address=address, dashboard_host=dashboard_host).complete:
         sys.exit(INTERRUPTED)
 
 

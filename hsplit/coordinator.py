@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor, NotFinite, refusal
 from hsplit.actors.scheduler import Review
 from hsplit.checkpoint import Progress
 from hsplit.config import RunConfig
@@ -106,6 +106,20 @@ class Coordinator:
         for text in own_code:
             self.standing.events.write("code", text)
 
+    def changed(self, settings: Sequence[str]) -> None:
+        """Say in the log which settings are others than those that the run was begun with."""
+        for text in settings:
+            self.standing.note("changed", text)
+
+    def begins_again(self) -> None:
+        """Say that the run was begun before and has left no checkpoint."""
+        self.standing.note("resumed", "there is no checkpoint yet: the run begins again from round 0")
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """What a round is repeated from; ``None``: there is none yet."""
+        return self._save_point.path
+
     def finish(self) -> None:
         """Say in the log that the run has left all that it was to leave."""
         self.standing.events.write("finished", f"all {self._job.rounds} rounds are done")
@@ -132,7 +146,18 @@ class Coordinator:
         first = RoundUpdate(1, {}, {})
         holders = [*standing.clients, *standing.servers]
         self._executor.get([self._executor.call(name, "restart", first) for name in holders])
-        self._records.close_round(*self.validate())
+        try:
+            found = self.validate()
+        except ActorFailure as failure:
+            if failure.kind == "diverged" or isinstance(failure, NotFinite):
+                job = self._job
+                raise InputError(
+                    f"job.model: the loss of {job.model} is not finite before any training ({failure.reason}), with"
+                    f" job.base {job.base} and job.dtype {job.dtype}: set both to fp32; where they are, its files are"
+                    " damaged"
+                ) from failure
+            raise
+        self._records.close_round(*found)
         self._checkpoint()
 
     def _rounds(self) -> bool:
@@ -190,7 +215,9 @@ class Coordinator:
         self.progress.bytes_up += probe.bytes_up
         self.progress.bytes_down += probe.bytes_down
         self._count(standing.ask(SCHEDULER, "probe_time_s", standing.plan, cohort), begun)
-        return probe.reports
+        # The few examples drawn may have no supervised token, or be known by heart: then nothing new is known.
+        telling = any(report.tokens and any(report.scores.values()) for report in probe.reports)
+        return probe.reports if telling else []
 
     def _reconfigure(self, plan: Plan) -> None:
         """Put another plan in force without changing what the model computes (law E4)."""
@@ -267,7 +294,7 @@ class Coordinator:
         )
         (report,) = executor.get([report])
         for name, reason in report.refused.items():
-            self._recovery.lose(ActorFailure(name, "hand_in", f"it handed in {reason}", "refused"))
+            self._recovery.lose(refusal(name, "hand_in", f"it handed in {reason}"))
         up, down = report.nbytes_up, report.nbytes_down
         if standing.single:
             up, down = {}, {}
@@ -292,7 +319,10 @@ class Coordinator:
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
         self._count(standing.ask(SCHEDULER, "validation_time_s", standing.plan, batches), begun)
-        return sum(loss.loss_sum for loss in done.losses), sum(loss.tokens for loss in done.losses)
+        loss_sum = sum(loss.loss_sum for loss in done.losses)
+        if not math.isfinite(loss_sum):
+            raise ActorFailure(SERVER, "validation", "the validation loss is not finite", "diverged")
+        return loss_sum, sum(loss.tokens for loss in done.losses)
 
     # -- the virtual clock, and the emulated one (METHOD 8) -----------------------------------------------------------
 

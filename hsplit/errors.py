@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NO_NUMBERS = "that are no numbers"
+"""In every text about a tensor with entries that are NaN or infinite, by which such texts are told from others."""
+
 MAX_TEXT = 4000
 """Characters of an error's text; what is longer quotes a file that nobody wants to read in a terminal."""
 

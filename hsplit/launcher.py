@@ -135,20 +135,31 @@ def launch(
 
 def resume(
     path: str | Path,
+    overrides: Overrides = (),
     *,
     address: str | None = None,
     dashboard_host: str = LOCALHOST,
     display: Display | None = None,
 ) -> Run:
-    """Go on with a run from its last complete checkpoint; see :func:`launch` for arguments and errors.
+    """Go on with a run from its last complete checkpoint, or from its start while it has none.
 
     Of a run that is complete already it is told where the results are, and nothing is started.
+
+    Args:
+        path: the run's directory.
+        overrides: ``key=value`` strings or a mapping, of the keys that say how far a step goes: ``job.lr``,
+            ``job.schedule``, ``job.warmup``, ``job.clip`` and ``job.weight_decay``. They hold from here on.
+        address, dashboard_host, display: see :func:`launch`.
+
+    Raises:
+        InputError, RunError: see :func:`launch`.
     """
     directory = RunDirectory.open(Path(path))
-    run = RunConfig.load(directory.config)
+    run, changes = RunConfig.load(directory.config).with_steps_changed(overrides)
     check_logs(run)
-    found = latest_checkpoint(directory.checkpoints)
-    if run_state(directory).state == "complete" and read_progress(found[0]).round >= run.job.rounds:
+    found, passed_over = latest_checkpoint(directory.checkpoints) if directory.has_checkpoints else (None, [])
+    done = found is None or read_progress(found).round >= run.job.rounds
+    if done and run_state(directory).state == "complete":
         with display or display_for(sys.stdout) as shown:
             shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
         return Run(directory.path, True)
@@ -156,7 +167,11 @@ def resume(
         with Waiting("reading model and data"):
             source = find_model(run.job.model, progress=is_terminal(sys.stderr))
             inputs = read_inputs(run, source)
-        return _drive(run, source, inputs, directory, address, dashboard_host, display, helpers, *found)
+            if found is None:
+                Scheduler(run, source.directory).plan()
+        return _drive(
+            run, source, inputs, directory, address, dashboard_host, display, helpers, found, passed_over, changes
+        )
 
 
 def plan(
@@ -329,6 +344,7 @@ def _drive(
     helpers: Helpers,
     checkpoint: Path | None = None,
     passed_over: Sequence[str] = (),
+    changes: Sequence[str] = (),
 ) -> Run:
     """Start Ray and the actors, run the coordinator, leave everything tidy."""
     from hsplit.actors.placement import place
@@ -337,7 +353,8 @@ def _drive(
     from hsplit.actors.ray_failures import RAY, failing_as
 
     own = own_code(run.policy)
-    with directory.driven(), _failing_well(directory) as course:
+    with directory.driven(), _failing_well(directory, address) as course:
+        begun_before = checkpoint is None and directory.events.exists()
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
         others: list[Display] = [
             ProgressFile(directory.progress),
@@ -363,6 +380,11 @@ def _drive(
                 shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
                 coordinator = course.coordinator = Coordinator(run, executor, directory, inputs, shown)
                 coordinator.loaded(own)
+                if changes:
+                    run.save(directory.config)
+                    coordinator.changed(changes)
+                if begun_before:
+                    coordinator.begins_again()
                 with _stop_on_signal(coordinator, shown):
                     complete = coordinator.run(checkpoint, passed_over)
                     if complete:
@@ -370,7 +392,7 @@ def _drive(
                     write_report([directory.path], directory.report)
                 if complete:
                     coordinator.finish()
-                shown.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory)}"])
+                shown.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory, address)}"])
     return Run(directory.path, complete)
 
 
@@ -412,11 +434,13 @@ def local_cpus(run: RunConfig) -> float:
 
 @contextmanager
 def _left_out_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leave no directory of a run that ended before anything of it was begun."""
+    """Leave no directory of a run that was refused, or of which nothing was begun: its name is free again."""
     try:
         yield
-    except Exception:
-        if not directory.events.exists():
+    except Exception as error:
+        # Input that only a client can read, or only the model itself shows to be wrong, is refused before round 0 ends.
+        refused = isinstance(error, InputError) and not directory.has_checkpoints
+        if refused or not directory.events.exists():
             shutil.rmtree(directory.path)
         raise
 
@@ -433,7 +457,7 @@ class _Course:
 
 
 @contextmanager
-def _failing_well(directory: RunDirectory) -> Iterator[_Course]:
+def _failing_well(directory: RunDirectory, address: str | None = None) -> Iterator[_Course]:
     """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log.
 
     The traceback of what nothing foresaw is kept in the run's directory. Of a run of which nothing was begun nothing is
@@ -443,7 +467,7 @@ def _failing_well(directory: RunDirectory) -> Iterator[_Course]:
     try:
         yield course
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(way_on(directory)) from None
+        raise KeyboardInterrupt(way_on(directory, address)) from None
     except InputError as error:
         if course.coordinator is not None:
             _log_failure(directory, course, str(error))
@@ -453,7 +477,9 @@ def _failing_well(directory: RunDirectory) -> Iterator[_Course]:
             raise
         what = _told(error, course, directory)
         _log_failure(directory, course, what)
-        raise RunError(f"{what}; {way_on(directory)}") from error
+        if isinstance(error, ActorFailure) and error.kind == "diverged" and course.coordinator is not None:
+            raise RunError(f"{what}; {_way_on_with_smaller_steps(directory, address, course.coordinator)}") from error
+        raise RunError(f"{what}; {way_on(directory, address)}") from error
 
 
 def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
@@ -461,6 +487,9 @@ def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
     if course.coordinator is None:
         return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))
     round_ = course.coordinator.round
+    if isinstance(error, ActorFailure) and error.kind == "diverged":
+        lr = course.coordinator.standing.job.lr
+        return f"training diverged in round {round_}: {error.reason}; job.lr = {lr:g} is too large"
     if isinstance(error, ActorFailure):
         return f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
     if isinstance(error, HsplitError):
@@ -470,6 +499,21 @@ def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
     if isinstance(error, OSError):
         return f"round {round_}: a file could not be written: {os_reason(error)}"
     return f"round {round_}: {unexpected(error, directory.path)}"
+
+
+def _way_on_with_smaller_steps(directory: RunDirectory, address: str | None, coordinator: Coordinator) -> str:
+    """Advise how to continue a run that would diverge again at its present rate."""
+    job = coordinator.standing.job
+    smaller = f"job.lr={min(job.lr / 10, type(job)().lr):.3g}"
+    checkpoint = coordinator.last_checkpoint
+    if checkpoint is None:
+        return f"begin again with a smaller one, such as: {directory.resume_command(address, '--set', smaller)}"
+    way = f"go on from the last finite checkpoint, {checkpoint.name}, with a smaller one, such as: "
+    way += directory.resume_command(address, "--set", smaller)
+    rows = read_progress(checkpoint).metrics
+    if rows and rows[-1]["val_loss"] > rows[0]["val_loss"]:
+        way += f" (its validation loss is above that of round 0 already: better launch a new run with --set {smaller})"
+    return way
 
 
 def _log_failure(directory: RunDirectory, course: _Course, what: str) -> None:

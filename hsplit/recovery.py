@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, NotFinite
 from hsplit.errors import HsplitError
 from hsplit.roster import told
 from hsplit.save_point import SavePoint
@@ -41,6 +41,8 @@ class Recovery:
             raise failure
         standing.training.forget(actor)
         standing.roster.lose(failure, standing.round)
+        if isinstance(failure, NotFinite) and not standing.clients:
+            raise failure.of_all()
 
     def settled(self, calls: Mapping[str, Any]) -> dict[str, Any]:
         """Values of calls by client, of those that did not fail; the others are lost.
@@ -65,10 +67,16 @@ class Recovery:
 
     def steadily(self, what: Callable[[], _Value]) -> _Value:
         """Do something between two rounds. Who fails meanwhile is brought back first, and it is done again."""
+        not_finite: set[str] = set()
         while True:
             try:
                 return what()
             except ActorFailure as failure:
+                if isinstance(failure, NotFinite) and failure.actor in not_finite:
+                    # It had begun again with what all have learned, so that it is that.
+                    raise failure.of_all() from failure
+                if isinstance(failure, NotFinite):
+                    not_finite.add(failure.actor)
                 self.lose(failure)
                 # Those short of memory are back when the next plan has given them less.
                 if failure.kind != "memory":
@@ -111,7 +119,9 @@ class Recovery:
         standing, executor, roster = self._standing, self._standing.executor, self._standing.roster
         most, round_ = standing.job.faults.max_failures, standing.round
         self._repeats += 1
-        if failure.kind == "hopeless" or self._repeats > most:
+        if isinstance(failure, NotFinite) and self._repeats > most:
+            raise failure.of_all()
+        if failure.kind in ("hopeless", "diverged") or self._repeats > most:
             raise self._with_what_it_lacked(failure)
         known = {failure.actor, *roster.aside, *roster.lost}
         others = {lost.actor: lost for lost in executor.lost() if lost.actor not in known}

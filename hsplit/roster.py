@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor
+from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor, NotFinite
 from hsplit.config.job import Faults
 from hsplit.errors import HsplitError
 from hsplit.scheduling.plan import Plan
@@ -177,6 +177,8 @@ class Roster:
             self.aside.append(name)
             self._executor.end(name)
             text = f"{name} has failed {failed} times and is set aside: its layers and its data take no part any more"
+            if isinstance(failure, NotFinite):
+                text += "; its values were not finite: job.lr may be too large for its data"
             self._note("set_aside", text, client=name, round=round_, failures=failed)
 
     def ran_short(self, name: str) -> None:

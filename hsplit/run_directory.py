@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -71,6 +72,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is a checkpoint, be it a damaged one."""
+        return any(self.checkpoints.glob("round-*"))
+
+    @property
     def adapter(self) -> Path:
         """The folder of the trained adapter, there once a run is complete."""
         return self.path / "adapter"
@@ -116,6 +122,16 @@ class RunDirectory:
         run = type(self)(Path(glob.escape(str(self.path))))
         partial = [folder / ".partial-*" for folder in (run.checkpoints, run.adapter, run.model)]
         return [*partial, run.path / ".*.tmp", run.inbox / ".*.tmp"]
+
+    def resume_command(self, address: str | None = None, *options: str) -> str:
+        """The command that resumes the run, as a shell takes it.
+
+        Args:
+            address: of the Ray cluster that the run is on; ``None``: a local one.
+            options: further words.
+        """
+        at = () if address is None else ("--address", address)
+        return shlex.join(["hsplit", "resume", displayed(self.path), *at, *options])
 
     @contextmanager
     def driven(self) -> Iterator[None]:
@@ -242,8 +258,10 @@ def _named_directory(runs_dir: Path, name: str) -> Path:
         path.mkdir()
     except FileExistsError:
         where = displayed(path)
-        if (path / "config.yaml").is_file():
-            way_out = f"continue that run with `hsplit resume {where}`, or choose another name"
+        if (path / "config.yaml").is_file() and RunDirectory(path).is_driven:
+            way_out = "it is running; choose another name"
+        elif (path / "config.yaml").is_file():
+            way_out = f"continue that run with `{RunDirectory(path).resume_command()}`, or choose another name"
         else:
             way_out = "choose another name"
         raise InputError(f"--name {name}: {where} exists already; {way_out}") from None

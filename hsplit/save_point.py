@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.executor import SCHEDULER, SERVER, values_of
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, values_of
+from hsplit.actors.messages import not_finite
 from hsplit.checkpoint import (
     Progress,
     checkpoint_name,
@@ -16,7 +17,7 @@ from hsplit.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from hsplit.errors import InputError
+from hsplit.errors import NO_NUMBERS, InputError
 from hsplit.records import Records
 from hsplit.scheduling.plan import Plan
 from hsplit.standing import Standing
@@ -74,10 +75,16 @@ class SavePoint:
             states: what :meth:`states` returned.
 
         Raises:
-            ActorFailure: the scheduler failed.
+            ActorFailure: the scheduler failed, or a tensor has entries that are no numbers, which no checkpoint may
+                have.
             OSError: it cannot be written; the last checkpoint is complete.
         """
         standing, progress, roster = self._standing, self._standing.progress, self._standing.roster
+        for holder, tensors in states.items():
+            for key, tensor in tensors.items():
+                if tensor.is_floating_point() and not_finite(tensor):
+                    reason = f"{key} of {holder} has entries {NO_NUMBERS}"
+                    raise ActorFailure(holder, "a checkpoint", reason, "diverged")
         progress.failures, progress.aside = dict(roster.failures), list(roster.aside)
         progress.lost, progress.shortages = roster.lost, dict(roster.shortages)
         progress.joined, progress.left = [client.model_dump() for client in standing.joined], list(roster.left)

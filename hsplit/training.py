@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hsplit.actors.executor import SERVER, ActorFailure, Executor, values_of
+from hsplit.actors.executor import SERVER, ActorFailure, Executor, NotFinite, refusal, values_of
 from hsplit.actors.messages import LossReport, ServerReport
 from hsplit.config import Job, RunConfig
 from hsplit.deadlines import Deadlines
@@ -62,17 +62,16 @@ class Done:
         for loss in report.losses:
             self.came_to(loss)
         for client, reason in report.refused.items():
-            self.failed[client] = ActorFailure(client, "a local step", f"it sent {reason}", "refused")
+            self.failed[client] = refusal(client, "a local step", f"it sent {reason}")
 
     def came_to(self, loss: LossReport) -> None:
         """Count one client's loss.
 
         Raises:
-            ActorFailure: it is no number, though all that was sent is.
+            ActorFailure: it is not finite, though all that was sent is.
         """
         if not math.isfinite(loss.loss_sum):
-            reason = f"the loss of {loss.client} is no number: training diverged (a smaller job.lr may help)"
-            raise ActorFailure(SERVER, "a local step", reason)
+            raise ActorFailure(SERVER, "a local step", f"the loss of {loss.client} is not finite", "diverged")
         self.losses.append(loss)
 
     def takes_part(self, client: str) -> bool:
@@ -182,7 +181,10 @@ class _Steps:
     def _somebody(self, done: Done) -> None:
         """A step that nobody took part in trained nothing."""
         if not done.losses and done.failed:
-            raise next(iter(done.failed.values()))
+            first, *others = done.failed.values()
+            if isinstance(first, NotFinite) and all(isinstance(other, NotFinite) for other in others):
+                raise first.of_all()
+            raise first
 
 
 def _is_late(value: Any) -> bool:
@@ -440,7 +442,7 @@ class WholeTraining(_Steps):
         calls = {c: self._executor.call(c, "train_step", step) for c in clients if done.takes_part(c)}
         for client, loss in self._in_time(done, calls, "train_step").items():
             if not math.isfinite(loss.loss_sum):
-                done.failed[client] = ActorFailure(client, "a local step", "its loss is no number", "refused")
+                done.failed[client] = NotFinite(client, "a local step", "its loss is not finite", "refused")
                 continue
             done.losses.append(loss)
             done.took(client, loss.seconds)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from hsplit.config import Client
-from hsplit.errors import HsplitError
+from hsplit.errors import NO_NUMBERS, HsplitError
 
 LOCALHOST = "127.0.0.1"
 SERVER = "server"
 SCHEDULER = "scheduler"
 
-FailureKind = Literal["died", "memory", "node", "late", "refused", "hopeless", "error"]
+FailureKind = Literal["died", "memory", "node", "late", "refused", "diverged", "hopeless", "error"]
 
 
 class ActorFailure(HsplitError):
@@ -24,7 +24,8 @@ class ActorFailure(HsplitError):
         reason: one line.
         kind: ``died``: its process is gone, and its state; ``memory``: it ran out of memory, or was ended because its
             node did; ``node``: its node is gone; ``late``: no answer in time; ``refused``: what it sent cannot be
-            right, or Ray does not take what was asked for; ``hopeless``: the same would happen again; ``error``: else.
+            right, or Ray does not take what was asked for; ``diverged``: loss, gradients or weights are not finite, and
+            would be again; ``hopeless``: the same would happen again; ``error``: else.
     """
 
     def __init__(self, actor: str, method: str, reason: str, kind: FailureKind = "error") -> None:
@@ -33,7 +34,18 @@ class ActorFailure(HsplitError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An error is pickled with its text alone otherwise.
-        return ActorFailure, (self.actor, self.method, self.reason, self.kind)
+        return type(self), (self.actor, self.method, self.reason, self.kind)
+
+
+class NotFinite(ActorFailure):
+    """A failure of one client, whose values are not finite: the others continue, and it is begun again.
+
+    Where it happens to all clients, training has diverged: :meth:`of_all`.
+    """
+
+    def of_all(self) -> ActorFailure:
+        """Return the failure that ends the run."""
+        return ActorFailure(self.actor, self.method, f"{self.actor}: {self.reason}", "diverged")
 
 
 class Executor(Protocol):
@@ -151,6 +163,11 @@ class InProcess:
         self.actors.clear()
 
 
+def refusal(client: str, method: str, reason: str) -> ActorFailure:
+    """Make the failure of a client whose message a holder has refused for ``reason``."""
+    return (NotFinite if NO_NUMBERS in reason else ActorFailure)(client, method, reason, "refused")
+
+
 def values_of(settled: Sequence[Any]) -> list[Any]:
     """What :meth:`Executor.settle` gave, where nothing failed.
 
@@ -166,6 +183,8 @@ def values_of(settled: Sequence[Any]) -> list[Any]:
 def failure_of(actor: str, method: str, error: BaseException) -> ActorFailure:
     """The failure that an error in ``actor.method`` is."""
     # torch's allocator for CPUs has no error of its own.
+    if isinstance(error, FloatingPointError):
+        return ActorFailure(actor, method, str(error), "diverged")
     short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)
     return ActorFailure(actor, method, one_line(error), "memory" if short else "error")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hsplit.actors.executor import ActorFailure
+from hsplit.actors.executor import refusal
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.joined_batch import JoinedBatch
 from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
@@ -20,6 +20,7 @@ from hsplit.actors.peak_memory import (
 )
 from hsplit.actors.stopwatch import Stopwatch
 from hsplit.config import Job, Policy
+from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
@@ -359,7 +360,7 @@ class Replica(HolderActor[Holder]):
             return None
         tensor = wire.unpack(self._base.dtype, self._device)
         if not_finite(tensor):
-            refused[client] = "values that are no numbers (NaN or infinite)"
+            refused[client] = f"values {NO_NUMBERS} (NaN or infinite)"
             return None
         return tensor
 
@@ -414,7 +415,7 @@ def _report(
 def _raise_refused(refused: Mapping[str, str], method: str) -> None:
     """Where nobody can be left out: name the first client whose message cannot be right."""
     for client, reason in refused.items():
-        raise ActorFailure(client, method, f"it sent {reason}", "refused")
+        raise refusal(client, method, f"it sent {reason}")
 
 
 def _loss_reports(messages: Sequence[Activations], sums: Tensor, counts: Tensor) -> list[LossReport]:

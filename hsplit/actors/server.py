@@ -121,15 +121,21 @@ class Server(Replica):
             idle: clients that have not trained in the round that ends, but follow.
             held: the adapters of the others, and of the other servers.
 
+        Raises:
+            FloatingPointError: an adapter of its own has entries that are no numbers.
+
         Returns:
             The report, then what each of ``held``'s holders and each of ``idle`` needs to begin the round. What cannot
             be right is left out and named in the report; its update is ``None``.
         """
         plan = self._plan
         assert plan is not None
+        own = self.holder.held()
+        if flaw := own.flaw(plan.server.ranks, self._all_shapes):
+            raise FloatingPointError(f"{self.name} has {flaw}")
         flaws = {h.holder: h.flaw(plan.part(h.holder).ranks, self._all_shapes) for h in held}
         refused = {name: flaw for name, flaw in flaws.items() if flaw is not None}
-        sound = [*(h for h in held if h.holder not in refused), self.holder.held()]
+        sound = [*(h for h in held if h.holder not in refused), own]
         # Who is missing comes back with the rank that the plan gives it, and restarts with what it has room for.
         there = {h.holder: h.terms for h in sound}
         absent = {

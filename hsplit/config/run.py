@@ -18,6 +18,9 @@ from hsplit.config.refusals import Refusal, first_of, input_error, refusals
 from hsplit.config.section import LARGEST, LIST, NOT_EMPTY, Section, refuse, shown
 from hsplit.errors import InputError
 
+STEP_KEYS = ("lr", "schedule", "warmup", "clip", "weight_decay")
+"""Keys of ``job`` that say how far a step goes, and nothing else: a run may be resumed with others."""
+
 _HEADER = "# The configuration of this run with every default, override and draw written out; made by hsplit.\n"
 
 
@@ -166,6 +169,40 @@ class RunConfig(Section):
         """Whether those who are averaged step farther than ``job.lr`` says (``policy.lr_scaling``)."""
         policy = self.policy
         return policy.lr_scaling != "none" and policy.placement != "single" and self.job.optimizer != "sgd"
+
+    def with_steps_changed(self, overrides: Overrides) -> tuple[Self, list[str]]:
+        """The configuration of a run that has begun, with other settings of how far its steps go.
+
+        Args:
+            overrides: as for :func:`load_run_config`, of the keys in :data:`STEP_KEYS` alone: everything else decides
+                what data, plan or state there is by then.
+
+        Returns:
+            The configuration, and what has changed: ``job.lr is now 0.001 (was 1.0)``.
+
+        Raises:
+            InputError: another key is named, or a value is out of range.
+        """
+        changed, told = self, []
+        for step in parse_overrides(overrides):
+            document = changed.model_dump()
+            path = step.path(document)
+            if path[0] != "job" or len(path) != 2 or path[1] not in STEP_KEYS:
+                keys = ", ".join(f"job.{key}" for key in STEP_KEYS)
+                raise InputError(
+                    f"{step.place}: a run that has begun keeps it; {keys} can be changed. For anything else launch a"
+                    " run of another name"
+                )
+            try:
+                new = type(self).model_validate(step.applied_to(document))
+            except ValidationError as error:
+                found = refusals(error)
+                raise input_error(step.place, below(path, found[0]), len(found) - 1) from None
+            before, after = (getattr(config.job, path[1]) for config in (changed, new))
+            if before != after:
+                told.append(f"job.{path[1]} is now {shown(after)} (was {shown(before)})")
+            changed = new
+        return changed, told
 
     def save(self, path: str | Path) -> None:
         """Writes the configuration as YAML; the file is there whole or not at all."""

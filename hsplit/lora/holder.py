@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsplit.config import Job, Policy
+from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
 from hsplit.lora.low_rank import LowRank
@@ -70,7 +71,7 @@ class HeldAdapters:
             if (term.B.shape, term.A.shape) != ((shape.d_out, rank), (rank, shape.d_in)) or rank > ranks[name]:
                 return f"factors of shapes {tuple(term.B.shape)} and {tuple(term.A.shape)} for {name}"
             if not (torch.isfinite(term.A).all() and torch.isfinite(term.B).all()):
-                return f"an adapter of {name} with entries that are no numbers"
+                return f"an adapter of {name} with entries {NO_NUMBERS}"
         return None
 
 

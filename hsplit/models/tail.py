@@ -101,10 +101,15 @@ class Tail(nn.Module):
             targets: ``(n,)`` int64, the id that each position must predict.
 
         Returns:
-            ``(n,)`` losses in fp32 (fp64 for fp64 input), differentiable in ``hidden``.
+            ``(n,)`` losses in fp32 (fp64 for fp64 input), differentiable in ``hidden``; NaN for a row whose L2 norm is
+            not finite.
         """
+        # The final norm turns a row whose square overflows into zeros: a model that has diverged would have the finite
+        # loss of one that predicts every token alike.
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        overflow = 0.0 * torch.linalg.vector_norm(hidden.detach(), dim=1, dtype=exact)
         if self.head.requires_grad:
             logits = torch.nn.functional.linear(self.norm(hidden), self.head)
-            exact = torch.promote_types(logits.dtype, torch.float32)
-            return torch.nn.functional.cross_entropy(logits.to(exact), targets, reduction="none")
-        return cast(Tensor, _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets, self._chunk_rows))
+            return torch.nn.functional.cross_entropy(logits.to(exact), targets, reduction="none") + overflow
+        losses = _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets, self._chunk_rows)
+        return cast(Tensor, losses + overflow)

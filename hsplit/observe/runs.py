@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hsplit.config import RunConfig
-from hsplit.config.files import displayed
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import MetricsRow, read_rows
@@ -113,11 +112,17 @@ def results_lines(directory: RunDirectory) -> list[str]:
     return [f"{exported.name:<8} {exported}", f"report   {directory.report}"]
 
 
-def way_on(directory: RunDirectory) -> str:
-    """How to go on with a run that is not complete."""
-    if any(directory.checkpoints.glob("round-*")):
-        return f"go on from the last checkpoint with: hsplit resume {displayed(directory.path)}"
-    return "there is no checkpoint yet to go on from: launch it again"
+def way_on(directory: RunDirectory, address: str | None = None) -> str:
+    """How to go on with a run that is not complete.
+
+    Args:
+        directory: the run's.
+        address: of the Ray cluster that it is on; ``None``: a local one.
+    """
+    command = directory.resume_command(address)
+    if directory.has_checkpoints:
+        return f"go on from the last checkpoint with: {command}"
+    return f"there is no checkpoint yet; begin it again from round 0 with: {command}"
 
 
 def runs_table(runs: Sequence[RunState], now: datetime | None = None) -> Table:

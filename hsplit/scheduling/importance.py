@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hsplit.errors import InputError
 from hsplit.extension import find_part
 from hsplit.models.segment import LinearShape
 
@@ -91,8 +92,9 @@ def scores(
         A score by weight name, in the order of ``shapes``.
 
     Raises:
-        ValueError: a weight has no sum, two sums or one that is not a finite number for some client, or no client had
-            a supervised token; or the metric does not give every weight a finite score of at least 0, one above it.
+        FloatingPointError: a sum is not finite: training has diverged.
+        InputError: the metric does not give every weight a finite score of at least 0, one above it.
+        ValueError: a weight has no sum or two for some client, or no client had a supervised token.
     """
     sums: dict[str, dict[str, float]] = defaultdict(dict)
     tokens: dict[str, int] = {}
@@ -106,14 +108,18 @@ def scores(
     if not total:
         raise ValueError("importance: no client had a supervised token in its probe")
     for client, own in sums.items():
-        bad = [s.name for s in shapes if not math.isfinite(own.get(s.name, math.nan))]
-        if bad:
-            raise ValueError(f"importance: missing or not finite for {client}: {', '.join(bad)}")
+        missing = [s.name for s in shapes if s.name not in own]
+        if missing:
+            raise ValueError(f"importance: missing for {client}: {', '.join(missing)}")
+        endless = [s.name for s in shapes if not math.isfinite(own[s.name])]
+        if endless:
+            raise FloatingPointError(f"the importance of {endless[0]} for {client} is not finite")
     mean = {s.name: sum(tokens[c] / total * own[s.name] for c, own in sums.items()) for s in shapes}
     found = find_metric(metric)(mean, shapes)
     scored = {s.name: float(found.get(s.name, math.nan)) for s in shapes}
     if not all(math.isfinite(score) and score >= 0 for score in scored.values()) or not any(scored.values()):
-        raise ValueError(f"importance: {metric} must give every weight a finite score of at least 0, not all of them 0")
+        must = "must give every weight a finite score of at least 0, not all of them 0"
+        raise InputError(f"policy: importance: metric: {metric} {must}")
     return scored
 
 

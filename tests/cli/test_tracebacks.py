@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hsplit.cli import main
-from hsplit.errors import RunError
+from hsplit.errors import InputError, RunError
 from hsplit.launcher import _failing_well, _left_out_if_refused
 from hsplit.observe.events import EventLog, read_events
 from hsplit.run_directory import RunDirectory
@@ -122,3 +122,38 @@ def test_a_run_that_ends_before_anything_of_it_was_begun_leaves_nothing(tmp_path
     with pytest.raises(ZeroDivisionError):
         raise_in_a_run(directory, ZeroDivisionError())
     assert not directory.path.exists()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), KeyboardInterrupt()])
+def test_a_run_that_ends_before_its_first_checkpoint_is_resumed_from_its_start(
+    tmp_path: Path, error: BaseException
+) -> None:
+    directory = RunDirectory.create(tmp_path, "early")
+    directory.config.write_text("{}")
+    EventLog(directory.events).write("planned", "plan by equal importance")
+    with pytest.raises((RunError, KeyboardInterrupt)) as told:
+        raise_in_a_run(directory, error)
+    command = f"hsplit resume {directory.path}"
+    assert str(told.value).endswith(f"there is no checkpoint yet; begin it again from round 0 with: {command}")
+    with pytest.raises(InputError, match=rf"early exists already; continue that run with `{command}`"):
+        RunDirectory.create(tmp_path, "early")
+
+
+def test_a_run_that_is_refused_before_its_first_checkpoint_leaves_its_name(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "refused")
+    EventLog(directory.events).write("planned", "plan by equal importance")
+    with pytest.raises(InputError):
+        raise_in_a_run(directory, InputError("client a: has 1 example"))
+    directory = RunDirectory.create(tmp_path, "refused")
+    EventLog(directory.events).write("planned", "plan by equal importance")
+    (directory.checkpoints / "round-0000").mkdir()
+    with pytest.raises(InputError, match="no space"):
+        raise_in_a_run(directory, InputError("no space"))
+    assert directory.checkpoints.is_dir()
+
+
+def test_a_run_that_is_alive_keeps_its_name(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "alive")
+    directory.config.write_text("{}")
+    with directory.driven(), pytest.raises(InputError, match="alive exists already; it is running; choose another"):
+        RunDirectory.create(tmp_path, "alive")

@@ -133,11 +133,8 @@ def test_a_driver_killed_ten_times_changes_no_number(cluster_file: Path, tmp_pat
 
     run, draw, moments = tmp_path / "killed", random.Random(0), []
     for number in range(10):
-        saved = any((run / "checkpoints").glob("round-*"))
-        command = ["resume", run] if saved else [*launch, "--name", "killed"]
-        if command[0] == "launch" and run.exists():
-            # Killed before its first checkpoint: there is nothing to resume from.
-            shutil.rmtree(run)
+        # Killed before its first checkpoint it begins again.
+        command = ["resume", run] if (run / "config.yaml").exists() else [*launch, "--name", "killed"]
         driver = _started(temporary, *command)
         if number % 3 == 2:
             delay = draw.uniform(0.5, 8.0)

@@ -355,6 +355,43 @@ def test_an_error_that_nothing_foresaw_ends_the_run_in_one_line_and_it_is_resume
     assert resumed.complete and _comparable(resumed) == _comparable(whole[0])
 
 
+def test_a_run_without_a_checkpoint_begins_again_with_its_own_configuration(
+    cluster_file: Path, tmp_path: Path, whole: tuple[hsplit.Run, Recorder]
+) -> None:
+    def fail(coordinator: Coordinator) -> None:
+        raise ZeroDivisionError("nothing to divide by")
+
+    path = tmp_path / "early"
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RunError) as error:
+        patched.setattr(Coordinator, "validate", fail)
+        hsplit.launch(cluster_file, runs_dir=tmp_path, name="early", display=Recorder())
+    assert str(error.value).endswith(
+        f"there is no checkpoint yet; begin it again from round 0 with: hsplit resume {path}"
+    )
+    with pytest.raises(InputError, match=f"continue that run with `hsplit resume {path}`"):
+        hsplit.launch(cluster_file, runs_dir=tmp_path, name="early", display=Recorder())
+    with pytest.raises(InputError, match="no complete checkpoint yet; the run begins from round 0 with: hsplit resume"):
+        hsplit.export(path, tmp_path / "exported")
+    with pytest.raises(InputError, match=r"--set job\.rounds: a run that has begun keeps it"):
+        hsplit.resume(path, {"job.rounds": 9}, display=Recorder())
+    resumed = hsplit.resume(path, display=Recorder())
+    assert resumed.complete and _comparable(resumed) == _comparable(whole[0])
+    told = [event["text"] for event in read_events(path / "events.jsonl") if event["event"] == "resumed"]
+    assert told == ["there is no checkpoint yet: the run begins again from round 0"]
+
+
+def test_a_run_that_diverges_goes_on_with_the_rate_that_is_advised(cluster_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"training diverged in round 1: .*job\.lr = 1e\+08 is too large") as error:
+        hsplit.launch(cluster_file, None, {"job.lr": 1e8}, runs_dir=tmp_path, name="far", display=Recorder())
+    path = tmp_path / "far"
+    _, command = str(error.value).split("such as: ")
+    assert command == f"hsplit resume {path} --set job.lr=0.001"
+    resumed = hsplit.resume(path, ["job.lr=0.001"], display=Recorder())
+    assert resumed.complete and RunConfig.load(path / "config.yaml").job.lr == 1e-3
+    assert resumed.metrics["val_loss"].iloc[-1] < resumed.metrics["val_loss"].iloc[0]
+    assert "job.lr is now 0.001 (was 100000000.0)" in [e["text"] for e in read_events(path / "events.jsonl")]
+
+
 def test_a_gpu_that_no_node_has_is_refused_by_name(cluster_file: Path, tmp_path: Path) -> None:
     overrides = {"clients.small.num_gpus": 0.25}
     with pytest.raises(

@@ -145,7 +145,11 @@ def test_what_launch_shows_is_what_watch_shows_on_a_terminal(tmp_path: Path, clo
     ("ending", "checkpoint", "said"),
     [
         ("failed", True, ["failed: it has failed", "go on from the last checkpoint with: hsplit resume"]),
-        ("failed", False, ["failed: it has failed", "there is no checkpoint yet to go on from: launch it again"]),
+        (
+            "failed",
+            False,
+            ["failed: it has failed", "there is no checkpoint yet; begin it again from round 0 with: hsplit"],
+        ),
         ("stopped", True, ["note: it has stopped", "go on from the last checkpoint with: hsplit resume"]),
         ("", True, ["interrupted after round 1: whoever drove it is gone", "go on from the last checkpoint with:"]),
     ],
