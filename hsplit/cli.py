@@ -134,13 +134,13 @@ def launch(
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Step farther or less far: job.lr=1e-4.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: job.lr=1e-4.")
 @_address_option
 @_dashboard_option
 def resume(run: Path, overrides: tuple[str, ...], address: str | None, dashboard_host: str) -> None:
     """Go on with a run from its last complete checkpoint, or from its start while it has none.
 
-    --set changes job.lr, job.schedule, job.warmup, job.clip or job.weight_decay from there on.
+    --set changes job.lr, job.schedule, job.warmup, job.clip, job.weight_decay or job.faults from there on.
     """
     from hsplit.launcher import resume as go_on
 

@@ -11,6 +11,7 @@ last checkpoint. What is done then is in :mod:`hsplit.recovery` and :mod:`hsplit
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor, No
 from hsplit.actors.scheduler import Review
 from hsplit.checkpoint import Progress
 from hsplit.config import RunConfig
+from hsplit.config.files import displayed
 from hsplit.errors import InputError
 from hsplit.lora.holder import RoundUpdate
 from hsplit.membership import Membership
@@ -198,7 +200,13 @@ class Coordinator:
             review: Review = standing.ask(SCHEDULER, "review", done, standing.plan, reports, measured, requests)
         except InputError as error:
             # The budgets were right when the run began, so this is a failure of the run and not of its input.
-            raise ActorFailure(SCHEDULER, "review", str(error), "hopeless") from error
+            reason = str(error)
+            if "memory_gb" in reason:
+                where = shlex.quote(displayed(standing.directory.path))
+                reason += (
+                    f" (by now only budgets can change, before it goes on: hsplit budget {where} NAME memory_gb=GB)"
+                )
+            raise ActorFailure(SCHEDULER, "review", reason, "hopeless") from error
         if review.importance is not None:
             text = f"importance of {len(review.importance)} weights after round {done}"
             standing.events.write("importance", text, round=done, scores=review.importance)

@@ -147,15 +147,16 @@ def resume(
 
     Args:
         path: the run's directory.
-        overrides: ``key=value`` strings or a mapping, of the keys that say how far a step goes: ``job.lr``,
-            ``job.schedule``, ``job.warmup``, ``job.clip`` and ``job.weight_decay``. They hold from here on.
+        overrides: ``key=value`` strings or a mapping, of the keys that say how far a step goes (``job.lr``,
+            ``job.schedule``, ``job.warmup``, ``job.clip``, ``job.weight_decay``) and of ``job.faults``. They hold from
+            here on.
         address, dashboard_host, display: see :func:`launch`.
 
     Raises:
         InputError, RunError: see :func:`launch`.
     """
     directory = RunDirectory.open(Path(path))
-    run, changes = RunConfig.load(directory.config).with_steps_changed(overrides)
+    run, changes = RunConfig.load(directory.config).resumed_with(overrides)
     check_logs(run)
     found, passed_over = latest_checkpoint(directory.checkpoints) if directory.has_checkpoints else (None, [])
     done = found is None or read_progress(found).round >= run.job.rounds
@@ -491,7 +492,10 @@ def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
         lr = course.coordinator.standing.job.lr
         return f"training diverged in round {round_}: {error.reason}; job.lr = {lr:g} is too large"
     if isinstance(error, ActorFailure):
-        return f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
+        told = f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
+        # Else a run that has begun could only fail again of it.
+        waited = f" (waited for: job.faults.patience_s = {course.coordinator.standing.job.faults.patience_s:g}, which"
+        return told + (f"{waited} `hsplit resume` changes with --set)" if error.kind == "late" else "")
     if isinstance(error, HsplitError):
         return f"round {round_}: {error}"
     if isinstance(error, ConnectionError):

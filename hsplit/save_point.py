@@ -17,6 +17,7 @@ from hsplit.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from hsplit.config.files import displayed
 from hsplit.errors import NO_NUMBERS, InputError
 from hsplit.records import Records
 from hsplit.scheduling.plan import Plan
@@ -141,17 +142,24 @@ class SavePoint:
         standing = self._standing
         progress, tensors = read_checkpoint(self.path)
         if progress.plan is None or progress.scheduler is None:
-            raise InputError(f"{self.path}: is no checkpoint to resume from: it has no plan")
-        for what, then, now in (
-            ("model", progress.model_fingerprint, standing.inputs.model_fingerprint),
-            ("data", progress.data_sha256, standing.inputs.data_sha256),
+            raise self._incomplete("no plan")
+        for what, source, then, now in (
+            ("model", standing.job.model, progress.model_fingerprint, standing.inputs.model_fingerprint),
+            ("data.source", standing.job.data.source, progress.data_sha256, standing.inputs.data_sha256),
         ):
             if then != now:
-                where = standing.directory.path
-                raise InputError(f"{where}: the {what} is not the one that this run was started with")
+                raise InputError(
+                    f"{displayed(standing.directory.path)}: job.{what} {source} is not what it was when this run was"
+                    " started: put that back, or launch a run of another name"
+                )
         self._records.count_wall_time_from(progress.wall_time_s)
         self._restore(progress, tensors, None)
         standing.note("resumed", f"resumed from {self.path.name}")
+
+    def _incomplete(self, lacks: str) -> InputError:
+        """Make the refusal of the last checkpoint, which has ``lacks``."""
+        where = displayed(str(self.path))
+        return InputError(f"{where}: has {lacks} to resume with; remove it, and the one before is resumed from")
 
     def _repeat(self, fresh: Collection[str]) -> None:
         """With the actors that are there; those in ``fresh`` know nothing."""
@@ -187,7 +195,7 @@ class SavePoint:
         holders = [*standing.clients, *standing.servers[1:]]
         for name in (SERVER, *holders):
             if name not in tensors:
-                raise InputError(f"{self.path}: is no checkpoint to resume from: it has nothing of {name}")
+                raise self._incomplete(f"nothing of {name}")
         _, *updates = executor.call_many(1 + len(holders), SERVER, "load_state", tensors[SERVER], *holders)
         executor.get(
             [

@@ -162,12 +162,17 @@ def test_a_plan_that_no_longer_fits_does_not_wait(model: Path, tmp_path: Path) -
 def test_when_nobody_fits_the_run_fails_and_names_the_round(model: Path, tmp_path: Path) -> None:
     none = (ScheduledChange(round=3, memory_gb=1e-6),)
     run = a_run(model, small=none, middle=none, large=none)
-    directory = RunDirectory.create(tmp_path, "run")
+    directory = saved(run, tmp_path)
     failing = planned_run(run, model, directory, shares(run), Recorder())
-    with pytest.raises(ActorFailure, match="scheduler failed in review: clients: none has the memory"):
+    with pytest.raises(ActorFailure, match="scheduler failed in review: clients: none has the memory") as failure:
         failing.run()
     assert failing.progress.round == 2
-    assert latest_checkpoint(directory.checkpoints)[0].name == "round-0002"
+    last, _ = latest_checkpoint(directory.checkpoints)
+    assert last.name == "round-0002"
+    # What is advised works: the run goes on.
+    assert f"hsplit budget {directory.path} NAME memory_gb=GB" in str(failure.value)
+    change_budget(directory.path, "large", [f"memory_gb={run.clients[2].memory_gb}"])
+    assert planned_run(run, model, directory, shares(run), Recorder()).run(last)
 
 
 def test_a_measured_overrun_shrinks_that_clients_plan(model: Path, tmp_path: Path) -> None:

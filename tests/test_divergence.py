@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec
 from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError, RunError
 from hsplit.launcher import _failing_well
+from hsplit.local_run import local_run
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
 from tests.faulty import FaultyInProcess
@@ -89,7 +91,7 @@ def test_one_line_names_the_rate_the_round_the_checkpoint_and_a_command_that_wor
         " last finite checkpoint, round-0000, with a smaller one, such as:"
         " hsplit resume 'my runs/run' --set job.lr=0.001"
     )
-    run, changes = RunConfig.load(directory.config).with_steps_changed(["job.lr=0.001"])
+    run, changes = RunConfig.load(directory.config).resumed_with(["job.lr=0.001"])
     assert (run.job.lr, changes) == (1e-3, ["job.lr is now 0.001 (was 1000000.0)"])
     # The command that is advised works.
     assert planned_run(run, models["llama"], directory, made.standing.inputs.shares, Recorder()).run(
@@ -226,10 +228,41 @@ def test_how_far_a_step_goes_may_change_in_a_run_that_has_begun(
 ) -> None:
     run = RunConfig.load(a_run(models["llama"], tmp_path).standing.directory.config)
     value = {"schedule": "cosine", "warmup": 1}.get(key, 0.25)
-    changed, told = run.with_steps_changed([f"{key}={value}"])
+    changed, told = run.resumed_with([f"{key}={value}"])
     assert getattr(changed.job, key) == value and told[0].startswith(f"job.{key} is now ")
     assert changed.model_copy(update={"job": run.job}) == run
-    assert changed.with_steps_changed([f"job.{key}={value}"]) == (changed, [])
+    assert changed.resumed_with([f"job.{key}={value}"]) == (changed, [])
+
+
+def test_patience_may_change_in_a_run_that_has_begun_and_is_named_where_it_ended(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    made = a_run(models["llama"], tmp_path)
+    directory = made.standing.directory
+    (directory.checkpoints / "round-0000").mkdir()
+    with pytest.raises(RunError) as told, _failing_well(directory) as course:
+        course.coordinator = made
+        raise ActorFailure("server", "train_step", "it has not answered in time", "late")
+    waited = "waited for: job.faults.patience_s = 600, which `hsplit resume` changes with --set"
+    assert f"it has not answered in time ({waited}); go on" in str(told.value)
+    changed, changes = made.standing.run.resumed_with(["job.faults.patience_s=900", "faults.max_failures=5"])
+    assert (changed.job.faults.patience_s, changed.job.faults.max_failures) == (900, 5)
+    assert changes == ["job.faults.patience_s is now 900.0 (was 600.0)", "job.faults.max_failures is now 5 (was 3)"]
+
+
+@pytest.mark.parametrize(("key", "source"), [("model", "SmolLM2"), ("data.source", "restaurants")])
+def test_a_resume_with_another_model_or_other_data_names_what_to_put_back(
+    models: dict[str, Path], tmp_path: Path, key: str, source: str
+) -> None:
+    made = a_run(models["llama"], tmp_path, rounds=1)
+    assert made.run()
+    directory, inputs = made.standing.directory, made.standing.inputs
+    changed = replace(inputs, **{"model_fingerprint" if key == "model" else "data_sha256": "another"})
+    resumed = local_run(made.standing.run, models["llama"], directory, changed, Recorder())
+    with pytest.raises(
+        InputError, match=rf"job\.{key} \S*{source}\S* is not what it was when this run was started: put"
+    ):
+        resumed.run(made.last_checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -247,5 +280,5 @@ def test_how_far_a_step_goes_may_change_in_a_run_that_has_begun(
 def test_nothing_else_may(models: dict[str, Path], tmp_path: Path, given: str, reason: str) -> None:
     run = RunConfig.load(a_run(models["llama"], tmp_path).standing.directory.config)
     with pytest.raises(InputError) as refused:
-        run.with_steps_changed([given])
+        run.resumed_with([given])
     assert reason in str(refused.value)

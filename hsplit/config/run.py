@@ -19,7 +19,7 @@ from hsplit.config.section import LARGEST, LIST, NOT_EMPTY, Section, refuse, sho
 from hsplit.errors import InputError
 
 STEP_KEYS = ("lr", "schedule", "warmup", "clip", "weight_decay")
-"""Keys of ``job`` that say how far a step goes, and nothing else: a run may be resumed with others."""
+"""Keys of ``job`` that say how far a step goes, and nothing else: like ``faults``, they may change in a resumed run."""
 
 _HEADER = "# The configuration of this run with every default, override and draw written out; made by hsplit.\n"
 
@@ -170,12 +170,12 @@ class RunConfig(Section):
         policy = self.policy
         return policy.lr_scaling != "none" and policy.placement != "single" and self.job.optimizer != "sgd"
 
-    def with_steps_changed(self, overrides: Overrides) -> tuple[Self, list[str]]:
-        """The configuration of a run that has begun, with other settings of how far its steps go.
+    def resumed_with(self, overrides: Overrides) -> tuple[Self, list[str]]:
+        """The configuration of a run that has begun, with other settings of how far its steps go, and of faults.
 
         Args:
-            overrides: as for :func:`load_run_config`, of the keys in :data:`STEP_KEYS` alone: everything else decides
-                what data, plan or state there is by then.
+            overrides: as for :func:`load_run_config`, of the keys in :data:`STEP_KEYS` and ``faults`` alone:
+                everything else decides what data, plan or state there is by then.
 
         Returns:
             The configuration, and what has changed: ``job.lr is now 0.001 (was 1.0)``.
@@ -187,8 +187,8 @@ class RunConfig(Section):
         for step in parse_overrides(overrides):
             document = changed.model_dump()
             path = step.path(document)
-            if path[0] != "job" or len(path) != 2 or path[1] not in STEP_KEYS:
-                keys = ", ".join(f"job.{key}" for key in STEP_KEYS)
+            if path[0] != "job" or not (path[1:-1] == ("faults",) or (len(path) == 2 and path[1] in STEP_KEYS)):
+                keys = ", ".join(f"job.{key}" for key in (*STEP_KEYS, "faults.*"))
                 raise InputError(
                     f"{step.place}: a run that has begun keeps it; {keys} can be changed. For anything else launch a"
                     " run of another name"
@@ -198,9 +198,9 @@ class RunConfig(Section):
             except ValidationError as error:
                 found = refusals(error)
                 raise input_error(step.place, below(path, found[0]), len(found) - 1) from None
-            before, after = (getattr(config.job, path[1]) for config in (changed, new))
+            before, after = (_value(config.job, path[1:]) for config in (changed, new))
             if before != after:
-                told.append(f"job.{path[1]} is now {shown(after)} (was {shown(before)})")
+                told.append(f"{'.'.join(map(str, path))} is now {shown(after)} (was {shown(before)})")
             changed = new
         return changed, told
 
@@ -265,6 +265,13 @@ class _Declared(Section):
             server = server.model_copy(update={"num_gpus": 0.0})
             clients = tuple(client.model_copy(update={"num_gpus": 0.0}) for client in clients)
         return RunConfig(server=server, clients=clients, job=self.job, policy=self.policy)
+
+
+def _value(section: Any, path: Sequence[str | int]) -> Any:
+    """The value at ``path`` of a section's attributes."""
+    for key in path:
+        section = getattr(section, str(key))
+    return section
 
 
 def load_run_config(

@@ -188,7 +188,10 @@ def _same_data(opened: Target, data_sha256: str) -> None:
     """Refuse data that has changed since the run began: what was trained on could not be told from it."""
     assert opened.run is not None and opened.progress is not None
     if data_sha256 != opened.progress.data_sha256:
-        raise InputError(f"{opened.run.job.data.source}: is not the data that the run was started with")
+        raise InputError(
+            f"{opened.run.job.data.source}: is not the data that the run was started with; put those back, or give"
+            " --data FILE"
+        )
 
 
 def _trained_on(opened: Target, notes: list[str]) -> set[str]:
@@ -233,7 +236,9 @@ def _fitting(
     tokenized = [(one, list(islice(every, len(one.responses)))) for one in inputs]
     fitting = [(one, own) for one, own in tokenized if all(len(example.ids) <= context for example in own)]
     if not fitting:
-        raise InputError(f"--data: no input fits the model's context of {context} tokens")
+        raise InputError(
+            f"{described}: no input fits the model's context of {context} tokens; give shorter ones: --data"
+        )
     if len(fitting) < len(inputs):
         notes.append(f"{len(inputs) - len(fitting)} inputs are left out: over the model's context of {context} tokens")
     for _, own in fitting:
