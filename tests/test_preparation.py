@@ -180,6 +180,25 @@ def test_limit_is_a_draw_by_the_seed_from_shared_data_and_from_a_client_s_own_fi
     assert "drawn by `seed`" in str(DataSpec.model_fields["limit"].description)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt,response\nw3,w4\n", ": has 1 example; at least 2 are needed"),
+        ("prompt,response\nw3,\n", ": row 2: response is blank; must be a text"),
+        ("question,answer\nw3,w4\n", ": has other columns; needs mr and ref, or prompt and response"),
+    ],
+)
+def test_a_client_s_own_file_that_is_unusable_is_named_with_its_client(
+    models: dict[str, Path], tmp_path: Path, content: str, said: str
+) -> None:
+    own, job = tmp_path / "own.csv", Job.model_validate({"dtype": "fp32"})
+    own.write_text(content)
+    with pytest.raises(InputError) as refused:
+        ClientActor("clinic", job, Policy(), base_model(models["llama"], job)).load_data({"clinic": None}, str(own))
+    text = str(refused.value)
+    assert text.startswith("client clinic: data") and f"{own}{said}" in text
+
+
 def test_a_share_that_does_not_fit_is_refused_in_the_driver_by_client(models: dict[str, Path], tmp_path: Path) -> None:
     long = rows(tmp_path / "long.csv", *["w4 " * 40] * 8)
     with pytest.raises(InputError, match=r"^client a: .*long\.csv: none of its 3 training .* job\.max_length = 16 "):

@@ -101,7 +101,11 @@ class Participant(HolderActor[Holder | WeightHolder]):
             try:
                 if share is None:
                     assert own is not None
-                    examples = self._read(own, tokenizer)
+                    try:
+                        examples = self._read(own, tokenizer)
+                    except InputError as error:
+                        where = f"client {client}: data"
+                        raise InputError(f"{where}: {error}", f"{where}: {error.discreet}") from None
                 else:
                     examples = list(share)
                 data = LocalData(client, examples, tokenizer, job, None if share is not None else f"data {own}")
