@@ -263,7 +263,7 @@ def _named_directory(runs_dir: Path, name: str) -> Path:
         elif (path / "config.yaml").is_file():
             way_out = f"continue that run with `{RunDirectory(path).resume_command()}`, or choose another name"
         else:
-            way_out = "choose another name"
+            way_out = "choose another name, or remove it"
         raise InputError(f"--name {name}: {where} exists already; {way_out}") from None
     return path
 
