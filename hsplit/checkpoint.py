@@ -22,6 +22,7 @@ from hsplit.observe.metrics import MetricsRow, PlanRow, row_from_json
 from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
+from hsplit.tensor_files import save_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -106,7 +107,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         (partial / STATE).write_text(json.dumps(asdict(progress)))
         for holder, named in tensors.items():
-            _write_tensors(partial / f"{holder}.safetensors", named)
+            save_tensors(named, partial / f"{holder}.safetensors")
         sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
         for file in partial.iterdir():
@@ -120,17 +121,6 @@ def save_checkpoint(
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
-
-
-def _write_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
-    except SafetensorError as error:
-        # What the system says is in its text alone.
-        raise OSError(f"{error}: {file}") from error
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:

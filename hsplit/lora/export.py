@@ -13,6 +13,7 @@ from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.lora.low_rank import LowRank, concatenate, empty
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import LinearShape
+from hsplit.tensor_files import save_tensors
 
 PREFIX = "base_model.model."
 
@@ -110,7 +111,6 @@ def export_peft(
     """
     quieten_bitsandbytes()
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     to.mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
@@ -137,5 +137,5 @@ def export_peft(
         inference_mode=True,
     )
     config.save_pretrained(str(to))
-    save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, to / "adapter_model.safetensors")
     return to

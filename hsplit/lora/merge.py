@@ -19,6 +19,7 @@ from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.families import Family, family_of
 from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, skeleton
 from hsplit.models.weights import freeze
+from hsplit.tensor_files import save_tensors
 
 SHARD_BYTES = 2 << 30
 
@@ -118,7 +119,6 @@ def export_merged(
         InputError: a trained weight is none of this model's.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     config = model_config(directory)
     family = family_of(config.model_type)
@@ -136,7 +136,7 @@ def export_merged(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
     for file, names in split.filename_to_tensors.items():
-        save_file({name: merge.tensor(name) for name in names}, to / file, metadata={"format": "pt"})
+        save_tensors({name: merge.tensor(name) for name in names}, to / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (to / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

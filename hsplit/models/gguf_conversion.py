@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.models.gguf_header import check_gguf
 from hsplit.models.stages import Stage
+from hsplit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,6 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
         Exception: of any class, whatever transformers and gguf say of a file that they cannot read.
     """
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     check_gguf(gguf)
@@ -55,11 +55,8 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
             _restore_digit_splitting(tokenizer, gguf)
         with stage("saving safetensors and tokenizer"):
-            weights = directory / "model.safetensors"
-            save_file(distinct_tensors(model), weights, metadata={"format": "pt"})
+            save_tensors(distinct_tensors(model), directory / "model.safetensors")
             _write_config(model, directory)
-            # safetensors makes files for the owner alone, but a cache may be shared by several users.
-            weights.chmod((directory / "config.json").stat().st_mode)
             model.generation_config.save_pretrained(directory)
             positions = getattr(model.config, "max_position_embeddings", None)
             if positions is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hsplit.models.packaged import cache_root
+from hsplit.run_directory import write_text_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Whose code a traced layer runs.
@@ -42,10 +41,7 @@ class CountStore:
         path = self._path(key)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Written beside and renamed: others may read, or write the same.
-            with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False) as beside:
-                json.dump(counts, beside)
-            os.replace(beside.name, path)
+            write_text_atomically(path, json.dumps(counts), durable=False)
         except OSError:
             return
 
