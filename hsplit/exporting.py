@@ -150,13 +150,19 @@ def _write_adapter(
     if options.rank is not None:
         terms, error = truncated(terms, options.rank)
         lines.append(f"cut to rank {options.rank}: relative Frobenius error of the update {error or 'none'}")
-    export_peft(
+    growth = export_peft(
         terms,
         targeted(linear_shapes(config), run.job.targets),
         base=base_name(run, source),
         fan_in_fan_out=family_of(config.model_type).transposed,
         to=to,
     )
+    if growth is not None:
+        lines.append(
+            f"modules have ranks of their own, since one rank for all would make the adapter {growth:.3g} times as "
+            "large: what reads rank_pattern and alpha_pattern, as PEFT does, scales every module rightly; for tools "
+            "that know only r and lora_alpha, export with a smaller --rank or with --format merged"
+        )
     return lines
 
 

@@ -23,7 +23,7 @@ from hsplit.config.overrides import Overrides
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
-from hsplit.exporting import export
+from hsplit.exporting import ExportOptions, export_run
 from hsplit.home import keep_ray_token
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
@@ -389,7 +389,8 @@ def _drive(
                 with _stop_on_signal(coordinator, shown):
                     complete = coordinator.run(checkpoint, passed_over)
                     if complete:
-                        export(directory.path)
+                        for line in export_run(directory.path, None, ExportOptions()).lines:
+                            shown.note(line)
                     write_report([directory.path], directory.report)
                 if complete:
                     coordinator.finish()

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from hsplit.dependency_messages import quieten_bitsandbytes
+from hsplit.lora.adapters import initial_A
 from hsplit.lora.low_rank import LowRank, concatenate, empty
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import LinearShape
 from hsplit.tensor_files import save_tensors
 
 PREFIX = "base_model.model."
+# What one rank for all modules may add to an adapter's file, however small that is.
+MOST_PADDING_BYTES = 1 << 30
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,21 @@ def _as_factors(matrix: Tensor) -> LowRank:
 
 
 def export_peft(
-    terms: Mapping[str, LowRank], shapes: Sequence[LinearShape], base: str, fan_in_fan_out: bool, to: Path
-) -> Path:
+    terms: Mapping[str, LowRank],
+    shapes: Sequence[LinearShape],
+    base: str,
+    fan_in_fan_out: bool,
+    to: Path,
+) -> float | None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for ``PeftModel.from_pretrained``.
 
-    Ranks differ by weight, so PEFT's rank and alpha patterns carry them; each alpha equals its rank, which makes every
-    scale 1: the factors already have theirs folded in, in fp32.
+    Scales are folded into the factors, in fp32, and ``lora_alpha`` is ``r``. All modules get one rank, the largest:
+    then PEFT, and tools that know one ``lora_alpha`` and divide by ``r`` or by the rank that they find in a tensor,
+    scale every module by 1. What is added are rows of ``A`` as a new adapter has them and zeros in ``B``, so that the
+    product stays and further training moves every direction. Directions whose product is zero give way to such.
+
+    Where one rank would add more than :data:`MOST_PADDING_BYTES` and more than double the file, modules keep their own
+    ranks, and PEFT's rank and alpha patterns carry them, by each module's whole name.
 
     Args:
         terms: ``R_w`` plus the common live part by weight name; a weight that learned nothing may be absent.
@@ -108,25 +121,32 @@ def export_peft(
         base: what to write as the adapter's base model: a hub id or a directory.
         fan_in_fan_out: the family stores linears transposed (GPT-2).
         to: directory, made if needed.
+
+    Returns:
+        ``None`` if all modules have one rank; else how many times as large that would have made the file.
     """
     quieten_bitsandbytes()
     from peft import LoraConfig
 
     to.mkdir(parents=True, exist_ok=True)
-    tensors, ranks = {}, {}
-    for shape in shapes:
-        # PEFT has no rank 0; a weight without a term gets one zero direction.
-        term = terms.get(shape.name, empty(shape.d_out, shape.d_in))
-        if term.rank == 0:
-            term = LowRank(torch.zeros(shape.d_out, 1), torch.zeros(1, shape.d_in))
-        ranks[shape.name] = term.rank
-        tensors[f"{PREFIX}{shape.name}.lora_A.weight"] = term.A.float().contiguous()
-        tensors[f"{PREFIX}{shape.name}.lora_B.weight"] = term.B.float().contiguous()
-    default = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != default}
+    whole = {s.name: _without_zeros(terms.get(s.name, empty(s.d_out, s.d_in))) for s in shapes}
+    # PEFT has no rank 0.
+    own = {name: max(term.rank, 1) for name, term in whole.items()}
+    largest = max(own.values())
+    own_bytes = sum(_FP32_BYTES * own[s.name] * (s.d_out + s.d_in) for s in shapes)
+    padded_bytes = sum(_FP32_BYTES * largest * (s.d_out + s.d_in) for s in shapes)
+    one_rank = padded_bytes - own_bytes <= max(MOST_PADDING_BYTES, own_bytes)
+    ranks = dict.fromkeys(own, largest) if one_rank else own
+    tensors = {}
+    for name, rank in ranks.items():
+        padded = _padded(whole.pop(name), rank, name)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = padded.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = padded.B
+    # A whole name is matched by itself alone: its dots stand for one character each, so it fits no longer number.
+    pattern = {name: rank for name, rank in ranks.items() if rank != largest}
     config = LoraConfig(
-        r=default,
-        lora_alpha=default,
+        r=largest,
+        lora_alpha=largest,
         rank_pattern=pattern,
         alpha_pattern=pattern,
         target_modules=sorted(ranks),
@@ -138,4 +158,20 @@ def export_peft(
     )
     config.save_pretrained(str(to))
     save_tensors(tensors, to / "adapter_model.safetensors")
-    return to
+    return None if one_rank else padded_bytes / own_bytes
+
+
+def _without_zeros(term: LowRank) -> LowRank:
+    """``term`` in fp32 without the directions whose product is zero: some of them would never learn."""
+    B, A = term.B.float(), term.A.float()
+    kept = (B != 0).any(dim=0) & (A != 0).any(dim=1)
+    return LowRank(B[:, kept], A[kept])
+
+
+def _padded(term: LowRank, rank: int, name: str) -> LowRank:
+    """The same matrix with ``rank`` directions; the same bytes whenever it is exported."""
+    missing = rank - term.rank
+    if missing == 0:
+        return term
+    d_out, d_in = term.B.shape[0], term.A.shape[1]
+    return concatenate([term, LowRank(torch.zeros(d_out, missing), initial_A(missing, d_in, f"export|{name}"))])

@@ -336,3 +336,33 @@ def test_all_files_of_a_model_in_several_have_the_mode_that_the_umask_gives(
         export_merged(models["llama"], "fp32", {}, tmp_path, shard_bytes=40_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert_new(tmp_path, 0o027, "model.safetensors.index.json")
+
+
+def test_an_adapter_whose_modules_keep_their_own_ranks_says_who_scales_it_rightly(
+    runs: dict[tuple[str, str], FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs["llama", "nf4"]
+    path = Path(shutil.copytree(run.path, tmp_path / "run"))
+    copy = FinishedRun(type(run.directory)(path), run.config, run.data, run.model)
+    _, tensors = run.checkpoint()
+    # All but one weight learned in one direction.
+    wide = max(learned(tensors["server"]), key=lambda name: learned(tensors["server"])[name].rank)
+    server = {
+        key: tensor if f".{wide}." in key else tensor[:, :1] if key.endswith(".B") else tensor[:1]
+        for key, tensor in tensors["server"].items()
+        if key.startswith("residual.")
+    }
+    copy.replace_checkpoint({**tensors, "server": server})
+    assert export_run(path, tmp_path / "one", ExportOptions()).lines == ()
+    monkeypatch.setattr("hsplit.lora.export.MOST_PADDING_BYTES", 0)
+    result = CliRunner().invoke(main, ["export", str(path), "--to", str(tmp_path / "own")])
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("modules have ranks of their own") and "rank_pattern and alpha_pattern" in line
+    assert line in (tmp_path / "own" / "README.md").read_text()
+    settings = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    assert settings["rank_pattern"] == settings["alpha_pattern"] and settings["r"] == settings["lora_alpha"]
+    one, own = (logits_of(open_target(tmp_path / name).model) for name in ("one", "own"))
+    assert (one - own).abs().max() < 1e-5
+    # A way that the line names.
+    assert not any("rank_pattern" in line for line in export_run(path, tmp_path / "cut", ExportOptions(rank=1)).lines)
