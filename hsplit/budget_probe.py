@@ -25,7 +25,7 @@ from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, 
 from hsplit.measuring.figure import Figure, Figures
 from hsplit.measuring.link import SIZES, Link, measure_link
 from hsplit.measuring.memory import HEADROOM, Place, shared_out
-from hsplit.models.segment import model_config
+from hsplit.models.segment import check_checkpoint, model_config
 from hsplit.models.source import find_model
 from hsplit.preparation import check_model, settled
 from hsplit.run_directory import write_text_atomically
@@ -94,6 +94,7 @@ def measure_budgets(
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=is_terminal(sys.stderr))
         check_model(run, source)
+        check_checkpoint(source.directory)
         cost = CostModel.of_run(model_config(source.directory), run)
         progress("starting the actors")
         with ray_of(run, address, helpers, dashboard=False):

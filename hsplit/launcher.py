@@ -199,7 +199,7 @@ def _planning(
     cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool
 ) -> tuple[RunConfig, Scheduler]:
     run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
-    source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+    source = find_model(run.job.model, progress=is_terminal(sys.stderr), weights=False)
     check_model(run, source)
     for line in own_code(run.policy):
         print(line, file=sys.stderr)

@@ -15,7 +15,7 @@ from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
-from hsplit.models.segment import layer_count, linear_shapes, load_tokenizer, model_config, targeted
+from hsplit.models.segment import check_checkpoint, layer_count, linear_shapes, load_tokenizer, model_config, targeted
 from hsplit.models.source import ModelSource
 from hsplit.scheduling.importance import find_metric
 from hsplit.scheduling.rank_rules import find_rank_rule
@@ -110,7 +110,7 @@ def shared_sha256(run: RunConfig) -> str:
 
 
 def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> Inputs:
-    """Read the shared data and share it out over the clients that bring none of their own.
+    """Check the weights, read the shared data, and share it out over the clients that bring none of their own.
 
     Args:
         run: resolved configuration.
@@ -118,11 +118,12 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
         tokenizer: the model's, where it is loaded already.
 
     Raises:
-        InputError: the data are unusable or too few, hold tokens that the model has no embedding for, or no token that
-            could be learned or tested.
+        InputError: the weights are not those of the configuration, the data are unusable or too few, hold tokens that
+            the model has no embedding for, or no token that could be learned or tested.
     """
     from hsplit.data import partition
 
+    check_checkpoint(source.directory)
     tokenizer = tokenizer or load_tokenizer(source.directory)
     job, data = run.job, run.job.data
     sharing = [client.name for client in run.clients if client.data is None]

@@ -23,10 +23,9 @@ from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.lora.export import learned_parts, trained_weights
 from hsplit.model_card import METADATA
-from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
-from hsplit.models.segment import linear_shapes, load_tokenizer, model_config
+from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint
 from hsplit.models.source import ModelSource, check_directory, find_model
 from hsplit.models.weights import freeze
 from hsplit.run_directory import RunDirectory
@@ -208,7 +207,7 @@ def _adapter(path: Path, device: str) -> Target:
 
 def _give_base_values(model: Any, directory: Path, base: str) -> None:
     config = model_config(directory)
-    transposed, reader = family_of(config.model_type).transposed, CheckpointReader(directory)
+    transposed, reader = family_of(config.model_type).transposed, open_checkpoint(directory, config)
     for shape in linear_shapes(config):
         read = partial(reader.read, f"{shape.name}.weight", transposed=transposed)
         values = freeze(read, base, torch.float32, quantized=False).dense(torch.float32)
@@ -220,8 +219,9 @@ def _merged(path: Path, device: str) -> Target:
     check_directory(path)
     known = _metadata(path)
     # In the files' own type where the device computes with it, and with the files' values in any case.
-    stored = str(getattr(model_config(path), "dtype", None)).removeprefix("torch.")
-    own = {"bfloat16": "bf16"}.get(stored, "fp32")
+    config = read_json(path / "config.json")
+    stored = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
+    own = "bf16" if stored == "bfloat16" else "fp32"
     dtype = resolve_dtype("auto", device) if own == "bf16" else DTYPES["fp32"]
     model = _loaded(path, dtype).to(device).eval()
     how = f"as one model, by transformers, in {str(dtype).removeprefix('torch.')}"

@@ -15,9 +15,8 @@ from torch import Tensor
 from hsplit.errors import InputError
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.relative_error import RelativeError
-from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.families import Family, family_of
-from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, skeleton
+from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint, skeleton
 from hsplit.models.weights import freeze
 from hsplit.tensor_files import save_tensors
 
@@ -50,8 +49,8 @@ class _Merge:
         trained: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        self._reader = CheckpointReader(directory)
         config = model_config(directory)
+        self._reader = open_checkpoint(directory, config)
         self._family: Family = family_of(config.model_type)
         self._linears = {f"{shape.name}.weight": shape.name for shape in linear_shapes(config)}
         self._run_base, self._original = run_base, original
@@ -66,10 +65,7 @@ class _Merge:
         if name in self._linears:
             merged = self._linear(name, self._linears[name])
             return (merged.T if self._family.transposed else merged).contiguous()
-        head, embedding = f"{self._family.head}.weight", f"{self._family.embeddings[0]}.weight"
-        # A checkpoint without a head uses its embedding as one, whatever its configuration says.
-        stored = embedding if name == head and head not in self._reader else name
-        return self._reader.read(stored, self._dtype)
+        return self._reader.read(name, self._dtype)
 
     def _linear(self, parameter: str, name: str) -> Tensor:
         """``W_0`` of the chosen base plus what was learned, ``(d_out, d_in)``; summed in fp32."""
@@ -126,7 +122,7 @@ def export_merged(
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if config.tie_word_embeddings:
         # One tensor serves as embedding and as head; it is written once and tied again when it is loaded.
-        parameters.pop(f"{family.head}.weight", None)
+        parameters.pop(family.head_weight, None)
     unknown = sorted(set(trained or {}) - parameters.keys())
     if unknown:
         raise InputError(f"{directory}: the model has no parameter {unknown[0]}, which the checkpoint has trained")

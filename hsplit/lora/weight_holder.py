@@ -132,7 +132,7 @@ def _made_trainable(segment: Segment) -> Iterator[tuple[str, nn.Parameter]]:
     else:
         head = nn.Parameter(tail.head)
         tail.train_head(head)
-        yield f"{family.head}.weight", head
+        yield family.head_weight, head
 
 
 def _named(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

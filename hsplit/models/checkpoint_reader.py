@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,50 +39,93 @@ _DTYPES = {
 }
 
 
-class CheckpointReader:
-    """Tensors by name from a model directory (one ``model.safetensors`` or shards with an index).
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
-    Names are those of the causal-LM class; checkpoints saved from the bare model (without the ``model.`` or
-    ``transformer.`` prefix, as GPT-2's own) are understood too.
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that a model's weights are in, as transformers finds them: ``model.safetensors``, else the index's.
+
+    Other ``*.safetensors`` files beside them are somebody's own and are not read; nor is an index beside
+    ``model.safetensors``.
+
+    Raises:
+        InputError: the directory has neither, or an index that names no files beside it.
+    """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if (directory / INDEX).is_file():
+        return [directory / shard for shard in _shards(directory / INDEX)]
+    named = sorted(file.name for file in directory.glob("*.safetensors"))
+    others = f"; weights under other names are not read: {', '.join(named)[:100]}" if named else ""
+    raise InputError(f"job.model: {directory}: has no weights: neither {WEIGHTS} nor {INDEX}{others}")
+
+
+def has_weights(names: Collection[str]) -> bool:
+    """True if a directory with files of these names holds a model's weights."""
+    return WEIGHTS in names or INDEX in names
+
+
+class CheckpointReader:
+    """Tensors by name from a model directory (:func:`weight_files`).
+
+    Names are those of the causal-LM class. A checkpoint saved from the bare model has them without the prefix, and one
+    may have it on the head too: as transformers does, the prefix is put on or taken off.
 
     Files are read, not mapped: a mapped file counts in full wherever memory is measured, and a tensor over it would be
     memory that nobody allocated.
 
+    Args:
+        directory: of the model.
+        prefix: of the bare model in the causal LM.
+
     Raises:
-        InputError: the directory holds no safetensors file, or a damaged one.
+        InputError: the directory holds no weights, or a damaged file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, prefix: str = "model") -> None:
         self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.exists():
-            files = [directory / shard for shard in _shards(index)]
-        else:
-            files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"job.model: {directory}: holds no *.safetensors file")
+        self._prefix = f"{prefix}."
         self._entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for file in files:
+        self._aliases: dict[str, str] = {}
+        for file in weight_files(directory):
             start, header = _header(file)
             self._entries.update({name: (file, start, entry) for name, entry in header.items()})
 
     def _stored_name(self, name: str) -> str | None:
-        bare = name.partition(".")[2]
-        return next((n for n in (name, bare) if n in self._entries), None)
+        name = self._aliases.get(name, name)
+        bare = name.removeprefix(self._prefix)
+        found = [n for n in dict.fromkeys((name, bare, f"{self._prefix}{name}")) if n in self._entries]
+        if len(found) > 1:
+            raise InputError(f"job.model: {self.directory}: has one weight under two names: {' and '.join(found)}")
+        return found[0] if found else None
 
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
 
-    def check_shape(self, name: str, shape: Sequence[int]) -> None:
-        """Refuse a tensor ``name`` that has another shape than the configuration gives it.
+    def tie(self, name: str, other: str) -> None:
+        """Let whichever of two names has no tensor stand for the other's."""
+        for absent, there in ((name, other), (other, name)):
+            if absent not in self and there in self:
+                self._aliases[absent] = there
+
+    def same_values(self, name: str, other: str) -> bool:
+        """True if two tensors of the checkpoint are equal, byte by byte; read no further than they are."""
+        (_, file, start, entry), (_, other_file, other_start, other_entry) = map(self._entry, (name, other))
+        if (entry["dtype"], entry["shape"]) != (other_entry["dtype"], other_entry["shape"]):
+            return False
+        begin, end = entry["data_offsets"]
+        places = ((file, start + begin), (other_file, other_start + other_entry["data_offsets"][0]))
+        one, two = ((path, offset, *_stamp(path)) for path, offset in places)
+        return _same_bytes(one, two, end - begin)
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Refuse a tensor ``name`` that is not there, or has another shape than the configuration gives it.
 
         Raises:
-            InputError: it has; one that is not there is :meth:`read`'s to refuse.
+            InputError: one line with the file and the tensor.
         """
-        stored = self._stored_name(name)
-        if stored is None:
-            return
-        file, _, entry = self._entries[stored]
+        stored, file, _, entry = self._entry(name)
         if tuple(entry["shape"]) != tuple(shape):
             raise InputError(
                 f"job.model: {file}: {stored} has the shape {entry['shape']}, by config.json it is {list(shape)}"
@@ -99,13 +143,8 @@ class CheckpointReader:
         Raises:
             InputError: the checkpoint has no such tensor, or ends before it does.
         """
-        stored = self._stored_name(name)
-        if stored is None:
-            raise InputError(f"job.model: {self.directory}: the checkpoint has no tensor {name}")
-        file, start, entry = self._entries[stored]
+        stored, file, start, entry = self._entry(name)
         shape = entry["shape"]
-        if entry["dtype"] not in _DTYPES:
-            raise InputError(f"job.model: {file}: {stored}: type {entry['dtype']} is not known")
         own_dtype = _DTYPES[entry["dtype"]]
         # A damaged shape must not be believed: as many bytes as there are is all that can be read.
         begin, end = entry["data_offsets"]
@@ -129,12 +168,40 @@ class CheckpointReader:
                     part.copy_(chunk)
         return result
 
+    def _entry(self, name: str) -> tuple[str, Path, int, dict[str, Any]]:
+        """The stored name of ``name``, its file, where the data begin there, and the header's entry."""
+        stored = self._stored_name(name)
+        if stored is None:
+            raise InputError(f"job.model: {self.directory}: the checkpoint has no tensor {name}")
+        file, start, entry = self._entries[stored]
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"job.model: {file}: {stored}: type {entry['dtype']} is not known")
+        return stored, file, start, entry
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _same_bytes(place: tuple[Any, ...], other: tuple[Any, ...], count: int) -> bool:
+    """True if ``count`` bytes at two places (file, offset, size and time of the file) are equal."""
+    with place[0].open("rb", buffering=0) as one, other[0].open("rb", buffering=0) as two:
+        one.seek(place[1])
+        two.seek(other[1])
+        for start in range(0, count, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, count - start)
+            if one.read(size) != two.read(size):
+                return False
+    return True
+
 
 def _shards(index: Path) -> list[str]:
     """The files that an index names, which must lie beside it, where the fingerprint covers them."""
     document = read_json(index)
     places = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"job.model: {index}: weight_map: must be a mapping from tensors to files")
     for name in set(places.values()):
         if "/" in name or "\0" in name or not name.endswith(".safetensors"):
@@ -184,9 +251,9 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def model_fingerprint(directory: Path) -> str:
-    """sha256 over the configuration and every weight file: equal for two copies of one base model."""
+    """sha256 over the configuration and every file of the weights: equal for two copies of one base model."""
     digest = hashlib.sha256()
-    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for file in [directory / "config.json", *weight_files(directory)]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

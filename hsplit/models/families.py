@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hsplit.config.section import shown
 from hsplit.errors import InputError
+
+# Keys with which transformers would load other values than the weight files', or change what is computed with them.
+_NOT_SERVED = {
+    "fusion_config": "fused layers are not served; remove it",
+    "transformers_weights": "weights under other names are not read; rename them to model.safetensors",
+}
 
 
 class Family:
@@ -44,6 +51,33 @@ class Family:
         """Number of learned positions, beyond which no text can be embedded; ``None`` where none are learned."""
         return None
 
+    def check(self, config: Any) -> None:
+        """Refuse what transformers would compute otherwise than the segments do.
+
+        Raises:
+            InputError: a key of ``config`` asks for it; one line with the key.
+        """
+        for key, reason in _NOT_SERVED.items():
+            if getattr(config, key, None) is not None:
+                raise InputError(f"job.model: config.json: {key}: {reason}")
+        if not getattr(config, "is_causal", True):
+            raise InputError("job.model: config.json: is_causal: must be true: training is on causal attention")
+
+    @property
+    def prefix(self) -> str:
+        """Name of the bare model in the causal LM."""
+        return self.layers.partition(".")[0]
+
+    @property
+    def embedding_weight(self) -> str:
+        """Name of the token embedding in a checkpoint, to which a head may be tied."""
+        return f"{self.embeddings[0]}.weight"
+
+    @property
+    def head_weight(self) -> str:
+        """Name of the head in a checkpoint."""
+        return f"{self.head}.weight"
+
     def layer_name(self, index: int) -> str:
         """A layer's module path in the causal LM."""
         return f"{self.layers}.{index}"
@@ -63,9 +97,22 @@ class LlamaFamily(Family):
         return hidden
 
     def window(self, layer: nn.Module, config: Any) -> int | None:
-        # Qwen decides per layer; Mistral has one window for the model; Llama has none.
-        default = getattr(config, "sliding_window", None)
-        return getattr(layer.self_attn, "sliding_window", default)
+        # Mistral has one window for the model; Qwen decides per layer; Llama has none, whatever its configuration says.
+        if config.model_type == "mistral":
+            window: int | None = config.sliding_window
+            return window
+        return getattr(layer.self_attn, "sliding_window", None)
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        kinds = config.layer_types if config.model_type.startswith("qwen") else []
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise InputError(f"job.model: config.json: layer_types: {shown(kind)} is not served")
+        window = getattr(config, "sliding_window", None)
+        given = window is not None and config.model_type != "llama"
+        if (given or "sliding_attention" in kinds) and (type(window) is not int or window < 1):
+            raise InputError(f"job.model: config.json: sliding_window: must be at least 1 (got {shown(window)})")
 
 
 class GPT2Family(Family):
@@ -84,6 +131,11 @@ class GPT2Family(Family):
     def positions(self, config: Any) -> int | None:
         return int(config.max_position_embeddings)
 
+    def check(self, config: Any) -> None:
+        super().check(config)
+        if config.add_cross_attention:
+            raise InputError("job.model: config.json: add_cross_attention: must be false: there is no encoder")
+
 
 FAMILIES: tuple[Family, ...] = (LlamaFamily(), GPT2Family())
 
@@ -98,4 +150,4 @@ def family_of(model_type: str) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
-    raise InputError(f"job.model: model type {model_type!r} is not supported; supported: {known}")
+    raise InputError(f"job.model: model type {shown(model_type)} is not supported; supported: {known}")

@@ -22,9 +22,11 @@ from huggingface_hub.utils import (
 )
 
 from hsplit.errors import InputError
+from hsplit.models.checkpoint_reader import has_weights, weight_files
 
 PROBE_TIMEOUT_S = 5.0  # to learn whether the hub answers at all; downloads have the hub's own limits
 
+_CONFIGURATION = ["config.json"]
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 # Only the top folder is the model as transformers loads it; below it lie copies in other formats, gigabytes
 # of them, and beside it Mistral's second copy under other names.
@@ -44,8 +46,10 @@ def is_hub_id(model: str) -> bool:
     return True
 
 
-def cached_snapshot(model: str, progress: bool = False) -> Path:
+def cached_snapshot(model: str, progress: bool = False, weights: bool = True) -> Path:
     """The snapshot of ``model`` in the local hub cache; nothing is asked of the network, nor shown.
+
+    Without ``weights`` its ``config.json`` is enough.
 
     Raises:
         HubMiss: there is none, or it has not all files that a model needs.
@@ -53,18 +57,22 @@ def cached_snapshot(model: str, progress: bool = False) -> Path:
     del progress  # the same signature as fetched_snapshot
     try:
         with _quiet(progress=False):
-            found = snapshot_download(model, local_files_only=True, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            found = snapshot_download(
+                model, local_files_only=True, allow_patterns=_wanted(weights), ignore_patterns=_UNWANTED
+            )
     except LocalEntryNotFoundError as error:
         raise HubMiss(f"not in {constants.HF_HUB_CACHE}") from error
     except Exception as error:  # an incomplete snapshot has a class of its own in some versions of the hub's library
         raise HubMiss(f"incomplete in {constants.HF_HUB_CACHE} ({_first_line(error)})") from error
-    if not _usable([path.name for path in Path(found).iterdir()]):
+    if not _complete(Path(found), weights):
         raise HubMiss(f"incomplete in {constants.HF_HUB_CACHE} (config.json or safetensors missing)")
     return Path(found)
 
 
-def fetched_snapshot(model: str, progress: bool = False) -> Path:
+def fetched_snapshot(model: str, progress: bool = False, weights: bool = True) -> Path:
     """Download what is missing of ``model`` into the hub cache; its snapshot directory.
+
+    Without ``weights`` only its ``config.json``.
 
     One request without retries finds out first whether the hub can be reached, so that a machine without
     network is told within :data:`PROBE_TIMEOUT_S`. ``HF_HUB_OFFLINE`` is respected.
@@ -79,9 +87,9 @@ def fetched_snapshot(model: str, progress: bool = False) -> Path:
         with _quiet(progress):
             info = HfApi().model_info(model, timeout=PROBE_TIMEOUT_S)
             names = [sibling.rfilename for sibling in info.siblings or []]
-            if not _usable(names):
+            if not _usable(names, weights):
                 raise InputError(_unusable(model, names))
-            return Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+            return Path(snapshot_download(model, allow_patterns=_wanted(weights), ignore_patterns=_UNWANTED))
     except InputError:
         raise
     except GatedRepoError as error:
@@ -95,17 +103,25 @@ def fetched_snapshot(model: str, progress: bool = False) -> Path:
         raise HubMiss(f"no answer ({_first_line(error)})") from error
 
 
-def _usable(names: list[str]) -> bool:
-    return "config.json" in names and any(
-        name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated") for name in names
-    )
+def _wanted(weights: bool) -> list[str]:
+    return _WANTED if weights else _CONFIGURATION
+
+
+def _usable(names: list[str], weights: bool) -> bool:
+    return "config.json" in names and (not weights or has_weights(names))
+
+
+def _complete(snapshot: Path, weights: bool) -> bool:
+    """True if everything is there: of a download that was broken off, the index may be and a shard not."""
+    names = [path.name for path in snapshot.iterdir()]
+    return _usable(names, weights) and (not weights or all(file.is_file() for file in weight_files(snapshot)))
 
 
 def _unusable(model: str, names: list[str]) -> str:
     if "config.json" not in names:
         return f"job.model: {model} on the hub has no config.json, so it is no model of transformers' form"
     return (
-        f"job.model: {model} on the hub has no *.safetensors, and only safetensors are read; to convert: "
+        f"job.model: {model} on the hub has no model.safetensors, and only safetensors are read; to convert: "
         f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(NEW_DIRECTORY), "
         "and the same with AutoTokenizer"
     )

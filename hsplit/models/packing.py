@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsplit.errors import InputError
 from hsplit.models.short_attention import LONGEST, short_attention
 
 # The name under which transformers' layers find the attention below.
@@ -85,20 +86,43 @@ def pack_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' layers over packed tokens ``(1, heads, n, d_head)``: torch's SDPA, or on a CPU plain
     products where sequences are short.
+
+    A window is in the mask.
+
+    Raises:
+        InputError: the layer asks for something else, such as a soft cap of the scores or attention sinks.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    packing: Packing = arguments.pop("packing")
-    short: bool = arguments.pop("short_attention")
+    short: bool = others.pop("short_attention")
+    # Switches that are off ask for nothing.
+    asked = [name for name, value in others.items() if value is not None and value is not False]
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        asked.append("sight of later tokens")
+    if asked:
+        raise InputError(
+            f"job.model: {type(module).__name__} asks its attention for {', '.join(asked)}, which is not served"
+        )
     queries, keys, values = (packing.pad(tensor) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if short and query.device.type == "cpu" and packing.longest <= LONGEST:
-        scale = arguments.get("scaling") or query.shape[-1] ** -0.5
         return packing.pack(short_attention(queries, keys, values, attention_mask, scale).transpose(1, 2)), None
-    output, _ = sdpa_attention_forward(module, queries, keys, values, attention_mask, **arguments)
+    output, _ = sdpa_attention_forward(module, queries, keys, values, attention_mask, dropout, scale)
     return packing.pack(output), None
 
 

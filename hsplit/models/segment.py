@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from hsplit.config.section import shown
 from hsplit.errors import InputError
 from hsplit.lora.adapted_linear import AdaptedLinear
-from hsplit.models.checkpoint_reader import CheckpointReader
+from hsplit.models.checkpoint_reader import CheckpointReader, has_weights
 from hsplit.models.device_map import place
 from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
+from hsplit.models.rotary import rotary_tables
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
 from hsplit.models.tokenizer_files import missing_packages, vocabulary_file
 from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
@@ -122,7 +124,7 @@ class Segment(nn.Module):
         batch = hidden.unsqueeze(0)
         arguments: dict[str, Any] = {"packing": packing, "short_attention": self.short_attention}
         if self.rotary is not None:
-            arguments["position_embeddings"] = self.rotary(batch, position_ids=packing.positions.unsqueeze(0))
+            arguments["position_embeddings"] = rotary_tables(self.rotary, batch, packing)
         for index in range(start, stop):
             layer = self.layers[str(index)]
             device = self.layer_devices.get(index, batch.device)
@@ -153,21 +155,77 @@ def _window_mask(window: int | None, length: int, device: torch.device) -> Tenso
 
 
 def model_config(directory: Path) -> Any:
-    """The transformers configuration of the model in ``directory`` (no weights are read)."""
+    """The transformers configuration of the model in ``directory``, for which ``config.json`` is enough.
+
+    ``tie_word_embeddings`` is as transformers would leave it after loading: false where the weights have a head with
+    other values than the embedding's, whatever the file says.
+
+    Raises:
+        InputError: it is none, of no family that is served, or asks for what the segments do not compute.
+    """
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers' readers raise anything on a file that is none
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"job.model: {directory}/config.json: {reason}") from error
+        raise InputError(f"job.model: {directory}/config.json: {_one_line(error)}") from error
+    family = family_of(config.model_type)
     for name, most in _LARGEST.items():
         size = getattr(config, name, None)
         if size is not None and (type(size) is not int or not 0 < size <= most):
             raise InputError(
                 f"job.model: {directory}/config.json: {name}: must be from 1 to {most} (got {shown(size)})"
             )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"job.model: {directory}/config.json: quantization_config: weights quantized beforehand "
+            f"({shown(method)}) are not read; take the original model, and job.base to quantize it"
+        )
+    family.check(config)
+    if config.tie_word_embeddings and has_weights(os.listdir(directory)):
+        reader = CheckpointReader(directory, family.prefix)
+        names = (family.embedding_weight, family.head_weight)
+        if all(name in reader for name in names) and not reader.same_values(*names):
+            config.tie_word_embeddings = False
     return config
+
+
+def open_checkpoint(directory: Path, config: Any) -> CheckpointReader:
+    """The weights of the model in ``directory``, with one tensor for a tied head and its embedding."""
+    family = family_of(config.model_type)
+    reader = CheckpointReader(directory, family.prefix)
+    if config.tie_word_embeddings:
+        reader.tie(family.embedding_weight, family.head_weight)
+    return reader
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Refuse weights that are not all that the configuration asks for; only the files' headers are read.
+
+    Raises:
+        InputError: a weight is missing, or has another shape; one line with the first one.
+    """
+    if (directory / "adapter_config.json").is_file():
+        raise InputError(
+            f"job.model: {directory}: has an adapter beside its weights (adapter_config.json), which transformers"
+            " would add; merge it into a directory of its own, or remove it"
+        )
+    config = model_config(directory)
+    reader = open_checkpoint(directory, config)
+    for name, parameter in skeleton(config).named_parameters(remove_duplicate=False):
+        shape = parameter.shape
+        if name == family_of(config.model_type).head_weight and name not in reader:
+            raise InputError(
+                f"job.model: {directory}: the checkpoint has no tensor {name}, and by config.json"
+                " (tie_word_embeddings: false) the embedding is no head"
+            )
+        reader.check(name, shape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -197,8 +255,7 @@ def load_tokenizer(directory: Path) -> Any:
                 f"job.model: {directory}: has no tokenizer.json, nor anything that one can be made of; put the"
                 " tokenizer's files beside config.json"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"job.model: {directory}: its tokenizer cannot be read: {reason}") from error
+        raise InputError(f"job.model: {directory}: its tokenizer cannot be read: {_one_line(error)}") from error
 
 
 def layer_count(config: Any) -> int:
@@ -231,8 +288,7 @@ def skeleton(config: Any) -> nn.Module:
                 AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False),
             )
         except Exception as error:  # sizes that do not go with one another fail anywhere in a model's own code
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"job.model: its config.json makes no model: {reason}") from error
+            raise InputError(f"job.model: its config.json makes no model: {_one_line(error)}") from error
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -275,7 +331,7 @@ def _fill(module: nn.Module, path: str, reader: CheckpointReader, dtype: torch.d
     for name, parameter in list(module.named_parameters()):
         if parameter.device.type == "meta":
             owner = module.get_submodule(name.rpartition(".")[0])
-            reader.check_shape(f"{path}.{name}", parameter.shape)
+            reader.check(f"{path}.{name}", parameter.shape)
             value = nn.Parameter(reader.read(f"{path}.{name}", dtype), requires_grad=False)
             setattr(owner, name.rpartition(".")[2], value)
 
@@ -290,7 +346,7 @@ def _adapt_linears(
     """Replace every linear of ``layer`` by an :class:`AdaptedLinear` holding its ``W_0``."""
     for inner, module in _linears_in(layer):
         name = f"{path}.{inner}"
-        reader.check_shape(f"{name}.weight", cast(Tensor, module.weight).shape)
+        reader.check(f"{name}.weight", cast(Tensor, module.weight).shape)
         bias = reader.read(f"{name}.bias", model.dtype) if module.bias is not None else None
         read = partial(reader.read, f"{name}.weight", transposed=family.transposed)
         weight = freeze(read, model.base, model.dtype, quantized=quantized)
@@ -330,7 +386,7 @@ def load_segment(
     """
     config = model_config(model.directory)
     family = family_of(config.model_type)
-    reader = CheckpointReader(model.directory)
+    reader = open_checkpoint(model.directory, config)
     empty = skeleton(config)
     segment = Segment(family, config, spec)
     if spec.embedding:
@@ -365,17 +421,12 @@ def _load_tail(segment: Segment, empty: nn.Module, reader: CheckpointReader, mod
     family = segment.family
     norm = empty.get_submodule(family.norm)
     _fill(norm, family.norm, reader, model.dtype)
-    tied = f"{family.embeddings[0]}.weight"
-    for name in (tied, f"{family.head}.weight"):
-        reader.check_shape(name, (segment.config.vocab_size, segment.config.hidden_size))
-    if f"{family.head}.weight" in reader and not segment.config.tie_word_embeddings:
-        head = reader.read(f"{family.head}.weight", model.dtype)
-    elif segment.spec.embedding:
+    if segment.config.tie_word_embeddings and segment.spec.embedding:
         # One tensor serves as embedding and as tied head on a holder that has both.
-        first = cast(nn.Embedding, segment.embeddings[family.embeddings[0].rpartition(".")[2]])
-        head = first.weight.data
+        head = cast(nn.Embedding, segment.embeddings[family.embeddings[0].rpartition(".")[2]]).weight.data
     else:
-        head = reader.read(tied, model.dtype)
+        reader.check(family.head_weight, (segment.config.vocab_size, segment.config.hidden_size))
+        head = reader.read(family.head_weight, model.dtype)
     return Tail(norm, head, CLIENT_CHUNK_ROWS if segment.spec.embedding else SERVER_CHUNK_ROWS)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,12 +53,9 @@ def shape_directory(model: str) -> Iterator[Path]:
     Raises:
         InputError: it is not found.
     """
-    path = Path(os.path.expanduser(model))
     if model in SHAPES:
         with tempfile.TemporaryDirectory() as name:
             (Path(name) / "config.json").write_text(json.dumps(SHAPES[model]))
             yield Path(name)
-    elif (path / "config.json").is_file():
-        yield path
     else:
-        yield find_model(model).directory
+        yield find_model(model, weights=False).directory

@@ -199,7 +199,7 @@ def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
 )
 def test_an_index_names_files_beside_it_alone(models: dict[str, Path], tmp_path: Path, shard: Any) -> None:
     directory = Path(shutil.copytree(models["llama"], tmp_path / "model"))
-    shutil.copy(directory / "model.safetensors", tmp_path / "other.safetensors")
+    (directory / "model.safetensors").rename(tmp_path / "other.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(InputError, match=r"^job\.model: .*index\.json: "):
         CheckpointReader(directory)

@@ -70,7 +70,7 @@ def test_a_local_directory_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_relative_and_a_home_path_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = model_directory(tmp_path / "llama", "a.safetensors")
+    directory = model_directory(tmp_path / "llama", "model.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_model("llama").directory == find_model("./llama").directory == directory
@@ -79,7 +79,10 @@ def test_a_relative_and_a_home_path_are_paths(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("weights", "said"),
-    [(("pytorch_model.bin",), "only safetensors are read; to convert"), ((), r"has no \*\.safetensors")],
+    [
+        (("pytorch_model.bin",), "only safetensors are read; to convert"),
+        ((), "has no weights: neither model.safetensors"),
+    ],
 )
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path, weights: tuple[str, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
