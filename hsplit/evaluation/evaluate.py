@@ -20,6 +20,7 @@ from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.report import Evaluation, Generation
 from hsplit.evaluation.scores import PERPLEXITY, SCORES, chosen_metrics, text_scores
 from hsplit.evaluation.targets import Target, kind_of, open_target
+from hsplit.models.rotary import depends_on_length
 from hsplit.run_directory import RunDirectory
 from hsplit.seeds import hash_seed
 
@@ -72,6 +73,9 @@ def evaluate(
     chosen = chosen_metrics(metrics)
     opened = open_target(Path(target), client)
     notes = list(opened.notes)
+    if depends_on_length(opened.model.config):
+        # A batch would have the frequencies of its longest text; training gives each text its own.
+        batch_size = 1
     inputs, described = _inputs(opened, data, notes)
     inputs = limited(inputs, limit, opened.seed)
     inputs, tokenized = _fitting(opened, inputs, described, notes)

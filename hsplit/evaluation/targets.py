@@ -235,14 +235,23 @@ def _loaded(directory: Path, dtype: torch.dtype) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises anything on files that do not fit one another
         raise InputError(f"{displayed(directory)}: cannot be loaded: {one_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
+    if missing := sorted(found["missing_keys"]):
+        # transformers would draw their values.
+        raise InputError(f"{displayed(directory)}: cannot be loaded: the checkpoint has no tensor {missing[0]}")
+    return model
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,12 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
-
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# As transformers writes a model that several processes hold; it reads these before any other file.
+_DISTRIBUTED = "shard-{0}-model-{0}-of-{0}.safetensors".format("[0-9]" * 5)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -50,8 +44,13 @@ def weight_files(directory: Path) -> list[Path]:
     ``model.safetensors``.
 
     Raises:
-        InputError: the directory has neither, or an index that names no files beside it.
+        InputError: the directory has neither, an index that names no files beside it, or a distributed checkpoint.
     """
+    if (distributed := min(directory.glob(_DISTRIBUTED), default=None)) is not None:
+        raise InputError(
+            f"job.model: {directory}: {distributed.name} is of a distributed checkpoint, which is not read; "
+            "save_pretrained without distributed_checkpoint, or remove it"
+        )
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
@@ -83,7 +82,7 @@ class CheckpointReader:
         InputError: the directory holds no weights, or a damaged file.
     """
 
-    def __init__(self, directory: Path, prefix: str = "model") -> None:
+    def __init__(self, directory: Path, prefix: str) -> None:
         self.directory = directory
         self._prefix = f"{prefix}."
         self._entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
@@ -114,10 +113,7 @@ class CheckpointReader:
         (_, file, start, entry), (_, other_file, other_start, other_entry) = map(self._entry, (name, other))
         if (entry["dtype"], entry["shape"]) != (other_entry["dtype"], other_entry["shape"]):
             return False
-        begin, end = entry["data_offsets"]
-        places = ((file, start + begin), (other_file, other_start + other_entry["data_offsets"][0]))
-        one, two = ((path, offset, *_stamp(path)) for path, offset in places)
-        return _same_bytes(one, two, end - begin)
+        return _same_bytes(_place(file, start, entry), _place(other_file, other_start, other_entry))
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Refuse a tensor ``name`` that is not there, or has another shape than the configuration gives it.
@@ -175,23 +171,36 @@ class CheckpointReader:
             raise InputError(f"job.model: {self.directory}: the checkpoint has no tensor {name}")
         file, start, entry = self._entries[stored]
         if entry["dtype"] not in _DTYPES:
-            raise InputError(f"job.model: {file}: {stored}: type {entry['dtype']} is not known")
+            raise InputError(
+                f"job.model: {file}: {stored} has the type {entry['dtype']}, and only {', '.join(_DTYPES)} are read: "
+                "take the original model, and job.base to quantize it"
+            )
         return stored, file, start, entry
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
+@dataclass(frozen=True)
+class _Place:
+    """Bytes ``[begin, end)`` of a file that has been written to last at ``changed_ns``."""
+
+    file: Path
+    begin: int
+    end: int
+    changed_ns: int
+
+
+def _place(file: Path, start: int, entry: Mapping[str, Any]) -> _Place:
+    begin, end = entry["data_offsets"]
+    return _Place(file, start + begin, start + end, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _same_bytes(place: tuple[Any, ...], other: tuple[Any, ...], count: int) -> bool:
-    """True if ``count`` bytes at two places (file, offset, size and time of the file) are equal."""
-    with place[0].open("rb", buffering=0) as one, other[0].open("rb", buffering=0) as two:
-        one.seek(place[1])
-        two.seek(other[1])
-        for start in range(0, count, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, count - start)
+def _same_bytes(place: _Place, other: _Place) -> bool:
+    """True if the bytes at two places of one length are equal; asked whenever a configuration is read."""
+    with place.file.open("rb", buffering=0) as one, other.file.open("rb", buffering=0) as two:
+        one.seek(place.begin)
+        two.seek(other.begin)
+        for start in range(place.begin, place.end, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, place.end - start)
             if one.read(size) != two.read(size):
                 return False
     return True

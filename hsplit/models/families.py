@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hsplit.config.section import shown
 from hsplit.errors import InputError
 
-# Keys with which transformers would load other values than the weight files', or change what is computed with them.
+# Keys with which transformers would load other files, or other modules.
 _NOT_SERVED = {
-    "fusion_config": "fused layers are not served; remove it",
+    "fusion_config": "fused modules are not served; remove it",
     "transformers_weights": "weights under other names are not read; rename them to model.safetensors",
 }
 

@@ -17,12 +17,12 @@ _BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 def depends_on_length(config: Any) -> bool:
-    """True if a text's rotary frequencies depend on its length."""
+    """True if a text's rotary frequencies depend on its length, or on that of the longest text in its batch."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type") in _BY_LENGTH
 
 
-def forget_longer(rotary: nn.Module, *_: Any) -> None:
-    """Undo what longer texts have changed; a forward pre-hook."""
+def _forget_longer(rotary: nn.Module) -> None:
+    """Undo what longer texts have changed."""
     state: Any = rotary
     state.max_seq_len_cached = state.original_max_seq_len
     # A copy: longrope writes into it.
@@ -43,7 +43,7 @@ def rotary_tables(rotary: nn.Module, hidden: Tensor, packing: Packing) -> tuple[
         return cos, sin
     tables = {}
     for length in set(packing.lengths):
-        forget_longer(rotary)
+        _forget_longer(rotary)
         tables[length] = rotary(hidden, position_ids=torch.arange(length, device=hidden.device).unsqueeze(0))
     cos, sin = (torch.cat([tables[length][part] for length in packing.lengths], dim=1) for part in (0, 1))
     return cos, sin

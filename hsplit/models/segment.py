@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hsplit.config.section import shown
 from hsplit.errors import InputError
 from hsplit.lora.adapted_linear import AdaptedLinear
-from hsplit.models.checkpoint_reader import CheckpointReader, has_weights
+from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.device_map import place
 from hsplit.models.families import Family, family_of
 from hsplit.models.packing import ATTENTION, Packing, register_attention
@@ -170,6 +169,8 @@ def model_config(directory: Path) -> Any:
     except Exception as error:  # transformers' readers raise anything on a file that is none
         raise InputError(f"job.model: {directory}/config.json: {_one_line(error)}") from error
     family = family_of(config.model_type)
+    if getattr(config, "is_heterogeneous", False):
+        raise InputError(f"job.model: {directory}/config.json: per_layer_config: layers that differ are not served")
     for name, most in _LARGEST.items():
         size = getattr(config, name, None)
         if size is not None and (type(size) is not int or not 0 < size <= most):
@@ -184,12 +185,20 @@ def model_config(directory: Path) -> Any:
             f"({shown(method)}) are not read; take the original model, and job.base to quantize it"
         )
     family.check(config)
-    if config.tie_word_embeddings and has_weights(os.listdir(directory)):
-        reader = CheckpointReader(directory, family.prefix)
-        names = (family.embedding_weight, family.head_weight)
-        if all(name in reader for name in names) and not reader.same_values(*names):
-            config.tie_word_embeddings = False
+    if config.tie_word_embeddings and _has_head_of_its_own(directory, family):
+        config.tie_word_embeddings = False
     return config
+
+
+def _has_head_of_its_own(directory: Path, family: Family) -> bool:
+    """True if the weights have a head, with other values than the embedding's."""
+    names = (family.embedding_weight, family.head_weight)
+    try:
+        reader = CheckpointReader(directory, family.prefix)
+        return all(name in reader for name in names) and not reader.same_values(*names)
+    except InputError:
+        # Planning needs no weights, nor sound ones; reading them, later, refuses them.
+        return False
 
 
 def open_checkpoint(directory: Path, config: Any) -> CheckpointReader:
@@ -213,15 +222,14 @@ def check_checkpoint(directory: Path) -> None:
             " would add; merge it into a directory of its own, or remove it"
         )
     config = model_config(directory)
-    reader = open_checkpoint(directory, config)
+    reader, head = open_checkpoint(directory, config), family_of(config.model_type).head_weight
+    if head not in reader and not config.tie_word_embeddings:
+        raise InputError(
+            f"job.model: {directory}: the checkpoint has no tensor {head}, and by config.json"
+            " (tie_word_embeddings: false) the embedding is no head"
+        )
     for name, parameter in skeleton(config).named_parameters(remove_duplicate=False):
-        shape = parameter.shape
-        if name == family_of(config.model_type).head_weight and name not in reader:
-            raise InputError(
-                f"job.model: {directory}: the checkpoint has no tensor {name}, and by config.json"
-                " (tie_word_embeddings: false) the embedding is no head"
-            )
-        reader.check(name, shape)
+        reader.check(name, parameter.shape)
 
 
 def _one_line(error: Exception) -> str:

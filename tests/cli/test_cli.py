@@ -44,6 +44,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert "launch" in _call("--help").output
 
 
+def test_a_plan_needs_the_models_configuration_alone(
+    cluster_file: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((models["llama"] / "config.json").read_bytes())
+    plan = ("plan", "--cluster", cluster_file)
+    for form in ((), ("--json",)):
+        whole, planned = _call(*plan, *form), _call(*plan, *form, "--set", f"model={bare}")
+        assert whole.exit_code == planned.exit_code == 0, planned.output
+        assert planned.stdout == whole.stdout
+    launched = _call("launch", "--cluster", cluster_file, "--set", f"model={bare}", "--runs-dir", tmp_path / "runs")
+    assert launched.exit_code == 2 and "has no weights: neither model.safetensors" in launched.output
+    assert not (tmp_path / "runs").exists()
+
+
 def test_plan_as_json_has_the_documented_keys(cluster_file: Path) -> None:
     result = _call("plan", "--cluster", cluster_file, "--json")
     assert result.exit_code == 0, result.output

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 
 import hsplit
 from hsplit.cli import main
-from hsplit.data import read_examples
+from hsplit.data import read_examples, tokenize
 from hsplit.errors import InputError
 from hsplit.evaluation.inputs import TestInput, grouped, limited
+from hsplit.evaluation.targets import open_target
 from hsplit.models.source import find_model
 from hsplit.preparation import read_shared
 from tests.finished_run import FinishedRun, finished_run, write_data
@@ -75,6 +76,35 @@ def test_run_adapter_and_merged_model_have_one_perplexity(runs: dict[str, Finish
     # It is the run's model and not its base: that one is far off.
     base = hsplit.evaluate(run.model, unseen, metrics="ppl")
     assert abs(base.scores["ppl"] - reference.scores["ppl"]) > 0.01 * reference.scores["ppl"]
+
+
+def test_a_model_that_lacks_a_weight_is_refused_and_not_drawn(runs: dict[str, FinishedRun], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(runs["llama"].model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    told = _call("eval", model, "--data", write_data(tmp_path / "unseen.csv"), "--metrics", "ppl")
+    assert told.exit_code == 2 and "the checkpoint has no tensor model.layers.1.mlp.up_proj.weight" in told.output
+
+
+def test_perplexity_does_not_depend_on_the_batch_where_frequencies_depend_on_the_length(tmp_path: Path) -> None:
+    from hsplit.evaluation.perplexity import cross_entropy
+    from tests.tiny import save_tiny_model
+
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 8}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    model = save_tiny_model("llama", tmp_path / "m", max_position_embeddings=64, rope_parameters=rope | factors)
+    texts = [f"{' '.join(['w2'] * words)},{' '.join(['w9'] * words)}" for words in (2, 3, 9)]
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(["prompt,response", *texts]))
+    one, eight = (hsplit.evaluate(model, data, metrics="ppl", batch_size=size) for size in (1, 8))
+    assert eight.scores["ppl"] == one.scores["ppl"]
+    # In one batch the short texts would have been computed with the long one's frequencies.
+    opened = open_target(model)
+    examples = tokenize(_examples(data), opened.tokenizer, 64)[0]
+    assert cross_entropy(opened.model, opened.tokenizer, examples, 8).perplexity != pytest.approx(one.scores["ppl"])
 
 
 def test_inputs_that_the_run_trained_on_are_left_out_and_counted(runs: dict[str, FinishedRun], tmp_path: Path) -> None:

@@ -118,6 +118,21 @@ def test_an_untied_model_in_several_files_loads_as_one(tmp_path: Path) -> None:
     assert (logits_of(_load(tmp_path / "out")) - logits_of(expected)).abs().max() < 1e-4
 
 
+def test_a_head_of_its_own_is_exported_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = save_tiny_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    assert model_config(model).tie_word_embeddings and "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    export_merged(model, "fp32", {}, tmp_path / "out")
+    written = _load(tmp_path / "out")
+    assert torch.equal(written.lm_head.weight, tensors["lm_head.weight"]) and not written.config.tie_word_embeddings
+    assert (logits_of(written) - logits_of(_load(model))).abs().max() < 1e-5
+
+
 def test_a_cut_adapter_has_the_error_that_is_told(runs: dict[tuple[str, str], FinishedRun], tmp_path: Path) -> None:
     run = runs["llama", "nf4"]
     written = export_run(run.path, tmp_path / "cut", ExportOptions(rank=2))

@@ -185,13 +185,13 @@ def _entry(shape: Any = (4,), begin: Any = 0, end: Any = 16, dtype: Any = "F32")
 def test_a_header_that_cannot_be_right_is_refused_without_reading_by_it(tmp_path: Path, header: Any) -> None:
     _safetensors(tmp_path / "model.safetensors", header)
     with pytest.raises(InputError, match=r"^job\.model: .*model\.safetensors: "):
-        CheckpointReader(tmp_path).read("a")
+        CheckpointReader(tmp_path, "model").read("a")
 
 
 def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(InputError, match="header too long"):
-        CheckpointReader(tmp_path)
+        CheckpointReader(tmp_path, "model")
 
 
 @pytest.mark.parametrize(
@@ -202,12 +202,12 @@ def test_an_index_names_files_beside_it_alone(models: dict[str, Path], tmp_path:
     (directory / "model.safetensors").rename(tmp_path / "other.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(InputError, match=r"^job\.model: .*index\.json: "):
-        CheckpointReader(directory)
+        CheckpointReader(directory, "model")
 
 
 def test_every_file_that_is_read_is_in_the_fingerprint(models: dict[str, Path], tmp_path: Path) -> None:
     directory = Path(shutil.copytree(models["llama"], tmp_path / "model"))
-    reader = CheckpointReader(directory)
+    reader = CheckpointReader(directory, "model")
     before = model_fingerprint(directory)
     for file in {place[0] for place in reader._entries.values()}:
         content = bytearray(file.read_bytes())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint, weight_files
+from hsplit.models.families import FAMILIES, LlamaFamily
 from hsplit.models.segment import check_checkpoint, linear_shapes, model_config
 from hsplit.models.source import find_model
 from tests.unsplit import differences
@@ -105,8 +106,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "encoder": (GPT2 | {"add_cross_attention": True}, r"add_cross_attention: must be false"),
     "heads that do not divide": ({"num_attention_heads": 5}, r"not a multiple of the number of attention heads"),
     "unknown rope": (rope("spiral"), r"config\.json"),
-    "unserved": ({"model_type": "gemma3_text"}, r"model type 'gemma3_text' is not supported"),
-    "sizes by layer": ({"model_type": "gemma4_text"}, r"model type 'gemma4_text' is not supported"),
+    "sizes by layer": ({"per_layer_config": {"1": {"intermediate_size": 24}}}, r"per_layer_config: "),
+    "norms by layer": ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, r"per_layer_config: "),
+    "windows by layer": (
+        {"model_type": "mistral", "sliding_window": None, "per_layer_config": {"1": {"sliding_window": 3}}},
+        r"per_layer_config: ",
+    ),
+    "layers left out": ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, r"per_layer_config: "),
 }
 
 
@@ -278,9 +284,22 @@ def test_what_is_not_computed_is_refused_by_the_configuration_alone(name: str, t
     assert "\n" not in str(refused.value)
 
 
-def test_a_guard_that_sees_a_wrong_head_a_wrong_layer_and_a_window(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_type_that_transformers_knows_is_served_or_refused_in_one_line(tmp_path: Path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    served = {kind for family in FAMILIES for kind in family.model_types}
+    assert served < set(CONFIG_MAPPING)
+    for kind in CONFIG_MAPPING:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        if kind in served:
+            assert model_config(tmp_path).model_type == kind
+            continue
+        with pytest.raises(InputError, match=r"^job\.model: ") as refused:
+            model_config(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_layer_is_seen_at_its_place_and_in_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hsplit.models import segment
 
     directory = saved(tmp_path / "model", SERVED["llama"])
@@ -306,6 +325,22 @@ def _no_shard(tensors: Tensors, to: Path) -> None:
     (to / "part-1.safetensors").unlink()
 
 
+def _distributed(tensors: Tensors, to: Path) -> None:
+    _plain(tensors, to)
+    _save(_others(tensors), to / "shard-00000-model-00001-of-00001.safetensors")
+
+
+def _eight_bits(tensors: Tensors, to: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    scale = {name + "_scale": torch.tensor(0.01)}
+    _plain(tensors | {name: (tensors[name] * 100).to(torch.float8_e4m3fn)} | scale, to)
+
+
+def _codes(tensors: Tensors, to: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    _plain(tensors | {name: (tensors[name] * 100).to(torch.int8)}, to)
+
+
 def _adapter(tensors: Tensors, to: Path) -> None:
     _plain(tensors, to)
     (to / "adapter_config.json").write_text("{}")
@@ -325,6 +360,9 @@ def _other_name(tensors: Tensors, to: Path) -> None:
         ),
         (_twice, r"has one weight under two names: model\.layers\.0\.mlp\.up_proj\.weight and layers"),
         (_no_shard, r"there is no file .*part-1\.safetensors"),
+        (_distributed, r"shard-00000-model-00001-of-00001\.safetensors is of a distributed checkpoint"),
+        (_eight_bits, r"up_proj\.weight has the type F8_E4M3, and only F64, F32, F16, BF16 are read"),
+        (_codes, r"up_proj\.weight has the type I8, and only F64, F32, F16, BF16 are read"),
         (_adapter, r"has an adapter beside its weights \(adapter_config\.json\)"),
         (_other_name, r"has no weights: neither .* weights under other names are not read: llama\.safetensors"),
     ],
@@ -355,3 +393,31 @@ def test_attention_that_is_asked_for_what_it_does_not_know_refuses(asked: dict[s
     for more, said in ((asked, next(iter(asked))), ({"is_causal": False}, "later tokens")):
         with pytest.raises(InputError, match=rf"^job\.model: Identity asks its attention for .*{said}"):
             _packed_attention(torch.nn.Identity(), heads, heads, heads, None, **given, **more)
+
+
+GEMMA_2 = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}
+GPT_OSS = {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(("keys", "asked"), [(GEMMA_2, "softcap"), (GPT_OSS, "s_aux")])
+def test_a_layer_that_asks_its_attention_for_more_is_refused_by_its_plan(
+    keys: dict[str, Any], asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hsplit.config import load_run_config
+    from hsplit.launcher import plan
+
+    monkeypatch.setattr(LlamaFamily, "model_types", LlamaFamily.model_types | {keys["model_type"]})
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | keys))
+    overrides = [f"model={tmp_path}", "max_length=16", "base=fp32", "dtype=fp32"]
+    assert load_run_config("hetero", None, overrides).job.model == str(tmp_path)
+    with pytest.raises(InputError, match=rf"^job\.model: \w+ asks its attention for {asked}"):
+        plan("hetero", None, overrides)
+
+
+def test_weights_that_cannot_be_read_are_in_no_plan_s_way(tmp_path: Path) -> None:
+    directory = saved(tmp_path, SERVED["llama tied"], _own_head)
+    assert not model_config(directory).tie_word_embeddings
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert model_config(directory).tie_word_embeddings
+    with pytest.raises(InputError, match=r"^job\.model: .*is no safetensors file"):
+        check_checkpoint(directory)

