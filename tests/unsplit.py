@@ -44,7 +44,10 @@ def unsplit(directory: Path, text: Sequence[int], dtype: torch.dtype, scratch: P
 
 
 def joined(directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
-    """The same of the segments, one layer at a time, for all texts in one packed batch: ``(n, ...)`` each."""
+    """The same of the segments, one layer at a time, for all texts in one packed batch: ``(n, ...)`` each.
+
+    The losses are there twice: of a tail on a holder without the embedding (the server), and on one that has it too.
+    """
     base, packing = BaseModel(directory, "fp32", dtype), Packing.of([len(text) for text in texts])
     layers = layer_count(model_config(directory))
     ids = torch.tensor([token for text in texts for token in text])
@@ -53,13 +56,16 @@ def joined(directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype) 
         for layer in range(layers):
             segment = load_segment(base, SegmentSpec(layer, layer + 1))
             states.append(segment.run(states[-1], packing, layer, layer + 1))
-        tail = load_segment(base, SegmentSpec(layers, layers, tail=True)).tail
-        assert tail is not None
-        return [*states, tail.token_losses(states[-1], torch.roll(ids, -1))]
+        losses = []
+        for at_home in (False, True):
+            tail = load_segment(base, SegmentSpec(layers, layers, embedding=at_home, tail=True)).tail
+            assert tail is not None
+            losses.append(tail.token_losses(states[-1], torch.roll(ids, -1)))
+        return [*states, *losses]
 
 
 def differences(directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype, scratch: Path) -> dict[str, float]:
-    """Largest relative error of the segments by place: ``embedding``, ``layer 0``, ..., ``loss``.
+    """Largest relative error of the segments by place: ``embedding``, ``layer 0``, ..., ``loss``, ``loss at home``.
 
     Args:
         directory: of the model.
@@ -71,8 +77,8 @@ def differences(directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dt
     errors: dict[str, float] = {}
     for index, text in enumerate(texts):
         reference = unsplit(directory, text, dtype, scratch)
-        names = ["embedding", *(f"layer {layer}" for layer in range(len(reference) - 2)), "loss"]
-        for name, state, parts in zip(names, reference, own, strict=True):
+        names = ["embedding", *(f"layer {layer}" for layer in range(len(reference) - 2)), "loss", "loss at home"]
+        for name, state, parts in zip(names, [*reference, reference[-1]], own, strict=True):
             # Nothing follows the last token.
             part = parts[index][: len(state)].to(state.dtype)
             error = float((part - state).norm() / state.norm())
