@@ -83,6 +83,18 @@ def test_a_client_with_such_a_token_in_its_own_file_is_named_and_its_text_is_not
     assert f"vocab_size {WORDS}" in text and not any(word in text for word in ("w77", "w78"))
 
 
+def test_weights_that_are_not_the_whole_model_are_refused_before_the_data_are_read(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(models["llama"], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(
+        InputError, match=r"has no tensor lm_head\.weight, and by config\.json \(tie_word_embeddings: false\)"
+    ):
+        read_inputs(run_of(tmp_path / "absent.csv"), find_model(str(model)))
+
+
 def test_texts_beyond_the_learned_positions_are_refused(models: dict[str, Path]) -> None:
     source = find_model(str(models["gpt2"]))
     check_model(run_of(None, max_length=64), source)
