@@ -42,6 +42,7 @@ class Progress:
         tokens: supervised tokens trained on.
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
         bytes_up, bytes_down: wire bytes of the round under way, client to server and back.
+        residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
         plan: the plan in force, as JSON.
         scheduler: what decides later plans: budgets in force, importance history, as JSON.
@@ -63,6 +64,7 @@ class Progress:
     round_tokens: _Whole = 0
     bytes_up: _Whole = 0
     bytes_down: _Whole = 0
+    residual_cut: float = 0.0
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
     plan: dict[str, Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from hsplit.config.files import displayed, read_json
 from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.source import ModelSource
+from hsplit.observe.events import read_events
+from hsplit.observe.residual_cuts import cut_text, residual_cuts
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
 
@@ -75,7 +77,7 @@ def model_card(
         _snippet(run, source, format_, dtype),
         *(["## What to know", "\n".join(f"- {line}" for line in lines)] if lines else []),
         "## Training",
-        _training(run, source, progress),
+        _training(run, source, progress, residual_cuts(read_events(directory.events), progress.round)),
         "## Plan",
         _plan(progress),
         "## Results",
@@ -146,7 +148,7 @@ def _snippet(run: RunConfig, source: ModelSource, format_: str, dtype: str) -> s
     return f"{snippet}\n\n{remark}."
 
 
-def _training(run: RunConfig, source: ModelSource, progress: Progress) -> str:
+def _training(run: RunConfig, source: ModelSource, progress: Progress, cuts: Mapping[int, float]) -> str:
     job, data, policy = run.job, run.job.data, run.policy
     spec = data.partition
     partition = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
@@ -166,6 +168,7 @@ def _training(run: RunConfig, source: ModelSource, progress: Progress) -> str:
             "placement, split, ranks, aggregation",
             f"{policy.placement}, {where}, {ranks}, {policy.aggregation} (reinit {policy.reinit})",
         ),
+        ("cut", cut_text(cuts, policy.aggregation) or "not recorded"),
         ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {job.wire}"),
         ("rounds done", f"{progress.round} of {job.rounds}, {job.local_steps} local steps each"),
         ("batch size", f"{job.batch_size} a client, {job.grad_accumulation} accumulated"),

@@ -11,6 +11,7 @@ from hsplit.actors.messages import LossReport
 from hsplit.checkpoint import Progress
 from hsplit.errors import HsplitError
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
+from hsplit.observe.residual_cuts import FIELD
 from hsplit.observe.timing import TimingRow, timing_rows
 from hsplit.standing import Standing
 from hsplit.training import Done
@@ -137,10 +138,16 @@ class Records:
     # -- a round's end ----------------------------------------------------------------------------------------------
 
     def cut(self, relative_norm: float) -> None:
-        """Say what a full residual lost, if anything (METHOD 6)."""
+        """Keep and report what a full residual lost, if anything (METHOD 6).
+
+        Args:
+            relative_norm: Frobenius norm of what was cut, relative to the residual; of the weight that lost most.
+        """
         if relative_norm:
+            progress = self._standing.progress
+            progress.residual_cut = max(progress.residual_cut, relative_norm)
             text = (
-                f"round {self._standing.progress.round + 1}: the residual reached residual.max_rank; at most "
+                f"round {progress.round + 1}: the residual reached residual.max_rank; at most "
                 f"{relative_norm:.2e} of a weight's residual (relative Frobenius norm) was cut"
             )
             self._standing.note("residual_cut", text, relative_norm=relative_norm)
@@ -182,10 +189,11 @@ class Records:
         progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
         progress.timing = self._timing.to_json()
         self._say_who_is_late()
+        closed = {**asdict(row), FIELD: progress.residual_cut}
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
-        progress.round_loss_sum = 0.0
+        progress.round_loss_sum = progress.residual_cut = 0.0
         self._clear_round()
-        standing.events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **asdict(row))
+        standing.events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **closed)
         standing.display.round_done(row, holders, timing)
 
     def _say_who_is_late(self) -> None:

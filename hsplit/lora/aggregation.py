@@ -83,6 +83,8 @@ Rule = Callable[[Sequence[Contribution], Restart], Outcome]
 def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """Noise-free aggregation (METHOD 6): the exact token-weighted sum, concatenated along the rank.
 
+    Nothing is lost here; what the residual's cap then cuts, :meth:`~hsplit.lora.residual.Residual.add` returns.
+
     ``sum_c p_c s_c B_c A_c`` already contains what the adapters started the round with, and the residual does not
     (it left ``R_w`` at the restart), so the sum of residual and restart is the new global term and nothing has to be
     subtracted. With ``reinit: random`` this is what FLoRA (arXiv 2409.05976) calls stacking.

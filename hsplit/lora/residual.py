@@ -1,4 +1,4 @@
-"""The residual ``R_w``: everything that earlier rounds have learned, kept exactly (METHOD 6)."""
+"""The residual ``R_w``: everything that earlier rounds have learned, kept exactly up to its cap (METHOD 6)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
-from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.metrics import PlanRow
 from hsplit.observe.report_data import RunRecord, load_runs
 from hsplit.observe.report_figures import (
     CURVES,
@@ -21,6 +21,7 @@ from hsplit.observe.report_memory import memory_section
 from hsplit.observe.report_page import event_list, facts, page, plot, table, text
 from hsplit.observe.report_schedule import schedule_section
 from hsplit.observe.report_timing import timing_section
+from hsplit.observe.residual_cuts import cut_text, share_cut
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text
 from hsplit.run_directory import write_text_atomically
 
@@ -67,7 +68,7 @@ def _comparison(records: Sequence[RunRecord]) -> str:
         "policy",
         "model",
         "clients",
-        *("rounds", "perplexity", "tokens", "wall time", "virtual time"),
+        *("rounds", "perplexity", "tokens", "wall time", "virtual time", "largest cut"),
     )
     rows = []
     for record in records:
@@ -80,13 +81,17 @@ def _comparison(records: Sequence[RunRecord]) -> str:
                 f"{last.tokens:,}",
                 duration_text(last.wall_time_s),
                 duration_text(last.virtual_time_s),
+                share_cut(record.cuts) if record.cuts else NOTHING,
             )
             if last
-            else (NOTHING,) * 5
+            else (NOTHING,) * 6
         )
         names = (record.name, _shown(record.setting(*_POLICY)), _shown(record.setting("job", "model")))
         rows.append((*names, taking_part, *figures))
-    note = "After each run's last round. Virtual: what it would have taken at the declared budgets."
+    note = (
+        "After each run's last round. Virtual: what it would have taken at the declared budgets. Largest cut: what"
+        " residual.max_rank cut of a weight's residual in a round (relative Frobenius norm)."
+    )
     return f"<section><h2>Side by side</h2>{table(columns, rows, text_columns=3, caption=note)}</section>"
 
 
@@ -99,7 +104,7 @@ def _curves(records: Sequence[RunRecord]) -> str:
 
 
 def _run(record: RunRecord, key: str) -> str:
-    parts = [f"<h2>{text(record.name)}</h2>", _settings(record), _clients(record), _rounds(record.metrics)]
+    parts = [f"<h2>{text(record.name)}</h2>", _settings(record), _clients(record), _rounds(record)]
     holdings = record.holdings()
     if holdings:
         caption = (
@@ -152,7 +157,7 @@ def _clients(record: RunRecord) -> str:
     return f"<h3>Cluster</h3>{table(columns, rows)}"
 
 
-def _rounds(metrics: Sequence[MetricsRow]) -> str:
+def _rounds(record: RunRecord) -> str:
     columns = (
         *("round", "step", "train loss", "val. loss", "val. perplexity", "tokens", "wall time", "virtual time"),
         *("up", "down", "captured importance", "clients"),
@@ -165,11 +170,13 @@ def _rounds(metrics: Sequence[MetricsRow]) -> str:
             *(bytes_text(row.bytes_up), bytes_text(row.bytes_down)),
             *(number_text(row.captured_importance), row.available_clients),
         )
-        for row in metrics
+        for row in record.metrics
     ]
     if not rows:
         return "<h3>Rounds</h3><p>No round has been validated yet.</p>"
-    return f"<h3>Rounds</h3>{table(columns, rows, caption='Round 0 is the model before any training.')}"
+    cut = cut_text(record.cuts, record.setting("policy", "aggregation"))
+    caption = "Round 0 is the model before any training." + (f" {cut}." if cut else "")
+    return f"<h3>Rounds</h3>{table(columns, rows, caption=caption)}"
 
 
 def _parts_table(rows: Sequence[PlanRow]) -> str:

@@ -13,6 +13,7 @@ from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, read_events
 from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
 from hsplit.observe.plan_history import PlanHistory, plan_history, plan_or_none
+from hsplit.observe.residual_cuts import residual_cuts
 from hsplit.observe.timing import TimingRow
 from hsplit.observe.wording import layer_of
 from hsplit.run_directory import RunDirectory
@@ -45,6 +46,7 @@ class RunRecord:
         history: every plan and every importance that the events tell of.
         plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
         events: all but the routine ones, oldest first.
+        cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events tell.
     """
 
     name: str
@@ -55,6 +57,7 @@ class RunRecord:
     history: PlanHistory
     plan: Plan | None
     events: tuple[Mapping[str, Any], ...]
+    cuts: Mapping[int, float]
 
     def setting(self, *keys: str) -> Any:
         """The value at ``keys`` of the configuration, None if there is none."""
@@ -120,6 +123,7 @@ def load_run(path: str | Path) -> RunRecord:
         history=history,
         plan=history.plans[max(history.plans)] if history.plans else _newest_plan(directory.checkpoints),
         events=tuple(event for event in events if event["event"] not in ROUTINE_EVENTS),
+        cuts=residual_cuts(events),
     )
 
 

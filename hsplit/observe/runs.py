@@ -17,6 +17,7 @@ from hsplit.config import RunConfig
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import MetricsRow, read_rows
+from hsplit.observe.residual_cuts import cut_text, residual_cuts
 from hsplit.observe.wording import age_text, printable
 from hsplit.run_directory import RunDirectory
 
@@ -107,9 +108,10 @@ def run_state(directory: RunDirectory) -> RunState:
 
 
 def results_lines(directory: RunDirectory) -> list[str]:
-    """Where the results of a complete run are."""
+    """Where the results of a complete run are, and what they lack, if the residual's cap has cut."""
     exported = directory.model if directory.model.is_dir() else directory.adapter
-    return [f"{exported.name:<8} {exported}", f"report   {directory.report}"]
+    cut = cut_text(residual_cuts(read_events(directory.events)), None)
+    return [f"{exported.name:<8} {exported}", f"report   {directory.report}", *([f"cut      {cut}"] if cut else [])]
 
 
 def way_on(directory: RunDirectory, address: str | None = None) -> str:
