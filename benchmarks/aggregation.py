@@ -1,9 +1,10 @@
-"""Noise-free aggregation at size against the dense way, and what merging an update would lose (METHOD 6).
+"""Aggregation by the sum of products at size against the dense way, and what merging an update would lose (METHOD 6).
 
     python benchmarks/aggregation.py [--run runs/NAME]       # or: hsplit bench aggregation
 
-First part: holders of unequal ranks share one weight; their adapters are drawn, and go through several rounds with a
-residual whose rank is capped. Beside it the dense way: the sum as one fp32 matrix and, for the cap, an SVD of it all.
+First part: holders of unequal ranks share one weight; their adapters are drawn, and go through several rounds. The
+residual has no cap, so that nothing is cut; with ``--cap`` it has one, and the rows say what that cut. Beside it the
+dense way: the sum as one fp32 matrix and, for a cap, an SVD of it all.
 Second part (``merging.py``): a real update, merged into bases of four kinds, beside what hsplit keeps; and the noise of
 averaging A and B apart.
 """
@@ -38,7 +39,6 @@ from hsplit.lora.aggregation import Contribution, Restart, noise_free
 from hsplit.lora.low_rank import LowRank, LowRankSum
 from hsplit.lora.residual import Residual
 
-CAP = 128
 RANKS = (1, 32)
 # What a holder's B learns in a round; with it, alpha / r folded in.
 LEARNED = 1e-2
@@ -49,7 +49,8 @@ class Measured:
     """One row of the first table.
 
     Attributes:
-        way: ``noise-free, random``, ``noise-free, svd`` (restarts), or ``dense``.
+        way: ``concat, mean``, ``concat, random``, ``concat, svd`` (restarts), or ``dense``.
+        cap: most directions of the residual; ``None`` for no cut.
         side: the weight is ``side x side``.
         holders, rank_sum: how many, and their ranks together.
         rounds: aggregations; figures are of the worst of them, seconds of the median.
@@ -57,12 +58,13 @@ class Measured:
         factors_bytes: the holders' fp32 factors, and the residual's.
         peak_bytes: most that torch allocated above them.
         peak_over_factors, peak_over_dense: the same, in units of the factors and of one fp32 matrix.
-        cut: what the cap cut in the last round, relative to the residual (Frobenius).
+        cut: the largest part of the residual that the cap cut in a round (relative Frobenius norm).
         error: of law E3: what the residual lacks besides the recorded cut, relative to the update; of the dense way
             what its fp32 sum errs by.
     """
 
     way: str
+    cap: int | None
     side: int
     holders: int
     rank_sum: int
@@ -102,6 +104,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sides", type=int, nargs="+", default=[576, 1024, 2048, 4096], metavar="N")
     parser.add_argument("--holders", type=int, nargs="+", default=[5, 20, 100], metavar="N")
     parser.add_argument("--rounds", type=int, default=3, help="aggregations of each (default: 3)")
+    parser.add_argument("--cap", type=int, metavar="R", help="cut the residual to R directions (default: no cut)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the second part")
     parser.add_argument("--steps", type=int, default=20, help="AdamW steps of the real update (default: 20)")
@@ -124,13 +127,14 @@ def _at_size(options: argparse.Namespace, console: Console, machine: dict[str, s
         for holders in options.holders:
             chance = random.Random(options.seed)
             ranks = [chance.randint(*RANKS) for _ in range(holders)]
-            for reinit in ("random", "svd"):
-                rows.append(_noise_free(side, ranks, reinit, options))
+            for reinit in ("mean", "random", "svd"):
+                rows.append(_summed(side, ranks, reinit, options))
                 console.print(_line(rows[-1]), highlight=False)
             rows.append(_dense_way(side, ranks, options))
             console.print(_line(rows[-1]), highlight=False)
     write_rows(options.to / "size.csv", [asdict(row) for row in rows], machine)
-    title = f"Aggregating one weight, residual capped at {CAP}, ranks {RANKS[0]} to {RANKS[1]} mixed"
+    capped = "no cap on the residual" if options.cap is None else f"residual capped at {options.cap}"
+    title = f"Aggregating one weight, {capped}, ranks {RANKS[0]} to {RANKS[1]} mixed"
     columns = ["way", "side", "holders", "ranks together", "seconds", "peak / factors", "peak / dense", "cut", "error"]
     cells = [_cells(row) for row in rows]
     show_table(console, columns, cells, title=title)
@@ -140,7 +144,7 @@ def _at_size(options: argparse.Namespace, console: Console, machine: dict[str, s
 def _cells(row: Measured) -> list[str]:
     sizes = [str(row.side), str(row.holders), str(row.rank_sum), f"{row.seconds:.3f}"]
     peaks = [f"{row.peak_over_factors:.2f}", f"{row.peak_over_dense:.2f}"]
-    return [row.way, *sizes, *peaks, f"{row.cut:.3f}", f"{row.error:.1e}"]
+    return [row.way, *sizes, *peaks, f"{row.cut:.1%}" if row.cut else "none", f"{row.error:.1e}"]
 
 
 def _line(row: Measured) -> str:
@@ -150,15 +154,15 @@ def _line(row: Measured) -> str:
 # -- one weight ---------------------------------------------------------------------------------------------------
 
 
-def _noise_free(side: int, ranks: list[int], reinit: str, options: argparse.Namespace) -> Measured:
+def _summed(side: int, ranks: list[int], reinit: str, options: argparse.Namespace) -> Measured:
     """Rounds of the product's own aggregation."""
-    residual, restart = Residual(side, side, CAP), Restart(reinit, tuple(ranks))
+    residual, restart = Residual(side, side, options.cap), Restart(reinit, tuple(ranks))
     common: LowRank | None = None
-    seconds, peaks, errors, cut, given = [], [], [], 0.0, 0
+    seconds, peaks, errors, cuts, given = [], [], [], [], 0
     for round_ in range(options.rounds):
         held = _contributions(side, ranks, common, options.seed + round_)
         given = sum(c.term.nbytes for c in held) + residual.nbytes
-        before, started = _dense(residual.factors), _dense(common)
+        before, started = _held(residual), _dense(common)
 
         def aggregate(held: list[Contribution] = held) -> tuple[LowRank | None, float]:
             outcome = noise_free(held, restart)
@@ -172,11 +176,13 @@ def _noise_free(side: int, ranks: list[int], reinit: str, options: argparse.Name
             if part is not None:
                 total.add_(part, alpha=sign)
         joined = float(total.norm())
-        missing = float(total.sub_(_dense(residual.factors)).norm())
+        missing = float(total.sub_(_held(residual)).norm())
         seconds.append(wall)
         peaks.append(peak)
+        cuts.append(cut)
         errors.append(_beside(missing, cut * joined) / update)
-    return _row(f"noise-free, {reinit}", side, ranks, seconds, given, max(peaks), cut, max(errors))
+    row = seconds, given, max(peaks), max(cuts), max(errors)
+    return _row(f"concat, {reinit}", options.cap, side, ranks, *row)
 
 
 def _dense_way(side: int, ranks: list[int], options: argparse.Namespace) -> Measured:
@@ -187,8 +193,8 @@ def _dense_way(side: int, ranks: list[int], options: argparse.Namespace) -> Meas
         total = torch.zeros(side, side)
         for c in held:
             total += c.share * (c.term.B @ c.term.A)
-        cap = min(CAP, side // 2)
-        if sum(ranks) <= cap:
+        cap = None if options.cap is None else min(options.cap, side // 2)
+        if cap is None or sum(ranks) <= cap:
             return total, 0.0
         U, S, V = torch.linalg.svd(total)
         # What a run would keep; the sum itself is returned, since the question is what it errs by.
@@ -199,15 +205,23 @@ def _dense_way(side: int, ranks: list[int], options: argparse.Namespace) -> Meas
     exact = _sum(held, side)
     size = float(exact.norm())
     error = float(exact.sub_(total).norm()) / size
-    return _row("dense", side, ranks, [wall], sum(c.term.nbytes for c in held), peak, cut, error)
+    return _row("dense", options.cap, side, ranks, [wall], sum(c.term.nbytes for c in held), peak, cut, error)
 
 
 def _row(
-    way: str, side: int, ranks: list[int], seconds: list[float], given: int, peak: int, cut: float, error: float
+    way: str,
+    cap: int | None,
+    side: int,
+    ranks: list[int],
+    seconds: list[float],
+    given: int,
+    peak: int,
+    cut: float,
+    error: float,
 ) -> Measured:
     median, over = statistics.median(seconds), peak / (4 * side * side)
     return Measured(
-        way, side, len(ranks), sum(ranks), len(seconds), median, given, peak, peak / given, over, cut, error
+        way, cap, side, len(ranks), sum(ranks), len(seconds), median, given, peak, peak / given, over, cut, error
     )
 
 
@@ -243,6 +257,12 @@ def _sum(held: list[Contribution], side: int) -> Tensor:
 def _beside(missing: float, cut: float) -> float:
     """Norm of what is missing beside a cut, to which it is orthogonal; fp64 resolves 1e-8 of the cut."""
     return abs(missing**2 - cut**2) ** 0.5
+
+
+def _held(residual: Residual) -> Tensor:
+    """The residual in fp64, whichever way it is held."""
+    held = residual.factors.to(torch.float64).dense() if residual.matrix is None else residual.matrix
+    return held.to(torch.float64)
 
 
 def _dense(term: LowRank | None) -> Tensor | None:

@@ -10,7 +10,7 @@ coordinator, clients, server and scheduler on SmolLM2-135M. Validation perplexit
 after every round, also where a policy has no use for some clients. Finished cells stay in ``cells/``: a run that was
 stopped goes on with the next one, and ``--report`` makes tables, plots and the page of what is there.
 
-Fixed before any result:
+The same in every cell (``benchmarks/README.md`` says when each of these was settled, some of it after trial runs):
 
 - five clients; their mean memory is the papers' 12.5 GB for 6.74e9 parameters, scaled to the model in use;
 - a draw is rescaled so that its mean and its coefficient of variation are exact in every sample, and the clients'
@@ -227,12 +227,14 @@ def usual_lr(variant: str) -> float:
 def run_cell(
     cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train, and what it came to: what the cell is, budgets, plan, and a row a round."""
+    """Train, and what it came to: what the cell is, budgets, plan, a row a round, and what the cap cut in each."""
     from hsplit.actors.scheduler import Scheduler
     from hsplit.config import load_run_config
     from hsplit.launcher import check_model, read_inputs, settled
     from hsplit.local_run import local_run
     from hsplit.models.source import find_model
+    from hsplit.observe.events import read_events
+    from hsplit.observe.residual_cuts import residual_cuts
     from hsplit.run_directory import RunDirectory
 
     variant = VARIANTS[cell.variant]
@@ -295,7 +297,8 @@ def run_cell(
         coordinator = local_run(run, source.directory, directory, inputs, watch, device=device)
         begun = time.monotonic()
         coordinator.run()
-        found |= {"rows": watch.figures, "plans": watch.plans, "wall_s": time.monotonic() - begun}
+        cuts = residual_cuts(read_events(directory.events))
+        found |= {"rows": watch.figures, "plans": watch.plans, "cuts": cuts, "wall_s": time.monotonic() - begun}
         return found
 
 

@@ -3,13 +3,14 @@
     python benchmarks/planner.py                    # or: hsplit bench planner
 
 First part: clients of as many different budgets, drawn, plan for a Llama-2-7B that is built as its configuration
-alone. All seconds are wall time of ``planner.plan`` on one core of the machine at hand. The first plan is timed apart,
-since the cost model counts on its way what it has not met yet, and keeps it. A server with ample memory gives every
-adapter the largest rank; one that is short of it has 80 % of what the ample one's plan takes, so that splits and ranks
-must be traded against its memory.
+alone. All seconds are processor time of ``planner.plan`` on one core, so that other work on the machine counts as
+little as it can. The first plan is timed apart, since the cost model counts on its way what it has not met yet, and
+keeps it. A server with ample memory gives every adapter the largest rank; one that is short of it has 80 % of what the
+ample one's plan takes, so that splits and ranks must be traded against its memory.
 
-Second part: captured importance per second of makespan of the planned configuration on a cluster file, against
-uniform splits and ranks, and against splits chosen by memory alone.
+Second part: captured importance per second, as plans maximize it (of a step with its part of the round's end), on a
+cluster file by the default policy; against the same policy with every client training, against uniform splits and
+ranks, and against splits chosen by memory alone.
 """
 
 from __future__ import annotations
@@ -82,11 +83,11 @@ class Timing:
     Attributes:
         server_memory: ``ample`` or ``short``.
         clients, distinct_budgets: how many, and how many of them differ.
-        first_s: wall seconds of the first plan, with what the cost model counts on its way.
-        seconds_min, seconds_median: wall seconds of planning once that is known, over the repeats.
+        first_s: processor seconds of the first plan, with what the cost model counts on its way.
+        seconds_min, seconds_median: processor seconds of planning once that is known, over the repeats.
         seconds_per_client: of the median.
         growth_exponent: of the median seconds against the next smaller number of clients.
-        objective: captured importance per second of makespan (virtual) of the plan.
+        objective: captured importance per second (virtual) of the plan, with its part of the round's end.
     """
 
     server_memory: str
@@ -102,13 +103,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Worth:
-    """One row of the second table; times are virtual."""
+    """One row of the second table; times are virtual, of one local step and of its part of the round's end."""
 
     configuration: str
     clients_taking_part: int
     splits: str
+    only_forward: str
     captured_importance: float
     makespan_s: float
+    exchange_s: float
     captured_per_second: float
     of_planned: float
 
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run both parts, print their tables and write them down."""
     options = _options(arguments)
     keep_to_one_core()
-    machine = {"seconds": "wall time on one core, measured", **machine_description("numpy", "torch")}
+    machine = {"seconds": "processor time on one core, measured", **machine_description("numpy", "torch")}
     options.to.mkdir(parents=True, exist_ok=True)
     console = Console()
     timings = _timings(options, console)
@@ -156,11 +159,11 @@ def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
     from transformers import LlamaConfig
 
     job = Job(model=options.model, base="nf4", dtype="bf16")
-    begun = time.perf_counter()
+    begun = time.process_time()
     cost = CostModel(LlamaConfig(**MODELS[options.model]), job)
     # The tables over splits and weights are counted once too.
     _ = cost.client.constant, cost.client.per_rank
-    console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.perf_counter() - begun:.2f} s")
+    console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.process_time() - begun:.2f} s")
     timings: list[Timing] = []
     for count in options.clients:
         clients = _drawn(count, options.seed)
@@ -195,9 +198,9 @@ def _timed(clients: list[Budget], server: Budget, cost: CostModel, repeat: int) 
     importance = equal_importance(cost.model.weights)
     seconds = []
     for _ in range(1 + repeat):
-        begun = time.perf_counter()
+        begun = time.process_time()
         made = plan(clients, server, cost, importance, Policy())
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     return made, seconds
 
 
@@ -218,12 +221,12 @@ def _timing(memory: str, clients: list[Budget], seconds: list[float], made: Plan
         median,
         median / count,
         exponent,
-        made.captured_importance / made.makespan_s,
+        made.objective,
     )
 
 
 def _timing_table(timings: list[Timing]) -> Table:
-    table = _table("Planning on one core, in wall seconds (what is captured a second is virtual)")
+    table = _table("Planning on one core, in processor seconds (what is captured a second is virtual)")
     columns = "server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"
     for name in (*columns, "captured\na second"):
         table.add_column(name, justify="right")
@@ -258,7 +261,7 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
     for memory, rows in groupby(timings, key=lambda t: t.server_memory):
         own = list(rows)
         axes.loglog([t.clients for t in own], [t.seconds_median for t in own], "o-", label=f"server memory {memory}")
-    axes.set(xlabel="clients, all of different budgets", ylabel="seconds to plan, one core (median)")
+    axes.set(xlabel="clients, all of different budgets", ylabel="processor seconds to plan (median)")
     axes.set_title(machine["processor"], fontsize="small")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
@@ -277,31 +280,52 @@ def _worths(cluster: str) -> list[Worth]:
     run = settled(load_run_config(cluster))
     cost = CostModel(model_config(find_model(run.job.model).directory), run.job)
     importance = equal_importance(cost.model.weights)
-    best = plan(run.clients, run.server, cost, importance, Policy())
-    uniform = plan(run.clients, run.server, cost, importance, Policy(split="uniform", ranks="uniform"))
+
+    def by(**choices: str) -> Plan:
+        return plan(run.clients, run.server, cost, importance, run.policy.model_copy(update=choices))
+
+    best = by()
     taking_part = [c for c in run.clients if best.client(c.name).available]
     problem = Problem(taking_part, run.server, cost, importance, np.array(cost.rank_set), RANK_RULES["importance"])
     by_memory = planned(problem, problem.deepest, run.clients, int(problem.needed[1]), EQUAL)
-    made = {"planned": best, "uniform split and rank": uniform, "by memory alone": by_memory}
-    reference = best.captured_importance / best.makespan_s
-    return [_worth(name, each, reference) for name, each in made.items()]
+    made = {
+        "planned": best,
+        "planned, everybody trains": by(freeze="never"),
+        "uniform split and rank": by(split="uniform", ranks="uniform", freeze="never"),
+        "by memory alone": by_memory,
+    }
+    return [_worth(name, each, best.objective) for name, each in made.items()]
 
 
 def _worth(name: str, made: Plan, reference: float) -> Worth:
-    objective = made.captured_importance / made.makespan_s
     splits = " ".join(str(c.split) for c in made.available)
-    captured, makespan = made.captured_importance, made.makespan_s
-    return Worth(name, len(made.available), splits, captured, makespan, objective, objective / reference)
+    forward = " ".join(c.name for c in made.available if c.name in made.forward_only)
+    seconds = made.makespan_s, made.exchange_s
+    worth = made.objective, made.objective / reference
+    return Worth(name, len(made.available), splits, forward, made.captured_importance, *seconds, *worth)
 
 
 def _worth_table(worths: list[Worth], cluster: str) -> Table:
-    table = _table(f"{cluster}: captured importance per second of makespan (virtual)")
+    table = _table(
+        f"{cluster}: captured importance per second of a local step and its part of the round's end (virtual)"
+    )
     table.add_column("configuration")
-    for name in ("clients", "splits", "captured", "makespan", "captured\na second", "of\nplanned"):
+    for name in (
+        "clients",
+        "splits",
+        "only\nforward",
+        "captured",
+        "step",
+        "round's\nend",
+        "captured\na second",
+        "of\nplanned",
+    ):
         table.add_column(name, justify="right")
     for w in worths:
-        figures = number_text(w.captured_importance), number_text(w.makespan_s, "s"), number_text(w.captured_per_second)
-        table.add_row(w.configuration, str(w.clients_taking_part), w.splits, *figures, f"{w.of_planned:.1%}")
+        seconds = number_text(w.makespan_s, "s"), number_text(w.exchange_s, "s")
+        figures = number_text(w.captured_importance), *seconds, number_text(w.captured_per_second)
+        parts = str(w.clients_taking_part), w.splits, w.only_forward
+        table.add_row(w.configuration, *parts, *figures, f"{w.of_planned:.1%}")
     return table
 
 

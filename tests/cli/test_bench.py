@@ -75,8 +75,10 @@ def test_the_aggregation_benchmark_writes_what_merging_loses(tmp_path: Path, mod
     shown = _bench("aggregation", "--quick", "--model", str(models["llama"]), "--to", str(results))
     assert "What merging an update loses" in shown and "noise of averaging" in shown
     size = pandas.read_csv(results / "size.csv", comment="#")
-    assert set(size.way) == {"noise-free, random", "noise-free, svd", "dense"}
+    assert set(size.way) == {"concat, mean", "concat, random", "concat, svd", "dense"}
     assert (size.error < 1e-6).all()
+    # Nothing is cut unless a cap is asked for.
+    assert (size.cut == 0).all() and size.cap.isna().all()
     merging = pandas.read_csv(results / "merging.csv", comment="#")
     assert set(merging.base) == {"fp32", "bf16", "int8", "nf4"}
     worst = merging[merging.merged > 0.01].base.unique()

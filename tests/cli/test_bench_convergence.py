@@ -68,6 +68,20 @@ def test_a_line_says_when_somebody_could_not_take_part_or_did_not_arrive() -> No
     assert page.slowed({"variant": "ft", "rows": rows(9, 8)}, 4)["rows"][1]["virtual_time_s"] == 40
 
 
+def test_a_ratio_of_times_is_a_geometric_mean_beside_every_seed() -> None:
+    def cell(seed: int, *ppl: float) -> dict[str, Any]:
+        return {"seed": seed, "rows": rows(*ppl)}
+
+    # To perplexity 5 the first take 20 and 10 s, the second 10 and 20 s: on average neither is faster.
+    slow, fast, never = (8.0, 7.0, 5.0), (8.0, 5.0, 4.0), (8.0, 7.0, 6.0)
+    pairs = [(cell(0, *slow), cell(0, *fast)), (cell(1, *fast), cell(1, *slow))]
+    assert page.ratio_text(pairs, 5.0) == "1.00 (2.00, 0.50)"
+    assert page.ratio_text(pairs, {0: 5.0, 1: 7.0}) == "0.82 (2.00, 0.33)"
+    assert page.ratio_text(pairs[:1], 5.0) == "2.00"
+    assert page.ratio_text([*pairs, (cell(2, *never), cell(2, *fast))], 5.0) == "not reached (2.00, 0.50, never)"
+    assert page.ratio_text([(cell(2, *fast), cell(2, *never))], 5.0) == "" == page.ratio_text([], 5.0)
+
+
 def test_an_ablation_is_held_against_the_whole_of_its_own_level_and_device() -> None:
     def cell(variant: str, h: float, device: str, end: float) -> dict[str, Any]:
         of = {"variant": variant, "h": h, "device": device, "seed": 0, "available": 5, "data_lost": 0.0}
@@ -141,6 +155,8 @@ def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
     assert ran == []
     protocol.main(arguments)
     assert len(ran) == len(set(ran)) == 3 * 2 + (2 + 1 + 2) + 1
+    cells = {cell["variant"]: cell for cell in protocol.Cells(tmp_path / "to" / "cells").all() if cell["rows"]}
+    assert all(cell["cuts"].keys() == {str(row["round"]) for row in cell["rows"][1:]} for cell in cells.values())
     again = list(ran)
     protocol.main(arguments)
     assert ran == again

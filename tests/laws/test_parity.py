@@ -1,4 +1,4 @@
-"""Laws E1 (parity with centralized LoRA) and E2 (parity with an unsplit model), METHOD section 2."""
+"""Laws E1 (parity with centralized LoRA in a first round) and E2 (parity with an unsplit model), METHOD section 2."""
 
 from __future__ import annotations
 
