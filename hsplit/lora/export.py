@@ -1,4 +1,4 @@
-"""Taking the result away: the exact sum of everything learned as a PEFT adapter."""
+"""Taking the result away: everything that a run keeps of what it learned, as a PEFT adapter."""
 
 from __future__ import annotations
 
