@@ -128,7 +128,7 @@ def overview() -> Sheet:
     sheet.text(91.7, 17.5, "and ranks", MUTED, 7.5)
     sheet.box(86, 25.5, 11.5, 15, LEARNED_PALE, LEARNED)
     sheet.text(91.7, 29.5, "adapter", LEARNED, 8.5, bold=True)
-    sheet.text(91.7, 33, "exact sum of", MUTED, 7.5)
+    sheet.text(91.7, 33, "sum of", MUTED, 7.5)
     sheet.text(91.7, 36, "all updates", MUTED, 7.5)
     sheet.arrow(85.5, 14.5, 82.5, 14.5, MUTED)
     sheet.arrow(82.5, 33, 85.5, 33, LEARNED)
@@ -256,7 +256,7 @@ def importance_to_ranks() -> Sheet:
 
 
 def aggregation_and_residual() -> Sheet:
-    """The exact sum of unequal adapters, what restarts and what joins the residual."""
+    """The sum of unequal adapters, what restarts and what joins the residual."""
     sheet = Sheet(66)
     sheet.text(14, 5, "1  adapters of a round", bold=True)
     holders = [("phone", 1, CLIENT), ("laptop", 2, CLIENT), ("server", 4, SERVER)]
@@ -298,8 +298,9 @@ def aggregation_and_residual() -> Sheet:
             sheet.text(75 + 5 * i + 2.5, y + 3, "trains" if i < rank else "frozen", PAPER if i < rank else MUTED, 7)
     sheet.box(65, 46, 32, 12, LEARNED_PALE, LEARNED)
     sheet.text(81, 49.5, "the rest joins the residual R", LEARNED, 9, bold=True)
-    sheet.text(81, 53.5, "factors in fp32; W0 is never overwritten", MUTED, 8)
-    sheet.text(50, 62, "everybody computes with  W0 + R + s B A;  a new plan or a restart changes no output", INK, 9)
+    sheet.text(81, 53.5, "fp32 factors up to a cap; W0 stays as it is", MUTED, 8)
+    law = "everybody computes with  W0 + R + s B A;  until the cap cuts, a restart changes no output"
+    sheet.text(50, 62, law, INK, 9)
     return sheet
 
 
