@@ -112,7 +112,7 @@ class Residual(Section):
     """How the sum of all aggregated updates is kept (METHOD.md section 6)."""
 
     max_rank: Annotated[Count | Literal["full"], meaning("a whole number of at least 1, or 'full'")] = Field(
-        default=128, description="rank at which the residual is recompressed; `full` = never"
+        default=128, description="most directions of a residual: what is beyond is cut, and reported; `full` = no cut"
     )
 
 

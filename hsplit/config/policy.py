@@ -104,8 +104,9 @@ class Policy(Section):
     )
     aggregation: _Aggregation = Field(
         default="concat",
-        description="`concat` sums the products without error; `fedavg` averages the factors; `hetlora` pads and"
-        " truncates them; `flexlora` and `raflora` redistribute by SVD; `none` on a single node; or your own rule",
+        description="`concat` sums the products, exactly until `residual.max_rank` cuts; `fedavg` averages the factors;"
+        " `hetlora` pads and truncates them; `flexlora` and `raflora` redistribute by SVD; `none` on a single node; or"
+        " your own rule",
     )
     self_pruning: SelfPruning | None = Field(
         default=None, description="whether holders give up ranks that they do not need; with `hetlora`"
