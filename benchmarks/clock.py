@@ -293,6 +293,7 @@ class Experiment:
         """What processes with these shares have: FLOP/s at a front of two layers, and messages between them."""
         import torch
 
+        from hsplit.actors.client import Client
         from hsplit.actors.messages import WireTensor
         from hsplit.actors.ray_executor import RayExecutor
         from hsplit.actors.scheduler import Scheduler
@@ -312,17 +313,19 @@ class Experiment:
         try:
             data = read_inputs(run, find_model(str(self._model))).shares
             for name in names:
-                executor.get([executor.call(name, "load_data", {name: data[name]}, None)])
-                executor.get([executor.call(name, "configure", FRONT, plan.client(name).ranks)])
-                executor.get([executor.call(name, "restart", RoundUpdate(1, {}, {}))])
+                executor.ask(name, Client.load_data, {name: data[name]}, None)
+                executor.ask(name, Client.configure, FRONT, plan.client(name).ranks)
+                executor.ask(name, Client.restart, RoundUpdate(1, {}, {}))
             gradient = WireTensor.pack(torch.randn(scale.batch * scale.length, scale.hidden), "fp32")
 
             def asked(steps: Mapping[str, range]) -> dict[str, list[Any]]:
                 calls: dict[str, list[Any]] = {}
                 for name, own in steps.items():
                     for step in own:
-                        report, _ = executor.call_many(2, name, "forward", step, 0)
-                        calls.setdefault(name, []).append((report, executor.call(name, "backward", step, 0, gradient)))
+                        report, _ = executor.call_pair(name, Client.forward, step, 0)
+                        calls.setdefault(name, []).append(
+                            (report, executor.call(name, Client.backward, step, 0, gradient))
+                        )
                 return calls
 
             def seconds(calls: Sequence[Any]) -> list[float]:
@@ -483,10 +486,10 @@ def _without_profiler(executor: Any) -> None:
     """Have nobody follow its memory: small operations are slowed down by that more than by anything else."""
     import ray
 
-    def stop(self: Any) -> None:
+    def stop(shell: Any) -> None:
         from hsplit.actors.peak_memory import PeakMemory
 
-        self._memory = PeakMemory(self._device, enabled=False)
+        shell.actor._memory = PeakMemory(shell.actor._device, enabled=False)
 
     handles = [handle for name, handle in executor._handles.items() if name != "scheduler"]
     ray.get([handle.__ray_call__.remote(stop) for handle in handles])

@@ -229,6 +229,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train, and what it came to: what the cell is, budgets, plan, a row a round, and what the cap cut in each."""
     from hsplit.actors.scheduler import Scheduler
+    from hsplit.actors.server import Server
     from hsplit.config import load_run_config
     from hsplit.launcher import check_model, read_inputs, settled
     from hsplit.local_run import local_run
@@ -290,7 +291,7 @@ def run_cell(
         judge = load_benchmark("policies").Judge(run, source, inputs, device) if missing else None
 
         def everybodys() -> float:
-            (state,) = coordinator._executor.get([coordinator._executor.call("server", "state")])
+            state = coordinator._executor.ask("server", Server.state)
             return float(judge.of_adapters(state))
 
         watch = _Curve(console, everybodys if missing else None)

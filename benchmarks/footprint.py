@@ -169,7 +169,7 @@ def _pair(options: argparse.Namespace, base: str, clients: int, wire: str, split
     client.load_data({part.name: inputs.shares[part.name]}, None)
     client.configure(part.split, part.ranks)
     client.restart(RoundUpdate(1, {}, {}))
-    server = Server(run.job, run.policy, made, measure=False)
+    server = Server("server", run.job, run.policy, made, measure=False)
     server.configure(plan)
     server.restart(RoundUpdate(1, {}, {}))
     return client, server, (run, source, inputs)

@@ -15,18 +15,20 @@ import csv
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from hsplit.actors.client import Client
+from hsplit.actors.factory import participant_class
 from hsplit.actors.messages import Activations, WireTensor
 from hsplit.actors.participant import Participant
-from hsplit.actors.participants import participant_class
 from hsplit.actors.server import Server
+from hsplit.actors.whole_client import WholeClient
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
@@ -45,6 +47,9 @@ from hsplit.models.segment import (
 )
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.plan import HolderPlan, Plan
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -157,9 +162,11 @@ class _Holder:
     def peak(self) -> int:
         return max(peak for part, peak in self.parts.items() if part != "filling")
 
-    def call(self, part: str, method: str, *arguments: Any) -> Any:
+    def call(self, part: str, method: Callable[Concatenate[Any, P], R], *given: P.args, **named: P.kwargs) -> R:
         self.settle(part)
-        return getattr(self.actor, method)(*arguments)
+        # As calls reach it: by the name, so that a class of its own may have another.
+        called: Callable[P, R] = getattr(self.actor, method.__name__)
+        return called(*given, **named)
 
     def settle(self, part: str = "rest") -> int:
         """Read the last call's peak once its arguments and results are gone; returns the bytes held then."""
@@ -183,18 +190,18 @@ def measured_client(directory: Path, case: Case) -> Measured:
         raise RuntimeError("the examples are longer than they should be")
     holder = _Holder(actor)
     held = [s for s in shapes if s.name in ranks]
-    holder.call("load", "configure", split, ranks)
-    holder.call("round", "restart", RoundUpdate(1, {}, {}))
+    holder.call("load", Participant.configure, split, ranks)
+    holder.call("round", Participant.restart, RoundUpdate(1, {}, {}))
     _client_steps(holder, case, config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.
-    state = {name: tensor.clone() for name, tensor in holder.call("round", "state").items()}
-    holder.call("round", "take_up", state, _update(held, case))
+    state = {name: tensor.clone() for name, tensor in holder.call("round", Participant.state).items()}
+    holder.call("round", Participant.take_up, state, _update(held, case))
     del state
     # The residual is at its cap already, and all of it changes.
-    holder.call("round", "restart", _update(held, case))
+    holder.call("round", Participant.restart, _update(held, case))
     _client_steps(holder, case, config.hidden_size, 1)
     _client_checks(holder, case, config.hidden_size)
-    holder.call("round", "hand_in")
+    holder.call("round", Participant.hand_in)
     rest = holder.settle()
     cost = case.cost(config)
     predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
@@ -206,30 +213,30 @@ def _client_steps(holder: _Holder, case: Case, width: int, round_: int) -> None:
     at_home = case.labels == "client"
     if case.holds != "front":
         for step in (2 * round_, 2 * round_ + 1):
-            holder.call("step", "train_step", step)
+            holder.call("step", WholeClient.train_step, step)
         return
     for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
-        holder.call("step", "forward", step, micro)
+        holder.call("step", Client.forward, step, micro)
         if at_home:
-            holder.call("step", "tail", step, micro, _random(shape, case.wire))
-        holder.call("step", "backward", step, micro, _random(shape, case.wire) if case.splits[0] else None)
+            holder.call("step", Client.tail, step, micro, _random(shape, case.wire))
+        holder.call("step", Client.backward, step, micro, _random(shape, case.wire) if case.splits[0] else None)
 
 
 def _client_checks(holder: _Holder, case: Case, width: int) -> None:
     shape = (case.batch_size * case.length, width)
     at_home = case.labels == "client"
     if case.holds != "front":
-        holder.call("validation", "validate", 0)
+        holder.call("validation", WholeClient.validate, 0)
         if case.holds == "model":
-            holder.call("probe", "probe", 1, shape[0])
+            holder.call("probe", WholeClient.probe, 1, shape[0])
         return
-    holder.call("validation", "validation_forward", 0)
+    holder.call("validation", Client.validation_forward, 0)
     if at_home:
-        holder.call("validation", "validation_tail", 0, _random(shape, case.wire))
-    holder.call("probe", "probe_forward", 1, shape[0])
+        holder.call("validation", Client.validation_tail, 0, _random(shape, case.wire))
+    holder.call("probe", Client.probe_forward, 1, shape[0])
     if at_home:
-        holder.call("probe", "probe_tail", _random(shape, case.wire))
-    holder.call("probe", "probe_backward", _random(shape, case.wire) if case.splits[0] else None)
+        holder.call("probe", Client.probe_tail, _random(shape, case.wire))
+    holder.call("probe", Client.probe_backward, _random(shape, case.wire) if case.splits[0] else None)
 
 
 def measured_server(directory: Path, case: Case) -> Measured:
@@ -238,9 +245,9 @@ def measured_server(directory: Path, case: Case) -> Measured:
     config = model_config(directory)
     shapes = targeted(linear_shapes(config), job.targets)
     plan = _plan(config, shapes, case)
-    holder = _Holder(Server(job, policy, BaseModel(directory, case.base, DTYPES[case.dtype])))
-    holder.call("load", "configure", plan)
-    holder.call("round", "restart", RoundUpdate(1, {}, {}))
+    holder = _Holder(Server("server", job, policy, BaseModel(directory, case.base, DTYPES[case.dtype])))
+    holder.call("load", Server.configure, plan)
+    holder.call("round", Server.restart, RoundUpdate(1, {}, {}))
     messages = [_activations(f"c{i}", split, case, config) for i, split in enumerate(case.splits)]
     gradients = [_random((case.batch_size * case.length, config.hidden_size), case.wire) for _ in messages]
     _server_steps(holder, case, messages, gradients, 0)
@@ -250,16 +257,16 @@ def measured_server(directory: Path, case: Case) -> Measured:
             factors = _factors(s, _cap(s, case), case)
             tensors[f"residual.{s.name}.B"], tensors[f"residual.{s.name}.A"] = factors.B, factors.A
         del factors
-    holder.call("round", "load_state", tensors, *(c.name for c in plan.clients))
+    holder.call("round", Server.load_state, tensors, *(c.name for c in plan.clients))
     del tensors
     # What this replaces was made here, outside the allocator's sight, so that its end is not seen.
-    holder.call("filling", "aggregate", 2, [], *[_held(c, shapes, case) for c in plan.clients])
+    holder.call("filling", Server.aggregate, 2, *[_held(c, shapes, case) for c in plan.clients])
     _server_steps(holder, case, messages, gradients, 1)
     _server_checks(holder, case, messages, gradients)
-    holder.call("round", "aggregate", 3, [], *[_held(c, shapes, case) for c in plan.clients])
+    holder.call("round", Server.aggregate, 3, *[_held(c, shapes, case) for c in plan.clients])
     _server_steps(holder, case, messages, gradients, 2)
     del messages, gradients
-    holder.call("round", "state")
+    holder.call("round", Server.state)
     rest = holder.settle()
     predicted = case.cost(config).server_bytes(case.splits, plan.server.ranks)
     return Measured(rest, holder.peak, holder.parts, predicted)
@@ -273,10 +280,10 @@ def _server_steps(
         return
     for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
         if case.labels == "server":
-            holder.call("step", "train_step", step, micro, *messages)
+            holder.call("step", Server.train_step, step, micro, *messages)
         else:
-            holder.call("step", "forward", step, micro, *messages)
-            holder.call("step", "backward", step, micro, [m.client for m in messages], *gradients)
+            holder.call("step", Server.forward, step, micro, *messages)
+            holder.call("step", Server.backward, step, micro, [m.client for m in messages], *gradients)
 
 
 def _server_checks(
@@ -285,12 +292,12 @@ def _server_checks(
     if case.holds != "front":
         return
     if case.labels == "server":
-        holder.call("validation", "evaluate", *messages)
-        holder.call("probe", "probe", *messages)
+        holder.call("validation", Server.evaluate, *messages)
+        holder.call("probe", Server.probe, *messages)
     else:
-        holder.call("validation", "evaluate_deep", *messages)
-        holder.call("probe", "probe_forward", *messages)
-        holder.call("probe", "probe_backward", *gradients)
+        holder.call("validation", Server.evaluate_deep, *messages)
+        holder.call("probe", Server.probe_forward, *messages)
+        holder.call("probe", Server.probe_backward, *gradients)
 
 
 # -- what the other side would send -------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def _trained(directory: Path, ranks: Sequence[int], init: str, options: argparse
     deep = {s.name: max(ranks) for s in shapes if s.layer >= split}
     holders = tuple(HolderPlan(name, "client", True, split, held[name]) for name in names)
     plan = Plan(layers, HolderPlan(SERVER, "server", True, split, deep), holders, 1.0, 0.0, "none")
-    server = Server(job, policy, base, measure=False)
+    server = Server("server", job, policy, base, measure=False)
     server.configure(plan)
     server.restart(RoundUpdate(1, {}, {}))
     examples = read_examples(

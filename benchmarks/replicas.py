@@ -172,6 +172,7 @@ def _speeds(options: argparse.Namespace, console: Console) -> list[Speed]:
 
 def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, options: argparse.Namespace) -> Speed:
     from hsplit.actors.ray_executor import RayExecutor
+    from hsplit.actors.replica import Replica
     from hsplit.coordinator import Coordinator
     from hsplit.models.source import find_model
     from hsplit.preparation import read_inputs
@@ -192,7 +193,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
             begun = time.perf_counter()
             coordinator.local_step(step)
             seconds.append(time.perf_counter() - begun)
-        handed = executor.get([executor.call_many(2, name, "hand_in")[0] for name in run.server.names[1:]])
+        handed = executor.get([executor.call_pair(name, Replica.hand_in)[0] for name in run.server.names[1:]])
         return Speed(
             clients,
             servers,

@@ -354,7 +354,7 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
         inputs = read_inputs(run, source)
     base = base_model(source.directory, run.job)
     plan = Scheduler(run, source.directory).plan()
-    server = Server(run.job, run.policy, base, measure=False)
+    server = Server("server", run.job, run.policy, base, measure=False)
     server.configure(plan)
     server.restart(RoundUpdate(1, {}, {}))
     # One client's layers serve for all, who have the same; only its messages matter here.

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.executor import SERVER, Executor, values_of
+from hsplit.actors.executor import SERVER, Executor, R, Ref
+from hsplit.actors.gauge import Gauge
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.config.overrides import Overrides
@@ -157,7 +158,7 @@ class BudgetProbe:
 
     def machines(self) -> dict[str, str]:
         """The host's name by holder."""
-        return {name: host for name, (host, _) in self._all("machine").items()}
+        return {name: host for name, (host, _) in self._all(Gauge.machine).items()}
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Measure everything, in the units of a cluster file.
@@ -186,15 +187,15 @@ class BudgetProbe:
         run = self._run
         gpus = {client.name: client.num_gpus for client in run.clients}
         gpus |= dict.fromkeys(self._servers, run.server.num_gpus)
-        places = {name: Place(machine, gpus[name]) for name, (_, machine) in self._all("machine").items()}
+        places = {name: Place(machine, gpus[name]) for name, (_, machine) in self._all(Gauge.machine).items()}
         # The first look at a GPU takes some of its memory, and the first messages some of the host's.
-        self._all("free_bytes")
+        self._all(Gauge.free_bytes)
         for name in self._clients:
             measure_link(partial(self._sent, name), self._sizes)
         memory: dict[str, list[float]] = {name: [] for name in places}
         links: dict[str, list[Link]] = {name: [] for name in self._clients}
         for repeat in range(self._repeats):
-            for name, shared in shared_out(self._all("free_bytes"), places).items():
+            for name, shared in shared_out(self._all(Gauge.free_bytes), places).items():
                 memory[name].append(shared)
             for name in self._clients:
                 self._progress(f"link of {name}, {repeat + 1} of {self._repeats}")
@@ -209,13 +210,13 @@ class BudgetProbe:
         Returns:
             Its exact size, and the mean seconds of one way.
         """
-        begin, message = self._executor.call_many(2, client, "message", size)
+        begin, message = self._executor.call_pair(client, Gauge.message, size)
         (nbytes,) = self._answers([begin])
         hops = next(count for least, count in _HOPS if size >= least)
         begun = self._clock()
         for hop in range(hops):
             receiver = client if hop % 2 else SERVER
-            end, message = self._executor.call_many(2, receiver, "pass_on", message)
+            end, message = self._executor.call_pair(receiver, Gauge.pass_on, message)
         self._answers([end])
         return nbytes, (self._clock() - begun) / hops
 
@@ -233,19 +234,20 @@ class BudgetProbe:
         model, job = self._cost.model, self._run.job
         codes = job.base if model.quantized and SERVER in holders else None
         setting = model.setting(model.top_rank, clients * job.batch_size, codes)
-        self._all("prepare", setting, clients, of=holders)
-        spells = [self._all("step_seconds", self._spell_s, of=holders) for _ in range(self._repeats)]
+        self._answers([self._executor.call(name, Gauge.prepare, setting, clients) for name in holders])
+        spells = []
+        for _ in range(self._repeats):
+            took = self._answers([self._executor.call(name, Gauge.step_seconds, self._spell_s) for name in holders])
+            spells.append(dict(zip(holders, took, strict=True)))
         return {name: [spell[name] for spell in spells] for name in holders}
 
-    def _all(self, method: str, *arguments: Any, of: Sequence[str] = ()) -> dict[str, Any]:
-        """Call ``method`` of everybody, or of some, at the same time."""
-        names = list(of) or [*self._clients, *self._servers]
-        handles = [self._executor.call(name, method, *arguments) for name in names]
-        return dict(zip(names, self._answers(handles), strict=True))
+    def _all(self, method: Callable[[Gauge], R]) -> dict[str, R]:
+        """Values of ``method`` of every holder at the same time, by name."""
+        names = [*self._clients, *self._servers]
+        return dict(zip(names, self._answers([self._executor.call(name, method) for name in names]), strict=True))
 
-    def _answers(self, handles: Sequence[Any]) -> list[Any]:
-        until = time.monotonic() + self._run.job.faults.patience_s + self._spell_s
-        return values_of(self._executor.settle(handles, until))
+    def _answers(self, calls: Sequence[Ref[R]]) -> list[R]:
+        return self._executor.get(calls, time.monotonic() + self._run.job.faults.patience_s + self._spell_s)
 
 
 def _check(to: Path, repeats: int, seconds: float) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
-from hsplit.actors.executor import Executor
-from hsplit.actors.participant import DataReport
+from hsplit.actors.executor import Executor, Ref
+from hsplit.actors.participant import DataReport, Participant
 from hsplit.config import Client, Job
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
@@ -47,18 +46,19 @@ class ClientData:
         self._sources: dict[str, str] = {}
         self.validation_batches: dict[str, int] = {}
 
-    def begin(self, clients: Sequence[Client]) -> dict[str, Any]:
+    def begin(self, clients: Sequence[Client]) -> dict[str, Ref[DataReport]]:
         """Ask ``clients`` to read their data; returns the calls by client."""
-        every, calls = self._shares, {}
+        every: Mapping[str, list[Example] | None] = self._shares
+        calls = {}
         for client in clients:
             # A single node has everybody's data.
             own = client.data
             self._sources[client.name] = f"job.data.source {self._job.data.source}" if own is None else f"data {own}"
             shares = every if client.name == CENTRAL else {client.name: every.get(client.name)}
-            calls[client.name] = self._executor.call(client.name, "load_data", shares, client.data)
+            calls[client.name] = self._executor.call(client.name, Participant.load_data, shares, client.data)
         return calls
 
-    def finish(self, calls: Mapping[str, Any], unavailable: Collection[str]) -> None:
+    def finish(self, calls: Mapping[str, Ref[DataReport]], unavailable: Collection[str]) -> None:
         """Wait for what :meth:`begin` returned, and say what was found.
 
         Args:
@@ -71,8 +71,7 @@ class ClientData:
         """
         for name, call in calls.items():
             try:
-                report: DataReport
-                (report,) = self._executor.get([call])
+                report = self._executor.value(call)
             except InputError as error:
                 if name not in unavailable:
                     raise

@@ -16,13 +16,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor, NotFinite, refusal
-from hsplit.actors.scheduler import Review
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor, NotFinite, Ref, refusal
+from hsplit.actors.holder_actor import HolderActor
+from hsplit.actors.participant import Participant
+from hsplit.actors.replica import Replica
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.server import Server
 from hsplit.checkpoint import Progress
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
-from hsplit.lora.holder import RoundUpdate
+from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.membership import Membership
 from hsplit.observe.terminal import Display
 from hsplit.records import Records
@@ -134,11 +138,11 @@ class Coordinator:
         """Bring everybody to the run's start: the first plan, data, layers, and a validation before any training."""
         standing, data = self.standing, self.standing.data
         self._save_point.go_back_to_the_start()
-        planned = self._executor.call(SCHEDULER, "plan")
+        planned = self._executor.call(SCHEDULER, Scheduler.plan)
         # Those without a place too: what is lost with them is counted where it lies. They read while it is planned.
         gone = {*standing.roster.aside, *standing.roster.lost}
         reading = data.begin([client for client in standing.run.participants if client.name not in gone])
-        standing.adopt(*self._executor.get([planned]))
+        standing.adopt(self._executor.value(planned))
         data.finish(reading, standing.unavailable)
         data.say_what_is_lost(standing.plan)
         if not standing.clients:
@@ -147,7 +151,7 @@ class Coordinator:
         standing.configure()
         first = RoundUpdate(1, {}, {})
         holders = [*standing.clients, *standing.servers]
-        self._executor.get([self._executor.call(name, "restart", first) for name in holders])
+        self._executor.get([self._executor.call(name, HolderActor.restart, first) for name in holders])
         try:
             found = self.validate()
         except ActorFailure as failure:
@@ -193,11 +197,11 @@ class Coordinator:
         """Ask the scheduler whether budgets or importance have changed so much that another plan is due."""
         standing, done = self.standing, self.progress.round
         requests = self._membership.requests()
-        due = standing.run.policy.probes and standing.ask(SCHEDULER, "probe_due", done)
+        due = standing.run.policy.probes and standing.ask(Scheduler.probe_due, done)
         reports = self._recovery.steadily(self._probe) if due else []
         measured = self._records.peaks_with_probe()
         try:
-            review: Review = standing.ask(SCHEDULER, "review", done, standing.plan, reports, measured, requests)
+            review = standing.ask(Scheduler.review, done, standing.plan, reports, measured, requests)
         except InputError as error:
             # The budgets were right when the run began, so this is a failure of the run and not of its input.
             reason = str(error)
@@ -222,7 +226,7 @@ class Coordinator:
         probe = standing.training.probe(cohort, self.progress.round, standing.run.policy.importance.tokens)
         self.progress.bytes_up += probe.bytes_up
         self.progress.bytes_down += probe.bytes_down
-        self._count(standing.ask(SCHEDULER, "probe_time_s", standing.plan, cohort), begun)
+        self._count(standing.ask(Scheduler.probe_time_s, standing.plan, cohort), begun)
         # The few examples drawn may have no supervised token, or be known by heart: then nothing new is known.
         telling = any(report.tokens and any(report.scores.values()) for report in probe.reports)
         return probe.reports if telling else []
@@ -234,32 +238,29 @@ class Coordinator:
         standing.adopt(plan)
         for name in had:
             if name not in standing.clients:
-                executor.call(name, "release")
+                executor.call(name, Participant.release)
         if {client.name for client in before.available} != set(standing.clients):
             standing.data.say_what_is_lost(plan)
-        names, others = list(standing.clients), self._replicas
-        report, *sent = executor.call_many(
-            1 + len(names) + len(others), SERVER, "reconfigure", self.progress.round + 1, plan, had, *names
-        )
-        (report,) = executor.get([report])
-        sent, own = sent[: len(names)], sent[len(names) :]
-        executor.get([executor.call(n, "follow", plan, update) for n, update in zip(others, own, strict=True)])
-        down, updates = report.nbytes_down, dict(zip(names, sent, strict=True))
-        moving = {name: plan.client(name) for name in names if name in down}
+        names = [*standing.clients, *self._replicas]
+        reported, sent = executor.call_each(SERVER, Server.reconfigure, self.progress.round + 1, plan, had, names)
+        report, updates = executor.value(reported), dict(zip(names, sent, strict=True))
+        executor.get([executor.call(name, Replica.follow, plan, updates[name]) for name in self._replicas])
+        down = report.nbytes_down
+        moving = {name: plan.client(name) for name in standing.clients if name in down}
         given_up = self._recovery.settled(
-            {name: executor.call(name, "give_up", part.split, part.ranks) for name, part in moving.items()}
+            {n: executor.call(n, Participant.give_up, part.held_layers, part.ranks) for n, part in moving.items()}
         )
         self._records.forget_peaks(list(given_up))
         self._recovery.settled(
             {
-                name: executor.call(name, "reconfigure", moving[name].split, moving[name].ranks, updates[name])
-                for name in given_up
+                n: executor.call(n, Participant.reconfigure, moving[n].held_layers, moving[n].ranks, updates[n])
+                for n in given_up
             }
         )
         if standing.single:
             down = {}
         self.progress.bytes_down += sum(down.values())
-        self._count(standing.ask(SCHEDULER, "reconfiguration_time_s", before, plan, down), begun)
+        self._count(standing.ask(Scheduler.reconfiguration_time_s, before, plan, down), begun)
         self._records.cut(report.residual_cut)
 
     # -- a round ----------------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ class Coordinator:
         standing = self.standing
         standing.round = self.progress.round + 1
         cohort = standing.cohort(self.round)
-        self._step_times_s = standing.ask(SCHEDULER, "step_times_s", standing.plan, cohort)
+        self._step_times_s = standing.ask(Scheduler.step_times_s, standing.plan, cohort)
         if cohort != standing.clients:
             text = f"round {self.round}: {len(cohort)} of {len(standing.clients)} clients train: {', '.join(cohort)}"
             standing.events.write("cohort", text, round=self.round, clients=cohort)
@@ -291,33 +292,32 @@ class Coordinator:
         """Sum up what all have learned, have everybody begin anew with it, and bring back the lost (METHOD 6)."""
         standing, executor, begun, others = self.standing, self._executor, time.monotonic(), self._replicas
         cohort = standing.cohort(self.progress.round + 1)
-        asked = {name: executor.call_many(2, name, "hand_in") for name in [*cohort, *others]}
+        asked = {name: executor.call_pair(name, HolderActor.hand_in) for name in [*cohort, *others]}
         # The small reports come first: a client that failed is found before its adapters are passed on.
         names = list(self._recovery.settled({client: asked[client][0] for client in cohort}))
         executor.get([asked[server][0] for server in others])
         idle = [name for name in standing.clients if name not in cohort]
-        held = [asked[name][1] for name in [*names, *others]]
-        report, *updates = executor.call_many(
-            1 + len(held) + len(idle), SERVER, "aggregate", self.progress.round + 2, idle, *held
-        )
-        (report,) = executor.get([report])
+        held: list[Ref[HeldAdapters] | HeldAdapters] = [asked[name][1] for name in [*names, *others]]
+        held += [HeldAdapters(name, {}, {}, {}) for name in idle]
+        reported, updates = executor.call_each(SERVER, Server.aggregate, self.progress.round + 2, held)
+        report = executor.value(reported)
         for name, reason in report.refused.items():
             self._recovery.lose(refusal(name, "hand_in", f"it handed in {reason}"))
-        up, down = report.nbytes_up, report.nbytes_down
+        up, down = {name: report.nbytes_up[name] for name in names}, report.nbytes_down
         if standing.single:
             up, down = {}, {}
         self.progress.bytes_up += sum(up.values())
         self.progress.bytes_down += sum(down.values())
         self._records.cut(report.residual_cut)
         restarts = {
-            name: executor.call(name, "restart", update)
+            name: executor.call(name, HolderActor.restart, update)
             for name, update in zip([*names, *others, *idle], updates, strict=True)
             if name not in report.refused
         }
         executor.get([restarts.pop(server) for server in others])
         self._recovery.settled(restarts)
         self._recovery.bring_back()
-        self._count(standing.ask(SCHEDULER, "aggregation_time_s", standing.plan, names, up, down), begun)
+        self._count(standing.ask(Scheduler.aggregation_time_s, standing.plan, names, up, down), begun)
 
     def validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
@@ -326,7 +326,7 @@ class Coordinator:
         done = standing.training.validation(batches)
         self.progress.bytes_up += done.bytes_up
         self.progress.bytes_down += done.bytes_down
-        self._count(standing.ask(SCHEDULER, "validation_time_s", standing.plan, batches), begun)
+        self._count(standing.ask(Scheduler.validation_time_s, standing.plan, batches), begun)
         loss_sum = sum(loss.loss_sum for loss in done.losses)
         if not math.isfinite(loss_sum):
             raise ActorFailure(SERVER, "validation", "the validation loss is not finite", "diverged")
@@ -356,16 +356,17 @@ class Coordinator:
         for names in (training, standing.servers):
             for name in names:
                 # As for the pace: whoever is gone is found later.
-                self._executor.call(name, "set_lr_scale", math.sqrt(len(names)))
+                self._executor.call(name, HolderActor.set_lr_scale, math.sqrt(len(names)))
 
     def _set_pace(self, cohort: list[str]) -> None:
         """Tell everybody how long each call of a step is to take, where the clock is emulated."""
         if self._job.clock != "emulated":
             return
         standing, speedup = self.standing, self._job.clock_speedup
-        calls: dict[str, dict[str, float]] = standing.ask(SCHEDULER, "call_times_s", standing.plan, cohort)
+        calls = standing.ask(Scheduler.call_times_s, standing.plan, cohort)
         calls |= {name: calls[SERVER] for name in standing.servers if SERVER in calls}
         for name, own in calls.items():
             if name in standing.clients or name in standing.servers:
                 # Whoever is gone is found by the next call that matters.
-                self._executor.call(name, "set_pace", {what: seconds / speedup for what, seconds in own.items()})
+                pace = {what: seconds / speedup for what, seconds in own.items()}
+                self._executor.call(name, HolderActor.set_pace, pace)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.executor import SCHEDULER, SERVER, InProcess
-from hsplit.actors.participant import base_model
-from hsplit.actors.participants import participant_class
-from hsplit.actors.replica import Replica
-from hsplit.actors.scheduler import Scheduler
-from hsplit.actors.server import Server
+from hsplit.actors.executor import SCHEDULER, InProcess
+from hsplit.actors.factory import make_actor
 from hsplit.config import RunConfig
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.observe.terminal import Display
@@ -42,16 +38,11 @@ def local_run(
         measure: follow each holder's peak of allocated memory, which takes time.
         scheduler: makes the plans; the run's own by default.
     """
-    base, make = base_model(model, run.job), participant_class(run.policy)
 
     def actor(name: str) -> Any:
-        if name == SCHEDULER:
-            return scheduler or Scheduler(run, model)
-        if name == SERVER:
-            return Server(run.job, run.policy, base, device, measure=measure)
-        if name in run.server.names:
-            return Replica(run.job, run.policy, base, device, measure=measure, name=name)
-        return make(name, run.job, run.policy, base, device, measure=measure)
+        if name == SCHEDULER and scheduler is not None:
+            return scheduler
+        return make_actor(run, name, model, device, measure)
 
     names = [*(client.name for client in run.participants), *run.server.names, SCHEDULER]
     return Coordinator(run, InProcess({name: actor(name) for name in names}, actor), directory, inputs, display)

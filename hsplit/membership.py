@@ -6,7 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure
+from hsplit.actors.executor import SERVER, ActorFailure
+from hsplit.actors.participant import Participant
+from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client
 from hsplit.errors import HsplitError, InputError
 from hsplit.inbox import JoinRequest, refuse, take_requests
@@ -82,7 +84,7 @@ class Membership:
                 if isinstance(report, HsplitError):
                     raise report
                 standing.data.count(report)
-            standing.ask(SCHEDULER, "join", client, requests)
+            standing.ask(Scheduler.join, client, requests)
         except (InputError, ActorFailure) as error:
             if isinstance(error, ActorFailure) and error.actor != name:
                 raise
@@ -108,11 +110,11 @@ class Membership:
         if standing.clients == [name]:
             raise InputError(f"{name} cannot leave: no other client is there")
         try:
-            standing.ask(SCHEDULER, "leave", name, requests)
+            standing.ask(Scheduler.leave, name, requests)
         except InputError as error:
             raise InputError(f"{name} cannot leave: {error}") from error
         if name in standing.clients:
             # Its process ends when the round can no longer be repeated with it.
-            standing.executor.call(name, "release")
+            standing.executor.call(name, Participant.release)
         roster.leave(name)
         standing.note("left", f"{name} leaves after round {done}", client=name, round=done)

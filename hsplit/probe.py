@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hsplit.actors.executor import Executor, values_of
-from hsplit.actors.messages import LossReport
+from hsplit.actors.client import Client
+from hsplit.actors.executor import Executor, R, Ref
+from hsplit.actors.replica import Replica
 from hsplit.scheduling.importance import ImportanceReport
 
 
@@ -50,36 +50,40 @@ def probe_importance(
         ActorFailure: an actor failed, or a weight did not report.
     """
 
-    def patiently(calls: Sequence[Any]) -> list[Any]:
-        return values_of(executor.settle(calls, None if patience_s is None else time.monotonic() + patience_s))
+    def patiently(calls: Sequence[Ref[R]]) -> list[R]:
+        return executor.get(calls, None if patience_s is None else time.monotonic() + patience_s)
 
-    call, call_many = executor.call, executor.call_many
-    fronts = {c: call_many(2, c, "probe_forward", round_, tokens) for clients in served.values() for c in clients}
+    everybody = [client for clients in served.values() for client in clients]
+    fronts = {client: executor.call_pair(client, Client.probe_forward, round_, tokens) for client in everybody}
     # The small reports come first: a client that failed is found before its tensors are passed on.
     bytes_up = sum(report.nbytes for report in patiently([report for report, _ in fronts.values()]))
     sent = {client: message for client, (_, message) in fronts.items()}
-    bytes_down, scoring = 0, "probe"
+    bytes_down, scored = 0, []
     if labels == "client":
-        scoring = "probe_backward"
         # All servers are asked before anybody's tail is waited for.
         deep = {
-            server: call_many(1 + len(clients), server, "probe_forward", *(sent[client] for client in clients))
+            server: executor.call_each(server, Replica.probe_forward, [sent[client] for client in clients])
             for server, clients in served.items()
         }
         tails = {
-            client: call_many(2, client, "probe_tail", output)
+            client: executor.call_pair(client, Client.probe_tail, output)
             for server, clients in served.items()
-            for client, output in zip(clients, deep[server][1:], strict=True)
+            for client, output in zip(clients, deep[server][1], strict=True)
         }
-        losses: list[LossReport] = patiently([report for report, _ in tails.values()])
-        bytes_up += sum(loss.nbytes for loss in losses)
-        bytes_down += sum(report.nbytes for report in executor.get([up for up, *_ in deep.values()]))
-        sent = {client: gradient for client, (_, gradient) in tails.items()}
-    down, own = [], []
-    for server, clients in served.items():
-        report, *gradients = call_many(1 + len(clients), server, scoring, *(sent[client] for client in clients))
-        down.append(report)
-        own += [call(client, "probe_backward", slope) for client, slope in zip(clients, gradients, strict=True)]
-    at_servers = executor.get(down)
+        bytes_up += sum(loss.nbytes for loss in patiently([report for report, _ in tails.values()]))
+        bytes_down += sum(report.nbytes for report in executor.get([report for report, _ in deep.values()]))
+        for server, clients in served.items():
+            slopes = [tails[client][1] for client in clients]
+            scored.append((clients, *executor.call_each(server, Replica.probe_backward, slopes)))
+    else:
+        for server, clients in served.items():
+            messages = [sent[client] for client in clients]
+            scored.append((clients, *executor.call_each(server, Replica.probe, messages)))
+    own = [
+        executor.call(client, Client.probe_backward, slope)
+        for clients, _, gradients in scored
+        for client, slope in zip(clients, gradients, strict=True)
+    ]
+    at_servers = executor.get([report for _, report, _ in scored])
     reports = patiently(own) + [report for server in at_servers for report in server.importance]
     return ProbeOutcome(reports, bytes_up, bytes_down + sum(server.nbytes for server in at_servers))

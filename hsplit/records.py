@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 
+from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import LossReport
 from hsplit.checkpoint import Progress
 from hsplit.errors import HsplitError
@@ -117,7 +118,7 @@ class Records:
         """Most memory that each of ``holders`` took since the last call, by name, where it was measured."""
         executor = self._standing.executor
         until = time.monotonic() + self._standing.job.faults.patience_s
-        peaks = executor.settle([executor.call(name, "peak_bytes") for name in holders], until)
+        peaks = executor.settle([executor.call(name, HolderActor.peak_bytes) for name in holders], until)
         # Whoever is gone is found by the next call that matters.
         found = zip(holders, peaks, strict=True)
         return {name: peak for name, peak in found if peak and not isinstance(peak, HsplitError)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, NotFinite
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, NotFinite, Ref
+from hsplit.actors.participant import Participant
+from hsplit.actors.server import Server
 from hsplit.errors import HsplitError
 from hsplit.roster import told
 from hsplit.save_point import SavePoint
@@ -44,7 +46,7 @@ class Recovery:
         if isinstance(failure, NotFinite) and not standing.clients:
             raise failure.of_all()
 
-    def settled(self, calls: Mapping[str, Any]) -> dict[str, Any]:
+    def settled(self, calls: Mapping[str, Ref[_Value]]) -> dict[str, _Value]:
         """Values of calls by client, of those that did not fail; the others are lost.
 
         Raises:
@@ -99,13 +101,13 @@ class Recovery:
         if not standing.clients:
             standing.nobody_is_left(roster.lost[0] if roster.lost else roster.aside[-1])
 
-    def _rejoin(self, names: list[str], round_: int) -> list[Any]:
+    def _rejoin(self, names: list[str], round_: int) -> list[Ref[None]]:
         """Ask clients that have their data and layers to begin round ``round_``; returns the calls."""
         executor = self._standing.executor
-        sent, *updates = executor.call_many(1 + len(names), SERVER, "welcome", round_, *names)
-        kept = {name: self._save_point.kept(name) for name in names}
-        calls = [executor.call(name, "rejoin", kept[name], update) for name, update in zip(names, updates, strict=True)]
-        self._standing.progress.bytes_down += executor.get([sent])[0]
+        sent, updates = executor.call_each(SERVER, Server.welcome, round_, names)
+        rejoining = [(name, self._save_point.kept(name), update) for name, update in zip(names, updates, strict=True)]
+        calls = [executor.call(name, Participant.rejoin, kept, update) for name, kept, update in rejoining]
+        self._standing.progress.bytes_down += executor.value(sent)
         return calls
 
     # -- repeating a round ------------------------------------------------------------------------------------------

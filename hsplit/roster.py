@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor, NotFinite
+from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor, NotFinite, Ref
+from hsplit.actors.scheduler import Scheduler
 from hsplit.config.job import Faults
 from hsplit.errors import HsplitError
 from hsplit.scheduling.plan import Plan
@@ -78,7 +79,7 @@ class Roster:
         self,
         faults: Faults,
         executor: Executor,
-        prepare: Callable[[str], Sequence[Any]],
+        prepare: Callable[[str], Sequence[Ref[Any]]],
         learn: Callable[[Sequence[Any]], None],
         note: Callable[..., None],
     ) -> None:
@@ -90,7 +91,7 @@ class Roster:
         self.aside: list[str] = []
         self.left: list[str] = []
         # By lost client the calls that prepare its return; None: it has no place to return to yet.
-        self._lost: dict[str, Sequence[Any] | None] = {}
+        self._lost: dict[str, Sequence[Ref[Any]] | None] = {}
         self._away: set[str] = set()
         self.shortages: dict[str, int] = {}
         # By the same what they held by the plan that was in force then, in bytes.
@@ -193,10 +194,10 @@ class Roster:
 
     def _tell_scheduler(self) -> None:
         """Say what the next plan must heed; to say it again changes nothing."""
-        calls = [self._executor.call(SCHEDULER, "set_aside", name) for name in self.aside]
+        calls = [self._executor.call(SCHEDULER, Scheduler.set_aside, name) for name in self.aside]
         for name, times in self.shortages.items():
             held_bytes = self._held_then.get(name, 0)
-            calls.append(self._executor.call(SCHEDULER, "ran_out_of_memory", name, times, held_bytes))
+            calls.append(self._executor.call(SCHEDULER, Scheduler.ran_out_of_memory, name, times, held_bytes))
         self._executor.get(calls)
 
     def lose(self, failure: ActorFailure, round_: int) -> None:
@@ -216,7 +217,7 @@ class Roster:
             self._lost[name] = None
             self._begin_return(name)
 
-    def bring_back(self, round_: int, rejoin: Callable[[list[str]], Sequence[Any]]) -> list[str]:
+    def bring_back(self, round_: int, rejoin: Callable[[list[str]], Sequence[Ref[Any]]]) -> list[str]:
         """Wait for the lost clients that have a place, and have them begin round ``round_`` with the others.
 
         Each is tried once; who fails again may be there a round later.
@@ -242,7 +243,7 @@ class Roster:
             self._note("returned", f"round {round_}: {name} {how}", client=name, round=round_)
         return back
 
-    def _succeeds(self, name: str, calls: Sequence[Any], until: float, round_: int) -> bool:
+    def _succeeds(self, name: str, calls: Sequence[Ref[Any]], until: float, round_: int) -> bool:
         """Whether the calls of a client that returns come to their end; else it is lost once more.
 
         Raises:

@@ -7,8 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, values_of
+from hsplit.actors.executor import SERVER, ActorFailure
+from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import not_finite
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.server import Server
 from hsplit.checkpoint import (
     Progress,
     checkpoint_name,
@@ -59,9 +62,9 @@ class SavePoint:
         """
         standing = self._standing
         executor = standing.executor
-        calls = {name: executor.call(name, "state") for name in [*standing.clients, *standing.servers]}
+        calls = {name: executor.call(name, HolderActor.state) for name in [*standing.clients, *standing.servers]}
         until = time.monotonic() + standing.job.faults.patience_s
-        values = values_of(executor.settle(list(calls.values()), until))
+        values = executor.get(list(calls.values()), until)
         states: dict[str, dict[str, Any]] = dict(zip(calls, values, strict=True))
         if self.path is not None:
             for name in standing.roster.lost:
@@ -89,7 +92,7 @@ class SavePoint:
         progress.failures, progress.aside = dict(roster.failures), list(roster.aside)
         progress.lost, progress.shortages = roster.lost, dict(roster.shortages)
         progress.joined, progress.left = [client.model_dump() for client in standing.joined], list(roster.left)
-        progress.scheduler = standing.ask(SCHEDULER, "state")
+        progress.scheduler = standing.ask(Scheduler.state)
         progress.wall_time_s = self._records.wall_time_s
         name = checkpoint_name(progress, standing.job.local_steps)
         folder, keep = standing.directory.checkpoints, standing.job.keep_checkpoints
@@ -183,7 +186,7 @@ class SavePoint:
         standing, executor, roster = self._standing, self._standing.executor, self._standing.roster
         self._go_back_to(progress)
         assert progress.plan is not None and progress.scheduler is not None
-        standing.ask(SCHEDULER, "load_state", progress.scheduler)
+        standing.ask(Scheduler.load_state, progress.scheduler)
         if fresh is None:
             self._begin_as_in(progress)
         roster.recall(progress.failures, progress.aside, progress.lost, progress.shortages, progress.left, self._away)
@@ -196,13 +199,9 @@ class SavePoint:
         for name in (SERVER, *holders):
             if name not in tensors:
                 raise self._incomplete(f"nothing of {name}")
-        _, *updates = executor.call_many(1 + len(holders), SERVER, "load_state", tensors[SERVER], *holders)
-        executor.get(
-            [
-                executor.call(name, "take_up", tensors[name], update)
-                for name, update in zip(holders, updates, strict=True)
-            ]
-        )
+        _, updates = executor.call_each(SERVER, Server.load_state, tensors[SERVER], holders)
+        following = zip(holders, updates, strict=True)
+        executor.get([executor.call(name, HolderActor.take_up, tensors[name], update) for name, update in following])
         self._fresh, self._away, self._plan = set(), [], standing.plan
 
     def _begin_as_in(self, progress: Progress) -> None:

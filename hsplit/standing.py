@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn
 
-from hsplit.actors.executor import ActorFailure, Executor
-from hsplit.actors.participant import DataReport
+from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor, P, R, Ref
+from hsplit.actors.participant import DataReport, Participant
+from hsplit.actors.replica import Replica
 from hsplit.checkpoint import Progress
 from hsplit.client_data import ClientData
 from hsplit.config import Client, RunConfig
@@ -99,14 +100,13 @@ class Standing:
         self.events.write(event, text, **fields)
         self.display.note(text, event, **fields)
 
-    def ask(self, actor: str, method: str, *arguments: Any) -> Any:
-        """Call one actor and wait for what it returns.
+    def ask(self, method: Callable[Concatenate[Any, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+        """Call the scheduler and wait for what it returns.
 
         Raises:
             InputError, ActorFailure: as :meth:`~hsplit.actors.executor.Executor.get`.
         """
-        (value,) = self.executor.get([self.executor.call(actor, method, *arguments)])
-        return value
+        return self.executor.ask(SCHEDULER, method, *arguments, **named)
 
     # -- what changes -----------------------------------------------------------------------------------------------
 
@@ -151,9 +151,9 @@ class Standing:
         """
         if not self.clients:
             self.nobody_is_left(self.roster.lost[0] if self.roster.lost else self.plan.clients[0].name)
-        calls = [self.executor.call(name, "configure", self.plan) for name in self.servers]
+        calls = [self.executor.call(name, Replica.configure, self.plan) for name in self.servers]
         for client in map(self.plan.client, self.clients):
-            calls.append(self.executor.call(client.name, "configure", client.split, client.ranks))
+            calls.append(self.executor.call(client.name, Participant.configure, client.held_layers, client.ranks))
         self.executor.get(calls)
 
     def nobody_is_left(self, last: str) -> NoReturn:
@@ -162,11 +162,11 @@ class Standing:
         why = f" ({last} failed last: {reason})" if reason else ""
         raise ActorFailure(last, "the round", f"no client is left to train with{why}")
 
-    def _prepare_return(self, name: str) -> list[Any]:
+    def _prepare_return(self, name: str) -> list[Ref[Any]]:
         """Have a client that was begun anew read its data and its layers."""
         part = self.plan.client(name)
         calls = list(self.data.begin(self.named([name])).values())
-        return [*calls, self.executor.call(name, "configure", part.split, part.ranks)]
+        return [*calls, self.executor.call(name, Participant.configure, part.held_layers, part.ranks)]
 
     def _learn(self, values: Sequence[Any]) -> None:
         """Take note of the data that a client has found anew."""

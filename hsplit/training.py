@@ -11,20 +11,23 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from hsplit.actors.executor import SERVER, ActorFailure, Executor, NotFinite, refusal, values_of
-from hsplit.actors.messages import LossReport, ServerReport
+from hsplit.actors.client import Client
+from hsplit.actors.executor import SERVER, ActorFailure, Executor, NotFinite, R, Ref, refusal
+from hsplit.actors.messages import Activations, ForwardReport, LossReport, ServerReport, WireTensor
+from hsplit.actors.replica import Replica
+from hsplit.actors.whole_client import WholeClient
 from hsplit.config import Job, RunConfig
 from hsplit.deadlines import Deadlines
 from hsplit.errors import HsplitError
 from hsplit.probe import ProbeOutcome, probe_importance
-from hsplit.scheduling.importance import ImportanceReport
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.serving import cohorts, served_by
 
 # Servers and handles to their reports, in the order of events; and by part each client's gradient.
-_ServerSide = tuple[list[tuple[str, Any]], list[dict[str, Any]]]
+_ServerSide = tuple[list[tuple[str, Ref[ServerReport]]], list[dict[str, Ref[WireTensor | None]]]]
+_Front = tuple[Ref[ForwardReport], Ref[Activations]]
 
 
 @dataclass
@@ -115,7 +118,7 @@ class _Steps:
         self._job, self._executor = job, executor
         self._deadlines = Deadlines(job.faults.deadline)
         # The last calls of those who were not in time, by client.
-        self._busy: dict[str, Any] = {}
+        self._busy: dict[str, Ref[Any]] = {}
         self._splits: dict[str, int] = {}
         self._servers: tuple[str, ...] = (SERVER,)
 
@@ -131,9 +134,9 @@ class _Steps:
         else:
             self._busy.pop(client, None)
 
-    def _patient(self, calls: Sequence[Any]) -> list[Any]:
+    def _patient(self, calls: Sequence[Ref[R]]) -> list[R]:
         """Values of clients' calls outside of a step; whoever has not answered after ``patience_s`` has failed."""
-        return values_of(self._executor.settle(calls, self._patience_ends()))
+        return self._executor.get(calls, self._patience_ends())
 
     def _patience_ends(self) -> float:
         return time.monotonic() + self._job.faults.patience_s
@@ -154,7 +157,7 @@ class _Steps:
             free.append(client)
         return done
 
-    def _in_time(self, done: Done, calls: Mapping[str, Any], method: str, count: int = 1) -> dict[str, Any]:
+    def _in_time(self, done: Done, calls: Mapping[str, Ref[R]], method: str, count: int = 1) -> dict[str, R]:
         """Values of ``calls`` by client, each the last of ``count`` calls of ``method``, of those in time.
 
         Who has failed joins ``done.failed``, who is late ``done.left_out``; if all are late, they are waited for.
@@ -170,10 +173,13 @@ class _Steps:
             # Then it is not they who are slow.
             settled, late = {c: self._executor.settle([call], patience_ends)[0] for c, call in calls.items()}, set()
         done.left_out |= late
+        found = {}
         for client, value in settled.items():
-            if client not in late and isinstance(value, HsplitError):
+            if not isinstance(value, HsplitError):
+                found[client] = value
+            elif client not in late:
                 done.failed[client] = _failure(client, value)
-        return {client: value for client, value in settled.items() if done.takes_part(client)}
+        return {client: value for client, value in found.items() if done.takes_part(client)}
 
     def _measure(self, client: str, method: str, seconds: Mapping[str, float]) -> None:
         self._deadlines.took(client, method, sum(seconds.values()))
@@ -204,8 +210,8 @@ class _Early:
         backwards: what ends each part.
     """
 
-    fronts: list[list[Any]] = field(default_factory=list)
-    backwards: list[Any] = field(default_factory=list)
+    fronts: list[_Front] = field(default_factory=list)
+    backwards: list[Ref[Mapping[str, float]]] = field(default_factory=list)
 
 
 class SplitTraining(_Steps):
@@ -249,12 +255,12 @@ class SplitTraining(_Steps):
         for client in begun:
             # Those whose last backward alone was late have their part in the step, and finish it.
             if client in done.left_out and client not in self._busy:
-                self._busy[client] = self._executor.call(client, "skip", step)
+                self._busy[client] = self._executor.call(client, Client.skip, step)
         for client, of in [key for key in self._early if key[1] <= step]:
             del self._early[client, of]
             if client not in begun and client not in done.failed:
                 # It was not there to take the part that it had computed.
-                self._busy[client] = self._executor.call(client, "skip", of)
+                self._busy[client] = self._executor.call(client, Client.skip, of)
         self._somebody(done)
         return done
 
@@ -267,12 +273,12 @@ class SplitTraining(_Steps):
         parts = range(self._job.batches_per_step)
         early = self._early.setdefault((client, step), _Early())
         early.fronts = early.fronts or self._fronts(client, step, parts)
-        early.backwards = [self._executor.call(client, "backward", step, part, None) for part in parts]
+        early.backwards = [self._executor.call(client, Client.backward, step, part, None) for part in parts]
         if (step + 1) % self._job.local_steps:
             self._early[client, step + 1] = _Early(self._fronts(client, step + 1, parts))
 
-    def _fronts(self, client: str, step: int, parts: Iterable[int]) -> list[list[Any]]:
-        return [self._executor.call_many(2, client, "forward", step, part) for part in parts]
+    def _fronts(self, client: str, step: int, parts: Iterable[int]) -> list[_Front]:
+        return [self._executor.call_pair(client, Client.forward, step, part) for part in parts]
 
     def _batch(self, done: Done, step: int, parts: range, clients: Sequence[str]) -> None:
         """One batch of every client, in microbatches ``parts``.
@@ -290,18 +296,18 @@ class SplitTraining(_Steps):
         fronts = [{client: asked[client][index] for client in clients} for index in range(len(parts))]
         server_side = self._u_shaped if self._labels_at_home else self._at_server
         reports, gradients = server_side(done, step, parts, fronts)
-        backwards: dict[str, list[Any]] = {
+        backwards: dict[str, list[Ref[Mapping[str, float]]]] = {
             client: early[client].backwards[parts.start : parts.stop]
             if client in early
             else [
-                self._executor.call(client, "backward", step, part, of_part[client])
+                self._executor.call(client, Client.backward, step, part, of_part[client])
                 for part, of_part in zip(parts, gradients, strict=True)
             ]
             for client in clients
             if done.takes_part(client)
         }
         for server, report in reports:
-            done.server_took(server, *self._executor.get([report]))
+            done.server_took(server, self._executor.value(report))
         # The server has done its part by now, so that what is waited for is the clients' own.
         last = {client: calls[-1] for client, calls in backwards.items() if done.takes_part(client)}
         finished = self._in_time(done, last, "backward", len(parts))
@@ -313,7 +319,7 @@ class SplitTraining(_Steps):
                     done.took(client, seconds)
                     self._measure(client, "backward", seconds)
 
-    def _sent(self, done: Done, front: Mapping[str, list[Any]], count: int) -> dict[str, Any]:
+    def _sent(self, done: Done, front: Mapping[str, _Front], count: int) -> dict[str, Ref[Activations]]:
         """Wait for one part's fronts and count them; returns the handles of the activations by client.
 
         Args:
@@ -327,15 +333,15 @@ class SplitTraining(_Steps):
             self._measure(client, "forward", report.seconds)
         return {client: message for client, (_, message) in front.items() if done.takes_part(client)}
 
-    def _at_server(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, list[Any]]]) -> _ServerSide:
+    def _at_server(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, _Front]]) -> _ServerSide:
         """Labels on the server: one call does forward, loss and backward of the depth-joined batch."""
         reports, gradients = [], []
         for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
             sent = self._sent(done, front, count)
-            back: dict[str, Any] = {}
+            back: dict[str, Ref[WireTensor | None]] = {}
             for server, served in self._dealt_among(sent, part).items():
                 asked = [sent[client] for client in served]
-                report, *own = self._executor.call_many(1 + len(served), server, "train_step", step, part, *asked)
+                report, own = self._executor.call_each(server, Replica.train_step, step, part, asked)
                 reports.append((server, report))
                 back |= zip(served, own, strict=True)
             gradients.append(back)
@@ -354,26 +360,29 @@ class SplitTraining(_Steps):
         last = part == self._job.batches_per_step - 1
         return {s: served for s, served in there.items() if served or (last and s in self._stepping)}
 
-    def _u_shaped(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, list[Any]]]) -> _ServerSide:
+    def _u_shaped(self, done: Done, step: int, parts: range, fronts: Sequence[Mapping[str, _Front]]) -> _ServerSide:
         """Labels at home: the last layer's output goes to the clients, their tails' gradients come back."""
-        call_many = self._executor.call_many
-        forwards: list[tuple[int, dict[str, tuple[Any, dict[str, Any]]]]] = []
+        executor = self._executor
+        forwards: list[tuple[int, dict[str, tuple[Ref[ServerReport], dict[str, Ref[WireTensor | None]]]]]] = []
         for count, (part, front) in enumerate(zip(parts, fronts, strict=True), 1):
             sent = self._sent(done, front, count)
             deep: dict[str, tuple[Any, dict[str, Any]]] = {}
             for server, served in self._dealt_among(sent, part).items():
                 rows = [sent[client] for client in served]
-                report, *out = call_many(1 + len(served), server, "forward", step, part, *rows)
+                report, out = executor.call_each(server, Replica.forward, step, part, rows)
                 deep[server] = report, dict(zip(served, out, strict=True))
             if deep:
                 forwards.append((part, deep))
-        tails: list[tuple[int, dict[str, list[str]], dict[str, list[Any]]]] = []
+        tails: list[tuple[int, dict[str, list[str]], dict[str, tuple[Ref[LossReport], Ref[WireTensor]]]]] = []
         for part, deep in forwards:
-            asked: dict[str, list[Any]] = {}
+            asked: dict[str, tuple[Ref[LossReport], Ref[WireTensor]]] = {}
             for server, (report, outputs) in deep.items():
-                done.server_took(server, *self._executor.get([report]))
+                done.server_took(server, self._executor.value(report))
                 present = {client: output for client, output in outputs.items() if done.takes_part(client)}
-                asked |= {c: call_many(2, c, "tail", step, part, output) for c, output in present.items()}
+                for client, output in present.items():
+                    # Only what was refused has none, and that takes no part any more.
+                    deep_output = cast("Ref[WireTensor]", output)
+                    asked[client] = executor.call_pair(client, Client.tail, step, part, deep_output)
             tails.append((part, {server: list(outputs) for server, (_, outputs) in deep.items()}, asked))
         reports, gradients = [], []
         # After every part's forward, so that the server computes one part while the clients' tails do another.
@@ -385,12 +394,12 @@ class SplitTraining(_Steps):
                 done.came_to(loss)
                 self._measure(client, "tail", loss.seconds)
             slopes = {client: slope for client, (_, slope) in asked.items() if done.takes_part(client)}
-            back: dict[str, Any] = {}
+            back: dict[str, Ref[WireTensor | None]] = {}
             for server, served in dealt.items():
                 # Also where nobody is left: the server has the graph to let go of, and its step to take.
                 own = [client for client in served if client in slopes]
                 arrived = [slopes[client] for client in own]
-                report, *down = call_many(1 + len(own), server, "backward", step, part, own, *arrived)
+                report, down = executor.call_each(server, Replica.backward, step, part, own, arrived)
                 reports.append((server, report))
                 back |= zip(own, down, strict=True)
             gradients.append(back)
@@ -400,7 +409,7 @@ class SplitTraining(_Steps):
         done = Done()
         # All are asked for at once, so that clients compute one batch while the server does another.
         fronts = [
-            {c: self._executor.call_many(2, c, "validation_forward", index) for c, n in batches.items() if index < n}
+            {c: self._executor.call_pair(c, Client.validation_forward, index) for c, n in batches.items() if index < n}
             for index in range(max(batches.values()))
         ]
         reports, tails = [], []
@@ -410,17 +419,17 @@ class SplitTraining(_Steps):
                 for server, served in self._served_by(part).items():
                     activations = [front[client][1] for client in served]
                     if not self._labels_at_home:
-                        reports.append(self._executor.call(server, "evaluate", *activations))
+                        reports.append(self._executor.call_all(server, Replica.evaluate, activations))
                         continue
-                    report, *deep = self._executor.call_many(1 + len(served), server, "evaluate_deep", *activations)
+                    report, deep = self._executor.call_each(server, Replica.evaluate_deep, activations)
                     reports.append(report)
                     tails += [
-                        self._executor.call(client, "validation_tail", index, output)
+                        self._executor.call(client, Client.validation_tail, index, output)
                         for client, output in zip(served, deep, strict=True)
                     ]
-        for report in self._executor.get(reports):
-            done.bytes_down += report.nbytes
-            done.losses += report.losses
+        for served_report in self._executor.get(reports):
+            done.bytes_down += served_report.nbytes
+            done.losses += served_report.losses
         done.losses += self._patient(tails)
         return done
 
@@ -439,7 +448,7 @@ class WholeTraining(_Steps):
 
     def step(self, step: int, clients: Sequence[str]) -> Done:
         done = self._begin(clients)
-        calls = {c: self._executor.call(c, "train_step", step) for c in clients if done.takes_part(c)}
+        calls = {c: self._executor.call(c, WholeClient.train_step, step) for c in clients if done.takes_part(c)}
         for client, loss in self._in_time(done, calls, "train_step").items():
             if not math.isfinite(loss.loss_sum):
                 done.failed[client] = NotFinite(client, "a local step", "its loss is not finite", "refused")
@@ -452,10 +461,11 @@ class WholeTraining(_Steps):
         return done
 
     def validation(self, batches: Mapping[str, int]) -> Done:
-        calls = [self._executor.call(c, "validate", index) for c, count in batches.items() for index in range(count)]
+        every = [(client, index) for client, count in batches.items() for index in range(count)]
+        calls = [self._executor.call(client, WholeClient.validate, index) for client, index in every]
         return Done(losses=self._patient(calls))
 
     def probe(self, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
-        calls = [self._executor.call(client, "probe", round_, tokens) for client in clients]
-        reports: list[ImportanceReport] = [r for found in self._patient(calls) for r in found]
+        calls = [self._executor.call(client, WholeClient.probe, round_, tokens) for client in clients]
+        reports = [report for found in self._patient(calls) for report in found]
         return ProbeOutcome(reports, 0, 0)

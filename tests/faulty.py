@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsplit.actors.executor import ActorFailure, InProcess
+from hsplit.actors.executor import ActorFailure, InProcess, R, Ready, Ref
+from hsplit.errors import HsplitError
 
 
 @dataclass
@@ -27,18 +28,14 @@ class Fault:
     times: int = 1
 
 
-@dataclass
-class _Late:
+class _Late(Ready[Any]):
     """An answer that is not there when it is first looked for in time."""
 
-    actor: str
-    method: str
-    value: Any
-    looked: bool = False
+    looked = False
 
     def seen(self, until: float | None) -> Any:
         if until is None or self.looked:
-            return self.value
+            return self.settled
         self.looked = True
         return ActorFailure(self.actor, self.method, "it has not answered in time", "late")
 
@@ -60,14 +57,21 @@ class FaultyInProcess(InProcess):
         self.calls: Counter[tuple[str, str]] = Counter()
         self.happened: list[Fault] = []
         self.dead: set[str] = set()
+        self._hanging = False
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        self._hanging = False
+        refs = super().begin(actor, method, arguments, returns)
+        return [_Late(actor, ref.method, ref.settled) for ref in refs] if self._hanging else refs  # type: ignore[attr-defined]
+
+    def perform(self, actor: str, method: str, *arguments: Any) -> Any:
         self.calls[actor, method] += 1
         if actor in self.dead:
             return ActorFailure(actor, method, "its process ended", "died")
         if self.before is not None:
             self.before(actor, method, self.actors[actor])
-        settled = [a.value if isinstance(a, _Late) else a for a in arguments]
         for fault in self.faults:
             if (
                 (fault.actor, fault.method) != (actor, method)
@@ -78,26 +82,18 @@ class FaultyInProcess(InProcess):
             fault.times -= 1
             self.happened.append(fault)
             if fault.kind == "hang":
-                value = super().call(actor, method, *settled)
-                return _Late(actor, method, value)
+                self._hanging = True
+                return super().perform(actor, method, *arguments)
             if fault.kind in ("died", "after"):
                 if fault.kind == "after":
-                    super().call(actor, method, *settled)
+                    super().perform(actor, method, *arguments)
                 self.dead.add(actor)
                 return ActorFailure(actor, method, "its process ended", "died")
             return ActorFailure(actor, method, "the test says so", fault.kind)  # type: ignore[arg-type]
-        return super().call(actor, method, *settled)
+        return super().perform(actor, method, *arguments)
 
-    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        value = self.call(actor, method, *arguments)
-        if isinstance(value, _Late):
-            return [_Late(actor, method, part) for part in value.value]
-        if isinstance(value, Exception):
-            return [value] * returns
-        return list(value)
-
-    def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
-        return [handle.seen(until) if isinstance(handle, _Late) else handle for handle in handles]
+    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [ref.seen(until) if isinstance(ref, _Late) else ref.settled for ref in refs]  # type: ignore[attr-defined]
 
     def lost(self) -> list[ActorFailure]:
         return [ActorFailure(name, "the round", "its process ended", "died") for name in sorted(self.dead)]

@@ -49,7 +49,7 @@ def probed_actors(
     policy, base = Policy(init="shared"), base_model(model, job)
     plan = fixed_plan(model, job, splits, [RANK] * len(splits), RANK)
     clients = {f"c{i}": Client(f"c{i}", job, policy, base) for i in range(len(splits))}
-    server = Server(job, policy, base)
+    server = Server("server", job, policy, base)
     server.configure(plan)
     for i, (name, client) in enumerate(clients.items()):
         client.load_data({client.name: random_examples(12, i)}, None)

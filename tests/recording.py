@@ -96,9 +96,9 @@ class Recording(InProcess):
         super().__init__(*arguments)
         self.passed: list[Passed] = []
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
+    def perform(self, actor: str, method: str, *arguments: Any) -> Any:
         self.passed += [Passed(actor, method, "given", argument) for argument in arguments]
-        value = super().call(actor, method, *arguments)
+        value = super().perform(actor, method, *arguments)
         # As the values that Ray moves apart.
         values = value if isinstance(value, tuple) else (value,)
         self.passed += [Passed(actor, method, "returned", one) for one in values]

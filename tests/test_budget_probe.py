@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,18 +176,21 @@ def test_a_server_joins_as_many_as_are_drawn_for_a_round(models: dict[str, Path]
 def test_a_gauge_stands_in_every_place(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from hsplit.actors.ray_gauges import GaugeExecutor
 
-    begun: dict[str, type] = {}
+    begun: dict[str, Any] = {}
 
-    def remote(cls: type, name: str, *_: object) -> SimpleNamespace:
-        begun[name.rpartition(":")[2]] = cls
-        return SimpleNamespace(remote=inspect.signature(cls).bind)
+    def remote(full_name: str, *_: object) -> SimpleNamespace:
+        def begin(name: str, make: Any, threads: int | None, sharing: int) -> None:
+            assert full_name.endswith(f":{name}")
+            begun[name] = make()
+
+        return SimpleNamespace(remote=begin)
 
     monkeypatch.setattr("hsplit.actors.ray_executor._remote", remote)
     run = _run(models, "a", "b", replicas=3)
     placement = Placement({name: _node() for name, _ in requests_of(run)}, ())
     GaugeExecutor("test", run, models["llama"], placement)
     assert begun.keys() == {"a", "b", "server", "server-1", "server-2"}
-    assert all(issubclass(cls, Gauge) for cls in begun.values())
+    assert all(isinstance(gauge, Gauge) for gauge in begun.values())
 
 
 def test_a_late_client_that_is_away_is_refused_by_name(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.config.cluster import ServerSpec
 from hsplit.coordinator import Coordinator
@@ -43,15 +44,15 @@ def _run(model: Path, to: Path, recorder: Recorder, policy: str = "hsplitlora", 
 def _timed_calls(run: Coordinator) -> dict[tuple[str, str], list[float]]:
     """Wall seconds of every call from now on, by actor and method."""
     took: dict[tuple[str, str], list[float]] = defaultdict(list)
-    call = run._executor.call
+    perform = run._executor.perform  # type: ignore[attr-defined]  # in-process by construction
 
     def timed(actor: str, method: str, *arguments: Any) -> Any:
         begun = time.perf_counter()
-        value = call(actor, method, *arguments)
+        value = perform(actor, method, *arguments)
         took[actor, method].append(time.perf_counter() - begun)
         return value
 
-    run._executor.call = timed  # type: ignore[method-assign]
+    run._executor.perform = timed  # type: ignore[attr-defined]
     return took
 
 
@@ -65,7 +66,7 @@ def test_every_holder_takes_its_declared_time(
     run = _run(models["llama"], tmp_path, recorder, **changes)
     took = _timed_calls(run)
     run.run()
-    declared = run.standing.ask("scheduler", "call_times_s", run.standing.plan)
+    declared = run.standing.ask(Scheduler.call_times_s, run.standing.plan)
     client, server = {"forward": "up", "backward": "down"}, {"train_step": "step"}
     if labels == "client":
         client, server = {**client, "tail": "turn"}, {"forward": "forward", "backward": "backward"}
@@ -94,7 +95,7 @@ def test_whole_models_are_paced_too(models: dict[str, Path], tmp_path: Path) -> 
     run = _run(models["llama"], tmp_path, recorder, policy="fedlora")
     took = _timed_calls(run)
     run.run()
-    declared = run.standing.ask("scheduler", "call_times_s", run.standing.plan)
+    declared = run.standing.ask(Scheduler.call_times_s, run.standing.plan)
     for name in ("c0", "c1"):
         assert len(took[name, "train_step"]) == STEPS
         assert min(took[name, "train_step"]) >= declared[name]["up"] > 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.executor import InProcess
+from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
@@ -496,7 +497,7 @@ def test_a_round_of_few_takes_their_virtual_time(model: Path, tmp_path: Path) ->
     going, recorder, directory = drawing(model, tmp_path, 1, rounds=6)
     assert going.run()
     plan = going.standing.plan
-    alone = {c: going.standing.ask("scheduler", "step_times_s", plan, [c])[-1] for c in ("small", "middle", "large")}
+    alone = {c: going.standing.ask(Scheduler.step_times_s, plan, [c])[-1] for c in ("small", "middle", "large")}
     assert len(set(alone.values())) > 1
     drawn = [event["clients"][0] for event in events(directory, "cohort")]
     spent = [b.virtual_time_s - a.virtual_time_s for a, b in zip(recorder.rows, recorder.rows[1:], strict=False)]

@@ -1,9 +1,10 @@
-"""How the coordinator reaches clients, server and scheduler: one small protocol, and its in-process form."""
+"""Calls of actors, checked by their types: the protocol through which a run reaches them, and its in-process form."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
 from hsplit.config import Client
 from hsplit.errors import NO_NUMBERS, HsplitError
@@ -11,6 +12,18 @@ from hsplit.errors import NO_NUMBERS, HsplitError
 LOCALHOST = "127.0.0.1"
 SERVER = "server"
 SCHEDULER = "scheduler"
+
+# Of a call: what it returns (R, or a report R and values V), its arguments, and M the items of a call for each.
+R = TypeVar("R")
+V = TypeVar("V")
+M = TypeVar("M")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+E = TypeVar("E")
+P = ParamSpec("P")
+Value_co = TypeVar("Value_co", covariant=True)
 
 FailureKind = Literal["died", "memory", "node", "late", "refused", "diverged", "hopeless", "error"]
 
@@ -48,46 +61,199 @@ class NotFinite(ActorFailure):
         return ActorFailure(self.actor, self.method, f"{self.actor}: {self.reason}", "diverged")
 
 
-class Executor(Protocol):
-    """Calls actors by name. A handle is what a call returns; it may be passed on as an argument of another call.
+class Ref(Generic[Value_co]):
+    """Stands for the value of a call, which may not be there yet; an argument of another call may be one.
 
-    An actor does what it is asked in the order in which it is asked.
+    Args:
+        actor, method: of the call, so that its failure can be named.
     """
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
-        """Begin ``actor.method(*arguments)``; handles among ``arguments`` stand for their values."""
+    def __init__(self, actor: str, method: str) -> None:
+        self.actor, self.method = actor, method
 
-    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        """The same for a method that returns a tuple: one handle for each of its ``returns`` members."""
 
-    def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
-        """Wait for the values of ``handles``; a call that failed gives its :class:`HsplitError` as its value.
+class Executor(ABC):
+    """Calls actors by name, with the method itself: ``call("phone-0", Client.forward, step, part)``.
+
+    An actor executes its calls in the order in which they were begun. Arguments are given by position; any of them may
+    be the :class:`Ref` of another call, whose value then goes from actor to actor without passing here. A type checker
+    holds arguments and results against the method's own.
+    """
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def call(self, actor: str, method: Callable[[Any], R], /) -> Ref[R]: ...
+    @overload
+    def call(self, actor: str, method: Callable[[Any, A], R], a: A | Ref[A], /) -> Ref[R]: ...
+    @overload
+    def call(self, actor: str, method: Callable[[Any, A, B], R], a: A | Ref[A], b: B | Ref[B], /) -> Ref[R]: ...
+    @overload
+    def call(
+        self, actor: str, method: Callable[[Any, A, B, C], R], a: A | Ref[A], b: B | Ref[B], c: C | Ref[C], /
+    ) -> Ref[R]: ...
+    @overload
+    def call(
+        self,
+        actor: str,
+        method: Callable[[Any, A, B, C, D], R],
+        a: A | Ref[A],
+        b: B | Ref[B],
+        c: C | Ref[C],
+        d: D | Ref[D],
+        /,
+    ) -> Ref[R]: ...
+    @overload
+    def call(
+        self,
+        actor: str,
+        method: Callable[[Any, A, B, C, D, E], R],
+        a: A | Ref[A],
+        b: B | Ref[B],
+        c: C | Ref[C],
+        d: D | Ref[D],
+        e: E | Ref[E],
+        /,
+    ) -> Ref[R]: ...
+    def call(self, actor: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Begin ``method`` of ``actor``; its value, whatever it is, is one."""
+        (ref,) = self.begin(actor, method, arguments)
+        return ref
+
+    @overload
+    def call_pair(self, actor: str, method: Callable[[Any], tuple[R, V]], /) -> tuple[Ref[R], Ref[V]]: ...
+    @overload
+    def call_pair(
+        self, actor: str, method: Callable[[Any, A], tuple[R, V]], a: A | Ref[A], /
+    ) -> tuple[Ref[R], Ref[V]]: ...
+    @overload
+    def call_pair(
+        self, actor: str, method: Callable[[Any, A, B], tuple[R, V]], a: A | Ref[A], b: B | Ref[B], /
+    ) -> tuple[Ref[R], Ref[V]]: ...
+    @overload
+    def call_pair(
+        self,
+        actor: str,
+        method: Callable[[Any, A, B, C], tuple[R, V]],
+        a: A | Ref[A],
+        b: B | Ref[B],
+        c: C | Ref[C],
+        /,
+    ) -> tuple[Ref[R], Ref[V]]: ...
+    def call_pair(self, actor: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Begin a method that returns a pair, such as a small report and a tensor: each value has a reference."""
+        report, value = self.begin(actor, method, arguments, 2)
+        return report, value
+
+    @overload
+    def call_each(
+        self, actor: str, method: Callable[[Any, M], tuple[R, *tuple[V, ...]]], items: Sequence[M | Ref[M]], /
+    ) -> tuple[Ref[R], list[Ref[V]]]: ...
+    @overload
+    def call_each(
+        self,
+        actor: str,
+        method: Callable[[Any, A, M], tuple[R, *tuple[V, ...]]],
+        a: A | Ref[A],
+        items: Sequence[M | Ref[M]],
+        /,
+    ) -> tuple[Ref[R], list[Ref[V]]]: ...
+    @overload
+    def call_each(
+        self,
+        actor: str,
+        method: Callable[[Any, A, B, M], tuple[R, *tuple[V, ...]]],
+        a: A | Ref[A],
+        b: B | Ref[B],
+        items: Sequence[M | Ref[M]],
+        /,
+    ) -> tuple[Ref[R], list[Ref[V]]]: ...
+    @overload
+    def call_each(
+        self,
+        actor: str,
+        method: Callable[[Any, A, B, C, M], tuple[R, *tuple[V, ...]]],
+        a: A | Ref[A],
+        b: B | Ref[B],
+        c: C | Ref[C],
+        items: Sequence[M | Ref[M]],
+        /,
+    ) -> tuple[Ref[R], list[Ref[V]]]: ...
+    def call_each(self, actor: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Begin ``method(*arguments, *items)``, which returns a report and then one value for each of ``items``."""
+        *first, items = arguments
+        report, *values = self.begin(actor, method, [*first, *items], 1 + len(items))
+        return report, values
+
+    def ask(self, actor: str, method: Callable[Concatenate[Any, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+        """Call with plain arguments and wait for what is returned; errors as :meth:`get`."""
+        assert not named, "arguments are given by position"
+        (ref,) = self.begin(actor, method, arguments)
+        return self.value(ref)
+
+    def call_all(self, actor: str, method: Callable[[Any, M], R], items: Sequence[M | Ref[M]], /) -> Ref[R]:
+        """Begin ``method(*items)``, whose value is one."""
+        (ref,) = self.begin(actor, method, items)
+        return ref
+
+    @abstractmethod
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        """Begin a call; the three forms above are this one with types.
 
         Args:
-            handles: of calls.
+            actor: its name.
+            method: of the actor's class.
+            arguments: values and references.
+            returns: how many values the method returns, each of which gets a reference; ``None``: its value is one.
+        """
+
+    @abstractmethod
+    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        """Wait for the values of ``refs``; a call that failed gives its :class:`HsplitError` as its value.
+
+        Args:
+            refs: of calls.
             until: by ``time.monotonic``: what has no value by then gives a failure of kind ``late``, and may be settled
                 once more later; ``None``: wait for all.
         """
 
-    def get(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for the values of ``handles``.
+    def get(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R]:
+        """Wait for the values of ``refs``, as :meth:`settle`.
 
         Raises:
             InputError: an actor refused its input.
-            ActorFailure: an actor failed or died.
+            ActorFailure: an actor failed, died or is late.
         """
+        values: list[R] = []
+        for value in self.settle(refs, until):
+            if isinstance(value, HsplitError):
+                raise value
+            values.append(value)
+        return values
 
+    def value(self, ref: Ref[R]) -> R:
+        """Wait for one value; errors as :meth:`get`."""
+        return self.get([ref])[0]
+
+    # -- actors ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def lost(self) -> list[ActorFailure]:
         """A failure of each actor whose process is known to be gone, which says why."""
 
+    @abstractmethod
     def away(self) -> list[str]:
         """The actors that have not been begun, since there was no place for them when it was looked last."""
 
+    @abstractmethod
     def add(self, client: Client) -> None:
         """Make a client known that was not among the run's; :meth:`restart` begins it."""
 
+    @abstractmethod
     def restart(self, actor: str) -> bool:
-        """End ``actor``, if it is still there, and begin it anew, without data, layers or state.
+        """End ``actor``, if it is still there, and begin it from scratch, without data, layers or state.
 
         Returns:
             Whether there is a place for it; else it stays away, and may be restarted later.
@@ -96,29 +262,52 @@ class Executor(Protocol):
             ActorFailure: actors cannot be replaced.
         """
 
+    @abstractmethod
     def end(self, actor: str) -> None:
         """End ``actor`` for good."""
 
+    @abstractmethod
     def close(self) -> None:
         """End every actor."""
 
 
-class InProcess:
-    """Runs every call at once, in this process: for the laws, for tests and for rivals in benchmarks.
+class Ready(Ref[Value_co]):
+    """The value, or the failure, of a call that is over."""
+
+    def __init__(self, actor: str, method: str, value: Value_co | HsplitError) -> None:
+        super().__init__(actor, method)
+        self.settled = value
+
+
+class InProcess(Executor):
+    """Executes every call at once, in this process: for the laws, for tests and for rivals in benchmarks.
 
     Args:
         actors: plain objects by name.
-        make: makes an actor anew, by name; ``None``: none can be.
+        make: makes an actor from scratch, by name; ``None``: none can be.
     """
 
     def __init__(self, actors: Mapping[str, Any], make: Callable[[str], Any] | None = None) -> None:
         self.actors = dict(actors)
         self._make = make
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        name = method.__name__
+        value = self.perform(actor, name, *(_settled(argument) for argument in arguments))
+        if returns is None:
+            return [Ready(actor, name, value)]
+        values = [value] * returns if isinstance(value, HsplitError) else list(value)
+        if len(values) != returns:
+            raise ValueError(f"{actor}.{name} returned {len(values)} values, {returns} were expected")
+        return [Ready(actor, name, one) for one in values]
+
+    def perform(self, actor: str, method: str, *arguments: Any) -> Any:
+        """Execute one call; what it raises is its value."""
         for argument in arguments:
             if isinstance(argument, HsplitError):
-                # As on Ray: who is given the value of a call that failed fails with it.
+                # As on Ray: a call fails with the failure of a call whose value it was given.
                 return argument
         try:
             return getattr(self.actors[actor], method)(*arguments)
@@ -127,20 +316,8 @@ class InProcess:
         except Exception as error:
             return failure_of(actor, method, error)
 
-    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        value = self.call(actor, method, *arguments)
-        if isinstance(value, HsplitError):
-            return [value] * returns
-        values = list(value)
-        if len(values) != returns:
-            raise ValueError(f"{actor}.{method} returned {len(values)} values, {returns} were expected")
-        return values
-
-    def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
-        return list(handles)
-
-    def get(self, handles: Sequence[Any]) -> list[Any]:
-        return values_of(self.settle(handles))
+    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [_settled(ref) for ref in refs]
 
     def lost(self) -> list[ActorFailure]:
         return []
@@ -152,7 +329,7 @@ class InProcess:
 
     def restart(self, actor: str) -> bool:
         if self._make is None:
-            raise ActorFailure(actor, "restart", "it cannot be made anew", "hopeless")
+            raise ActorFailure(actor, "restart", "it cannot be made again", "hopeless")
         self.actors[actor] = self._make(actor)
         return True
 
@@ -163,21 +340,13 @@ class InProcess:
         self.actors.clear()
 
 
+def _settled(argument: Any) -> Any:
+    return argument.settled if isinstance(argument, Ready) else argument
+
+
 def refusal(client: str, method: str, reason: str) -> ActorFailure:
     """Make the failure of a client whose message a holder has refused for ``reason``."""
     return (NotFinite if NO_NUMBERS in reason else ActorFailure)(client, method, reason, "refused")
-
-
-def values_of(settled: Sequence[Any]) -> list[Any]:
-    """What :meth:`Executor.settle` gave, where nothing failed.
-
-    Raises:
-        HsplitError: the first of the failures.
-    """
-    for value in settled:
-        if isinstance(value, HsplitError):
-            raise value
-    return list(settled)
 
 
 def failure_of(actor: str, method: str, error: BaseException) -> ActorFailure:

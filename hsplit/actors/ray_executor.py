@@ -1,56 +1,53 @@
-"""The Ray executor: every client, the server and the scheduler is a named Ray actor around its plain class."""
+"""The Ray executor: every client, the server and the scheduler is a named Ray actor around a plain object."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hsplit.actors.actor_shell import ActorShell
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, values_of
-from hsplit.actors.participants import participant_class
+from hsplit.actors.executor import SCHEDULER, SERVER, ActorFailure, Executor, R, Ref
+from hsplit.actors.factory import holder_class, make_holder, make_scheduler
 from hsplit.actors.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
 from hsplit.actors.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
-from hsplit.actors.shells import ClientActor, ReplicaActor, SchedulerActor, ServerActor, WholeClientActor
+from hsplit.actors.replica import Replica
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Holder, RunConfig
 from hsplit.config.cluster import CENTRAL
+from hsplit.errors import HsplitError
 from hsplit.models.source import ModelReference
 
 NAMESPACE = "hsplit"
 
 # What is called in a step or a probe and returns activations or gradients behind its report.
-STEP_METHODS = frozenset(
-    {"forward", "train_step", "tail", "backward", "validation_forward", "evaluate_deep"}
-    | {"probe", "probe_forward", "probe_tail", "probe_backward"}
-)
+_CLIENTS_STEPS = (Client.forward, Client.tail, Client.validation_forward, Client.probe_forward, Client.probe_tail)
+_SERVERS_STEPS = (Replica.train_step, Replica.forward, Replica.backward, Replica.evaluate_deep)
+_SERVERS_PROBES = (Replica.probe, Replica.probe_forward, Replica.probe_backward)
+STEP_METHODS = frozenset(method.__name__ for method in (*_CLIENTS_STEPS, *_SERVERS_STEPS, *_SERVERS_PROBES))
 # How long a look for dead actors waits for those that are busy.
 _LOOK_S = 1.0
 _NAME_FREE_S = 30.0
 _PLACE_FREE_S = 5.0
 
 
-@dataclass(frozen=True)
-class _Handle:
-    """A reference and where it came from, so that a failure can be named."""
+class _RayRef(Ref[Any]):
+    """The value of a call as Ray refers to it."""
 
-    ref: Any
-    actor: str
-    method: str
-
-
-def _refs(arguments: Sequence[Any]) -> list[Any]:
-    return [a.ref if isinstance(a, _Handle) else a for a in arguments]
+    def __init__(self, actor: str, method: str, ref: Any) -> None:
+        super().__init__(actor, method)
+        self.ref = ref
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Named actors on a connected Ray.
 
     Args:
@@ -66,8 +63,6 @@ class RayExecutor:
         ActorFailure: Ray did not begin an actor; those begun before it have ended.
     """
 
-    _server_class: type = ServerActor
-    _replica_class: type = ReplicaActor
     # Everybody but clients and server.
     _helpers: tuple[str, ...] = (SCHEDULER,)
 
@@ -94,7 +89,7 @@ class RayExecutor:
         try:
             for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
                 if name in self._helpers or name in placement.nodes:
-                    self._handles[name] = self._begun(name)
+                    self._handles[name] = self._started(name)
             if self._collective:
                 self._join_directly()
         except ActorFailure:
@@ -113,8 +108,8 @@ class RayExecutor:
         with failing_as(SERVER, "start", self._names):
             create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
 
-    def _begun(self, name: str) -> Any:
-        """As :meth:`_begin`, as soon as Ray gives the name free, which it does a moment after an earlier actor's end.
+    def _started(self, name: str) -> Any:
+        """As :meth:`_start`, as soon as Ray gives the name free, which it does a moment after an earlier actor's end.
 
         Raises:
             ActorFailure: Ray does not begin it.
@@ -123,37 +118,32 @@ class RayExecutor:
         while True:
             try:
                 with failing_as(name, "start"):
-                    return self._begin(name)
+                    return self._start(name)
             except ValueError as error:
                 if time.monotonic() > until:
                     raise failure_from(error, name, "start") from error
                 time.sleep(0.05)
 
-    def _begin(self, name: str) -> Any:
+    def _start(self, name: str) -> Any:
         """Ask Ray for actor ``name``; the call returns before the actor is there."""
         run, full_name = self._run, self._rays_name(name)
         if name == SCHEDULER:
             # It reads the model's configuration, which the driver's node has.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             options = {"name": full_name, "namespace": NAMESPACE, "num_cpus": 0}
-            scheduler = ray.remote(SchedulerActor).options(scheduling_strategy=here, **options)
-            return scheduler.remote(run, ModelReference(run.job.model, self._model))
-        holder, node, base = self._requests[name], self._nodes[name], self._base_of(name)
-        if name == SERVER:
-            server = _remote(self._server_class, full_name, holder, node, run.job.transport)
-            return server.remote(run.job, run.policy, base, _device(holder), self._servers_at(node))
-        if name in run.server.names:
-            replica = _remote(self._replica_class, full_name, holder, node, run.job.transport)
-            return replica.remote(name, run.job, run.policy, base, _device(holder), self._servers_at(node))
-        client = cast(ClientConfig, holder)
-        actor = _remote(self._client_class, full_name, client, node, run.job.transport)
-        # A single node computes alone, on every core of its machine.
-        threads = None if name == CENTRAL else max(1, int(client.num_cpus))
-        return actor.remote(name, run.job, run.policy, base, _device(client), threads)
+            make = partial(make_scheduler, run, ModelReference(run.job.model, self._model))
+            return ray.remote(ActorShell).options(scheduling_strategy=here, **options).remote(name, make, 1)
+        holder, node = self._requests[name], self._nodes[name]
+        # A server, and a single node, compute on every core of their machine; a client on what it reserved.
+        threads = None if name in (*run.server.names, CENTRAL) else max(1, int(holder.num_cpus))
+        sharing = self._servers_at(node) if name in run.server.names else 1
+        shell = _remote(full_name, holder, node, run.job.transport)
+        return shell.remote(name, self._maker(name, _device(holder)), threads, sharing)
 
-    @property
-    def _client_class(self) -> type:
-        return ClientActor if participant_class(self._run.policy) is Client else WholeClientActor
+    def _maker(self, name: str, device: str) -> Callable[[], Any]:
+        """What makes the object of a client or server, in its process."""
+        run = self._run
+        return partial(make_holder, holder_class(run, name), name, run.job, run.policy, self._base_of(name), device)
 
     def _servers_at(self, node: Node) -> int:
         """How many servers ``node`` has, which share its cores."""
@@ -167,36 +157,40 @@ class RayExecutor:
             return ModelReference(own, None, fingerprint)
         return ModelReference(self._run.job.model, self._model, fingerprint)
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
-        with failing_as(actor, method):
-            ref = getattr(self._handles[actor], method).remote(*_refs(arguments))
-        return _Handle(ref, actor, method)
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        name, shell = method.__name__, self._handles[actor]
+        given = [argument.ref if isinstance(argument, _RayRef) else argument for argument in arguments]
+        with failing_as(actor, name):
+            if returns is not None and self._transport != "store" and name in STEP_METHODS:
+                refs = self._begin_directly(shell, name, given, returns)
+            else:
+                # By this name Ray's dashboard and metrics show the call.
+                options = {"name": f"{self._kind(actor)}.{name}", "num_returns": 1 if returns is None else returns}
+                refs = shell.call.options(**options).remote(name, *given)
+        return [_RayRef(actor, name, ref) for ref in (refs if isinstance(refs, list) else [refs])]
 
-    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        if self._transport != "store" and method in STEP_METHODS:
-            return self._directly(returns, actor, method, *arguments)
-        bound = getattr(self._handles[actor], method).options(num_returns=returns)
-        with failing_as(actor, method):
-            refs = bound.remote(*_refs(arguments))
-        return [_Handle(ref, actor, method) for ref in refs]
+    def _kind(self, actor: str) -> str:
+        return SCHEDULER.title() if actor in self._helpers else holder_class(self._run, actor).__name__
 
-    def _directly(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        """As :meth:`call_many`, all values but the report by Ray Direct Transport."""
-        handle, ticket = self._handles[actor], next(self._tickets)
-        with failing_as(actor, method):
-            refs = [handle.begin.remote(ticket, method, *_refs(arguments))]
-            rest = handle.rest.options(tensor_transport=self._transport)
-            refs += [rest.remote(ticket, index) for index in range(returns - 1)]
-        return [_Handle(ref, actor, method) for ref in refs]
+    def _begin_directly(self, shell: Any, method: str, given: Sequence[Any], returns: int) -> list[Any]:
+        """Begin a call all whose values but the report travel by Ray Direct Transport."""
+        ticket = next(self._tickets)
+        report = shell.begin.remote(ticket, method, *given)
+        rest = shell.rest.options(tensor_transport=self._transport)
+        return [report, *(rest.remote(ticket, index) for index in range(returns - 1))]
 
-    def settle(self, handles: Sequence[Any], until: float | None = None) -> list[Any]:
-        return [self._settled(handle, until) for handle in handles]
+    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [self._settled(ref, until) for ref in refs]
 
-    def _settled(self, handle: _Handle, until: float | None) -> Any:
+    def _settled(self, ref: Ref[R], until: float | None) -> R | HsplitError:
+        assert isinstance(ref, _RayRef)
         try:
-            return ray.get(handle.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
+            value: R = ray.get(ref.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
+            return value
         except Exception as error:  # also what cannot be unpickled here
-            return failure_from(error, handle.actor, handle.method, self._names)
+            return failure_from(error, ref.actor, ref.method, self._names)
 
     @property
     def _names(self) -> dict[str, str]:
@@ -209,14 +203,11 @@ class RayExecutor:
         alone = name in (*self._helpers, *self._run.server.names)
         return f"hsplit:{self._run_name}:{'' if alone else 'client:'}{name}"
 
-    def get(self, handles: Sequence[Any]) -> list[Any]:
-        return values_of(self.settle(handles))
-
     def lost(self) -> list[ActorFailure]:
         # Answers at once where an actor is gone; one that is busy does not answer, but is there.
-        ready = [_Handle(actor.__ray_ready__.remote(), name, "the round") for name, actor in self._handles.items()]
+        ready = [_RayRef(name, "the round", actor.__ray_ready__.remote()) for name, actor in self._handles.items()]
         with failing_as(RAY, "looking for its actors"):
-            ray.wait([handle.ref for handle in ready], num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
+            ray.wait([one.ref for one in ready], num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
         found = self.settle(ready, time.monotonic())
         return [value for value in found if isinstance(value, ActorFailure) and value.kind != "late"]
 
@@ -243,7 +234,7 @@ class RayExecutor:
                 return False
             time.sleep(0.1)
         self._away.discard(actor)
-        self._handles[actor] = self._begun(actor)
+        self._handles[actor] = self._started(actor)
         return True
 
     def end(self, actor: str) -> None:
@@ -273,7 +264,7 @@ class RayExecutor:
         self._handles.clear()
 
 
-def _remote(cls: type, name: str, holder: Holder, node: Node, transport: str) -> Any:
+def _remote(name: str, holder: Holder, node: Node, transport: str) -> Any:
     options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
@@ -283,7 +274,7 @@ def _remote(cls: type, name: str, holder: Holder, node: Node, transport: str) ->
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
         "max_restarts": 0,
     }
-    transported = ray.remote(enable_tensor_transport=transport != "store")(cls)
+    transported = ray.remote(enable_tensor_transport=transport != "store")(ActorShell)
     return transported.options(**options)
 
 

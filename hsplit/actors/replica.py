@@ -44,21 +44,15 @@ class Replica(HolderActor[Holder]):
     a holder's like any other's: aggregated with the tokens that it trained them on.
 
     Args:
+        name: ``server``, or ``server-1`` and so on.
         job, policy: the run's settings.
         base: the base model as the server reads it.
         device: where it computes.
         measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
-        name: ``server``, or ``server-1`` and so on.
     """
 
     def __init__(
-        self,
-        job: Job,
-        policy: Policy,
-        base: BaseModel,
-        device: str = "cpu",
-        measure: bool = True,
-        name: str = "server",
+        self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
     ) -> None:
         super().__init__(name, job, policy, base, device, measure)
         self._layers = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,8 +72,8 @@ class Server(Replica):
 
     @measured_with_part
     def reconfigure(
-        self, round_: int, plan: Plan, following: Collection[str], *clients: str
-    ) -> tuple[ReconfigurationReport, *tuple[RoundUpdate | None, ...]]:
+        self, round_: int, plan: Plan, following: Collection[str], *holders: str
+    ) -> tuple[ReconfigurationReport, *tuple[RoundUpdate, ...]]:
         """Put ``plan`` in force between two rounds: take over layers, give others up, change ranks (law E4).
 
         Call it when every adapter has just been restarted, and nothing was trained since.
@@ -82,51 +82,50 @@ class Server(Replica):
             round_: the round that begins.
             plan: the new plan.
             following: the clients that hold what the old plan gave them, and follow the residual.
-            clients: the clients that take part in the new one.
+            holders: the clients that take part in the new one, and the other servers.
 
         Returns:
-            The report; for each of ``clients`` what it needs to go on, ``None`` where nothing changes for it; then
-            what each of the other servers needs (:meth:`follow`).
+            The report, then for each of ``holders`` what it needs to go on (a server: to :meth:`follow`). It is empty
+            for a client for which nothing changes, which the report leaves out.
         """
         before = self._plan
         assert before is not None and before.server.split is not None
         cut, changed = self.aggregator.fit_restarts(_ranks_of(plan))
         had = {c.name: c for c in before.available if c.name in following}
-        updates: list[RoundUpdate | None] = []
-        for name in clients:
-            part, old = plan.client(name), had.get(name)
-            if old is not None and old.ranks == part.ranks and changed.isdisjoint(part.ranks):
-                updates.append(None)
-                continue
-            new = part.ranks.keys() - (old.ranks.keys() if old is not None else set())
-            updates.append(self.aggregator.update_for(round_, part.ranks, whole=new))
         new = plan.server.ranks.keys() - before.server.ranks.keys()
         own = self.aggregator.update_for(round_, plan.server.ranks, whole=new)
+        updates, sent = dict.fromkeys(plan.server_names, own), {}
+        for name in holders:
+            if name in plan.server_names:
+                continue
+            part, old = plan.client(name), had.get(name)
+            if old is not None and old.ranks == part.ranks and changed.isdisjoint(part.ranks):
+                updates[name] = RoundUpdate(round_, {}, {})
+                continue
+            new = part.ranks.keys() - (old.ranks.keys() if old is not None else set())
+            updates[name] = self.aggregator.update_for(round_, part.ranks, whole=new)
+            sent[name] = updates[name].nbytes
         self.aggregator.mark_sent()
         self.follow(plan, own)
-        sent = {name: u.nbytes for name, u in zip(clients, updates, strict=True) if u is not None}
-        updates += [own] * (plan.servers - 1)
-        return ReconfigurationReport(sent, cut), *updates
+        return ReconfigurationReport(sent, cut), *(updates[name] for name in holders)
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     @measured_always
-    def aggregate(
-        self, round_: int, idle: Sequence[str], *held: HeldAdapters
-    ) -> tuple[AggregationReport, *tuple[RoundUpdate | None, ...]]:
+    def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate, ...]]:
         """Aggregate every weight over its holders (the server among them) and say how each goes on (METHOD 6).
 
         Args:
             round_: the round that begins afterwards.
-            idle: clients that have not trained in the round that ends, but follow.
-            held: the adapters of the others, and of the other servers.
+            held: the adapters of the clients and of the other servers; none of a client that has not trained in the
+                round that ends, but follows.
 
         Raises:
             FloatingPointError: an adapter of its own has entries that are no numbers.
 
         Returns:
-            The report, then what each of ``held``'s holders and each of ``idle`` needs to begin the round. What cannot
-            be right is left out and named in the report; its update is ``None``.
+            The report, then what each of ``held``'s holders needs to begin the round. What cannot be right is left out
+            and named in the report; its update is empty.
         """
         plan = self._plan
         assert plan is not None
@@ -145,18 +144,18 @@ class Server(Replica):
         cut = self.aggregator.aggregate(sound, absent)
         # What it has frozen has rank 0; pruned ranks are its own.
         updates = {h.holder: self.aggregator.update_for(round_, absent[h.holder] | h.ranks) for h in sound}
-        updates |= {name: self.aggregator.update_for(round_, plan.client(name).ranks) for name in idle}
         self.aggregator.mark_sent()
+        updates |= {name: RoundUpdate(round_, {}, {}) for name in refused}
         self.restart(updates.pop(self.name))
         # Between servers nothing counts as sent: their links are not declared.
         servers = plan.server_names
         report = AggregationReport(
             nbytes_up={h.holder: h.nbytes for h in held if h.holder not in servers},
-            nbytes_down={name: update.nbytes for name, update in updates.items() if name not in servers},
+            nbytes_down={n: update.nbytes for n, update in updates.items() if n not in servers and n not in refused},
             residual_cut=cut,
             refused=refused,
         )
-        return report, *(updates.get(name) for name in [*(h.holder for h in held), *idle])
+        return report, *(updates[h.holder] for h in held)
 
     @measured
     def welcome(self, round_: int, *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:

@@ -40,6 +40,12 @@ class HolderPlan:
     captured_share: float = 0.0
 
     @property
+    def held_layers(self) -> int:
+        """Number of decoder layers that a client which takes part holds, from the embedding on: its split point."""
+        assert self.split is not None, f"{self.name} takes no part"
+        return self.split
+
+    @property
     def rank_total(self) -> int:
         """Sum of its ranks."""
         return sum(self.ranks.values())

@@ -17,7 +17,7 @@ from tests.actors.test_placement import client, node
 class Idle(RayExecutor):
     """Begins nobody; it only says where and from what it would."""
 
-    def _begin(self, name: str) -> Any:
+    def _start(self, name: str) -> Any:
         return name
 
     def begun(self) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from hsplit.actors.executor import Ref
 from hsplit.actors.ray_executor import RayExecutor
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Coordinator
@@ -76,27 +77,20 @@ class KillingExecutor(RayExecutor):
 
     def within(self, actor: str, what: Callable[[Any], Any]) -> Any:
         """Call ``what`` with the actor's own object, in its process."""
-        return ray.get(self._handles[actor].__ray_call__.remote(what))
+        return ray.get(self._handles[actor].__ray_call__.remote(lambda shell: what(shell.actor)))
 
     def have_memory_taken(self, actor: str) -> None:
         """Have the actor take memory, before anything that it is asked for later, until its process is ended."""
         self._handles[actor].__ray_call__.remote(_take_memory)
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
-        (handle,) = self._watched(actor, method, lambda: [super(KillingExecutor, self).call(actor, method, *arguments)])
-        return handle
-
-    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        return self._watched(
-            actor, method, lambda: super(KillingExecutor, self).call_many(returns, actor, method, *arguments)
-        )
-
-    def _watched(self, actor: str, method: str, call: Callable[[], list[Any]]) -> list[Any]:
-        self._calls[actor, method] += 1
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        self._calls[actor, method.__name__] += 1
         victims = []
         for happening in self.happenings:
-            meant = (happening.actor, happening.method) == (actor, method)
-            if happening.done or not meant or self._calls[actor, method] < happening.nth:
+            meant = (happening.actor, happening.method) == (actor, method.__name__)
+            if happening.done or not meant or self._calls[actor, method.__name__] < happening.nth:
                 continue
             happening.done = True
             if isinstance(happening, Happening):
@@ -106,10 +100,10 @@ class KillingExecutor(RayExecutor):
             victims.append(self.pid(happening.victim))
             if happening.victim == actor:
                 os.kill(victims[-1], signal.SIGSTOP)
-        handles = call()
+        refs = super().begin(actor, method, arguments, returns)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        return handles
+        return refs
 
 
 def _take_memory(actor: Any) -> None:

@@ -21,6 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 import hsplit
+from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.placement import InUse, place
 from hsplit.actors.ray_executor import RayExecutor
 from hsplit.config import load_run_config
@@ -73,7 +74,7 @@ def of(fingerprint, name):
 
 
 def look(executor):
-    return executor.settle([executor.call("small", "peak_bytes")])[0]
+    return executor.settle([executor.call("small", HolderActor.peak_bytes)])[0]
 
 
 executor = of(model_fingerprint(model), "late")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hsplit
+from hsplit.actors.executor import Ref
 from hsplit.actors.ray_executor import RayExecutor
 from tests.in_process import Recorder
 from tests.recording import Passed, Secrets, fields_of, text_in
@@ -24,27 +26,21 @@ class RecordingOnRay(RayExecutor):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         type(self).passed = []
-        self._kept: list[Any] = []
+        self._kept: list[Ref[Any]] = []
 
-    def call(self, actor: str, method: str, *arguments: Any) -> Any:
-        handle = super().call(actor, method, *self._given(actor, method, arguments))
-        self._kept.append(handle)
-        return handle
-
-    def call_many(self, returns: int, actor: str, method: str, *arguments: Any) -> list[Any]:
-        handles = super().call_many(returns, actor, method, *self._given(actor, method, arguments))
-        self._kept += handles
-        return handles
-
-    def _given(self, actor: str, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        # What is passed on by its handle is kept as what was returned.
-        plain = [argument for argument in arguments if not hasattr(argument, "ref")]
-        self.passed.extend(Passed(actor, method, "given", argument) for argument in plain)
-        return arguments
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        # What is passed on by its reference is kept as what was returned.
+        plain = [argument for argument in arguments if not isinstance(argument, Ref)]
+        self.passed.extend(Passed(actor, method.__name__, "given", argument) for argument in plain)
+        refs = super().begin(actor, method, arguments, returns)
+        self._kept += refs
+        return refs
 
     def close(self) -> None:
-        for handle, value in zip(self._kept, self.settle(self._kept), strict=True):
-            self.passed.append(Passed(handle.actor, handle.method, "returned", value))
+        for ref, value in zip(self._kept, self.settle(self._kept), strict=True):
+            self.passed.append(Passed(ref.actor, ref.method, "returned", value))
         self._kept.clear()
         super().close()
 

@@ -59,7 +59,7 @@ def after_step(step):
         names = {actor.name for actor in list_actors(here)}
         assert {"hsplit:watched:client:small", "hsplit:watched:server", "hsplit:watched:scheduler"} <= names, names
         tasks = {task.name for task in list_tasks(here, limit=10_000)}
-        assert {"ClientActor.forward", "ServerActor.train_step", "ClientActor.backward"} <= tasks, tasks
+        assert {"Client.forward", "Server.train_step", "Client.backward"} <= tasks, tasks
         until = time.monotonic() + 400
         while not looked_at.exists() and time.monotonic() < until:
             time.sleep(0.1)

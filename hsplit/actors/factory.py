@@ -1,0 +1,68 @@
+"""The one map from actors' names to their classes, for Ray and for runs in one process alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.client import Client
+from hsplit.actors.executor import SCHEDULER, SERVER
+from hsplit.actors.participant import Participant, base_model
+from hsplit.actors.replica import Replica
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.server import Server
+from hsplit.actors.whole_client import WholeClient
+from hsplit.config import Job, Policy, RunConfig
+from hsplit.models.source import ModelReference
+
+HolderClass = type[Participant] | type[Replica]
+
+
+def participant_class(policy: Policy) -> type[Participant]:
+    """``Client`` where the model is split, ``WholeClient`` where each participant holds all of it."""
+    return Client if policy.placement == "split" else WholeClient
+
+
+def holder_class(run: RunConfig, name: str) -> HolderClass:
+    """The class of a participant or of one of the servers, of which the first aggregates."""
+    if name == SERVER:
+        return Server
+    return Replica if name in run.server.names else participant_class(run.policy)
+
+
+def make_holder(
+    cls: HolderClass,
+    name: str,
+    job: Job,
+    policy: Policy,
+    model: ModelReference,
+    device: str = "cpu",
+    measure: bool = True,
+) -> Participant | Replica:
+    """Make a client or server on the node where it is to be.
+
+    Args:
+        cls: see :func:`holder_class`.
+        name: its name.
+        job, policy: the run's settings.
+        model: where it finds the base model.
+        device: where it computes.
+        measure: follow the peak of allocated memory.
+
+    Raises:
+        InputError: the model is not there, or another one than the run's.
+    """
+    return cls(name, job, policy, base_model(model.locate(), job), device, measure)
+
+
+def make_scheduler(run: RunConfig, model: ModelReference) -> Scheduler:
+    """Make the scheduler, which reads the model's configuration alone; errors as :func:`make_holder`."""
+    return Scheduler(run, model.locate())
+
+
+def make_actor(run: RunConfig, name: str, model: Path, device: str, measure: bool) -> Any:
+    """Make any actor of a run in this process, with the model in the directory ``model``."""
+    reference = ModelReference(run.job.model, model)
+    if name == SCHEDULER:
+        return make_scheduler(run, reference)
+    return make_holder(holder_class(run, name), name, run.job, run.policy, reference, device, measure)
