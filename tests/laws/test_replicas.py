@@ -111,7 +111,7 @@ def test_e3_the_residual_takes_up_what_every_server_has_learned(
     server, handed, found = actors[SERVER], [], []
     aggregate = server.aggregate
 
-    def watched(round_: int, idle: list[str], *held: Any) -> Any:
+    def watched(round_: int, *held: Any) -> Any:
         before = server.aggregator.state()
         # Cloned: what restarts afterwards is the same memory.
         holders = [*held, server.holder.held()]
@@ -119,7 +119,7 @@ def test_e3_the_residual_takes_up_what_every_server_has_learned(
             h.holder: {n: LowRank(t.B.clone(), t.A.clone()) for n, t in h.terms.items()} for h in holders if h.tokens
         }
         tokens = {h.holder: (dict(h.tokens), dict(h.layers)) for h in holders if h.tokens}
-        out = aggregate(round_, idle, *held)
+        out = aggregate(round_, *held)
         handed.append((terms, tokens))
         found.append((before, server.aggregator.state()))
         return out
@@ -160,9 +160,9 @@ def test_without_one_of_the_servers_the_law_does_not_hold(models: dict[str, Path
         server = run._executor.actors[SERVER]  # type: ignore[attr-defined]  # in-process by construction
         aggregate = server.aggregate
 
-        def partly(round_: int, idle: list[str], *held: Any, deaf: bool = deaf, aggregate: Any = aggregate) -> Any:
+        def partly(round_: int, *held: Any, deaf: bool = deaf, aggregate: Any = aggregate) -> Any:
             unheard = [replace(h, tokens={}) if deaf and h.holder == "server-1" else h for h in held]
-            return aggregate(round_, idle, *unheard)
+            return aggregate(round_, *unheard)
 
         server.aggregate = partly
         run.run()
