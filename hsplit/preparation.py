@@ -132,7 +132,7 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
     examples: list[Example] = []
     if sharing:
         examples, test = read_shared(run, source, tokenizer)
-        _check_count(len(examples), len(sharing), run)
+        _check_count(len(examples), sharing, run)
         spec = data.partition
         how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
         parts = partition(examples, len(sharing), how, job.seed)
@@ -144,20 +144,24 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
     return Inputs(shares, model_fingerprint(source.directory), digest)
 
 
-def _check_count(count: int, clients: int, run: RunConfig) -> None:
+def _check_count(count: int, clients: list[str], run: RunConfig) -> None:
     """Refuse fewer examples than the clients that share them need."""
     from hsplit.data.partition import SMALLEST_SHARE
 
-    data, least = run.job.data, SMALLEST_SHARE * clients
+    data, least = run.job.data, SMALLEST_SHARE * len(clients)
     if count >= least:
         return
     made = "" if os.path.isfile(os.path.expanduser(data.source)) else f", job.data.examples {data.examples}"
     taken = f", job.data.limit {data.limit}" if data.limit is not None else ""
     taken += f", job.data.test {data.test:g}" if data.test else ""
-    names = "1 client" if clients == 1 else f"{clients} clients"
+    where = f"job.data.source {data.source}{made}{taken}"
+    if len(clients) == 1:
+        has = "1 example" if count else "no example"
+        need = f"client {clients[0]} needs at least {least}, one to train on and one to validate on"
+        raise InputError(f"{where}: has {has}, and {need}")
     raise InputError(
-        f"job.data.source {data.source}{made}{taken}: more clients than examples to share out: {names} without data of"
-        f" their own need at least {least}, {SMALLEST_SHARE} each; there are {count}"
+        f"{where}: more clients than examples to share out: {len(clients)} clients without data of their own need at"
+        f" least {least}, {SMALLEST_SHARE} each; there are {count}"
     )
 
 

@@ -192,6 +192,16 @@ def test_limit_is_a_draw_by_the_seed_from_shared_data_and_from_a_client_s_own_fi
     assert "drawn by `seed`" in str(DataSpec.model_fields["limit"].description)
 
 
+def test_one_client_with_one_shared_example_is_named_with_the_file(models: dict[str, Path], tmp_path: Path) -> None:
+    file = rows(tmp_path / "one.csv", "w4")
+    run = run_of(file)
+    alone = run.model_copy(update={"clients": run.clients[:1]})
+    with pytest.raises(InputError) as refused:
+        read_inputs(alone, find_model(str(models["llama"])))
+    needs = "client a needs at least 2, one to train on and one to validate on"
+    assert str(refused.value) == f"job.data.source {file}: has 1 example, and {needs}"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
