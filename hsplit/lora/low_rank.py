@@ -182,8 +182,8 @@ class SpectralFactors(ABC):
         return LowRank(B, self._right(start, stop).mul_(inverse_root[:, None]).to(dtype))
 
     def norm_beyond(self, rank: int) -> float:
-        """Frobenius norm of what a cut at ``rank`` drops."""
-        return float(self.S[rank:].norm())
+        """Frobenius norm of what a cut at ``rank`` drops, rounding errors left out."""
+        return float(self.S[rank : self.rank].norm())
 
     def _inverse(self, values: Tensor) -> Tensor:
         return torch.where(values > self.noise, 1 / values, 0.0)

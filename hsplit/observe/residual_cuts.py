@@ -7,6 +7,8 @@ from typing import Any
 
 FIELD = "residual_cut"
 """Name of the cut in the event that closes a round; events of older versions lack it."""
+# Factors are kept in fp32, whose own rounding errors come near this: what is smaller is none of the cap's loss.
+_ROUNDING = 1e-6
 
 
 def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None) -> dict[int, float]:
@@ -35,9 +37,9 @@ def cut_text(cuts: Mapping[int, float], aggregation: object) -> str:
     Args:
         cuts: as :func:`residual_cuts` returns them.
         aggregation: the policy's. Only of ``concat`` it says that nothing was cut: the others may lose something that
-            is no cut of the residual.
+            is no cut of the residual. A cut no larger than the rounding of fp32 counts as none.
     """
-    cutting = [cut for cut in cuts.values() if cut > 0]
+    cutting = [cut for cut in cuts.values() if cut > _ROUNDING]
     if cutting:
         often = f"in {len(cutting)} of {len(cuts)} {'round' if len(cuts) == 1 else 'rounds'}"
         return (

@@ -126,6 +126,17 @@ def test_nothing_is_cut_from_a_sum_that_fits(reinit: str) -> None:
         exact -= restarted
 
 
+def test_directions_that_are_only_rounding_errors_are_no_cut() -> None:
+    draw = torch.Generator().manual_seed(5)
+    term = LowRank(torch.randn(96, 12, generator=draw), torch.randn(12, 96, generator=draw))
+    residual = Residual(96, 96, 16)
+    assert residual.add(term) == 0.0
+    # Twice as many directions as before by count, past the cap, and the very same ones.
+    assert residual.add(LowRank(term.B * 0.5, term.A)) == 0.0
+    assert residual.rank == 12
+    assert residual.add(LowRank(torch.randn(96, 12, generator=draw), torch.randn(12, 96, generator=draw))) > 0.01
+
+
 @pytest.mark.parametrize("reinit", ["random", "svd"])
 def test_without_a_cap_the_residual_becomes_a_matrix_and_stays_exact(reinit: str) -> None:
     side, draw = 48, torch.Generator().manual_seed(3)
