@@ -119,7 +119,8 @@ class Policy(Section):
     moments: Literal["drop", "keep", "fit"] = Field(
         default="keep",
         description="whether the optimizer's moments outlive an aggregation; `fit` = they stay where an adapter goes on"
-        " as it is, and where it restarts in other directions the second moments' mean over the old ones stays",
+        " as it is, and where it restarts in other directions the second moments' mean over the old ones stays; of"
+        " directions that begin afresh, as all do with reinit `random`, they begin at zero in any case",
     )
     init: Literal["shared", "independent"] = Field(
         default="shared", description="whether all holders of a weight draw the same initial A"

@@ -12,13 +12,13 @@ from hsplit.config import Job, Policy
 from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
+from hsplit.lora.direction_steps import DirectionSteps
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.optimizer import (
     as_parameters,
     kept_state,
     new_optimizer,
     restore_state,
-    with_fitted_moments,
     without_moments,
 )
 from hsplit.lora.residual import ResidualUpdate
@@ -101,8 +101,8 @@ class Holder:
     Args:
         name: client name or ``server``.
         segment: the part of the model that it hosts.
-        shapes: its adaptable weights, in layer order.
-        ranks: rank by weight name.
+        shapes: every adapted weight of the model, in layer order; gradients are clipped by their shares of these.
+        ranks: rank by weight name, of those that it holds.
         job, policy: the run's settings.
     """
 
@@ -129,6 +129,7 @@ class Holder:
         self._pruner = None if policy.self_pruning is None else RankPruner(policy.self_pruning, self.adapters)
         self.tokens = TokenCounts()
         self._optimizer = self._new_optimizer()
+        self._steps = DirectionSteps(self.adapters)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         if self._job.fast.flat_optimizer or not self.adapters.names:
@@ -163,6 +164,7 @@ class Holder:
         if job.clip is not None:
             torch.nn.utils.clip_grad_norm_([flat], job.clip)
         self._optimizer.step()
+        self._steps.correct(self._optimizer)
         flat.grad.zero_()
 
     def drop_gradient(self) -> None:
@@ -192,24 +194,44 @@ class Holder:
         if self._pruner is not None:
             self._pruner.begin_round()
         self.tokens.clear()
-        if self._policy.moments == "drop":
+        self._restart_moments({name: common.rank for name, common in update.common.items()}, changed)
+
+    def _restart_moments(self, stay: Mapping[str, int], changed: Sequence[str]) -> None:
+        """Keep, fit or drop the optimizer's moments; those of directions that restart begin again in any case.
+
+        Args:
+            stay: leading directions of each weight that do not restart, by name.
+            changed: weights whose factors are others than before.
+        """
+        moments = self._policy.moments
+        restarting = any(stay.get(name, 0) < rank for name, rank in self.adapters.ranks.items())
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            drop = moments == "drop" or not any(stay.get(name, 0) for name in self.adapters.names)
+        else:
+            # Codes of bitsandbytes are not kept by direction: when one begins again, all do.
+            drop = moments != "keep" or restarting
+        if drop:
             self._optimizer = without_moments(self._job, self._optimizer)
-        elif self._policy.moments == "fit":
-            self._optimizer = with_fitted_moments(self._job, self._optimizer, map(self.adapters.spans, changed))
+            self._steps.clear()
+            return
+        if moments == "fit":
+            self._steps.fit(self._optimizer, changed)
+        if restarting:
+            self._steps.begin(self._optimizer, stay)
 
     def carried_moments(self, ranks: Mapping[str, int]) -> CarriedMoments | None:
         """The moments that outlive this holder where another of other ``ranks`` takes its place."""
         if self._policy.moments == "drop":
             return None
-        return carried_moments(self.adapters, self._optimizer, ranks)
+        return carried_moments(self.adapters, self._optimizer, self._steps, ranks)
 
     def go_on_from(self, carried: CarriedMoments, update: RoundUpdate) -> None:
         """Take over the moments of the holder whose place this one takes, after :meth:`restart` with ``update``.
 
-        Those of directions that the update restarts afresh are forgotten. What was carried is used up.
+        Directions that the update restarts begin without. What was carried is used up.
         """
         stay = {name: common.rank for name, common in update.common.items()}
-        go_on_from(carried, self.adapters, self._optimizer, stay)
+        go_on_from(carried, self.adapters, self._optimizer, self._steps, stay)
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
         """Add to ``R_w`` what others have learned, by weight name; adapters stay as they are."""
@@ -223,10 +245,11 @@ class Holder:
                 linears[name].append_residual(change.start_rank, factors)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything of this holder that a checkpoint must keep: factors, moments, round's token counts."""
+        """Everything of this holder that a checkpoint must keep: factors, moments, their ages, round's token counts."""
         tensors = {
             "parameters": self.adapters.flat.detach().cpu().clone(),
             "tokens": self.tokens.state(),
+            "begun": self._steps.state(),
         }
         if self._pruner is not None:
             tensors["pruning"] = self._pruner.state()
@@ -244,6 +267,7 @@ class Holder:
         if self._pruner is not None:
             self._pruner.load_state(tensors["pruning"])
         self.tokens.load_state(tensors["tokens"])
+        self._steps.load_state(tensors.get("begun"))
         self._optimizer = self._new_optimizer()
         kept = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         restore_state(self._optimizer, kept)

@@ -7,7 +7,7 @@ for a holder's adapters, which are one flat buffer; whoever trains every weight 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -123,36 +123,6 @@ def without_moments(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.O
                 state[key] = 0
             elif key not in _SHARED:
                 value.zero_()
-    return optimizer
-
-
-def with_fitted_moments(
-    job: Job,
-    optimizer: torch.optim.Optimizer,
-    changed: Iterable[tuple[Span, Span]],
-) -> torch.optim.Optimizer:
-    """``optimizer`` with the moments of adapters fitted to the other directions that they restart in.
-
-    What a gradient of ``A (r, d_in)`` squares to in one column, summed over the rank, does not depend on the basis
-    that the directions are given in; nor does a row of ``B (d_out, r)``. So each column of ``A`` and each row of ``B``
-    goes on with the mean of its second moments. The first moments begin at zero, which warms the steps up. The
-    optimizers of bitsandbytes, which keep codes, start afresh.
-
-    Args:
-        changed: where ``A`` and ``B`` of each of these adapters are in the flat buffer, and their shapes.
-    """
-    if job.optimizer == "sgd":
-        return optimizer
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return without_moments(job, optimizer)
-    view = moment_views(optimizer)
-    if view is None:
-        return optimizer
-    for spans in changed:
-        for rank_dim, span in enumerate(spans):
-            view(FIRST, span).zero_()
-            second = view(SECOND, span)
-            second.copy_(second.mean(dim=rank_dim, keepdim=True).expand_as(second))
     return optimizer
 
 

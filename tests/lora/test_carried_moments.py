@@ -1,4 +1,4 @@
-"""Moments outlive a change of ranks: of the directions that stay exactly, of those that begin as means."""
+"""Moments outlive a change of ranks: directions that stay keep theirs exactly, those that begin have none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hsplit.config import Importance, Job, Policy
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.carried_moments import carried_moments, go_on_from
+from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
+from hsplit.lora.direction_steps import DirectionSteps, step_count
 from hsplit.lora.optimizer import kept_state, new_optimizer
 from hsplit.models.segment import LinearShape
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
@@ -32,6 +33,7 @@ class Adapted:
         self.adapters = AdapterSet(SHAPES, ranks, job.alpha, torch.float32)
         leaves = [f for n in self.adapters.names for f in (self.adapters.A(n), self.adapters.B(n))]
         self.optimizer = new_optimizer(job, [self.adapters.flat] if flat or not leaves else leaves)
+        self.steps = DirectionSteps(self.adapters)
 
     def stepped(self, steps: int = STEPS) -> Adapted:
         draw, flat = torch.Generator().manual_seed(0), self.adapters.flat
@@ -39,12 +41,16 @@ class Adapted:
         for _ in range(steps):
             flat.grad.copy_(torch.randn(flat.shape, generator=draw))
             self.optimizer.step()
+            self.steps.correct(self.optimizer)
         return self
 
+    def carried(self, ranks: dict[str, int]) -> CarriedMoments | None:
+        return carried_moments(self.adapters, self.optimizer, self.steps, ranks)
+
     def taking_the_place_of(self, other: Adapted, stay: dict[str, int] | None = None) -> Adapted:
-        carried = carried_moments(other.adapters, other.optimizer, self.adapters.ranks)
+        carried = other.carried(self.adapters.ranks)
         assert carried is not None
-        go_on_from(carried, self.adapters, self.optimizer, stay or self.adapters.ranks)
+        go_on_from(carried, self.adapters, self.optimizer, self.steps, stay or self.adapters.ranks)
         return self
 
     def moments(self, name: str, side: int) -> tuple[Tensor, Tensor]:
@@ -61,35 +67,24 @@ ranks = st.fixed_dictionaries({name: st.sampled_from([0, 1, 2, 4]) for name in (
 
 @settings(max_examples=40, deadline=None)
 @given(before=ranks, after=ranks, flats=st.tuples(st.booleans(), st.booleans()))
-def test_directions_that_stay_keep_theirs_and_those_that_begin_have_means(
+def test_directions_that_stay_keep_theirs_and_those_that_begin_have_none(
     before: dict[str, int], after: dict[str, int], flats: tuple[bool, bool]
 ) -> None:
     old = Adapted(before, flats[0]).stepped()
     stays = [name for name in before if before[name] and after[name]]
     if not stays:
-        assert carried_moments(old.adapters, old.optimizer, after) is None
+        assert old.carried(after) is None
         return
     new = Adapted(after, flats[1]).taking_the_place_of(old)
-    assert int(kept_state(new.optimizer)["step"]) == STEPS
+    assert step_count(new.optimizer) == STEPS
     for name in new.adapters.names:
+        size = min(before[name], after[name])
+        assert new.steps.begun[name].tolist() == [0] * size + [STEPS] * (after[name] - size)
         for side in (0, 1):
-            first, second = new.moments(name, side)
-            size = min(before[name], after[name])
-            if name in stays:
-                was_first, was_second = (moment[:size] for moment in old.moments(name, side))
-                torch.testing.assert_close(first[:size], was_first)
-                torch.testing.assert_close(second[:size], was_second)
-                mean = was_second.mean(dim=0)
-            else:
-                # Of its kind, or else of every kind that is known.
-                like = [[n for n in stays if n[-1] == k] for k in sorted({n[-1] for n in stays})]
-                own = [of_kind for of_kind in like if of_kind[0][-1] == name[-1]]
-                seconds = [
-                    [old.moments(n, side)[1][: after[n]].mean(dim=0) for n in of_kind] for of_kind in own or like
-                ]
-                mean = torch.stack([torch.stack(known).mean(dim=0 if own else None) for known in seconds]).mean(dim=0)
-            assert not first[size:].any()
-            torch.testing.assert_close(second[size:], mean.expand(second[size:].shape))
+            for now, was in zip(new.moments(name, side), old.moments(name, side) if size else (None,) * 2, strict=True):
+                if was is not None:
+                    torch.testing.assert_close(now[:size], was[:size])
+                assert not now[size:].any()
 
 
 @pytest.mark.parametrize("flats", [(True, True), (True, False), (False, True)])
@@ -106,10 +101,10 @@ def test_the_same_ranks_go_on_exactly(flats: tuple[bool, bool]) -> None:
 def test_nothing_is_carried_where_there_is_nothing_to_carry() -> None:
     own = {Q0: 2}
     fresh = Adapted(own)
-    assert carried_moments(fresh.adapters, fresh.optimizer, own) is None
+    assert fresh.carried(own) is None
     for optimizer in ("sgd", "adamw8bit"):
         other = Adapted(own, job=JOB.model_copy(update={"optimizer": optimizer})).stepped()
-        assert carried_moments(other.adapters, other.optimizer, own) is None
+        assert other.carried(own) is None
 
 
 def test_a_direction_that_restarts_afresh_forgets() -> None:
@@ -121,8 +116,21 @@ def test_a_direction_that_restarts_afresh_forgets() -> None:
             first, second = new.moments(name, side)
             was_first, was_second = old.moments(name, side)
             torch.testing.assert_close(first[:stays], was_first[:stays])
-            assert not first[stays:].any()
-            torch.testing.assert_close(second[stays:], was_second.mean(dim=0).expand(second[stays:].shape))
+            torch.testing.assert_close(second[:stays], was_second[:stays])
+            assert not first[stays:].any() and not second[stays:].any()
+    assert new.steps.begun[Q0].tolist() == [0, STEPS, STEPS, STEPS] and new.steps.begun[V0].tolist() == [STEPS] * 2
+
+
+def test_ages_are_carried_over_and_where_nothing_stays_all_is_new() -> None:
+    own = {Q0: 4, V0: 2}
+    old = Adapted(own).stepped()
+    old.steps.begin(old.optimizer, {Q0: 2, V0: 2})
+    old.stepped()
+    new = Adapted({Q0: 8, Q1: 1}).taking_the_place_of(old, {Q0: 3})
+    assert new.steps.begun[Q0].tolist() == [0, 0, STEPS] + [2 * STEPS] * 5
+    assert new.steps.begun[Q1].tolist() == [2 * STEPS]
+    afresh = Adapted({Q0: 8}).taking_the_place_of(old, {V0: 2})
+    assert not kept_state(afresh.optimizer) and not afresh.steps.begun[Q0].any()
 
 
 HOLDERS = ("server", "server-1", "c0", "c1", "c2")
@@ -173,7 +181,8 @@ def test_a_change_of_plan_leaves_holders_their_moments(models: dict[str, Path], 
             if known[name] is None:
                 assert not kept_state(actors[name].holder._optimizer)
                 continue
-            assert int(now.step) == int(known[name].step)
+            assert now.step == known[name].step
+            torch.testing.assert_close(now.begun, known[name].begun)
             torch.testing.assert_close(now.of_A, known[name].of_A)
             torch.testing.assert_close(now.of_B, known[name].of_B)
     for step in range(run.progress.step, run.progress.step + 3):

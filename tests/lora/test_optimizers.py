@@ -15,16 +15,17 @@ from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import Job, Policy
 from hsplit.lora import optimizer as module
 from hsplit.lora.adapters import AdapterSet
+from hsplit.lora.direction_steps import DirectionSteps
+from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.optimizer import (
     as_parameters,
     kept_state,
     new_optimizer,
     restore_state,
-    with_fitted_moments,
     without_moments,
 )
-from hsplit.models.segment import LinearShape
+from hsplit.models.segment import BaseModel, LinearShape, SegmentSpec, linear_shapes, load_segment, model_config
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.counted_model import CountedModel
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
@@ -108,7 +109,7 @@ def test_fitted_moments_stay_where_an_adapter_does_and_lose_their_basis_where_it
     turned = LowRank(torch.randn(6, 3, generator=draw), torch.randn(3, 4, generator=draw))
     changed = adapters.restart({n: n for n in adapters.names}, {"stays": adapters.live("stays"), "turns": turned})
     assert changed == ["turns"]
-    assert with_fitted_moments(job, optimizer, map(adapters.spans, changed)) is optimizer
+    DirectionSteps(adapters).fit(optimizer, changed)
     after = kept_state(optimizer)
     assert int(after["step"]) == 3
     end = 4 * (5 + 7)
@@ -120,13 +121,51 @@ def test_fitted_moments_stay_where_an_adapter_does_and_lose_their_basis_where_it
         assert torch.allclose(now, was.mean(dim=rank_dim, keepdim=True).expand(shape))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "sgd"])
-def test_codes_of_moments_are_not_fitted_but_dropped(optimizer: str) -> None:
-    job = job_of(optimizer)
-    old = Buffer(job)
-    start = old.steps(0, 7)
-    old.optimizer = with_fitted_moments(job, old.optimizer, [])
-    assert torch.equal(old.steps(7, 20), Buffer(job, start).steps(7, 20))
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize("moments", ["keep", "fit", "drop"])
+def test_a_round_that_restarts_a_direction_forgets_it_and_codes_forget_all(
+    models: dict[str, Path], optimizer: str, moments: str
+) -> None:
+    """Codes of moments share scales by blocks, not by directions: where one direction begins again, all do."""
+    job, base = job_of(optimizer, base="fp32", dtype="fp32"), BaseModel(models["llama"], "fp32", torch.float32)
+    shapes = linear_shapes(model_config(models["llama"]))
+    names = [shape.name for shape in shapes if shape.layer == 0]
+    policy = Policy.model_validate({"moments": moments})
+
+    def stepped() -> Holder:
+        segment = load_segment(base, SegmentSpec(0, 1))
+        holder = Holder("c", segment, shapes, dict.fromkeys(names, 2), job, policy, torch.float32)
+        holder.restart(RoundUpdate(1, {}, {}))
+        for step in range(2):
+            assert holder.adapters.flat.grad is not None
+            holder.adapters.flat.grad.fill_(0.5)
+            holder.step(step)
+        return holder
+
+    def made(holder: Holder) -> int:
+        return int(holder.state().get("optimizer.step", 0))
+
+    # All directions go on; one begins again; all do.
+    for stay, begins in (({n: 2 for n in names}, 0), ({n: 1 + (n != names[0]) for n in names}, 1), ({}, 2)):
+        holder = stepped()
+        common = {n: holder.adapters.live(n, rank) for n, rank in stay.items()}
+        holder.restart(RoundUpdate(2, {}, common))
+        if optimizer == "sgd":
+            assert not any(key.startswith("optimizer.") for key in holder.state())
+            continue
+        forgets_all = begins == 2 or moments == "drop" or (optimizer == "adamw8bit" and (begins or moments == "fit"))
+        assert made(holder) == (0 if forgets_all else 2)
+        if begins == 1 and not forgets_all:
+            state, ((start, shape), _) = holder.state(), holder.adapters.spans(names[0])
+            second = state["optimizer.exp_avg_sq"][start : start + shape[0] * shape[1]].view(shape)
+            assert second[0].any() and not second[1].any()
+            assert state["begun"].tolist() == [0, 2] + [0] * (2 * len(names) - 2)
+            # A checkpoint of before there were ages can be resumed: all are as old as the optimizer.
+            old = {key: value for key, value in state.items() if key != "begun"}
+            holder.load_state(old)
+            assert not holder.state()["begun"].any()
+            holder.load_state(state)
+            assert holder.state()["begun"].tolist() == state["begun"].tolist()
 
 
 def test_slices_are_stepped_as_the_whole_buffer_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
