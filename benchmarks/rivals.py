@@ -1,7 +1,8 @@
 """What people would write instead of hsplit, plainly: the loops that ``throughput.py`` compares with.
 
 Each trains LoRA on the same model, tokenized examples, rank and dtype, with transformers and PEFT as they come: AdamW
-over the adapters' parameters, the model's own loss. Each is one process; the threads are torch's default.
+over the adapters' parameters, the model's own loss. Each is one process; the threads are torch's default. None clips
+gradients, which hsplit does by default (``job.clip``): that spares them a pass over the adapters' gradients each step.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ RANK = 3
 
 
 def job_of(base: str, **changes: Any) -> Job:
-    settings = {"base": base, "dtype": "fp32", "wire": "fp32", "clip": None, "rounds": 1, "batch_size": 4, **changes}
+    settings = {"base": base, "dtype": "fp32", "wire": "fp32", "rounds": 1, "batch_size": 4, **changes}
     return Job.model_validate(settings)
 
 

@@ -220,7 +220,10 @@ class Job(Section):
     )
     warmup: int = Field(default=0, ge=0, le=10**9, description="steps of linear warm-up, over the whole run")
     clip: Positive | None = Field(
-        default=1.0, description="L2 norm that each holder's gradient is clipped to; null = none"
+        default=1.0,
+        description="L2 norm that gradients are clipped to: each adapted weight's, of its A and B together, to `clip`"
+        " times the root of its share of the adapted entries, wherever it is held; the whole model's where a policy"
+        " trains `weights`; null = none",
     )
     weight_decay: NonNegative = Field(default=0.0, description="weight decay, decoupled with adamw")
     alpha: Positive = Field(default=16.0, description="LoRA's alpha; a factor pair of rank r is scaled by alpha/r")

@@ -165,6 +165,11 @@ class AdapterSet:
         sides = slot.shape
         return (slot.start, (slot.rank, sides.d_in)), (slot.start + slot.size_A, (sides.d_out, slot.rank))
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradient of each weight's ``A`` and ``B`` together, flat, by weight name: views."""
+        assert self.flat.grad is not None
+        return {name: self.flat.grad[slot.start : slot.stop] for name, slot in self._slots.items()}
+
     def scale_grad_by_layer(self, factors: Mapping[int, float]) -> None:
         """Multiply the gradient of every factor of layer ``l`` by ``factors[l]``."""
         assert self.flat.grad is not None

@@ -12,6 +12,7 @@ from hsplit.config import Job, Policy
 from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
+from hsplit.lora.clipping import clip_each, clip_limits
 from hsplit.lora.direction_steps import DirectionSteps
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.optimizer import (
@@ -128,6 +129,7 @@ class Holder:
             linear.fused = job.fast.fused_lora
         self._pruner = None if policy.self_pruning is None else RankPruner(policy.self_pruning, self.adapters)
         self.tokens = TokenCounts()
+        self._limits = None if job.clip is None else clip_limits(shapes, job.clip)
         self._optimizer = self._new_optimizer()
         self._steps = DirectionSteps(self.adapters)
 
@@ -161,8 +163,8 @@ class Holder:
         assert flat.grad is not None
         if self._pruner is not None:
             self._pruner.add_gradient()
-        if job.clip is not None:
-            torch.nn.utils.clip_grad_norm_([flat], job.clip)
+        if self._limits is not None:
+            clip_each(self.adapters.gradients(), self._limits)
         self._optimizer.step()
         self._steps.correct(self._optimizer)
         flat.grad.zero_()

@@ -24,7 +24,9 @@ WEIGHT = "weight."
 class WeightHolder:
     """Trains embedding, layers, norms and head of a whole model, from the values that ``job.base`` gives them.
 
-    Everything is kept in the segment's dtype (fp32); whoever computes in bf16 does so under autocast.
+    Everything is kept in the segment's dtype (fp32); whoever computes in bf16 does so under autocast. Gradients are
+    clipped by the norm of all of them together, as full fine-tuning does: the model is whole here, so nothing depends
+    on a split.
 
     Args:
         name: whose.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,21 @@ def lora_A(model: Any, name: str) -> Tensor:
 def lora_B(model: Any, name: str) -> Tensor:
     weight: Tensor = model.get_submodule(f"base_model.model.{name}").lora_B["default"].weight
     return weight
+
+
+def clip_each_weight(model: Any, names: Sequence[str], clip: float | None) -> int:
+    """Clip the gradients of each weight's two factors, together, against ``clip`` times the root of the share of the
+    adapters' entries that they are; returns how many weights that made a difference to.
+    """
+    if clip is None:
+        return 0
+    factors = {name: [lora_A(model, name), lora_B(model, name)] for name in names}
+    entries = {name: sum(factor.numel() for factor in pair) for name, pair in factors.items()}
+    total, clipped = sum(entries.values()), 0
+    for name, pair in factors.items():
+        limit = clip * (entries[name] / total) ** 0.5
+        clipped += bool(torch.nn.utils.clip_grad_norm_(pair, limit) > limit)
+    return clipped
 
 
 def mean_loss(model: Any, batches: Iterable[Batch]) -> Tensor:

@@ -1,4 +1,7 @@
-"""Law E2 on real weights: SmolLM2-135M split between client and server against PEFT on the unsplit model."""
+"""Law E2 on real weights: SmolLM2-135M split between client and server against PEFT on the unsplit model.
+
+Gradients are clipped as the default has it: the reference clips each adapted weight by its share.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import torch
 
 from hsplit.config import Job, Policy
 from hsplit.data import restaurants
+from hsplit.models.segment import linear_shapes, model_config
 from hsplit.models.source import find_model
 from tests.in_process import Recorder, coordinator, fixed_plan
-from tests.laws.reference import mean_loss, peft_model
+from tests.laws.reference import clip_each_weight, mean_loss, peft_model
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -26,7 +30,8 @@ def _two_threads() -> Iterator[None]:
 
 def _assert_parity(tmp_path: Path, split: int, labels: str, base: str, steps: int) -> None:
     model = find_model(MODEL).directory
-    settings = {"base": base, "local_steps": steps, "lr": 1e-3, "privacy": {"labels": labels}}
+    clip, names = Job().clip, [shape.name for shape in linear_shapes(model_config(model))]
+    settings = {"base": base, "local_steps": steps, "lr": 1e-3, "clip": clip, "privacy": {"labels": labels}}
     # Validation is no part of the law; two examples keep it short.
     settings |= {"validation": {"max_examples": 2}}
     plan = fixed_plan(model, Job.model_validate(settings), [split], [8], 8)
@@ -38,12 +43,15 @@ def _assert_parity(tmp_path: Path, split: int, labels: str, base: str, steps: in
 
     reference = peft_model(model, base, torch.float32, 8, 16.0, "0|shared|{name}|1")
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    clipped = 0
     for step in range(steps):
         loss = mean_loss(reference, client._step_batches(step))
         optimizer.zero_grad()
         loss.backward()
+        clipped += clip_each_weight(reference, names, clip)
         optimizer.step()
         assert recorder.losses[step]["c0"] == pytest.approx(float(loss.detach()), rel=1e-5), step
+    assert clipped
 
 
 def test_e2_on_smollm2(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _loss(run: Any) -> float:
     base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
     reinit=st.sampled_from(["svd", "random", "mean"]),
     moments=st.sampled_from(["drop", "keep", "fit"]),
-    max_rank=st.sampled_from(["full", 128]),
+    max_rank=st.sampled_from(["full", Job().residual.max_rank]),
     seed=st.integers(0, 2**16),
 )
 @example(
@@ -90,6 +90,17 @@ def _loss(run: Any) -> float:
     max_rank=128,
     seed=4,
 )
+@example(
+    family="llama",
+    holdings=[(2, 2, 3, 4), (3, 4, 1, 8)],
+    server_ranks=(4, 8),
+    labels="server",
+    base="nf4",
+    reinit=Policy().reinit,
+    moments=Policy().moments,
+    max_rank=Job().residual.max_rank,
+    seed=5,
+)
 def test_e4_another_plan_changes_no_output(
     models: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -107,6 +118,7 @@ def test_e4_another_plan_changes_no_output(
         "base": base,
         "local_steps": 3,
         "lr": 0.05,
+        "clip": Job().clip,
         "rounds": 3,
         "privacy": {"labels": labels},
         "seed": seed,
