@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hsplit.actors.executor import SERVER, InProcess
 from hsplit.actors.participant import base_model
 from hsplit.actors.server import Server
 from hsplit.config import Job, Policy
+from hsplit.data import Example
 from hsplit.data.batches import Batch
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.low_rank import LowRank
@@ -38,13 +39,19 @@ def shapes_of(model: Path, job: Job) -> list[LinearShape]:
 
 
 def probed_actors(
-    model: Path, job: Job, splits: Sequence[int], matrices: bool = False, plain: bool = False
+    model: Path,
+    job: Job,
+    splits: Sequence[int],
+    matrices: bool = False,
+    plain: bool = False,
+    data: Callable[[int, int], list[Example]] = random_examples,
 ) -> InProcess:
     """Clients ``c{i}`` and the server, every weight with the same adapter and residual wherever it is held.
 
     Args:
         matrices: residuals as matrices instead of as factors.
         plain: no residuals and adapters that are zero, as at a run's start.
+        data: a client's examples, from their number and the client's.
     """
     policy, base = Policy(init="shared"), base_model(model, job)
     plan = fixed_plan(model, job, splits, [RANK] * len(splits), RANK)
@@ -52,7 +59,7 @@ def probed_actors(
     server = Server("server", job, policy, base)
     server.configure(plan)
     for i, (name, client) in enumerate(clients.items()):
-        client.load_data({client.name: random_examples(12, i)}, None)
+        client.load_data({client.name: data(12, i)}, None)
         client.configure(splits[i], plan.client(name).ranks)
     dtype = torch.promote_types(base.dtype, torch.float32)
     for holder in [server.holder, *(client.holder for client in clients.values())]:
