@@ -72,7 +72,7 @@ class PlainDisplay:
     ) -> None:
         """Print one line every few steps."""
         self._pace.step(step, steps)
-        self._waiting.update(f"round {round}/{rounds} goes on after step {step}/{steps}")
+        self._waiting.update(f"round {round}/{rounds}, after step {step}/{steps}")
         # the first one at once: it tells that the run has begun to train; who watches may not see every step
         passed = step // self._every_steps - self._printed_step // self._every_steps
         if self._printed_step and passed == 0:
@@ -94,7 +94,7 @@ class PlainDisplay:
             f"{row.available_clients} clients",
         ]
         self._print(", ".join(parts))
-        self._waiting.update(f"what follows round {row.round}")
+        self._waiting.update(f"after round {row.round}: checkpoint, plan, next round")
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         """Print ``text`` as a note."""
