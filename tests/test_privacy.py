@@ -222,7 +222,8 @@ def test_all_that_leaves_a_client_is_known_by_name(
     assert fields_of(run.returned()) == LEAVES
     # The integers of a checkpoint: a row a layer that was trained, its index and its number of tokens.
     for state in (p.value for p in run.returned() if p.method == "state"):
-        assert [name for name, tensor in state.items() if tensor.dtype == torch.int64] == ["tokens"]
+        # Of each direction of its adapters the step of the run at which it began.
+        assert [name for name, tensor in state.items() if tensor.dtype == torch.int64] == ["tokens", "begun"]
         counted = state["tokens"].tolist()
         assert all(0 <= layer < LAYERS and count >= 0 for layer, count in counted)
     # Of a probe's gradients nothing leaves but a number a weight.

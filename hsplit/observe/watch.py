@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,7 +170,9 @@ class _Follower:
 
     def _tell_round(self, fields: Mapping[str, Any]) -> None:
         try:
-            row = MetricsRow(**{name: _figure(value, name) for name, value in fields.items()})
+            # The event says more than the row.
+            columns = [field.name for field in dataclasses.fields(MetricsRow) if field.name in fields]
+            row = MetricsRow(**{name: _figure(fields[name], name) for name in columns})
         except (TypeError, ValueError):
             return
         holders = self._rows(self._directory.plan, PlanRow, row.round)

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import hsplit
 from hsplit.actors.client import Client
+from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
@@ -48,7 +49,7 @@ def whole(
         if step == 1:
             for name in ("client:small", "client:large-0", "server"):
                 actor = ray.get_actor(f"hsplit:whole:{name}", namespace="hsplit")
-                held[name.removeprefix("client:")] = ray.get(actor.parameters_held.remote())
+                held[name.removeprefix("client:")] = ray.get(actor.call.remote(HolderActor.parameters_held.__name__))
 
     runs = tmp_path_factory.mktemp("runs")
     run = hsplit.launch(cluster_file, runs_dir=runs, name="whole", display=Recorder(after_step=look))
@@ -172,7 +173,7 @@ def test_two_servers_and_clients_that_are_drawn_are_the_same_in_process(cluster_
         if step == 1:
             for name in ("server", "server-1"):
                 actor = ray.get_actor(f"hsplit:shared:{name}", namespace="hsplit")
-                held.append(_layers(ray.get(actor.parameters_held.remote())))
+                held.append(_layers(ray.get(actor.call.remote(HolderActor.parameters_held.__name__))))
 
     overrides = {"server.replicas": 2, "clients_per_round": 2}
     run = hsplit.launch(
