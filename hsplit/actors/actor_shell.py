@@ -35,8 +35,11 @@ class ActorShell:
     """
 
     def __init__(self, name: str, make: Callable[[], Any], threads: int | None, sharing: int = 1) -> None:
+        # First: Ray asks for the representation of an actor whose making has failed, too.
+        self._name = name
+        self.actor: Any = None
         settle_process(threads, sharing)
-        self._name, self.actor = name, make()
+        self.actor = make()
         self._returned: dict[tuple[int, int], Any] = {}
 
     def __repr__(self) -> str:
