@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from hsplit.actors.executor import Ref
-from hsplit.actors.ray_executor import RayExecutor
+from hsplit.actors.ray_executor import NAMESPACE, RayExecutor
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Coordinator
 from hsplit.models.source import find_model
@@ -104,6 +105,23 @@ class KillingExecutor(RayExecutor):
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         return refs
+
+
+def end_actor(name: str) -> None:
+    """End the actor that Ray calls ``name``; from then on every call of it fails, the next one included.
+
+    ``ray.kill`` alone only asks for that: how many more calls are answered says how busy the machine is. And where a
+    process ends before Ray knows, Ray calls it unavailable.
+    """
+    actor = ray.get_actor(name, namespace=NAMESPACE)
+    ray.kill(actor)
+    while True:
+        try:
+            ray.get(actor.__ray_ready__.remote())
+        except ActorUnavailableError:
+            continue
+        except ActorDiedError:
+            return
 
 
 def _take_memory(actor: Any) -> None:

@@ -30,6 +30,7 @@ from hsplit.observe.metrics import read_plan
 from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
+from tests.cluster.killing import end_actor
 from tests.in_process import Recorder, planned_run, random_examples
 from tests.laws.reference import lora_A, lora_B, mean_loss, peft_model
 
@@ -288,7 +289,6 @@ def test_stops_failures_and_resumes_change_no_number(
     whole: tuple[hsplit.Run, Any], cluster_file: Path, tmp_path: Path
 ) -> None:
     """Stopped in round 2, resumed, and then a client, the scheduler and the server killed: the same metrics."""
-    import ray
 
     def interrupt(step: int) -> None:
         if step == 6:
@@ -298,7 +298,7 @@ def test_stops_failures_and_resumes_change_no_number(
 
     def kill(step: int) -> None:
         if step in victims:
-            ray.kill(ray.get_actor(f"hsplit:disturbed:{victims.pop(step)}", namespace="hsplit"))
+            end_actor(f"hsplit:disturbed:{victims.pop(step)}")
 
     repeat = {"faults.recovery": "repeat"}
     recorder = Recorder(after_step=interrupt)
@@ -315,11 +315,9 @@ def test_stops_failures_and_resumes_change_no_number(
 
 
 def test_a_client_that_dies_is_left_out_and_comes_back(cluster_file: Path, tmp_path: Path) -> None:
-    import ray
-
     def kill(step: int) -> None:
         if step == 2:
-            ray.kill(ray.get_actor("hsplit:bereft:client:large-1", namespace="hsplit"))
+            end_actor("hsplit:bereft:client:large-1")
 
     run = hsplit.launch(cluster_file, runs_dir=tmp_path, name="bereft", display=Recorder(after_step=kill))
     assert run.complete
