@@ -125,8 +125,7 @@ def test_twenty_random_kills(cluster_file: Path, tmp_path: Path, faultless: Dril
 
 def test_ten_random_kills_repeated_change_no_number(cluster_file: Path, tmp_path: Path) -> None:
     """metrics.csv to the last byte, but for the column of the wall's clock."""
-    overrides = {"rounds": 12, "faults.recovery": "repeat", "faults.deadline": None, "faults.max_failures": 10}
-    overrides["policy.replan.measured"] = False
+    overrides = {"rounds": 12, "faults.recovery": "repeat", "faults.max_failures": 10, "policy.replan.measured": False}
     whole = drill(cluster_file, tmp_path / "whole", overrides=overrides)
     kills = RandomKills(2, 10, ["small", "large-0", "large-1", SERVER, SCHEDULER])
     run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kills)
@@ -144,7 +143,8 @@ def test_a_straggler_is_left_out_of_steps_and_not_of_the_round(
         thread = threading.Timer(8.0, os.kill, (pid, signal.SIGCONT))
         thread.start()
 
-    run = drill(cluster_file, tmp_path, Happening("large-1", "forward", 6, stop_for_a_while))
+    happening = Happening("large-1", "forward", 6, stop_for_a_while)
+    run = drill(cluster_file, tmp_path, happening, overrides={"faults.deadline": 8.0})
     check(run, faultless, record_property)
     assert {event["client"] for event in run.told("left_out")} == {"large-1"}
     assert not run.told("lost", "repeated")

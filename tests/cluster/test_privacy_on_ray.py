@@ -67,7 +67,7 @@ clients:
   - {{name: c1, memory_gb: 0.0014, tflops: 0.01, data: {tmp_path / "c1.txt"},
       schedule: [{{round: 2, memory_gb: 0.00125}}]}}
 job: {{model: {models["llama"]}, dtype: fp32, rounds: 2, local_steps: 2, max_length: 32, rank_set: [1, 2, 4],
-  privacy: {{labels: client}}}}
+  faults: {{deadline: null}}, privacy: {{labels: client}}}}
 """
     )
     run = hsplit.launch(cluster, runs_dir=tmp_path, name="private", display=Recorder())
