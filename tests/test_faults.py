@@ -326,9 +326,10 @@ def test_deadlines_follow_the_measured_median() -> None:
     for seconds in (0.5, 9.0, 0.5):
         assert deadlines.until("c0", "forward", 1) is None, "not before there is something to go by"
         deadlines.took("c0", "forward", seconds)
+    before = time.monotonic()
     until = deadlines.until("c0", "forward", 2)
     assert until is not None
-    assert until - time.monotonic() == pytest.approx(SLACK_S + 4.0 * 2 * 0.5, abs=0.1)
+    assert before <= until - (SLACK_S + 4.0 * 2 * 0.5) <= time.monotonic()
     assert deadlines.until("c1", "forward", 1) is None
     never = Deadlines(None)
     for _ in range(5):
