@@ -359,7 +359,7 @@ class Cells:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
-        from hsplit.run_directory import write_text_atomically
+        from hsplit.files import write_text_atomically
 
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._folder / f"{cell.key}.json", json.dumps(found, indent=1) + "\n")

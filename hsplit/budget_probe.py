@@ -20,6 +20,7 @@ from hsplit.config.files import displayed
 from hsplit.config.overrides import Overrides
 from hsplit.config.section import shown
 from hsplit.errors import InputError, RunError, os_reason
+from hsplit.files import write_text_atomically
 from hsplit.launcher import helpers_of, ray_of
 from hsplit.measuring.cluster_file import load_unmeasured, measured_file
 from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, server_flops
@@ -29,7 +30,6 @@ from hsplit.measuring.memory import HEADROOM, Place, shared_out
 from hsplit.models.segment import check_checkpoint, model_config
 from hsplit.models.source import find_model
 from hsplit.preparation import check_model, settled
-from hsplit.run_directory import write_text_atomically
 from hsplit.scheduling.cost import CostModel
 from hsplit.streams import is_terminal
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,11 +17,11 @@ from hsplit.config import Client
 from hsplit.config.files import displayed, read_json
 from hsplit.config.refusals import first_of, refusals
 from hsplit.errors import InputError
+from hsplit.files import save_tensors, sha256_of, sync
 from hsplit.observe.metrics import MetricsRow, PlanRow, row_from_json
 from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
-from hsplit.tensor_files import save_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -110,16 +109,16 @@ def save_checkpoint(
         (partial / STATE).write_text(json.dumps(asdict(progress)))
         for holder, named in tensors.items():
             save_tensors(named, partial / f"{holder}.safetensors")
-        sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        sums = {file.name: sha256_of(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
         for file in partial.iterdir():
-            _sync(file)
+            sync(file)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _sync(folder)
+    sync(folder)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -184,7 +183,7 @@ def read_progress(path: Path) -> Progress:
 def holder_state(path: Path, holder: str) -> dict[str, Tensor] | None:
     """One holder's tensors, or ``None`` where the checkpoint has none of it, or a damaged file."""
     file = path / f"{holder}.safetensors"
-    if not file.is_file() or _sums(path).get(file.name) != _sha256(file):
+    if not file.is_file() or _sums(path).get(file.name) != sha256_of(file):
         return None
     return _read_tensors(file)
 
@@ -218,7 +217,7 @@ def _damage(path: Path) -> str | None:
     for name in sorted({STATE, *sums, *(file.name for file in path.glob("*.safetensors"))}):
         if "/" in name or not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != sums.get(name):
+        if sha256_of(path / name) != sums.get(name):
             return f"{name} does not match its checksum"
     return None
 
@@ -229,16 +228,3 @@ def _sums(path: Path) -> dict[str, str]:
     if not isinstance(sums, dict):
         raise InputError(f"{displayed(path / MANIFEST)}: must be checksums by file name")
     return sums
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hsplit.files import write_text_atomically
+
 _TOUCHED_S = 5.0
 _SILENT_S = 30.0
 """A driver that has not touched its file for so long is gone; much more than ``_TOUCHED_S``, for clocks that differ."""
@@ -47,9 +49,7 @@ def announced(path: Path) -> Iterator[None]:
 
     # Who cannot write it drives all the same: it matters to those who watch from elsewhere only.
     with suppress(OSError):
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps(asdict(Driver.here())), encoding="utf-8")
-        beside.replace(path)
+        write_text_atomically(path, json.dumps(asdict(Driver.here())), durable=False)
     thread = threading.Thread(target=touch, name="announces the driver", daemon=True)
     thread.start()
     try:

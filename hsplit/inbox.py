@@ -18,7 +18,8 @@ from hsplit.config.cluster import SERVER_BUDGET_FIELDS, Client, ClientSpec
 from hsplit.config.files import displayed, read_json
 from hsplit.config.refusals import first_of, refusals
 from hsplit.errors import InputError
-from hsplit.run_directory import RunDirectory, write_text_atomically
+from hsplit.files import write_text_atomically
+from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.budgets import BudgetRequest
 
 # What a file that is no request may fail with.

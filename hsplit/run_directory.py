@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and how one is written so that a kill leaves the last complete one."""
+"""The files and folders of a run, its lock, and what may lie in it."""
 
 from __future__ import annotations
 
@@ -278,39 +278,3 @@ def _new_directory(runs_dir: Path) -> Path:
             return path
         except FileExistsError:
             number += 1
-
-
-def write_text_atomically(path: str | Path, text: str, durable: bool = True) -> None:
-    """Writes ``text`` as UTF-8, without translating line ends, beside ``path`` and renames it there.
-
-    At any moment ``path`` holds the old text or the new one, whole; where ``durable``, also after a loss of power.
-
-    Raises:
-        OSError: the file cannot be written; ``path`` is as it was.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Made anew, so that no link of that name is followed.
-        beside.unlink(missing_ok=True)
-        with beside.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    if durable:
-        _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes a rename in ``path`` durable, where the system can (Windows cannot open directories)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,7 @@ LAYERS = (
     ("extension", "run_directory"),
     ("config",),
     ("driver", "socket_directory", "tracebacks", "waiting"),
-    ("dependency_messages", "errors", "home", "seeds", "shadowing", "streams", "tensor_files"),
+    ("dependency_messages", "errors", "files", "home", "seeds", "shadowing", "streams"),
 )
 # They start actors, place them, and pass on Ray's metrics.
 KNOW_RAY = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -17,6 +16,7 @@ from hsplit.config.policy import DEFAULT_POLICY, Policy
 from hsplit.config.refusals import Refusal, first_of, input_error, refusals
 from hsplit.config.section import LARGEST, LIST, NOT_EMPTY, Section, refuse, shown
 from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
 
 STEP_KEYS = ("lr", "schedule", "warmup", "clip", "weight_decay")
 """Keys of ``job`` that say how far a step goes, and nothing else: like ``faults``, they may change in a resumed run."""
@@ -205,22 +205,11 @@ class RunConfig(Section):
         return changed, told
 
     def save(self, path: str | Path) -> None:
-        """Writes the configuration as YAML; the file is there whole or not at all."""
-        path = Path(path)
+        """Write the configuration as YAML; the file is there whole or not at all."""
         document = self.model_dump()
         # a reader looks for the name first; pydantic puts what Client inherits before what it adds
         document["clients"] = [{"name": client["name"], **client} for client in document["clients"]]
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            # Made anew, so that no link of that name is followed.
-            beside.unlink(missing_ok=True)
-            with beside.open("x", encoding="utf-8") as file:
-                file.write(_HEADER + to_yaml(document))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_text_atomically(path, _HEADER + to_yaml(document))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from pathlib import Path
 
 from hsplit.errors import InputError
+from hsplit.files import sha256_of
 
 
 def file_sha256(path: str | Path) -> str:
@@ -19,8 +19,7 @@ def file_sha256(path: str | Path) -> str:
     path = Path(os.path.expanduser(path))
     try:
         _refuse_devices(path)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsplit.evaluation.scores import PERPLEXITY, SCORES
-from hsplit.run_directory import write_text_atomically
+from hsplit.files import write_text_atomically
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hsplit.dependency_messages import quieten_bitsandbytes
+from hsplit.files import save_tensors
 from hsplit.lora.adapters import initial_A
 from hsplit.lora.low_rank import LowRank, concatenate, empty
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import LinearShape
-from hsplit.tensor_files import save_tensors
 
 PREFIX = "base_model.model."
 # What one rank for all modules may add to an adapter's file, however small that is.

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from hsplit.errors import InputError
+from hsplit.files import save_tensors
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.relative_error import RelativeError
 from hsplit.models.families import Family, family_of
 from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint, skeleton
 from hsplit.models.weights import freeze
-from hsplit.tensor_files import save_tensors
 
 SHARD_BYTES = 2 << 30
 

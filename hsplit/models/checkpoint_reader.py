@@ -17,6 +17,7 @@ from torch import Tensor
 from hsplit.config.files import read_json
 from hsplit.config.section import shown
 from hsplit.errors import InputError
+from hsplit.files import sha256_of
 
 # What is read and converted at once.
 CHUNK_BYTES = 1 << 20
@@ -263,6 +264,5 @@ def model_fingerprint(directory: Path) -> str:
     """sha256 over the configuration and every file of the weights: equal for two copies of one base model."""
     digest = hashlib.sha256()
     for file in [directory / "config.json", *weight_files(directory)]:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()

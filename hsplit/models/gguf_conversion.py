@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsplit.dependency_messages import quieten_bitsandbytes
+from hsplit.files import save_tensors
 from hsplit.models.gguf_header import check_gguf
 from hsplit.models.stages import Stage
-from hsplit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -7,19 +7,17 @@ directory, nobody gets another weight's codes (METHOD 1, one base model). A file
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hsplit.files import write_bytes_atomically
 from hsplit.models.packaged import cache_root
 
 FORMAT_VERSION = 1  # of the files and of how weights are quantized; a new number makes all of them anew
@@ -70,11 +68,8 @@ class KeptCodes:
             folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder).free < LEFT_FREE_BYTES + len(data):
                 return
-            # Written beside and renamed: others may read, or write the same.
-            with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
-                written = Path(beside) / self._path.name
-                written.write_bytes(data)
-                os.replace(written, self._path)
+            # Others may read, or write the same.
+            write_bytes_atomically(self._path, data, durable=False)
         except OSError:
             return
 

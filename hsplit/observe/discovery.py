@@ -6,8 +6,8 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from hsplit.files import write_text_atomically
 from hsplit.models.packaged import cache_root
-from hsplit.run_directory import write_text_atomically
 
 
 def discovery_directory() -> Path:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 from hsplit.config.files import displayed
 from hsplit.config.section import shown
 from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
 from hsplit.observe.timing import TimingRow
-from hsplit.run_directory import write_text_atomically
 from hsplit.scheduling.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:

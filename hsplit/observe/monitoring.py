@@ -13,9 +13,9 @@ import yaml
 
 from hsplit.config.files import displayed
 from hsplit.errors import InputError, os_reason
+from hsplit.files import write_text_atomically
 from hsplit.observe.discovery import discovery_directory
 from hsplit.observe.grafana_dashboard import dashboard
-from hsplit.run_directory import write_text_atomically
 
 RAY_TEMP_DIR = Path("/tmp/ray")
 """Where Ray keeps its files unless it is told another place."""

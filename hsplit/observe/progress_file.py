@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from hsplit.driver import Driver
+from hsplit.files import write_text_atomically
 from hsplit.observe.events import finite
 from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.timing import TimingRow
-from hsplit.run_directory import write_text_atomically
 from hsplit.scheduling.plan import Plan
 
 WRITTEN_EVERY_S = 1.0

@@ -8,6 +8,7 @@ from typing import Any
 
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
 from hsplit.observe.metrics import PlanRow
 from hsplit.observe.report_data import RunRecord, load_runs
 from hsplit.observe.report_figures import (
@@ -23,7 +24,6 @@ from hsplit.observe.report_schedule import schedule_section
 from hsplit.observe.report_timing import timing_section
 from hsplit.observe.residual_cuts import cut_text, share_cut
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text
-from hsplit.run_directory import write_text_atomically
 
 _POLICY = ("policy", "name")
 _MAX_EVENTS = 200

@@ -12,8 +12,9 @@ import wandb
 
 from hsplit.config import RunConfig
 from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
 from hsplit.observe.run_log import RunLog
-from hsplit.run_directory import RunDirectory, write_text_atomically
+from hsplit.run_directory import RunDirectory
 
 
 def check_signed_in() -> None:

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hsplit.files import write_text_atomically
 from hsplit.models.packaged import cache_root
-from hsplit.run_directory import write_text_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Whose code a traced layer runs.
@@ -41,6 +41,7 @@ class CountStore:
         path = self._path(key)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # Others may read, or write the same.
             write_text_atomically(path, json.dumps(counts), durable=False)
         except OSError:
             return

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit import inbox
-from hsplit.checkpoint import MANIFEST, STATE, _sha256, latest_checkpoint, read_checkpoint
+from hsplit.checkpoint import MANIFEST, STATE, latest_checkpoint, read_checkpoint
 from hsplit.config import Client, Importance, Job, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.exporting import export
+from hsplit.files import sha256_of, write_text_atomically
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
 from hsplit.observe.report import write_report
@@ -70,7 +72,7 @@ def scratch(pristine: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
 def _sign(checkpoint: Path) -> None:
     """Checksums that hold, as somebody who means harm would write them."""
     files = [file for file in sorted(checkpoint.iterdir()) if file.name != MANIFEST]
-    (checkpoint / MANIFEST).write_text(json.dumps({file.name: _sha256(file) for file in files}))
+    (checkpoint / MANIFEST).write_text(json.dumps({file.name: sha256_of(file) for file in files}))
 
 
 def _documents(whole: bytes) -> st.SearchStrategy[bytes]:
@@ -397,10 +399,8 @@ def test_a_pipe_in_a_run_is_refused_instead_of_waited_for(run_copy: Path) -> Non
 
 def test_a_link_in_the_place_of_a_file_half_written_is_not_followed(run_copy: Path) -> None:
     precious = run_copy.parent.parent / "precious.txt"
-    (run_copy / f".report.html.{os.getpid()}.tmp").symlink_to(precious)
-    (run_copy / f".config.yaml.{os.getpid()}.tmp").symlink_to(precious)
-    from hsplit.run_directory import write_text_atomically
-
+    for name in ("report.html", "config.yaml"):
+        (run_copy / f".{name}.{os.getpid()}-{threading.get_ident()}.tmp").symlink_to(precious)
     write_text_atomically(run_copy / "report.html", "a report")
     RunConfig.load(run_copy / "config.yaml").save(run_copy / "config.yaml")
     assert precious.read_text() == "keep me"

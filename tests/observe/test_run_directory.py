@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hsplit.errors import InputError
-from hsplit.run_directory import RunDirectory, write_text_atomically
+from hsplit.run_directory import RunDirectory
 
 
 def test_layout_is_the_documented_one(tmp_path: Path) -> None:
@@ -65,20 +65,3 @@ def test_open_wants_a_run(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path)
     (tmp_path / "config.yaml").write_text("job: {}\n")
     assert RunDirectory.open(str(tmp_path)).path == tmp_path
-
-
-def test_atomic_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    write_text_atomically(path, "a\r\nlonger than what follows\n")
-    write_text_atomically(path, "Σ\n")
-    assert path.read_bytes() == "Σ\n".encode()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_failed_atomic_write_keeps_the_old_text(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    write_text_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text_atomically(path, "new \udc80")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

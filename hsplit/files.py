@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, files of tensors, and the SHA-256 of a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_text_atomically(path: str | Path, text: str, durable: bool = True) -> None:
+    """Write ``text`` as UTF-8, without translating line ends, like :func:`write_bytes_atomically`."""
+    write_bytes_atomically(path, text.encode(), durable)
+
+
+def write_bytes_atomically(path: str | Path, content: bytes, durable: bool = True) -> None:
+    """Write ``content`` into a file beside ``path`` and rename it to ``path``.
+
+    At any moment ``path`` holds the old content or the new one, whole; where ``durable``, also after a loss of power.
+
+    Raises:
+        OSError: the file cannot be written; ``path`` is as it was.
+    """
+    path = Path(path)
+    # Threads that write the same file at once have a file each.
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        # Made new, so that no link of that name is followed.
+        beside.unlink(missing_ok=True)
+        with beside.open("xb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write ``tensors`` to ``file``, with the mode that any new file gets there.
+
+    safetensors writes a temporary file for the owner alone and renames it, whatever the umask is.
+
+    Args:
+        tensors: by name; no two share memory.
+        file: to write; one that is there is replaced and its mode kept.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # The umask is asked for by making a file: to read it is to set it, for every thread of the process.
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # What the system says is in its text alone.
+        raise OSError(f"{error}: {file}") from error
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a directory, outlast a loss of power, where the system can.
+
+    Raises:
+        OSError: the system refuses it.
+    """
+    if os.name != "posix":
+        # Windows opens no directories.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
