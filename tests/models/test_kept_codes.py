@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,12 +139,17 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(values: Tensor, tmp_path: 
 
 
 def test_a_full_disk_keeps_nothing(values: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> int:
-        with path.open("wb") as stream:
-            stream.write(data[: len(data) // 2])
-        raise OSError(28, "No space left on device")
+    whole = Path.open
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def full(path: Path, mode: str = "r", *further: Any) -> Any:
+        stream = whole(path, mode, *further)
+        if path.parent == folder and "x" in mode:
+            stream.write(b"the first part")
+            stream.close()
+            raise OSError(28, "No space left on device")
+        return stream
+
+    monkeypatch.setattr(Path, "open", full)
     assert same(NF4Weight(values, once=True).state_dict(), anew(values))
     assert list(folder.iterdir()) == []
 
