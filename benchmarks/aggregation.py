@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import common, merging
 from hsplit.actors.peak_memory import PeakMemory
-from hsplit.benchmark import (
-    keep_to_one_core,
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
 from hsplit.lora.aggregation import Contribution, Restart, noise_free
 from hsplit.lora.low_rank import LowRank, LowRankSum
 from hsplit.lora.residual import Residual
@@ -81,26 +72,23 @@ class Measured:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run both parts, print their tables and write them down."""
     options = _options(arguments)
-    keep_to_one_core()
-    machine = machine_description("torch", "bitsandbytes") | {"seconds": "wall time on one core, measured"}
-    machine["command"] = " ".join(["hsplit bench aggregation", *(sys.argv[1:] if arguments is None else arguments)])
+    common.keep_to_one_core()
+    about = "wall time on one core, measured"
+    header = common.header_of("aggregation", arguments, "torch", "bitsandbytes", seconds=about)
     console = Console(width=150)
     tables = []
     if options.part in ("all", "size"):
-        tables.append(_at_size(options, console, machine))
+        tables.append(_at_size(options, console, header))
     if options.part in ("all", "merging"):
-        tables += load_benchmark("merging").tables(options, console, machine)
+        tables += merging.tables(options, console, header)
     path = options.to / ("aggregation.md" if options.part == "all" else f"{options.part}.md")
-    facts = "\n".join(f"- {key}: {value}" for key, value in machine.items())
-    path.write_text("\n".join([f"{facts}\n", *tables]))
+    common.write_markdown(path, header, tables)
     console.print(f"written to {options.to}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="hsplit bench aggregation",
-        description="Time, memory and error of aggregation as weights and holders grow; what merging an update loses.",
-    )
+    about = "Time, memory and error of aggregation as weights and holders grow; what merging an update loses."
+    parser = common.flags_of("aggregation", about)
     parser.add_argument("--sides", type=int, nargs="+", default=[576, 1024, 2048, 4096], metavar="N")
     parser.add_argument("--holders", type=int, nargs="+", default=[5, 20, 100], metavar="N")
     parser.add_argument("--rounds", type=int, default=3, help="aggregations of each (default: 3)")
@@ -113,15 +101,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="merge what this run has learned instead, from its last checkpoint")
     parser.add_argument("--part", choices=["all", "size", "merging"], default="all", help="which part (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few steps, to see that it works")
-    parser.add_argument("--to", type=Path, default=results_directory("aggregation"), help="directory to write")
     options = parser.parse_args(arguments)
     if options.quick:
         options.sides, options.holders, options.rounds, options.steps, options.layers = [64, 96], [3, 40], 2, 2, 1
-    options.to.mkdir(parents=True, exist_ok=True)
     return options
 
 
-def _at_size(options: argparse.Namespace, console: Console, machine: dict[str, str]) -> str:
+def _at_size(options: argparse.Namespace, console: Console, header: dict[str, Any]) -> str:
     rows: list[Measured] = []
     for side in options.sides:
         for holders in options.holders:
@@ -132,13 +118,13 @@ def _at_size(options: argparse.Namespace, console: Console, machine: dict[str, s
                 console.print(_line(rows[-1]), highlight=False)
             rows.append(_dense_way(side, ranks, options))
             console.print(_line(rows[-1]), highlight=False)
-    write_rows(options.to / "size.csv", [asdict(row) for row in rows], machine)
+    common.write_rows(options.to / "size.csv", rows, header)
     capped = "no cap on the residual" if options.cap is None else f"residual capped at {options.cap}"
     title = f"Aggregating one weight, {capped}, ranks {RANKS[0]} to {RANKS[1]} mixed"
     columns = ["way", "side", "holders", "ranks together", "seconds", "peak / factors", "peak / dense", "cut", "error"]
     cells = [_cells(row) for row in rows]
-    show_table(console, columns, cells, title=title)
-    return f"## {title}\n\n{markdown_table(columns, cells)}"
+    common.show_table(console, columns, cells, title=title)
+    return common.titled(title, (columns, cells))
 
 
 def _cells(row: Measured) -> list[str]:

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 from rich.console import Console
 
-from hsplit.benchmark import (
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
+from benchmarks import common
+from benchmarks.common import Table
+from hsplit.actors.executor import SCHEDULER, SERVER
+from hsplit.observe.metrics import MetricsRow
 from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
@@ -80,88 +76,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
         starts[clients], found = run_of(clients, options.rounds, options.steps)
         rounds += found
         console.print(f"{clients} clients: {starts[clients]:.1f} s to the first step, {len(found)} rounds")
-    columns, cells = table(rounds, starts)
-    show_table(console, columns, cells)
     to: Path = options.to
-    to.mkdir(parents=True, exist_ok=True)
-    header = {**machine_description("ray", "torch"), "rounds": options.rounds, "local_steps": options.steps}
-    write_rows(to / "clients.csv", [asdict(row) for row in rounds], header)
-    (to / "clients.md").write_text(markdown_table(columns, cells) + "\n")
+    machine = common.machine_description("ray", "torch")
+    header = {**machine, "rounds": options.rounds, "local_steps": options.steps}
+    common.write_rows(to / "clients.csv", rounds, header)
+    common.keep_table(console, *table(rounds, starts), to / "clients.md")
     _plot(rounds, to / "clients.svg")
     console.print(f"written to {to}")
 
 
 def run_of(clients: int, rounds: int, steps: int) -> tuple[float, list[Round]]:
     """Train with ``clients`` clients on a Ray of its own; seconds until the first step, and the rounds."""
-    import ray
-
-    from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_connection import connect
-
-    tiny = load_benchmark("tiny_cluster")
-    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv", 20 * clients)
-        run = _configured(folder, model, data, clients, rounds, steps)
+        model, data = common.tiny_model(folder / "model"), common.texts(folder / "texts.csv", 20 * clients)
+        cluster = CLUSTER.format(clients=clients, model=model, data=data, rounds=rounds, steps=steps)
+        run = common.configured(folder, cluster, overrides=["job.dtype=fp32"])
+        watch = _Watch(clients)
         begun = time.perf_counter()
-        connect(None, 4 + clients / 10, dashboard=False, fork_server=fork_server)
-        try:
-            return _trained(run, model, folder, begun)
-        finally:
-            ray.shutdown()
-
-
-def _trained(run: Any, model: Path, folder: Path, begun: float) -> tuple[float, list[Round]]:
-    import ray
-
-    from hsplit.actors.executor import SCHEDULER, SERVER
-    from hsplit.actors.ray_executor import RayExecutor
-    from hsplit.coordinator import Coordinator
-    from hsplit.models.source import find_model
-    from hsplit.preparation import read_inputs
-    from hsplit.run_directory import RunDirectory
-
-    executor = RayExecutor("clients", run, model)
-    pids = {"driver": os.getpid()}
-    for actor, name in ((SCHEDULER, "scheduler"), (SERVER, "server")):
-        pids[name] = ray.get(executor._handles[actor].__ray_call__.remote(lambda self: os.getpid()))
-    watch = _Watch(len(run.clients), pids)
-    try:
-        directory = RunDirectory.create(folder, "clients")
-        Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), watch).run()
-    finally:
-        executor.close()
+        with (
+            common.local_ray(4 + clients / 10),
+            common.on_ray("clients", run, model, folder, watch) as (coordinator, executor),
+        ):
+            watch.pids |= {name: common.pid_of(executor, name) for name in (SCHEDULER, SERVER)}
+            coordinator.run()
     return watch.trained_at - begun, watch.rounds
 
 
 class _Watch(SilentDisplay):
     """A display that looks at memory and at the clock when a round is done."""
 
-    def __init__(self, clients: int, pids: dict[str, int]) -> None:
+    def __init__(self, clients: int) -> None:
         super().__init__()
-        self._clients, self._pids = clients, pids
+        self._clients, self.pids = clients, {"driver": os.getpid()}
         self.rounds: list[Round] = []
         self.trained_at = self._last = 0.0
         self._virtual_s = 0.0
 
-    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
+    def round_done(self, row: MetricsRow, *more: Any) -> None:
         now = time.perf_counter()
         if row.round == 0:
             self.trained_at = now
         else:
-            memory = {f"{name}_mb": _memory_mb(pid) for name, pid in self._pids.items()}
+            memory = {f"{name}_mb": _memory_mb(pid) for name, pid in self.pids.items()}
             virtual_s = row.virtual_time_s - self._virtual_s
             self.rounds.append(Round(self._clients, row.round, now - self._last, **memory, virtual_s=virtual_s))
         self._last, self._virtual_s = time.perf_counter(), row.virtual_time_s
 
 
 def _memory_mb(pid: int) -> float:
-    import psutil
-
     return float(psutil.Process(pid).memory_full_info().uss) / 1e6
 
 
-def table(rounds: Sequence[Round], starts: dict[int, float]) -> tuple[list[str], list[list[str]]]:
+def table(rounds: Sequence[Round], starts: dict[int, float]) -> Table:
     """Columns and cells: time of a round, and memory once it has settled and at the end."""
     columns = ["clients", "start, s", "round, s", "a client, ms"]
     columns += [f"{name}, MB" for name in ("driver", "scheduler", "server")]
@@ -178,19 +145,8 @@ def table(rounds: Sequence[Round], starts: dict[int, float]) -> tuple[list[str],
     return columns, cells
 
 
-def _configured(folder: Path, model: Path, data: Path, clients: int, rounds: int, steps: int) -> Any:
-    from hsplit.config import load_run_config
-    from hsplit.preparation import settled
-
-    cluster = folder / "cluster.yaml"
-    cluster.write_text(CLUSTER.format(clients=clients, model=model, data=data, rounds=rounds, steps=steps))
-    return settled(load_run_config(cluster, None, ["job.dtype=fp32"]))
-
-
 def _plot(rounds: Sequence[Round], to: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = common.new_figure(9, 3.5)
     time_axes, memory_axes = figure.subplots(1, 2)
     numbers = list(dict.fromkeys(row.clients for row in rounds))
     times = [median(row.seconds for row in rounds if row.clients == clients) for clients in numbers]
@@ -201,17 +157,16 @@ def _plot(rounds: Sequence[Round], to: Path) -> None:
         memory_axes.plot([row.round for row in most], [getattr(row, f"{name}_mb") for row in most], label=name)
     memory_axes.set(xlabel=f"round, {max(numbers)} clients", ylabel="memory, MB", ylim=(0, None))
     memory_axes.legend()
-    figure.savefig(to)
+    common.save_figure(figure, to)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench clients", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("clients", __doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 30, 100])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=2, help="local steps a round")
-    parser.add_argument("--to", type=Path, default=results_directory("clients"))
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -27,20 +27,38 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any
 
+import ray
+import torch
 from rich.console import Console
 
-from hsplit.benchmark import load_benchmark, machine_description, results_directory
+from benchmarks import common
+from benchmarks.common import Table
+from benchmarks.cpu_quota import CpuQuotas
+from hsplit.actors.actor_shell import ActorShell
+from hsplit.actors.client import Client
+from hsplit.actors.executor import SCHEDULER, SERVER, Ref
+from hsplit.actors.messages import ForwardReport, WireTensor
+from hsplit.actors.peak_memory import PeakMemory
+from hsplit.actors.ray_executor import RayExecutor
+from hsplit.actors.scheduler import Scheduler
+from hsplit.config import RunConfig
+from hsplit.config.budgets import Distribution, drawn
+from hsplit.lora.holder import RoundUpdate
+from hsplit.models.segment import linear_shapes, model_config, targeted
+from hsplit.models.source import find_model
+from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
 from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.timing import TimingRow
+from hsplit.preparation import read_inputs
+from hsplit.run_directory import RunDirectory
 
 CLUSTER = """
 server: {{memory_gb: 8, tflops: {server}}}
@@ -85,6 +103,9 @@ LARGE = 1 << 24
 # How far a machine's pace may be another after a run than before it, and how often a run is repeated for that.
 STEADY = 0.05
 ATTEMPTS = 4
+
+# A client's forward, and its backward, which returns seconds by phase.
+_Calls = tuple[Ref[ForwardReport], Ref[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -205,22 +226,17 @@ class HolderRow:
 
 def shares_of(scale: Scale, variation: float, seed: int) -> dict[str, float]:
     """Each client's share of a core: drawn, and then scaled so that the mean is what it should be."""
-    from hsplit.config.budgets import Distribution, drawn
-
     spread = Distribution(lognormal=(scale.mean_share, variation))
     draws = {name: drawn(spread, seed, name, "tflops") for name in (f"client-{i}" for i in range(scale.clients))}
     factor = scale.mean_share / mean(draws.values())
     return {name: max(share * factor, SMALLEST_SHARE) for name, share in draws.items()}
 
 
-def predicted(run: Any, model: Path) -> tuple[float, float]:
+def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     """Virtual seconds of a round and of one local step, from the configuration alone.
 
     What an aggregation sends is reckoned with the residual at its cap, which is where a run soon is.
     """
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.models.segment import linear_shapes, model_config, targeted
-
     scheduler = Scheduler(run, model)
     plan = scheduler.plan()
     job = run.job
@@ -247,20 +263,19 @@ class Experiment:
         quotas: where processes are held to their shares; ``None``: nothing is measured.
     """
 
-    def __init__(self, folder: Path, scale: Scale, speedup: float, quotas: Any) -> None:
+    def __init__(self, folder: Path, scale: Scale, speedup: float, quotas: CpuQuotas | None) -> None:
         self._folder, self._scale, self._speedup, self._quotas = folder, scale, speedup, quotas
         sizes = {"hidden_size": scale.hidden, "intermediate_size": 3 * scale.hidden, "num_hidden_layers": scale.layers}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-        self._model = load_benchmark("tiny_cluster").tiny_model(folder / "model", WORDS, **sizes, **heads)
-        self._data = texts(folder / "texts.csv", scale)
+        self._model = common.tiny_model(folder / "model", WORDS, **sizes, **heads)
+        # Of exactly so many tokens with one word of prompt and the end of the text; all but the first supervised.
+        count, length = 200 * scale.clients, scale.length - 2
+        self._data = common.texts(folder / "texts.csv", count, WORDS, length, prompt="w2")
 
     def configured(
         self, budgets: Budgets, parts: int, labels: str, split: str | int = "planned", emulated: bool = False
-    ) -> Any:
+    ) -> RunConfig:
         """The run of one setting."""
-        from hsplit.config import load_run_config
-        from hsplit.preparation import settled
-
         scale = self._scale
         link = {"mbps": f"{budgets.bandwidth_bps / 1e6:.3f}", "latency": f"{1e3 * budgets.latency_s:.4f}"}
         clients = "\n".join(
@@ -268,39 +283,25 @@ class Experiment:
             for name, flops in budgets.flops.items()
             if name != "server"
         )
-        cluster, policy = self._folder / "cluster.yaml", self._folder / "policy.yaml"
-        cluster.write_text(
-            CLUSTER.format(
-                server=f"{budgets.flops['server'] / 1e12:.9f}",
-                clients=clients,
-                model=self._model,
-                data=self._data,
-                batch=scale.batch,
-                length=scale.length,
-                rounds=FIRST - 1 + scale.rounds,
-                steps=scale.steps,
-                clock="emulated" if emulated else "real",
-                speedup=self._speedup,
-                parts=parts,
-                labels=labels,
-            )
+        cluster = CLUSTER.format(
+            server=f"{budgets.flops['server'] / 1e12:.9f}",
+            clients=clients,
+            model=self._model,
+            data=self._data,
+            batch=scale.batch,
+            length=scale.length,
+            rounds=FIRST - 1 + scale.rounds,
+            steps=scale.steps,
+            clock="emulated" if emulated else "real",
+            speedup=self._speedup,
+            parts=parts,
+            labels=labels,
         )
         # Two examples' supervised tokens.
-        policy.write_text(POLICY.format(split=split, tokens=2 * (scale.length - 1)))
-        return settled(load_run_config(cluster, policy))
+        return common.configured(self._folder, cluster, POLICY.format(split=split, tokens=2 * (scale.length - 1)))
 
     def calibrated(self, shares: Mapping[str, float]) -> Budgets:
         """What processes with these shares have: FLOP/s at a front of two layers, and messages between them."""
-        import torch
-
-        from hsplit.actors.client import Client
-        from hsplit.actors.messages import WireTensor
-        from hsplit.actors.ray_executor import RayExecutor
-        from hsplit.actors.scheduler import Scheduler
-        from hsplit.lora.holder import RoundUpdate
-        from hsplit.models.source import find_model
-        from hsplit.preparation import read_inputs
-
         scale = self._scale
         # The server's share is given to a client too, so that all do the same work.
         names = {name if name != "server" else "as-server": share for name, share in shares.items()}
@@ -318,39 +319,42 @@ class Experiment:
                 executor.ask(name, Client.restart, RoundUpdate(1, {}, {}))
             gradient = WireTensor.pack(torch.randn(scale.batch * scale.length, scale.hidden), "fp32")
 
-            def asked(steps: Mapping[str, range]) -> dict[str, list[Any]]:
-                calls: dict[str, list[Any]] = {}
+            def asked(steps: Mapping[str, range]) -> dict[str, list[_Calls]]:
+                calls: dict[str, list[_Calls]] = {}
                 for name, own in steps.items():
                     for step in own:
                         report, _ = executor.call_pair(name, Client.forward, step, 0)
-                        calls.setdefault(name, []).append(
-                            (report, executor.call(name, Client.backward, step, 0, gradient))
-                        )
+                        phases = executor.call(name, Client.backward, step, 0, gradient)
+                        calls.setdefault(name, []).append((report, phases))
                 return calls
 
-            def seconds(calls: Sequence[Any]) -> list[float]:
-                values = [executor.get(pair) for pair in calls]
+            def seconds(calls: Sequence[_Calls]) -> list[float]:
+                values = [(executor.value(report), executor.value(phases)) for report, phases in calls]
                 return [sum(up.seconds.values()) + sum(down.values()) for up, down in values]
 
             _without_profiler(executor)
             # How many fill the time.
             warm = {name: seconds(calls) for name, calls in asked(dict.fromkeys(names, range(3))).items()}
             with ExitStack() as stack:
-                handles = {name: executor._handles[name] for name in names}
-                if self._quotas is not None:
-                    stack.enter_context(self._quotas.applied({pid(handles[n]): share for n, share in names.items()}))
+                self._hold(stack, executor, names)
                 count = {
                     n: range(3, 3 + max(3, round(scale.calibration_s * share / min(warm[n]))))
                     for n, share in names.items()
                 }
                 calls = asked(count)
                 speeds = {name: flops / mean(seconds(own)) for name, own in calls.items()}
-                latency_s, bandwidth_bps = _messages(*list(handles.values())[:2])
+                latency_s, bandwidth_bps = _messages(*(executor._handles[name] for name in list(names)[:2]))
         finally:
             executor.close()
         return Budgets({("server" if n == "as-server" else n): s for n, s in speeds.items()}, latency_s, bandwidth_bps)
 
-    def _measured(self, shares: Mapping[str, float], parts: int, labels: str) -> tuple[Budgets, Any, float, int]:
+    def _hold(self, stack: ExitStack, executor: RayExecutor, shares: Mapping[str, float]) -> None:
+        """Hold actors to their shares of a core until ``stack`` ends."""
+        if self._quotas is not None:
+            pids = {common.pid_of(executor, name): share for name, share in shares.items()}
+            stack.enter_context(self._quotas.applied(pids))
+
+    def _measured(self, shares: Mapping[str, float], parts: int, labels: str) -> tuple[Budgets, _Trained, float, int]:
         """What is declared, and a run under quotas while that held: the first at a steady pace, or the steadiest.
 
         What a process of a given share has changes with the machine's pace, by up to a third within minutes where
@@ -371,7 +375,9 @@ class Experiment:
             before = after
         return *min(found, key=lambda tried: abs(tried[-1] - 1)), len(found)
 
-    def row(self, variation: float, shares: Mapping[str, float], parts: int, labels: str) -> Any:
+    def row(
+        self, variation: float, shares: Mapping[str, float], parts: int, labels: str
+    ) -> tuple[Row, list[HolderRow]]:
         """One setting by all three routes, and its holders."""
         budgets, measured, pace, attempts = self._measured(shares, parts, labels)
         expected_s, step_s = predicted(self.configured(budgets, parts, labels), self._model)
@@ -392,53 +398,32 @@ class Experiment:
             pace=pace,
             attempts=attempts,
         )
-        holders = [
-            HolderRow(
-                variation,
-                parts,
-                labels,
-                one.name,
-                shares[one.name],
-                budgets.flops[one.name] / 1e9,
-                one.split,
-                one.predicted_time_s,
-                one.measured_time_s * self._speedup,
-                other.measured_time_s,
-            )
-            for one, other in zip(emulated.plan, measured.plan, strict=True)
-        ]
+        holders = []
+        for one, other in zip(emulated.plan, measured.plan, strict=True):
+            assert one.split is not None and one.measured_time_s is not None and other.measured_time_s is not None
+            gflops, emulated_s = budgets.flops[one.name] / 1e9, one.measured_time_s * self._speedup
+            times = one.predicted_time_s, emulated_s, other.measured_time_s
+            holders.append(HolderRow(variation, parts, labels, one.name, shares[one.name], gflops, one.split, *times))
         return row, holders
 
-    def _trained(self, run: Any, shares: Mapping[str, float] | None) -> Any:
+    def _trained(self, run: RunConfig, shares: Mapping[str, float] | None) -> _Trained:
         """Train; with ``shares`` everybody is held to its own once the rounds that are measured begin."""
-        import ray
-        import torch
-
-        from hsplit.actors.ray_executor import RayExecutor
-        from hsplit.coordinator import Coordinator
-        from hsplit.models.source import find_model
-        from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
-        from hsplit.observe.timing import TimingRow
-        from hsplit.preparation import read_inputs
-        from hsplit.run_directory import RunDirectory
-
-        executor = RayExecutor(f"clock-{time.monotonic_ns()}", run, self._model)
+        name = f"clock-{time.monotonic_ns()}"
         with ExitStack() as stack:
-            stack.callback(executor.close)
-            directory = RunDirectory.create(self._folder, f"run-{time.monotonic_ns()}")
-            _without_profiler(executor)
 
             def hold() -> None:
                 if shares is not None:
-                    pids = {pid(executor._handles[name]): share for name, share in shares.items()}
-                    stack.enter_context(self._quotas.applied(pids))
+                    self._hold(stack, executor, shares)
 
+            watch = _Watch(FIRST - 1, hold)
+            coordinator, executor = stack.enter_context(common.on_ray(name, run, self._model, self._folder, watch))
+            _without_profiler(executor)
             if shares is not None:
                 # One thread, or the quota would be spent by threads that wait for one another.
-                server = executor._handles["server"]
+                server = executor._handles[SERVER]
                 ray.get(server.__ray_call__.remote(lambda self: torch.set_num_threads(1)))
-            watch = _Watch(FIRST - 1, hold)
-            Coordinator(run, executor, directory, read_inputs(run, find_model(str(self._model))), watch).run()
+            coordinator.run()
+        directory = RunDirectory(self._folder / name)
         rows = read_rows(directory.metrics, MetricsRow)
         timing = read_rows(directory.timing, TimingRow)
         rounds = range(FIRST, FIRST + self._scale.rounds)
@@ -459,52 +444,43 @@ class _Trained:
     round_s: float
     virtual_s: float
     step_s: float
-    plan: Sequence[Any]
+    plan: Sequence[PlanRow]
 
 
-def _names(plan: Sequence[Any]) -> list[str]:
+def _names(plan: Sequence[PlanRow]) -> list[str]:
     return list(dict.fromkeys(row.name for row in plan))
 
 
-def _of_rounds(rows: Sequence[Any]) -> Any:
-    return replace(rows[-1], measured_time_s=median(row.measured_time_s for row in rows))
+def _of_rounds(rows: Sequence[PlanRow]) -> PlanRow:
+    return replace(
+        rows[-1], measured_time_s=median(row.measured_time_s for row in rows if row.measured_time_s is not None)
+    )
 
 
 class _Watch(SilentDisplay):
     """A display that calls ``then`` when round ``last`` is done."""
 
-    def __init__(self, last: int, then: Any) -> None:
+    def __init__(self, last: int, then: Callable[[], None]) -> None:
         super().__init__()
         self._last, self._then = last, then
 
-    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
+    def round_done(self, row: MetricsRow, *more: Any) -> None:
         if row.round == self._last:
             self._then()
 
 
-def _without_profiler(executor: Any) -> None:
+def _without_profiler(executor: RayExecutor) -> None:
     """Have nobody follow its memory: small operations are slowed down by that more than by anything else."""
-    import ray
 
-    def stop(shell: Any) -> None:
-        from hsplit.actors.peak_memory import PeakMemory
-
+    def stop(shell: ActorShell) -> None:
         shell.actor._memory = PeakMemory(shell.actor._device, enabled=False)
 
-    handles = [handle for name, handle in executor._handles.items() if name != "scheduler"]
+    handles = [handle for name, handle in executor._handles.items() if name != SCHEDULER]
     ray.get([handle.__ray_call__.remote(stop) for handle in handles])
-
-
-def pid(actor: Any) -> int:
-    """The process of an actor."""
-    import ray
-
-    return int(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())))
 
 
 def _messages(one: Any, other: Any) -> tuple[float, float]:
     """Seconds from one actor's call to the other's, and bit/s of a large message between them."""
-    import ray
 
     def chain(nbytes: int) -> float:
         def made(self: Any, nbytes: int) -> Any:
@@ -525,49 +501,19 @@ def _messages(one: Any, other: Any) -> tuple[float, float]:
     return small / 3, 8 * LARGE / max(large - small, 1e-3)
 
 
-def texts(to: Path, scale: Scale) -> Path:
-    """Examples of exactly ``scale.length`` tokens, all but the first of them supervised, a CSV."""
-    draw = random.Random(0)
-    # One word of prompt, and the end of the text.
-    lines = [
-        " ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(scale.length - 2)) for _ in range(200 * scale.clients)
-    ]
-    to.write_text("prompt,response\n" + "\n".join(f"w2,{line}" for line in lines) + "\n")
-    return to
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every setting, print the tables and write them down."""
     options = _options(arguments)
     console, scale = Console(width=140), QUICK if options.quick else Scale()
     rows: list[Row] = []
     holders: list[HolderRow] = []
-    drawn: dict[float, float] = {}
-    quotas = load_benchmark("cpu_quota").CpuQuotas()
-    with quotas.ahead():
-        _run(scale, options, quotas, console, rows, holders, drawn)
-    header: dict[str, Any] = {**machine_description("ray", "torch"), "cores": os.cpu_count()}
-    header["command"] = f"hsplit bench clock {' '.join(arguments or ())}".strip()
-    header |= {"seed": options.seed, "speedup": options.speedup, **asdict(scale)}
-    header["variation drawn"] = ", ".join(f"{h:g}: {value:.2f}" for h, value in drawn.items())
-    load_benchmark("clock_page").write_results(options.to, rows, holders, header, console)
-
-
-def _run(
-    scale: Scale,
-    options: argparse.Namespace,
-    quotas: Any,
-    console: Console,
-    rows: list[Row],
-    holders: list[HolderRow],
-    drawn: dict[float, float],
-) -> None:
-    """Every setting, on one Ray; results join ``rows``, ``holders`` and ``drawn``."""
-    with load_benchmark("tiny_cluster").local_ray(scale.clients + 4) as folder:
+    drawn_variation = []
+    quotas = CpuQuotas()
+    with quotas.ahead(), common.local_ray(scale.clients + 4) as folder:
         experiment = Experiment(folder, scale, options.speedup, quotas)
         for variation in scale.heterogeneity:
             shares = shares_of(scale, variation, options.seed)
-            drawn[variation] = pstdev(shares.values()) / mean(shares.values())
+            drawn_variation.append(f"{variation:g}: {pstdev(shares.values()) / mean(shares.values()):.2f}")
             shares["server"] = scale.server_share
             settings = [(parts, "server") for parts in scale.parts]
             if variation == scale.heterogeneity[-1]:
@@ -581,16 +527,72 @@ def _run(
                     f"h {variation:g}, {parts} parts, labels: {labels}: {seconds} s a round, pace {row.pace:.3f}"
                     f" after {row.attempts} runs"
                 )
+    facts = {"cores": os.cpu_count(), "seed": options.seed, "speedup": options.speedup, **asdict(scale)}
+    header = common.header_of("clock", arguments, "ray", "torch", **facts)
+    header["variation drawn"] = ", ".join(drawn_variation)
+    tables = [table(rows), holder_table(holders)]
+    for columns, cells in tables:
+        common.show_table(console, columns, cells)
+    furthest = max((ratio for row in rows for ratio in row.ratios), key=lambda ratio: abs(ratio - 1))
+    console.print(f"furthest from one another: {furthest:.3f}")
+    to: Path = options.to
+    ratios = ("emulated_by_predicted", "measured_by_predicted", "measured_by_emulated")
+    written = [asdict(row) | dict(zip(ratios, row.ratios, strict=True)) for row in rows]
+    common.write_rows(to / "clock.csv", written, header)
+    common.write_rows(to / "holders.csv", holders, header)
+    common.write_markdown(to / "clock.md", header, [common.markdown_table(*each) for each in tables])
+    plot(rows, to / "clock.svg")
+    console.print(f"written to {to}")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Columns and cells: a round by the three routes."""
+    columns = ["h", "microbatches", "labels", "splits", "predicted, s (virtual)", "emulated, s", "measured, s"]
+    columns += ["emulated / predicted", "measured / predicted", "measured / emulated", "pace"]
+    cells = []
+    for row in rows:
+        seconds = (row.predicted_s, row.emulated_s, row.measured_s)
+        setting = [f"{row.heterogeneity:g}", str(row.microbatches), row.labels, row.splits]
+        cells.append([*setting, *(f"{value:.2f}" for value in (*seconds, *row.ratios, row.pace))])
+    return columns, cells
+
+
+def holder_table(holders: Sequence[HolderRow]) -> Table:
+    """Columns and cells: each holder's own part of a local step, by level, with the fewest microbatches."""
+    columns = ["h", "holder", "of a core", "GFLOP/s", "split", "predicted, s (virtual)", "emulated, s", "measured, s"]
+    first = min(row.microbatches for row in holders)
+    cells = []
+    for row in holders:
+        if (row.microbatches, row.labels) == (first, "server"):
+            seconds = (row.predicted_time_s, row.emulated_time_s, row.measured_time_s)
+            budget = [f"{row.share:.2f}", f"{row.gflops:.1f}", str(row.split)]
+            cells.append([f"{row.heterogeneity:g}", row.name, *budget, *(f"{value:.2f}" for value in seconds)])
+    return columns, cells
+
+
+def plot(rows: Sequence[Row], to: Path) -> None:
+    """A round's seconds by the three routes, a group of bars a setting."""
+    figure = common.new_figure(9, 3.8)
+    axes = figure.subplots()
+    routes = {"predicted (virtual)": "predicted_s", "emulated": "emulated_s", "measured": "measured_s"}
+    for index, (name, field) in enumerate(routes.items()):
+        at = [position + 0.27 * (index - 1) for position in range(len(rows))]
+        axes.bar(at, [getattr(row, field) for row in rows], width=0.25, label=name)
+    names = [f"h {row.heterogeneity:g}\n{row.microbatches} parts\nlabels: {row.labels}" for row in rows]
+    axes.set_xticks(range(len(rows)), names)
+    axes.set(ylabel="seconds a round (median)", ylim=(0, None))
+    # Above the bars.
+    figure.legend(loc="outside upper center", ncols=3)
+    common.save_figure(figure, to)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench clock", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("clock", __doc__)
     parser.add_argument("--quick", action="store_true", help="a smaller model, one level and one round")
     parser.add_argument("--speedup", type=float, default=1.0, help="of the emulated clock")
     parser.add_argument("--seed", type=int, default=1, help="of the shares drawn")
-    parser.add_argument("--to", type=Path, default=results_directory("clock"))
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -32,7 +32,6 @@ import argparse
 import json
 import math
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,11 +40,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from accelerate import init_empty_weights
 from rich.console import Console
 
-from hsplit.benchmark import device_name, load_benchmark, machine_description, results_directory
+from benchmarks import common
+from benchmarks.policies import Judge
+from hsplit.actors.executor import SERVER
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.server import Server
+from hsplit.config import RunConfig
+from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
+from hsplit.models.segment import model_config
+from hsplit.models.source import find_model
+from hsplit.observe.events import read_events
+from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.residual_cuts import residual_cuts
 from hsplit.observe.silent_display import SilentDisplay
+from hsplit.scheduling.plan import Plan
 
 LEVELS = (0.0, 0.3, 0.6, 0.9)
 SEEDS = (0, 1, 2)
@@ -228,16 +241,6 @@ def run_cell(
     cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console, device: str = "cpu"
 ) -> dict[str, Any]:
     """Train, and what it came to: what the cell is, budgets, plan, a row a round, and what the cap cut in each."""
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.actors.server import Server
-    from hsplit.config import load_run_config
-    from hsplit.launcher import check_model, read_inputs, settled
-    from hsplit.local_run import local_run
-    from hsplit.models.source import find_model
-    from hsplit.observe.events import read_events
-    from hsplit.observe.residual_cuts import residual_cuts
-    from hsplit.run_directory import RunDirectory
-
     variant = VARIANTS[cell.variant]
     planned_rounds = scale.rounds_of(cell)
     settings = [f"job.rounds={planned_rounds}", f"job.local_steps={scale.local_steps}"]
@@ -245,70 +248,53 @@ def run_cell(
     settings += [f"job.model={model}"] if model else []
     settings += [f"job.data.source={data}"] if data else []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
 
-        def configured(clients: Sequence[Mapping[str, float]]) -> Any:
-            cluster = folder / "cluster.yaml"
-            lines = []
+        def configured(clients: Sequence[Mapping[str, float]]) -> RunConfig:
+            lines = [f"server: {{memory_gb: 64, tflops: {SERVER_TFLOPS}}}", "clients:"]
             for i, own in enumerate(clients):
                 budget = ", ".join(f"{field}: {value:.9f}" for field, value in own.items())
                 lines.append(f"  - {{name: client-{i}, latency_ms: {LATENCY_MS}, {budget}}}")
-            server = f"server: {{memory_gb: 64, tflops: {SERVER_TFLOPS}}}"
-            cluster.write_text("\n".join([server, "clients:", *lines, ""]))
-            return settled(load_run_config(cluster, variant.policy, [*JOB, *settings, *variant.overrides]))
+            overrides = [*JOB, *settings, *variant.overrides]
+            return common.configured(Path(name), "\n".join([*lines, ""]), variant.policy, overrides)
 
         source = find_model(configured([{"memory_gb": 1.0, **MEAN}]).job.model)
         drawn = budgets(cell.h, cell.seed, mean_memory_gb(_parameters(source.directory)))
         run = configured(drawn)
-        check_model(run, source)
-        inputs = read_inputs(run, source)
-        found: dict[str, Any] = {
-            **asdict(cell),
-            "policy": variant.policy,
-            "overrides": list(variant.overrides),
-            "budgets": drawn,
-            "device": device_name(device),
-        }
-        try:
-            plan = Scheduler(run, source.directory).plan()
-        except InputError as nobody:
-            # The papers' device unavailability, at its worst: a result of its own.
-            console.print(f"  {nobody}")
-            return found | {"available": 0, "data_lost": 1.0, "rows": []}
-        sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
-        lost = sum(sizes.get(c.name, 0) for c in plan.clients if not c.available)
-        found |= {
-            "available": CLIENTS if run.policy.placement == "single" else len(plan.available),
-            "data_lost": lost / sum(sizes.values()),
-        }
-        missing = run.policy.placement != "single" and len(plan.available) < len(plan.clients)
-        if missing:
-            rounds = math.ceil(planned_rounds * len(plan.clients) / len(plan.available))
-            run = run.model_copy(update={"job": run.job.model_copy(update={"rounds": rounds})})
-        directory = RunDirectory.create(folder, "run")
-
+    source, inputs = common.read(run)
+    found: dict[str, Any] = {
+        **asdict(cell),
+        "policy": variant.policy,
+        "overrides": list(variant.overrides),
+        "budgets": drawn,
+        "device": common.device_name(device),
+    }
+    try:
+        plan = Scheduler(run, source.directory).plan()
+    except InputError as nobody:
+        # The papers' device unavailability, at its worst: a result of its own.
+        console.print(f"  {nobody}")
+        return found | {"available": 0, "data_lost": 1.0, "rows": []}
+    single = run.policy.placement == "single"
+    sizes = {name: len(share or ()) for name, share in inputs.shares.items()}
+    lost = sum(sizes.get(c.name, 0) for c in plan.clients if not c.available)
+    found |= {"available": CLIENTS if single else len(plan.available), "data_lost": lost / sum(sizes.values())}
+    judge = None
+    if not single and len(plan.available) < len(plan.clients):
+        rounds = math.ceil(planned_rounds * len(plan.clients) / len(plan.available))
+        run = run.model_copy(update={"job": run.job.model_copy(update={"rounds": rounds})})
         # On all held-out texts, where the run itself has those of available clients only.
-        judge = load_benchmark("policies").Judge(run, source, inputs, device) if missing else None
-
-        def everybodys() -> float:
-            state = coordinator._executor.ask("server", Server.state)
-            return float(judge.of_adapters(state))
-
-        watch = _Curve(console, everybodys if missing else None)
-        coordinator = local_run(run, source.directory, directory, inputs, watch, device=device)
-        begun = time.monotonic()
-        coordinator.run()
+        judge = Judge(run, source, inputs, device)
+    watch = _Curve(console, judge)
+    with common.in_process(run, source.directory, inputs, watch, device=device) as (coordinator, directory):
+        watch.coordinator = coordinator
+        wall_s = common.seconds_of(coordinator.run)
         cuts = residual_cuts(read_events(directory.events))
-        found |= {"rows": watch.figures, "plans": watch.plans, "cuts": cuts, "wall_s": time.monotonic() - begun}
-        return found
+    return found | {"rows": watch.figures, "plans": watch.plans, "cuts": cuts, "wall_s": wall_s}
 
 
 def _parameters(model: Path) -> int:
     """Weights of a model, each once."""
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-
-    from hsplit.models.segment import model_config
 
     with init_empty_weights():
         made = AutoModelForCausalLM.from_config(model_config(model), trust_remote_code=False)
@@ -321,22 +307,30 @@ class _Curve(SilentDisplay):
 
     Args:
         console: where rounds are shown.
-        perplexity: what to take for the run's own perplexity.
+        judge: measures the perplexity instead of the run itself, where there is one.
     """
 
-    def __init__(self, console: Console, perplexity: Any) -> None:
+    def __init__(self, console: Console, judge: Judge | None) -> None:
         super().__init__()
-        self._console, self._perplexity = console, perplexity
+        self._console, self._judge = console, judge
+        self.coordinator: Coordinator | None = None
         self.figures: list[dict[str, Any]] = []
         self.plans: list[dict[str, Any]] = []
 
-    def plan(self, plan: Any) -> None:
+    def _perplexity(self, row: MetricsRow) -> float:
+        if self._judge is None:
+            return row.val_ppl
+        assert self.coordinator is not None
+        executor = self.coordinator._executor
+        return self._judge.of_adapters(executor.ask(SERVER, Server.state))
+
+    def plan(self, plan: Plan) -> None:
         parts = [(c.name, c.available, c.split, c.rank_total) for c in (plan.server, *plan.clients)]
         self.plans.append({"makespan_s": plan.makespan_s, "captured": plan.captured_importance, "parts": parts})
 
-    def round_done(self, row: Any, *more: Any) -> None:
+    def round_done(self, row: MetricsRow, *more: Any) -> None:
         kept = {k: v for k, v in asdict(row).items() if k != "val_loss"}
-        kept["ppl"] = self._perplexity() if self._perplexity is not None else row.val_ppl
+        kept["ppl"] = self._perplexity(row)
         self.figures.append(kept)
         self._console.print(f"  round {row.round}: perplexity {kept['ppl']:.3f}, {row.virtual_time_s:.1f} s (virtual)")
 
@@ -359,8 +353,6 @@ class Cells:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
-        from hsplit.files import write_text_atomically
-
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._folder / f"{cell.key}.json", json.dumps(found, indent=1) + "\n")
 
@@ -450,9 +442,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(cell.key)
             cells.keep(cell, run_cell(cell, scale, options.data, options.model, console, options.device))
     if not options.list:
-        header = machine_description("torch")
-        header["command"] = " ".join(["hsplit bench convergence", *(sys.argv[1:] if arguments is None else arguments)])
-        load_benchmark("convergence_page").write_results(options.to, cells, scale, header, console)
+        # Imported here, since it takes the names of the protocol from this module.
+        from benchmarks import convergence_page
+
+        header = common.header_of("convergence", arguments, "torch")
+        convergence_page.write_results(options.to, cells, scale, header, console)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -465,7 +459,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench convergence", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("convergence", __doc__)
     parser.add_argument("--data", metavar="FILE", help="texts; default: the built-in generator")
     parser.add_argument("--model", help="default: the job's own")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda; default: cpu")
@@ -480,9 +474,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no further cell after so long")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--report", action="store_true", help="only tables, plots and page, from finished cells")
-    parser.add_argument("--to", type=Path, default=results_directory("convergence"))
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

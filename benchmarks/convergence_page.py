@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, geometric_mean, pstdev
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from hsplit.benchmark import load_benchmark, markdown_table, show_table, write_rows
+from benchmarks import common
+from benchmarks import convergence as protocol
+from benchmarks.common import Table
 from hsplit.observe import report_page
 from hsplit.observe.inline_svg import GRID, INK, drawing_style, inline_svg
 
@@ -113,9 +116,10 @@ def slowed(cell: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {**cell, "variant": cell["variant"] + AT_THE_CLIENT, "rows": rows}
 
 
-def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], console: Console) -> None:
+def write_results(
+    to: Path, cells: protocol.Cells, scale: protocol.Scale, header: Mapping[str, Any], console: Console
+) -> None:
     """Everything that follows from the finished cells."""
-    protocol = load_benchmark("convergence")
     done = cells.all()
     # The rate that each variant goes with, as far as it is known.
     rates = {name: protocol.chosen_lr(cells, scale, name) for name in protocol.VARIANTS}
@@ -138,9 +142,9 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     devices = ", ".join(sorted({c["device"] for c in grid}))
     told = {**header, "cells computed on": devices, "target perplexity": f"{target:.3f}"}
     told |= {"rounds": scale.rounds, "local_steps": scale.local_steps}
-    write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
-    write_rows(to / "budgets.csv", _budget_rows(grid), told)
-    write_rows(to / "headline.csv", [asdict(one) for one in policies], told)
+    common.write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
+    common.write_rows(to / "budgets.csv", _budget_rows(grid), told)
+    common.write_rows(to / "headline.csv", policies, told)
     single = [c for c in grid if c["variant"] == "cenlora"]
     own_targets = {c["seed"]: target_of([c], protocol.TARGET_PART) for c in single}
     own_aim = "Times as long as hsplitlora, each seed to its own cenlora's perplexity"
@@ -154,27 +158,25 @@ def write_results(to: Path, cells: Any, scale: Any, header: Mapping[str, Any], c
     ablations = [c for c in grid if c["variant"] in protocol.ABLATIONS and c["seed"] == scale.seeds[0]]
     if ablations:
         wholes = [c for c in grid if c["variant"] in (protocol.NOTHING_OFF, "hsplitlora")]
-        rows = ablation_rows(ablations, wholes, target)
-        tables["Ablations"] = ablation_table(rows)
-        write_rows(to / "ablations.csv", [asdict(one) for one in rows], told)
-    tables["Learning rates"] = rate_table(done, protocol, scale)
+        held = ablation_rows(ablations, wholes, target)
+        tables["Ablations"] = ablation_table(held)
+        common.write_rows(to / "ablations.csv", held, told)
+    tables["Learning rates"] = rate_table(done, scale)
     for title, (columns, rows) in tables.items():
-        show_table(console, columns, rows, title=title)
-    heading = "".join(f"- {key}: {value}\n" for key, value in told.items())
-    body = [f"## {title}\n\n{markdown_table(*content)}" for title, content in tables.items()]
-    (to / "convergence.md").write_text("\n".join([heading, *body]))
-    (to / "convergence.html").write_text(_page(grid, policies, tables, told, target, protocol))
+        common.show_table(console, columns, rows, title=title)
+    body = [common.titled(title, content) for title, content in tables.items()]
+    common.write_markdown(to / "convergence.md", told, body)
+    (to / "convergence.html").write_text(_page(grid, policies, tables, told, target))
     with drawing_style():
-        _curves(grid, "virtual_time_s", "seconds (virtual)", target, protocol).savefig(to / "convergence.svg")
+        figure = _curves(grid, "virtual_time_s", "seconds (virtual)", target)
+        common.save_figure(figure, to / "convergence.svg")
     console.print(f"written to {to}")
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
 
-_Content = tuple[list[str], list[list[str]]]
 
-
-def policy_table(lines: Sequence[Line]) -> _Content:
+def policy_table(lines: Sequence[Line]) -> Table:
     """A row a policy and ``h``, the fastest first."""
     columns = ["policy", "h", "seeds", "clients", "data lost", "perplexity", "± (seeds)", "lost against h 0"]
     columns += ["s to target (virtual)", "rounds to target", "tokens", "MB sent", "captured importance"]
@@ -199,7 +201,7 @@ def policy_table(lines: Sequence[Line]) -> _Content:
     return columns, rows
 
 
-def claims_table(by: Mapping[tuple[str, float], Sequence[Any]], target: float) -> _Content:
+def claims_table(by: Mapping[tuple[str, float], Sequence[Any]], target: float) -> Table:
     """The papers' ratios and losses, and ours beside them: each policy against ``hsplitlora`` on the seeds of both.
 
     Args:
@@ -240,7 +242,7 @@ def claims_table(by: Mapping[tuple[str, float], Sequence[Any]], target: float) -
     return columns, rows
 
 
-def times_table(by: Mapping[tuple[str, float], Sequence[Any]], targets: Mapping[int, float]) -> _Content:
+def times_table(by: Mapping[tuple[str, float], Sequence[Any]], targets: Mapping[int, float]) -> Table:
     """Ratios of time to that of ``hsplitlora``, to a target of each seed's own.
 
     Args:
@@ -336,7 +338,7 @@ def ablation_rows(
     return rows
 
 
-def ablation_table(rows: Sequence[Ablation]) -> _Content:
+def ablation_table(rows: Sequence[Ablation]) -> Table:
     """Variants against the whole method."""
     columns = ["variant", "h", "computed on", "perplexity", "against the whole", "s to target (virtual)", "MB sent"]
     table = [
@@ -355,7 +357,7 @@ def ablation_table(rows: Sequence[Ablation]) -> _Content:
     return [*columns, "captured importance"], table
 
 
-def rate_table(done: Sequence[Mapping[str, Any]], protocol: Any, scale: Any) -> _Content:
+def rate_table(done: Sequence[Mapping[str, Any]], scale: protocol.Scale) -> Table:
     """Perplexity at the end by learning rate, on the seed that is for tuning."""
     columns = ["policy", *(f"{factor:g} x usual" for factor in scale.factors), "usual rate"]
     tried = {(c["variant"], c["lr"]): c for c in done if c["seed"] == protocol.TUNING_SEED}
@@ -397,17 +399,15 @@ def _budget_rows(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: float, protocol: Any) -> Any:
+def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: float) -> Figure:
     """Perplexity against ``column``, a panel for each ``h``; thin lines are seeds."""
-    from matplotlib.figure import Figure
-
     levels = sorted({cell["h"] for cell in grid})
     names = [n for n in protocol.POLICIES if any(c["variant"] == n for c in grid)]
     # What does not depend on h is in every panel.
     everywhere = {*SINGLE, *(name + AT_THE_CLIENT for name in SINGLE)}
     if column == "virtual_time_s":
         names += [name for name in sorted(everywhere) if name.endswith(AT_THE_CLIENT)]
-    figure = Figure(figsize=(3.1 * len(levels), 3.4), layout="constrained")
+    figure = common.new_figure(3.1 * len(levels), 3.4)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     for panel, h in zip(panels, levels, strict=True):
         for index, name in enumerate(names):
@@ -432,10 +432,8 @@ def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: 
     return figure
 
 
-def _against_h(lines: Sequence[Line], attribute: str, label: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+def _against_h(lines: Sequence[Line], attribute: str, label: str) -> Figure:
+    figure = common.new_figure(5.2, 3.4)
     axes = figure.subplots()
     for name in dict.fromkeys(one.name for one in lines):
         own = sorted((one for one in lines if one.name == name), key=lambda one: one.h)
@@ -452,18 +450,17 @@ def _against_h(lines: Sequence[Line], attribute: str, label: str) -> Any:
 def _page(
     grid: Sequence[Any],
     policies: Sequence[Line],
-    tables: Mapping[str, _Content],
+    tables: Mapping[str, Table],
     told: Mapping[str, Any],
     target: float,
-    protocol: Any,
 ) -> str:
     seeds = len({cell["seed"] for cell in grid})
     plots = []
     with drawing_style():
         drawn = {
-            "time": (_curves(grid, "virtual_time_s", "seconds (virtual)", target, protocol), "against virtual time"),
-            "tokens": (_curves(grid, "tokens", "tokens", target, protocol), "against tokens trained on"),
-            "rounds": (_curves(grid, "round", "rounds", target, protocol), "against rounds"),
+            "time": (_curves(grid, "virtual_time_s", "seconds (virtual)", target), "against virtual time"),
+            "tokens": (_curves(grid, "tokens", "tokens", target), "against tokens trained on"),
+            "rounds": (_curves(grid, "round", "rounds", target), "against rounds"),
         }
         for key, (figure, what) in drawn.items():
             caption = f"Validation perplexity {what}; every line is one seed, of up to {seeds}; grey: the target."

@@ -1,4 +1,4 @@
-"""What a step's messages weigh on the wire, and what a client takes of memory: a part of ``throughput.py``."""
+"""The setting of ``throughput.py``, the bytes of a step's messages on the wire, and the memory of a client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsplit.benchmark import load_benchmark
+import torch
+
+from benchmarks import common, rivals
+from benchmarks.common import Table
+from hsplit.actors.client import Client
+from hsplit.actors.messages import WIRE_DTYPES
+from hsplit.actors.participant import base_model
+from hsplit.actors.peak_memory import PeakMemory
+from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.server import Server
+from hsplit.config import RunConfig
+from hsplit.coordinator import Inputs
+from hsplit.lora.holder import RoundUpdate
+from hsplit.models.segment import BaseModel, layer_count, model_config
+from hsplit.models.source import ModelSource
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+CLUSTER = """
+server: {{memory_gb: 8, tflops: 2}}
+clients: [{{name: client, count: {clients}, memory_gb: 2, tflops: 1}}]
+job:
+  base: {base}
+  dtype: {dtype}
+  data: {{source: "{data}", partition: iid}}
+  wire: {wire}
+  rounds: 1000
+  local_steps: 8
+  validation: {{share: 0.1, max_examples: 2}}
+"""
+POLICY = """
+split: {split}
+ranks: {rank}
+importance: {{metric: equal}}
+freeze: never
+"""
 
 
 @dataclass(frozen=True)
@@ -51,17 +85,74 @@ class Peak:
     declared_mb: float | None
 
 
+def configured(
+    options: argparse.Namespace,
+    dtype: str,
+    base: str,
+    clients: int,
+    folder: Path,
+    wire: str | None = None,
+    split: int | None = None,
+) -> RunConfig:
+    """The resolved configuration of equal clients, all at ``options.rank`` and ``split``, or ``options.split``."""
+    data = Path(options.data).resolve() if Path(options.data).is_file() else options.data
+    cluster = CLUSTER.format(clients=clients, base=base, dtype=dtype, wire=wire or dtype, data=data)
+    policy = POLICY.format(split=options.split if split is None else split, rank=options.rank)
+    return common.configured(folder, cluster, policy, [f"job.model={options.model}"] if options.model else [])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Clients and a server in this process, all computing in fp32.
+
+    Attributes:
+        run, source, inputs: what they are made of.
+        base: the model that they share.
+        plan: the plan of all.
+        server: one that has its layers and its first adapters.
+    """
+
+    run: RunConfig
+    source: ModelSource
+    inputs: Inputs
+    base: BaseModel
+    plan: Plan
+    server: Server
+
+    @classmethod
+    def of(
+        cls, options: argparse.Namespace, base: str, clients: int, wire: str = "fp32", split: int | None = None
+    ) -> Setting:
+        """The setting of ``clients`` equal clients, all at ``split``."""
+        with tempfile.TemporaryDirectory() as folder:
+            run = configured(options, "fp32", base, clients, Path(folder), wire, split)
+            source, inputs = common.read(run)
+        made = base_model(source.directory, run.job)
+        plan = Scheduler(run, source.directory).plan()
+        server = Server("server", run.job, run.policy, made, measure=False)
+        server.configure(plan)
+        server.restart(RoundUpdate(1, {}, {}))
+        return cls(run, source, inputs, made, plan, server)
+
+    def client(self, part: HolderPlan, measure: bool) -> Client:
+        """A client with the layers, adapters and data of ``part``; ``measure``: its memory is followed."""
+        assert part.split is not None
+        client = Client(part.name, self.run.job, self.run.policy, self.base, measure=measure)
+        client.load_data({part.name: self.inputs.shares[part.name]}, None)
+        client.configure(part.split, part.ranks)
+        client.restart(RoundUpdate(1, {}, {}))
+        return client
+
+
 def messages(options: argparse.Namespace) -> list[Message]:
     """One client's messages of a step, for each type on the wire."""
-    import torch
-
-    from hsplit.actors.messages import WIRE_DTYPES
-
     found = []
     for wire in ("fp32", "bf16", "int8"):
-        client, server, _ = _pair(options, "fp32", 1, wire)
-        _, message = client.forward(0, 0)
-        _, gradient = server.train_step(0, 0, message)
+        setting = Setting.of(options, "fp32", 1, wire)
+        _, message = setting.client(setting.plan.available[0], measure=False).forward(0, 0)
+        _, *gradients = setting.server.train_step(0, 0, message)
+        (gradient,) = gradients
+        assert gradient is not None
         size = torch.int8.itemsize if wire == "int8" else WIRE_DTYPES[wire].itemsize
         for what, value, tensor in (("activations up", message, message.hidden), ("gradient down", gradient, gradient)):
             entries = tensor.shape[0] * tensor.shape[1]
@@ -77,8 +168,8 @@ def _pickled(value: Any) -> tuple[int, int]:
     return copied + sum(buffer.raw().nbytes for buffer in buffers), copied
 
 
-def message_table(rows: Sequence[Message]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells."""
+def message_table(rows: Sequence[Message]) -> Table:
+    """Columns and cells, a row a message."""
     cells = [
         [
             f"{row.what}, {row.wire}",
@@ -94,21 +185,14 @@ def message_table(rows: Sequence[Message]) -> tuple[list[str], list[list[str]]]:
 
 def peaks(options: argparse.Namespace) -> list[Peak]:
     """A federated client's peak, then those of hsplit's clients by layers held, all in fp32."""
-    import torch
-
-    from hsplit.actors.peak_memory import PeakMemory
-    from hsplit.models.segment import layer_count, model_config
-
-    client, _, setting = _pair(options, "fp32", 1, "fp32")
-    run, source, inputs = setting
-    name = client.name
-    del client
+    setting = Setting.of(options, "fp32", 1)
+    (part,) = setting.plan.available
+    layers = layer_count(model_config(setting.source.directory))
+    memory, shares = PeakMemory(torch.device("cpu")), {part.name: setting.inputs.shares[part.name] or []}
+    model, job = setting.source.directory, setting.run.job
+    del setting
     gc.collect()
-    layers = layer_count(model_config(source.directory))
-    memory = PeakMemory(torch.device("cpu"))
-    federated = load_benchmark("rivals").Federated
-    shares = {name: inputs.shares[name]}
-    rival = federated(source.directory, torch.float32, shares, run.job, options.rank, options.split, 1)
+    rival = rivals.Federated(model, torch.float32, shares, job, options.rank, options.split, 1)
     # Loaded by transformers' own threads, which the meter does not see: counted as given to the steps.
     with memory.window(list(rival.models[0].parameters())):
         rival.run(0, 2)
@@ -116,21 +200,22 @@ def peaks(options: argparse.Namespace) -> list[Peak]:
     found = [Peak("federated client, PEFT", layers, 1.0, memory.peak_bytes() / 1e6, None)]
     del rival
     for split in sorted({1, max(1, 2 * layers // 15), max(1, 2 * layers // 5)}):
-        client, server, _ = _pair(options, "fp32", 1, "fp32", split)
+        setting = Setting.of(options, "fp32", 1, split=split)
+        client = setting.client(setting.plan.available[0], measure=True)
         held = sum(client.parameters_held().values()) / values
         for step in range(2):
             _, message = client.forward(step, 0)
-            _, gradient = server.train_step(step, 0, message)
-            client.backward(step, 0, gradient)
-        declared = client.predicted_mb
+            _, *gradients = setting.server.train_step(step, 0, message)
+            client.backward(step, 0, *gradients)
+        declared = setting.plan.available[0].predicted_bytes / 1e6
         found.append(Peak(f"hsplit client, split {split}", split, held, client.peak_bytes() / 1e6, declared))
-        del client, server
+        del client, setting
         gc.collect()
     return found
 
 
-def peak_table(rows: Sequence[Peak]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells."""
+def peak_table(rows: Sequence[Peak]) -> Table:
+    """Columns and cells, a row a client."""
     whole = rows[0].peak_mb
     cells = [
         [
@@ -144,32 +229,3 @@ def peak_table(rows: Sequence[Peak]) -> tuple[list[str], list[list[str]]]:
         for row in rows
     ]
     return ["fp32, 2 examples", "layers", "values held", "peak, MB", "plan's budget, MB", "of federated"], cells
-
-
-def _pair(options: argparse.Namespace, base: str, clients: int, wire: str, split: int | None = None) -> Any:
-    """A client and a server in this process, configured, with what they were made of."""
-    from hsplit.actors.client import Client
-    from hsplit.actors.participant import base_model
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.actors.server import Server
-    from hsplit.lora.holder import RoundUpdate
-    from hsplit.models.source import find_model
-    from hsplit.preparation import read_inputs
-
-    options = argparse.Namespace(**{**vars(options), "split": options.split if split is None else split})
-    with tempfile.TemporaryDirectory() as folder:
-        run = load_benchmark("throughput").configured(options, "fp32", base, clients, Path(folder), wire)
-        source = find_model(run.job.model)
-        inputs = read_inputs(run, source)
-    made = base_model(source.directory, run.job)
-    plan = Scheduler(run, source.directory).plan()
-    (part,) = plan.available
-    client = Client(part.name, run.job, run.policy, made)
-    client.predicted_mb = part.predicted_bytes / 1e6
-    client.load_data({part.name: inputs.shares[part.name]}, None)
-    client.configure(part.split, part.ranks)
-    client.restart(RoundUpdate(1, {}, {}))
-    server = Server("server", run.job, run.policy, made, measure=False)
-    server.configure(plan)
-    server.restart(RoundUpdate(1, {}, {}))
-    return client, server, (run, source, inputs)

@@ -60,7 +60,8 @@ class Observed:
 @torch.no_grad()
 def activations(front: Segment, examples: Sequence[TokenizedExample]) -> Observed:
     """Run ``examples`` through a client's front."""
-    hidden, ids, lengths = [], [], []
+    hidden, ids = [], []
+    lengths: list[int] = []
     for start in range(0, len(examples), BATCH):
         part = [example.ids for example in examples[start : start + BATCH]]
         own = tuple(len(one) for one in part)

@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of clients and of the server (METHOD 4).
 
-    python -m benchmarks.memory [--out FOLDER] [--only PART_OF_A_NAME]
+    python -m benchmarks.memory [--to FOLDER] [--only PART_OF_A_NAME]        # or: hsplit bench memory
 
 A real ``Client`` (or ``Server``) goes through what a run asks of it, under what a plan reserves for: batches of the
 greatest length with every token supervised, residuals at their cap, an importance probe, a resumption. What the other
@@ -10,8 +10,6 @@ combination runs in a process of its own.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import multiprocessing
 import tempfile
 import time
@@ -22,7 +20,9 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from rich.console import Console
 
+from benchmarks import common
 from hsplit.actors.client import Client
 from hsplit.actors.factory import participant_class
 from hsplit.actors.messages import Activations, WireTensor
@@ -32,6 +32,7 @@ from hsplit.actors.whole_client import WholeClient
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
+from hsplit.experiments import call_of
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import ResidualUpdate
@@ -45,6 +46,7 @@ from hsplit.models.segment import (
     model_config,
     targeted,
 )
+from hsplit.models.source import find_model
 from hsplit.scheduling.cost import CostModel
 from hsplit.scheduling.plan import HolderPlan, Plan
 
@@ -392,16 +394,15 @@ SERVERS = (
 )
 
 
+CASES = (*CLIENTS, *SERVERS)
+
+
 def random_model(to: Path, config: Any) -> Path:
     """Save a model of ``config`` with random weights, and a tokenizer that makes one token of every `` a``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(to)
-    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(to)
+    common.word_tokenizer(["a"]).save_pretrained(to)
     return to
 
 
@@ -418,62 +419,54 @@ def row_of(directory: Path, case: Case) -> dict[str, Any]:
     return row | {"error_at_work": measured.error_at_work, "wall_time_s": time.perf_counter() - begun}
 
 
-def _measure_apart(directory: Path, case: Case, results: Any) -> None:
+def measure_apart(directory: Path, number: int, results: Any) -> None:
+    """Put the row of :data:`CASES` ``[number]`` into the queue ``results``."""
     torch.set_num_threads(2)
-    results.put(row_of(directory, case))
+    results.put(row_of(directory, CASES[number]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every combination, write the rows and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory")
+    parser = common.flags_of("memory", __doc__)
+    parser.add_argument("--out", type=Path, dest="to", metavar="DIR", help="the same as --to")
     parser.add_argument("--only", default="", help="only models whose name contains this")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     from transformers import GPT2Config
-
-    from hsplit.models.source import find_model
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "bos_token_id": 0, "eos_token_id": 0}
         places = {SMOLLM2: lambda: find_model(DEFAULT_MODEL).directory}
         places[GPT2] = lambda: random_model(Path(folder), GPT2Config(**sizes))
-        directories = {name: find() for name, find in places.items() if arguments.only in name}
+        directories = {name: find() for name, find in places.items() if options.only in name}
         # Forked processes would inherit memory; spawned ones begin with none.
         context = multiprocessing.get_context("spawn")
-        for case in (*CLIENTS, *SERVERS):
+        for number, case in enumerate(CASES):
             if case.model in directories:
                 results = context.Queue()
-                process = context.Process(target=_measure_apart, args=(directories[case.model], case, results))
+                given = ("memory", measure_apart.__name__, directories[case.model], number, results)
+                process = context.Process(target=call_of, args=given)
                 process.start()
                 rows.append(results.get(timeout=600))
                 process.join()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "memory.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    common.write_rows(options.to / "memory.csv", rows, {})
     show(rows)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table, in MB (1e6 bytes) above the holder's start."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Peak memory in MB above the holder's start; error: predicted over measured")
-    for column in ("holder", "model", "base", "dtype", "splits", "rank", "batch", "labels"):
-        table.add_column(column)
-    for column in ("declared", "predicted", "measured", "error", "at rest", "error at work"):
-        table.add_column(column, justify="right")
+    columns = ["holder", "model", "base", "dtype", "splits", "rank", "batch", "labels"]
+    columns += ["declared", "predicted", "measured", "error", "at rest", "error at work"]
+    cells = []
     for row in rows:
         named = [str(row[key]) for key in ("holder", "model", "base", "dtype", "splits", "rank")]
         sizes = [f"{row[f'{key}_bytes'] / 1e6:.1f}" for key in ("declared", "predicted", "measured")]
         batch = f"{row['batch_size']} x {row['length']}"
         errors = [f"{row['error']:+.1%}", f"{row['rest_bytes'] / 1e6:.1f}", f"{row['error_at_work']:+.1%}"]
-        table.add_row(*named, batch, row["labels"], *sizes, *errors)
-    Console(width=180).print(table)
+        cells.append([*named, batch, row["labels"], *sizes, *errors])
+    title = "Peak memory in MB above the holder's start; error: predicted over measured"
+    common.show_table(Console(width=180), columns, cells, title=title, left=8)
 
 
 if __name__ == "__main__":

@@ -5,32 +5,38 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import common
 from hsplit.actors.client import Client
 from hsplit.actors.executor import SERVER
 from hsplit.actors.server import Server
-from hsplit.benchmark import markdown_table, show_table, write_rows
-from hsplit.config import Job, Policy
+from hsplit.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.config import Job, Policy, RunConfig
 from hsplit.config.policy import Importance
 from hsplit.data import partition, read_examples
 from hsplit.lora.aggregation import Contribution, Restart, average_factors, noise_free
+from hsplit.lora.export import learned
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, model_config
 from hsplit.models.source import find_model
 from hsplit.models.weights import DenseWeight, FrozenWeight, Int8Weight, NF4Weight
+from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
 
+Init = Literal["shared", "independent"]
 BASES = ("fp32", "bf16", "int8", "nf4")
 HOLDERS = 3
 EQUAL, UNEQUAL = (8, 8, 8), (4, 8, 16)
+INITS: tuple[Init, ...] = ("shared", "independent")
 SHARED_LAYERS = 8
 CAP = 128
 
@@ -77,23 +83,23 @@ class Noise:
     noise: float
 
 
-def tables(options: argparse.Namespace, console: Console, machine: dict[str, str]) -> list[str]:
+def tables(options: argparse.Namespace, console: Console, header: dict[str, Any]) -> list[str]:
     """Run this part, print its tables and write their rows; returns them as markdown."""
     if options.run is not None:
         directory, terms = _of_run(options.run)
-        return [_merging(directory, {str(options.run): terms}, options, console, machine)]
+        return [_merging(directory, {str(options.run): terms}, options, console, header)]
     directory = find_model(options.model).directory
     noises: list[Noise] = []
     updates: dict[str, Terms] = {}
     for ranks in (EQUAL, UNEQUAL):
-        for init in ("shared", "independent"):
+        for init in INITS:
             console.print(f"training {HOLDERS} holders of ranks {ranks}, {init} A, {options.steps} steps")
             found = _trained(directory, ranks, init, options)
             noises += [_noise(*key, ranks, init, held) for key, held in _several(found)]
             if ranks == EQUAL and init == "independent":
                 updates = {f"{steps} steps" if steps > 1 else "1 step": terms for steps, terms in found.items()}
-    texts = [_merging(directory, updates, options, console, machine)]
-    write_rows(options.to / "noise.csv", [asdict(row) for row in noises], machine | _how(options))
+    texts = [_merging(directory, updates, options, console, header)]
+    common.write_rows(options.to / "noise.csv", noises, header | _how(options))
     return [*texts, _noise_table(noises, console)]
 
 
@@ -109,7 +115,7 @@ def _how(options: argparse.Namespace) -> dict[str, str]:
 # -- a real update ------------------------------------------------------------------------------------------------
 
 
-def _trained(directory: Path, ranks: Sequence[int], init: str, options: argparse.Namespace) -> dict[int, Terms]:
+def _trained(directory: Path, ranks: Sequence[int], init: Init, options: argparse.Namespace) -> dict[int, Terms]:
     """Adapters after one step and after the last; clients hold the first layers, and the server the rest."""
     job = Job.model_validate(
         {
@@ -167,11 +173,6 @@ def _held(holders: Sequence[Client | Server]) -> Terms:
 
 
 def _of_run(path: Path) -> tuple[Path, Terms]:
-    from hsplit.checkpoint import latest_checkpoint, read_checkpoint
-    from hsplit.config import RunConfig
-    from hsplit.lora.export import learned
-    from hsplit.run_directory import RunDirectory
-
     directory = RunDirectory.open(path)
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
     terms = learned(read_checkpoint(checkpoint)[1][SERVER])
@@ -194,7 +195,7 @@ def _merging(
     updates: Mapping[str, Terms],
     options: argparse.Namespace,
     console: Console,
-    machine: dict[str, str],
+    header: dict[str, Any],
 ) -> str:
     layers = options.layers or model_config(directory).num_hidden_layers
     rows: list[Merged] = []
@@ -227,7 +228,7 @@ def _merging(
                             float((working - expected).norm() / own.norm()),
                         )
                     )
-    write_rows(options.to / "merging.csv", [asdict(row) for row in rows], machine | _how(options))
+    common.write_rows(options.to / "merging.csv", rows, header | _how(options))
     return _merging_table(rows, console)
 
 
@@ -314,5 +315,5 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def _shown(title: str, columns: list[str], cells: list[list[str]], console: Console) -> str:
-    show_table(console, columns, cells, title=title, left=2)
-    return f"## {title}\n\n{markdown_table(columns, cells)}"
+    common.show_table(console, columns, cells, title=title, left=2)
+    return common.titled(title, (columns, cells))

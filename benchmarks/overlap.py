@@ -10,16 +10,18 @@ of one part at the other side, which cannot be hidden.
 
 from __future__ import annotations
 
-import time
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import load_benchmark, markdown_table
+from benchmarks import common
+from benchmarks.common import Table
+from hsplit.actors.executor import SERVER
+from hsplit.config import RunConfig
 
 # Declared seconds of the clients' and the server's phase of a whole batch.
 BALANCES = {"clients slower": (1.6, 0.8), "even": (1.2, 1.2), "server slower": (0.8, 1.6)}
@@ -67,9 +69,8 @@ class Overlap:
 
 def overlaps(steps: int, console: Console) -> list[Overlap]:
     """Measure every balance with its numbers of microbatches."""
-    tiny = load_benchmark("tiny_cluster")
-    with tiny.local_ray(8) as folder:
-        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv")
+    with common.local_ray(8) as folder:
+        model, data = common.tiny_model(folder / "model"), common.texts(folder / "texts.csv")
         found = []
         for balance, wanted in BALANCES.items():
             for parts in PARTS[balance]:
@@ -78,7 +79,7 @@ def overlaps(steps: int, console: Console) -> list[Overlap]:
         return found
 
 
-def table(rows: Sequence[Overlap]) -> tuple[list[str], list[list[str]]]:
+def table(rows: Sequence[Overlap]) -> Table:
     """Columns and cells."""
     columns = [
         "emulated speeds",
@@ -101,63 +102,36 @@ def table(rows: Sequence[Overlap]) -> tuple[list[str], list[list[str]]]:
 def _measured(
     folder: Path, model: Path, data: Path, balance: str, wanted: tuple[float, float], parts: int, steps: int
 ) -> Overlap:
-    from hsplit.actors.executor import SERVER
-    from hsplit.actors.ray_executor import RayExecutor
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.coordinator import Coordinator
-    from hsplit.models.source import find_model
-    from hsplit.observe.silent_display import SilentDisplay
-    from hsplit.preparation import read_inputs
-    from hsplit.run_directory import RunDirectory
-
-    def configured(client_tflops: float, server_tflops: float) -> Any:
-        return _configured(folder, model, data, client_tflops, server_tflops, parts)
+    def configured(client_tflops: float, server_tflops: float) -> RunConfig:
+        speeds = {"client_tflops": f"{client_tflops:.12f}", "server_tflops": f"{server_tflops:.12f}"}
+        cluster = CLUSTER.format(model=model, data=data, parts=parts, **speeds)
+        return common.configured(folder, cluster, POLICY, ["job.dtype=fp32"])
 
     # Speeds that make the phases as long as wanted: computing is in proportion to them, sending is not.
     unit = 1e-3
-    trial = configured(unit, unit)
-    calls = Scheduler(trial, model).call_times_s(Scheduler(trial, model).plan())
-    fast = configured(1e9, 1e9)
-    sending = Scheduler(fast, model).call_times_s(Scheduler(fast, model).plan())["client-0"]
+    calls = common.call_times_s(configured(unit, unit), model)
+    sending = common.call_times_s(configured(1e9, 1e9), model)["client-0"]
     sent_s = (sending["up"] + sending["down"]) * parts
     computed_s = (calls["client-0"]["up"] + calls["client-0"]["down"]) * parts - sent_s
     server_s = calls[SERVER]["step"] * parts
     run = configured(unit * computed_s / (wanted[0] - sent_s), unit * server_s / wanted[1])
-    executor = RayExecutor(f"overlap-{balance}-{parts}", run, model)
-    try:
-        directory = RunDirectory.create(folder, f"{balance.replace(' ', '-')}-{parts}")
-        coordinator = Coordinator(run, executor, directory, read_inputs(run, find_model(str(model))), SilentDisplay())
+    with common.on_ray(f"overlap-{balance.replace(' ', '-')}-{parts}", run, model, folder) as (coordinator, _):
         coordinator.start()
         coordinator.begin_round()
         predicted = coordinator._step_times_s[-1]
-        seconds = []
         # The first steps of a round are also measured for memory, which takes time.
-        for step in range(2 + steps):
-            begun = time.perf_counter()
-            coordinator.local_step(step)
-            seconds.append(time.perf_counter() - begun)
-    finally:
-        executor.close()
+        seconds = [common.seconds_of(coordinator.local_step, step) for step in range(2 + steps)]
     bound = max(wanted) + min(wanted) / parts
     return Overlap(balance, parts, *wanted, bound, predicted, median(seconds[2:]))
 
 
-def _configured(folder: Path, model: Path, data: Path, client_tflops: float, server_tflops: float, parts: int) -> Any:
-    from hsplit.config import load_run_config
-    from hsplit.preparation import settled
-
-    cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
-    speeds = {"client_tflops": f"{client_tflops:.12f}", "server_tflops": f"{server_tflops:.12f}"}
-    cluster.write_text(CLUSTER.format(model=model, data=data, parts=parts, **speeds))
-    policy.write_text(POLICY)
-    return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(prog="overlap", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=3, help="local steps that are timed (default: 3)")
     console = Console()
-    rows = overlaps(3, console)
-    console.print(markdown_table(*table(rows)))
+    rows = overlaps(parser.parse_args(arguments).steps, console)
+    console.print(common.markdown_table(*table(rows)))
     console.print([asdict(row) for row in rows][-1])
 
 

@@ -33,13 +33,15 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
-from rich.box import SIMPLE_HEAD  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
-from hsplit.benchmark import keep_to_one_core, machine_description, results_directory, write_rows  # noqa: E402
+from benchmarks import common  # noqa: E402
+from benchmarks.common import Table  # noqa: E402
 from hsplit.config import Job, Policy, load_run_config  # noqa: E402
+from hsplit.models.segment import model_config  # noqa: E402
+from hsplit.models.source import find_model  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
+from hsplit.preparation import settled  # noqa: E402
 from hsplit.scheduling.cost import CostModel  # noqa: E402
 from hsplit.scheduling.holders import planned  # noqa: E402
 from hsplit.scheduling.importance import equal_importance  # noqa: E402
@@ -119,32 +121,28 @@ class Worth:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run both parts, print their tables and write them down."""
     options = _options(arguments)
-    keep_to_one_core()
-    machine = {"seconds": "processor time on one core, measured", **machine_description("numpy", "torch")}
-    options.to.mkdir(parents=True, exist_ok=True)
+    common.keep_to_one_core()
+    machine = {"seconds": "processor time on one core, measured", **common.machine_description("numpy", "torch")}
     console = Console()
     timings = _timings(options, console)
     _write(options.to / "planner.csv", timings, machine | {"model": options.model, "repeats": options.repeat})
     _draw(timings, options.to / "planner.svg", machine)
     worths = _worths(options.cluster)
-    console.print(_worth_table(worths, options.cluster))
+    title = "captured importance per second of a local step and its part of the round's end (virtual)"
+    common.show_table(console, *_worth_table(worths), title=f"{options.cluster}: {title}")
     _write(options.to / "configurations.csv", worths, machine | {"cluster": options.cluster, "importance": EQUAL})
     console.print(f"written to {options.to}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="hsplit bench planner",
-        description="Time planning on one core as clients grow in number; say what planning is worth.",
-    )
+    about = "Time planning on one core as clients grow in number; say what planning is worth."
+    parser = common.flags_of("planner", about)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000, 10000], metavar="N")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-2-7b")
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="how often each plan is timed after the first (default: 3)"
-    )
+    repeat = "how often each plan is timed after the first (default: 3)"
+    parser.add_argument("--repeat", type=int, default=3, help=repeat)
     parser.add_argument("--seed", type=int, default=0, help="of the drawn budgets (default: 0)")
     parser.add_argument("--cluster", default="hetero", help="cluster file or preset of the second part")
-    parser.add_argument("--to", type=Path, default=results_directory("planner"), help="directory to write")
     options = parser.parse_args(arguments)
     if min(options.clients) < 1 or options.repeat < 1:
         parser.error("--clients and --repeat must be at least 1")
@@ -175,7 +173,8 @@ def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
         tight, seconds = _timed(clients, short, cost, options.repeat)
         timings.append(_timing("short", clients, seconds, tight, timings))
     timings.sort(key=lambda t: t.server_memory)
-    console.print(_timing_table(timings))
+    title = "Planning on one core, in processor seconds (what is captured a second is virtual)"
+    common.show_table(console, *_timing_table(timings), title=title)
     return timings
 
 
@@ -226,12 +225,9 @@ def _timing(memory: str, clients: list[Budget], seconds: list[float], made: Plan
 
 
 def _timing_table(timings: list[Timing]) -> Table:
-    table = _table("Planning on one core, in processor seconds (what is captured a second is virtual)")
-    columns = "server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"
-    for name in (*columns, "captured\na second"):
-        table.add_column(name, justify="right")
-    for t in timings:
-        table.add_row(
+    columns = ["server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"]
+    cells = [
+        [
             t.server_memory,
             str(t.clients),
             str(t.distinct_budgets),
@@ -241,23 +237,15 @@ def _timing_table(timings: list[Timing]) -> Table:
             f"{t.seconds_per_client * 1e3:.2f}",
             "" if t.growth_exponent is None else f"{t.growth_exponent:.2f}",
             number_text(t.objective),
-        )
-    return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        ]
+        for t in timings
+    ]
+    return [*columns, "captured\na second"], cells
 
 
 def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    # The same figures give the same file.
-    matplotlib.rcParams["svg.hashsalt"] = "hsplit"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure = common.new_figure(6.4, 4.0)
+    axes = figure.subplots()
     for memory, rows in groupby(timings, key=lambda t: t.server_memory):
         own = list(rows)
         axes.loglog([t.clients for t in own], [t.seconds_median for t in own], "o-", label=f"server memory {memory}")
@@ -265,18 +253,13 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
     axes.set_title(machine["processor"], fontsize="small")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    common.save_figure(figure, path)
 
 
 # -- what planning is worth ---------------------------------------------------------------------------------------
 
 
 def _worths(cluster: str) -> list[Worth]:
-    from hsplit.models.segment import model_config
-    from hsplit.models.source import find_model
-    from hsplit.preparation import settled
-
     run = settled(load_run_config(cluster))
     cost = CostModel(model_config(find_model(run.job.model).directory), run.job)
     importance = equal_importance(cost.model.weights)
@@ -305,28 +288,15 @@ def _worth(name: str, made: Plan, reference: float) -> Worth:
     return Worth(name, len(made.available), splits, forward, made.captured_importance, *seconds, *worth)
 
 
-def _worth_table(worths: list[Worth], cluster: str) -> Table:
-    table = _table(
-        f"{cluster}: captured importance per second of a local step and its part of the round's end (virtual)"
-    )
-    table.add_column("configuration")
-    for name in (
-        "clients",
-        "splits",
-        "only\nforward",
-        "captured",
-        "step",
-        "round's\nend",
-        "captured\na second",
-        "of\nplanned",
-    ):
-        table.add_column(name, justify="right")
+def _worth_table(worths: list[Worth]) -> Table:
+    columns = ["configuration", "clients", "splits", "only\nforward", "captured", "step", "round's\nend"]
+    cells = []
     for w in worths:
         seconds = number_text(w.makespan_s, "s"), number_text(w.exchange_s, "s")
         figures = number_text(w.captured_importance), *seconds, number_text(w.captured_per_second)
         parts = str(w.clients_taking_part), w.splits, w.only_forward
-        table.add_row(w.configuration, *parts, *figures, f"{w.of_planned:.1%}")
-    return table
+        cells.append([w.configuration, *parts, *figures, f"{w.of_planned:.1%}"])
+    return [*columns, "captured\na second", "of\nplanned"], cells
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -335,7 +305,7 @@ def _worth_table(worths: list[Worth], cluster: str) -> Table:
 def _write(path: Path, rows: Sequence[Timing | Worth], header: dict[str, Any]) -> None:
     """A CSV and a JSON file of the same figures."""
     records = [asdict(row) for row in rows]
-    write_rows(path, records, header)
+    common.write_rows(path, records, header)
     path.with_suffix(".json").write_text(json.dumps({**header, "rows": records}, indent=2) + "\n")
 
 

@@ -11,10 +11,7 @@ everybody's held-out examples, computed on the run's base without a split.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,28 +20,29 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks import common
+from benchmarks.common import Table
 from hsplit.actors.executor import SERVER
 from hsplit.actors.participant import base_model
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.whole_client import WholeClient
-from hsplit.benchmark import results_directory
 from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import Policy, RunConfig, load_run_config
 from hsplit.config.cluster import CENTRAL
 from hsplit.coordinator import Inputs
-from hsplit.launcher import check_model, read_inputs, settled
-from hsplit.local_run import local_run
 from hsplit.lora.export import learned
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import layer_count, model_config
-from hsplit.models.source import ModelSource, find_model
+from hsplit.models.source import ModelSource
+from hsplit.observe.metrics import MetricsRow
 from hsplit.observe.silent_display import SilentDisplay
+from hsplit.preparation import settled
 from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import Plan
 
 POLICIES = ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
 # Full fine-tuning diverges at LoRA's learning rates.
@@ -96,13 +94,13 @@ class _Quiet(SilentDisplay):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self.plans: list[Any] = []
+        self.plans: list[Plan] = []
 
-    def plan(self, plan: Any) -> None:
+    def plan(self, plan: Plan) -> None:
         self.plans.append(plan)
 
-    def round_done(self, row: Any, holders: Any, timing: Any) -> None:
-        super().round_done(row, holders, timing)
+    def round_done(self, row: MetricsRow, *more: Any) -> None:
+        super().round_done(row, *more)
         self._console.print(f"  round {row.round}: validation perplexity {row.val_ppl:.3f}, {row.tokens:,} tokens")
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
@@ -111,39 +109,33 @@ class _Quiet(SilentDisplay):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the policies and write ``policies.csv`` and ``policies.md``."""
-    parser = argparse.ArgumentParser(prog="hsplit bench policies", description=__doc__.split("\n")[0])
+    parser = common.flags_of("policies", __doc__)
     parser.add_argument("--cluster", default="hetero")
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="NAME")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--ft-lr", type=float, default=FT_LR, help="learning rate of full fine-tuning")
-    parser.add_argument("--to", type=Path, default=results_directory("policies"))
     given = parser.parse_args(arguments)
     console = Console()
     rows = []
-    given.to.mkdir(parents=True, exist_ok=True)
     for name in given.policies:
         console.print(name)
         rows.append(measured(given.cluster, name, given.overrides, given.ft_lr, console))
         # After each, so that a long experiment leaves what it has.
         _write(given.to, rows, [given.cluster, *given.overrides])
-    console.print(_table(rows))
+    common.show_table(console, *_table(rows))
 
 
 def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, console: Console) -> Row:
     """Run one policy and measure what it came to."""
     run = settled(load_run_config(cluster, policy, overrides))
-    source = find_model(run.job.model)
-    check_model(run, source)
-    inputs = read_inputs(run, source)
+    source, inputs = common.read(run)
     if run.policy.train == "weights":
         run = _with_job(run, lr=ft_lr)
-    with tempfile.TemporaryDirectory() as folder:
-        directory, display = RunDirectory.create(Path(folder), policy), _Quiet(console)
-        plan = Scheduler(run, source.directory).plan()
-        if run.policy.placement == "full":
-            more = len(plan.clients) / len(plan.available)
-            run = _with_job(run, local_steps=round(run.job.local_steps * more))
-        coordinator = local_run(run, source.directory, directory, inputs, display)
+    plan, display = Scheduler(run, source.directory).plan(), _Quiet(console)
+    if run.policy.placement == "full":
+        more = len(plan.clients) / len(plan.available)
+        run = _with_job(run, local_steps=round(run.job.local_steps * more))
+    with common.in_process(run, source.directory, inputs, display) as (coordinator, directory):
         begun = time.monotonic()
         coordinator.run()
         wall = time.monotonic() - begun
@@ -254,29 +246,17 @@ def _cells(row: Row) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table()
-    for title in COLUMNS.values():
-        table.add_column(title)
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
+    return list(COLUMNS.values()), [_cells(row) for row in rows]
 
 
 def _write(out: Path, rows: Sequence[Row], setting: Sequence[str]) -> None:
-    with (out / "policies.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    lines = [
+    common.write_rows(out / "policies.csv", rows, {})
+    told = (
         f"`hsplit bench policies --cluster {setting[0]}{''.join(f' --set {o}' for o in setting[1:])}`,"
         f" computed in {rows[0].dtype}, torch {torch.__version__} on a CPU. One seed: differences of a few hundredths"
-        " mean nothing.",
-        "",
-        f"| {' | '.join(COLUMNS.values())} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(_cells(row))} |" for row in rows),
-    ]
-    (out / "policies.md").write_text("\n".join(lines) + "\n")
+        " mean nothing."
+    )
+    (out / "policies.md").write_text(f"{told}\n\n{common.markdown_table(*_table(rows))}")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import csv
 import random
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import common, inversion
+from benchmarks.common import Table
+from benchmarks.inversion import Observed
 from hsplit.actors.activation_noise import ActivationNoise
+from hsplit.actors.client import Client
+from hsplit.actors.executor import InProcess
 from hsplit.actors.messages import WireTensor
 from hsplit.actors.participant import base_model
-from hsplit.benchmark import (
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
-from hsplit.config import RunConfig, load_run_config
+from hsplit.config import RunConfig
 from hsplit.coordinator import Inputs
 from hsplit.data import Example, TokenizedExample, read_examples, tokenize
 from hsplit.data.meaning import parse_meaning
 from hsplit.data.sources import BUILT_IN
-from hsplit.local_run import local_run
 from hsplit.models.packing import Packing
-from hsplit.models.segment import Segment, SegmentSpec, layer_count, load_segment, model_config
+from hsplit.models.segment import Segment, SegmentSpec, layer_count, load_segment, load_tokenizer, model_config
 from hsplit.models.source import find_model
 from hsplit.observe.silent_display import SilentDisplay
-from hsplit.preparation import settled
-from hsplit.run_directory import RunDirectory
 
 CLUSTER = """
 server: {memory_gb: 64, tflops: 2}
@@ -159,18 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=150)
     benchmark = _Benchmark(options)
     benchmark.run(console)
-    columns, cells = table(benchmark.learned, benchmark.attacked)
-    show_table(console, columns, cells)
-    for line in benchmark.facts():
+    found = table(benchmark.learned, benchmark.attacked)
+    common.show_table(console, *found)
+    facts = benchmark.facts()
+    for line in facts:
         console.print(line)
-    (options.to / "privacy.md").write_text(
-        markdown_table(columns, cells) + "\n" + "".join(f"- {fact}\n" for fact in benchmark.facts())
-    )
+    text = common.markdown_table(*found) + "\n" + "".join(f"- {fact}\n" for fact in facts)
+    (options.to / "privacy.md").write_text(text)
     _plot(benchmark.learned, benchmark.attacked, options.to / "privacy.svg")
     console.print(f"written to {options.to}")
 
 
-def table(learned: Sequence[Learned], attacked: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
+def table(learned: Sequence[Learned], attacked: Sequence[Attacked]) -> Table:
     """Columns and cells, a row a split and noise."""
     columns = ["split", "noise", "perplexity before", "after", "without noise", "nearest", "linear", "inverter"]
     columns += ["best, content", "best, names", "best, trained"]
@@ -211,17 +204,16 @@ class _Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.attacks = load_benchmark("inversion")
         self.source = find_model(options.model)
         self.run_config = self._configured(0, 0.0, 1.0)
         self.base = base_model(self.source.directory, self.run_config.job)
         self.vocabulary = int(model_config(self.source.directory).vocab_size)
         self.texts = texts_of(options, self.source.directory, self.run_config)
-        self.made = self.attacks.scrambled(self.texts.public[: options.made], self.vocabulary, options.seed)
+        self.made = inversion.scrambled(self.texts.public[: options.made], self.vocabulary, options.seed)
         settings = {key: value for key, value in vars(options).items() if key not in _NOT_OF_A_CELL}
         settings["data"] = Path(options.data).name
         self.header = {
-            **machine_description("torch", "transformers"),
+            **common.machine_description("torch", "transformers"),
             "command": "hsplit bench privacy"
             + (f" --data {Path(options.data).name}" if options.data != BUILT_IN else "")
             + (" --quick" if options.quick else ""),
@@ -241,9 +233,7 @@ class _Benchmark:
             self.labels = self._labels_read()
         for split in dict.fromkeys(split for split, _ in missing[: options.cells]):
             front = load_segment(self.base, SegmentSpec(0, split, embedding=True))
-            known = [
-                self.attacks.activations(front, part) for part in (self.texts.public, self.made, self.texts.attacked)
-            ]
+            known = [inversion.activations(front, part) for part in (self.texts.public, self.made, self.texts.attacked)]
             clip = known[0].typical_norm
             alone = self._alone(front) if split <= NEAREST_TO else None
             for noise in (n for s, n in missing[: options.cells] if s == split):
@@ -261,11 +251,11 @@ class _Benchmark:
 
     def _write(self) -> None:
         to, in_order = self.options.to, sorted(self.learned, key=lambda row: (row.split, row.noise))
-        write_rows(to / "labels.csv", self.labels, self.header)
+        common.write_rows(to / "labels.csv", self.labels, self.header)
         # What was attacked first: a cell counts as done when its training is written.
         attacked = sorted(self.attacked, key=lambda row: (row.split, row.noise, row.trained))
-        write_rows(to / "attacks.csv", [asdict(row) for row in attacked], self.header)
-        write_rows(to / "utility.csv", [asdict(row) for row in in_order], self.header)
+        common.write_rows(to / "attacks.csv", attacked, self.header)
+        common.write_rows(to / "utility.csv", in_order, self.header)
 
     def facts(self) -> list[str]:
         """Sentences beside the table."""
@@ -296,7 +286,8 @@ class _Benchmark:
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
         if kind is dict:
             return rows
-        readers = {"int": int, "float": float, "bool": lambda text: text == "True", "str": str}
+        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+        readers["bool"] = lambda text: text == "True"
         types = {name: readers[str(field.type)] for name, field in kind.__dataclass_fields__.items()}
         return [{name: types[name](value) for name, value in row.items()} for row in rows]
 
@@ -313,19 +304,16 @@ class _Benchmark:
             "job.privacy.noise_clip": clip,
         }
         with tempfile.TemporaryDirectory() as name:
-            cluster, policy = Path(name) / "cluster.yaml", Path(name) / "policy.yaml"
-            cluster.write_text(CLUSTER)
-            policy.write_text(POLICY.format(split=split))
-            return settled(load_run_config(cluster, policy, overrides))
+            return common.configured(Path(name), CLUSTER, POLICY.format(split=split), overrides)
 
     # -- one cell -------------------------------------------------------------------------------------------------
 
     def _alone(self, front: Segment) -> Tensor:
         first = model_config(self.source.directory).bos_token_id or 0
-        return self.attacks.alone(front, first, self.vocabulary)
+        return inversion.alone(front, first, self.vocabulary)
 
     def _cell(
-        self, front: Segment, known: Sequence[Any], alone: Tensor | None, noise: float, clip: float
+        self, front: Segment, known: Sequence[Observed], alone: Tensor | None, noise: float, clip: float
     ) -> tuple[Learned, list[Attacked]]:
         """Attack, train, and attack again.
 
@@ -336,16 +324,18 @@ class _Benchmark:
             noise, clip: the job's.
         """
         split = front.spec.last
-        attacks, texts, options = self.attacks, self.texts, self.options
+        texts, options = self.texts, self.options
         adding, wire = ActivationNoise(noise, clip), self.run_config.job.wire
-        embeddings = next(iter(front.embeddings.values())).weight.detach().float()
+        embeddings = front.embeddings["embed_tokens"].weight
+        assert isinstance(embeddings, Tensor)
+        embeddings = embeddings.detach().float()
 
-        def arrived(sent: Any) -> Any:
-            return attacks.received(sent, adding, wire)
+        def arrived(sent: Observed) -> Observed:
+            return inversion.received(sent, adding, wire)
 
-        def fitted(public: Any, made: Any) -> Any:
+        def fitted(public: Observed, made: Observed) -> inversion.Linear:
             hidden, ids = (torch.cat([getattr(part, of) for part in (public, made)]) for of in ("hidden", "ids"))
-            return attacks.Linear(attacks.Observed(hidden, ids, public.lengths + made.lengths), embeddings)
+            return inversion.Linear(Observed(hidden, ids, public.lengths + made.lengths), embeddings)
 
         found = []
 
@@ -362,34 +352,32 @@ class _Benchmark:
 
         public, made, before = (arrived(sent) for sent in known)
         linear = fitted(public, made)
-        inverter = attacks.trained_inverter(linear, public, made, embeddings, options.inverter_steps, options.seed)
+        inverter = inversion.trained_inverter(linear, public, made, embeddings, options.inverter_steps, options.seed)
         if alone is not None:
             # Deep in the model all have much in common: what the public texts' tokens have, in either form.
             centred, table = before.hidden - public.hidden.mean(dim=0), alone - alone[public.ids].mean(dim=0)
-            count(False, "nearest", "base", attacks.guesses(centred, table, TOP), before.ids)
-        count(False, "linear", "base", attacks.guesses(linear.vectors(before), embeddings, TOP), before.ids)
+            count(False, "nearest", "base", inversion.guesses(centred, table, TOP), before.ids)
+        count(False, "linear", "base", inversion.guesses(linear.vectors(before), embeddings, TOP), before.ids)
         count(False, "inverter", "base", inverter.guesses(before, embeddings, TOP), before.ids)
         learned, trained = self._learned(split, noise, clip)
-        after = arrived(attacks.activations(trained, texts.attacked))
+        after = arrived(inversion.activations(trained, texts.attacked))
         count(True, "inverter", "base", inverter.guesses(after, embeddings, TOP), after.ids)
         # A regression needs fewer texts than an inverter.
-        few = [arrived(attacks.activations(trained, part[: len(part) // 2])) for part in (texts.public, self.made)]
+        few = [arrived(inversion.activations(trained, part[: len(part) // 2])) for part in (texts.public, self.made)]
         refitted = fitted(*few)
-        count(True, "linear", "adapters", attacks.guesses(refitted.vectors(after), embeddings, TOP), after.ids)
+        count(True, "linear", "adapters", inversion.guesses(refitted.vectors(after), embeddings, TOP), after.ids)
         return learned, found
 
     def _learned(self, split: int, noise: float, clip: float) -> tuple[Learned, Segment]:
         """Fine-tune on the private texts; returns also a client's front at the end."""
         run = self._configured(split, noise, clip)
         display = SilentDisplay()
-        with tempfile.TemporaryDirectory() as name:
-            directory = RunDirectory.create(Path(name), "run")
-            coordinator = local_run(
-                run, self.source.directory, directory, Inputs(self.texts.private, "model", "data"), display
-            )
+        inputs = Inputs(self.texts.private, "model", "data")
+        with common.in_process(run, self.source.directory, inputs, display) as (coordinator, _):
             coordinator.run()
-            executor: Any = coordinator._executor
-            clients = [actor for actor_name, actor in executor.actors.items() if actor_name.startswith("client")]
+            executor = coordinator._executor
+            assert isinstance(executor, InProcess)
+            clients: list[Client] = [a for name, a in executor.actors.items() if name.startswith("client")]
             for client in clients:
                 client._noise = ActivationNoise(0.0, clip)
             loss, tokens = coordinator.validate()
@@ -427,7 +415,7 @@ class _Benchmark:
             tail.token_losses(sent, labels).sum().backward()
             assert sent.grad is not None
             returned = WireTensor.pack(sent.grad, wire).unpack(rows.dtype, "cpu")
-            read = self.attacks.labels_from_gradients(exact, sent.detach(), returned)
+            read = inversion.labels_from_gradients(exact, sent.detach(), returned)
             share = float((read == labels).float().mean())
             found.append({"wire": wire, "positions": str(len(labels)), "recovered": f"{share:.5f}"})
         return found
@@ -438,8 +426,6 @@ class _Benchmark:
 
 def texts_of(options: argparse.Namespace, model: Path, run: RunConfig) -> Texts:
     """Deal the data out to clients and server so that no restaurant of one is one of the other's."""
-    from hsplit.models.segment import load_tokenizer
-
     tokenizer = load_tokenizer(model)
     examples = read_examples(
         options.data, examples=4 * (options.public + options.private), seed=options.seed, label=None, separator=None,
@@ -492,9 +478,7 @@ def _name_positions(prompt: str, example: TokenizedExample, tokenizer: Any) -> l
 
 
 def _plot(learned: Sequence[Learned], attacked: Sequence[Attacked], to: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = common.new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     splits = sorted({row.split for row in learned})
     for noise in sorted({row.noise for row in learned}):
@@ -511,11 +495,11 @@ def _plot(learned: Sequence[Learned], attacked: Sequence[Attacked], to: Path) ->
     right.set(xlabel="tokens recovered, % (numbers: layers on the client)", ylabel="validation perplexity, with noise",
               yscale="log")  # fmt: skip
     left.legend(fontsize="small")
-    figure.savefig(to)
+    common.save_figure(figure, to)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench privacy", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("privacy", __doc__)
     parser.add_argument("--data", default=BUILT_IN, help="file of texts; default: the built-in restaurants")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="default: the job's own")
     parser.add_argument("--base", default="bf16", help="values of the frozen weights (default: bf16)")
@@ -533,7 +517,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, help="end after so many cells; the next call goes on")
     parser.add_argument("--quick", action="store_true", help="small defaults, two or three minutes")
-    parser.add_argument("--to", type=Path, default=results_directory("privacy"), help="directory to write")
     options = parser.parse_args(arguments)
     for key, (full, quick) in _DEFAULTS.items():
         if getattr(options, key) is None:
@@ -562,4 +545,4 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

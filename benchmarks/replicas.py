@@ -16,18 +16,19 @@ is a run in this process on the default model, by validation perplexity, with an
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import keep_table, load_benchmark, machine_description, results_directory, write_rows
+from benchmarks import common
+from benchmarks.common import Table
+from hsplit.actors.executor import SERVER
+from hsplit.actors.replica import Replica
+from hsplit.config import RunConfig
 from hsplit.observe.silent_display import SilentDisplay
 
 CLUSTER = """
@@ -100,27 +101,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     console = Console(width=140)
     to: Path = options.to
-    to.mkdir(parents=True, exist_ok=True)
-    header = {
-        **machine_description("ray", "torch"),
-        "command": " ".join(["hsplit bench replicas", *(sys.argv[1:] if arguments is None else arguments)]),
-        "seeds": "1",
-        "steps": f"{options.steps} a setting, of which the first two do not count",
-        "learning": f"the default job with {', '.join(LEARNING)}",
-    }
+    header = common.header_of(
+        "replicas",
+        arguments,
+        "ray",
+        "torch",
+        seeds="1",
+        steps=f"{options.steps} a setting, of which the first two do not count",
+        learning=f"the default job with {', '.join(LEARNING)}",
+    )
     if options.part != "learning":
         speeds = _speeds(options, console)
-        keep_table(console, *speed_table(speeds), to / "speed.md")
-        write_rows(to / "speed.csv", [asdict(row) for row in speeds], header)
+        common.write_rows(to / "speed.csv", speeds, header)
+        common.keep_table(console, *speed_table(speeds), to / "speed.md")
         _plot(speeds, to / "replicas.svg")
     if options.part != "speed":
         learned = _all_learned(options, console)
-        keep_table(console, *learning_table(learned), to / "learning.md")
-        write_rows(to / "learning.csv", [asdict(row) for row in learned], header)
+        common.write_rows(to / "learning.csv", learned, header)
+        common.keep_table(console, *learning_table(learned), to / "learning.md")
     console.print(f"written to {to}")
 
 
-def speed_table(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
+def speed_table(speeds: Sequence[Speed]) -> Table:
     """Columns and cells, a row a number of clients and servers."""
     columns = ["clients", "servers", "step predicted, s (virtual)", "step measured, s", "faster than one server by"]
     columns += ["each server, MB", "servers hand in, MB"]
@@ -142,7 +144,7 @@ def speed_table(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
     return columns, cells
 
 
-def learning_table(learned: Sequence[Learned]) -> tuple[list[str], list[list[str]]]:
+def learning_table(learned: Sequence[Learned]) -> Table:
     """Columns and cells, a row a number of clients and servers."""
     cells = [
         [str(row.clients), str(row.servers), row.lr_scaling, f"{row.tokens:,}", f"{row.val_ppl:.3f}"] for row in learned
@@ -154,11 +156,10 @@ def learning_table(learned: Sequence[Learned]) -> tuple[list[str], list[list[str
 
 
 def _speeds(options: argparse.Namespace, console: Console) -> list[Speed]:
-    tiny = load_benchmark("tiny_cluster")
     most = max(options.clients)
     found = []
-    with tiny.local_ray(4 + most / 10) as folder:
-        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv", 20 * most)
+    with common.local_ray(4 + most / 10) as folder:
+        model, data = common.tiny_model(folder / "model"), common.texts(folder / "texts.csv", 20 * most)
         for clients in options.clients:
             for servers in options.servers:
                 found.append(_speed(folder, model, data, clients, servers, options))
@@ -171,92 +172,48 @@ def _speeds(options: argparse.Namespace, console: Console) -> list[Speed]:
 
 
 def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, options: argparse.Namespace) -> Speed:
-    from hsplit.actors.ray_executor import RayExecutor
-    from hsplit.actors.replica import Replica
-    from hsplit.coordinator import Coordinator
-    from hsplit.models.source import find_model
-    from hsplit.preparation import read_inputs
-    from hsplit.run_directory import RunDirectory
-
     run = _configured(folder, model, data, clients, servers, options.steps)
-    executor = RayExecutor(f"replicas-{clients}-{servers}", run, model)
-    try:
-        directory = RunDirectory.create(folder, f"{clients}-{servers}")
-        inputs = read_inputs(run, find_model(str(model)))
-        coordinator = Coordinator(run, executor, directory, inputs, SilentDisplay())
-        begun = time.perf_counter()
-        coordinator.start()
-        start_s = time.perf_counter() - begun
+    with common.on_ray(f"replicas-{clients}-{servers}", run, model, folder) as (coordinator, executor):
+        start_s = common.seconds_of(coordinator.start)
         coordinator.begin_round()
-        seconds = []
-        for step in range(options.steps):
-            begun = time.perf_counter()
-            coordinator.local_step(step)
-            seconds.append(time.perf_counter() - begun)
+        seconds = [common.seconds_of(coordinator.local_step, step) for step in range(options.steps)]
         handed = executor.get([executor.call_pair(name, Replica.hand_in)[0] for name in run.server.names[1:]])
-        return Speed(
-            clients,
-            servers,
-            coordinator.standing.plan.makespan_s,
-            # The first step also takes what is only once.
-            median(seconds[2:]),
-            coordinator.standing.plan.server.predicted_bytes / 1e6,
-            sum(handed) / 1e6,
-            start_s,
-        )
-    finally:
-        executor.close()
+        plan = coordinator.standing.plan
+    # The first step also takes what is only once.
+    measured_s, server_mb = median(seconds[2:]), plan.server.predicted_bytes / 1e6
+    return Speed(clients, servers, plan.makespan_s, measured_s, server_mb, sum(handed) / 1e6, start_s)
 
 
-def _configured(folder: Path, model: Path, data: Path, clients: int, servers: int, steps: int) -> Any:
-    from hsplit.actors.executor import SERVER
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.config import load_run_config
-    from hsplit.preparation import settled
-
-    cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
-    policy.write_text(SPEED_POLICY)
-
-    def configured(client_tflops: float, server_tflops: float, clients: int, servers: int) -> Any:
+def _configured(folder: Path, model: Path, data: Path, clients: int, servers: int, steps: int) -> RunConfig:
+    def configured(client_tflops: float, server_tflops: float, clients: int, servers: int) -> RunConfig:
         speeds = {"client_tflops": f"{client_tflops:.12f}", "server_tflops": f"{server_tflops:.12f}"}
         sizes = {"clients": clients, "servers": servers, "steps": steps}
-        cluster.write_text(CLUSTER.format(model=model, data=data, **speeds, **sizes))
-        return settled(load_run_config(cluster, policy, ["job.dtype=fp32"]))
+        cluster = CLUSTER.format(model=model, data=data, **speeds, **sizes)
+        return common.configured(folder, cluster, SPEED_POLICY, ["job.dtype=fp32"])
 
     # Speeds that make the phases as long as wanted: computing is in proportion to them.
     unit = 1e-3
-    scheduler = Scheduler(configured(unit, unit, 1, 1), model)
-    calls = scheduler.call_times_s(scheduler.plan())
+    calls = common.call_times_s(configured(unit, unit, 1, 1), model)
     own = next(phases for name, phases in calls.items() if name != SERVER)
-    return configured(
-        unit * (own["up"] + own["down"]) / CLIENT_S, unit * calls[SERVER]["step"] / SERVER_S_A_CLIENT, clients, servers
-    )
+    client_tflops, server_tflops = (own["up"] + own["down"]) / CLIENT_S, calls[SERVER]["step"] / SERVER_S_A_CLIENT
+    return configured(unit * client_tflops, unit * server_tflops, clients, servers)
 
 
 def _plot(speeds: Sequence[Speed], to: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = common.new_figure(6, 3.5)
     axes = figure.subplots()
     for clients in dict.fromkeys(row.clients for row in speeds):
         own = [row for row in speeds if row.clients == clients]
-        (line,) = axes.plot(
-            [row.servers for row in own], [row.measured_s for row in own], "o-", label=f"{clients} clients, measured"
-        )
-        axes.plot(
-            [row.servers for row in own],
-            [row.predicted_s for row in own],
-            "x--",
-            color=line.get_color(),
-            label="predicted (virtual)",
-        )
+        servers = [row.servers for row in own]
+        (line,) = axes.plot(servers, [row.measured_s for row in own], "o-", label=f"{clients} clients, measured")
+        predicted_s = [row.predicted_s for row in own]
+        axes.plot(servers, predicted_s, "x--", color=line.get_color(), label="predicted (virtual)")
     axes.set(xlabel="servers", ylabel="declared seconds a step", xscale="log", yscale="log")
-    axes.set_xticks(
-        sorted({row.servers for row in speeds}), labels=[str(s) for s in sorted({r.servers for r in speeds})]
-    )
+    ticks = sorted({row.servers for row in speeds})
+    axes.set_xticks(ticks, labels=[str(servers) for servers in ticks])
     axes.minorticks_off()
     axes.legend(fontsize="small")
-    figure.savefig(to)
+    common.save_figure(figure, to)
 
 
 # -- learning -----------------------------------------------------------------------------------------------------
@@ -274,45 +231,32 @@ def _all_learned(options: argparse.Namespace, console: Console) -> list[Learned]
 
 
 def _learned(clients: int, servers: int, scaling: str, model: str | None) -> Learned:
-    from hsplit.config import load_run_config
-    from hsplit.local_run import local_run
-    from hsplit.models.source import find_model
-    from hsplit.preparation import read_inputs, settled
-    from hsplit.run_directory import RunDirectory
-
+    cluster = (
+        f"server: {{memory_gb: 64, tflops: 2, replicas: {servers}}}\n"
+        f"clients: [{{name: client, count: {clients}, memory_gb: 0.3, tflops: 0.5}}]\n"
+        + ("" if model is None else f"job: {{model: {model}}}\n")
+    )
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cluster = folder / "cluster.yaml"
-        cluster.write_text(
-            f"server: {{memory_gb: 64, tflops: 2, replicas: {servers}}}\n"
-            f"clients: [{{name: client, count: {clients}, memory_gb: 0.3, tflops: 0.5}}]\n"
-            + ("" if model is None else f"job: {{model: {model}}}\n")
-        )
-        run = settled(load_run_config(cluster, None, [*LEARNING, f"policy.lr_scaling={scaling}"]))
-        source = find_model(run.job.model)
-        directory = RunDirectory.create(folder, "run")
-        watch = SilentDisplay()
-        local_run(run, source.directory, directory, read_inputs(run, source), watch).run()
+        run = common.configured(Path(name), cluster, None, [*LEARNING, f"policy.lr_scaling={scaling}"])
+    source, inputs = common.read(run)
+    watch = SilentDisplay()
+    with common.in_process(run, source.directory, inputs, watch) as (coordinator, _):
+        coordinator.run()
     return Learned(clients, servers, scaling, watch.rows[-1].tokens, watch.rows[-1].val_ppl)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench replicas", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("replicas", __doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=4,
-        help="local steps; the first two, measured for memory, do not count",
-    )
+    steps = "local steps; the first two, measured for memory, do not count"
+    parser.add_argument("--steps", type=int, default=4, help=steps)
     parser.add_argument("--learning-clients", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--lr-scaling", nargs="+", choices=["none", "sqrt"], default=["none", "sqrt"])
     parser.add_argument("--model", help="what learns; default: the job's own")
     parser.add_argument("--part", choices=["all", "speed", "learning"], default="all", help="what to measure")
-    parser.add_argument("--to", type=Path, default=results_directory("replicas"))
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

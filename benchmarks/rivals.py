@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from hsplit.config import Job
 from hsplit.data import Batch, Example, collate
 from hsplit.data.batches import IGNORED
 from hsplit.data.local import LocalData
@@ -40,7 +41,7 @@ class Rival:
         model: Path,
         dtype: torch.dtype,
         shares: dict[str, list[Example]],
-        job: Any,
+        job: Job,
         rank: int,
         split: int,
         threads: int,

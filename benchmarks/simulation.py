@@ -18,14 +18,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 
-from hsplit.benchmark import keep_table, load_benchmark, machine_description, results_directory, write_rows
+from benchmarks import common
+from benchmarks.common import Table
+from hsplit.actors.executor import SERVER
+from hsplit.actors.scheduler import Scheduler
+from hsplit.config import RunConfig
+from hsplit.coordinator import Coordinator
+from hsplit.simulation.rounds import simulated
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: {server_tflops}, num_cpus: 0.01}}
@@ -52,8 +57,6 @@ POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nreinit: random\nfreez
 # Declared seconds of the slowest client's part of a step and of the server's, which are long against what this machine
 # takes to run all the processes.
 SECONDS = {5: (2.0, 1.0), 16: (3.0, 2.0), 100: (12.0, 8.0)}
-
-
 # What simulating 20 rounds is to take at most, by the number of clients.
 WANTED_S = {10_000: 60.0, 100_000: 600.0}
 PHASES = ("step", "aggregation", "validation", "round")
@@ -93,25 +96,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     console = Console(width=140)
     to: Path = options.to
-    to.mkdir(parents=True, exist_ok=True)
-    header = {
-        **machine_description("ray", "torch", "numpy"),
-        "command": " ".join(["hsplit bench simulation", *(sys.argv[1:] if arguments is None else arguments)]),
-        "seeds": "0",
-    }
+    header = common.header_of("simulation", arguments, "ray", "torch", "numpy", seeds="0")
     if options.part != "growth":
         checked = _all_checked(options, console)
-        keep_table(console, *checked_table(checked), to / "crosscheck.md")
-        write_rows(to / "crosscheck.csv", [asdict(row) for row in checked], header)
+        common.write_rows(to / "crosscheck.csv", checked, header)
+        common.keep_table(console, *checked_table(checked), to / "crosscheck.md")
     if options.part != "crosscheck":
         costs = [_cost(clients, options.rounds, console) for clients in options.growth]
-        keep_table(console, *cost_table(costs), to / "growth.md")
-        write_rows(to / "growth.csv", [asdict(row) for row in costs], header)
+        common.write_rows(to / "growth.csv", costs, header)
+        common.keep_table(console, *cost_table(costs), to / "growth.md")
         _plot(costs, to / "growth.svg")
     console.print(f"written to {to}")
 
 
-def checked_table(checked: Sequence[Checked]) -> tuple[list[str], list[list[str]]]:
+def checked_table(checked: Sequence[Checked]) -> Table:
     """Columns and cells, a row a part of a round."""
     columns = ["clients", "of a round", "simulated, s (virtual)", "measured, s", "off"]
     cells = [
@@ -121,7 +119,7 @@ def checked_table(checked: Sequence[Checked]) -> tuple[list[str], list[list[str]
     return columns, cells
 
 
-def cost_table(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
+def cost_table(costs: Sequence[Cost]) -> Table:
     """Columns and cells, a row a number of clients."""
     cells = [[f"{c.clients:,}", str(c.rounds), f"{c.wall_s:.1f}", f"{c.peak_mb:.0f}"] for c in costs]
     return ["clients", "rounds", "seconds (wall)", "peak memory, MB"], cells
@@ -131,11 +129,10 @@ def cost_table(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
 
 
 def _all_checked(options: argparse.Namespace, console: Console) -> list[Checked]:
-    tiny = load_benchmark("tiny_cluster")
     most = max(options.clients)
     checked: list[Checked] = []
-    with tiny.local_ray(4 + most / 10) as folder:
-        model, data = tiny.tiny_model(folder / "model"), tiny.texts(folder / "texts.csv", 20 * most)
+    with common.local_ray(4 + most / 10) as folder:
+        model, data = common.tiny_model(folder / "model"), common.texts(folder / "texts.csv", 20 * most)
         for clients in options.clients:
             checked += _checked(folder, model, data, clients, options)
             console.print(f"{clients} clients: a round off by {checked[-1].off:+.1%}")
@@ -143,28 +140,13 @@ def _all_checked(options: argparse.Namespace, console: Console) -> list[Checked]
 
 
 def _checked(folder: Path, model: Path, data: Path, clients: int, options: argparse.Namespace) -> list[Checked]:
-    from hsplit.actors.ray_executor import RayExecutor
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.coordinator import Coordinator
-    from hsplit.models.source import find_model
-    from hsplit.observe.silent_display import SilentDisplay
-    from hsplit.preparation import read_inputs
-    from hsplit.run_directory import RunDirectory
-    from hsplit.simulation.rounds import simulated
-
     run = _configured(folder, model, data, clients, options.steps)
     # From the second round on: in the first there is no residual yet, then it is at its cap.
     told = simulated(run, Scheduler(run, model), 2).rounds[-1]
-    executor = RayExecutor(f"simulation-{clients}", run, model)
-    try:
-        directory = RunDirectory.create(folder, f"run-{clients}")
-        inputs = read_inputs(run, find_model(str(model)))
-        coordinator = Coordinator(run, executor, directory, inputs, SilentDisplay())
+    with common.on_ray(f"simulation-{clients}", run, model, folder) as (coordinator, _):
         coordinator.start()
         # The first round also takes what is only once.
         rounds = [_timed_round(coordinator, options.steps) for _ in range(options.check_rounds + 1)][1:]
-    finally:
-        executor.close()
     simulated_s = dict(zip(PHASES, (told.step_s, told.aggregation_s, told.validation_s, told.round_s), strict=True))
     measured_s = {phase: median(row[phase] for row in rounds) for phase in PHASES}
     return [
@@ -173,15 +155,11 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, options: argpa
     ]
 
 
-def _timed_round(coordinator: Any, steps: int) -> dict[str, float]:
+def _timed_round(coordinator: Coordinator, steps: int) -> dict[str, float]:
     """Seconds of the wall of :data:`PHASES`; of a step, their median."""
     begun = time.perf_counter()
     coordinator.begin_round()
-    steps_s: list[float] = []
-    for _ in range(steps):
-        since = time.perf_counter()
-        coordinator.local_step(coordinator.progress.step)
-        steps_s.append(time.perf_counter() - since)
+    steps_s = [common.seconds_of(coordinator.local_step, coordinator.progress.step) for _ in range(steps)]
     stepped = time.perf_counter()
     coordinator.aggregate()
     aggregated = time.perf_counter()
@@ -191,31 +169,22 @@ def _timed_round(coordinator: Any, steps: int) -> dict[str, float]:
     return dict(zip(PHASES, (median(steps_s), aggregated - stepped, done - aggregated, done - begun), strict=True))
 
 
-def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int) -> Any:
-    from hsplit.actors.executor import SERVER
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.config import load_run_config
-    from hsplit.preparation import settled
-
-    cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
-    policy.write_text(POLICY)
+def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int) -> RunConfig:
     slow = max(1, clients * 2 // 5)
 
-    def configured(client_tflops: float, server_tflops: float) -> Any:
+    def configured(client_tflops: float, server_tflops: float) -> RunConfig:
         def between(low: float, high: float) -> str:
             return f"{low * client_tflops:.12f}, {high * client_tflops:.12f}"
 
         speeds = {"slow_tflops": between(1, 1.5), "fast_tflops": between(2, 4)}
         sizes = {"slow": slow, "fast": clients - slow, "steps": steps}
         own = {"server_tflops": f"{server_tflops:.12f}", "model": model, "data": data}
-        cluster.write_text(CLUSTER.format(**own, **speeds, **sizes))
-        return settled(load_run_config(cluster, policy))
+        return common.configured(folder, CLUSTER.format(**own, **speeds, **sizes), POLICY)
 
     # Speeds that make the phases as long as wanted: computing is in proportion to them.
     client_s, server_s = SECONDS[min(SECONDS, key=lambda known: abs(known - clients))]
     unit = 1e-6
-    scheduler = Scheduler(configured(unit, unit), model)
-    calls = scheduler.call_times_s(scheduler.plan())
+    calls = common.call_times_s(configured(unit, unit), model)
     slowest = max(sum(own.values()) for name, own in calls.items() if name != SERVER)
     return configured(unit * slowest / client_s, unit * calls[SERVER]["step"] / server_s)
 
@@ -224,9 +193,7 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int)
 
 
 def _plot(costs: Sequence[Cost], to: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = common.new_figure(8, 3.2)
     time_axes, memory_axes = figure.subplots(1, 2)
     clients = [cost.clients for cost in costs]
     time_axes.plot(clients, [cost.wall_s for cost in costs], marker="o", label=f"{costs[0].rounds} rounds")
@@ -235,7 +202,7 @@ def _plot(costs: Sequence[Cost], to: Path) -> None:
     time_axes.legend()
     memory_axes.plot(clients, [cost.peak_mb for cost in costs], marker="o")
     memory_axes.set(xlabel="simulated clients", ylabel="peak memory, MB", xscale="log", ylim=(0, None))
-    figure.savefig(to, metadata={"Date": None})
+    common.save_figure(figure, to)
 
 
 # What a process has reserved at most, itself: what waiting for it tells begins with its parent's.
@@ -263,7 +230,7 @@ def _cost(clients: int, rounds: int, console: Console) -> Cost:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench simulation", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("simulation", __doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[5, 16, 100], help="of the cross-check")
     parser.add_argument("--steps", type=int, default=2, help="local steps of each of its rounds")
     parser.add_argument("--check-rounds", type=int, default=3, help="its measured rounds, after one that is not")
@@ -271,7 +238,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="of a simulation whose cost is measured")
     parser.add_argument("--part", choices=["all", "crosscheck", "growth"], default="all", help="what to measure")
     parser.add_argument("--quick", action="store_true", help="5 clients; simulations of up to 1,000")
-    parser.add_argument("--to", type=Path, default=results_directory("simulation"))
     options = parser.parse_args(arguments)
     if options.quick:
         options.clients, options.growth = [5], [10, 100, 1000]
@@ -279,4 +245,4 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -22,6 +22,9 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
+from benchmarks import common
+from benchmarks.common import Table
+
 CODE = "from hsplit.cli import run; run()"
 TIMEOUT_S = 300.0
 
@@ -51,7 +54,7 @@ def starts(cluster: str, repeat: int) -> list[Start]:
     return found
 
 
-def table(rows: Sequence[Start]) -> tuple[list[str], list[list[str]]]:
+def table(rows: Sequence[Start]) -> Table:
     """Columns and cells."""
     cells = []
     for command in dict.fromkeys(row.command for row in rows):
@@ -114,13 +117,11 @@ def _event_time(log: Path, kind: str) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    from hsplit.benchmark import markdown_table
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="startup", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cluster", default="hetero")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args(arguments)
-    print(markdown_table(*table(starts(options.cluster, options.repeat))))
+    print(common.markdown_table(*table(starts(options.cluster, options.repeat))))
 
 
 if __name__ == "__main__":

@@ -13,27 +13,23 @@ start (``startup.py``).
 from __future__ import annotations
 
 import argparse
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+import ray
 from rich.console import Console
 
-from hsplit.actors.fork_server import MODULES, ForkServer
-from hsplit.benchmark import (
-    load_benchmark,
-    machine_description,
-    markdown_table,
-    results_directory,
-    show_table,
-    write_rows,
-)
-from hsplit.observe.silent_display import SilentDisplay
+from benchmarks import common, footprint, overlap, rivals, startup
+from benchmarks.common import Table
+from hsplit.actors.messages import Activations
+from hsplit.config import RunConfig
+from hsplit.coordinator import Coordinator, Inputs
+from hsplit.models.dtype import resolve_dtype
+from hsplit.models.source import ModelSource
 from hsplit.observe.timing import timing_rows
 from hsplit.observe.timing_record import step_shares
 
@@ -42,25 +38,6 @@ WARM_UP = 2
 ROUNDS_BEFORE = 4
 # Numbers of clients that the server phase is timed with, and most repeats of each: a repeat of many takes long.
 SERVER_REPEATS = {4: 5, 16: 3}
-CLUSTER = """
-server: {{memory_gb: 8, tflops: 2}}
-clients: [{{name: client, count: {clients}, memory_gb: 2, tflops: 1}}]
-job:
-  base: {base}
-  dtype: {dtype}
-  data: {{source: "{data}", partition: iid}}
-  wire: {wire}
-  rounds: 1000
-  local_steps: {local_steps}
-  validation: {{share: 0.1, max_examples: 2}}
-"""
-POLICY = """
-split: {split}
-ranks: {rank}
-importance: {{metric: equal}}
-freeze: never
-"""
-
 # Steps [first, first + count) to seconds of the wall and the last loss.
 Contender = Callable[[int, int], tuple[float, float]]
 
@@ -109,47 +86,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time everything, print the tables, write CSV, markdown and a plot."""
     options = _options(arguments)
     console = Console(width=120)
-    header = machine_description("torch", "transformers", "peft", "ray") | {
-        "command": " ".join(["hsplit bench throughput", *(sys.argv[1:] if arguments is None else arguments)]),
-        "setting": f"{options.clients} clients x 2 examples, split {options.split}, rank {options.rank}",
-        "cores": _cores(),
-    }
-    options.to.mkdir(parents=True, exist_ok=True)
-    tables = []
+    setting = f"{options.clients} clients x 2 examples, split {options.split}, rank {options.rank}"
+    packages, facts = ("torch", "transformers", "peft", "ray"), {"setting": setting, "cores": common.cores()}
+    header = common.header_of("throughput", arguments, *packages, **facts)
+    tables: list[Table] = []
+
+    def keep(name: str, rows: Sequence[object], table: Table) -> None:
+        common.write_rows(options.to / name, rows, header)
+        tables.append(table)
+
     if "step" in options.parts:
         timings = [timing for dtype in options.dtypes for timing in step_timings(options, dtype, console)]
-        write_rows(options.to / "step.csv", [asdict(t) for t in timings], header)
-        tables.append(_summary(timings))
+        keep("step.csv", timings, _summary(timings))
         _plot(options.to / "step.svg", timings)
     if "server" in options.parts:
         phases = [phase for clients in SERVER_REPEATS for phase in server_phases(options, clients)]
-        write_rows(options.to / "server.csv", [asdict(p) for p in phases], header)
-        tables.append(_server_summary(phases))
+        keep("server.csv", phases, _server_summary(phases))
     if "client" in options.parts:
-        footprint = load_benchmark("footprint")
         messages, peaks = footprint.messages(options), footprint.peaks(options)
-        write_rows(options.to / "wire.csv", [asdict(m) for m in messages], header)
-        write_rows(options.to / "memory.csv", [asdict(p) for p in peaks], header)
-        tables += [footprint.message_table(messages), footprint.peak_table(peaks)]
+        keep("wire.csv", messages, footprint.message_table(messages))
+        keep("memory.csv", peaks, footprint.peak_table(peaks))
     if "overlap" in options.parts:
-        overlap = load_benchmark("overlap")
         overlaps = overlap.overlaps(options.steps, console)
-        write_rows(options.to / "overlap.csv", [asdict(o) for o in overlaps], header)
-        tables.append(overlap.table(overlaps))
+        keep("overlap.csv", overlaps, overlap.table(overlaps))
     if "start" in options.parts:
-        startup = load_benchmark("startup")
         starts = startup.starts("hetero", 3)
-        write_rows(options.to / "start.csv", [asdict(s) for s in starts], header)
-        tables.append(startup.table(starts))
-    facts = "\n".join(f"- {key}: {value}" for key, value in header.items())
-    (options.to / "throughput.md").write_text("\n".join([facts, *("\n" + markdown_table(*t) for t in tables)]))
+        keep("start.csv", starts, startup.table(starts))
+    common.write_markdown(options.to / "throughput.md", header, [common.markdown_table(*table) for table in tables])
     for columns, rows in tables:
-        show_table(console, columns, rows)
+        common.show_table(console, columns, rows)
     console.print(f"written to {options.to}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hsplit bench throughput", description=(__doc__ or "").split("\n")[0])
+    parser = common.flags_of("throughput", __doc__)
     parser.add_argument("--data", default="restaurants", help="as job.data.source (default: the built-in texts)")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--rivals", nargs="+", default=["unsplit", "splitlora", "federated"])
@@ -160,31 +130,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each contender in a repeat")
     parser.add_argument("--model", help="instead of SmolLM2-135M")
-    parser.add_argument("--to", type=Path, default=results_directory("throughput"))
     return parser.parse_args(arguments)
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def configured(
-    options: argparse.Namespace, dtype: str, base: str, clients: int, folder: Path, wire: str | None = None
-) -> Any:
-    """The resolved configuration of equal clients, all at ``options.split`` and ``options.rank``."""
-    from hsplit.config import load_run_config
-    from hsplit.preparation import settled
-
-    cluster, policy = folder / "cluster.yaml", folder / "policy.yaml"
-    data = Path(options.data).resolve() if Path(options.data).is_file() else options.data
-    local_steps = 8
-    cluster.write_text(
-        CLUSTER.format(clients=clients, base=base, dtype=dtype, wire=wire or dtype, data=data, local_steps=local_steps)
-    )
-    policy.write_text(POLICY.format(split=options.split, rank=options.rank))
-    return settled(load_run_config(cluster, policy, [f"job.model={options.model}"] if options.model else []))
 
 
 # -- whole steps ----------------------------------------------------------------------------------------------------
@@ -192,61 +138,49 @@ def configured(
 
 def step_timings(options: argparse.Namespace, dtype: str, console: Console) -> list[Timing]:
     """All contenders in turn, in one dtype."""
-    import ray
-
-    from hsplit.actors.ray_connection import connect
-    from hsplit.models.source import find_model
-    from hsplit.preparation import read_inputs
-
-    rivals = load_benchmark("rivals")
+    # Its actors' processes know nothing of this package.
     ray.cloudpickle.register_pickle_by_value(rivals)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run = configured(options, dtype, dtype, options.clients, folder)
-        source = find_model(run.job.model)
-        inputs = read_inputs(run, source)
-        with ForkServer((*MODULES, "peft")) as fork_server:
-            cpus = 2 * (run.server.num_cpus + len(run.clients))
-            connect(None, cpus, dashboard=False, fork_server=fork_server)
-            try:
-                return _interleaved(options, dtype, run, source, inputs, folder, console)
-            finally:
-                ray.shutdown()
+    cpus = 2 * (1 + options.clients)
+    with common.local_ray(cpus, ("peft",)) as folder, ExitStack() as ends:
+        run = footprint.configured(options, dtype, dtype, options.clients, folder)
+        source, inputs = common.read(run)
+        products = {
+            "hsplit": _Product("now", run, source, folder, 0, ends),
+            "hsplit-later": _Product("later", run, source, folder, ROUNDS_BEFORE, ends),
+        }
+        contenders: dict[str, Contender] = {name: product.run for name, product in products.items()}
+        for rival in options.rivals:
+            contenders[rival] = _rival(rival, dtype, run, source, inputs, options)
+        for name, contender in contenders.items():
+            # hsplit's first two steps of a round are also measured for memory.
+            contender(0, WARM_UP if name in products else 1)
+        timings = []
+        examples = run.job.batch_size * len(run.clients)
+        for repeat in range(options.repeat):
+            first = WARM_UP + repeat * options.steps
+            # Everybody is first once, should the machine's pace change within a repeat.
+            turn = repeat % len(contenders)
+            for name in [*list(contenders)[turn:], *list(contenders)[:turn]]:
+                seconds, loss = contenders[name](first, options.steps)
+                each = seconds / options.steps
+                overhead = products[name].overhead if name in products else None
+                timings.append(Timing(dtype, name, repeat, each, examples / each, loss, overhead))
+                console.print(f"{dtype} repeat {repeat} {name}: {each:.3f} s a step, loss {loss:.3f}")
+        return timings
 
 
-def _interleaved(
-    options: argparse.Namespace, dtype: str, run: Any, source: Any, inputs: Any, folder: Path, console: Console
-) -> list[Timing]:
-    import ray
+def _rival(
+    name: str, dtype: str, run: RunConfig, source: ModelSource, inputs: Inputs, options: argparse.Namespace
+) -> Contender:
+    actor = ray.remote(rivals.RIVALS[name]).options(num_cpus=0)
+    given = (resolve_dtype(dtype), inputs.shares, run.job, options.rank, options.split, common.cores())
+    handle = actor.remote(source.directory, *given)
 
-    from hsplit.models.dtype import resolve_dtype
+    def steps(first: int, count: int) -> tuple[float, float]:
+        seconds, loss = ray.get(handle.run.remote(first, count))
+        return seconds, loss
 
-    products = {
-        "hsplit": _Product("now", run, source, inputs, folder, 0),
-        "hsplit-later": _Product("later", run, source, inputs, folder, ROUNDS_BEFORE),
-    }
-    contenders: dict[str, Contender] = {name: product.run for name, product in products.items()}
-    given = (resolve_dtype(dtype), inputs.shares, run.job, options.rank, options.split, _cores())
-    for rival in options.rivals:
-        actor = ray.remote(load_benchmark("rivals").RIVALS[rival]).options(num_cpus=0)
-        handle = actor.remote(source.directory, *given)
-        contenders[rival] = lambda first, steps, handle=handle: ray.get(handle.run.remote(first, steps))
-    for name, contender in contenders.items():
-        # hsplit's first two steps of a round are also measured for memory.
-        contender(0, WARM_UP if name in products else 1)
-    timings = []
-    examples = run.job.batch_size * len(run.clients)
-    for repeat in range(options.repeat):
-        first = WARM_UP + repeat * options.steps
-        # Everybody is first once, should the machine's pace change within a repeat.
-        turn = repeat % len(contenders)
-        for contender in [*list(contenders)[turn:], *list(contenders)[:turn]]:
-            seconds, loss = contenders[contender](first, options.steps)
-            each = seconds / options.steps
-            overhead = products[contender].overhead if contender in products else None
-            timings.append(Timing(dtype, contender, repeat, each, examples / each, loss, overhead))
-            console.print(f"{dtype} repeat {repeat} {contender}: {each:.3f} s a step, loss {loss:.3f}")
-    return timings
+    return steps
 
 
 class _Product:
@@ -254,16 +188,14 @@ class _Product:
 
     Args:
         rounds: aggregations before the timing, so that there is a residual.
+        ends: where its actors end.
     """
 
-    def __init__(self, name: str, run: Any, source: Any, inputs: Any, folder: Path, rounds: int) -> None:
-        from hsplit.actors.ray_executor import RayExecutor
-        from hsplit.coordinator import Coordinator
-        from hsplit.run_directory import RunDirectory
-
-        self._executor = RayExecutor(name, run, source.directory)
-        directory = RunDirectory.create(folder, name)
-        self._coordinator = Coordinator(run, self._executor, directory, inputs, SilentDisplay())
+    def __init__(
+        self, name: str, run: RunConfig, source: ModelSource, folder: Path, rounds: int, ends: ExitStack
+    ) -> None:
+        context = common.on_ray(name, run, source.directory, folder)
+        self._coordinator: Coordinator = ends.enter_context(context)[0]
         self._coordinator.start()
         for round_ in range(rounds):
             self._coordinator.local_step(round_)
@@ -294,7 +226,7 @@ def _ratios(timings: Sequence[Timing], dtype: str, contender: str) -> list[float
     return [seconds[contender, repeat] / seconds["hsplit", repeat] for repeat in repeats]
 
 
-def _summary(timings: Sequence[Timing]) -> tuple[list[str], list[list[str]]]:
+def _summary(timings: Sequence[Timing]) -> Table:
     rows = []
     for dtype, contender in dict.fromkeys((t.dtype, t.contender) for t in timings):
         own = [t for t in timings if (t.dtype, t.contender) == (dtype, contender)]
@@ -316,13 +248,9 @@ def _summary(timings: Sequence[Timing]) -> tuple[list[str], list[list[str]]]:
 
 
 def _plot(path: Path, timings: Sequence[Timing]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     labels = list(dict.fromkeys((t.dtype, t.contender) for t in timings))
-    figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(labels) + 1.2))
+    figure = common.new_figure(7, 0.45 * len(labels) + 1.2)
+    axes = figure.subplots()
     for place, key in enumerate(labels):
         values = [t.examples_per_s for t in timings if (t.dtype, t.contender) == key]
         axes.barh(place, median(values), color="#4477aa" if key[1].startswith("hsplit") else "#bbbbbb")
@@ -330,9 +258,7 @@ def _plot(path: Path, timings: Sequence[Timing]) -> None:
     axes.set_yticks(range(len(labels)), [f"{contender}, {dtype}" for dtype, contender in labels])
     axes.invert_yaxis()
     axes.set_xlabel("examples a second (bar: median; dots: repeats)")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    common.save_figure(figure, path)
 
 
 # -- the server phase -----------------------------------------------------------------------------------------------
@@ -340,30 +266,13 @@ def _plot(path: Path, timings: Sequence[Timing]) -> None:
 
 def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
     """The server phase of one step with an NF4 base, joined and apart, in this process."""
-    from hsplit.actors.client import Client
-    from hsplit.actors.participant import base_model
-    from hsplit.actors.scheduler import Scheduler
-    from hsplit.actors.server import Server
-    from hsplit.lora.holder import RoundUpdate
-    from hsplit.models.source import find_model
-    from hsplit.preparation import read_inputs
-
-    with tempfile.TemporaryDirectory() as folder:
-        run = configured(options, "fp32", "nf4", clients, Path(folder))
-        source = find_model(run.job.model)
-        inputs = read_inputs(run, source)
-    base = base_model(source.directory, run.job)
-    plan = Scheduler(run, source.directory).plan()
-    server = Server("server", run.job, run.policy, base, measure=False)
-    server.configure(plan)
-    server.restart(RoundUpdate(1, {}, {}))
+    setting = footprint.Setting.of(options, "nf4", clients)
+    server, parts = setting.server, setting.plan.available
     # One client's layers serve for all, who have the same; only its messages matter here.
-    messages = []
-    client = Client("client", run.job, run.policy, base, measure=False)
-    client.configure(options.split, plan.available[0].ranks)
-    client.restart(RoundUpdate(1, {}, {}))
-    for part in plan.available:
-        client.load_data({part.name: inputs.shares[part.name]}, None)
+    client = setting.client(parts[0], measure=False)
+    messages: list[Activations] = []
+    for part in parts:
+        client.load_data({part.name: setting.inputs.shares[part.name]}, None)
         messages.append(replace(client.forward(len(messages), 0)[1], client=part.name))
 
     def joined() -> None:
@@ -374,19 +283,14 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
             server.train_step(0, 0, message)
 
     phases = []
-    joined(), apart()
+    joined()
+    apart()
     for repeat in range(min(options.repeat, SERVER_REPEATS[clients])):
-        phases.append(Phase(clients, repeat, _seconds(joined), _seconds(apart)))
+        phases.append(Phase(clients, repeat, common.seconds_of(joined), common.seconds_of(apart)))
     return phases
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-def _server_summary(phases: Sequence[Phase]) -> tuple[list[str], list[list[str]]]:
+def _server_summary(phases: Sequence[Phase]) -> Table:
     rows = []
     for clients in dict.fromkeys(p.clients for p in phases):
         own = [p for p in phases if p.clients == clients]

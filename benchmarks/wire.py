@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,17 +18,14 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import common
 from hsplit.actors.scheduler import Scheduler
-from hsplit.benchmark import machine_description, markdown_table, results_directory, show_table, write_rows
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Inputs
-from hsplit.local_run import local_run
-from hsplit.models.source import find_model
 from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.plain_display import PlainDisplay
 from hsplit.observe.timing import TimingRow
-from hsplit.preparation import check_model, read_inputs, settled
-from hsplit.run_directory import RunDirectory
+from hsplit.preparation import settled
 
 WIRES = ("fp32", "bf16", "int8")
 
@@ -70,43 +66,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = None
     for wire in options.wires:
         run = settled(load_run_config(options.cluster, options.policy, [*overrides, f"job.wire={wire}"]))
-        source = find_model(run.job.model)
-        check_model(run, source)
+        source, inputs = common.read(run)
         first = first or run
         console.print(f"wire {wire}: {run.job.rounds} rounds of {run.job.local_steps} steps")
-        curves[wire] = _run(run, first, source.directory, read_inputs(run, source))
+        curves[wire] = _run(run, first, source.directory, inputs)
     assert first is not None
     job = first.job
     rows = [_row(wire, curve, curves[options.wires[0]]) for wire, curve in curves.items()]
-    machine = machine_description("torch", "bitsandbytes", "transformers") | {
-        "command": " ".join(["hsplit bench wire", *(sys.argv[1:] if arguments is None else arguments)]),
-        "run": f"{options.cluster}, {job.model}, base {job.base}, {job.rounds} rounds of {job.local_steps} steps",
-        "seeds": "1",
-    }
-    options.to.mkdir(parents=True, exist_ok=True)
-    write_rows(options.to / "wire.csv", [asdict(row) for row in rows], machine)
+    told = f"{options.cluster}, {job.model}, base {job.base}, {job.rounds} rounds of {job.local_steps} steps"
+    header = common.header_of("wire", arguments, "torch", "bitsandbytes", "transformers", run=told, seeds="1")
+    common.write_rows(options.to / "wire.csv", rows, header)
     points = [{"wire": wire, **asdict(point)} for wire, curve in curves.items() for point in curve]
-    write_rows(options.to / "rounds.csv", points, machine)
+    common.write_rows(options.to / "rounds.csv", points, header)
     columns = ["wire", "perplexity before", "after", "loss against first", "MB up", "MB down", "bytes", "virtual s"]
     cells = [_cells(row) for row in rows]
-    facts = "\n".join(f"- {key}: {value}" for key, value in machine.items())
-    (options.to / "wire.md").write_text(f"{facts}\n\n{markdown_table(columns, cells)}")
+    common.write_markdown(options.to / "wire.md", header, [common.markdown_table(columns, cells)])
     title = f"{options.cluster}: activations and gradients at a narrower wire"
-    show_table(console, columns, cells, title=title)
+    common.show_table(console, columns, cells, title=title)
     console.print(f"written to {options.to}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="hsplit bench wire", description="The same run with activations and gradients in fp32, bf16 and int8."
-    )
+    parser = common.flags_of("wire", "The same run with activations and gradients in fp32, bf16 and int8.")
     parser.add_argument("--cluster", default="hetero", help="cluster file or preset (default: hetero)")
     parser.add_argument("--policy", help="policy file or name")
     parser.add_argument("--wires", nargs="+", choices=WIRES, default=list(WIRES), help="the first is compared with")
     parser.add_argument("--rounds", type=int, help="instead of the cluster file's")
     parser.add_argument("--steps", type=int, help="local steps a round, instead of the cluster file's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other override")
-    parser.add_argument("--to", type=Path, default=results_directory("wire"), help="directory to write")
     return parser.parse_args(arguments)
 
 
@@ -134,8 +121,8 @@ class _PlannedAsFirst:
 
 def _run(run: RunConfig, first: RunConfig, model: Path, inputs: Inputs) -> list[MetricsRow]:
     display, scheduler = _Rows(), _PlannedAsFirst(run, first, model)
-    with tempfile.TemporaryDirectory() as folder:
-        local_run(run, model, RunDirectory.create(Path(folder), "wire"), inputs, display, scheduler=scheduler).run()
+    with common.in_process(run, model, inputs, display, scheduler=scheduler) as (coordinator, _):
+        coordinator.run()
     return display.rows
 
 

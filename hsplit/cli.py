@@ -432,6 +432,7 @@ _EXPERIMENTS = {
     "convergence": "Perplexity and time of every policy as clients' budgets grow unequal (METHOD 9)",
     "planner": "How long planning takes as clients grow in number, and what it is worth",
     "policies": "Every policy of the papers on one cluster and the same number of tokens",
+    "memory": "Predicted against measured peak memory of clients and of the server",
     "aggregation": "Time, memory and error of aggregation at size, and what merging an update loses",
     "throughput": "Examples a second against plain loops, the server phase, overlap, and start-up",
     "clients": "Time of a round and memory as the number of clients grows",
@@ -453,9 +454,9 @@ def _experiment(name: str, about: str) -> click.Command:
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(arguments: tuple[str, ...]) -> None:
-        from hsplit.benchmark import run_benchmark
+        from hsplit.experiments import run_experiment
 
-        run_benchmark(name, arguments)
+        run_experiment(name, arguments)
 
     return command
 

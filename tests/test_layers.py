@@ -14,7 +14,7 @@ HSPLIT = Path(__file__).parents[1] / "hsplit"
 # From the top: files and folders of hsplit/ by the layer that they stand in. The first is the Python interface.
 LAYERS = (
     ("__init__", "cli"),
-    ("benchmark", "budget_probe", "evaluation", "simulation"),
+    ("budget_probe", "evaluation", "experiments", "simulation"),
     ("launcher", "local_run"),
     ("coordinator", "exporting"),
     # The coordinator's own parts, in the order in which they build on one another.

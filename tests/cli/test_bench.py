@@ -12,9 +12,11 @@ import pandas
 import pytest
 from click.testing import CliRunner
 
-import hsplit.benchmark as benchmark
+from hsplit import experiments
 from hsplit.cli import main
 from hsplit.errors import InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_plan_says_who_is_waited_for_and_what_memory_would_buy(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -139,17 +141,27 @@ job:
 
 
 def test_experiments_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (benchmark.benchmark_directory() / "planner.py").is_file()
-    assert benchmark.results_directory("planner") == benchmark.benchmark_directory() / "results" / "planner"
+    assert (experiments.experiment_directory() / "planner.py").is_file()
+    assert experiments.results_directory("planner") == experiments.experiment_directory() / "results" / "planner"
     package = tmp_path / "hsplit"
     (package / "benchmarks").mkdir(parents=True)
-    (package / "benchmarks" / "hello.py").write_text("def main(arguments):\n    raise SystemExit(len(arguments))\n")
-    monkeypatch.setattr(benchmark, "_PACKAGE", package)
-    assert benchmark.results_directory("hello") == Path("benchmarks/results/hello")
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.run_benchmark("hello", ["--clients", "10"])
-    with pytest.raises(InputError, match="no experiment nothing"):
-        benchmark.run_benchmark("nothing", [])
+    (package / "benchmarks" / "__init__.py").write_text("")
+    (package / "benchmarks" / "common.py").write_text("def end(code):\n    raise SystemExit(code)\n")
+    hello = "from benchmarks.common import end\ndef main(arguments):\n    end(len(arguments))\n"
+    (package / "benchmarks" / "hello.py").write_text(hello)
+    # What is imported of this name already, as a package of the user's could be, is not taken for it.
+    known = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "benchmarks"}
+    monkeypatch.setattr(experiments, "_PACKAGE", package)
+    assert experiments.results_directory("hello") == Path("benchmarks/results/hello")
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            experiments.run_experiment("hello", ["--clients", "10"])
+        with pytest.raises(InputError, match="no experiment nothing"):
+            experiments.run_experiment("nothing", [])
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+            del sys.modules[name]
+        sys.modules.update(known)
 
 
 def test_the_throughput_benchmark_times_hsplit_against_plain_loops(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -175,3 +187,33 @@ def test_the_throughput_benchmark_times_hsplit_against_plain_loops(tmp_path: Pat
     peaks = pandas.read_csv(results / "memory.csv", comment="#")
     assert (peaks.peak_mb <= peaks.declared_mb).iloc[1:].all()
     assert (results / "throughput.md").is_file() and (results / "step.svg").is_file()
+
+
+SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
+PARTS_OF_THROUGHPUT = {"overlap", "startup"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_experiment_tells_its_flags(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One of them sets these when it is imported.
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(variable, "1")
+    with pytest.raises(SystemExit) as ended:
+        experiments.run_experiment(path.stem, ["--help"])
+    assert ended.value.code == 0
+    named = path.stem if path.stem in PARTS_OF_THROUGHPUT else f"hsplit bench {path.stem}"
+    assert named in capsys.readouterr().out.partition("\n")[0]
+
+
+def test_every_experiment_is_a_command() -> None:
+    assert main.commands["bench"].commands.keys() == {path.stem for path in SCRIPTS} - PARTS_OF_THROUGHPUT
+
+
+@pytest.mark.parametrize("way", [[str(ROOT / "benchmarks" / "startup.py")], ["-m", "benchmarks.startup"]])
+def test_an_experiment_is_a_script_and_a_module(way: list[str], tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *way, "--help"], env=env, cwd=tmp_path, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clock import QUICK, Budgets, Experiment, HolderRow, Row, Scale, predicted, shares_of
-from benchmarks.clock_page import holder_table, plot
-from benchmarks.clock_page import table as clock_table
+from benchmarks.clock import QUICK, Budgets, Experiment, HolderRow, Row, Scale, holder_table, plot, predicted, shares_of
+from benchmarks.clock import table as clock_table
 from benchmarks.cpu_quota import PERIOD_US, CpuQuotas
 from hsplit.errors import InputError
 from hsplit.local_run import local_run

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hsplit.benchmark import load_benchmark
+from benchmarks import convergence as protocol
+from benchmarks import convergence_page as page
 from tests.in_process import random_examples
 
-protocol, page = load_benchmark("convergence"), load_benchmark("convergence_page")
 SMALL = ["job.base=fp32", "job.dtype=fp32", "job.max_length=32", "job.keep_checkpoints=1", "job.batch_size=1"]
 
 
@@ -145,11 +145,6 @@ def test_cells_run_once_and_tables_plots_and_page_follow_from_them(
         return run_cell(cell, *arguments)
 
     monkeypatch.setattr(protocol, "run_cell", counted)
-    # The page's own module is loaded anew; it must see the small protocol.
-    monkeypatch.setattr(page, "load_benchmark", lambda name: protocol)
-    monkeypatch.setattr(
-        protocol, "load_benchmark", lambda name: page if name.endswith("page") else load_benchmark(name)
-    )
     arguments = ["--quick", "--model", str(models["llama"]), "--data", str(words), "--to", str(tmp_path / "to")]
     protocol.main([*arguments, "--minutes", "0"])
     assert ran == []

@@ -10,8 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import inversion, privacy
 from hsplit.actors.activation_noise import ActivationNoise
-from hsplit.benchmark import load_benchmark
 from hsplit.cli import main
 from hsplit.data import TokenizedExample
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
@@ -66,7 +66,6 @@ def test_the_bench_goes_on_where_it_was_ended_and_reads_what_noise_does_not_drow
 
 
 def test_no_restaurant_is_both_the_servers_and_a_clients(models: dict[str, Path], restaurants: Path) -> None:
-    privacy = load_benchmark("privacy")
     options = privacy._options(["--quick", "--model", str(models["llama"]), "--data", str(restaurants)])
     benchmark = privacy._Benchmark(options)
     private = {privacy._name(e.prompt) for share in benchmark.texts.private.values() for e in share}
@@ -82,7 +81,6 @@ def test_no_restaurant_is_both_the_servers_and_a_clients(models: dict[str, Path]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_returned_gradient_tells_the_label(models: dict[str, Path], family: str) -> None:
-    inversion = load_benchmark("inversion")
     base = BaseModel(models[family], "fp32", torch.float32)
     tail = load_segment(base, SegmentSpec(LAYERS, LAYERS, tail=True)).tail
     assert tail is not None
@@ -98,7 +96,6 @@ def test_a_returned_gradient_tells_the_label(models: dict[str, Path], family: st
 
 def test_an_inverter_learns_what_is_likely_beyond_the_regression(models: dict[str, Path]) -> None:
     """Of texts in which only three words ever stand, noise that drowns the regression leaves it much to guess by."""
-    inversion = load_benchmark("inversion")
     base = BaseModel(models["llama"], "fp32", torch.float32)
     front = load_segment(base, SegmentSpec(0, 1, embedding=True))
     draw = random.Random(0)
@@ -118,7 +115,6 @@ def test_an_inverter_learns_what_is_likely_beyond_the_regression(models: dict[st
 
 
 def test_the_table_has_the_best_attack_of_every_cell() -> None:
-    privacy = load_benchmark("privacy")
     learned = [privacy.Learned(2, 0.1, 3.0, 2e4, 300.0, 9.5), privacy.Learned(2, 0.0, 3.0, 12.0, 4.0, 4.0)]
     attacked = [
         privacy.Attacked(2, noise, trained, attack, "base", scope, 10, share, share)

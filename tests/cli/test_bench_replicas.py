@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.benchmark import load_benchmark
+from benchmarks import replicas
 from tests.in_process import random_examples
 
 
 def test_the_table_holds_every_setting_against_one_server() -> None:
-    replicas = load_benchmark("replicas")
     speeds = [replicas.Speed(4, 1, 2.0, 2.2, 3.0, 0.0, 9.0), replicas.Speed(4, 2, 1.0, 1.1, 1.5, 0.25, 9.0)]
     columns, cells = replicas.speed_table(speeds)
     assert cells[1] == ["4", "2", "1.00", "1.10", "2.00", "1.5", "0.25"]
@@ -29,7 +28,7 @@ def test_the_table_holds_every_setting_against_one_server() -> None:
 def test_a_run_of_several_servers_learns(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replicas, words = load_benchmark("replicas"), tmp_path / "words.txt"
+    words = tmp_path / "words.txt"
     words.write_text("".join(f"{e.prompt}||{e.response.strip()}\n" for e in random_examples(40, seed=3)))
     small = ["job.local_steps=2", "job.rounds=2", "job.lr=0.01", "job.max_length=32", f"job.data.source={words}"]
     monkeypatch.setattr(replicas, "LEARNING", small)

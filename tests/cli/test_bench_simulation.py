@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks import common
+from benchmarks import simulation as bench
 from hsplit.actors.scheduler import Scheduler
-from hsplit.benchmark import load_benchmark
 from hsplit.simulation.rounds import simulated
 
 
 def test_the_table_says_how_far_off_a_simulation_is() -> None:
-    bench = load_benchmark("simulation")
     columns, cells = bench.checked_table([bench.Checked(5, "round", 10.0, 9.5, -0.05)])
     assert cells == [["5", "round", "10.00", "9.50", "-5.0%"]]
     assert len(columns) == len(cells[0])
@@ -21,7 +21,6 @@ def test_the_table_says_how_far_off_a_simulation_is() -> None:
 
 
 def test_a_simulation_tells_its_own_peak_memory() -> None:
-    bench = load_benchmark("simulation")
     # What waiting for a process tells of its memory is never less than its parent's.
     ballast = b"x" * 1_500_000_000
     cost = bench._cost(10, 2, Console(quiet=True))
@@ -29,8 +28,7 @@ def test_a_simulation_tells_its_own_peak_memory() -> None:
 
 
 def test_its_clusters_take_as_long_as_wanted(tmp_path: Path) -> None:
-    bench, tiny = load_benchmark("simulation"), load_benchmark("tiny_cluster")
-    model, data = tiny.tiny_model(tmp_path / "model"), tiny.texts(tmp_path / "texts.csv", 100)
+    model, data = common.tiny_model(tmp_path / "model"), common.texts(tmp_path / "texts.csv", 100)
     run = bench._configured(tmp_path, model, data, 5, 2)
     told = simulated(run, Scheduler(run, model), 2).rounds[-1]
     client_s, server_s = bench.SECONDS[5]

@@ -1,4 +1,4 @@
-"""A wheel, installed outside the checkout, finds its presets."""
+"""A wheel, installed outside the checkout, finds its presets and its experiments."""
 
 from __future__ import annotations
 
@@ -7,23 +7,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_plan_from_an_installed_wheel(tmp_path: Path, models: dict[str, Path]) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which a wheel of this checkout is installed."""
+    to = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(ROOT)], check=True)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    subprocess.run([*pip, "--target", str(to), str(ROOT)], check=True)
+    return to
+
+
+def hsplit(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the installed wheel in ``folder``; on stderr, where hsplit was imported from."""
     code = "import hsplit, sys; from hsplit.cli import main; print(hsplit.__file__, file=sys.stderr); main()"
-    plan = ["plan", "--cluster", "hetero", "--policy", "splitlora", "--set", f"model={models['llama']}"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *plan],
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(site)},
         text=True,
         capture_output=True,
         check=True,
     )
-    assert str(tmp_path / "site") in done.stderr
+
+
+def test_plan_from_an_installed_wheel(site: Path, tmp_path: Path, models: dict[str, Path]) -> None:
+    plan = ["plan", "--cluster", "hetero", "--policy", "splitlora", "--set", f"model={models['llama']}"]
+    done = hsplit(site, tmp_path, *plan)
+    assert str(site) in done.stderr
     assert "workstation" in done.stdout
+
+
+def test_an_experiment_of_an_installed_wheel_writes_below_the_working_directory(site: Path, tmp_path: Path) -> None:
+    # Not the experiments, although it has their name and is where one would import from.
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise SystemExit('not these')\n")
+    done = hsplit(site, tmp_path, "bench", "aggregation", "--quick", "--part", "size")
+    assert str(site) in done.stderr
+    results = tmp_path / "benchmarks" / "results" / "aggregation"
+    assert {file.name for file in results.iterdir()} == {"size.csv", "size.md"}

@@ -16,8 +16,8 @@ import pandas
 import pytest
 from click.testing import CliRunner
 
-from hsplit.benchmark import load_benchmark
 from hsplit.cli import main
+from hsplit.experiments import load_experiment
 from hsplit.observe.events import read_events
 from hsplit.observe.metrics import read_metrics
 from hsplit.observe.runs import list_runs
@@ -206,5 +206,5 @@ def test_the_papers_comparison(
     for words in (words for block in hours for words in commands(block.text)):
         bench, name, *flags = words
         assert bench == "bench"
-        known = (Path(load_benchmark(name).__file__)).read_text()
+        known = (Path(load_experiment(name).__file__ or "")).read_text()
         assert all(f'"{flag}"' in known for flag in flags if flag.startswith("--"))

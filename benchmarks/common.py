@@ -1,0 +1,320 @@
+"""The common part of the experiments: flags, clusters and models, runs on Ray and in this process, and results."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as TerminalTable
+
+from hsplit.actors.scheduler import Scheduler
+from hsplit.config import RunConfig, load_run_config
+from hsplit.config.overrides import Overrides
+from hsplit.coordinator import Coordinator, Inputs
+from hsplit.experiments import results_directory
+from hsplit.local_run import local_run
+from hsplit.models.source import ModelSource, find_model
+from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.terminal import Display
+from hsplit.preparation import check_model, read_inputs, settled
+from hsplit.run_directory import RunDirectory
+
+# Ray and matplotlib are imported by what needs them: most experiments use neither to the end.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hsplit.actors.ray_executor import RayExecutor
+
+WORDS = 96
+"""Words of the tiny model's vocabulary."""
+
+Table = tuple[list[str], list[list[str]]]
+"""Columns, and cells row by row."""
+
+
+# -- flags and what was measured on -------------------------------------------------------------------------------
+
+
+def flags_of(name: str, about: str | None) -> argparse.ArgumentParser:
+    """A parser that has ``--to`` already, described by the first line of ``about``, a module's docstring."""
+    parser = argparse.ArgumentParser(prog=f"hsplit bench {name}", description=(about or "").split("\n")[0])
+    parser.add_argument("--to", type=Path, default=results_directory(name), metavar="DIR", help="directory to write")
+    return parser
+
+
+def header_of(name: str, arguments: Sequence[str] | None, *packages: str, **facts: object) -> dict[str, Any]:
+    """Facts to stand above results: the machine, versions of ``packages``, the command, and ``facts``.
+
+    Args:
+        name: of the experiment.
+        arguments: its flags; ``None`` for those that this process was started with.
+    """
+    command = " ".join(["hsplit bench", name, *(sys.argv[1:] if arguments is None else arguments)])
+    return {**machine_description(*packages), "command": command, **facts}
+
+
+def machine_description(*packages: str) -> dict[str, str]:
+    """Processor and system of this machine, and versions of Python and of ``packages``."""
+    versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+    return {"processor": _processor(), "system": platform.platform(), "versions": ", ".join(versions)}
+
+
+def device_name(device: str) -> str:
+    """The name of a GPU, or of this machine's processor."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_to_one_core() -> None:
+    """Compute on one thread of one core, so that seconds can be compared."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def seconds_of(work: Callable[..., object], *arguments: Any) -> float:
+    """Wall seconds of ``work(*arguments)``."""
+    begun = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - begun
+
+
+# -- clusters and models ------------------------------------------------------------------------------------------
+
+
+def configured(folder: Path, cluster: str, policy: str | None = None, overrides: Overrides = ()) -> RunConfig:
+    """The resolved configuration of a cluster file and a policy that are given as text.
+
+    Args:
+        folder: for both files.
+        cluster: content of the cluster file.
+        policy: content of the policy file; or, in one line without a colon, the name of a policy.
+        overrides: as for :func:`~hsplit.config.load_run_config`.
+    """
+    file, named = folder / "cluster.yaml", policy
+    file.write_text(cluster)
+    if policy is not None and ":" in policy:
+        named = str(folder / "policy.yaml")
+        Path(named).write_text(policy)
+    return settled(load_run_config(file, named, overrides))
+
+
+def read(run: RunConfig) -> tuple[ModelSource, Inputs]:
+    """Find the model and the data of ``run``, and check that they go together."""
+    source = find_model(run.job.model)
+    check_model(run, source)
+    return source, read_inputs(run, source)
+
+
+def call_times_s(run: RunConfig, model: Path) -> dict[str, dict[str, float]]:
+    """Virtual seconds of each call of a local step under the first plan, by holder and call."""
+    scheduler = Scheduler(run, model)
+    return scheduler.call_times_s(scheduler.plan())
+
+
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """A tokenizer that makes one token of each of ``words``, after ``<eos>`` and ``<unk>``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def tiny_model(to: Path, words: int = WORDS, **changes: int) -> Path:
+    """Save a random Llama with a tokenizer of ``words`` words into ``to``; ``changes`` are of its sizes.
+
+    Computing takes next to nothing on it: an experiment on it measures Ray, hsplit, and declared time.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, **changes}
+    config = LlamaConfig(vocab_size=words, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(to)
+    word_tokenizer([f"w{i}" for i in range(2, words)]).save_pretrained(to)
+    return to
+
+
+def texts(to: Path, count: int = 200, words: int = WORDS, length: int = 12, prompt: str | None = None) -> Path:
+    """Write ``count`` examples in the tiny model's words, a CSV.
+
+    Args:
+        length: words of a response.
+        prompt: of every example; the response's first letters by default.
+    """
+    draw = random.Random(0)
+    lines = [" ".join(f"w{draw.randrange(2, words)}" for _ in range(length)) for _ in range(count)]
+    prompts = [line[:8] if prompt is None else prompt for line in lines]
+    pairs = (f"{prompt},{line}" for prompt, line in zip(prompts, lines, strict=True))
+    to.write_text("prompt,response\n" + "\n".join(pairs) + "\n")
+    return to
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def local_ray(cpus: float, more_modules: Sequence[str] = ()) -> Iterator[Path]:
+    """A Ray with so many CPUs (of which it only keeps count) on this machine, whose workers are forked.
+
+    Args:
+        cpus: at least.
+        more_modules: for the process that workers are forked from to import.
+
+    Yields:
+        A folder, gone afterwards, for everything that is written on the way.
+    """
+    import ray
+
+    from hsplit.actors.fork_server import MODULES, ForkServer
+    from hsplit.actors.ray_connection import connect
+
+    with tempfile.TemporaryDirectory() as name, ForkServer((*MODULES, *more_modules)) as fork_server:
+        connect(None, cpus, dashboard=False, fork_server=fork_server)
+        try:
+            yield Path(name)
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def on_ray(
+    name: str, run: RunConfig, model: Path, folder: Path, display: Display | None = None
+) -> Iterator[tuple[Coordinator, RayExecutor]]:
+    """The coordinator of ``run`` and its actors, which end with the block.
+
+    Args:
+        name: of the run, and of its directory in ``folder``.
+        model: directory.
+    """
+    from hsplit.actors.ray_executor import RayExecutor
+
+    executor = RayExecutor(name, run, model)
+    try:
+        directory, inputs = RunDirectory.create(folder, name), read_inputs(run, find_model(str(model)))
+        yield Coordinator(run, executor, directory, inputs, display or SilentDisplay()), executor
+    finally:
+        executor.close()
+
+
+def pid_of(executor: RayExecutor, name: str) -> int:
+    """The process of an actor."""
+    import ray
+
+    return int(ray.get(executor._handles[name].__ray_call__.remote(lambda self: os.getpid())))
+
+
+@contextmanager
+def in_process(
+    run: RunConfig, model: Path, inputs: Inputs, display: Display, **how: Any
+) -> Iterator[tuple[Coordinator, RunDirectory]]:
+    """The coordinator of ``run`` in this process, without Ray, and its directory, which is gone after the block.
+
+    Args:
+        model: directory.
+        how: as for :func:`~hsplit.local_run.local_run`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        directory = RunDirectory.create(Path(name), "run")
+        yield local_run(run, model, directory, inputs, display, **how), directory
+
+
+# -- results ------------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: Sequence[Any], header: Mapping[str, Any]) -> None:
+    """A CSV with ``# key: value`` lines before its header, which pandas reads with ``comment="#"``.
+
+    Args:
+        rows: dataclass instances or mappings, all with the same fields.
+        header: of facts; may be empty.
+    """
+    records = [row if isinstance(row, Mapping) else asdict(row) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a markdown file, the first column to the left and the others to the right."""
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def titled(title: str, table: Table) -> str:
+    """A heading and its table for a markdown file."""
+    return f"## {title}\n\n{markdown_table(*table)}"
+
+
+def write_markdown(path: Path, header: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Write facts as a list, and below them ``parts``, each a text that ends its last line."""
+    facts = "".join(f"- {key}: {value}\n" for key, value in header.items())
+    path.write_text("\n".join([facts, *parts]))
+
+
+def show_table(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1
+) -> None:
+    """A table on the terminal, the first ``left`` columns to the left and the others to the right."""
+    table = TerminalTable(title=title, box=SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def keep_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], to: Path) -> None:
+    """Show a table, and write it into a markdown file."""
+    show_table(console, columns, rows)
+    to.write_text(markdown_table(columns, rows))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, to: Path) -> None:
+    """Write a figure as SVG, the same file for the same figures."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "hsplit"}):
+        figure.savefig(to, metadata={"Date": None})
