@@ -49,6 +49,7 @@ from hsplit.actors.executor import SERVER
 from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
+from hsplit.config.files import read_json
 from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
@@ -350,14 +351,14 @@ class Cells:
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         path = self._folder / f"{cell.key}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path, dict[str, Any]) if path.is_file() else None
 
     def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._folder / f"{cell.key}.json", json.dumps(found, indent=1) + "\n")
 
     def all(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted(self._folder.glob("*.json"))]
+        return [read_json(path, dict[str, Any]) for path in sorted(self._folder.glob("*.json"))]
 
 
 def tuning_cells(scale: Scale) -> list[Cell]:

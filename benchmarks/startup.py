@@ -9,7 +9,6 @@ training begins: Ray, the actors, the model's parts, the data and the validation
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from statistics import median
 
 from benchmarks import common
 from benchmarks.common import Table
+from hsplit.observe.events import read_events
 
 CODE = "from hsplit.cli import run; run()"
 TIMEOUT_S = 300.0
@@ -106,13 +106,8 @@ def _until_training(cluster: str) -> float:
 
 
 def _event_time(log: Path, kind: str) -> float | None:
-    if not log.is_file():
-        return None
-    for line in log.read_text().splitlines():
-        event = json.loads(line) if line.endswith("}") else {}
-        if event.get("event") == kind:
-            return datetime.fromisoformat(event["time"]).timestamp()
-    return None
+    times = [event["time"] for event in read_events(log) if event["event"] == kind]
+    return datetime.fromisoformat(times[0]).timestamp() if times else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

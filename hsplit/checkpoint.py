@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from hsplit.config import Client
-from hsplit.config.files import displayed, read_json
-from hsplit.config.refusals import first_of, refusals
+from hsplit.config.files import displayed, from_plain, read_json
+from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
-from hsplit.files import save_tensors, sha256_of, sync
-from hsplit.observe.metrics import MetricsRow, PlanRow, row_from_json
+from hsplit.files import directory_written_atomically, save_tensors, sha256_of
+from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.timing import TimingRow
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_PARTIAL = ".partial-"
-
-
-_Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass
@@ -56,13 +50,13 @@ class Progress:
         model_fingerprint, data_sha256: what the run was started with.
     """
 
-    round: _Whole = 0
-    step: _Whole = 0
-    tokens: _Whole = 0
+    round: Whole = 0
+    step: Whole = 0
+    tokens: Whole = 0
     round_loss_sum: float = 0.0
-    round_tokens: _Whole = 0
-    bytes_up: _Whole = 0
-    bytes_down: _Whole = 0
+    round_tokens: Whole = 0
+    bytes_up: Whole = 0
+    bytes_down: Whole = 0
     residual_cut: float = 0.0
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
@@ -80,9 +74,7 @@ class Progress:
     lost: list[str] = field(default_factory=list)
     model_fingerprint: str = ""
     data_sha256: str = ""
-
-
-_PROGRESS = TypeAdapter(Progress)
+    __pydantic_config__ = EXACT
 
 
 def checkpoint_name(progress: Progress, local_steps: int) -> str:
@@ -102,23 +94,13 @@ def save_checkpoint(
     Raises:
         OSError: it cannot be written; the checkpoints that were there are as they were.
     """
-    target, partial = folder / name, folder / f"{_PARTIAL}{name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    target = folder / name
+    with directory_written_atomically(target) as partial:
         (partial / STATE).write_text(json.dumps(asdict(progress)))
         for holder, named in tensors.items():
             save_tensors(named, partial / f"{holder}.safetensors")
         sums = {file.name: sha256_of(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
-        for file in partial.iterdir():
-            sync(file)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync(folder)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -161,22 +143,16 @@ def read_progress(path: Path) -> Progress:
         InputError: ``state.json`` is none that :func:`save_checkpoint` writes.
     """
     file = path / STATE
-    document = read_json(file)
-    try:
-        # Checksums tell damage; who wrote a checkpoint that came from elsewhere they do not tell.
-        _PROGRESS.validate_json(file.read_bytes(), strict=True)
-        progress = Progress(**document)
-        if progress.plan is not None:
+    progress = read_json(file, Progress)
+    # Checksums tell damage; who wrote a checkpoint that came from elsewhere they do not tell.
+    rows: dict[str, Any] = {"metrics": list[MetricsRow], "plans": list[PlanRow], "timing": list[TimingRow]}
+    for key, type_ in {**rows, "joined": list[Client]}.items():
+        from_plain(getattr(progress, key), type_, f"{displayed(file)}: {key}")
+    if progress.plan is not None:
+        try:
             Plan.from_json(progress.plan)
-        for rows, row_type in ((progress.metrics, MetricsRow), (progress.plans, PlanRow), (progress.timing, TimingRow)):
-            for row in rows:
-                row_from_json(row, row_type)
-        for client in progress.joined:
-            Client.model_validate(client)
-    except ValidationError as error:
-        raise first_of(displayed(file), refusals(error)) from None
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"{displayed(file)}: is no state of a run: {error}") from None
+        except ValueError as error:
+            raise InputError(f"{displayed(file)}: plan: {error}") from None
     return progress
 
 
@@ -224,7 +200,4 @@ def _damage(path: Path) -> str | None:
 
 def _sums(path: Path) -> dict[str, str]:
     """The checksums of a checkpoint's files, by name."""
-    sums = read_json(path / MANIFEST)
-    if not isinstance(sums, dict):
-        raise InputError(f"{displayed(path / MANIFEST)}: must be checksums by file name")
-    return sums
+    return read_json(path / MANIFEST, dict[str, str])

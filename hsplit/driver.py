@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hsplit.config.files import read_json
+from hsplit.config.section import EXACT
+from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 
 _TOUCHED_S = 5.0
@@ -30,6 +33,7 @@ class Driver:
 
     host: str
     pid: int
+    __pydantic_config__ = EXACT
 
     @classmethod
     def here(cls) -> Driver:
@@ -64,8 +68,8 @@ def announced(path: Path) -> Iterator[None]:
 def read_driver(path: Path) -> Driver | None:
     """Who announced itself in ``path`` last and did not end well since; ``None`` if nobody did."""
     try:
-        return Driver(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return read_json(path, Driver)
+    except InputError:
         return None
 
 

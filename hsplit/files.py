@@ -1,12 +1,14 @@
-"""Files that are written whole or not at all, files of tensors, and the SHA-256 of a file."""
+"""Files and folders that are written whole or not at all, files of tensors, and the SHA-256 of a file."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,40 @@ def write_bytes_atomically(path: str | Path, content: bytes, durable: bool = Tru
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)
+
+
+@contextmanager
+def directory_written_atomically(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, which takes its place once the block has ended without an error.
+
+    The old folder is there, whole, until the new one is; one process at a time may write ``path``. Where ``durable``,
+    the new one's files outlast a loss of power.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    partial, old = path.with_name(f".partial-{path.name}"), path.with_name(f".partial-old-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if durable:
+            for file in (*partial.iterdir(), partial):
+                sync(file)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.replace(old)
+        try:
+            partial.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     if durable:
         sync(path.parent)
 

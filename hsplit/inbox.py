@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, RootModel, ValidationError
 
 from hsplit.actors.executor import SERVER
 from hsplit.config import BudgetChange, RunConfig
@@ -22,8 +22,28 @@ from hsplit.files import write_text_atomically
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.budgets import BudgetRequest
 
-# What a file that is no request may fail with.
-_UNREADABLE = (InputError, OSError, ValueError, TypeError, KeyError, AttributeError)
+
+@dataclass(frozen=True)
+class _Budget:
+    request: Literal["budget"]
+    holder: str
+    values: BudgetChange
+
+
+@dataclass(frozen=True)
+class _Join:
+    request: Literal["join"]
+    client: Client
+
+
+@dataclass(frozen=True)
+class _Leave:
+    request: Literal["leave"]
+    client: str
+
+
+class _Document(RootModel[Annotated[_Budget | _Join | _Leave, Field(discriminator="request")]]):
+    """The content of a request's file."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +176,7 @@ def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, Client]:
     for path in sorted([*directory.inbox.glob("taken/*/*.json"), *directory.inbox.glob("*.json")]):
         try:
             request = _read(path)
-        except _UNREADABLE:
+        except InputError:
             continue
         if isinstance(request, JoinRequest):
             clients.setdefault(request.client.name, request.client)
@@ -186,9 +206,8 @@ def take_requests(inbox: Path, round_: int) -> tuple[list[Request], list[str]]:
     for path in sorted(taken.glob("*.json")):
         try:
             requests.append(_read(path))
-        except _UNREADABLE as error:
-            first = str(error).strip().splitlines()
-            refused.append(f"inbox: {path.name} is no request and is left out ({first[0] if first else error!r})")
+        except InputError as error:
+            refused.append(f"inbox: {path.name} is no request and is left out ({error})")
     return requests, refused
 
 
@@ -204,12 +223,9 @@ def refuse(inbox: Path, file: str) -> None:
 def _read(path: Path) -> Request:
     if not path.is_file():
         raise InputError(f"{displayed(path)}: is no plain file")
-    document = read_json(path)
-    kind = document["request"]
-    if kind == "budget":
-        return BudgetRequest(str(document["holder"]), BudgetChange.model_validate(document["values"]).values())
-    if kind == "join":
-        return JoinRequest(Client.model_validate(document["client"]), path.name)
-    if kind == "leave":
-        return LeaveRequest(str(document["client"]), path.name)
-    raise ValueError(f"unknown request {kind!r}")
+    document = read_json(path, _Document).root
+    if isinstance(document, _Budget):
+        return BudgetRequest(document.holder, document.values.values())
+    if isinstance(document, _Join):
+        return JoinRequest(document.client, path.name)
+    return LeaveRequest(document.client, path.name)

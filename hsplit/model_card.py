@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsplit import __version__
 from hsplit.checkpoint import Progress
 from hsplit.config import Partition, RunConfig
-from hsplit.config.files import displayed, read_json
+from hsplit.config.files import read_json
 from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.source import ModelSource
@@ -23,8 +24,21 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 METADATA = "hsplit"
-_EVALUATED = frozenset({"round", "data", "inputs", "references", "model", "beams", "scores"})
 """Key of the front matter under which an export says what ``hsplit eval`` needs to know of its run."""
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The part of ``eval.json`` that a card quotes."""
+
+    round: int | None
+    data: str
+    inputs: int
+    references: int
+    model: str
+    beams: int
+    scores: dict[str, float]
+
 
 _METRIC_NAMES = {
     "ppl": "Perplexity",
@@ -209,7 +223,7 @@ def _plan(progress: Progress) -> str:
     )
 
 
-def _results(progress: Progress, evaluation: dict[str, Any] | None) -> str:
+def _results(progress: Progress, evaluation: _Evaluation | None) -> str:
     parts = []
     if progress.metrics:
         last, first = progress.metrics[-1], progress.metrics[0]
@@ -218,11 +232,11 @@ def _results(progress: Progress, evaluation: dict[str, Any] | None) -> str:
             "training), on examples that the clients held out."
         )
     if evaluation is not None:
-        scores = [(_METRIC_NAMES.get(n, n), f"{value:.4g}") for n, value in evaluation["scores"].items()]
+        scores = [(_METRIC_NAMES.get(n, n), f"{value:.4g}") for n, value in evaluation.scores.items()]
         parts.append(
-            f"`hsplit eval`, on {evaluation['data']}: {evaluation['inputs']} inputs, {evaluation['references']} "
-            f"references, {evaluation['model']}, "
-            f"{'greedy' if evaluation['beams'] == 1 else str(evaluation['beams']) + ' beams'}.\n\n"
+            f"`hsplit eval`, on {evaluation.data}: {evaluation.inputs} inputs, {evaluation.references} "
+            f"references, {evaluation.model}, "
+            f"{'greedy' if evaluation.beams == 1 else str(evaluation.beams) + ' beams'}.\n\n"
             + _table(("score", "value"), scores)
         )
     return "\n\n".join(parts) or "Nothing was measured."
@@ -233,19 +247,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _evaluation(directory: RunDirectory, round_: int) -> dict[str, Any] | None:
+def _evaluation(directory: RunDirectory, round_: int) -> _Evaluation | None:
     """What ``hsplit eval`` left in the run's directory, if that is of this round."""
     file = directory.path / "eval.json"
     if not file.is_file():
         return None
-    found = read_json(file)
-    whole = isinstance(found, dict) and found.keys() >= _EVALUATED and isinstance(found["scores"], dict)
-    if not whole or any(type(score) not in (int, float) for score in found["scores"].values()):
-        raise InputError(f"{displayed(file)}: is not what `hsplit eval` writes: remove it, or evaluate anew")
-    return found if found["round"] == round_ else None
+    try:
+        found = read_json(file, _Evaluation)
+    except InputError as error:
+        raise InputError(f"{error}: not what `hsplit eval` writes; remove the file, or evaluate again") from None
+    return found if found.round == round_ else None
 
 
-def _eval_results(evaluation: dict[str, Any] | None, source: str) -> list[EvalResult] | None:
+def _eval_results(evaluation: _Evaluation | None, source: str) -> list[EvalResult] | None:
     from huggingface_hub import EvalResult
 
     if evaluation is None:
@@ -254,10 +268,10 @@ def _eval_results(evaluation: dict[str, Any] | None, source: str) -> list[EvalRe
         EvalResult(
             task_type="text-generation",
             dataset_type=Path(source).stem,
-            dataset_name=str(evaluation["data"]),
+            dataset_name=evaluation.data,
             metric_type=name,
             metric_name=_METRIC_NAMES.get(name, name),
             metric_value=value,
         )
-        for name, value in evaluation["scores"].items()
+        for name, value in evaluation.scores.items()
     ]

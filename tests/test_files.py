@@ -5,6 +5,7 @@ Safetensors files get the mode of any new file, wherever they are written.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -17,7 +18,13 @@ from safetensors.torch import load_file
 
 import hsplit
 from hsplit.checkpoint import Progress, save_checkpoint
-from hsplit.files import save_tensors, sha256_of, write_bytes_atomically, write_text_atomically
+from hsplit.files import (
+    directory_written_atomically,
+    save_tensors,
+    sha256_of,
+    write_bytes_atomically,
+    write_text_atomically,
+)
 from hsplit.scheduling.count_store import CountStore
 from tests.file_modes import UMASKS, assert_new, modes, umask
 
@@ -74,6 +81,44 @@ def test_the_checksum_is_of_all_bytes(tmp_path: Path) -> None:
         sha256_of(tmp_path / "none")
 
 
+def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
+    path = tmp_path / "round-1"
+    for content in ("old", "new"):
+        with directory_written_atomically(path) as folder:
+            assert list(folder.iterdir()) == []
+            (folder / content).write_text(content)
+            before = path.exists()
+        assert before == (content == "new")
+        assert [file.name for file in path.iterdir()] == [content]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_written_to_its_end_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "round-1"
+    with directory_written_atomically(path) as folder:
+        (folder / "old").write_text("old")
+    # Half of it, of a process that was killed.
+    (tmp_path / ".partial-round-1").mkdir()
+    (tmp_path / ".partial-round-1" / "half").write_text("half")
+    with pytest.raises(ZeroDivisionError), directory_written_atomically(path) as folder:
+        (folder / "new").write_text("new")
+        raise ZeroDivisionError
+    replace = Path.replace
+
+    def refused(source: Path, target: Path) -> Path:
+        if source.name == ".partial-round-1":
+            raise OSError("no")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(OSError, match="no"), directory_written_atomically(path, durable=False) as folder:
+        (folder / "new").write_text("new")
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("mask", UMASKS, ids=oct)
 def test_a_new_file_of_tensors_has_the_mode_that_the_umask_gives(tmp_path: Path, mask: int) -> None:
     with umask(mask):
@@ -117,3 +162,18 @@ def test_nothing_else_writes_tensors() -> None:
     root = Path(hsplit.__file__).parent
     writers = {str(f.relative_to(root)) for f in root.rglob("*.py") if re.search(r"\bsave_file\b", f.read_text())}
     assert writers == {"files.py"}
+
+
+# Files that are whole move into a folder where others stay; a name that nobody has yet.
+OF_THEIR_OWN = {"hsplit/exporting.py": "os.replace", "hsplit/tracebacks.py": "tempfile.mkstemp"}
+WAYS = {"os.replace", "os.rename", "shutil.move", "tempfile.mkstemp", "tempfile.NamedTemporaryFile"}
+
+
+def test_files_are_put_in_place_and_hashed_in_one_way() -> None:
+    root = Path(__file__).parents[1]
+    found: dict[str, str] = {}
+    for file in (*(root / "hsplit").rglob("*.py"), *(root / "benchmarks").glob("*.py")):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)}
+        ways = calls & {*WAYS, "hashlib.file_digest"} if file != root / "hsplit" / "files.py" else set()
+        found |= {file.relative_to(root).as_posix(): way for way in ways}
+    assert found == OF_THEIR_OWN

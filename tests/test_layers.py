@@ -28,9 +28,9 @@ LAYERS = (
     ("measuring",),
     # The method.
     ("data", "lora", "models", "scheduling"),
-    ("extension", "run_directory"),
+    ("driver", "extension", "run_directory"),
     ("config",),
-    ("driver", "socket_directory", "tracebacks", "waiting"),
+    ("socket_directory", "tracebacks", "waiting"),
     ("dependency_messages", "errors", "files", "home", "seeds", "shadowing", "streams"),
 )
 # They start actors, place them, and pass on Ray's metrics.

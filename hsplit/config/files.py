@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from hsplit.config.refusals import first_of, refusals
 from hsplit.config.section import allowed_instead, shown
 from hsplit.errors import InputError
 
@@ -25,6 +28,7 @@ MAX_DIGITS = 100
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 PresetKind = Literal["cluster", "policies"]
+Value = TypeVar("Value")
 
 # YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point; a learning rate is a number
 _EXPONENT = (re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
@@ -166,39 +170,69 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str | bytes, place: str) -> Any:
-    """The value that ``text`` denotes.
+def json_value(text: str | bytes) -> Any:
+    """The value that ``text`` denotes, whatever its type.
 
     Raises:
-        InputError: ``text`` is no JSON, or nested too deeply.
+        ValueError: ``text`` is no JSON, or nested too deeply; its text is the reason.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        reason = f"{error.msg} on line {error.lineno}"
+        reason = f"{error.msg} on line {error.lineno}" if "\n" in error.doc else error.msg
     except UnicodeDecodeError:
         reason = "it is not UTF-8 text"
     except RecursionError:
-        reason = "it is nested too deeply"
+        reason = "nested too deeply"
     except ValueError:
         # Python reads no integer of more than some thousand digits.
-        reason = "it has a number that is too long"
-    raise InputError(f"{place}: not valid JSON: {reason}")
+        reason = "a number is too long"
+    raise ValueError(reason)
 
 
-def read_json(path: str | Path) -> Any:
-    """The value in the JSON file ``path``.
+def from_json(text: str | bytes, type_: type[Value], place: str) -> Value:
+    """The value of a type that ``text`` denotes, such as a dataclass or ``dict[str, int]``.
+
+    Nothing is converted: a number in quotes is none.
 
     Raises:
-        InputError: there is no such file, or it is no JSON.
+        InputError: ``text`` is no JSON, or denotes no such value; the line names the key.
+    """
+    try:
+        value: Value = _validator(type_).validate_json(text, strict=True)  # type: ignore[arg-type]  # types are hashable
+        return value
+    except ValidationError as error:
+        found = first_of(place, refusals(error))
+    try:
+        json_value(text)
+    except ValueError as error:
+        raise InputError(f"{place}: not valid JSON: {error}") from None
+    raise found
+
+
+def from_plain(data: Any, type_: type[Value], place: str) -> Value:
+    """The value of a type that ``data`` denotes, which is part of a JSON document; see :func:`from_json`."""
+    return from_json(json.dumps(data), type_, place)
+
+
+@cache
+def _validator(type_: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(type_)
+
+
+def read_json(path: str | Path, type_: type[Value]) -> Value:
+    """The value of a type in the JSON file ``path``; see :func:`from_json`.
+
+    Raises:
+        InputError: there is no such file, or it holds no such value.
     """
     try:
         raw = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{displayed(path)}: there is no such file") from None
-    except OSError as error:
-        raise InputError(f"{displayed(path)}: cannot be read: {error.strerror or error}") from None
-    return parse_json(raw, displayed(path))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{displayed(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return from_json(raw, type_, displayed(path))
 
 
 def to_yaml(value: Any) -> str:

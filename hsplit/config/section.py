@@ -116,6 +116,8 @@ def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
 
 NOT_EMPTY = AfterValidator(_not_empty)
 """For tuples, instead of pydantic's min_length, which also complains when an entry is wrong itself."""
+EXACT = ConfigDict(strict=True, extra="forbid")
+"""For dataclasses that are read from JSON, as their ``__pydantic_config__``."""
 LIST = Field(strict=False)
 """For tuples: YAML has lists, which pydantic's strict mode would refuse."""
 
@@ -165,6 +167,8 @@ AnyText = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
 PathText = Annotated[Text, AfterValidator(_usable_path)]
 Name = Annotated[str, AfterValidator(_well_formed)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+"""A count of anything that a file has room for."""
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]

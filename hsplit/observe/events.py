@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator
 
 ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validated", "round", "checkpoint", "finished"})
 """Kinds that are the normal course of a run; a report lists the events of every other kind, ``replanned`` and
@@ -116,6 +118,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+MaybeInfinite = Annotated[float, BeforeValidator(_number)]
+"""A number in the form that :func:`finite` gives it."""
 
 
 def _events(lines: bytes) -> list[dict[str, Any]]:

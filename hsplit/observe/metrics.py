@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
-from hsplit.config.files import displayed
-from hsplit.config.section import shown
+from hsplit.config.files import displayed, from_plain
+from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.observe.timing import TimingRow
@@ -43,18 +43,19 @@ class MetricsRow:
         available_clients: how many clients that plan gives a part.
     """
 
-    round: int
-    step: int
+    round: Whole
+    step: Whole
     train_loss: float | None
     val_loss: float
     val_ppl: float
-    tokens: int
+    tokens: Whole
     wall_time_s: float
     virtual_time_s: float
-    bytes_up: int
-    bytes_down: int
+    bytes_up: Whole
+    bytes_down: Whole
     captured_importance: float
-    available_clients: int
+    available_clients: Whole
+    __pydantic_config__ = EXACT
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,18 @@ class PlanRow:
         measured_bytes, measured_time_s: None where nothing was measured.
     """
 
-    round: int
+    round: Whole
     name: str
     kind: str
     available: bool
-    split: int | None
-    rank_total: int
-    declared_bytes: int
-    predicted_bytes: int
-    measured_bytes: int | None
+    split: Whole | None
+    rank_total: Whole
+    declared_bytes: Whole
+    predicted_bytes: Whole
+    measured_bytes: Whole | None
     predicted_time_s: float
     measured_time_s: float | None
+    __pydantic_config__ = EXACT
 
 
 def plan_rows(
@@ -119,21 +121,12 @@ def row_to_json(row: MetricsRow | PlanRow | TimingRow) -> dict[str, Any]:
 
 
 def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
-    """What ``row_to_json`` made.
+    """The row that ``row_to_json`` made ``data`` of.
 
     Raises:
-        TypeError: columns are missing or unknown.
-        ValueError: a value is none that the column may have.
+        InputError: columns are missing or unknown, or a value is none that the column may have.
     """
-    row = row_type(**data)
-    for column, type_ in get_type_hints(row_type).items():
-        value = getattr(row, column)
-        # JSON has no word for a float that is whole.
-        known = isinstance(value, type_) or (type_ in (float, float | None) and isinstance(value, int))
-        if not known or (isinstance(value, bool) and type_ is not bool):
-            raise ValueError(f"{column} cannot be {shown(value)}")
-        _check_size(value)
-    return row
+    return from_plain(data, row_type, row_type.__name__)
 
 
 class MetricsTable(Generic[Row]):

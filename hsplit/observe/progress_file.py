@@ -11,9 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hsplit.config.files import read_json
+from hsplit.config.section import EXACT
 from hsplit.driver import Driver
+from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.observe.events import finite
+from hsplit.observe.events import MaybeInfinite, finite
 from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.timing import TimingRow
 from hsplit.scheduling.plan import Plan
@@ -44,37 +47,19 @@ class StepRecord:
     rounds: int = 0
     step: int = 0
     steps: int = 0
-    losses: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, MaybeInfinite] = field(default_factory=dict)
     states: Mapping[str, str] = field(default_factory=dict)
     first_step: int = 0
     first_time: float = 0.0
     time: float = 0.0
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """What ``asdict`` and JSON made of a record.
-
-        Raises:
-            TypeError, ValueError, KeyError, AttributeError: ``data`` is none.
-        """
-        numbers = ("round", "rounds", "step", "steps", "first_step")
-        return cls(
-            driver=Driver(**data["driver"]),
-            begun=float(data["begun"]),
-            lines=tuple(map(str, data["lines"])),
-            losses={str(name): float(loss) for name, loss in data["losses"].items()},
-            states={str(name): str(state) for name, state in data["states"].items()},
-            first_time=float(data["first_time"]),
-            time=float(data["time"]),
-            **{name: int(data[name]) for name in numbers},
-        )
+    __pydantic_config__ = EXACT
 
 
 def read_step_record(path: Path) -> StepRecord | None:
     """The record in the file ``path``; ``None`` where there is none that can be read."""
     try:
-        return StepRecord.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return read_json(path, StepRecord)
+    except InputError:
         return None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hsplit.config.files import displayed, read_yaml
+from hsplit.config.files import displayed, read_json, read_yaml
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, read_events
 from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
@@ -143,12 +142,19 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
     ]
 
 
+@dataclass(frozen=True)
+class _State:
+    """The part of a checkpoint's state that a report shows."""
+
+    plan: dict[str, Any] | None = None
+
+
 def _newest_plan(checkpoints: Path) -> Plan | None:
     """The plan in the last checkpoint that has a readable one; a damaged one costs only its detail."""
     for state in sorted(checkpoints.glob("round-*/state.json"), reverse=True):
         try:
-            plan = plan_or_none(json.loads(state.read_text(encoding="utf-8"))["plan"])
-        except (OSError, ValueError, KeyError, TypeError):
+            plan = plan_or_none(read_json(state, _State).plan)
+        except InputError:
             continue
         if plan is not None:
             return plan

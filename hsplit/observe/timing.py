@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hsplit.config.section import EXACT, Whole
+
 PHASES = ("data", "unpack", "forward", "tail", "backward", "optimizer", "pack", "paced", "waiting")
 """What a holder's time is spent on, in the order of a step; ``TimingRow`` says what each is."""
 
@@ -27,10 +29,11 @@ class TimingRow:
         ValueError: ``phase`` is none of ``PHASES``.
     """
 
-    round: int
+    round: Whole
     name: str
     phase: str
     seconds: float
+    __pydantic_config__ = EXACT
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hsplit.config.files import read_json
+from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.models.packaged import cache_root
 
@@ -31,10 +33,9 @@ class CountStore:
     def get(self, *key: Any) -> list[int] | None:
         """What was kept for ``key``, or ``None``."""
         try:
-            kept = json.loads(self._path(key).read_text())
-        except (OSError, ValueError):
+            return read_json(self._path(key), list[int])
+        except InputError:
             return None
-        return kept if isinstance(kept, list) and all(isinstance(n, int) for n in kept) else None
 
     def put(self, counts: list[int], *key: Any) -> None:
         """Keep ``counts`` for ``key``."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from hsplit.config.cluster import server_names
+from hsplit.config.files import from_plain
+from hsplit.config.section import EXACT, Whole
+from hsplit.errors import InputError
 
 MAX_LAYERS, MAX_SERVERS = 10_000, 1000
 """What a plan that is read from a file may have; no model is so deep."""
+_Figure = Annotated[float, Field(gt=-(2.0**1000), lt=2.0**1000, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,16 @@ class HolderPlan:
     """
 
     name: str
-    kind: str
+    kind: Literal["client", "server"]
     available: bool
-    split: int | None
-    ranks: dict[str, int] = field(default_factory=dict)
-    declared_bytes: int = 0
-    predicted_bytes: int = 0
-    step_time_s: float = 0.0
-    lacking_bytes: int = 0
-    captured_share: float = 0.0
+    split: Whole | None
+    ranks: dict[str, Whole] = field(default_factory=dict)
+    declared_bytes: Whole = 0
+    predicted_bytes: Whole = 0
+    step_time_s: _Figure = 0.0
+    lacking_bytes: Whole = 0
+    captured_share: _Figure = 0.0
+    __pydantic_config__ = EXACT
 
     @property
     def held_layers(self) -> int:
@@ -72,14 +79,14 @@ class Plan:
             over the round's local steps (virtual).
     """
 
-    layers: int
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     server: HolderPlan
     clients: tuple[HolderPlan, ...]
-    makespan_s: float
-    captured_importance: float
+    makespan_s: _Figure
+    captured_importance: _Figure
     importance: str
-    servers: int = 1
-    exchange_s: float = 0.0
+    servers: Annotated[int, Field(ge=1, le=MAX_SERVERS)] = 1
+    exchange_s: _Figure = 0.0
 
     @property
     def objective(self) -> float:
@@ -130,50 +137,13 @@ class Plan:
             ValueError: it is no plan.
         """
         try:
-            plan = Plan(
-                layers=data["layers"],
-                server=HolderPlan(**data["server"]),
-                clients=tuple(HolderPlan(**c) for c in data["clients"]),
-                makespan_s=data["makespan_s"],
-                captured_importance=data["captured_importance"],
-                importance=data["importance"],
-                servers=data.get("servers", 1),
-                exchange_s=data.get("exchange_s", 0.0),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"it is no plan: {error}") from None
-        plan._check()
+            plan = from_plain(data, Plan, "it is no plan")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        for part in (plan.server, *plan.clients):
+            if (part.split is None and part.available) or (part.split or 0) > plan.layers:
+                raise ValueError(f"it is no plan: {part.name} takes part without layers, or has more than there are")
         return plan
-
-    def _check(self) -> None:
-        """Raise ValueError where a part is none that a scheduler gives."""
-        sound = _counts(self.layers, self.servers) and 0 < self.layers <= MAX_LAYERS and 0 < self.servers <= MAX_SERVERS
-        sound = (
-            sound
-            and _figures(self.makespan_s, self.captured_importance, self.exchange_s)
-            and isinstance(self.importance, str)
-        )
-        for holder in (self.server, *self.clients):
-            sound = sound and isinstance(holder.name, str) and holder.kind in ("client", "server")
-            sound = sound and isinstance(holder.available, bool) and isinstance(holder.ranks, dict)
-            # Who takes part has a split.
-            sound = sound and (holder.split is None or _counts(holder.split))
-            sound = sound and (holder.split or 0) <= self.layers and (holder.split is not None or not holder.available)
-            sound = sound and _counts(
-                holder.declared_bytes, holder.predicted_bytes, holder.lacking_bytes, *holder.ranks.values()
-            )
-            sound = sound and _figures(holder.step_time_s, holder.captured_share)
-        if not sound:
-            raise ValueError("it is no plan: a figure in it cannot be right")
-
-
-def _counts(*values: Any) -> bool:
-    """Whether all are whole numbers from 0 that a file has room for."""
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _figures(*values: Any) -> bool:
-    return all(type(value) in (int, float) and abs(value) < 2**1000 for value in values)
 
 
 def _holder_json(holder: HolderPlan) -> dict[str, Any]:

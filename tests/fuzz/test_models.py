@@ -205,6 +205,13 @@ def test_an_index_names_files_beside_it_alone(models: dict[str, Path], tmp_path:
         CheckpointReader(directory, "model")
 
 
+@pytest.mark.parametrize("index", [{}, [], {"weight_map": {}}, {"weight_map": ["a.safetensors"]}], ids=str)
+def test_an_index_without_files_is_refused_in_one_line(tmp_path: Path, index: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"^job\.model: .*index\.json: [^\n]*$"):
+        CheckpointReader(tmp_path, "model")
+
+
 def test_every_file_that_is_read_is_in_the_fingerprint(models: dict[str, Path], tmp_path: Path) -> None:
     directory = Path(shutil.copytree(models["llama"], tmp_path / "model"))
     reader = CheckpointReader(directory, "model")

@@ -15,9 +15,10 @@ from click.testing import CliRunner
 import hsplit
 from hsplit.cli import main
 from hsplit.config import load_run_config
+from hsplit.config.files import from_plain
 from hsplit.driver import Driver
 from hsplit.observe import watch as watching
-from hsplit.observe.events import EventLog
+from hsplit.observe.events import EventLog, finite
 from hsplit.observe.live_display import LiveDisplay
 from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.progress_file import ProgressFile, StepRecord, read_step_record
@@ -251,4 +252,4 @@ def test_steps_are_on_the_disk_once_a_second_and_at_the_end(tmp_path: Path) -> N
     assert (found.driver, found.begun, found.lines, found.step) == (Driver.here(), begun, ("model",), 10)
     assert (found.first_step, found.first_time, found.time) == (5, begun + 0.5, begun + 2.5)
     assert found.states == {"c5": "waiting"}
-    assert StepRecord.from_json(asdict(found)).states == found.states
+    assert from_plain(finite(asdict(found)), StepRecord, "here").states == found.states
