@@ -17,6 +17,7 @@ from hsplit.config import BudgetChange, RunConfig
 from hsplit.config.cluster import SERVER_BUDGET_FIELDS, Client, ClientSpec
 from hsplit.config.files import displayed, read_json
 from hsplit.config.refusals import first_of, refusals
+from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.run_directory import RunDirectory
@@ -28,18 +29,21 @@ class _Budget:
     request: Literal["budget"]
     holder: str
     values: BudgetChange
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
 class _Join:
     request: Literal["join"]
     client: Client
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
 class _Leave:
     request: Literal["leave"]
     client: str
+    __pydantic_config__ = STRICT
 
 
 class _Document(RootModel[Annotated[_Budget | _Join | _Leave, Field(discriminator="request")]]):

@@ -12,6 +12,7 @@ from hsplit import __version__
 from hsplit.checkpoint import Progress
 from hsplit.config import Partition, RunConfig
 from hsplit.config.files import read_json
+from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.source import ModelSource
@@ -38,6 +39,7 @@ class _Evaluation:
     model: str
     beams: int
     scores: dict[str, float]
+    __pydantic_config__ = STRICT
 
 
 _METRIC_NAMES = {

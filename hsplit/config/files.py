@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hsplit.config.refusals import first_of, refusals
-from hsplit.config.section import allowed_instead, shown
+from hsplit.config.section import STRICT, allowed_instead, shown
 from hsplit.errors import InputError
 
 MAX_DEPTH = 20
@@ -193,13 +194,14 @@ def json_value(text: str | bytes) -> Any:
 def from_json(text: str | bytes, type_: type[Value], place: str) -> Value:
     """The value of a type that ``text`` denotes, such as a dataclass or ``dict[str, int]``.
 
-    Nothing is converted: a number in quotes is none.
+    Nothing is converted, a number in quotes is none; of a dataclass, if its ``__pydantic_config__`` is ``STRICT`` or
+    ``EXACT``.
 
     Raises:
         InputError: ``text`` is no JSON, or denotes no such value; the line names the key.
     """
     try:
-        value: Value = _validator(type_).validate_json(text, strict=True)  # type: ignore[arg-type]  # types are hashable
+        value: Value = _validator(type_).validate_json(text)  # type: ignore[arg-type]  # types are hashable
         return value
     except ValidationError as error:
         found = first_of(place, refusals(error))
@@ -217,7 +219,9 @@ def from_plain(data: Any, type_: type[Value], place: str) -> Value:
 
 @cache
 def _validator(type_: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(type_)
+    # Classes have a configuration of their own: a section takes lists for tuples.
+    has_own = isinstance(type_, type) and (is_dataclass(type_) or issubclass(type_, BaseModel))
+    return TypeAdapter(type_, config=None if has_own else STRICT)
 
 
 def read_json(path: str | Path, type_: type[Value]) -> Value:

@@ -116,8 +116,8 @@ def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
 
 NOT_EMPTY = AfterValidator(_not_empty)
 """For tuples, instead of pydantic's min_length, which also complains when an entry is wrong itself."""
-EXACT = ConfigDict(strict=True, extra="forbid")
-"""For dataclasses that are read from JSON, as their ``__pydantic_config__``."""
+STRICT, EXACT = ConfigDict(strict=True), ConfigDict(strict=True, extra="forbid")
+"""``__pydantic_config__`` of a dataclass that is read from JSON: nothing is converted; nor is another key taken."""
 LIST = Field(strict=False)
 """For tuples: YAML has lists, which pydantic's strict mode would refuse."""
 

@@ -17,6 +17,7 @@ from hsplit.actors.participant import base_model
 from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed, read_json
+from hsplit.config.section import STRICT
 from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
@@ -35,6 +36,7 @@ from hsplit.scheduling.plan import Plan
 @dataclass(frozen=True)
 class _AdapterConfig:
     base_model_name_or_path: str | None = None
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hsplit.config.files import read_json
-from hsplit.config.section import shown
+from hsplit.config.section import STRICT, shown
 from hsplit.errors import InputError
 from hsplit.files import sha256_of
 
@@ -210,6 +210,7 @@ def _same_bytes(place: _Place, other: _Place) -> bool:
 @dataclass(frozen=True)
 class _Index:
     weight_map: dict[str, str]
+    __pydantic_config__ = STRICT
 
 
 def _shards(index: Path) -> list[str]:

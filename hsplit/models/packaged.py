@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hsplit.config.files import read_json
+from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.files import directory_written_atomically, sha256_of
 from hsplit.models.gguf_conversion import convert_gguf
@@ -173,6 +174,7 @@ class _Marker:
 
     gguf_sha256: str
     files: dict[str, str]
+    __pydantic_config__ = STRICT
 
 
 def _write_marker(directory: Path, packaged: Packaged, gguf_sha256: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.config.files import displayed, read_json, read_yaml
+from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, read_events
 from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
@@ -147,6 +148,7 @@ class _State:
     """The part of a checkpoint's state that a report shows."""
 
     plan: dict[str, Any] | None = None
+    __pydantic_config__ = STRICT
 
 
 def _newest_plan(checkpoints: Path) -> Plan | None:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from hsplit.config.cluster import server_names
 from hsplit.config.files import from_plain
-from hsplit.config.section import EXACT, Whole
+from hsplit.config.section import EXACT, STRICT, Whole
 from hsplit.errors import InputError
 
 MAX_LAYERS, MAX_SERVERS = 10_000, 1000
@@ -87,6 +87,7 @@ class Plan:
     importance: str
     servers: Annotated[int, Field(ge=1, le=MAX_SERVERS)] = 1
     exchange_s: _Figure = 0.0
+    __pydantic_config__ = STRICT
 
     @property
     def objective(self) -> float:

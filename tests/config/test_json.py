@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hsplit import inbox, model_card
+from hsplit.checkpoint import Progress
+from hsplit.config.cluster import Client, ScheduledChange
 from hsplit.config.files import from_json, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
+from hsplit.driver import Driver
 from hsplit.errors import InputError
+from hsplit.evaluation import targets
+from hsplit.models import checkpoint_reader, packaged
+from hsplit.observe import report_data
+from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.progress_file import StepRecord
+from hsplit.observe.timing import TimingRow
+from hsplit.scheduling.plan import HolderPlan, Plan
 
 ROOT = Path(__file__).parents[2]
 # Text that is more or less than strict JSON, or of others: events with halves of surrogate pairs, messages of a process
@@ -95,6 +107,23 @@ def test_a_file_that_is_not_there_or_cannot_be_read_is_named(tmp_path: Path) -> 
     for path, reason in (("none.json", "there is no such file"), (".", "cannot be read"), ("a\0", "cannot be read")):
         with pytest.raises(InputError, match=reason):
             read_json(tmp_path / path, Document)
+
+
+def test_sections_in_a_document_take_lists_as_in_a_configuration() -> None:
+    client = Client(name="c0", kind="c0", memory_gb=1, tflops=1, schedule=(ScheduledChange(round=2, tflops=2.0),))
+    assert from_plain([client.model_dump()], list[Client], "here") == [client]
+    with pytest.raises(InputError, match=re.escape("here: [0].tflops: must be a number (got '1')")):
+        from_plain([{**client.model_dump(), "tflops": "1"}], list[Client], "here")
+    with pytest.raises(InputError, match=re.escape("here: a: must be a whole number (got '1')")):
+        from_plain({"a": "1"}, dict[str, int], "here")
+
+
+def test_nothing_that_is_read_from_json_is_converted() -> None:
+    """Every dataclass of which a document is made, or a part of one."""
+    read: list[Any] = [MetricsRow, PlanRow, TimingRow, HolderPlan, Plan, Progress, StepRecord, Driver]
+    read += [inbox._Budget, inbox._Join, inbox._Leave, model_card._Evaluation, report_data._State]
+    read += [packaged._Marker, checkpoint_reader._Index, targets._AdapterConfig]
+    assert [one for one in read if not one.__pydantic_config__["strict"]] == []
 
 
 def _calls(source: str) -> Iterator[str]:
