@@ -24,8 +24,8 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks.common import Table
 from hsplit.actors.executor import SCHEDULER, SERVER
-from hsplit.observe.metrics import MetricsRow
-from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.observer import SilentDisplay
+from hsplit.observe.tables import MetricsRow
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: 1}}

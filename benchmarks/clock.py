@@ -54,9 +54,8 @@ from hsplit.config.budgets import Distribution, drawn
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.models.source import find_model
-from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
-from hsplit.observe.silent_display import SilentDisplay
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.observer import SilentDisplay
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
 from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
 

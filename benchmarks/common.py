@@ -29,8 +29,7 @@ from hsplit.coordinator import Coordinator, Inputs
 from hsplit.experiments import results_directory
 from hsplit.local_run import local_run
 from hsplit.models.source import ModelSource, find_model
-from hsplit.observe.silent_display import SilentDisplay
-from hsplit.observe.terminal import Display
+from hsplit.observe.observer import Observer, SilentDisplay
 from hsplit.preparation import check_model, read_inputs, settled
 from hsplit.run_directory import RunDirectory
 
@@ -211,7 +210,7 @@ def local_ray(cpus: float, more_modules: Sequence[str] = ()) -> Iterator[Path]:
 
 @contextmanager
 def on_ray(
-    name: str, run: RunConfig, model: Path, folder: Path, display: Display | None = None
+    name: str, run: RunConfig, model: Path, folder: Path, display: Observer | None = None
 ) -> Iterator[tuple[Coordinator, RayExecutor]]:
     """The coordinator of ``run`` and its actors, which end with the block.
 
@@ -238,7 +237,7 @@ def pid_of(executor: RayExecutor, name: str) -> int:
 
 @contextmanager
 def in_process(
-    run: RunConfig, model: Path, inputs: Inputs, display: Display, **how: Any
+    run: RunConfig, model: Path, inputs: Inputs, display: Observer, **how: Any
 ) -> Iterator[tuple[Coordinator, RunDirectory]]:
     """The coordinator of ``run`` in this process, without Ray, and its directory, which is gone after the block.
 

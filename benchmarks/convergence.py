@@ -56,9 +56,9 @@ from hsplit.files import write_text_atomically
 from hsplit.models.segment import model_config
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import MetricsRow
+from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.residual_cuts import residual_cuts
-from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.tables import MetricsRow
 from hsplit.scheduling.plan import Plan
 
 LEVELS = (0.0, 0.3, 0.6, 0.9)

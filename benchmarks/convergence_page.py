@@ -16,8 +16,8 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks import convergence as protocol
 from benchmarks.common import Table
-from hsplit.observe import report_page
-from hsplit.observe.inline_svg import GRID, INK, drawing_style, inline_svg
+from hsplit.report.figures import GRID, INK, drawing_style, inline_svg
+from hsplit.report.page import Plot, Section, page
 
 # The papers' own figures: how many times as long each takes to converge as HSplitLoRA, with equal budgets.
 PAPERS_TIMES = {
@@ -464,14 +464,16 @@ def _page(
         }
         for key, (figure, what) in drawn.items():
             caption = f"Validation perplexity {what}; every line is one seed, of up to {seeds}; grey: the target."
-            plots.append(report_page.plot(inline_svg(figure, key, caption), caption, wide=True))
+            drawing = Plot(inline_svg(figure, key, caption), caption, wide=True)
+            plots.append(Section(f"Perplexity {what}", plots=[drawing]))
         for key, attribute, label in (
             ("end", "ppl", "perplexity at the end"),
             ("target", "target_s", "seconds to target (virtual)"),
         ):
             caption = f"{label.capitalize()} by heterogeneity, mean over seeds."
-            plots.append(report_page.plot(inline_svg(_against_h(policies, attribute, label), key, caption), caption))
-    shown = [f"<h2>{report_page.text(t)}</h2>{report_page.table(*content)}" for t, content in tables.items()]
-    setting = f"<h2>Setting</h2>{report_page.facts(told)}"
+            svg = inline_svg(_against_h(policies, attribute, label), key, caption)
+            plots.append(Section(label.capitalize(), plots=[Plot(svg, caption)]))
+    shown = [Section(title, columns=columns, rows=rows) for title, (columns, rows) in tables.items()]
+    setting = Section("Setting", facts=told)
     subtitle = "Times are virtual: at the declared budgets. Perplexity is of everybody's held-out texts."
-    return report_page.page("Convergence against budget heterogeneity", subtitle, [*plots, *shown, setting])
+    return page("Convergence against budget heterogeneity", subtitle, [*plots, *shown, setting])

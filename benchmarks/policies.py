@@ -38,8 +38,8 @@ from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import layer_count, model_config
 from hsplit.models.source import ModelSource
-from hsplit.observe.metrics import MetricsRow
-from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.observer import SilentDisplay
+from hsplit.observe.tables import MetricsRow
 from hsplit.preparation import settled
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan

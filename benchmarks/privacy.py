@@ -44,7 +44,7 @@ from hsplit.data.sources import BUILT_IN
 from hsplit.models.packing import Packing
 from hsplit.models.segment import Segment, SegmentSpec, layer_count, load_segment, load_tokenizer, model_config
 from hsplit.models.source import find_model
-from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.observer import SilentDisplay
 
 CLUSTER = """
 server: {memory_gb: 64, tflops: 2}

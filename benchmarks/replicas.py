@@ -29,7 +29,7 @@ from benchmarks.common import Table
 from hsplit.actors.executor import SERVER
 from hsplit.actors.replica import Replica
 from hsplit.config import RunConfig
-from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.observer import SilentDisplay
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: {server_tflops}, num_cpus: 0.01, replicas: {servers}}}

@@ -30,8 +30,8 @@ from hsplit.config import RunConfig
 from hsplit.coordinator import Coordinator, Inputs
 from hsplit.models.dtype import resolve_dtype
 from hsplit.models.source import ModelSource
-from hsplit.observe.timing import timing_rows
-from hsplit.observe.timing_record import step_shares
+from hsplit.observe.tables import timing_rows
+from hsplit.report.usage import step_shares
 
 PARTS = ("step", "server", "client", "overlap", "start")
 WARM_UP = 2

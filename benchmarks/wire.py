@@ -22,9 +22,8 @@ from benchmarks import common
 from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Inputs
-from hsplit.observe.metrics import MetricsRow, PlanRow
 from hsplit.observe.plain_display import PlainDisplay
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.preparation import settled
 
 WIRES = ("fp32", "bf16", "int8")

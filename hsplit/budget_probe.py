@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from hsplit.actors.executor import SERVER, Executor, R, Ref
 from hsplit.actors.gauge import Gauge
@@ -29,12 +33,19 @@ from hsplit.measuring.link import SIZES, Link, measure_link
 from hsplit.measuring.memory import HEADROOM, Place, shared_out
 from hsplit.models.segment import check_checkpoint, model_config
 from hsplit.models.source import find_model
+from hsplit.observe.wording import NOTHING, printable
 from hsplit.preparation import check_model, settled
 from hsplit.scheduling.cost import CostModel
 from hsplit.streams import is_terminal
 
 # Times that a message is passed on between client and server, by its least size: always there and back.
 _HOPS = ((16 << 20, 2), (4 << 20, 4), (1 << 20, 8), (0, 32))
+_HEADINGS = {
+    "memory_gb": "memory\nGB",
+    "tflops": "compute\nTFLOP/s",
+    "bandwidth_mbps": "bandwidth\nMbit/s",
+    "latency_ms": "latency\nms",
+}
 
 
 @dataclass(frozen=True)
@@ -283,3 +294,22 @@ def _header(
         *(f"{name} was on {machine}" for name, machine in machines.items()),
     ]
     return lines
+
+
+def budget_table(machines: Mapping[str, str], figures: Figures) -> Table:
+    """Table of measured budgets, one row a holder: each figure, and below it the least and the greatest of its samples.
+
+    Args:
+        machines: the host's name by holder, in the order of the rows.
+        figures: by holder and key of its budget.
+    """
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("name", overflow="fold", min_width=8)
+    table.add_column("machine", overflow="fold", min_width=8)
+    for heading in _HEADINGS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, machine in machines.items():
+        found = [figures[name].get(key) for key in _HEADINGS]
+        cells = [NOTHING if f is None else f"{f.value:g}\n{f.low:g}-{f.high:g}" for f in found]
+        table.add_row(*(Text(cell) for cell in (printable(name), printable(machine), *cells)))
+    return table

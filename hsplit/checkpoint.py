@@ -16,8 +16,7 @@ from hsplit.config.files import displayed, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.files import directory_written_atomically, save_tensors, sha256_of
-from hsplit.observe.metrics import MetricsRow, PlanRow
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 
@@ -33,6 +32,7 @@ class Progress:
         round: completed rounds.
         step: local steps done over the whole run; between two rounds' ends it tells how far the round is.
         tokens: supervised tokens trained on.
+        client_tokens: the same by client.
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
         bytes_up, bytes_down: wire bytes of the round under way, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
@@ -53,6 +53,7 @@ class Progress:
     round: Whole = 0
     step: Whole = 0
     tokens: Whole = 0
+    client_tokens: dict[str, Whole] = field(default_factory=dict)
     round_loss_sum: float = 0.0
     round_tokens: Whole = 0
     bytes_up: Whole = 0

@@ -204,7 +204,7 @@ def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool
         return
     from rich.console import Console
 
-    from hsplit.observe.terminal import plan_table
+    from hsplit.observe.plan_text import plan_table
 
     Console().print(plan_table(made, insight))
 
@@ -276,8 +276,7 @@ def probe(cluster: str, overrides: tuple[str, ...], to: Path, as_json: bool, **o
     """
     from rich.console import Console
 
-    from hsplit.budget_probe import measure_budgets
-    from hsplit.observe.budget_table import budget_table
+    from hsplit.budget_probe import budget_table, measure_budgets
 
     with status("looking for the model") as update:
         found = measure_budgets(cluster, to, overrides, **options, progress=update)
@@ -332,7 +331,7 @@ def leave(run: Path, client: str) -> None:
 @click.option("--to", type=click.Path(path_type=Path), help="The file to write; default: report.html of the first run.")
 def report(runs: tuple[Path, ...], to: Path | None) -> None:
     """Write one self-contained HTML page about one or several runs."""
-    from hsplit.observe.report import write_report
+    from hsplit.report.report import write_report
     from hsplit.run_directory import RunDirectory
 
     directories = [RunDirectory.open(run) for run in runs]

@@ -28,7 +28,7 @@ from hsplit.config.files import displayed
 from hsplit.errors import InputError
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.membership import Membership
-from hsplit.observe.terminal import Display
+from hsplit.observe.observer import Observer
 from hsplit.records import Records
 from hsplit.recovery import Recovery
 from hsplit.run_directory import RunDirectory
@@ -55,7 +55,7 @@ class Coordinator:
     """
 
     def __init__(
-        self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Display
+        self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Observer
     ) -> None:
         self._job, self._executor = run.job, executor
         self.standing = standing = Standing(run, executor, directory, inputs, display)

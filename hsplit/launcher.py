@@ -28,17 +28,17 @@ from hsplit.home import keep_ray_token
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
 from hsplit.models.source import ModelSource, find_model
-from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.events import EventLog
 from hsplit.observe.logs import check_logs, logs_of
-from hsplit.observe.metrics import read_metrics
-from hsplit.observe.observers import Observers
+from hsplit.observe.monitoring import announce, discovery_file
+from hsplit.observe.observer import Observer, Observers
 from hsplit.observe.progress_file import ProgressFile
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
-from hsplit.observe.report import write_report
 from hsplit.observe.runs import results_lines, run_state, way_on
-from hsplit.observe.terminal import Display, display_for
+from hsplit.observe.tables import read_metrics
+from hsplit.observe.terminal import display_for
 from hsplit.preparation import check_model, own_code, read_inputs, settled
+from hsplit.report.report import write_report
 from hsplit.roster import asked_for
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.importance import equal_importance
@@ -96,7 +96,7 @@ def launch(
     address: str | None = None,
     cpu: bool = False,
     dashboard_host: str = LOCALHOST,
-    display: Display | None = None,
+    display: Observer | None = None,
 ) -> Run:
     """Fine-tune as a cluster file says.
 
@@ -139,7 +139,7 @@ def resume(
     *,
     address: str | None = None,
     dashboard_host: str = LOCALHOST,
-    display: Display | None = None,
+    display: Observer | None = None,
 ) -> Run:
     """Go on with a run from its last complete checkpoint, or from its start while it has none.
 
@@ -341,7 +341,7 @@ def _drive(
     directory: RunDirectory,
     address: str | None,
     dashboard_host: str,
-    display: Display | None,
+    display: Observer | None,
     helpers: Helpers,
     checkpoint: Path | None = None,
     passed_over: Sequence[str] = (),
@@ -357,7 +357,7 @@ def _drive(
     with directory.driven(), _failing_well(directory, address) as course:
         begun_before = checkpoint is None and directory.events.exists()
         progress = Progress() if checkpoint is None else read_progress(checkpoint)
-        others: list[Display] = [
+        others: list[Observer] = [
             ProgressFile(directory.progress),
             RayMetrics(),
             *logs_of(run, directory, progress.step),
@@ -532,7 +532,7 @@ def _log_failure(directory: RunDirectory, course: _Course, what: str) -> None:
 
 
 @contextmanager
-def _stop_on_signal(coordinator: Coordinator, display: Display) -> Iterator[None]:
+def _stop_on_signal(coordinator: Coordinator, display: Observer) -> Iterator[None]:
     """The first SIGINT or SIGTERM asks for an end after the current step; a second SIGINT ends at once."""
 
     def stop(number: int, frame: Any) -> None:

@@ -9,7 +9,7 @@ from hsplit.actors.executor import SCHEDULER, InProcess
 from hsplit.actors.factory import make_actor
 from hsplit.config import RunConfig
 from hsplit.coordinator import Coordinator, Inputs
-from hsplit.observe.terminal import Display
+from hsplit.observe.observer import Observer
 from hsplit.run_directory import RunDirectory
 
 
@@ -18,7 +18,7 @@ def local_run(
     model: Path,
     directory: RunDirectory,
     inputs: Inputs,
-    display: Display,
+    display: Observer,
     *,
     device: str = "cpu",
     measure: bool = False,

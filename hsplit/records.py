@@ -11,9 +11,8 @@ from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import LossReport
 from hsplit.checkpoint import Progress
 from hsplit.errors import HsplitError
-from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.residual_cuts import FIELD
-from hsplit.observe.timing import TimingRow, timing_rows
+from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
 from hsplit.standing import Standing
 from hsplit.training import Done
 
@@ -109,6 +108,7 @@ class Records:
             self._losses[client] = loss_sum / max(tokens, 1)
             progress.round_loss_sum += loss_sum
             progress.round_tokens += tokens
+            progress.client_tokens[client] = progress.client_tokens.get(client, 0) + tokens
         progress.tokens += sum(loss.tokens for loss in losses)
         return training
 
@@ -194,7 +194,8 @@ class Records:
         progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
         progress.round_loss_sum = progress.residual_cut = 0.0
         self._clear_round()
-        standing.events.write("round", f"round {row.round}: validation perplexity {row.val_ppl:.3f}", **closed)
+        text = f"round {row.round}: validation perplexity {row.val_ppl:.3f}"
+        standing.events.write("round", text, **closed, client_tokens=progress.client_tokens)
         standing.display.round_done(row, holders, timing)
 
     def _say_who_is_late(self) -> None:

@@ -14,7 +14,7 @@ from hsplit.client_data import ClientData
 from hsplit.config import Client, RunConfig
 from hsplit.data import Example
 from hsplit.observe.events import EventLog
-from hsplit.observe.terminal import Display
+from hsplit.observe.observer import Observer
 from hsplit.roster import Roster
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
@@ -62,7 +62,7 @@ class Standing:
     plan: Plan
 
     def __init__(
-        self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Display
+        self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Observer
     ) -> None:
         self.declared, self.run, self.job = run, run, run.job
         self.executor, self.directory, self.inputs, self.display = executor, directory, inputs, display

@@ -37,7 +37,7 @@ class Done:
     Attributes:
         losses: of each client's rows; a client may have several.
         bytes_up, bytes_down: sent to the server; sent back.
-        seconds: of the wall, by holder and phase (:data:`hsplit.observe.timing.PHASES`, without ``waiting``).
+        seconds: of the wall, by holder and phase (:data:`hsplit.observe.tables.PHASES`, without ``waiting``).
         late: holders that took longer than declared where the clock is emulated.
         failed: clients that are lost, with why.
         left_out: clients that were not in time for this step, and go on.

@@ -15,7 +15,7 @@ from hsplit.coordinator import Coordinator, Inputs
 from hsplit.data import Example
 from hsplit.local_run import local_run
 from hsplit.models.segment import linear_shapes, model_config, targeted
-from hsplit.observe.silent_display import SilentDisplay
+from hsplit.observe.observer import SilentDisplay
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.tiny import WORDS

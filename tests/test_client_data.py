@@ -12,7 +12,7 @@ from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import read_metrics
+from hsplit.observe.tables import read_metrics
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, planned_run
 from tests.tiny import wordless_tokenizer

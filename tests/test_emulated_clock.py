@@ -13,8 +13,7 @@ from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.config.cluster import ServerSpec
 from hsplit.coordinator import Coordinator
-from hsplit.observe.metrics import read_rows
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import TimingRow, read_rows
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, planned_run, random_examples
 

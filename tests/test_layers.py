@@ -16,6 +16,7 @@ LAYERS = (
     ("__init__", "cli"),
     ("budget_probe", "evaluation", "experiments", "simulation"),
     ("launcher", "local_run"),
+    ("report",),
     ("coordinator", "exporting"),
     # The coordinator's own parts, in the order in which they build on one another.
     ("membership", "recovery"),

@@ -18,7 +18,7 @@ class Stopwatch:
         device: where the work is done.
 
     Attributes:
-        seconds: by phase, see :data:`hsplit.observe.timing.PHASES`.
+        seconds: by phase, see :data:`hsplit.observe.tables.PHASES`.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: events and metrics in files, the terminal while it goes on, a report afterwards.
+"""A run as seen from outside: events and tables in files, displays in the terminal, logs, Prometheus.
 
-Light on purpose: nothing here imports torch or Ray, and matplotlib only once a report is drawn.
+Light on purpose: importing any of it imports neither torch nor Ray.
 """

@@ -13,12 +13,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator
 
+from hsplit.scheduling.plan import Plan
+
 ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validated", "round", "checkpoint", "finished"})
 """Kinds that are the normal course of a run; a report lists the events of every other kind, ``replanned`` and
 ``budget`` among them."""
 
 RESERVED = ("time", "event", "text")
-"""What every event has; the rest are its own fields."""
+"""Fields of every event; the rest are its own."""
 _BLOCK_BYTES = 1 << 16
 
 
@@ -107,6 +109,15 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
     is writing it now too.
     """
     return EventReader(path).new()
+
+
+def plan_of(event: Mapping[str, Any]) -> Plan | None:
+    """The plan in a ``planned`` event, ``None`` if it holds no complete one."""
+    try:
+        plan: Any = event.get("plan")
+        return Plan.from_json(plan)
+    except ValueError:
+        return None
 
 
 def finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What Prometheus can know of a run: the one list of metrics, which exporter, dashboard and documentation share."""
+"""Metrics of a run in Prometheus: the one list, which exporter, dashboard and documentation share."""
 
 from __future__ import annotations
 

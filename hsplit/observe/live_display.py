@@ -12,19 +12,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.observer import Observer
 from hsplit.observe.pace import Pace
-from hsplit.observe.timing import TimingRow
-from hsplit.observe.wording import (
-    NOTHING,
-    lacking_text,
-    memory_text,
-    number_text,
-    plan_lines,
-    printable,
-    ranks_range,
-    split_text,
-)
+from hsplit.observe.plan_text import lacking_text, memory_text, plan_lines, ranks_range, split_text
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.observe.wording import NOTHING, number_text, printable
 from hsplit.scheduling.plan import HolderPlan, Plan
 from hsplit.waiting import Waiting
 
@@ -35,7 +27,7 @@ _LINES_BESIDE_ROWS = 11
 """Lines that the live part needs besides its rows: the table's frame, server, progress, history, prompt."""
 
 
-class LiveDisplay:
+class LiveDisplay(Observer):
     """A table with one row a client and the server's, redrawn at most ``REFRESH_PER_S`` times a second.
 
     A terminal too low for all clients shows the first, and says how many are left out.
@@ -77,7 +69,7 @@ class LiveDisplay:
         for line in plan_lines(plan):
             self._console.print(Text(printable(line)))
         if self._plan is not None:
-            self._welcome(self._plan, plan)
+            self._reset_returned(self._plan, plan)
         self._plan = plan
         if not self._live.is_started:  # not earlier: until there is a plan there is nothing to redraw
             self._waiting.end()
@@ -127,8 +119,8 @@ class LiveDisplay:
         self._waiting.__exit__(kind, error, trace)
         self._live.stop()
 
-    def _welcome(self, before: Plan, after: Plan) -> None:
-        """Who takes part from now on trains as the others do; a loss from before it was away would be stale."""
+    def _reset_returned(self, before: Plan, after: Plan) -> None:
+        """Drop the stale loss and state of clients that take part again."""
         back = {client.name for client in after.available} - {client.name for client in before.available}
         self._losses = {name: loss for name, loss in self._losses.items() if name not in back}
         self._states = {**self._states, **dict.fromkeys(back, "training")}

@@ -1,4 +1,4 @@
-"""What Prometheus and Grafana need to show runs: their configuration files."""
+"""Configuration files of Prometheus and Grafana, and the files in which runs announce their metrics to Prometheus."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from hsplit.config.files import displayed
 from hsplit.errors import InputError, os_reason
 from hsplit.files import write_text_atomically
-from hsplit.observe.discovery import discovery_directory
+from hsplit.models.packaged import cache_root
 from hsplit.observe.grafana_dashboard import dashboard
 
 RAY_TEMP_DIR = Path("/tmp/ray")
@@ -103,3 +104,27 @@ def _quoted(path: Path) -> str:
 
 def _yaml(document: dict[str, Any]) -> str:
     return yaml.safe_dump(document, sort_keys=False, width=1000)
+
+
+# -- the runs that go on, in the form of Prometheus' file-based service discovery -----------------------------------
+
+
+def discovery_directory() -> Path:
+    """The folder of these files, in the user's cache directory."""
+    return cache_root() / "prometheus"
+
+
+def discovery_file(name: str) -> Path:
+    """The file of a run that calls itself ``name``, which no other does at the same time."""
+    return discovery_directory() / f"{name}.json"
+
+
+def announce(name: str, address: str) -> None:
+    """Have Prometheus find a run's metrics at ``address`` (``HOST:PORT``) from now on.
+
+    Where the file cannot be written they have to be looked for there; a run goes on without being watched.
+    """
+    with suppress(OSError):
+        discovery_directory().mkdir(parents=True, exist_ok=True)
+        # The label is Ray's own, so that whoever is found in Ray's file as well is one target.
+        write_text_atomically(discovery_file(name), json.dumps([{"targets": [address], "labels": {"job": "ray"}}]))

@@ -7,17 +7,17 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from hsplit.config.cluster import is_server
-from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.observe.observer import Observer
 from hsplit.observe.pace import Pace
-from hsplit.observe.plan_changes import holder_line, plan_changes
-from hsplit.observe.timing import TimingRow
-from hsplit.observe.wording import bytes_text, duration_text, number_text, plan_lines, printable
+from hsplit.observe.plan_text import holder_line, plan_changes, plan_lines
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.observe.wording import bytes_text, duration_text, number_text, printable
 from hsplit.scheduling.plan import Plan
 from hsplit.streams import encodable
 from hsplit.waiting import Waiting
 
 
-class PlainDisplay:
+class PlainDisplay(Observer):
     """Prints a line at the start, one a holder that a plan concerns, one every few steps, and one a round.
 
     Args:

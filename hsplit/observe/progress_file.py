@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
 
 from hsplit.config.files import read_json
 from hsplit.config.section import EXACT
@@ -17,27 +16,26 @@ from hsplit.driver import Driver
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.observe.events import MaybeInfinite, finite
-from hsplit.observe.metrics import MetricsRow, PlanRow
-from hsplit.observe.timing import TimingRow
-from hsplit.scheduling.plan import Plan
+from hsplit.observe.observer import Observer
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 
 WRITTEN_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What ``progress.json`` holds: the last local step of a run's newest driver.
+    """Content of ``progress.json``: the last local step of a run's newest driver.
 
     Times are in seconds since 1970 by the driver's clock.
 
     Attributes:
-        driver: who wrote it.
+        driver: the process that wrote it.
         begun: when it began.
-        lines: what it runs on, as :meth:`~hsplit.observe.terminal.Display.started` is told.
-        round, rounds, step, steps, losses, states: as :meth:`~hsplit.observe.terminal.Display.step` was told last,
+        lines: as passed to :meth:`~hsplit.observe.observer.Observer.started`.
+        round, rounds, step, steps, losses, states: as last passed to :meth:`~hsplit.observe.observer.Observer.step`,
             losses and states of every holder so far; 0 and empty before any step.
-        first_step, first_time: the first step that it was told of, and when.
-        time: when it was told of ``step``.
+        first_step, first_time: the first step that was reported, and when.
+        time: when ``step`` was reported.
     """
 
     driver: Driver
@@ -63,7 +61,7 @@ def read_step_record(path: Path) -> StepRecord | None:
         return None
 
 
-class ProgressFile:
+class ProgressFile(Observer):
     """Keeps ``progress.json`` up to date.
 
     It is written at most once in ``WRITTEN_EVERY_S``, and at the end of a round and of the run.
@@ -81,8 +79,6 @@ class ProgressFile:
     def started(self, run_name: str, lines: Sequence[str]) -> None:
         self._record = replace(self._record, lines=tuple(lines))
         self._write()
-
-    def plan(self, plan: Plan) -> None: ...
 
     def step(
         self,
@@ -110,13 +106,6 @@ class ProgressFile:
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         self._write()
-
-    def note(self, text: str, event: str = "", /, **fields: Any) -> None: ...
-
-    def finished(self, lines: Sequence[str]) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

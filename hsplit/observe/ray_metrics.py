@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from hsplit.observe.exported_metrics import (
     CAPTURED_IMPORTANCE,
@@ -32,8 +32,8 @@ from hsplit.observe.exported_metrics import (
     WIRE_BYTES,
     ExportedMetric,
 )
-from hsplit.observe.metrics import MetricsRow, PlanRow, plan_rows
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.observer import Observer
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, plan_rows
 from hsplit.scheduling.plan import Plan
 
 # How often Ray exports metrics, in milliseconds, and what it does where that is not set.
@@ -44,7 +44,7 @@ _LEAST_S, _EVERY = 1.0, 0.4
 _Series = Mapping[tuple[str, ...], float]
 
 
-class RayMetrics:
+class RayMetrics(Observer):
     """Sets the gauges of :data:`~hsplit.observe.exported_metrics.METRICS` from this process, as an observer of a run.
 
     Ray exports what was set since it last did, and forgets what is not set again. So a thread sets every gauge anew,
@@ -77,7 +77,7 @@ class RayMetrics:
         self._thread.start()
 
     def plan(self, plan: Plan) -> None:
-        """Who holds what, and what that is to take."""
+        """Show each holder's part of the plan: memory, ranks, split and predicted step time."""
         rows = [row for row in plan_rows(0, plan) if row.available]
         here = {row.name for row in rows}
         self._show(
@@ -106,14 +106,14 @@ class RayMetrics:
         losses: Mapping[str, float],
         states: Mapping[str, str],
     ) -> None:
-        """How far the run is, and the clients' losses."""
+        """Show the run's progress and the clients' losses."""
         self._local_steps = steps // rounds
-        # The losses of clients that have left the run are told of, too.
+        # Losses of clients that have left the run are passed too.
         own: _Series = {(name,): loss for name, loss in losses.items() if (name,) in self._shown(MEMORY_DECLARED)}
         self._show({ROUND: {(): round - 1}, STEP: {(): step}, CLIENT_TRAIN_LOSS: own})
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
-        """The round's results, and what was measured in it."""
+        """Show the round's results and measurements."""
         measured: _Series = {
             (holder.name,): holder.measured_bytes for holder in holders if holder.measured_bytes is not None
         }
@@ -148,11 +148,6 @@ class RayMetrics:
             counts[series] = counts.get(series, 0) + 1
         self._show({FAILURES: counts})
 
-    def finished(self, lines: Sequence[str]) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -167,7 +162,7 @@ class RayMetrics:
         """Replace these metrics' series.
 
         Raises:
-            Exception: what the thread has met, so that whoever drives this observer leaves it out.
+            Exception: of the thread, so that the fan-out removes this observer.
         """
         if self._error is not None:
             raise self._error

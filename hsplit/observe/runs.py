@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +16,14 @@ from rich.text import Text
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import MetricsRow, read_rows
 from hsplit.observe.residual_cuts import cut_text, residual_cuts
+from hsplit.observe.tables import MetricsRow, read_rows
 from hsplit.observe.wording import age_text, printable
 from hsplit.run_directory import RunDirectory
 
 State = Literal["running", "complete", "stopped", "failed", "interrupted", "unreadable"]
 
-# What the last event of its kind says of a run that nobody is driving.
+# The state of a run without a driver, by the kind of its last ending.
 _ENDINGS: dict[str, State] = {"finished": "complete", "stopped": "stopped", "failed": "failed"}
 _NEVER = datetime.min.replace(tzinfo=UTC)
 BEGINNINGS = frozenset({"training", "resumed"})
@@ -78,13 +78,7 @@ def run_state(directory: RunDirectory) -> RunState:
     except HsplitError as error:
         return RunState(directory.name, directory.path, "unreadable", reason=str(error))
     events = read_events(directory.events)
-    state: State = "interrupted"
-    reason = ""
-    for event in events:
-        if event["event"] in _ENDINGS:
-            state, reason = _ENDINGS[event["event"]], event["text"] if event["event"] == "failed" else ""
-        elif event["event"] in BEGINNINGS:
-            state, reason = "interrupted", ""
+    state, reason = last_state(events)
     if state != "complete" and directory.is_driven:
         state, reason = "running", ""
     try:
@@ -105,6 +99,18 @@ def run_state(directory: RunDirectory) -> RunState:
         changed=datetime.fromisoformat(events[-1]["time"]) if events else None,
         reason=reason,
     )
+
+
+def last_state(events: Iterable[Mapping[str, Any]]) -> tuple[State, str]:
+    """The state that ``events`` leave a run in that no driver is at, and the reason where it is ``failed``."""
+    state: State = "interrupted"
+    reason = ""
+    for event in events:
+        if event["event"] in _ENDINGS:
+            state, reason = _ENDINGS[event["event"]], event["text"] if event["event"] == "failed" else ""
+        elif event["event"] in BEGINNINGS:
+            state, reason = "interrupted", ""
+    return state, reason
 
 
 def results_lines(directory: RunDirectory) -> list[str]:

@@ -15,14 +15,13 @@ from typing import Any, Self
 
 from hsplit.driver import read_driver
 from hsplit.errors import InputError
-from hsplit.observe.events import RESERVED, ROUTINE_EVENTS, EventReader
-from hsplit.observe.metrics import MetricsRow, PlanRow, Row, read_rows
+from hsplit.observe.events import RESERVED, ROUTINE_EVENTS, EventReader, plan_of
+from hsplit.observe.observer import Observer
 from hsplit.observe.pace import Pace
-from hsplit.observe.plan_history import plan_or_none
 from hsplit.observe.progress_file import StepRecord, read_step_record
 from hsplit.observe.runs import BEGINNINGS, RunState, results_lines, run_state, way_on
-from hsplit.observe.terminal import Display, display_for
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, Row, TimingRow, read_rows
+from hsplit.observe.terminal import display_for
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 from hsplit.streams import outputs
@@ -34,7 +33,7 @@ _NO_NOTES = ROUTINE_EVENTS | {"data", "training", "cohort", "budget", "failed"}
 """Kinds of events that ``hsplit launch`` does not print either, or, as a failure, at the end."""
 
 
-def watch(path: str | Path, *, display: Display | None = None) -> RunState:
+def watch(path: str | Path, *, display: Observer | None = None) -> RunState:
     """Follow a run until it ends, as ``launch`` shows it; of one that has ended, show what it came to.
 
     Nothing but the run's directory is looked at, so a machine that shares it can watch too.
@@ -77,7 +76,7 @@ class _Follower:
         complete: the run has said that it is.
     """
 
-    def __init__(self, directory: RunDirectory, display: Display | None) -> None:
+    def __init__(self, directory: RunDirectory, display: Observer | None) -> None:
         self._directory = directory
         self._clock = _RecordedClock()
         self._pace = Pace(self._clock)
@@ -150,7 +149,7 @@ class _Follower:
         kind, text = event["event"], str(event["text"])
         fields = {name: value for name, value in event.items() if name not in RESERVED}
         if kind == "planned":
-            plan = plan_or_none(event.get("plan"))
+            plan = plan_of(event)
             if plan is not None and plan != self._plan:
                 # A repeated or resumed round has the plan that was there before.
                 self._plan = plan

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.errors import InputError, os_reason
-from hsplit.observe.inline_svg import drawing_style, inline_svg
-from hsplit.observe.report_figures import COLOURS
-from hsplit.observe.report_page import facts, page, plot, table, text
 from hsplit.observe.wording import NOTHING
+from hsplit.report.figures import COLOURS, drawing_style, inline_svg
+from hsplit.report.page import Plot, Section, page
 from hsplit.simulation.sweep import Setting, Sweep
 from hsplit.simulation.table import HEADINGS, cells
 
@@ -48,18 +47,19 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) ->
 def simulation_page(sweep: Sweep) -> str:
     """The whole page."""
     fitting = [s for s in sweep.settings if not s.refused]
-    found = "".join(f"<p>{text(line)}</p>" for line in sweep.findings())
+    facts = {key: NOTHING if value is None else value for key, value in sweep.about.items()}
+    unit = "Seconds are virtual; figures are of a round."
     sections = [
-        f"<h2>What it comes to</h2>{found}{facts({k: NOTHING if v is None else v for k, v in sweep.about.items()})}",
-        "<h2>Fleets and servers</h2>" + table(HEADINGS, map(cells, sweep.settings), 0, "seconds are virtual; a round"),
+        Section("What it comes to", lines=sweep.findings(), facts=facts),
+        Section("Fleets and servers", [unit], columns=HEADINGS, rows=map(cells, sweep.settings)),
     ]
     if fitting:
-        sections.append(f'<h2>Growth</h2><div class="plots">{_growth(fitting)}</div>')
-        sections.append(f'<h2>Rounds of the largest fleet</h2><div class="plots">{_rounds(fitting[-1])}</div>')
+        sections.append(Section("Growth", plots=_growth(fitting)))
+        sections.append(Section("Rounds of the largest fleet", plots=_rounds(fitting[-1])))
     return page("Simulation", "Nothing was trained: all seconds are virtual, of declared budgets.", sections)
 
 
-def _growth(settings: Sequence[Setting]) -> str:
+def _growth(settings: Sequence[Setting]) -> list[Plot]:
     plots: tuple[tuple[str, str, Callable[[Setting], float]], ...] = (
         ("round", "virtual seconds a round (simulation)", lambda s: s.round_s),
         ("share", "server's part of a local step (simulation)", lambda s: s.server_share),
@@ -73,16 +73,18 @@ def _growth(settings: Sequence[Setting]) -> str:
             own = [s for s in settings if s.servers == count]
             curves[f"{count} server{'s' if count > 1 else ''}"] = ([s.clients for s in own], [value(s) for s in own])
         made.append(_curves(key, label, "clients", curves, logarithmic=True))
-    return "".join(made)
+    return made
 
 
-def _rounds(setting: Setting) -> str:
+def _rounds(setting: Setting) -> list[Plot]:
     trained = setting.rounds[1:]
     numbers = [r.round for r in trained]
     whose = f"{setting.clients:,} clients, {setting.servers} servers"
-    return _curves(
-        "seconds", "virtual seconds a round (simulation)", "round", {whose: (numbers, [r.round_s for r in trained])}
-    ) + _curves("present", "clients there (simulation)", "round", {whose: (numbers, [r.present for r in trained])})
+    seconds, present = [r.round_s for r in trained], [r.present for r in trained]
+    return [
+        _curves("seconds", "virtual seconds a round (simulation)", "round", {whose: (numbers, seconds)}),
+        _curves("present", "clients there (simulation)", "round", {whose: (numbers, present)}),
+    ]
 
 
 def _curves(
@@ -91,7 +93,7 @@ def _curves(
     across: str,
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     logarithmic: bool = False,
-) -> str:
+) -> Plot:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -107,4 +109,4 @@ def _curves(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 1.1 * max(max(y) for _, y in curves.values()) or 1)
         axes.legend(fontsize="small")
-        return plot(inline_svg(figure, f"simulation-{key}", label), label)
+        return Plot(inline_svg(figure, f"simulation-{key}", label), label)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplit.observe.metrics import read_metrics
+from hsplit.observe.tables import read_metrics
 
 pytestmark = pytest.mark.real
 

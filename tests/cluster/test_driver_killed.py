@@ -20,8 +20,8 @@ import pytest
 
 from hsplit.janitor import MARK
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import read_metrics
 from hsplit.observe.runs import list_runs
+from hsplit.observe.tables import read_metrics
 from tests.cluster.killing import without_wall_time
 
 pytestmark = pytest.mark.drill

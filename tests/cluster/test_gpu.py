@@ -13,7 +13,7 @@ import hsplit
 from hsplit.config import load_run_config
 from hsplit.local_run import local_run
 from hsplit.models.source import find_model
-from hsplit.observe.metrics import read_plan
+from hsplit.observe.tables import read_plan
 from hsplit.preparation import read_inputs, settled
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder

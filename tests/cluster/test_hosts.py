@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hsplit.observe.metrics import read_metrics
 from hsplit.observe.runs import list_runs
+from hsplit.observe.tables import read_metrics
 from tests.cluster.namespaces import Host, RayNode, environment, hosts, ray_on, unavailable
 from tests.errors import error_lines
 from tests.in_process import random_examples

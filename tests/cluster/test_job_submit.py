@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.observe.metrics import read_metrics
+from hsplit.observe.tables import read_metrics
 
 pytestmark = pytest.mark.drill
 

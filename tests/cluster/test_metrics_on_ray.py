@@ -15,9 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import hsplit
 from hsplit.observe.exported_metrics import METRICS
-from hsplit.observe.metrics import plan_rows
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import TimingRow, plan_rows
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.in_process import Recorder
 from tests.observe.conftest import metrics_row

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import read_metrics
+from hsplit.observe.tables import read_metrics
 
 pytestmark = pytest.mark.drill
 

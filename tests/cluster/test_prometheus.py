@@ -26,7 +26,7 @@ from click.testing import CliRunner
 
 from hsplit.cli import main
 from hsplit.observe.exported_metrics import METRICS
-from hsplit.observe.metrics import read_metrics, read_plan
+from hsplit.observe.tables import read_metrics, read_plan
 
 pytestmark = pytest.mark.real
 

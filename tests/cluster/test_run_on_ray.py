@@ -26,7 +26,7 @@ from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError, RunError
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import read_plan
+from hsplit.observe.tables import read_plan
 from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan

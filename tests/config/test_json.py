@@ -23,10 +23,9 @@ from hsplit.driver import Driver
 from hsplit.errors import InputError
 from hsplit.evaluation import targets
 from hsplit.models import checkpoint_reader, packaged
-from hsplit.observe import report_data
-from hsplit.observe.metrics import MetricsRow, PlanRow
+from hsplit.report import record
 from hsplit.observe.progress_file import StepRecord
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.scheduling.plan import HolderPlan, Plan
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +120,7 @@ def test_sections_in_a_document_take_lists_as_in_a_configuration() -> None:
 def test_nothing_that_is_read_from_json_is_converted() -> None:
     """Every dataclass of which a document is made, or a part of one."""
     read: list[Any] = [MetricsRow, PlanRow, TimingRow, HolderPlan, Plan, Progress, StepRecord, Driver]
-    read += [inbox._Budget, inbox._Join, inbox._Leave, model_card._Evaluation, report_data._State]
+    read += [inbox._Budget, inbox._Join, inbox._Leave, model_card._Evaluation, record._State]
     read += [packaged._Marker, checkpoint_reader._Index, targets._AdapterConfig]
     assert [one for one in read if not one.__pydantic_config__["strict"]] == []
 

@@ -22,11 +22,10 @@ from hsplit.errors import InputError
 from hsplit.exporting import export
 from hsplit.files import sha256_of, write_text_atomically
 from hsplit.observe.events import read_events
-from hsplit.observe.metrics import MetricsRow, PlanRow, read_rows
-from hsplit.observe.report import write_report
-from hsplit.observe.report_data import load_run
 from hsplit.observe.runs import list_runs, runs_table
-from hsplit.observe.timing import TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
+from hsplit.report.record import load_run
+from hsplit.report.report import write_report
 from hsplit.run_directory import RunDirectory
 from tests.finished_run import FinishedRun
 from tests.fuzz.harness import NASTY, as_json, damaged, examples, mangled, mangled_head, read_or_refused, tree

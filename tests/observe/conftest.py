@@ -11,7 +11,7 @@ import pytest
 
 from hsplit.config import load_run_config
 from hsplit.observe.events import EventLog
-from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
+from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
 

@@ -16,9 +16,8 @@ from click.testing import CliRunner
 
 from hsplit.cli import main
 from hsplit.errors import InputError
-from hsplit.observe.discovery import announce, discovery_file
 from hsplit.observe.exported_metrics import METRICS
-from hsplit.observe.monitoring import write_monitoring
+from hsplit.observe.monitoring import announce, discovery_file, write_monitoring
 from hsplit.observe.ray_metrics import RayMetrics
 
 DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"

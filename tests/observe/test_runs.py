@@ -20,8 +20,8 @@ from hsplit.cli import main
 from hsplit.config import Client, Job, RunConfig
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
-from hsplit.observe.metrics import MetricsRow, MetricsTable
 from hsplit.observe.runs import list_runs, runs_table
+from hsplit.observe.tables import MetricsRow, MetricsTable
 from hsplit.run_directory import RunDirectory
 
 

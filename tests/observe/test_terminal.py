@@ -8,10 +8,12 @@ from typing import Literal
 import pytest
 from rich.console import Console
 
+from hsplit.observe.live_display import LiveDisplay
+from hsplit.observe.observer import Observer
 from hsplit.observe.pace import Pace
-from hsplit.observe.plan_changes import plan_changes
-from hsplit.observe.terminal import Display, LiveDisplay, PlainDisplay, display_for, plan_table
-from hsplit.observe.wording import plan_lines
+from hsplit.observe.plain_display import PlainDisplay
+from hsplit.observe.plan_text import plan_changes, plan_lines, plan_table
+from hsplit.observe.terminal import display_for
 from hsplit.scheduling.insight import Bottleneck, Insight, OneMoreGB
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.observe.conftest import metrics_row
@@ -43,7 +45,7 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def play(display: Display, plan: Plan, clock: Ticking) -> None:
+def play(display: Observer, plan: Plan, clock: Ticking) -> None:
     display.started("first", ["model  tiny", "dashboard http"])
     display.plan(plan)
     display.round_done(metrics_row(0), [], [])

@@ -20,8 +20,8 @@ from hsplit.driver import Driver
 from hsplit.observe import watch as watching
 from hsplit.observe.events import EventLog, finite
 from hsplit.observe.live_display import LiveDisplay
-from hsplit.observe.metrics import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.observe.progress_file import ProgressFile, StepRecord, read_step_record
+from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, plan_rows
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 from tests.observe.conftest import metrics_row
@@ -81,7 +81,7 @@ class Driven:
         row = metrics_row(done, step=done * STEPS)
         self._rows.append(row)
         self._plans.append(*plan_rows(done, self._plan))
-        log.write("round", f"round {done}", **asdict(row))
+        log.write("round", f"round {done}", **asdict(row), client_tokens={"laptop": row.tokens})
         file.round_done(row, [], [])
 
 

@@ -2,14 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hsplit.observe.wording import (
-    bytes_text,
-    duration_text,
-    number_text,
-    of_budget,
-    ranks_by_kind,
-    ranks_range,
-)
+from hsplit.observe.plan_text import ranks_by_kind, ranks_range
+from hsplit.observe.wording import bytes_text, duration_text, number_text, of_budget
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from hsplit.config.files import displayed, from_plain
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.observe.timing import TimingRow
 from hsplit.scheduling.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
@@ -84,6 +83,39 @@ class PlanRow:
     __pydantic_config__ = EXACT
 
 
+PHASES = ("data", "unpack", "forward", "tail", "backward", "optimizer", "pack", "paced", "waiting")
+"""Phases of a holder's time, in the order of a step; ``TimingRow`` says what each is."""
+
+
+@dataclass(frozen=True)
+class TimingRow:
+    """One phase of one holder in one round in ``timing.csv``; round 0 has no rows.
+
+    A holder's rows of a round sum to the wall time of that round's local steps.
+
+    Attributes:
+        name: a client's name, or ``server``.
+        phase: one of ``PHASES``: ``data`` (drawing and collating batches), ``unpack`` (from the wire's bytes),
+            ``forward``, ``tail`` (norm, head, loss and its gradient), ``backward``, ``optimizer``, ``pack`` (to the
+            wire's dtype and bytes), ``paced`` (slept so that the wall follows the declared speed) and ``waiting``
+            (the rest: for others, for messages, for a core).
+        seconds: wall seconds, summed over the round's local steps.
+
+    Raises:
+        ValueError: ``phase`` is none of ``PHASES``.
+    """
+
+    round: Whole
+    name: str
+    phase: str
+    seconds: float
+    __pydantic_config__ = EXACT
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"phase {self.phase!r} is none of {', '.join(PHASES)}")
+
+
 def plan_rows(
     round: int,
     plan: Plan,
@@ -112,6 +144,21 @@ def plan_rows(
     return [row(holder) for holder in (*servers, *plan.clients)]
 
 
+def timing_rows(round: int, spent: Mapping[str, Mapping[str, float]], steps_s: float) -> list[TimingRow]:
+    """The rows of a round.
+
+    Args:
+        round: which.
+        spent: wall seconds by holder and phase, without ``waiting``, summed over the round's local steps.
+        steps_s: wall seconds of those steps.
+    """
+    rows = []
+    for name, seconds in spent.items():
+        whole = {**seconds, "waiting": steps_s - sum(seconds.values())}
+        rows += [TimingRow(round, name, phase, whole[phase]) for phase in PHASES if phase in whole]
+    return rows
+
+
 Row = TypeVar("Row", bound=MetricsRow | PlanRow | TimingRow)
 
 
@@ -121,7 +168,7 @@ def row_to_json(row: MetricsRow | PlanRow | TimingRow) -> dict[str, Any]:
 
 
 def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
-    """The row that ``row_to_json`` made ``data`` of.
+    """The row that ``row_to_json`` wrote.
 
     Raises:
         InputError: columns are missing or unknown, or a value is none that the column may have.

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit.errors import InputError
-from hsplit.observe import metrics
-from hsplit.observe.metrics import (
+from hsplit.observe import tables
+from hsplit.observe.tables import (
     MetricsRow,
     MetricsTable,
     PlanRow,
@@ -125,7 +125,7 @@ def test_failed_append_leaves_file_and_rows(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(metrics, "write_text_atomically", disk_full)
+        patched.setattr(tables, "write_text_atomically", disk_full)
         with pytest.raises(OSError, match="no space"):
             table.append(metrics_row(1))
     assert table.rows == (metrics_row(0),)

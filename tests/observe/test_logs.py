@@ -17,11 +17,9 @@ from click.testing import CliRunner
 from hsplit.cli import main
 from hsplit.config import RunConfig, load_run_config
 from hsplit.errors import InputError
-from hsplit.observe.logs import check_logs, logs_of
-from hsplit.observe.metrics import plan_rows
-from hsplit.observe.observers import Observers
-from hsplit.observe.run_log import MOST_HOLDERS, round_figures
-from hsplit.observe.terminal import Display
+from hsplit.observe.logs import MOST_HOLDERS, check_logs, logs_of, round_figures
+from hsplit.observe.observer import Observer, Observers
+from hsplit.observe.tables import plan_rows
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 from tests.in_process import Recorder
@@ -34,7 +32,7 @@ def logged_run(library: str) -> RunConfig:
     return load_run_config("hetero", overrides={"log": [library], "rounds": 2, "local_steps": STEPS})
 
 
-def play(display: Display, plan: Plan, first: int, last: int) -> None:
+def play(display: Observer, plan: Plan, first: int, last: int) -> None:
     """Steps ``first`` to ``last`` of a run, each with its own number as its loss, and the rounds that end there."""
     display.started("one", ["model    tiny"])
     display.plan(plan)
@@ -43,7 +41,7 @@ def play(display: Display, plan: Plan, first: int, last: int) -> None:
     steps(display, plan, first, last)
 
 
-def steps(display: Display, plan: Plan, first: int, last: int) -> None:
+def steps(display: Observer, plan: Plan, first: int, last: int) -> None:
     for step in range(first, last + 1):
         display.step(1 + (step - 1) // STEPS, 2, step, 2 * STEPS, {"phone-0": float(step), "laptop": -float(step)}, {})
         if step % STEPS == 0:

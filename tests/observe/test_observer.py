@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.observe.observers import Observers
+from hsplit.observe.observer import Observers
 from hsplit.scheduling.plan import Plan
 from tests.observe.conftest import metrics_row
 

@@ -7,13 +7,22 @@ from itertools import pairwise
 
 import pytest
 
-from hsplit.observe.heat_map import SHADES, HeatMap, Scale, Strip, heat_maps_svg
-from hsplit.observe.plan_history import PlanHistory
-from hsplit.observe.rank_maps import HolderGroup, RankMaps, mean_ranks, rounds_shown
-from hsplit.observe.split_bars import Piece, split_pieces, splits_svg
+from hsplit.report.figures import Piece, split_pieces, splits_svg
+from hsplit.report.rank_maps import (
+    SHADES,
+    HeatMap,
+    HolderGroup,
+    RankMaps,
+    Scale,
+    Strip,
+    heat_maps_svg,
+    mean_ranks,
+    rounds_shown,
+)
+from hsplit.report.record import PlanHistory
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.observe.conftest import KINDS, LAYERS
-from tests.observe.test_report import Page
+from tests.report.test_report import Page
 
 SERVER = HolderGroup("server", frozenset({"server"}))
 PATH = re.compile(r'<path d="([^"]*)" style="fill: (#\w+); stroke: \2')

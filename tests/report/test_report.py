@@ -10,9 +10,9 @@ import pytest
 
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
-from hsplit.observe.metrics import MetricsRow, MetricsTable
-from hsplit.observe.report import write_report
-from hsplit.observe.report_data import Holding, load_run, load_runs
+from hsplit.observe.tables import MetricsRow, MetricsTable
+from hsplit.report.record import Holding, load_run, load_runs
+from hsplit.report.report import write_report
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 from tests.observe.conftest import metrics_row
@@ -23,7 +23,12 @@ ATTACK = "<script>alert(1)</script><img src=\"http://evil.invalid/x\" onerror='x
 
 
 class Page(HTMLParser):
-    """Tags, attributes, ids and text of a page; fails on tags that do not close in order."""
+    """Tags, attributes and text of a page; fails on tags that do not close in order.
+
+    Attributes:
+        labels, unfolded: descriptions of the figures, all and those outside of folded parts, in order.
+        lead: the sentence on top.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -31,7 +36,10 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str]] = []
         self.text = ""
         self.labels: list[str] = []
+        self.unfolded: list[str] = []
+        self.lead = ""
         self._open: list[str] = []
+        self._leading = False
         self.feed(html)
         self.close()
         assert self._open == []
@@ -46,13 +54,19 @@ class Page(HTMLParser):
         self.attributes += [(name, value or "") for name, value in attrs]
         if tag == "svg":
             self.labels.append(dict(attrs)["aria-label"] or "")
+            if "details" not in self._open:
+                self.unfolded.append(self.labels[-1])
+        if ("class", "lead") in attrs:
+            self._leading = True
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
+        self._leading = self._leading and tag != "p"
 
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] != "style":
             self.text += data + "\n"
+            self.lead += data if self._leading else ""
 
 
 def report_of(to: Path, *runs: Path) -> tuple[str, Page]:
@@ -77,14 +91,14 @@ def test_report_of_one_run(fake_run: MakeRun, tmp_path: Path) -> None:
     html, page = report_of(tmp_path / "new" / "report.html", fake_run("first"))
     assert_self_contained(html, page)
     assert [label.split(" by ")[0] for label in page.labels] == [
-        "validation perplexity against round",
-        "validation perplexity against tokens",
-        "validation perplexity against wall time",
         "validation perplexity against virtual time",
-        "train loss against round",
-        "train loss against tokens",
-        "train loss against wall time",
+        "validation perplexity against wall time",
+        "validation perplexity against tokens",
+        "validation perplexity against round",
         "train loss against virtual time",
+        "train loss against wall time",
+        "train loss against tokens",
+        "train loss against round",
         "total LoRA rank",
         "declared, predicted and measured memory",
         "bytes up and down",
@@ -109,6 +123,89 @@ def test_report_of_one_run(fake_run: MakeRun, tmp_path: Path) -> None:
     assert "routine 1" not in page.text
     assert "prefers-color-scheme: dark" in html
     assert "#010203" not in html  # the page's own colours stand where these were drawn
+
+
+def test_a_report_opens_with_outcome_curve_and_holders(fake_run: MakeRun, tmp_path: Path) -> None:
+    _, page = report_of(tmp_path / "report.html", fake_run("first"))
+    assert page.lead.startswith(
+        "Validation perplexity fell from 21.75 to 5.438 in 3 of 5 rounds (interrupted), taking 42 s"
+    )
+    assert "with 2 of 5 clients (phone-0, laptop)" in page.lead
+    assert page.unfolded == ["validation perplexity against virtual time", "total LoRA rank by holder and layer"]
+    places = [
+        page.text.index(f"\n{title}\n") for title in ("Perplexity over time", "Who held what", "Rounds", "Memory")
+    ]
+    assert places == sorted(places)
+    table = page.text[page.text.index("\nΣ ranks\n") : page.text.index("\nRounds\n")].split("\n")
+    cells = [cell for cell in table if cell]
+    laptop = cells.index("laptop")
+    assert cells[laptop : laptop + 4] == ["laptop", "3", "36", "–"]  # what each trained on is not in such a log
+
+
+def test_what_each_client_trained_on_is_of_the_last_round(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = fake_run("counted")
+    with EventLog(run / "events.jsonl") as events:
+        for tokens in (1000, 4321):
+            events.write("round", "round", client_tokens={"laptop": tokens, "phone-0": "?"})
+    assert load_run(run).client_tokens == {"laptop": 4321}
+    _, page = report_of(tmp_path / "report.html", run)
+    assert "\n4,321\n" in page.text
+    assert "\n1,000\n" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        (None, "in 3 of 5 rounds (interrupted), "),
+        ("stopped", "in 3 of 5 rounds (stopped), "),
+        ("failed", "in 3 of 5 rounds (failed: server failed in round 4 <b>), "),
+    ],
+)
+def test_the_outcome_says_how_a_run_ended(fake_run: MakeRun, tmp_path: Path, ending: str | None, words: str) -> None:
+    run = fake_run("ended")
+    if ending:
+        with EventLog(run / "events.jsonl") as events:
+            events.write(ending, "server failed in round 4 <b>.")
+    _, page = report_of(tmp_path / "report.html", run)
+    assert words in page.lead
+
+
+def test_the_outcome_of_a_run_that_goes_on_and_of_a_complete_one(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = RunDirectory.open(fake_run("going"))
+    with run.driven():
+        _, page = report_of(tmp_path / "report.html", run.path)
+    assert "in 3 of 5 rounds (still running), " in page.lead
+    _, page = report_of(tmp_path / "report.html", fake_run("whole", rounds=5))
+    assert page.lead.startswith(
+        "Validation perplexity fell from 21.75 to 3.625 in 5 rounds, taking 1 min 06 s on the wall"
+    )
+    # its log has no event of a round, and so nothing to tell of cuts
+    assert page.lead.endswith("adapters aggregated by concat.")
+
+
+def test_a_run_that_failed_before_any_round(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = fake_run("unborn", rounds=0, checkpoint=False)
+    for name in ("metrics.csv", "plan.csv"):
+        (run / name).unlink()
+    with EventLog(run / "events.jsonl") as events:
+        events.write("failed", "no memory.")
+    html, page = report_of(tmp_path / "report.html", run)
+    assert_self_contained(html, page)
+    assert page.lead == "No round has been validated yet. The run failed: no memory."
+    assert page.tags["svg"] == 0
+    assert "No plan has been made yet." in page.text
+
+
+def test_a_run_that_held_nothing_out_opens_with_its_train_loss(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = RunDirectory.open(fake_run("unvalidated", rounds=5))
+    rows = [metrics_row(round, val_loss=0.0, val_ppl=1.0) for round in range(6)]
+    MetricsTable(run.metrics, MetricsRow).restore(rows)
+    html, page = report_of(tmp_path / "report.html", run.path)
+    assert_self_contained(html, page)
+    assert page.lead.startswith("Nothing was held out to validate on; train loss fell from 3.000 to 0.600 in 5 rounds")
+    assert page.unfolded[0] == "train loss against virtual time"
+    assert page.text.count("\nnothing was held out\n") == 4
+    assert "\n0.000\n" not in page.text  # no validation loss in the table of rounds
 
 
 def test_report_of_two_runs_overlays_them(fake_run: MakeRun, tmp_path: Path) -> None:
@@ -146,7 +243,7 @@ def test_run_without_any_round(fake_run: MakeRun, tmp_path: Path) -> None:
     for name in ("metrics.csv", "plan.csv", "events.jsonl"):
         (run / name).unlink()
     _, page = report_of(tmp_path / "report.html", run)
-    assert "No round has been validated yet." in page.text
+    assert page.lead == "No round has been validated yet. The run is interrupted."
     assert "Nothing out of the ordinary." in page.text
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hsplit.observe.events import EventLog
-from hsplit.observe.metrics import MetricsTable, PlanRow, plan_rows
+from hsplit.observe.tables import MetricsTable, PlanRow, plan_rows
 from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.observe.conftest import write_decisions
-from tests.observe.test_report import assert_self_contained, report_of
+from tests.report.test_report import assert_self_contained, report_of
 
 MakeRun = Callable[..., Path]
 
@@ -25,7 +25,7 @@ def test_report_of_a_run_whose_plan_changed(fake_run: MakeRun, plan: Plan, other
     assert maps[0].startswith("normalized importance and ranks of server and ranks of mean of 3 clients")
     # the kinds are the configuration's; a name that it does not have is one of its own
     assert [label.split(" by ")[0] for label in maps[1:]] == [f"ranks of {n}" for n in ("phone", "laptop", "watch")]
-    assert page.tags["details"] == page.tags["summary"] == 3
+    assert page.tags["details"] == page.tags["summary"] == 8 + 3  # the kinds' maps are folded once more
     assert "split point of each client by round" in page.labels
     shown = page.text.split("\n")
     for heading in ("Importance and ranks", "Plans and split points", "step (virtual)"):

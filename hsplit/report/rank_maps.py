@@ -1,21 +1,37 @@
-"""Importance and ranks over the rounds as heat maps of layer by weight kind, and split points as bars over rounds."""
+"""Importance and ranks over the rounds: heat maps of layer by weight kind, beside one another on common scales."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hsplit.observe.heat_map import Cells, HeatMap, Scale, Strip, heat_maps_svg
-from hsplit.observe.plan_history import PlanHistory
 from hsplit.observe.wording import kind_labels, weight_place
+from hsplit.report.figures import GRID, drawing_style, inline_svg
+from hsplit.report.record import PlanHistory
 from hsplit.scheduling.plan import HolderPlan, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_MAPS = 8
 """Maps beside one another; more would not be legible."""
+SHADES = 32
+"""Number of shades of a scale; finer ones would not be told apart."""
 _NO_PROBE = "equal: no probe yet"
+# From the largest share down to this part of it, shares have different shades.
 _SPAN = 100.0
-"""From the largest share down to which part of it shares are told apart."""
+_LEAST_COLUMNS = 4
+_WIDTH_IN = 9.5
+_LAYER_IN = 0.075
+_LEAST_IN, _MOST_IN = 1.1, 4.8
+
+Cells = Mapping[tuple[int, int], float]
+"""Values by row and column, both from 0; a cell without a value is left blank."""
+
+
+# -- contents ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ def rounds_shown(history: PlanHistory, limit: int = MAX_MAPS) -> tuple[int, ...]
 
 
 def after_text(done: int) -> str:
-    """When a plan came in force or a probe was made: ``at the start``, ``after round 3``."""
+    """When a plan came into force or a probe was made: ``at the start``, ``after round 3``."""
     return f"after round {done}" if done else "at the start"
 
 
@@ -68,14 +84,14 @@ class RankMaps:
 
     Args:
         history: at least one plan in it.
-        groups: whose ranks are drawn, the server among them.
+        groups: the holders to draw, the server among them.
     """
 
     def __init__(self, history: PlanHistory, groups: Sequence[HolderGroup]) -> None:
         self.shown = rounds_shown(history)
         self._history = history
         plans = list(history.plans.values())
-        self._layers = max(plan.layers for plan in plans)
+        self.layers = max(plan.layers for plan in plans)
         self._kinds = _kinds(plans, history)
         self._means = {
             (group.label, done): mean_ranks(group.of(plan)) if (plan := history.plan_after(done)) else {}
@@ -98,8 +114,7 @@ class RankMaps:
             strips.append(self._rank_strip(group, titled=not strips))
             named.append(f"ranks of {group.label}")
         label = f"{' and '.join(named)} by layer and weight kind over rounds"
-        columns = kind_labels(self._kinds)
-        return heat_maps_svg(strips, self._layers, columns, key, label)
+        return heat_maps_svg(strips, self.layers, kind_labels(self._kinds), key, label)
 
     def _importance_strip(self, scale: Scale) -> Strip:
         maps = [
@@ -117,7 +132,7 @@ class RankMaps:
         return Strip(f"ranks, {group.label}", maps, self._ranks)
 
     def _since(self, done: int) -> str:
-        """Since when the plan that is drawn at ``done`` has been in force; nothing to say of the first at the start."""
+        """The round since which the plan drawn at ``done`` has been in force; empty for the first one at the start."""
         made = max((other for other in self._history.plans if other <= done), default=None)
         if made is None or done == 0:
             return ""
@@ -128,7 +143,7 @@ class RankMaps:
         cells = {}
         for weight, value in values.items():
             place = weight_place(weight)
-            if place is not None and place[0] < self._layers:
+            if place is not None and place[0] < self.layers:
                 cells[place[0], columns[place[1]]] = value
         return cells
 
@@ -140,6 +155,26 @@ def _kinds(plans: Iterable[Plan], history: PlanHistory) -> list[str]:
     for weights in (*history.importance.values(), *held):
         kinds |= dict.fromkeys(place[1] for place in map(weight_place, weights) if place is not None)
     return list(kinds)
+
+
+# -- scales -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mapping of values to colours.
+
+    Attributes:
+        label: name of the values, with their unit.
+        colours: name of a matplotlib map that colour-blind readers can read.
+        shade: from a value to 0 (lowest) to 1 (highest).
+        ticks: the values that the colour bar names, and their texts.
+    """
+
+    label: str
+    colours: str
+    shade: Callable[[float], float]
+    ticks: Sequence[tuple[float, str]]
 
 
 def _rank_scale(top: float) -> Scale:
@@ -166,3 +201,110 @@ def _share_scale(lowest: float, highest: float) -> Scale:
         lambda share: math.log(max(share, low) / low) / span,
         [(share, f"{share * 100:.2g}") for share in named],
     )
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One map: the title above it, and its cells; ``note`` is written across a map without any."""
+
+    title: str
+    cells: Cells
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Maps beside one another on one scale, named at the left."""
+
+    label: str
+    maps: Sequence[HeatMap]
+    scale: Scale
+
+
+def heat_maps_svg(strips: Sequence[Strip], rows: int, columns: Sequence[str], key: str, label: str) -> str:
+    """``strips`` below one another; a map has ``rows`` rows, the decoder layers from 0, and the named columns.
+
+    Args:
+        strips: each with as many maps as the others.
+        rows: decoder layers of the model.
+        columns: a short name each.
+        key, label: see :func:`inline_svg`.
+    """
+    from matplotlib.figure import Figure
+
+    used = len(strips[0].maps)
+    # a few maps are not drawn wider than more would be: what is left stays empty, right of the colour bar
+    widths = [*[1.0] * used, 0.12, *[1.0] * (_LEAST_COLUMNS - used)]
+    height = min(max(_LAYER_IN * rows, _LEAST_IN), _MOST_IN)
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_IN, len(strips) * (height + 0.85)), layout="constrained")
+        grid = figure.subplots(len(strips), len(widths), squeeze=False, width_ratios=widths)
+        for strip, places in zip(strips, grid, strict=True):
+            for index, (each, axes) in enumerate(zip(strip.maps, places, strict=False)):
+                _draw_map(axes, each, strip.scale, rows, columns, f"{strip.label}\nlayer" if index == 0 else "")
+            _draw_bar(places[used], strip.scale)
+            for axes in places[used + 1 :]:
+                axes.set_visible(False)
+        return inline_svg(figure, key, label)
+
+
+def _draw_map(axes: Axes, each: HeatMap, scale: Scale, rows: int, columns: Sequence[str], name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    _frame(axes)
+    axes.set_title(each.title, fontsize=8)
+    axes.set_xlim(-0.5, max(len(columns), 1) - 0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    if each.cells:
+        _fill(axes, {place: scale.shade(value) for place, value in each.cells.items()}, scale)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    else:
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, each.note, rotation=90, ha="center", va="center", transform=axes.transAxes, fontsize=8)
+    if name:
+        axes.set_ylabel(name)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    else:
+        axes.set_yticks([])
+
+
+def _draw_bar(axes: Axes, scale: Scale) -> None:
+    """A colour bar: a column of ``SHADES`` cells, the highest on top."""
+    _frame(axes)
+    _fill(axes, {(row, 0): (row + 0.5) / SHADES for row in range(SHADES)}, scale)
+    axes.set_xlim(-0.5, 0.5)
+    axes.set_ylim(-0.5, SHADES - 0.5)
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    axes.set_yticks([scale.shade(value) * SHADES - 0.5 for value, _ in scale.ticks], [text for _, text in scale.ticks])
+    axes.tick_params(labelsize=7, length=0)
+    axes.set_ylabel(scale.label, fontsize=8)
+
+
+def _frame(axes: Axes) -> None:
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color(GRID)
+
+
+def _fill(axes: Axes, shades: Cells, scale: Scale) -> None:
+    """Fill the cells, with one path for all of a shade: a map of 80 layers would else weigh a megabyte."""
+    from matplotlib import colormaps
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+    from matplotlib.transforms import Affine2D
+
+    colours = colormaps[scale.colours]
+    steps = {place: min(int(min(max(shade, 0.0), 1.0) * SHADES), SHADES - 1) for place, shade in shades.items()}
+    for step in sorted(set(steps.values())):
+        corners = [(column - 0.5, row - 0.5) for (row, column), other in steps.items() if other == step]
+        squares = [Path.unit_rectangle().transformed(Affine2D().translate(*corner)) for corner in corners]
+        outline = Path.make_compound_path(*squares)
+        colour = colours((step + 0.5) / SHADES)
+        # the thin edge covers the seam at which the page would else shine through between neighbours
+        axes.add_patch(PathPatch(outline, facecolor=colour, edgecolor=colour, linewidth=0.3, clip_on=False))

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from hsplit.observe.events import read_events
-from hsplit.observe.plan_history import PlanHistory, plan_history
-from hsplit.observe.report_data import load_run
+from hsplit.report.record import PlanHistory, load_run, plan_history
 from hsplit.scheduling.plan import Plan
 from tests.observe.conftest import scores, write_decisions
 

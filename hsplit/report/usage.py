@@ -1,4 +1,4 @@
-"""What a local step's wall time goes to: each holder's phases, and how much of it is the model's arithmetic."""
+"""Memory and time that each holder used: peaks against its budget, and the phases of a local step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hsplit.config.cluster import is_server
-from hsplit.observe.metrics import MetricsRow
-from hsplit.observe.timing import PHASES, TimingRow
+from hsplit.observe.tables import PHASES, MetricsRow, PlanRow, TimingRow
 
 ARITHMETIC = ("forward", "tail", "backward", "optimizer")
 """The phases that compute the model."""
@@ -35,8 +34,8 @@ class StepShares:
 
     Attributes:
         arithmetic: the model's arithmetic on the path that everybody waits for.
-        overhead: the phases that are neither arithmetic nor waiting, by whose they are (True: the server's; False:
-            those of the client that is busy longest) and phase; the largest first, those of no time left out.
+        overhead: the phases that are neither arithmetic nor waiting, by holder (True: the server; False: the client
+            that is busy longest) and phase; the largest first, those of no time left out.
         idle: neither that client nor the server is busy: messages on their way, waiting for a core.
     """
 
@@ -67,7 +66,7 @@ def holder_steps(timing: Iterable[TimingRow], metrics: Sequence[MetricsRow]) -> 
 
 
 def step_shares(timing: Iterable[TimingRow]) -> StepShares | None:
-    """How much of a step's wall time is the model's arithmetic, and what the rest is; None without any time.
+    """Shares of arithmetic, overhead and idle time in a local step's wall time; None without any time.
 
     In each round the arithmetic on the path that everybody waits for is that of the client that has most of it, plus
     the server's; its share of the round's wall time is averaged over rounds, each of which counts the same.
@@ -129,3 +128,64 @@ def _arithmetic_s(seconds: Mapping[str, float]) -> float:
 
 def _busy_s(seconds: Mapping[str, float]) -> float:
     return sum(value for phase, value in seconds.items() if phase != "waiting")
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HolderMemory:
+    """A holder's memory over the rounds.
+
+    Attributes:
+        last: its row of the last round in the table.
+        worst: its row of the round in which the measured peak was the largest part of what was declared for that
+            round; of the predictions, where nothing was measured.
+        over_predicted, over_declared: the rounds whose measured peak exceeded the prediction, the declared budget.
+    """
+
+    last: PlanRow
+    worst: PlanRow
+    over_predicted: tuple[int, ...]
+    over_declared: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The holder's name."""
+        return self.last.name
+
+    @property
+    def mark(self) -> str:
+        """Name of the limit that a measured peak exceeded; empty where all kept to both."""
+        if self.over_declared:
+            return "over declared"
+        return "over predicted" if self.over_predicted else ""
+
+
+def memory_record(rows: Iterable[PlanRow]) -> list[HolderMemory]:
+    """The record of every holder in the last round of ``rows`` (all of ``plan.csv``), clients first.
+
+    A client that takes no part in a round has nothing predicted or measured in it, and keeps to its budget.
+    """
+    by_name: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, []).append(row)
+    last_round = max((row.round for own in by_name.values() for row in own), default=0)
+    records = [_record(own) for own in by_name.values() if own[-1].round == last_round]
+    return sorted(records, key=lambda record: record.last.kind != "client")
+
+
+def _record(rows: list[PlanRow]) -> HolderMemory:
+    measured = [row for row in rows if row.measured_bytes is not None]
+
+    def part(row: PlanRow) -> float:
+        size = row.predicted_bytes if row.measured_bytes is None else row.measured_bytes
+        return size / max(row.declared_bytes, 1)
+
+    return HolderMemory(
+        last=rows[-1],
+        # of equals the later one, so that a run without change shows its last round
+        worst=max(reversed(measured or rows), key=part),
+        over_predicted=tuple(row.round for row in measured if (row.measured_bytes or 0) > row.predicted_bytes),
+        over_declared=tuple(row.round for row in measured if (row.measured_bytes or 0) > row.declared_bytes),
+    )

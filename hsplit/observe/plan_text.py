@@ -1,0 +1,237 @@
+"""A plan in words: as a table, a line a holder, and the changes that another plan makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from hsplit.observe.wording import NOTHING, bytes_text, number_text, of_budget, printable, weight_kind
+from hsplit.scheduling.plan import HolderPlan, Plan
+
+if TYPE_CHECKING:
+    from hsplit.scheduling.insight import Insight
+
+SHOWN_GAINS = 3
+"""How many holders are named that one more GB of memory would bring most."""
+
+
+def plan_table(plan: Plan, insight: Insight | None = None) -> Group:
+    """One row a client, then the server's; below it makespan, captured importance and where that came from.
+
+    With an insight, also who the bottleneck is and what one more GB of memory would buy.
+
+    Made to be read at 80 columns too, where the ranks by weight kind take several lines.
+    """
+    lines = plan_lines(plan) + ([] if insight is None else insight_lines(insight, plan))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("name", overflow="fold", min_width=8)
+    table.add_column("split", justify="right", no_wrap=True)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("ranks", overflow="fold", min_width=14)
+    table.add_column("predicted /\ndeclared", no_wrap=True)
+    table.add_column("step time\n(virtual)", justify="right", no_wrap=True)
+    table.add_column("share of\ncaptured", justify="right", no_wrap=True)
+    for client in plan.clients:
+        _add_row(table, client, plan.layers)
+    table.add_section()
+    _add_row(table, plan.server, plan.layers)
+    # Not as the table's caption, which would be broken at the table's width.
+    return Group(table, Text("\n".join(map(printable, lines))))
+
+
+def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:
+    # two lines, so that the column is narrow without rich having to break it
+    ranks = ranks_by_kind(holder.ranks) if holder.available else lacking_text(holder).replace(", ", ",\n")
+    cells = (
+        printable(holder.name),
+        NOTHING if holder.split is None else str(holder.split),
+        layers_held(holder, layers),
+        ranks,
+        memory_text(holder),
+        number_text(holder.step_time_s, "s") if holder.available else NOTHING,
+        share_text(holder),
+    )
+    table.add_row(*(Text(cell) for cell in cells), style=None if holder.available else "dim")
+
+
+def holder_line(holder: HolderPlan, layers: int) -> str:
+    """A holder's whole part of a plan."""
+    if not holder.available:
+        return f"{_label(holder)}: {lacking_text(holder)} (declared {bytes_text(holder.declared_bytes)})"
+    parts = [
+        f"split {split_text(holder, layers)}",
+        f"layers {layers_held(holder, layers)}",
+        f"ranks {ranks_range(holder.ranks)}",
+        f"memory {memory_text(holder)}",
+        f"{number_text(holder.step_time_s, 's')} a step (virtual)",
+    ]
+    return f"{_label(holder)}: {', '.join(parts)}"
+
+
+def plan_changes(before: Plan, after: Plan) -> list[str]:
+    """A line for each holder of ``after`` whose state, split, ranks or memory are not those of ``before``.
+
+    Who comes is described whole; of the others only what is another as a reader sees it, and ranks that were moved
+    from weight to weight are said to be moved.
+    """
+    known = {holder.name: holder for holder in (*before.clients, before.server)}
+    lines = []
+    for holder in (*after.clients, after.server):
+        past = known.pop(holder.name, None)
+        if past is None or (holder.available and not past.available):
+            lines.append(f"{holder_line(holder, after.layers)}, {'new' if past is None else 'back'}")
+        elif past.available and not holder.available:
+            lines.append(f"{holder_line(holder, after.layers)}, had split {split_text(past, before.layers)}")
+        elif holder.available and (parts := _changed(past, holder, after.layers)):
+            lines.append(f"{_label(holder)}: {', '.join(parts)}")
+    return lines + [f"{_label(holder)}: left" for holder in known.values()]
+
+
+def _changed(past: HolderPlan, holder: HolderPlan, layers: int) -> list[str]:
+    parts = []
+    if past.split != holder.split:
+        parts.append(f"split {NOTHING if past.split is None else past.split} → {split_text(holder, layers)}")
+    if past.ranks != holder.ranks:
+        then, now = ranks_range(past.ranks), ranks_range(holder.ranks)
+        parts.append(f"ranks {then} → {now}" if then != now else f"ranks {now} moved between weights")
+    then, now = memory_text(past), memory_text(holder)
+    if then != now:
+        parts.append(f"memory {then} → {now}")
+    return parts
+
+
+def _label(holder: HolderPlan) -> str:
+    return "server" if holder.kind == "server" else f"{holder.name} (client)"
+
+
+# -- the whole plan --------------------------------------------------------------------------------------------------
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Lines on the plan as a whole: its speed, its importance, and where that came from."""
+    available = len(plan.available)
+    exchange = (
+        f" The exchange of adapters at a round's end adds {number_text(plan.exchange_s, 's')} to each."
+        if plan.exchange_s
+        else ""
+    )
+    lines = [
+        f"One local step takes {number_text(plan.makespan_s, 's')} (virtual: at the declared budgets).{exchange}",
+        f"Captured importance: {number_text(plan.captured_importance)}, from {plan.importance}.",
+    ]
+    if available < len(plan.clients):
+        lines.append(f"{available} of {len(plan.clients)} clients take part.")
+    if frozen := [part.name for part in plan.available if part.forward_only]:
+        whose = frozen[0] if len(frozen) == 1 else f"{frozen[0]} and {len(frozen) - 1} more"
+        lines.append(
+            f"{whose} only compute{'s' if len(frozen) == 1 else ''} forward: training there would hold everybody up for"
+            " longer than it is worth (policy.freeze)."
+        )
+    if plan.servers > 1:
+        lines.append(f"{plan.servers} servers share the clients; the server's row is the part of each.")
+    return lines
+
+
+def insight_lines(insight: Insight, plan: Plan) -> list[str]:
+    """Whom the step waits for most, and what one more GB of memory would buy, for the few to whom it brings most."""
+    waits = insight.bottleneck
+    part = waits.shortens_s / plan.makespan_s
+    lines = [
+        f"Bottleneck: {_holders(waits.name, waits.alike)}; infinitely fast, it would make a step"
+        f" {number_text(waits.shortens_s, 's')} ({part:.0%}) shorter.",
+    ]
+    objective = plan.objective
+    buys = [gain for gain in insight.one_more_gb if gain.joins or gain.objective_change > 1e-9 * objective]
+    if not buys:
+        lines.append("One more GB of memory would buy nothing, at no holder.")
+    for gain in buys[:SHOWN_GAINS]:
+        more = gain.objective_change / objective
+        captured = gain.captured_importance_change / plan.captured_importance
+        joins = " It would take part." if gain.joins else ""
+        lines.append(
+            f"One more GB at {_holders(gain.name, gain.alike, 'one of ')}: {more:+.1%} captured per second"
+            f" ({captured:+.1%} captured, step {gain.makespan_change_s / plan.makespan_s:+.1%}).{joins}"
+        )
+    if insight.kinds_left_out:
+        lines.append(f"Not tried with one more GB: {insight.kinds_left_out} kinds of clients that promise less.")
+    return lines
+
+
+def _holders(name: str, alike: int, which: str = "") -> str:
+    return name if alike == 1 else f"{name} ({which}{alike} alike)"
+
+
+# -- a holder -------------------------------------------------------------------------------------------------------
+
+
+def memory_text(holder: HolderPlan) -> str:
+    """Predicted against declared memory of a holder; an unavailable one has no prediction."""
+    if holder.available:
+        return of_budget(holder.predicted_bytes, holder.declared_bytes)
+    return f"{NOTHING} / {bytes_text(holder.declared_bytes)}"
+
+
+def lacking_text(holder: HolderPlan) -> str:
+    """Why an unavailable client takes no part."""
+    return f"unavailable, lacks {bytes_text(holder.lacking_bytes)}"
+
+
+def share_text(holder: HolderPlan) -> str:
+    """A holder's part of the captured importance: ``12.3 %``."""
+    return f"{100 * holder.captured_share:.1f} %" if holder.available else NOTHING
+
+
+def layers_held(holder: HolderPlan, layers: int) -> str:
+    """The decoder layers of a holder: ``0–2``, ``29``, or a dash for none."""
+    if not holder.available or holder.split is None:
+        return NOTHING
+    first, last = (holder.split, layers - 1) if holder.kind == "server" else (0, holder.split - 1)
+    if first > last:
+        return NOTHING
+    return f"{first}–{last}" if first < last else str(first)
+
+
+def split_text(holder: HolderPlan, layers: int) -> str:
+    """A client's split point out of all layers, or the server's first layer."""
+    if not holder.available or holder.split is None:
+        return NOTHING
+    return f"from {holder.split}" if holder.kind == "server" else f"{holder.split} of {layers}"
+
+
+def ranks_range(ranks: Mapping[str, int]) -> str:
+    """Least and greatest rank and their sum: ``1–8 (Σ 112)``; ``frozen`` where nothing that is held is trained."""
+    held = [rank for rank in ranks.values() if rank > 0]
+    return f"{_span(held)} (Σ {sum(held)})" if held else _untrained(ranks)
+
+
+def ranks_by_kind(ranks: Mapping[str, int]) -> str:
+    """Ranks by weight kind over all layers: ``all 8``, or ``q:8 k:2–4 down:1``; ``frozen`` as above."""
+    kinds: dict[str, list[int]] = {}
+    for weight, rank in ranks.items():
+        if rank > 0:
+            kinds.setdefault(weight_kind(weight), []).append(rank)
+    if not kinds:
+        return _untrained(ranks)
+    spans = {kind: _span(held) for kind, held in kinds.items()}
+    if len(set(spans.values())) == 1:
+        return f"all {next(iter(spans.values()))}"
+    last = [kind.rpartition(".")[2] for kind in spans]
+    # GPT-2 has a c_proj in its attention and one in its MLP: those keep their module's name
+    labels = [kind if last.count(short) > 1 else short for kind, short in zip(spans, last, strict=True)]
+    named = zip(labels, spans.values(), strict=True)
+    # no space within a pair, where a narrow table would break the line
+    return " ".join(f"{label.removesuffix('_proj')}:{span}" for label, span in named)
+
+
+def _span(ranks: list[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _untrained(ranks: Mapping[str, int]) -> str:
+    return "frozen" if ranks else NOTHING

@@ -1,0 +1,296 @@
+"""The record of a run: the files of its directory, read as far as they are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hsplit.config.files import displayed, read_json, read_yaml
+from hsplit.config.section import STRICT
+from hsplit.errors import InputError
+from hsplit.observe.events import ROUTINE_EVENTS, plan_of, read_events
+from hsplit.observe.residual_cuts import residual_cuts
+from hsplit.observe.runs import State, last_state
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
+from hsplit.observe.wording import layer_of
+from hsplit.run_directory import RunDirectory
+from hsplit.scheduling.plan import Plan
+
+
+@dataclass(frozen=True)
+class PlanHistory:
+    """The scheduler's decisions, each by the number of rounds done when it was made (0: before any training).
+
+    Attributes:
+        plans: every plan that was put in force, oldest first; what only repeats the plan before it is left out.
+        importance: share of each weight in the sum of ``H_w`` (METHOD 3), by weight name; empty before any probe.
+        reasons: why the plan of that round was made; the first plan has none.
+    """
+
+    plans: Mapping[int, Plan] = field(default_factory=dict)
+    importance: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    reasons: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """Every number of rounds done at which the plan or the importance became another one, in order."""
+        return tuple(sorted(self.plans.keys() | self.importance.keys()))
+
+    def plan_after(self, done: int) -> Plan | None:
+        """The plan in force once ``done`` rounds are done, ``None`` where none is known."""
+        made = [round for round in self.plans if round <= done]
+        return self.plans[max(made)] if made else None
+
+    def importance_after(self, done: int) -> Mapping[str, float] | None:
+        """The shares known once ``done`` rounds are done, ``None`` before the first probe."""
+        probed = [round for round in self.importance if round <= done]
+        return self.importance[max(probed)] if probed else None
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The layers of a holder.
+
+    Attributes:
+        name: the holder's name.
+        ranks: total LoRA rank by layer it holds; None where only the split is known.
+    """
+
+    name: str
+    ranks: Mapping[int, int | None]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run, as read from its directory.
+
+    Attributes:
+        name: the run's name; told apart from others' by its path where two runs have the same.
+        config: the resolved configuration as plain mappings, of whichever version wrote it.
+        metrics: rows of ``metrics.csv``, round 0 first.
+        plan_rows: rows of ``plan.csv``, of all its rounds.
+        timing: rows of ``timing.csv``, of all its rounds; runs of older versions have none.
+        history: every plan and every importance that the events tell of.
+        plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
+        events: all but the routine ones, oldest first.
+        cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events tell.
+        client_tokens: supervised tokens that each client has trained on; empty of runs of older versions.
+        state: ``complete``, ``running``, ``stopped``, ``failed`` or ``interrupted``.
+        reason: why it failed; empty otherwise.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    metrics: tuple[MetricsRow, ...]
+    plan_rows: tuple[PlanRow, ...]
+    timing: tuple[TimingRow, ...]
+    history: PlanHistory
+    plan: Plan | None
+    events: tuple[Mapping[str, Any], ...]
+    cuts: Mapping[int, float] = field(default_factory=dict)
+    client_tokens: Mapping[str, int] = field(default_factory=dict)
+    state: State = "interrupted"
+    reason: str = ""
+
+    def setting(self, *keys: str) -> Any:
+        """The value at ``keys`` of the configuration, None if there is none."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    @property
+    def validated(self) -> bool:
+        """True if any held-out token was scored; without one, every validation loss is a plain 0."""
+        return any(row.val_loss != 0 for row in self.metrics)
+
+    @property
+    def trains_weights(self) -> bool:
+        """True if every weight is trained, and no adapter."""
+        return bool(self.setting("policy", "train") == "weights")
+
+    @property
+    def last_plan_rows(self) -> tuple[PlanRow, ...]:
+        """The rows of ``plan.csv`` of the last round in it."""
+        last = max((row.round for row in self.plan_rows), default=0)
+        return tuple(row for row in self.plan_rows if row.round == last)
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds of training the tables know of."""
+        return max([row.round for row in self.metrics] + [row.round for row in self.plan_rows], default=0)
+
+    def clients(self) -> list[Mapping[str, Any]]:
+        """The clients of the configuration, and those that joined later."""
+        declared = self.setting("clients")
+        clients = [c for c in declared if isinstance(c, Mapping)] if isinstance(declared, list) else []
+        known = {client.get("name") for client in clients}
+        declared_later = [e["declared"] for e in self.events if isinstance(e.get("declared"), Mapping)]
+        later = {client.get("name"): client for client in declared_later}
+        return [*clients, *(client for name, client in later.items() if name not in known)]
+
+    @property
+    def participants(self) -> list[str]:
+        """Names of the clients that had a part in any plan."""
+        planned = [client.name for plan in self.history.plans.values() for client in plan.available]
+        tabled = [row.name for row in self.plan_rows if row.kind == "client" and row.available]
+        newest = [] if self.plan is None else [client.name for client in self.plan.available]
+        return list(dict.fromkeys([*planned, *tabled, *newest]))
+
+    def holdings(self) -> list[Holding]:
+        """The layers of every holder that takes part, the server last; without a plan, from the splits."""
+        plan = self.plan
+        if plan is not None and self.trains_weights:
+            held = [Holding(c.name, dict.fromkeys(range(c.split or 0))) for c in plan.available]
+            return [*held, Holding(plan.server.name, dict.fromkeys(range(plan.server.split or 0, plan.layers)))]
+        if plan is not None:
+            holdings = [Holding(c.name, _ranks(c.ranks, range(c.split or 0))) for c in plan.available]
+            server = _ranks(plan.server.ranks, range(plan.server.split or 0, plan.layers))
+            return [*holdings, Holding(plan.server.name, server)]
+        splits = {r.name: r.split for r in self.last_plan_rows if r.split is not None and r.kind == "client"}
+        deepest = max(splits.values(), default=0)
+        unknown = [Holding(name, dict.fromkeys(range(split))) for name, split in splits.items()]
+        # how many layers the model has is not in the table: the server's are shown as far as the deepest client's
+        first = [r for r in self.last_plan_rows if r.kind == "server" and r.split is not None]
+        unknown += [Holding(r.name, dict.fromkeys(range(r.split or 0, deepest))) for r in first]
+        return unknown
+
+
+def load_run(path: str | Path) -> RunRecord:
+    """Reads a run's directory; files that are not there yet count as empty.
+
+    Raises:
+        InputError: it is no run, or one of its files is not what a run writes.
+    """
+    directory = RunDirectory.open(path)
+    config = read_yaml(directory.config)
+    metrics = read_rows(directory.metrics, MetricsRow) if directory.metrics.is_file() else []
+    plan_rows = read_rows(directory.plan, PlanRow) if directory.plan.is_file() else []
+    timing = read_rows(directory.timing, TimingRow) if directory.timing.is_file() else []
+    events = read_events(directory.events)
+    history = plan_history(events)
+    state, reason = last_state(events)
+    asked = config.get("job", {}).get("rounds") if isinstance(config.get("job"), Mapping) else None
+    if metrics and metrics[-1].round == asked:
+        # the report of a complete run is written just before its last event
+        state, reason = "complete", ""
+    elif state == "interrupted" and directory.is_driven:
+        state = "running"
+    return RunRecord(
+        name=directory.name,
+        config=config,
+        metrics=tuple(metrics),
+        plan_rows=tuple(plan_rows),
+        timing=tuple(timing),
+        history=history,
+        plan=history.plans[max(history.plans)] if history.plans else _newest_plan(directory.checkpoints),
+        events=tuple(event for event in events if event["event"] not in ROUTINE_EVENTS),
+        cuts=residual_cuts(events),
+        client_tokens=_client_tokens(events),
+        state=state,
+        reason=reason,
+    )
+
+
+def load_runs(paths: list[Path]) -> list[RunRecord]:
+    """The runs at ``paths``, in that order, with names that differ.
+
+    Raises:
+        InputError: a path is no run, or none is given.
+    """
+    if not paths:
+        raise InputError("hsplit report: give at least one run's directory, as runs/NAME")
+    runs = [load_run(path) for path in paths]
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=displayed(path)) if names.count(run.name) > 1 else run
+        for run, path in zip(runs, paths, strict=True)
+    ]
+
+
+def _client_tokens(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The counts of the last round that ended; empty where the events have none."""
+    counts = [event.get("client_tokens") for event in events if event["event"] == "round"]
+    last = counts[-1] if counts and isinstance(counts[-1], Mapping) else {}
+    return {str(name): tokens for name, tokens in last.items() if isinstance(tokens, int)}
+
+
+@dataclass(frozen=True)
+class _State:
+    """The part of a checkpoint's state that a report shows."""
+
+    plan: dict[str, Any] | None = None
+    __pydantic_config__ = STRICT
+
+
+def _newest_plan(checkpoints: Path) -> Plan | None:
+    """The plan in the last checkpoint that has a readable one; a damaged one costs only its detail."""
+    for state in sorted(checkpoints.glob("round-*/state.json"), reverse=True):
+        try:
+            plan = plan_of({"plan": read_json(state, _State).plan})
+        except InputError:
+            continue
+        if plan is not None:
+            return plan
+    return None
+
+
+def _ranks(ranks: Mapping[str, int], layers: range) -> dict[int, int | None]:
+    totals: dict[int, int | None] = dict.fromkeys(layers, 0)
+    for weight, rank in ranks.items():
+        layer = layer_of(weight)
+        if layer is not None:
+            totals[layer] = (totals.get(layer) or 0) + rank
+    return totals
+
+
+# -- plans and importance over the rounds ---------------------------------------------------------------------------
+
+
+def plan_history(events: Iterable[Mapping[str, Any]]) -> PlanHistory:
+    """The decisions in ``events`` (``planned``, ``importance``, ``replanned``), oldest first.
+
+    A resumed run does the rounds since its checkpoint again: an event takes the place of those of its round and of
+    later ones that stand before it. Events that are not what a coordinator writes are left out.
+    """
+    plans: dict[int, Plan] = {}
+    importance: dict[int, Mapping[str, float]] = {}
+    reasons: dict[int, tuple[str, ...]] = {}
+    for event in events:
+        done, kind = event.get("round"), event.get("event")
+        if not isinstance(done, int) or isinstance(done, bool) or done < 0:
+            continue
+        if kind == "planned" and (plan := plan_of(event)) is not None:
+            _forget_later(done, plans, importance, reasons)
+            plans[done] = plan
+        elif kind == "importance" and (shares := _shares(event.get("scores"))):
+            _forget_later(done, plans, importance, reasons)
+            importance[done] = shares
+        elif kind == "replanned" and isinstance(event.get("reasons"), list):
+            reasons[done] = tuple(map(str, event["reasons"]))
+    kept = {done: plan for done, plan in plans.items() if plan != _before(plans, done)}
+    return PlanHistory(kept, importance, {done: why for done, why in reasons.items() if done in kept})
+
+
+def _shares(scores: Any) -> dict[str, float]:
+    """``scores`` as shares of their sum; empty if they are no scores or all 0."""
+    if not isinstance(scores, Mapping):
+        return {}
+    # infinite and undefined scores stand in the file as text
+    known = {str(name): float(score) for name, score in scores.items() if isinstance(score, int | float)}
+    total = math.fsum(score for score in known.values() if score > 0)
+    return {name: max(score, 0.0) / total for name, score in known.items()} if 0 < total < math.inf else {}
+
+
+def _forget_later(done: int, *decisions: dict[int, Any]) -> None:
+    for by_round in decisions:
+        for later in [round for round in by_round if round > done]:
+            del by_round[later]
+
+
+def _before(plans: Mapping[int, Plan], done: int) -> Plan | None:
+    earlier = [round for round in plans if round < done]
+    return plans[max(earlier)] if earlier else None

@@ -1,0 +1,330 @@
+"""``hsplit report``: one self-contained HTML page about one run, or several beside one another.
+
+``report.html.j2`` is the page; this module gives it the runs' records, their figures, and sentences about them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+from hsplit.config.cluster import CENTRAL
+from hsplit.config.files import displayed
+from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
+from hsplit.observe.residual_cuts import cut_text, share_cut
+from hsplit.observe.tables import PlanRow, plan_rows
+from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, of_budget
+from hsplit.report import figures
+from hsplit.report.figures import MAX_HOLDERS, WARNING
+from hsplit.report.page import render
+from hsplit.report.rank_maps import HolderGroup, RankMaps, after_text
+from hsplit.report.record import RunRecord, load_runs
+from hsplit.report.usage import HolderMemory, StepShares, holder_steps, memory_record, step_shares
+
+MAX_KINDS = 12
+"""Kinds of clients with heat maps of their own; with more, only their clients' mean is drawn."""
+_MAX_EVENTS = 200
+_MAX_PLANS = 40
+# Names in a sentence, and parts of a step that are not arithmetic.
+_NAMED, _PARTS_NAMED = 6, 3
+_JOB = ("model", "base", "rounds", "local_steps", "batch_size", "max_length", "lr", "seed")
+_BUDGET = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms", "num_gpus")
+_AGGREGATED = {
+    "fedavg": "adapters averaged factor by factor, which is not noise-free",
+    "hetlora": "adapters padded and averaged, which is not noise-free",
+    "flexlora": "adapters averaged and truncated to each rank, which is not noise-free",
+    "raflora": "adapters averaged and truncated to each rank, which is not noise-free",
+    "none": "nothing aggregated",
+}
+
+
+def write_report(runs: Sequence[Path], to: Path) -> Path:
+    """Write the report on ``runs`` as one HTML file that loads nothing from anywhere.
+
+    Args:
+        runs: directories of runs; each needs its ``config.yaml``, any other file may be missing.
+        to: the file; its folder is made if it is missing.
+
+    Returns:
+        ``to``.
+
+    Raises:
+        InputError: one of ``runs`` is not a run, or ``to`` cannot be written.
+    """
+    html = report_page(load_runs([Path(run) for run in runs]))
+    try:
+        Path(to).parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(to, html)
+    except OSError as error:
+        raise InputError(f"--to {displayed(to)}: cannot be written ({error.strerror}); give a file that can") from None
+    return Path(to)
+
+
+def report_page(records: Sequence[RunRecord]) -> str:
+    """The HTML document about ``records``, at least one."""
+    several = len(records) > 1
+    opening = "perplexity" if any(record.validated for record in records) else "train loss"
+    main = next(curve for curve in figures.CURVES if curve.title.endswith(f"{opening} against virtual time"))
+    others = [curve for curve in figures.CURVES if curve is not main and any(record.metrics for record in records)]
+    runs = [_run(record, f"run-{number}") for number, record in enumerate(records, start=1)]
+    names = ", ".join(record.name for record in records)
+    of_one = "{model} on base {base}, policy {policy}, {clients} clients".format(**runs[0])
+    context = {
+        "title": f"{len(records)} hsplit runs" if several else f"hsplit run {names}",
+        "subtitle": names if several else of_one,
+        "several": several,
+        "runs": runs,
+        "main_curve": {"title": f"{opening} over time", "svg": figures.curve_svg(main, records, large=True)},
+        "curves": [{"title": curve.title, "svg": figures.curve_svg(curve, records)} for curve in others],
+        "max_events": _MAX_EVENTS,
+        "capped": _capped,
+    }
+    return render(
+        "report.html.j2",
+        context,
+        number=_known(number_text),
+        whole=_known("{:,}".format),
+        seconds=_known(lambda value: number_text(value, "s")),
+        duration=_known(duration_text),
+        size=_known(bytes_text),
+        largest_cut=lambda cuts: share_cut(cuts) if cuts else NOTHING,
+        sizes=lambda row: [NOTHING if size is None else bytes_text(size) for size in figures.memory_sizes(row)],
+        memory=_memory_text,
+        kept=_kept_text,
+        in_words=shares_text,
+    )
+
+
+def _run(record: RunRecord, key: str) -> dict[str, Any]:
+    """All that the template says of one run; ``key`` is unique in the page and starts the ids of its figures."""
+    memory = memory_record(record.plan_rows)
+    steps, shares = holder_steps(record.timing, record.metrics), step_shares(record.timing)
+    holdings, history = record.holdings(), record.history
+    rows = record.last_plan_rows or (plan_rows(0, record.plan) if record.plan else ())
+    planned = list(dict.fromkeys(holder.name for plan in history.plans.values() for holder in plan.clients))
+    rounds = max(record.rounds_done, 1 + max(history.plans, default=0))
+    drawn = {
+        "holdings": figures.holdings_svg(holdings, f"{key}-holdings") if holdings else "",
+        "memory": figures.memory_svg(memory, f"{key}-memory") if memory else "",
+        "timing": figures.timing_svg(steps, f"{key}-timing") if steps and shares else "",
+        "traffic": figures.traffic_svg(record.metrics, f"{key}-traffic") if record.metrics else "",
+        "splits": figures.splits_svg(history, figures.capped(planned), rounds, f"{key}-splits") if planned else "",
+    }
+    state = {row.name: "takes part" if row.available else "unavailable" for row in rows}
+    if record.plan and record.plan.server.split == record.plan.layers:
+        state |= dict.fromkeys(record.plan.server_names, "holds no layer")
+    return {
+        "key": key,
+        "name": record.name,
+        "record": record,
+        "figures": drawn,
+        **{name: _shown(record.setting("job", name)) for name in ("model", "base")},
+        "policy": _shown(record.setting("policy", "name")),
+        "clients": len(record.clients()),
+        "outcome": outcome_text(record),
+        "warnings": _memory_warnings(memory),
+        "holders": sorted(rows, key=lambda row: row.kind != "client"),
+        "state": state,
+        "tokens": record.client_tokens,
+        "memory": memory,
+        "memory_brief": _memory_brief(memory),
+        "steps": steps,
+        "shares": shares,
+        "maps": _maps(record, planned, f"{key}-maps") if history.plans else None,
+        "planned": planned,
+        "plans": [
+            {"plan": plan, "since": after_text(done), "why": "; ".join(history.reasons.get(done, ())) or _why(done)}
+            for done, plan in sorted(history.plans.items())[-_MAX_PLANS:]
+        ],
+        "settings": _settings(record),
+        "cluster": _cluster(record),
+    }
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------
+
+
+def outcome_text(record: RunRecord) -> str:
+    """One sentence: perplexity before and after, rounds, times, clients, and how exactly it was aggregated."""
+    asked = record.setting("job", "rounds")
+    endings = {"complete": "", "running": "still running", "failed": f"failed: {record.reason.rstrip('.')}"}
+    ending = endings.get(record.state, record.state)
+    if not record.metrics:
+        ended = ending if record.state == "failed" else f"is {record.state}"
+        return f"No round has been validated yet. The run {ended}."
+    first, last = record.metrics[0], record.metrics[-1]
+    if record.validated:
+        change = _change("Validation perplexity", first.val_ppl, last.val_ppl)
+    else:
+        losses = [row.train_loss for row in record.metrics if row.train_loss is not None]
+        change = "Nothing was held out to validate on; "
+        change += _change("train loss", losses[0], losses[-1]) if losses else "nothing was trained"
+    of = "" if last.round == asked or not isinstance(asked, int) else f" of {asked}"
+    parts = [
+        f"{change} in {last.round}{of} round{'s' if of or last.round != 1 else ''}"
+        + (f" ({ending})" if ending else ""),
+        f"taking {duration_text(last.wall_time_s)} on the wall, {duration_text(last.virtual_time_s)} of virtual time",
+    ]
+    if (names := record.participants) == [CENTRAL]:
+        parts.append(f"on one node with the data of {len(record.clients())} clients")
+    elif names:
+        total = max(len(record.clients()), len(names))
+        parts.append(f"with {len(names)} of {total} client{'s' if total > 1 else ''} ({_first(names)})")
+    aggregation = record.setting("policy", "aggregation")
+    cut = cut_text(record.cuts, aggregation)
+    if aggregation and not (aggregation == "concat" and cut):
+        parts.append(_AGGREGATED.get(str(aggregation), f"adapters aggregated by {_shown(aggregation)}"))
+    return f"{', '.join(parts)}{'; ' * bool(cut)}{cut}."
+
+
+def _change(what: str, before: float, after: float) -> str:
+    if before == after:
+        return f"{what} stayed at {number_text(after)}"
+    verb = "fell" if after < before else "rose" if after > before and math.isfinite(after) else "went"
+    return f"{what} {verb} from {number_text(before)} to {number_text(after)}"
+
+
+def shares_text(shares: StepShares) -> str:
+    """``shares`` in words: the arithmetic, and the largest parts of the rest."""
+    parts = {
+        f"{phase} at {'the server' if server else 'the busiest client'}": share
+        for (server, phase), share in shares.overhead.items()
+    }
+    parts["neither of them at work"] = shares.idle
+    largest = sorted(parts.items(), key=lambda part: part[1], reverse=True)[:_PARTS_NAMED]
+    named = ", ".join(f"{part} {share:.1%}" for part, share in largest if share > 0)
+    rest = f" Largest of the rest: {named}." if named else ""
+    return (
+        f"Of a local step's wall time {shares.arithmetic:.1%} is the model's arithmetic on the path that everybody"
+        " waits for: forward, tail, backward and optimizer of the slowest client, and the server's. What both do at"
+        f" the same time counts twice.{rest}"
+    )
+
+
+def _memory_warnings(record: Sequence[HolderMemory]) -> list[str]:
+    """Sentences on the holders that took more than declared or predicted, those not drawn in the figure too."""
+    lines = []
+    for limit in ("declared", "predicted"):
+        over: dict[str, Sequence[int]] = {holder.name: getattr(holder, f"over_{limit}") for holder in record}
+        named = [
+            f"{name} (round{'s' if len(rounds) > 1 else ''} {_first([*map(str, rounds)])})"
+            for name, rounds in over.items()
+            if rounds
+        ]
+        if named:
+            lines.append(f"{WARNING} Measured more than {limit}: {_first(named)}.")
+    return lines
+
+
+def _memory_brief(record: Sequence[HolderMemory]) -> str:
+    if exceeded := [holder.name for holder in record if holder.mark]:
+        return f"{WARNING} exceeded by {_first(exceeded)}"
+    measured = any(holder.worst.measured_bytes is not None for holder in record)
+    return "every measured peak within its prediction" if measured else "predicted, not measured"
+
+
+def _kept_text(holder: HolderMemory) -> str:
+    if holder.mark:
+        return f"{WARNING} {holder.mark}"
+    return "not measured" if holder.worst.measured_bytes is None else "yes"
+
+
+def _memory_text(row: PlanRow) -> str:
+    return of_budget(row.predicted_bytes, row.declared_bytes) if row.available else bytes_text(row.declared_bytes)
+
+
+def _capped(shown: Sized, what: str) -> str:
+    return f" The first {MAX_HOLDERS - 1} and the last {what} are shown." if len(shown) > MAX_HOLDERS else ""
+
+
+def _why(done: int) -> str:
+    return "not recorded" if done else "the first plan"
+
+
+def _first(words: Sequence[str]) -> str:
+    """The first of ``words``, and how many more there are."""
+    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return ", ".join(words[:_NAMED]) + more
+
+
+# -- importance and ranks ---------------------------------------------------------------------------------------------
+
+
+def _maps(record: RunRecord, names: Sequence[str], key: str) -> dict[str, Any]:
+    history = record.history
+    server = HolderGroup("server", frozenset({history.plans[max(history.plans)].server.name}))
+    everybody = HolderGroup(f"mean of {len(names)} clients" if len(names) > 1 else "client", frozenset(names))
+    kinds = _kinds(names, record.clients())
+    drawn = kinds if 1 < len(kinds) <= MAX_KINDS else []
+    maps = RankMaps(history, [server, everybody, *drawn])
+    changes = len(history.changed) - 1
+    times = {1: "once", 2: "twice"}.get(changes, f"{changes} times")
+    return {
+        "changed": f"changed {times} after the start" if changes else "never changed",
+        "shown": maps.shown,
+        "layers": maps.layers,
+        "svg": maps.svg([server, everybody], key, importance=True),
+        "kinds": [(kind.label, maps.svg([kind], f"{key}-kind-{number}")) for number, kind in enumerate(drawn)],
+    }
+
+
+def _kinds(names: Sequence[str], clients: Sequence[Mapping[str, Any]]) -> list[HolderGroup]:
+    """``names`` by the kind that the configuration gives them; one that it does not have is a kind of its own."""
+    known = {client.get("name"): client.get("kind") for client in clients}
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(str(known.get(name) or name), []).append(name)
+    return [
+        HolderGroup(f"{kind} (mean of {len(own)})" if len(own) > 1 else kind, frozenset(own))
+        for kind, own in members.items()
+    ]
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _settings(record: RunRecord) -> dict[str, str]:
+    policy = [record.setting("policy", "name"), record.setting("policy", "description")]
+    return {
+        **{name.replace("_", " "): _shown(record.setting("job", name)) for name in _JOB},
+        "data": _shown(record.setting("job", "data", "source")),
+        "partition": _shown(record.setting("job", "data", "partition")),
+        "policy": ": ".join(str(part) for part in policy if part),
+    }
+
+
+def _cluster(record: RunRecord) -> list[list[object]]:
+    """A row a kind of client, then the server: its name, how many, and their budgets."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for client in record.clients():
+        kinds.setdefault(_shown(client.get("kind", client.get("name"))), []).append(client)
+    rows = [[kind, len(members), *(_span(members, key) for key in _BUDGET)] for kind, members in kinds.items()]
+    server = record.setting("server")
+    if isinstance(server, Mapping):
+        rows.append(["server", server.get("replicas", 1), *(_span([server], key) for key in _BUDGET)])
+    return rows
+
+
+def _span(members: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [m[key] for m in members if isinstance(m.get(key), int | float)]
+    if not values:
+        return NOTHING
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+
+
+def _shown(value: object) -> str:
+    """A setting in words: a choice such as ``{dirichlet: 0.5}`` without its braces."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(item) for item in value)
+    return NOTHING if value is None else str(value)
+
+
+def _known(text: Callable[[Any], str]) -> Callable[[Any], str]:
+    """``text``, and a dash for None."""
+    return lambda value: NOTHING if value is None else text(value)
