@@ -34,7 +34,9 @@ GRID = "#040506"
 WARNING = "▲"
 """Marks memory above its limit."""
 
-_WIDE_IN = 9.5
+_WIDE_IN, _NARROW_IN = 9.5, 5.6
+# Layers that a screen of a phone has room for.
+_FEW_LAYERS = 12
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", ":", "-.")
 _MAX_ANNOTATED_LAYERS = 48
@@ -94,11 +96,10 @@ CURVES = tuple(
 def curve_svg(curve: Curve, runs: Sequence[RunRecord], large: bool = False) -> str:
     """``curve`` of every run, overlaid, with a legend for several; a large one of one run names its ends' values."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     drawn = False
     with drawing_style():
-        figure = Figure(figsize=(5.6, 3.1) if large else (4.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(_NARROW_IN, 3.1) if large else (4.4, 3.0), layout="constrained")
         axes = figure.subplots()
         for index, run in enumerate(runs):
             known = [(curve.x(row), y) for row in run.metrics if (y := curve.y(row)) is not None]
@@ -120,7 +121,7 @@ def curve_svg(curve: Curve, runs: Sequence[RunRecord], large: bool = False) -> s
         axes.set_xlabel(curve.x_label)
         axes.set_ylabel(curve.y_label)
         if curve.x_label == "round":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _whole_numbers(axes)
         if not drawn:
             axes.text(0.5, 0.5, curve.missing, ha="center", transform=axes.transAxes)
         elif len(runs) > 1:
@@ -165,10 +166,10 @@ def holdings_svg(holdings: Sequence[Holding], key: str) -> str:
     from matplotlib.patches import Rectangle
 
     shown = capped(holdings)
-    layers = 1 + max((layer for holding in shown for layer in holding.ranks), default=0)
+    layers, width = _layers(holdings), _NARROW_IN if shallow(holdings) else _WIDE_IN
     highest = max((rank or 0 for holding in shown for rank in holding.ranks.values()), default=0)
     with drawing_style():
-        figure, axes = _bars(0.8 + 0.3 * len(shown), [holding.name for holding in shown])
+        figure, axes = _bars(0.8 + 0.3 * len(shown), [holding.name for holding in shown], width)
         for row, holding in enumerate(shown):
             for layer, rank in holding.ranks.items():
                 shade = _HELD if rank is None else rank / highest if highest else 0.0
@@ -180,6 +181,15 @@ def holdings_svg(holdings: Sequence[Holding], key: str) -> str:
         _whole_numbers(axes)
         axes.set_xlabel("layer")
         return inline_svg(figure, key, "total LoRA rank by holder and layer")
+
+
+def shallow(holdings: Sequence[Holding]) -> bool:
+    """True if the figure of ``holdings`` may shrink to a small screen, False if it is to be scrolled there."""
+    return _layers(holdings) <= _FEW_LAYERS
+
+
+def _layers(holdings: Sequence[Holding]) -> int:
+    return 1 + max((layer for holding in holdings for layer in holding.ranks), default=0)
 
 
 def memory_svg(record: Sequence[HolderMemory], key: str) -> str:
@@ -419,11 +429,11 @@ def capped(holders: Sequence[T]) -> list[T]:
     return list(holders) if len(holders) <= MAX_HOLDERS else [*holders[: MAX_HOLDERS - 1], holders[-1]]
 
 
-def _bars(height_in: float, names: Sequence[str] = ()) -> tuple[Figure, Any]:
-    """A wide figure without grid lines, with a named row for each of ``names``."""
+def _bars(height_in: float, names: Sequence[str] = (), width_in: float = _WIDE_IN) -> tuple[Figure, Any]:
+    """A figure without grid lines, with a named row for each of ``names``."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDE_IN, height_in), layout="constrained")
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
     axes = figure.subplots()
     axes.grid(visible=False)
     if names:

@@ -121,6 +121,7 @@ def _run(record: RunRecord, key: str) -> dict[str, Any]:
         "name": record.name,
         "record": record,
         "figures": drawn,
+        "shallow": bool(holdings) and figures.shallow(holdings),
         **{name: _shown(record.setting("job", name)) for name in ("model", "base")},
         "policy": _shown(record.setting("policy", "name")),
         "clients": len(record.clients()),

@@ -181,6 +181,12 @@ def test_the_outcome_of_a_run_that_goes_on_and_of_a_complete_one(fake_run: MakeR
     )
     # its log has no event of a round, and so nothing to tell of cuts
     assert page.lead.endswith("adapters aggregated by concat.")
+    with EventLog(tmp_path / "runs" / "whole" / "events.jsonl") as events:
+        for number, cut in enumerate((0.25, 0.5, 0.0), start=1):
+            events.write("round", "closed", round=number, residual_cut=cut)
+    _, page = report_of(tmp_path / "report.html", tmp_path / "runs" / "whole")
+    assert "; residual.max_rank cut in 2 of 3 rounds: at most 50 % of a weight's residual" in page.lead
+    assert "aggregated by" not in page.lead
 
 
 def test_a_run_that_failed_before_any_round(fake_run: MakeRun, tmp_path: Path) -> None:
