@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 from xml.etree import ElementTree
 
@@ -15,7 +17,6 @@ from hsplit.observe.tables import PHASES, MetricsRow, PlanRow
 from hsplit.observe.wording import number_text
 from hsplit.report.record import Holding, PlanHistory, RunRecord
 from hsplit.report.usage import HolderMemory, HolderSteps
-from hsplit.scheduling.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,32 +65,35 @@ _DIGIT_SHARE = 0.014
 
 @dataclass(frozen=True)
 class Curve:
-    """A plot of one figure of each round against another."""
+    """A plot of one figure of each round against another: ``x`` and ``y`` are columns of ``metrics.csv``."""
 
-    key: str
     title: str
     x_label: str
     y_label: str
     missing: str
-    x: Callable[[MetricsRow], float]
-    y: Callable[[MetricsRow], float | None]
+    x: str
+    y: str
+
+    def points(self, rows: Iterable[MetricsRow]) -> list[tuple[float, float]]:
+        """The known points; NaN where a figure is not finite."""
+        # a validation loss of exactly 0 is one over no token
+        known = [row for row in rows if (row.val_loss if self.y == "val_ppl" else row.train_loss is not None)]
+        pairs = [(getattr(row, self.x), getattr(row, self.y)) for row in known]
+        return [(x, y if math.isfinite(y) else math.nan) for x, y in pairs]
 
 
-_ACROSS: tuple[tuple[str, str, Callable[[MetricsRow], float]], ...] = (
-    ("virtual time", "virtual time (s)", lambda row: row.virtual_time_s),
-    ("wall time", "wall time (s)", lambda row: row.wall_time_s),
-    ("tokens", "supervised tokens trained on", lambda row: row.tokens),
-    ("round", "round", lambda row: row.round),
-)
-_UP: tuple[tuple[str, str, str, Callable[[MetricsRow], float | None]], ...] = (
-    # a loss of exactly 0 is one over no token
-    ("perplexity", "validation perplexity", "nothing was held out", lambda row: row.val_ppl if row.val_loss else None),
-    ("loss", "train loss", "no round of training yet", lambda row: row.train_loss),
-)
 CURVES = tuple(
-    Curve(f"{y_key}-{x_key.replace(' ', '-')}", f"{y_label} against {x_key}", x_label, y_label, missing, x, y)
-    for y_key, y_label, missing, y in _UP
-    for x_key, x_label, x in _ACROSS
+    Curve(f"{y_label} against {across}", x_label, y_label, missing, x, y)
+    for y, y_label, missing in (
+        ("val_ppl", "validation perplexity", "nothing was held out"),
+        ("train_loss", "train loss", "no round of training yet"),
+    )
+    for x, across, x_label in (
+        ("virtual_time_s", "virtual time", "virtual time (s)"),
+        ("wall_time_s", "wall time", "wall time (s)"),
+        ("tokens", "tokens", "supervised tokens trained on"),
+        ("round", "round", "round"),
+    )
 )
 
 
@@ -102,9 +106,7 @@ def curve_svg(curve: Curve, runs: Sequence[RunRecord], large: bool = False) -> s
         figure = Figure(figsize=(_NARROW_IN, 3.1) if large else (4.4, 3.0), layout="constrained")
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            known = [(curve.x(row), y) for row in run.metrics if (y := curve.y(row)) is not None]
-            points = [(x, y if math.isfinite(y) else math.nan) for x, y in known]
-            if not points:
+            if not (points := curve.points(run.metrics)):
                 continue
             drawn = True
             axes.plot(
@@ -126,7 +128,7 @@ def curve_svg(curve: Curve, runs: Sequence[RunRecord], large: bool = False) -> s
             axes.text(0.5, 0.5, curve.missing, ha="center", transform=axes.transAxes)
         elif len(runs) > 1:
             axes.legend(fontsize=8)
-        return inline_svg(figure, curve.key, curve.title)
+        return inline_svg(figure, f"{curve.y}-{curve.x}".replace("_", "-"), curve.title)
 
 
 def _name_ends(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
@@ -289,20 +291,10 @@ def split_pieces(history: PlanHistory, client: str, rounds: int) -> list[Piece]:
     A plan put in force when ``r`` rounds were done holds from round ``r + 1`` on. Rounds before the first known plan
     are left out.
     """
-    made = [done for done in sorted(history.plans) if done < rounds]
-    pieces: list[Piece] = []
-    for done, until in zip(made, [*made[1:], rounds], strict=True):
-        split = _split(history.plans[done], client)
-        if pieces and pieces[-1].split == split:
-            pieces[-1] = Piece(pieces[-1].first, until, split)
-        else:
-            pieces.append(Piece(done + 1, until, split))
-    return pieces
-
-
-def _split(plan: Plan, client: str) -> int | None:
-    """The client's split, ``None`` where it takes no part or the plan does not know it."""
-    return next((holder.split for holder in plan.available if holder.name == client), None)
+    plans = [(done + 1, plan) for done in range(rounds) if (plan := history.plan_after(done)) is not None]
+    splits = [(round, {holder.name: holder.split for holder in plan.available}.get(client)) for round, plan in plans]
+    runs = [(split, [round for round, _ in run]) for split, run in groupby(splits, key=itemgetter(1))]
+    return [Piece(own[0], own[-1], split) for split, own in runs]
 
 
 def splits_svg(history: PlanHistory, clients: Sequence[str], rounds: int, key: str) -> str:

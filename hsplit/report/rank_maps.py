@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from hsplit.observe.wording import kind_labels, weight_place
@@ -108,7 +109,9 @@ class RankMaps:
         """A strip of maps over the rounds for each of ``groups``, below the importance if it is asked for and known."""
         strips, named = [], []
         if importance and self._importance:
-            strips.append(self._importance_strip(self._importance))
+            shares = [(done, self._history.importance_after(done) or {}) for done in self.shown]
+            maps = [HeatMap(after_text(done), self._cells(known), _NO_PROBE) for done, known in shares]
+            strips.append(Strip("importance", maps, self._importance))
             named.append("normalized importance")
         for group in groups:
             strips.append(self._rank_strip(group, titled=not strips))
@@ -116,19 +119,12 @@ class RankMaps:
         label = f"{' and '.join(named)} by layer and weight kind over rounds"
         return heat_maps_svg(strips, self.layers, kind_labels(self._kinds), key, label)
 
-    def _importance_strip(self, scale: Scale) -> Strip:
-        maps = [
-            HeatMap(after_text(done), self._cells(self._history.importance_after(done) or {}), _NO_PROBE)
-            for done in self.shown
-        ]
-        return Strip("importance", maps, scale)
-
     def _rank_strip(self, group: HolderGroup, titled: bool) -> Strip:
         maps = []
         for done in self.shown:
-            cells = self._cells(self._means[group.label, done])
             note = "none takes part" if self._history.plan_after(done) else "no plan known"
-            maps.append(HeatMap(after_text(done) if titled else self._since(done), cells, note))
+            title = after_text(done) if titled else self._since(done)
+            maps.append(HeatMap(title, self._cells(self._means[group.label, done]), note))
         return Strip(f"ranks, {group.label}", maps, self._ranks)
 
     def _since(self, done: int) -> str:
@@ -140,21 +136,15 @@ class RankMaps:
 
     def _cells(self, values: Mapping[str, float]) -> Cells:
         columns = {kind: column for column, kind in enumerate(self._kinds)}
-        cells = {}
-        for weight, value in values.items():
-            place = weight_place(weight)
-            if place is not None and place[0] < self.layers:
-                cells[place[0], columns[place[1]]] = value
-        return cells
+        placed = [(place, value) for weight, value in values.items() if (place := weight_place(weight))]
+        return {(layer, columns[kind]): value for (layer, kind), value in placed if layer < self.layers}
 
 
 def _kinds(plans: Iterable[Plan], history: PlanHistory) -> list[str]:
     """The weight kinds in the order in which a layer has them."""
-    kinds: dict[str, None] = {}
     held = [holder.ranks for plan in plans for holder in (plan.server, *plan.clients)]
-    for weights in (*history.importance.values(), *held):
-        kinds |= dict.fromkeys(place[1] for place in map(weight_place, weights) if place is not None)
-    return list(kinds)
+    weights = chain.from_iterable((*history.importance.values(), *held))
+    return list(dict.fromkeys(place[1] for place in map(weight_place, weights) if place))
 
 
 # -- scales -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,11 @@ class RunRecord:
 
     def holdings(self) -> list[Holding]:
         """The layers of every holder that takes part, the server last; without a plan, from the splits."""
-        plan = self.plan
-        if plan is not None and self.trains_weights:
-            held = [Holding(c.name, dict.fromkeys(range(c.split or 0))) for c in plan.available]
-            return [*held, Holding(plan.server.name, dict.fromkeys(range(plan.server.split or 0, plan.layers)))]
-        if plan is not None:
-            holdings = [Holding(c.name, _ranks(c.ranks, range(c.split or 0))) for c in plan.available]
-            server = _ranks(plan.server.ranks, range(plan.server.split or 0, plan.layers))
-            return [*holdings, Holding(plan.server.name, server)]
+        if (plan := self.plan) is not None:
+            held = [(client, range(client.split or 0)) for client in plan.available]
+            held.append((plan.server, range(plan.server.split or 0, plan.layers)))
+            known = not self.trains_weights
+            return [Holding(h.name, _ranks(h.ranks, own) if known else dict.fromkeys(own)) for h, own in held]
         splits = {r.name: r.split for r in self.last_plan_rows if r.split is not None and r.kind == "client"}
         deepest = max(splits.values(), default=0)
         unknown = [Holding(name, dict.fromkeys(range(split))) for name, split in splits.items()]
@@ -256,27 +253,32 @@ def plan_history(events: Iterable[Mapping[str, Any]]) -> PlanHistory:
     A resumed run does the rounds since its checkpoint again: an event takes the place of those of its round and of
     later ones that stand before it. Events that are not what a coordinator writes are left out.
     """
-    plans: dict[int, Plan] = {}
-    importance: dict[int, Mapping[str, float]] = {}
-    reasons: dict[int, tuple[str, ...]] = {}
+    decided: dict[int, dict[str, Any]] = {}
     for event in events:
-        done, kind = event.get("round"), event.get("event")
-        if not isinstance(done, int) or isinstance(done, bool) or done < 0:
+        done, kind = event.get("round"), str(event.get("event"))
+        if not isinstance(done, int) or isinstance(done, bool) or done < 0 or kind not in _DECISIONS:
             continue
-        if kind == "planned" and (plan := plan_of(event)) is not None:
-            _forget_later(done, plans, importance, reasons)
-            plans[done] = plan
-        elif kind == "importance" and (shares := _shares(event.get("scores"))):
-            _forget_later(done, plans, importance, reasons)
-            importance[done] = shares
-        elif kind == "replanned" and isinstance(event.get("reasons"), list):
-            reasons[done] = tuple(map(str, event["reasons"]))
-    kept = {done: plan for done, plan in plans.items() if plan != _before(plans, done)}
-    return PlanHistory(kept, importance, {done: why for done, why in reasons.items() if done in kept})
+        if found := _DECISIONS[kind](event):
+            decided = {round: known for round, known in decided.items() if round <= done}
+            decided.setdefault(done, {})[kind] = found
+
+    def of(kind: str) -> dict[int, Any]:
+        return {done: known[kind] for done, known in sorted(decided.items()) if kind in known}
+
+    plans = of("planned")
+    before = dict(zip(plans, [None, *plans.values()], strict=False))
+    kept = {done: plan for done, plan in plans.items() if plan != before[done]}
+    return PlanHistory(kept, of("importance"), {done: why for done, why in of("replanned").items() if done in kept})
 
 
-def _shares(scores: Any) -> dict[str, float]:
-    """``scores`` as shares of their sum; empty if they are no scores or all 0."""
+def _reasons(event: Mapping[str, Any]) -> tuple[str, ...]:
+    reasons = event.get("reasons")
+    return tuple(map(str, reasons)) if isinstance(reasons, list) else ()
+
+
+def _shares(event: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of ``event`` as shares of their sum; empty if they are no scores or all 0."""
+    scores = event.get("scores")
     if not isinstance(scores, Mapping):
         return {}
     # infinite and undefined scores stand in the file as text
@@ -285,12 +287,8 @@ def _shares(scores: Any) -> dict[str, float]:
     return {name: max(score, 0.0) / total for name, score in known.items()} if 0 < total < math.inf else {}
 
 
-def _forget_later(done: int, *decisions: dict[int, Any]) -> None:
-    for by_round in decisions:
-        for later in [round for round in by_round if round > done]:
-            del by_round[later]
-
-
-def _before(plans: Mapping[int, Plan], done: int) -> Plan | None:
-    earlier = [round for round in plans if round < done]
-    return plans[max(earlier)] if earlier else None
+_DECISIONS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "planned": plan_of,
+    "importance": _shares,
+    "replanned": _reasons,
+}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hsplit.config.files import displayed
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.observe.residual_cuts import cut_text, share_cut
-from hsplit.observe.tables import PlanRow, plan_rows
+from hsplit.observe.tables import plan_rows
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, of_budget
 from hsplit.report import figures
 from hsplit.report.figures import MAX_HOLDERS, WARNING
@@ -71,16 +71,16 @@ def report_page(records: Sequence[RunRecord]) -> str:
     others = [curve for curve in figures.CURVES if curve is not main and any(record.metrics for record in records)]
     runs = [_run(record, f"run-{number}") for number, record in enumerate(records, start=1)]
     names = ", ".join(record.name for record in records)
-    of_one = "{model} on base {base}, policy {policy}, {clients} clients".format(**runs[0])
     context = {
         "title": f"{len(records)} hsplit runs" if several else f"hsplit run {names}",
-        "subtitle": names if several else of_one,
+        "names": names,
         "several": several,
         "runs": runs,
         "main_curve": {"title": f"{opening} over time", "svg": figures.curve_svg(main, records, large=True)},
         "curves": [{"title": curve.title, "svg": figures.curve_svg(curve, records)} for curve in others],
         "max_events": _MAX_EVENTS,
-        "capped": _capped,
+        "job_settings": _JOB,
+        "warning": WARNING,
     }
     return render(
         "report.html.j2",
@@ -91,9 +91,13 @@ def report_page(records: Sequence[RunRecord]) -> str:
         duration=_known(duration_text),
         size=_known(bytes_text),
         largest_cut=lambda cuts: share_cut(cuts) if cuts else NOTHING,
-        sizes=lambda row: [NOTHING if size is None else bytes_text(size) for size in figures.memory_sizes(row)],
-        memory=_memory_text,
-        kept=_kept_text,
+        sizes=figures.memory_sizes,
+        of_budget=of_budget,
+        shown=_shown,
+        few=_first,
+        capped=lambda shown, what: (
+            f" The first {MAX_HOLDERS - 1} and the last {what} are shown." if len(shown) > MAX_HOLDERS else ""
+        ),
         in_words=shares_text,
     )
 
@@ -113,34 +117,23 @@ def _run(record: RunRecord, key: str) -> dict[str, Any]:
         "traffic": figures.traffic_svg(record.metrics, f"{key}-traffic") if record.metrics else "",
         "splits": figures.splits_svg(history, figures.capped(planned), rounds, f"{key}-splits") if planned else "",
     }
-    state = {row.name: "takes part" if row.available else "unavailable" for row in rows}
-    if record.plan and record.plan.server.split == record.plan.layers:
-        state |= dict.fromkeys(record.plan.server_names, "holds no layer")
     return {
         "key": key,
-        "name": record.name,
         "record": record,
         "figures": drawn,
         "shallow": bool(holdings) and figures.shallow(holdings),
-        **{name: _shown(record.setting("job", name)) for name in ("model", "base")},
-        "policy": _shown(record.setting("policy", "name")),
-        "clients": len(record.clients()),
         "outcome": outcome_text(record),
         "warnings": _memory_warnings(memory),
         "holders": sorted(rows, key=lambda row: row.kind != "client"),
-        "state": state,
-        "tokens": record.client_tokens,
         "memory": memory,
-        "memory_brief": _memory_brief(memory),
         "steps": steps,
         "shares": shares,
         "maps": _maps(record, planned, f"{key}-maps") if history.plans else None,
         "planned": planned,
         "plans": [
-            {"plan": plan, "since": after_text(done), "why": "; ".join(history.reasons.get(done, ())) or _why(done)}
+            {"plan": plan, "done": done, "since": after_text(done), "why": history.reasons.get(done)}
             for done, plan in sorted(history.plans.items())[-_MAX_PLANS:]
         ],
-        "settings": _settings(record),
         "cluster": _cluster(record),
     }
 
@@ -209,40 +202,11 @@ def _memory_warnings(record: Sequence[HolderMemory]) -> list[str]:
     """Sentences on the holders that took more than declared or predicted, those not drawn in the figure too."""
     lines = []
     for limit in ("declared", "predicted"):
-        over: dict[str, Sequence[int]] = {holder.name: getattr(holder, f"over_{limit}") for holder in record}
-        named = [
-            f"{name} (round{'s' if len(rounds) > 1 else ''} {_first([*map(str, rounds)])})"
-            for name, rounds in over.items()
-            if rounds
-        ]
+        over = [(holder.name, rounds) for holder in record if (rounds := getattr(holder, f"over_{limit}"))]
+        named = [f"{name} (round{'s' * (len(rounds) > 1)} {_first([*map(str, rounds)])})" for name, rounds in over]
         if named:
             lines.append(f"{WARNING} Measured more than {limit}: {_first(named)}.")
     return lines
-
-
-def _memory_brief(record: Sequence[HolderMemory]) -> str:
-    if exceeded := [holder.name for holder in record if holder.mark]:
-        return f"{WARNING} exceeded by {_first(exceeded)}"
-    measured = any(holder.worst.measured_bytes is not None for holder in record)
-    return "every measured peak within its prediction" if measured else "predicted, not measured"
-
-
-def _kept_text(holder: HolderMemory) -> str:
-    if holder.mark:
-        return f"{WARNING} {holder.mark}"
-    return "not measured" if holder.worst.measured_bytes is None else "yes"
-
-
-def _memory_text(row: PlanRow) -> str:
-    return of_budget(row.predicted_bytes, row.declared_bytes) if row.available else bytes_text(row.declared_bytes)
-
-
-def _capped(shown: Sized, what: str) -> str:
-    return f" The first {MAX_HOLDERS - 1} and the last {what} are shown." if len(shown) > MAX_HOLDERS else ""
-
-
-def _why(done: int) -> str:
-    return "not recorded" if done else "the first plan"
 
 
 def _first(words: Sequence[str]) -> str:
@@ -287,26 +251,15 @@ def _kinds(names: Sequence[str], clients: Sequence[Mapping[str, Any]]) -> list[H
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _settings(record: RunRecord) -> dict[str, str]:
-    policy = [record.setting("policy", "name"), record.setting("policy", "description")]
-    return {
-        **{name.replace("_", " "): _shown(record.setting("job", name)) for name in _JOB},
-        "data": _shown(record.setting("job", "data", "source")),
-        "partition": _shown(record.setting("job", "data", "partition")),
-        "policy": ": ".join(str(part) for part in policy if part),
-    }
-
-
 def _cluster(record: RunRecord) -> list[list[object]]:
     """A row a kind of client, then the server: its name, how many, and their budgets."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for client in record.clients():
         kinds.setdefault(_shown(client.get("kind", client.get("name"))), []).append(client)
-    rows = [[kind, len(members), *(_span(members, key) for key in _BUDGET)] for kind, members in kinds.items()]
-    server = record.setting("server")
-    if isinstance(server, Mapping):
-        rows.append(["server", server.get("replicas", 1), *(_span([server], key) for key in _BUDGET)])
-    return rows
+    rows = [(kind, len(members), members) for kind, members in kinds.items()]
+    if isinstance(server := record.setting("server"), Mapping):
+        rows.append(("server", server.get("replicas", 1), [server]))
+    return [[kind, count, *(_span(members, key) for key in _BUDGET)] for kind, count, members in rows]
 
 
 def _span(members: Sequence[Mapping[str, Any]], key: str) -> str:

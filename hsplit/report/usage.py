@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 from hsplit.config.cluster import is_server
 from hsplit.observe.tables import PHASES, MetricsRow, PlanRow, TimingRow
@@ -91,15 +92,12 @@ def step_shares(timing: Iterable[TimingRow]) -> StepShares | None:
     rounds = [shares for holders in by_round.values() if (shares := _shares(holders)) is not None]
     if not rounds:
         return None
-    overhead: dict[tuple[bool, str], float] = defaultdict(float)
-    for shares in rounds:
-        for whose, share in shares.overhead.items():
-            overhead[whose] += share / len(rounds)
+    overhead = {whose: fmean(shares.overhead[whose] for shares in rounds) for whose in rounds[0].overhead}
     largest_first = sorted(overhead.items(), key=lambda item: item[1], reverse=True)
     return StepShares(
-        arithmetic=sum(shares.arithmetic for shares in rounds) / len(rounds),
+        arithmetic=fmean(shares.arithmetic for shares in rounds),
         overhead={whose: share for whose, share in largest_first if share > 0},
-        idle=sum(shares.idle for shares in rounds) / len(rounds),
+        idle=fmean(shares.idle for shares in rounds),
     )
 
 
