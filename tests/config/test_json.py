@@ -23,9 +23,9 @@ from hsplit.driver import Driver
 from hsplit.errors import InputError
 from hsplit.evaluation import targets
 from hsplit.models import checkpoint_reader, packaged
-from hsplit.report import record
 from hsplit.observe.progress_file import StepRecord
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.report import record
 from hsplit.scheduling.plan import HolderPlan, Plan
 
 ROOT = Path(__file__).parents[2]
