@@ -290,7 +290,7 @@ def show_table(
     console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1
 ) -> None:
     """A table on the terminal, the first ``left`` columns to the left and the others to the right."""
-    table = TerminalTable(title=title, box=SIMPLE_HEAD)
+    table = TerminalTable(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < left else "right")
     for row in rows:
