@@ -245,10 +245,11 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     up = {c.name: sum(4 * rank * sides[w] for w, rank in c.ranks.items()) for c in plan.available}
     down = {c.name: up[c.name] + sum(4 * round(caps[w]) for w in c.ranks) for c in plan.available}
     batches = dict.fromkeys(up, 1)
-    steps_s = scheduler.step_times_s(plan)
-    between = scheduler.aggregation_time_s(plan, list(up), up, down) + scheduler.validation_time_s(plan, batches)
+    clock = scheduler.clock()
+    steps_s = clock.steps_s(plan)
+    between = clock.aggregation_s(plan, run.policy, up, down, list(up)) + clock.validation_s(plan, batches)
     if run.policy.probes:
-        between += scheduler.probe_time_s(plan)
+        between += clock.probe_s(plan, run.policy.importance.tokens)
     return sum(steps_s) + between, steps_s[-1]
 
 

@@ -136,7 +136,7 @@ def read(run: RunConfig) -> tuple[ModelSource, Inputs]:
 def call_times_s(run: RunConfig, model: Path) -> dict[str, dict[str, float]]:
     """Virtual seconds of each call of a local step under the first plan, by holder and call."""
     scheduler = Scheduler(run, model)
-    return scheduler.call_times_s(scheduler.plan())
+    return scheduler.clock().call_s(scheduler.plan())
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:
@@ -223,7 +223,8 @@ def on_ray(
     executor = RayExecutor(name, run, model)
     try:
         directory, inputs = RunDirectory.create(folder, name), read_inputs(run, find_model(str(model)))
-        yield Coordinator(run, executor, directory, inputs, display or SilentDisplay()), executor
+        clock_of = Scheduler(run, model).clock
+        yield Coordinator(run, executor, directory, inputs, display or SilentDisplay(), clock_of), executor
     finally:
         executor.close()
 

@@ -197,7 +197,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
     _client_steps(holder, case, config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.
     state = {name: tensor.clone() for name, tensor in holder.call("round", Participant.state).items()}
-    holder.call("round", Participant.take_up, state, _update(held, case))
+    holder.call("round", Participant.resume_state, state, _update(held, case))
     del state
     # The residual is at its cap already, and all of it changes.
     holder.call("round", Participant.restart, _update(held, case))

@@ -198,7 +198,7 @@ class Judge:
     def of_weights(self, node: Mapping[str, Tensor]) -> float:
         """Perplexity of the weights in the state of a single node that trains them."""
         assert any(key.startswith(WEIGHT) for key in node)
-        self._whole.take_up(dict(node), RoundUpdate(0, {}, {}))
+        self._whole.resume_state(dict(node), RoundUpdate(0, {}, {}))
         return self._perplexity()
 
     def _perplexity(self) -> float:

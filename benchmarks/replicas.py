@@ -178,7 +178,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
         coordinator.begin_round()
         seconds = [common.seconds_of(coordinator.local_step, step) for step in range(options.steps)]
         handed = executor.get([executor.call_pair(name, Replica.hand_in)[0] for name in run.server.names[1:]])
-        plan = coordinator.standing.plan
+        plan = coordinator.context.plan
     # The first step also takes what is only once.
     measured_s, server_mb = median(seconds[2:]), plan.server.predicted_bytes / 1e6
     return Speed(clients, servers, plan.makespan_s, measured_s, server_mb, sum(handed) / 1e6, start_s)

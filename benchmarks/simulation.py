@@ -159,11 +159,11 @@ def _timed_round(coordinator: Coordinator, steps: int) -> dict[str, float]:
     """Seconds of the wall of :data:`PHASES`; of a step, their median."""
     begun = time.perf_counter()
     coordinator.begin_round()
-    steps_s = [common.seconds_of(coordinator.local_step, coordinator.progress.step) for _ in range(steps)]
+    steps_s = [common.seconds_of(coordinator.local_step, coordinator.state.step) for _ in range(steps)]
     stepped = time.perf_counter()
     coordinator.aggregate()
     aggregated = time.perf_counter()
-    coordinator.progress.round += 1
+    coordinator.state.round += 1
     coordinator.validate()
     done = time.perf_counter()
     return dict(zip(PHASES, (median(steps_s), aggregated - stepped, done - aggregated, done - begun), strict=True))

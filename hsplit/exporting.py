@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hsplit.actors.executor import one_line
-from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
+from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
@@ -28,6 +28,7 @@ from hsplit.models.hub import is_hub_id
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.models.source import ModelSource, find_model
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import RunState
 from hsplit.streams import is_terminal
 
 PEFT, MERGED = "peft", "merged"
@@ -109,7 +110,7 @@ def export_run(path: str | Path, to: str | Path | None, options: ExportOptions) 
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
     checkpoint, passed_over = latest_checkpoint(directory.checkpoints)
-    progress, tensors = read_checkpoint(checkpoint)
+    state, tensors = read_checkpoint(checkpoint)
     trained = trained_weights(tensors)
     format_ = options.format or (MERGED if trained and options.rank is None else PEFT)
     if trained and format_ == PEFT:
@@ -130,16 +131,16 @@ def export_run(path: str | Path, to: str | Path | None, options: ExportOptions) 
             lines = _write_adapter(run, source, terms, options, partial)
         else:
             lines = _write_merged(run, source, terms, trained, options, partial)
-        lines = [*passed_over, *_unfinished(progress, run), *lines]
-        card = model_card(directory, run, source, progress, format_, options.dtype, lines)
+        lines = [*passed_over, *_unfinished(state, run), *lines]
+        card = model_card(directory, run, source, state, format_, options.dtype, lines)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Export(target, format_, tuple(lines))
 
 
-def _unfinished(progress: Progress, run: RunConfig) -> list[str]:
-    if progress.round >= run.job.rounds:
+def _unfinished(state: RunState, run: RunConfig) -> list[str]:
+    if state.round >= run.job.rounds:
         return []
-    return [f"the run has done {progress.round} of {run.job.rounds} rounds; this is what it had learned by then"]
+    return [f"the run has done {state.round} of {run.job.rounds} rounds; this is what it had learned by then"]
 
 
 def _write_adapter(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hsplit.actors.executor import LOCALHOST, ActorFailure
 from hsplit.actors.fork_server import ForkServer
 from hsplit.actors.scheduler import Scheduler
-from hsplit.checkpoint import Progress, latest_checkpoint, read_progress
+from hsplit.checkpoint import latest_checkpoint, read_state
 from hsplit.config import RunConfig, load_run_config
 from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
@@ -24,6 +24,7 @@ from hsplit.coordinator import Coordinator, Inputs
 from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting import ExportOptions, export_run
+from hsplit.failure_text import asked_for
 from hsplit.home import keep_ray_token
 from hsplit.inbox import post_budget, post_join, post_leave
 from hsplit.janitor import MARK, Janitor
@@ -39,8 +40,8 @@ from hsplit.observe.tables import read_metrics
 from hsplit.observe.terminal import display_for
 from hsplit.preparation import check_model, own_code, read_inputs, settled
 from hsplit.report.report import write_report
-from hsplit.roster import asked_for
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import RunState, Status
 from hsplit.scheduling.importance import equal_importance
 from hsplit.scheduling.insight import Insight, explained
 from hsplit.scheduling.plan import Plan
@@ -159,7 +160,7 @@ def resume(
     run, changes = RunConfig.load(directory.config).resumed_with(overrides)
     check_logs(run)
     found, passed_over = latest_checkpoint(directory.checkpoints) if directory.has_checkpoints else (None, [])
-    done = found is None or read_progress(found).round >= run.job.rounds
+    done = found is None or read_state(found).round >= run.job.rounds
     if done and run_state(directory).state == "complete":
         with display or display_for(sys.stdout) as shown:
             shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
@@ -356,11 +357,11 @@ def _drive(
     own = own_code(run.policy)
     with directory.driven(), _failing_well(directory, address) as course:
         begun_before = checkpoint is None and directory.events.exists()
-        progress = Progress() if checkpoint is None else read_progress(checkpoint)
+        state = RunState() if checkpoint is None else read_state(checkpoint)
         others: list[Observer] = [
             ProgressFile(directory.progress),
             RayMetrics(),
-            *logs_of(run, directory, progress.step),
+            *logs_of(run, directory, state.step),
         ]
         shown = Observers(display or display_for(sys.stdout), *others)
         announced = helpers.janitor.root.name
@@ -368,7 +369,8 @@ def _drive(
         with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
             with Waiting("checking the nodes and their base model"):
-                placement = place(run, without=(*progress.left, *progress.aside), lost=progress.lost)
+                gone = state.with_status(Status.LEFT, Status.ASIDE)
+                placement = place(run, without=gone, lost=state.to_return)
                 notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             with failing_as(RAY, "naming its metrics endpoint"):
@@ -379,7 +381,9 @@ def _drive(
             with shown, closing(executor):
                 headlines = _headlines(run, source, directory, dashboard, metrics)
                 shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
-                coordinator = course.coordinator = Coordinator(run, executor, directory, inputs, shown)
+                clock_of = Scheduler(run, source.directory).clock
+                coordinator = Coordinator(run, executor, directory, inputs, shown, clock_of)
+                course.coordinator = coordinator
                 coordinator.loaded(own)
                 if changes:
                     run.save(directory.config)
@@ -490,12 +494,12 @@ def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
         return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))
     round_ = course.coordinator.round
     if isinstance(error, ActorFailure) and error.kind == "diverged":
-        lr = course.coordinator.standing.job.lr
+        lr = course.coordinator.context.job.lr
         return f"training diverged in round {round_}: {error.reason}; job.lr = {lr:g} is too large"
     if isinstance(error, ActorFailure):
         told = f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
         # Else a run that has begun could only fail again of it.
-        waited = f" (waited for: job.faults.patience_s = {course.coordinator.standing.job.faults.patience_s:g}, which"
+        waited = f" (waited for: job.faults.patience_s = {course.coordinator.context.job.faults.patience_s:g}, which"
         return told + (f"{waited} `hsplit resume` changes with --set)" if error.kind == "late" else "")
     if isinstance(error, HsplitError):
         return f"round {round_}: {error}"
@@ -508,15 +512,15 @@ def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
 
 def _way_on_with_smaller_steps(directory: RunDirectory, address: str | None, coordinator: Coordinator) -> str:
     """Advise how to continue a run that would diverge again at its present rate."""
-    job = coordinator.standing.job
+    job = coordinator.context.job
     smaller = f"job.lr={min(job.lr / 10, type(job)().lr):.3g}"
     checkpoint = coordinator.last_checkpoint
     if checkpoint is None:
         return f"begin again with a smaller one, such as: {directory.resume_command(address, '--set', smaller)}"
     way = f"go on from the last finite checkpoint, {checkpoint.name}, with a smaller one, such as: "
     way += directory.resume_command(address, "--set", smaller)
-    rows = read_progress(checkpoint).metrics
-    if rows and rows[-1]["val_loss"] > rows[0]["val_loss"]:
+    rows = coordinator.rows
+    if rows and rows[-1].val_loss > rows[0].val_loss:
         way += f" (its validation loss is above that of round 0 already: better launch a new run with --set {smaller})"
     return way
 

@@ -45,4 +45,5 @@ def local_run(
         return make_actor(run, name, model, device, measure)
 
     names = [*(client.name for client in run.participants), *run.server.names, SCHEDULER]
-    return Coordinator(run, InProcess({name: actor(name) for name in names}, actor), directory, inputs, display)
+    actors = {name: actor(name) for name in names}
+    return Coordinator(run, InProcess(actors, actor), directory, inputs, display, actors[SCHEDULER].clock)

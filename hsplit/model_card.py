@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsplit import __version__
-from hsplit.checkpoint import Progress
 from hsplit.config import Partition, RunConfig
 from hsplit.config.files import read_json
 from hsplit.config.section import STRICT
@@ -18,8 +18,10 @@ from hsplit.models.hub import is_hub_id
 from hsplit.models.source import ModelSource
 from hsplit.observe.events import read_events
 from hsplit.observe.residual_cuts import cut_text, residual_cuts
+from hsplit.observe.tables import MetricsRow, read_rows
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.run_state import RunState
+from hsplit.scheduling.plan import HolderPlan
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -56,7 +58,7 @@ def model_card(
     directory: RunDirectory,
     run: RunConfig,
     source: ModelSource,
-    progress: Progress,
+    state: RunState,
     format_: str,
     dtype: str,
     lines: Sequence[str],
@@ -67,7 +69,7 @@ def model_card(
         directory: the run's; its ``eval.json`` is quoted if it is there.
         run: its configuration.
         source: where its base model was found.
-        progress: of the checkpoint that is exported.
+        state: of the checkpoint that is exported.
         format_: ``peft`` or ``merged``.
         dtype: of a merged model's files.
         lines: what else there is to say: errors of truncation, base and rounding.
@@ -75,7 +77,7 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     job = run.job
-    evaluation = _evaluation(directory, progress.round)
+    evaluation = _evaluation(directory, state.round)
     data = ModelCardData(
         base_model=job.model if is_hub_id(job.model) else None,
         library_name="peft" if format_ == "peft" else "transformers",
@@ -93,11 +95,11 @@ def model_card(
         _snippet(run, source, format_, dtype),
         *(["## What to know", "\n".join(f"- {line}" for line in lines)] if lines else []),
         "## Training",
-        _training(run, source, progress, residual_cuts(read_events(directory.events), progress.round)),
+        _training(run, source, state, residual_cuts(read_events(directory.events), state.round)),
         "## Plan",
-        _plan(progress),
+        _plan(state),
         "## Results",
-        _results(progress, evaluation),
+        _results(directory, state, evaluation),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
@@ -164,7 +166,7 @@ def _snippet(run: RunConfig, source: ModelSource, format_: str, dtype: str) -> s
     return f"{snippet}\n\n{remark}."
 
 
-def _training(run: RunConfig, source: ModelSource, progress: Progress, cuts: Mapping[int, float]) -> str:
+def _training(run: RunConfig, source: ModelSource, state: RunState, cuts: Mapping[int, float]) -> str:
     job, data, policy = run.job, run.job.data, run.policy
     spec = data.partition
     partition = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
@@ -186,7 +188,7 @@ def _training(run: RunConfig, source: ModelSource, progress: Progress, cuts: Map
         ),
         ("cut", cut_text(cuts, policy.aggregation) or "not recorded"),
         ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {job.wire}"),
-        ("rounds done", f"{progress.round} of {job.rounds}, {job.local_steps} local steps each"),
+        ("rounds done", f"{state.round} of {job.rounds}, {job.local_steps} local steps each"),
         ("batch size", f"{job.batch_size} a client, {job.grad_accumulation} accumulated"),
         (
             "optimizer",
@@ -194,11 +196,11 @@ def _training(run: RunConfig, source: ModelSource, progress: Progress, cuts: Map
         ),
         ("LoRA alpha, dropout", f"{job.alpha:g}, {job.dropout:g}"),
         ("seed", str(job.seed)),
-        ("supervised tokens", f"{progress.tokens:,}"),
-        ("wall time", f"{progress.wall_time_s:,.1f} s"),
+        ("supervised tokens", f"{state.tokens:,}"),
+        ("wall time", f"{state.wall_time_s:,.1f} s"),
         (
             "virtual time, at the declared budgets",
-            f"{progress.virtual_time_s:,.4g} s (virtual: computed, not measured)",
+            f"{state.virtual_time_s:,.4g} s (virtual: computed, not measured)",
         ),
     ]
     return _table(("", ""), rows)
@@ -208,10 +210,10 @@ def _plain(value: Any) -> str:
     return "the source's own" if value is None else f"`{json.dumps(value)}`"
 
 
-def _plan(progress: Progress) -> str:
-    if progress.plan is None:
+def _plan(state: RunState) -> str:
+    if state.plan is None:
         return "No plan was made."
-    plan = Plan.from_json(progress.plan)
+    plan = state.plan
 
     def row(holder: HolderPlan) -> tuple[str, ...]:
         split = "–" if holder.split is None else str(holder.split)
@@ -225,14 +227,16 @@ def _plan(progress: Progress) -> str:
     )
 
 
-def _results(progress: Progress, evaluation: _Evaluation | None) -> str:
+def _results(directory: RunDirectory, state: RunState, evaluation: _Evaluation | None) -> str:
     parts = []
-    if progress.metrics:
-        last, first = progress.metrics[-1], progress.metrics[0]
-        parts.append(
-            f"Validation perplexity {last['val_ppl']:.4g} after round {last['round']} ({first['val_ppl']:.4g} before "
-            "training), on examples that the clients held out."
-        )
+    with suppress(InputError):
+        # Of a table that is not there, or was changed, there is nothing to quote.
+        rows = [row for row in read_rows(directory.metrics, MetricsRow) if row.round <= state.round]
+        if rows:
+            parts.append(
+                f"Validation perplexity {rows[-1].val_ppl:.4g} after round {rows[-1].round} ({rows[0].val_ppl:.4g} "
+                "before training), on examples that the clients held out."
+            )
     if evaluation is not None:
         scores = [(_METRIC_NAMES.get(n, n), f"{value:.4g}") for n, value in evaluation.scores.items()]
         parts.append(

@@ -17,10 +17,10 @@ from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import check_checkpoint, layer_count, linear_shapes, load_tokenizer, model_config, targeted
 from hsplit.models.source import ModelSource
+from hsplit.run_context import Inputs
 from hsplit.scheduling.importance import find_metric
 from hsplit.scheduling.rank_rules import find_rank_rule
 from hsplit.scheduling.split_rules import find_split_rule
-from hsplit.standing import Inputs
 
 if TYPE_CHECKING:
     from hsplit.data import Example

@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import LossReport
-from hsplit.checkpoint import Progress
 from hsplit.errors import HsplitError
 from hsplit.observe.residual_cuts import FIELD
 from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
-from hsplit.standing import Standing
+from hsplit.run_context import RunContext
 from hsplit.training import Done
 
 
@@ -21,14 +21,15 @@ class Records:
     """Counts what the steps of a round come to, and writes its rows when it ends.
 
     Args:
-        standing: where the run stands; its progress is what is counted in.
+        context: of the run; its state is what is counted in.
     """
 
-    def __init__(self, standing: Standing) -> None:
-        self._standing, directory = standing, standing.directory
+    def __init__(self, context: RunContext) -> None:
+        self._context, directory = context, context.directory
         self._metrics = MetricsTable(directory.metrics, MetricsRow)
         self._plans = MetricsTable(directory.plan, PlanRow)
         self._timing = MetricsTable(directory.timing, TimingRow)
+        self._tables: tuple[MetricsTable[Any], ...] = (self._metrics, self._plans, self._timing)
         self._begun = time.monotonic()
         self._losses: dict[str, float] = {}
         self._probe_peaks: dict[str, int] = {}
@@ -40,6 +41,11 @@ class Records:
         self._slow: set[str] = set()
 
     @property
+    def rows(self) -> tuple[MetricsRow, ...]:
+        """The rows of ``metrics.csv``."""
+        return self._metrics.rows
+
+    @property
     def wall_time_s(self) -> float:
         """Seconds since the run's start, over all its launches."""
         return time.monotonic() - self._begun
@@ -48,11 +54,20 @@ class Records:
         """Go on counting where an earlier launch ended."""
         self._begun = time.monotonic() - wall_time_s
 
-    def restore(self, progress: Progress) -> None:
-        """Have the tables end where ``progress`` does, and forget the round under way."""
-        self._metrics.restore(progress.metrics)
-        self._plans.restore(progress.plans)
-        self._timing.restore(progress.timing)
+    def restore(self) -> None:
+        """Cut the tables to the rounds that the state has completed, and forget the round under way.
+
+        Raises:
+            InputError: a table is not as it was written, so that its rounds so far would be lost.
+        """
+        for table in self._tables:
+            table.cut(self._context.state.round)
+        self._clear_round()
+
+    def clear(self) -> None:
+        """Empty the tables, and forget the round under way."""
+        for table in self._tables:
+            table.clear()
         self._clear_round()
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -65,59 +80,59 @@ class Records:
             wall_s: what it took.
             virtual_s: what it would have taken at the declared speeds.
         """
-        progress = self._standing.progress
+        state = self._context.state
         self._say_who_is_left_out(done.left_out)
         self._steps_s += wall_s
-        progress.bytes_up += done.bytes_up
-        progress.bytes_down += done.bytes_down
+        state.bytes_up += done.bytes_up
+        state.bytes_down += done.bytes_down
         for name, phases in done.seconds.items():
             spent = self._spent_s.setdefault(name, {})
             for phase, seconds in phases.items():
                 spent[phase] = spent.get(phase, 0.0) + seconds
         self._late |= done.late
         training = self._count_losses(done.losses)
-        progress.step += 1
-        progress.virtual_time_s += virtual_s
-        job = self._standing.job
-        self._standing.display.step(
-            progress.round + 1,
+        state.step += 1
+        state.virtual_time_s += virtual_s
+        job = self._context.job
+        self._context.display.step(
+            state.round + 1,
             job.rounds,
-            progress.step,
+            state.step,
             job.rounds * job.local_steps,
             dict(self._losses),
-            {client: "training" if client in training else "waiting" for client in self._standing.clients},
+            {client: "training" if client in training else "waiting" for client in self._context.clients},
         )
 
     def _say_who_is_left_out(self, clients: Collection[str]) -> None:
         """Every step's in the log; on the terminal once a round."""
-        step = self._standing.progress.step + 1
+        step = self._context.state.step + 1
         for name in sorted(clients):
             text = f"step {step}: {name} is not in time, and the others go on without it in this step"
-            self._standing.events.write("left_out", text, client=name, step=step)
+            self._context.events.write("left_out", text, client=name, step=step)
             if name not in self._slow:
-                self._standing.display.note(text)
+                self._context.display.note(text)
         self._slow |= set(clients)
 
     def _count_losses(self, losses: Sequence[LossReport]) -> list[str]:
         """Count what was trained on; returns the clients that took part."""
-        progress = self._standing.progress
-        training = [client for client in self._standing.clients if any(loss.client == client for loss in losses)]
+        state = self._context.state
+        training = [client for client in self._context.clients if any(loss.client == client for loss in losses)]
         for client in training:
             own = [loss for loss in losses if loss.client == client]
             loss_sum, tokens = sum(loss.loss_sum for loss in own), sum(loss.tokens for loss in own)
             self._losses[client] = loss_sum / max(tokens, 1)
-            progress.round_loss_sum += loss_sum
-            progress.round_tokens += tokens
-            progress.client_tokens[client] = progress.client_tokens.get(client, 0) + tokens
-        progress.tokens += sum(loss.tokens for loss in losses)
+            state.round_loss_sum += loss_sum
+            state.round_tokens += tokens
+            state.client_tokens[client] = state.client_tokens.get(client, 0) + tokens
+        state.tokens += sum(loss.tokens for loss in losses)
         return training
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def peaks(self, holders: Sequence[str]) -> dict[str, int]:
         """Most memory that each of ``holders`` took since the last call, by name, where it was measured."""
-        executor = self._standing.executor
-        until = time.monotonic() + self._standing.job.faults.patience_s
+        executor = self._context.executor
+        until = time.monotonic() + self._context.job.faults.patience_s
         peaks = executor.settle([executor.call(name, HolderActor.peak_bytes) for name in holders], until)
         # Whoever is gone is found by the next call that matters.
         found = zip(holders, peaks, strict=True)
@@ -128,8 +143,8 @@ class Records:
 
         The probe runs under the plan that is being looked at, so it counts with the round before.
         """
-        self._probe_peaks = self.peaks([*self._standing.clients, *self._standing.servers])
-        return _larger(self._standing.progress.measured_bytes, self._probe_peaks)
+        self._probe_peaks = self.peaks([*self._context.clients, *self._context.servers])
+        return _larger(self._context.state.measured_bytes, self._probe_peaks)
 
     def forget_peaks(self, holders: Sequence[str]) -> None:
         """What the old plan took of ``holders`` is over; from here on the new one is measured."""
@@ -145,13 +160,13 @@ class Records:
             relative_norm: Frobenius norm of what was cut, relative to the residual; of the weight that lost most.
         """
         if relative_norm:
-            progress = self._standing.progress
-            progress.residual_cut = max(progress.residual_cut, relative_norm)
+            state = self._context.state
+            state.residual_cut = max(state.residual_cut, relative_norm)
             text = (
-                f"round {progress.round + 1}: the residual reached residual.max_rank; at most "
+                f"round {state.round + 1}: the residual reached residual.max_rank; at most "
                 f"{relative_norm:.2e} of a weight's residual (relative Frobenius norm) was cut"
             )
-            self._standing.note("residual_cut", text, relative_norm=relative_norm)
+            self._context.note("residual_cut", text, relative_norm=relative_norm)
 
     def close_round(self, loss_sum: float, tokens: int) -> None:
         """Write the round's rows and begin counting anew.
@@ -160,54 +175,52 @@ class Records:
             loss_sum: of the validation: cross-entropy in nats.
             tokens: supervised tokens that it is over.
         """
-        standing = self._standing
-        progress, plan = standing.progress, standing.plan
-        progress.wall_time_s = self.wall_time_s
+        context = self._context
+        state, plan = context.state, context.plan
+        state.wall_time_s = self.wall_time_s
         val_loss = loss_sum / max(tokens, 1)
-        trained = progress.round_tokens > 0
+        trained = state.round_tokens > 0
         row = MetricsRow(
-            round=progress.round,
-            step=progress.step,
-            train_loss=progress.round_loss_sum / progress.round_tokens if trained else None,
+            round=state.round,
+            step=state.step,
+            train_loss=state.round_loss_sum / state.round_tokens if trained else None,
             val_loss=val_loss,
             val_ppl=math.exp(min(val_loss, 700.0)),
-            tokens=progress.tokens,
-            wall_time_s=progress.wall_time_s,
-            virtual_time_s=progress.virtual_time_s,
-            bytes_up=progress.bytes_up,
-            bytes_down=progress.bytes_down,
+            tokens=state.tokens,
+            wall_time_s=state.wall_time_s,
+            virtual_time_s=state.virtual_time_s,
+            bytes_up=state.bytes_up,
+            bytes_down=state.bytes_down,
             captured_importance=plan.captured_importance,
-            available_clients=len(standing.clients),
+            available_clients=len(context.clients),
         )
         self._metrics.append(row)
-        measured_s = {name: sum(own.values()) / standing.job.local_steps for name, own in self._spent_s.items()}
-        progress.measured_bytes = _larger(self.peaks([*standing.clients, *standing.servers]), self._probe_peaks)
+        measured_s = {name: sum(own.values()) / context.job.local_steps for name, own in self._spent_s.items()}
+        state.measured_bytes = _larger(self.peaks([*context.clients, *context.servers]), self._probe_peaks)
         self._probe_peaks = {}
-        holders = plan_rows(progress.round, plan, progress.measured_bytes, measured_s)
-        timing = timing_rows(progress.round, self._spent_s, self._steps_s)
+        holders = plan_rows(state.round, plan, state.measured_bytes, measured_s)
+        timing = timing_rows(state.round, self._spent_s, self._steps_s)
         self._plans.append(*holders)
         self._timing.append(*timing)
-        progress.metrics, progress.plans = self._metrics.to_json(), self._plans.to_json()
-        progress.timing = self._timing.to_json()
         self._say_who_is_late()
-        closed = {**asdict(row), FIELD: progress.residual_cut}
-        progress.bytes_up = progress.bytes_down = progress.round_tokens = 0
-        progress.round_loss_sum = progress.residual_cut = 0.0
+        closed = {**asdict(row), FIELD: state.residual_cut}
+        state.bytes_up = state.bytes_down = state.round_tokens = 0
+        state.round_loss_sum = state.residual_cut = 0.0
         self._clear_round()
         text = f"round {row.round}: validation perplexity {row.val_ppl:.3f}"
-        standing.events.write("round", text, **closed, client_tokens=progress.client_tokens)
-        standing.display.round_done(row, holders, timing)
+        context.events.write("round", text, **closed, client_tokens=state.client_tokens)
+        context.display.round_done(row, holders, timing)
 
     def _say_who_is_late(self) -> None:
-        if self._late and self._standing.job.clock == "emulated":
+        if self._late and self._context.job.clock == "emulated":
             text = (
-                f"round {self._standing.progress.round}: {', '.join(sorted(self._late))} computed longer than declared,"
+                f"round {self._context.state.round}: {', '.join(sorted(self._late))} computed longer than declared,"
                 " so the emulated clock is late; a smaller job.clock_speedup gives more time"
             )
-            self._standing.note("late", text, holders=sorted(self._late))
+            self._context.note("late", text, holders=sorted(self._late))
 
     def _clear_round(self) -> None:
-        """Forget what is kept of a round beside its progress."""
+        """Forget what is kept of a round beside its state."""
         self._spent_s.clear()
         self._steps_s = 0.0
         self._late.clear()

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint, save_checkpoint
+from hsplit.checkpoint import latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.config import Client, Importance, Job, Policy, RunConfig
 from hsplit.models.source import find_model
 from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import RunState
 from tests.in_process import Recorder, coordinator, fixed_plan
 from tests.tiny import WORDS
 
@@ -34,14 +35,14 @@ class FinishedRun:
     def path(self) -> Path:
         return self.directory.path
 
-    def checkpoint(self) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
+    def checkpoint(self) -> tuple[RunState, dict[str, dict[str, Tensor]]]:
         return read_checkpoint(latest_checkpoint(self.directory.checkpoints)[0])
 
     def replace_checkpoint(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Put other tensors into the newest checkpoint."""
-        progress, _ = self.checkpoint()
+        state, _ = self.checkpoint()
         name = latest_checkpoint(self.directory.checkpoints)[0].name
-        save_checkpoint(self.directory.checkpoints, name, progress, tensors, keep=2)
+        save_checkpoint(self.directory.checkpoints, name, state, tensors, keep=2)
 
 
 def write_data(path: Path, prompts: int = PROMPTS, references: int = REFERENCES, seed: int = 0) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from hsplit.data import Example
 from hsplit.local_run import local_run
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.observe.observer import SilentDisplay
+from hsplit.observe.tables import PlanRow, read_rows
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.planning_state import Fleet, PlanningState
 from tests.tiny import WORDS
 
 
@@ -44,8 +47,29 @@ class Recorder(SilentDisplay):
         self.notes.append(text)
 
 
+class FixedClock:
+    """Virtual seconds that a test can count with."""
+
+    def steps_s(self, plan: Plan, clients: Sequence[str]) -> list[float]:
+        return [plan.makespan_s]
+
+    def probe_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
+        return 0.125
+
+    def aggregation_s(
+        self, plan: Plan, policy: Policy, up: dict[str, int], down: dict[str, int], clients: Sequence[str]
+    ) -> float:
+        return 0.25
+
+    def reconfiguration_s(self, before: Plan, after: Plan, down: dict[str, int]) -> float:
+        return 2.0
+
+    def validation_s(self, plan: Plan, batches: dict[str, int]) -> float:
+        return 0.5
+
+
 class FixedScheduler:
-    """Gives the plans that a test made: the first one, and then by rounds done.
+    """Gives the plans that a test made: the first one, and then by rounds done; probes in every round.
 
     Args:
         plan: the first plan.
@@ -55,38 +79,15 @@ class FixedScheduler:
     def __init__(self, plan: Plan, later: Mapping[int, Plan] | None = None) -> None:
         self._plan, self._later = plan, later or {}
 
-    def plan(self) -> Plan:
-        return self._plan
+    def first(self, fleet: Fleet, state: PlanningState) -> Review:
+        return Review(self._plan, (), None, state)
 
-    def review(self, round_: int, *found: Any) -> Review:
-        return Review(self._later.get(round_), ("the test says so",) if round_ in self._later else (), None)
+    def review(self, round_: int, current: Plan, fleet: Fleet, state: PlanningState, *found: Any) -> Review:
+        reasons = ("the test says so",) if round_ in self._later else ()
+        return Review(self._later.get(round_), reasons, None, state)
 
-    def step_times_s(self, plan: Plan, clients: Sequence[str]) -> list[float]:
-        return [plan.makespan_s]
-
-    def probe_due(self, round_: int) -> bool:
-        return True
-
-    def probe_time_s(self, plan: Plan, clients: Sequence[str]) -> float:
-        return 0.125
-
-    def aggregation_time_s(self, plan: Plan, clients: Sequence[str], up: dict[str, int], down: dict[str, int]) -> float:
-        return 0.25
-
-    def reconfiguration_time_s(self, before: Plan, after: Plan, down: dict[str, int]) -> float:
-        return 2.0
-
-    def validation_time_s(self, plan: Plan, batches: dict[str, int]) -> float:
-        return 0.5
-
-    def set_aside(self, name: str) -> None: ...
-
-    def ran_out_of_memory(self, name: str, times: int, held_bytes: int) -> None: ...
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def clock(self, fleet: Fleet, state: PlanningState) -> Any:
+        return FixedClock()
 
 
 def planned_run(
@@ -96,10 +97,20 @@ def planned_run(
     return local_run(run, model, directory, Inputs(shares, "model", "data"), recorder)
 
 
+def rows_of(run: Coordinator) -> list[dict[str, Any]]:
+    """Rows of a run's ``metrics.csv``."""
+    return [asdict(row) for row in run.rows]
+
+
+def holders_of(run: Coordinator) -> list[dict[str, Any]]:
+    """Rows of a run's ``plan.csv``."""
+    return [asdict(row) for row in read_rows(run.context.directory.plan, PlanRow)]
+
+
 def reached_by(executor: Executor, made: Coordinator) -> Coordinator:
     """The run of ``made``, which has not begun, with its actors reached through ``executor``."""
-    standing = made.standing
-    return Coordinator(standing.declared, executor, standing.directory, standing.inputs, standing.display)
+    context = made.context
+    return Coordinator(context.declared, executor, context.directory, context.inputs, context.display)
 
 
 def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:

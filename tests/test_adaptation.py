@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.actors.executor import SCHEDULER, ActorFailure
-from hsplit.actors.scheduler import Scheduler
+from hsplit.actors.executor import ActorFailure
 from hsplit.checkpoint import latest_checkpoint
 from hsplit.config import Client, Job, Policy, RunConfig, ScheduledChange, ServerSpec
 from hsplit.errors import InputError
@@ -18,6 +17,7 @@ from hsplit.launcher import change_budget
 from hsplit.models.segment import model_config
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import RunState
 from hsplit.scheduling.cost import CostModel
 from tests.in_process import Recorder, planned_run, random_examples
 from tests.tiny import LAYERS
@@ -113,9 +113,8 @@ def test_the_next_probe_waits_twice_as_long_where_importance_has_settled(
     first = planned_run(run, model, directory, shares(run), recorder)
     first.run()
     assert [e["round"] for e in read_events(directory.events) if e["event"] == "importance"] == probed
-    # A scheduler that goes on from a checkpoint probes in the same rounds.
-    resumed = Scheduler(run, model)
-    resumed.load_state(json.loads(json.dumps(first._executor.actors[SCHEDULER].state())))  # type: ignore[attr-defined]
+    # A run that is resumed from a checkpoint probes in the same rounds.
+    resumed = RunState.from_json(json.dumps(first.state.to_json()), "here").planning
     assert [round_ for round_ in range(8, 20) if resumed.probe_due(round_)][:1] == ([15] if back_off else [8])
 
 
@@ -166,7 +165,7 @@ def test_when_nobody_fits_the_run_fails_and_names_the_round(model: Path, tmp_pat
     failing = planned_run(run, model, directory, shares(run), Recorder())
     with pytest.raises(ActorFailure, match="scheduler failed in review: clients: none has the memory") as failure:
         failing.run()
-    assert failing.progress.round == 2
+    assert failing.state.round == 2
     last, _ = latest_checkpoint(directory.checkpoints)
     assert last.name == "round-0002"
     # What is advised works: the run goes on.

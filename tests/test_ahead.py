@@ -11,7 +11,7 @@ from hsplit.config import Importance, Job, Policy
 from hsplit.coordinator import Coordinator
 from hsplit.observe.events import read_events
 from tests.faulty import Fault, FaultyInProcess
-from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, reached_by
+from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, reached_by, rows_of
 
 SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 2, "local_steps": 4, "lr": 1e-2, "batch_size": 2}
 SETTINGS["pipeline"] = {"ahead": True}
@@ -29,7 +29,7 @@ def made(model: Path, to: Path, **job: Any) -> Coordinator:
 
 
 def metrics(run: Coordinator) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in run.progress.metrics]
+    return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in rows_of(run)]
 
 
 MORE = {"pipeline": {"microbatches": 2, "ahead": True}, "grad_accumulation": 2, "dropout": 0.1}
@@ -42,7 +42,7 @@ def test_what_is_learned_and_sent_does_not_change(models: dict[str, Path], tmp_p
     in_turn = made(models["llama"], tmp_path / "in-turn", **{**job, "pipeline": pipeline})
     assert ahead.run() and in_turn.run()
     assert metrics(ahead) == metrics(in_turn)
-    assert ahead.progress.metrics[-1]["val_loss"] < ahead.progress.metrics[0]["val_loss"]
+    assert rows_of(ahead)[-1]["val_loss"] < rows_of(ahead)[0]["val_loss"]
 
 
 def _asked(run: Coordinator, steps: int) -> list[tuple[str, str, int]]:
@@ -92,10 +92,10 @@ def test_a_failure_ahead_of_the_others_is_found_in_its_step(
     run = reached_by(FaultyInProcess(inside._executor, [fault]), inside)  # type: ignore[arg-type]
     assert run.run()
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
-    told = [e for e in read_events(run.standing.directory.events) if e["event"] in ("lost", "left_out")]
+    told = [e for e in read_events(run.context.directory.events) if e["event"] in ("lost", "left_out")]
     # With one deadline's worth of measurements a late one is waited for.
     assert len(told) <= 1 and (told or kind == "hang")
     assert all(event["client"] == "c0" for event in told)
-    assert [row["available_clients"] for row in run.progress.metrics][-1] == 3
+    assert [row["available_clients"] for row in rows_of(run)][-1] == 3
     actor = run._executor.actors["c0"]  # type: ignore[attr-defined]
     assert not actor._sent and not actor._batches

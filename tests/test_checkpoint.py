@@ -7,22 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplit.checkpoint import Progress, checkpoint_name, latest_checkpoint, read_checkpoint, save_checkpoint
+from hsplit.checkpoint import checkpoint_name, latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.errors import InputError
+from hsplit.run_state import RunState
 
 
 def _save(folder: Path, step: int, keep: int = 3) -> Path:
-    progress = Progress(round=step // 4, step=step, round_loss_sum=0.1 + step, virtual_time_s=1 / 3)
+    state = RunState(round=step // 4, step=step, round_loss_sum=0.1 + step, virtual_time_s=1 / 3)
     tensors = {"server": {"parameters": torch.full((5,), float(step))}, "phone-0": {"tokens": torch.tensor([[1, 2]])}}
-    return save_checkpoint(folder, checkpoint_name(progress, 4), progress, tensors, keep)
+    return save_checkpoint(folder, checkpoint_name(state, 4), state, tensors, keep)
 
 
 def test_round_trip_and_names(tmp_path: Path) -> None:
     assert [_save(tmp_path, step).name for step in (0, 4, 6)] == ["round-0000", "round-0001", "round-0001-step-0006"]
     path, passed = latest_checkpoint(tmp_path)
     assert path.name == "round-0001-step-0006" and passed == []
-    progress, tensors = read_checkpoint(path)
-    assert progress.round_loss_sum == 6.1 and progress.virtual_time_s == 1 / 3
+    state, tensors = read_checkpoint(path)
+    assert state.round_loss_sum == 6.1 and state.virtual_time_s == 1 / 3
     assert tensors["server"]["parameters"].tolist() == [6.0] * 5 and tensors["phone-0"]["tokens"].dtype == torch.int64
 
 

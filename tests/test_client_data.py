@@ -44,7 +44,7 @@ def a_run(model: Path, to: Path, words: dict[str, str], **job: Any) -> Coordinat
 def test_a_client_without_a_token_to_learn_is_named_and_the_others_learn(wordless: Path, tmp_path: Path) -> None:
     made = a_run(wordless, tmp_path, {"a": "w5 w6", "b": "zz", "c": "w7"})
     assert made.run()
-    directory = made.standing.directory
+    directory = made.context.directory
     (told,) = [event for event in read_events(directory.events) if event["event"] == "unsupervised"]
     file = tmp_path / "b.csv"
     assert told["client"] == "b"
@@ -60,7 +60,7 @@ def test_a_run_without_a_token_to_learn_is_refused_and_names_every_file(wordless
     text = str(refused.value)
     assert text.startswith(f"data {tmp_path / 'a.csv'}, data {tmp_path / 'b.csv'}: no training example of at most ")
     assert "job.max_length = 32" in text and f"the tokenizer of {wordless} every response is empty" in text
-    assert "\n" not in text and not any(made.standing.directory.checkpoints.iterdir())
+    assert "\n" not in text and not any(made.context.directory.checkpoints.iterdir())
 
 
 def test_a_validation_that_would_measure_nothing_is_refused(wordless: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def held_out_prompts(made: Coordinator) -> list[str]:
     from hsplit.data import hold_out, read_examples
     from hsplit.seeds import hash_seed
 
-    client, job = made.standing.run.clients[0], made.standing.job
+    client, job = made.context.run.clients[0], made.context.job
     assert client.data is not None
     every = read_examples(client.data, examples=1, seed=0, label=None, separator=None, limit=None)
     share = job.validation

@@ -69,7 +69,7 @@ def test_a_rate_that_is_too_large_ends_the_run_at_once_and_leaves_a_finite_check
     made = a_run(models["llama"], tmp_path, policy, lr=lr, **job)
     with pytest.raises(ActorFailure, match=r"not finite|no numbers") as failure:
         made.run()
-    directory = made.standing.directory
+    directory = made.context.directory
     assert failure.value.kind == "diverged"
     assert made.last_checkpoint is not None and made.last_checkpoint.name == f"round-{made.round - 1:04d}"
     assert every_tensor_is_finite(directory)
@@ -82,7 +82,7 @@ def test_one_line_names_the_rate_the_round_the_checkpoint_and_a_command_that_wor
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made = a_run(models["llama"], Path("my runs"), lr=1e6)
-    directory = made.standing.directory
+    directory = made.context.directory
     with pytest.raises(RunError) as told, _failing_well(directory) as course:
         course.coordinator = made
         made.run()
@@ -94,22 +94,22 @@ def test_one_line_names_the_rate_the_round_the_checkpoint_and_a_command_that_wor
     run, changes = RunConfig.load(directory.config).resumed_with(["job.lr=0.001"])
     assert (run.job.lr, changes) == (1e-3, ["job.lr is now 0.001 (was 1000000.0)"])
     # The command that is advised works.
-    assert planned_run(run, models["llama"], directory, made.standing.inputs.shares, Recorder()).run(
+    assert planned_run(run, models["llama"], directory, made.context.inputs.shares, Recorder()).run(
         made.last_checkpoint
     )
 
 
 def test_a_checkpoint_worse_than_the_start_is_not_advised(models: dict[str, Path], tmp_path: Path) -> None:
     made = a_run(models["llama"], tmp_path, lr=1.0, optimizer="sgd", clip=None)
-    directory = made.standing.directory
+    directory = made.context.directory
     diverged: list[bool] = []
 
     def poison(actor: str, method: str, server: Any) -> None:
-        if (actor, method) == ("server", "aggregate") and made.progress.round == 1:
+        if (actor, method) == ("server", "aggregate") and made.state.round == 1:
             diverged.append(True)
             with torch.no_grad():
                 server.holder.adapters.flat.fill_(float("nan"))
-        if (actor, method) == ("server", "aggregate") and made.progress.round == 0:
+        if (actor, method) == ("server", "aggregate") and made.state.round == 0:
             # Far from where the model was, and finite.
             with torch.no_grad():
                 server.holder.adapters.flat.mul_(100).add_(1.0)
@@ -135,16 +135,16 @@ def test_a_client_alone_that_is_not_finite_is_lost_and_no_divergence(
     poisoned: list[bool] = []
 
     def poison(actor: str, method: str, client: Any) -> None:
-        if (actor, method) == ("middle", where) and made.progress.round == 1 and not poisoned:
+        if (actor, method) == ("middle", where) and made.state.round == 1 and not poisoned:
             poisoned.append(True)
             with torch.no_grad():
                 client.holder.adapters.flat.fill_(float("nan"))
 
     made = reached_by(FaultyInProcess(made._executor, [], poison), made)  # type: ignore[arg-type]
     assert made.run() and poisoned
-    events = read_events(made.standing.directory.events)
+    events = read_events(made.context.directory.events)
     assert [e["client"] for e in events if e["event"] == "lost"] == ["middle"]
-    assert every_tensor_is_finite(made.standing.directory)
+    assert every_tensor_is_finite(made.context.directory)
 
 
 def test_a_client_that_stays_not_finite_is_set_aside_and_the_rate_is_named(
@@ -159,7 +159,7 @@ def test_a_client_that_stays_not_finite_is_set_aside_and_the_rate_is_named(
 
     made = reached_by(FaultyInProcess(made._executor, [], poison), made)  # type: ignore[arg-type]
     assert made.run()
-    (aside,) = [e for e in read_events(made.standing.directory.events) if e["event"] == "set_aside"]
+    (aside,) = [e for e in read_events(made.context.directory.events) if e["event"] == "set_aside"]
     assert aside["client"] == "middle" and aside["text"].endswith("job.lr may be too large for its data")
 
 
@@ -177,21 +177,21 @@ def test_a_server_whose_own_adapters_are_not_finite_aggregates_nothing(
     made = reached_by(FaultyInProcess(made._executor, [], poison), made)  # type: ignore[arg-type]
     with pytest.raises(ActorFailure, match=r"server has an adapter of .* that are no numbers") as failure:
         made.run()
-    assert failure.value.kind == "diverged" and every_tensor_is_finite(made.standing.directory)
+    assert failure.value.kind == "diverged" and every_tensor_is_finite(made.context.directory)
 
 
 def test_no_checkpoint_is_written_of_what_is_no_number(models: dict[str, Path], tmp_path: Path) -> None:
     made = a_run(models["llama"], tmp_path)
 
     def poison(actor: str, method: str, client: Any) -> None:
-        if (actor, method) == ("small", "state") and made.progress.round == 1:
+        if (actor, method) == ("small", "state") and made.state.round == 1:
             with torch.no_grad():
                 client.holder.adapters.flat[-1] = float("nan")
 
     made = reached_by(FaultyInProcess(made._executor, [], poison), made)  # type: ignore[arg-type]
     with pytest.raises(ActorFailure, match=r"of small has entries that are no numbers") as failure:
         made.run()
-    assert failure.value.kind == "diverged" and every_tensor_is_finite(made.standing.directory)
+    assert failure.value.kind == "diverged" and every_tensor_is_finite(made.context.directory)
 
 
 def test_a_model_that_is_no_number_from_the_first_is_the_model_s_fault(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_model_that_is_no_number_from_the_first_is_the_model_s_fault(tmp_path:
 def test_what_has_no_gradient_left_to_score_does_not_end_a_run(models: dict[str, Path], tmp_path: Path) -> None:
     """Drawn examples may all be without a supervised token, or known by heart."""
     made = a_run(models["llama"], tmp_path)
-    probe = made.standing.training.probe
+    probe = made.context.training.probe
 
     def nothing(*given: Any) -> Any:
         found = probe(*given)
@@ -217,9 +217,9 @@ def test_what_has_no_gradient_left_to_score_does_not_end_a_run(models: dict[str,
             report.scores.update(dict.fromkeys(report.scores, 0.0))
         return found
 
-    made.standing.training.probe = nothing  # type: ignore[method-assign]
+    made.context.training.probe = nothing  # type: ignore[method-assign]
     assert made.run()
-    assert not [e for e in read_events(made.standing.directory.events) if e["event"] in ("importance", "repeated")]
+    assert not [e for e in read_events(made.context.directory.events) if e["event"] in ("importance", "repeated")]
 
 
 @pytest.mark.parametrize("key", ["lr", "clip", "weight_decay", "warmup", "schedule"])
@@ -238,14 +238,14 @@ def test_patience_may_change_in_a_run_that_has_begun_and_is_named_where_it_ended
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     made = a_run(models["llama"], tmp_path)
-    directory = made.standing.directory
+    directory = made.context.directory
     (directory.checkpoints / "round-0000").mkdir()
     with pytest.raises(RunError) as told, _failing_well(directory) as course:
         course.coordinator = made
         raise ActorFailure("server", "train_step", "it has not answered in time", "late")
     waited = "waited for: job.faults.patience_s = 600, which `hsplit resume` changes with --set"
     assert f"it has not answered in time ({waited}); go on" in str(told.value)
-    changed, changes = made.standing.run.resumed_with(["job.faults.patience_s=900", "faults.max_failures=5"])
+    changed, changes = made.context.run.resumed_with(["job.faults.patience_s=900", "faults.max_failures=5"])
     assert (changed.job.faults.patience_s, changed.job.faults.max_failures) == (900, 5)
     assert changes == ["job.faults.patience_s is now 900.0 (was 600.0)", "job.faults.max_failures is now 5 (was 3)"]
 
@@ -256,9 +256,9 @@ def test_a_resume_with_another_model_or_other_data_names_what_to_put_back(
 ) -> None:
     made = a_run(models["llama"], tmp_path, rounds=1)
     assert made.run()
-    directory, inputs = made.standing.directory, made.standing.inputs
+    directory, inputs = made.context.directory, made.context.inputs
     changed = replace(inputs, **{"model_fingerprint" if key == "model" else "data_sha256": "another"})
-    resumed = local_run(made.standing.run, models["llama"], directory, changed, Recorder())
+    resumed = local_run(made.context.run, models["llama"], directory, changed, Recorder())
     with pytest.raises(
         InputError, match=rf"job\.{key} \S*{source}\S* is not what it was when this run was started: put"
     ):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.config.cluster import ServerSpec
 from hsplit.coordinator import Coordinator
@@ -65,7 +64,7 @@ def test_every_holder_takes_its_declared_time(
     run = _run(models["llama"], tmp_path, recorder, **changes)
     took = _timed_calls(run)
     run.run()
-    declared = run.standing.ask(Scheduler.call_times_s, run.standing.plan)
+    declared = run.context.clock.call_s(run.context.plan)
     client, server = {"forward": "up", "backward": "down"}, {"train_step": "step"}
     if labels == "client":
         client, server = {**client, "tail": "turn"}, {"forward": "forward", "backward": "backward"}
@@ -94,7 +93,7 @@ def test_whole_models_are_paced_too(models: dict[str, Path], tmp_path: Path) -> 
     run = _run(models["llama"], tmp_path, recorder, policy="fedlora")
     took = _timed_calls(run)
     run.run()
-    declared = run.standing.ask(Scheduler.call_times_s, run.standing.plan)
+    declared = run.context.clock.call_s(run.context.plan)
     for name in ("c0", "c1"):
         assert len(took[name, "train_step"]) == STEPS
         assert min(took[name, "train_step"]) >= declared[name]["up"] > 0
@@ -103,7 +102,7 @@ def test_whole_models_are_paced_too(models: dict[str, Path], tmp_path: Path) -> 
 def test_a_holders_phases_sum_to_the_steps(models: dict[str, Path], tmp_path: Path) -> None:
     run = _run(models["llama"], tmp_path, Recorder(), clock="real")
     run.run()
-    rows = read_rows(run.standing.directory.timing, TimingRow)
+    rows = read_rows(run.context.directory.timing, TimingRow)
     sums = {name: sum(row.seconds for row in rows if row.name == name) for name in ("c0", "c1", "server")}
     assert sums["c0"] == pytest.approx(sums["server"]) == pytest.approx(sums["c1"])
     assert {row.phase for row in rows if row.name == "server"} >= {"unpack", "forward", "tail", "backward", "optimizer"}

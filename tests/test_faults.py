@@ -18,8 +18,9 @@ from hsplit.coordinator import Coordinator
 from hsplit.deadlines import SLACK_S, Deadlines
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import Status
 from tests.faulty import Fault, FaultyInProcess
-from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, reached_by
+from tests.in_process import Recorder, coordinator, fixed_plan, holders_of, random_examples, reached_by, rows_of
 
 CLIENTS = 3
 SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 3, "local_steps": 3, "lr": 1e-2, "batch_size": 2}
@@ -49,12 +50,12 @@ def run_with(
 
 
 def told(run: Coordinator, *kinds: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(run.standing.directory.events) if event["event"] in kinds]
+    return [event for event in read_events(run.context.directory.events) if event["event"] in kinds]
 
 
 def metrics(run: Coordinator) -> list[dict[str, Any]]:
     """The rows of metrics.csv without the wall's clock."""
-    return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in run.progress.metrics]
+    return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in rows_of(run)]
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +90,13 @@ def test_the_others_train_on_without_the_lost_one(models: dict[str, Path], tmp_p
     settings = {"rounds": 1, "privacy": {"labels": labels}}
     method = "tail" if labels == "client" else "forward"
     run = run_with(models["llama"], tmp_path / "lost", Fault("c2", method, 1), **settings)
-    trained = run.progress.metrics[1]
+    trained = rows_of(run)[1]
     others = fixed_plan(models["llama"], Job.model_validate(SETTINGS), [2, 2], [2, 2], 2)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
     (tmp_path / "others").mkdir()
     alone = coordinator(models["llama"], tmp_path / "others", others, shares, Recorder(), **SETTINGS | settings)
     alone.run()
-    expected = alone.progress.metrics[1]
+    expected = rows_of(alone)[1]
     assert trained["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
     assert trained["tokens"] == expected["tokens"]
     ours, theirs = run._executor.actors["server"], alone._executor.actors["server"]  # type: ignore[attr-defined]
@@ -112,12 +113,11 @@ def test_the_others_train_on_without_the_lost_one(models: dict[str, Path], tmp_p
         ("server", "evaluate", 4),
         ("server", "state", 1),
         ("server", "state", 3),
-        ("scheduler", "state", 3),
         ("scheduler", "review", 1),
-        ("scheduler", "aggregation_time_s", 2),
+        ("scheduler", "review", 2),
         ("server", "configure", 1),
         ("c0", "configure", 1),
-        ("scheduler", "plan", 1),
+        ("scheduler", "first", 1),
     ],
 )
 def test_server_and_scheduler_may_die_and_no_number_changes(
@@ -230,8 +230,8 @@ def test_a_client_that_fails_too_often_is_set_aside_and_named(models: dict[str, 
     assert ends[2] == " (failure 3; more than 2 set a client aside)"
     (aside,) = told(run, "set_aside")
     assert "c1 has failed 3 times and is set aside" in aside["text"]
-    assert [row["available_clients"] for row in run.progress.metrics] == [3, 3, 3, 2, 2]
-    assert run.progress.aside == ["c1"]
+    assert [row["available_clients"] for row in rows_of(run)] == [3, 3, 3, 2, 2]
+    assert run.state.with_status(Status.ASIDE) == ["c1"]
 
 
 def test_a_round_that_fails_again_and_again_ends_the_run(models: dict[str, Path], tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_what_cannot_be_right_is_refused_by_name(models: dict[str, Path], tmp_pa
     (lost,) = told(run, "lost")
     assert (lost["client"], lost["kind"], lost["round"]) == ("c1", "refused", 2)
     assert "values that are no numbers (NaN or infinite)" in lost["text"]
-    assert all(row["val_loss"] < 10 for row in run.progress.metrics)
-    assert run.progress.metrics[-1]["available_clients"] == 3
+    assert all(row["val_loss"] < 10 for row in rows_of(run))
+    assert rows_of(run)[-1]["available_clients"] == 3
 
 
 def test_adapters_that_are_no_numbers_are_not_aggregated(models: dict[str, Path], tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_adapters_that_are_no_numbers_are_not_aggregated(models: dict[str, Path]
     run = run_with(models["llama"], tmp_path, before=poison)
     (lost,) = told(run, "lost")
     assert (lost["client"], lost["kind"]) == ("c0", "refused") and "it handed in an adapter of" in lost["text"]
-    assert run.progress.metrics[-1]["val_loss"] < run.progress.metrics[0]["val_loss"]
+    assert rows_of(run)[-1]["val_loss"] < rows_of(run)[0]["val_loss"]
 
 
 def test_a_wrong_shape_is_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
@@ -302,8 +302,8 @@ def test_a_straggler_is_left_out_of_the_step_not_of_the_round(
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
     assert [(event["client"], event["step"]) for event in told(run, "left_out")] == [("c1", 5)]
     assert not told(run, "lost", "repeated")
-    assert [row["available_clients"] for row in run.progress.metrics] == [3] * 4
-    assert run.progress.metrics[-1]["val_loss"] < run.progress.metrics[0]["val_loss"]
+    assert [row["available_clients"] for row in rows_of(run)] == [3] * 4
+    assert rows_of(run)[-1]["val_loss"] < rows_of(run)[0]["val_loss"]
 
 
 def test_if_everybody_is_late_nobody_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
@@ -365,14 +365,14 @@ def test_out_of_memory_gives_a_smaller_plan(
     made = reached_by(faulty, made)
     made.run()
     assert faulty.happened
-    plans = {name: [row for row in made.progress.plans if row["name"] == name] for name in ("c0", "c1")}
+    plans = {name: [row for row in holders_of(made) if row["name"] == name] for name in ("c0", "c1")}
     for row, other in zip(plans["c1"], plans["c0"], strict=True):
         # Both have declared the same.
         if row["round"] >= smaller_from:
             assert row["predicted_bytes"] * 1.25 <= 1_400_000 + 1
         else:
             assert row["predicted_bytes"] == other["predicted_bytes"]
-    assert made.progress.failures == {"c1": 1} and made.progress.metrics[-1]["available_clients"] == 2
+    assert made.state.member("c1").failures == 1 and rows_of(made)[-1]["available_clients"] == 2
 
 
 def short_run(
@@ -408,7 +408,7 @@ def test_who_is_short_of_much_less_than_it_declared_holds_less_than_before(
     server, client_gb = ((4.0, 20.0), 0.0014) if name == "server" else ((4.0, 0.001), 0.004)
     run = short_run(models["llama"], tmp_path, Fault(name, method, nth, "memory"), server, client_gb)
     assert run.run()
-    held = [row["predicted_bytes"] for row in run.progress.plans if row["name"] == name]
+    held = [row["predicted_bytes"] for row in holders_of(run) if row["name"] == name]
     (planned, *_) = told(run, "planned")
     first = planned["plan"]["server"] if name == "server" else planned["plan"]["clients"][1]
     for round_, held_bytes in enumerate(held):
@@ -417,7 +417,7 @@ def test_who_is_short_of_much_less_than_it_declared_holds_less_than_before(
         else:
             assert held_bytes == first["predicted_bytes"]
     assert any(f"{name} ran out of memory" in reason for event in told(run, "replanned") for reason in event["reasons"])
-    assert run.progress.shortages == {name: 1} and run.progress.metrics[-1]["available_clients"] == 2
+    assert run.state.member(name).shortages == 1 and rows_of(run)[-1]["available_clients"] == 2
 
 
 def test_a_server_that_could_hold_no_less_is_tried_again_and_the_run_says_what_is_lacking(
@@ -440,8 +440,8 @@ def test_a_server_that_could_hold_no_less_is_tried_again_and_the_run_says_what_i
 def test_a_client_that_could_hold_no_less_keeps_its_part(models: dict[str, Path], tmp_path: Path) -> None:
     run = short_run(models["llama"], tmp_path, Fault("c1", "forward", 2, "memory", times=3), (1.0, 20.0))
     assert run.run()
-    assert [row["available_clients"] for row in run.progress.metrics] == [2] * 4
-    assert not told(run, "unavailable", "set_aside") and run.progress.shortages == {"c1": 3}
+    assert [row["available_clients"] for row in rows_of(run)] == [2] * 4
+    assert not told(run, "unavailable", "set_aside") and run.state.member("c1").shortages == 3
 
 
 def test_when_nobody_is_left_the_last_ones_reason_is_told(models: dict[str, Path], tmp_path: Path) -> None:
@@ -501,10 +501,10 @@ def test_a_client_lost_when_the_run_is_stopped_is_back_after_the_resume(
     run = reached_by(faulty, run)
     assert not run.run()
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
-    assert checkpoint.name == "round-0001-step-0005" and run.progress.lost == ["c1"]
+    assert checkpoint.name == "round-0001-step-0005" and run.state.to_return == ["c1"]
     resumed = coordinator(models["llama"], tmp_path, plan, shares, Recorder(), directory=directory, **settings)
     assert resumed.run(checkpoint)
-    assert [row["available_clients"] for row in resumed.progress.metrics] == [3] * 4
+    assert [row["available_clients"] for row in rows_of(resumed)] == [3] * 4
 
 
 def test_a_single_node_that_dies_after_its_round_repeats_it(models: dict[str, Path], tmp_path: Path) -> None:

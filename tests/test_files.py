@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import hsplit
-from hsplit.checkpoint import Progress, save_checkpoint
+from hsplit.checkpoint import save_checkpoint
 from hsplit.files import (
     directory_written_atomically,
     save_tensors,
@@ -25,6 +25,7 @@ from hsplit.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
+from hsplit.run_state import RunState
 from hsplit.scheduling.count_store import CountStore
 from tests.file_modes import UMASKS, assert_new, modes, umask
 
@@ -144,7 +145,7 @@ def test_a_file_of_tensors_that_cannot_be_written_is_an_os_error(tmp_path: Path)
 @pytest.mark.parametrize("mask", UMASKS, ids=oct)
 def test_the_files_of_a_checkpoint_have_one_mode(tmp_path: Path, mask: int) -> None:
     with umask(mask):
-        save_checkpoint(tmp_path, "round-0001", Progress(), {"server": TENSORS, "c0": TENSORS}, keep=1)
+        save_checkpoint(tmp_path, "round-0001", RunState(), {"server": TENSORS, "c0": TENSORS}, keep=1)
     names = ("state.json", "manifest.json", "server.safetensors", "c0.safetensors")
     assert_new(tmp_path, mask, *(f"round-0001/{name}" for name in names))
 

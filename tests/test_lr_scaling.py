@@ -11,6 +11,7 @@ import pytest
 from hsplit.config import Importance, Job, Policy
 from hsplit.coordinator import Coordinator
 from hsplit.lora.schedule import learning_rate
+from hsplit.run_state import Status
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 
 SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 2, "local_steps": 2, "lr": 1e-2}
@@ -27,7 +28,7 @@ def made(model: Path, to: Path, scaling: str, ranks: tuple[int, ...] = (2, 2, 2)
 def rates(run: Coordinator) -> dict[str, float]:
     """The rate that everybody's optimizer has stepped with last."""
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
-    names = [*run.standing.clients, *run.standing.servers]
+    names = [*run.context.clients, *run.context.servers]
     return {name: actors[name].holder._optimizer.param_groups[0]["lr"] for name in names}
 
 
@@ -68,8 +69,8 @@ def test_who_is_lost_is_no_longer_counted(models: dict[str, Path], tmp_path: Pat
     stepped(run)
     run.local_step(1)
     run.aggregate()
-    run.progress.round += 1
-    run.standing.clients.remove("c1")
+    run.state.round += 1
+    run.state.member("c1").status = Status.LOST
     run.begin_round()
     run.local_step(2)
     usual = learning_rate(2, 6, SETTINGS["lr"], run._job.schedule, run._job.warmup)

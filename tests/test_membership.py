@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.executor import InProcess
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client, Job, Policy, RunConfig
 from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
@@ -20,9 +19,10 @@ from hsplit.lora.holder import Holder
 from hsplit.models.segment import model_config
 from hsplit.observe.events import read_events
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import Status
 from hsplit.scheduling.cost import CostModel
 from tests.faulty import Fault, FaultyInProcess
-from tests.in_process import Recorder, planned_run, random_examples, reached_by
+from tests.in_process import Recorder, planned_run, random_examples, reached_by, rows_of
 from tests.test_adaptation import JOB, a_run, bytes_for, part, plans_by_round, saved, shares
 
 EQUAL = Policy.model_validate({"importance": {"metric": "equal"}})
@@ -170,15 +170,15 @@ def test_a_round_is_repeated_with_and_without_those_who_came_and_went(
 
         going, _ = asking(run, model, directory, {3: come_and_go})
         if name == "disturbed":
-            method = {"server": "train_step", "scheduler": "aggregation_time_s"}.get(actor, "hand_in")
-            nth = {"server": 6, "scheduler": 3, "tablet": 1, "large": 3}[actor]
+            method = {"server": "train_step", "scheduler": "review"}.get(actor, "hand_in")
+            nth = {"server": 6, "scheduler": 2, "tablet": 1, "large": 3}[actor]
             faulty = FaultyInProcess(going._executor, [Fault(actor, method, nth)])  # type: ignore[arg-type]
             going = reached_by(faulty, going)
         assert going.run()
         if name == "disturbed":
             assert len(events(directory, "repeated")) == 1
         assert {*going._executor.actors} == {"small", "large", "tablet", "server", "scheduler"}  # type: ignore[attr-defined]
-        rows.append([{k: v for k, v in row.items() if k != "wall_time_s"} for row in going.progress.metrics])
+        rows.append([{k: v for k, v in row.items() if k != "wall_time_s"} for row in rows_of(going)])
     assert rows[0] == rows[1]
 
 
@@ -460,13 +460,13 @@ def drawing(model: Path, to: Path, count: int | None, **job: Any) -> tuple[Coord
 def test_so_many_clients_train_in_a_round_and_all_follow(model: Path, tmp_path: Path) -> None:
     going, recorder, directory = drawing(model, tmp_path, 2, rounds=6)
     trained: list[set[str]] = []
-    step = going.standing.training.step
+    step = going.context.training.step
 
     def watched(number: int, clients: list[str]) -> Any:
         trained.append({*clients})
         return step(number, clients)
 
-    going.standing.training.step = watched  # type: ignore[method-assign]
+    going.context.training.step = watched  # type: ignore[method-assign]
     assert going.run()
     assert {len(clients) for clients in trained} == {2}
     # The same in all of a round's steps, and others in other rounds; everybody has a turn.
@@ -496,8 +496,8 @@ def test_the_draw_depends_on_seed_and_round_alone(model: Path, tmp_path: Path) -
 def test_a_round_of_few_takes_their_virtual_time(model: Path, tmp_path: Path) -> None:
     going, recorder, directory = drawing(model, tmp_path, 1, rounds=6)
     assert going.run()
-    plan = going.standing.plan
-    alone = {c: going.standing.ask(Scheduler.step_times_s, plan, [c])[-1] for c in ("small", "middle", "large")}
+    plan = going.context.plan
+    alone = {c: going.context.clock.steps_s(plan, [c])[-1] for c in ("small", "middle", "large")}
     assert len(set(alone.values())) > 1
     drawn = [event["clients"][0] for event in events(directory, "cohort")]
     spent = [b.virtual_time_s - a.virtual_time_s for a, b in zip(recorder.rows, recorder.rows[1:], strict=False)]
@@ -509,11 +509,11 @@ def test_a_round_of_few_takes_their_virtual_time(model: Path, tmp_path: Path) ->
 def test_a_lost_clients_place_is_taken_by_the_next_in_the_draw(model: Path, tmp_path: Path) -> None:
     going, _, _ = drawing(model, tmp_path, 2)
     going.start()
-    roster = going.standing.roster
-    drawn = roster.cohort(0, 1, 2)
-    (idle,) = {*roster.present} - {*drawn}
-    roster.present.remove(drawn[0])
-    assert {*roster.cohort(0, 1, 2)} == {drawn[1], idle}
+    state = going.state
+    drawn = state.cohort(0, 1, 2)
+    (idle,) = {*state.present} - {*drawn}
+    state.member(drawn[0]).status = Status.LOST
+    assert {*state.cohort(0, 1, 2)} == {drawn[1], idle}
 
 
 def test_client(model: Path) -> None:

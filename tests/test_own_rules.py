@@ -56,7 +56,7 @@ def test_the_pages_own_rules_make_the_plan_and_the_aggregation(example: Path, mo
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
     made = local_run(run, models["llama"], directory, Inputs(shares, "model", "data"), recorder)
     assert made.run()
-    plan = made.standing.plan
+    plan = made.context.plan
     assert [client.split for client in plan.available] == [LAYERS // 2] * 2
     for holder in (*plan.available, plan.server):
         by_kind = {("attn" in name): rank for name, rank in holder.ranks.items()}

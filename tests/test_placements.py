@@ -10,7 +10,6 @@ import pandas
 import pytest
 import torch
 
-from hsplit.actors.executor import SCHEDULER
 from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec, load_run_config
 from hsplit.config.cluster import CENTRAL
@@ -172,7 +171,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     interrupted = started(run, models["llama"], tmp_path / "cut", first)
     first.after_step = lambda step: setattr(interrupted, "stopping", step == 3)
     assert not interrupted.run()
-    directory = interrupted.standing.directory
+    directory = interrupted.context.directory
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
     again = planned_run(run, models["llama"], directory, shares, second)
@@ -199,10 +198,10 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
         "1 of 3 clients are unavailable, and with them 12 of 36 examples (33.3%) are not trained on" in note
         for note in recorder.notes
     )
-    (lost,) = [e for e in read_events(made.standing.directory.events) if e["event"] == "data_lost"]
+    (lost,) = [e for e in read_events(made.context.directory.events) if e["event"] == "data_lost"]
     assert (lost["clients"], lost["examples"], lost["of_examples"]) == (["c1"], 12, 36)
     assert [row.available_clients for row in recorder.rows] == [2, 2]
-    plans = pandas.read_csv(made.standing.directory.plan)
+    plans = pandas.read_csv(made.context.directory.plan)
     assert not plans[plans["name"] == "c1"]["available"].any()
     # Nothing of a step travels: only adapters do, once.
     assert recorder.rows[0].bytes_up == 0
@@ -234,13 +233,13 @@ def test_every_preset_runs(models: dict[str, Path], tmp_path: Path, preset: str)
     assert made.run()
     assert recorder.rows[-1].val_loss < recorder.rows[0].val_loss
     assert recorder.rows[-1].virtual_time_s > 0
-    checkpoint, _ = latest_checkpoint(made.standing.directory.checkpoints)
+    checkpoint, _ = latest_checkpoint(made.context.directory.checkpoints)
     _, tensors = read_checkpoint(checkpoint)
     if preset == "ft":
         assert any(key.startswith(WEIGHT) for key in tensors[CENTRAL])
     else:
         assert learned(tensors["server"])
-    assert json.dumps(actors(made)[SCHEDULER].state())
+    assert json.dumps(made.state.to_json())
 
 
 @pytest.mark.parametrize(
@@ -297,8 +296,8 @@ def test_holders_of_smaller_ranks_go_on_with_the_leading_directions_and_a_resume
     whole, first, second = Recorder(), Recorder(), Recorder()
     made = started(run, models["llama"], tmp_path / "whole", whole)
     made.run()
-    assert [set(client.ranks.values()) for client in made.standing.plan.clients] == [{32}, {8}, {2}]
-    _, tensors = read_checkpoint(latest_checkpoint(made.standing.directory.checkpoints)[0])
+    assert [set(client.ranks.values()) for client in made.context.plan.clients] == [{32}, {8}, {2}]
+    _, tensors = read_checkpoint(latest_checkpoint(made.context.directory.checkpoints)[0])
     learnt = learned(tensors["server"])
     # Nothing was trained since the last restart, so every holder still has what it took.
     for name, rank in zip(NAMES, (32, 8, 2), strict=True):
@@ -311,8 +310,8 @@ def test_holders_of_smaller_ranks_go_on_with_the_leading_directions_and_a_resume
     first.after_step = lambda step: setattr(interrupted, "stopping", step == 3)
     assert not interrupted.run()
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
-    checkpoint, _ = latest_checkpoint(interrupted.standing.directory.checkpoints)
-    assert planned_run(run, models["llama"], interrupted.standing.directory, shares, second).run(checkpoint)
+    checkpoint, _ = latest_checkpoint(interrupted.context.directory.checkpoints)
+    assert planned_run(run, models["llama"], interrupted.context.directory, shares, second).run(checkpoint)
     assert [row.val_loss for row in (*first.rows, *second.rows)] == [row.val_loss for row in whole.rows]
 
 

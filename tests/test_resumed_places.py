@@ -13,11 +13,12 @@ import pytest
 from hsplit import launcher
 from hsplit.actors import placement, preflight
 from hsplit.actors.placement import Placement, left_by, placement_of, requests_of, room_for
-from hsplit.checkpoint import Progress, save_checkpoint
+from hsplit.checkpoint import save_checkpoint
 from hsplit.config import Client, Job, RunConfig, ServerSpec
 from hsplit.errors import InputError
 from hsplit.launcher import local_cpus, resume
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import Member, RunState, Status
 from tests.actors.test_placement import node
 
 
@@ -51,12 +52,13 @@ def stopped(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     return directory
 
 
-def checkpoint(directory: RunDirectory, **where: Any) -> None:
-    save_checkpoint(directory.checkpoints, "round-0001", Progress(round=1, **where), {}, 2)
+def checkpoint(directory: RunDirectory, **statuses: Status) -> None:
+    members = {name: Member(status) for name, status in statuses.items()}
+    save_checkpoint(directory.checkpoints, "round-0001", RunState(round=1, members=members), {}, 2)
 
 
 def test_who_has_left_is_set_aside_or_lost_need_not_be_there(stopped: RunDirectory) -> None:
-    checkpoint(stopped, left=["clinic"], aside=["ward"], lost=["phone"])
+    checkpoint(stopped, clinic=Status.LEFT, ward=Status.ASIDE, phone=Status.LOST)
     with pytest.raises(LookedAt) as looked:
         resume(stopped.path)
     places: Placement = looked.value.args[0]
@@ -64,7 +66,7 @@ def test_who_has_left_is_set_aside_or_lost_need_not_be_there(stopped: RunDirecto
 
 
 def test_who_takes_part_must_be_there(stopped: RunDirectory) -> None:
-    checkpoint(stopped, left=["clinic"], aside=["ward"])
+    checkpoint(stopped, clinic=Status.LEFT, ward=Status.ASIDE)
     with pytest.raises(InputError, match="phone: node: n4 is not in the Ray cluster"):
         resume(stopped.path)
 

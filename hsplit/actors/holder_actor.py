@@ -62,7 +62,7 @@ class HolderActor(Generic[Held]):
         return self.holder.state()
 
     @measured_with_part
-    def take_up(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
+    def resume_state(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
         """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
         self.holder.follow_residual(update.residuals)
         self.holder.load_state(tensors)

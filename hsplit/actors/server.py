@@ -158,8 +158,8 @@ class Server(Replica):
         return report, *(updates[h.holder] for h in held)
 
     @measured
-    def welcome(self, round_: int, *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
-        """For clients that begin ``round_`` from nothing, after a failure.
+    def full_updates(self, round_: int, *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
+        """Every residual whole, for clients that begin ``round_`` from nothing, after a failure.
 
         Returns:
             Bytes of what follows: for each of ``clients`` every residual whole, and what its adapters restart with.
@@ -189,7 +189,7 @@ class Server(Replica):
         assert plan is not None
         self.aggregator.load_state(tensors)
         own = self.holder.adapters.ranks
-        self.take_up(tensors, self.aggregator.update_for(0, own, whole=own))
+        self.resume_state(tensors, self.aggregator.update_for(0, own, whole=own))
         ranks = [plan.part(name).ranks for name in holders]
         updates = [self.aggregator.update_for(0, held, whole=held) for held in ranks]
         # Lets go of the copies that were made for the updates.

@@ -230,13 +230,21 @@ def read_json(path: str | Path, type_: type[Value]) -> Value:
     Raises:
         InputError: there is no such file, or it holds no such value.
     """
+    return from_json(read_bytes(path), type_, displayed(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
     try:
-        raw = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{displayed(path)}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise InputError(f"{displayed(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return from_json(raw, type_, displayed(path))
 
 
 def to_yaml(value: Any) -> str:

@@ -122,7 +122,7 @@ def evaluate(
         beams=beams,
         max_new_tokens=max_new_tokens,
         scores=scores,
-        round=None if opened.progress is None else opened.progress.round,
+        round=None if opened.state is None else opened.state.round,
         notes=tuple(notes),
         generations=generations,
     )
@@ -190,8 +190,8 @@ def _test_part(opened: Target) -> tuple[list[TestInput], str]:
 
 def _same_data(opened: Target, data_sha256: str) -> None:
     """Refuse data that has changed since the run began: what was trained on could not be told from it."""
-    assert opened.run is not None and opened.progress is not None
-    if data_sha256 != opened.progress.data_sha256:
+    assert opened.run is not None and opened.state is not None
+    if data_sha256 != opened.state.data_sha256:
         raise InputError(
             f"{opened.run.job.data.source}: is not the data that the run was started with; put those back, or give"
             " --data FILE"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsplit.actors.executor import one_line
 from hsplit.actors.participant import base_model
-from hsplit.checkpoint import Progress, latest_checkpoint, read_checkpoint
+from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed, read_json
 from hsplit.config.section import STRICT
@@ -30,7 +30,7 @@ from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, o
 from hsplit.models.source import ModelSource, check_directory, find_model
 from hsplit.models.weights import freeze
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
+from hsplit.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Target:
         how: in words, how it computes.
         separator: ``job.data.separator`` of the run that it is from, where that is known.
         seed: the run's, 0 for an exported directory.
-        run, source, progress: the run's configuration, base and last checkpoint, ``None`` for an exported directory.
+        run, source, state: the run's configuration, base and last checkpoint, ``None`` for an exported directory.
         notes: what else there is to say.
     """
 
@@ -60,7 +60,7 @@ class Target:
     seed: int = 0
     run: RunConfig | None = None
     source: ModelSource | None = None
-    progress: Progress | None = None
+    state: RunState | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -108,7 +108,7 @@ def open_target(path: Path, client: str | None = None) -> Target:
 def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
     run = RunConfig.load(directory.config)
     checkpoint, notes = latest_checkpoint(directory.checkpoints)
-    progress, tensors = read_checkpoint(checkpoint)
+    state, tensors = read_checkpoint(checkpoint)
     source = find_model(run.job.model)
     trained = trained_weights(tensors)
     where = f"checkpoint {checkpoint.name}, base {run.job.base}, computed in {'fp32' if trained else run.job.dtype}"
@@ -116,13 +116,13 @@ def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
         _refuse_client(client, "every weight was trained on one node")
         model, how = _trained_model(run, source, trained, device), f"as one model, every weight trained; {where}"
     else:
-        cut, how = _cut(run, progress, client, displayed(checkpoint))
+        cut, how = _cut(run, state, client, displayed(checkpoint))
         learned = learned_parts({key: tensor for own in tensors.values() for key, tensor in own.items()})
         model, how = split_model(base_model(source.directory, run.job), learned, cut, device), f"{how}; {where}"
     if run.job.privacy.noise:
         notes = [*notes, "the noise that clients add to activations (privacy.noise) is left out"]
     tokenizer = load_tokenizer(source.directory)
-    return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, progress, list(notes))
+    return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, state, list(notes))
 
 
 def _global(run: RunConfig) -> str:
@@ -131,13 +131,13 @@ def _global(run: RunConfig) -> str:
     return " (the global one: holders of smaller ranks have its leading directions)" if truncates else ""
 
 
-def _cut(run: RunConfig, progress: Progress, client: str | None, where: str) -> tuple[Cut | None, str]:
+def _cut(run: RunConfig, state: RunState, client: str | None, where: str) -> tuple[Cut | None, str]:
     if run.policy.placement != "split":
         _refuse_client(client, f"policy {run.policy.name} splits nothing (placement {run.policy.placement!r})")
         return None, f"as one model, which each holder has whole{_global(run)}"
-    if progress.plan is None:
+    if state.plan is None:
         raise InputError(f"{where}: it has no plan to cut the model by")
-    plan = Plan.from_json(progress.plan)
+    plan = state.plan
     if client is None:
         if not plan.available:
             raise InputError(f"{where}: by its plan no client takes part, so there is no split to cut at")

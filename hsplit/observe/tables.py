@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
-from hsplit.config.files import displayed, from_plain
+from hsplit.config.files import displayed
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
@@ -162,28 +162,14 @@ def timing_rows(round: int, spent: Mapping[str, Mapping[str, float]], steps_s: f
 Row = TypeVar("Row", bound=MetricsRow | PlanRow | TimingRow)
 
 
-def row_to_json(row: MetricsRow | PlanRow | TimingRow) -> dict[str, Any]:
-    """``row`` for a checkpoint's JSON."""
-    return asdict(row)
-
-
-def row_from_json(data: Mapping[str, Any], row_type: type[Row]) -> Row:
-    """The row that ``row_to_json`` wrote.
-
-    Raises:
-        InputError: columns are missing or unknown, or a value is none that the column may have.
-    """
-    return from_plain(data, row_type, row_type.__name__)
-
-
 class MetricsTable(Generic[Row]):
     """A CSV file that is its rows in memory, rewritten whole at each change.
 
     Tables are short (a row a round, or some a round and holder), so rewriting is cheap, and a kill at any
-    moment leaves the last complete file. The file is not read: a run that goes on gives ``restore`` its rows.
+    moment leaves the last complete file. A run that is resumed cuts it to the rounds that its checkpoint has.
 
     Args:
-        path: the file; written at the first ``append`` or ``restore``.
+        path: the file; written at the first change.
         row_type: ``MetricsRow``, ``PlanRow`` or ``TimingRow``; its fields are the columns.
     """
 
@@ -198,26 +184,40 @@ class MetricsTable(Generic[Row]):
         return self._rows
 
     def append(self, *rows: Row) -> None:
-        """Adds ``rows`` and writes the file once.
+        """Add ``rows`` and write the file once.
 
         Raises:
             OSError: it cannot be written; the file and the rows are as they were.
         """
-        self.restore((*self._rows, *rows))
+        self._write((*self._rows, *rows))
 
-    def restore(self, rows: Iterable[Row | Mapping[str, Any]]) -> None:
-        """Makes ``rows``, or their JSON, all there is: at resume, the rows of the checkpoint.
+    def cut(self, last: int) -> None:
+        """Keep the rows up to round ``last``: those in memory, or at the first call those in the file, if there is one.
+
+        Raises:
+            InputError: the file is not as it was written.
+            OSError: it cannot be written; the file and the rows are as they were.
+        """
+        rows = self._rows if self._rows or not self.path.exists() else tuple(self._read())
+        self._write(tuple(row for row in rows if row.round <= last))
+
+    def clear(self) -> None:
+        """Remove every row.
 
         Raises:
             OSError: the file cannot be written; the file and the rows are as they were.
         """
-        kept = tuple(row_from_json(row, self._row_type) if isinstance(row, Mapping) else row for row in rows)
-        write_text_atomically(self.path, _csv(kept, self._row_type))
-        self._rows = kept
+        self._write(())
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """The rows for a checkpoint; ``restore`` takes them back."""
-        return [row_to_json(row) for row in self._rows]
+    def _read(self) -> list[Row]:
+        try:
+            return read_rows(self.path, self._row_type)
+        except InputError as error:
+            raise InputError(f"{error}; the run continues this table: put it right, or move it away") from None
+
+    def _write(self, rows: tuple[Row, ...]) -> None:
+        write_text_atomically(self.path, _csv(rows, self._row_type))
+        self._rows = rows
 
 
 def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:

@@ -141,10 +141,18 @@ class Plan:
             plan = from_plain(data, Plan, "it is no plan")
         except InputError as error:
             raise ValueError(str(error)) from None
-        for part in (plan.server, *plan.clients):
-            if (part.split is None and part.available) or (part.split or 0) > plan.layers:
-                raise ValueError(f"it is no plan: {part.name} takes part without layers, or has more than there are")
+        plan.check()
         return plan
+
+    def check(self) -> None:
+        """See that what was read from a file can be a plan.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        for part in (self.server, *self.clients):
+            if (part.split is None and part.available) or (part.split or 0) > self.layers:
+                raise ValueError(f"it is no plan: {part.name} takes part without layers, or has more than there are")
 
 
 def _holder_json(holder: HolderPlan) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hsplit.scheduling.budgets import BudgetRequest
 from hsplit.scheduling.clock import VirtualClock
 from hsplit.scheduling.counted_model import prefix
 from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.planning_state import Fleet, PlanningState
 from hsplit.scheduling.serving import drawn_cohort
 from hsplit.simulation.fleet import Traffic, links
 
@@ -112,15 +113,18 @@ class _Simulation:
         self._time_s = 0.0
 
     def simulated(self, rounds: int) -> Simulated:
-        plan = first = self._scheduler.plan()
-        clients, server = self._scheduler.budgets()
+        fleet, state = Fleet.of_run(self._run), PlanningState()
+        begun = self._scheduler.first(fleet, state)
+        plan = first = begun.made
+        state = begun.state
+        clients, server = self._scheduler.budgets(fleet, state)
         done: list[Round] = []
         plans = 1
         available = {client.name for client in plan.available}
         before = {client.name for client in plan.available}
-        for round_, fleet in enumerate(islice(links(clients, self._traffic, self._job.seed), rounds), 1):
-            here = [c.name for c, there in zip(clients, fleet.present.tolist(), strict=True) if there]
-            clock = VirtualClock(self._scheduler.cost, fleet.budgets(clients), server)
+        for round_, links_now in enumerate(islice(links(clients, self._traffic, self._job.seed), rounds), 1):
+            here = [c.name for c, there in zip(clients, links_now.present.tolist(), strict=True) if there]
+            clock = VirtualClock(self._scheduler.cost, links_now.budgets(clients), server)
             if round_ == 1:
                 done.append(self._start(clock, plan, [name for name in here if name in available]))
             probe_s = replanning_s = 0.0
@@ -130,10 +134,11 @@ class _Simulation:
                 if self._run.policy.probes and probed:
                     probe_s = clock.probe_s(plan, self._run.policy.importance.tokens, probed)
                 requests = [request for when, request in self._scheduled if when == round_]
-                review = self._scheduler.review(round_ - 1, plan, (), {}, requests)
+                review = self._scheduler.review(round_ - 1, plan, fleet, state, (), {}, requests)
+                state = review.state
                 if requests:
-                    clients, server = self._scheduler.budgets()
-                    clock = VirtualClock(self._scheduler.cost, fleet.budgets(clients), server)
+                    clients, server = self._scheduler.budgets(fleet, state)
+                    clock = VirtualClock(self._scheduler.cost, links_now.budgets(clients), server)
                 if review.plan is not None:
                     moved = self._exchange.moved(plan, review.plan, here)
                     replanning_s, down = clock.reconfiguration_s(plan, review.plan, moved), sum(moved.values())

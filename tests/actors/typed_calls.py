@@ -13,6 +13,7 @@ from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.lora.holder import HeldAdapters
 from hsplit.scheduling.plan import Plan
+from hsplit.scheduling.planning_state import PlanningState
 
 
 def right(executor: Executor) -> None:
@@ -36,6 +37,6 @@ def wrong(executor: Executor) -> None:
     executor.call("c0", Client.backward, 0, 0, message)  # type: ignore[arg-type]
     executor.call_pair("c0", Client.backward, 0, 0, None)  # type: ignore[arg-type]
     executor.call_each(SERVER, Replica.train_step, 0, 0, [report])  # type: ignore[list-item]
-    executor.ask(SCHEDULER, Scheduler.probe_due)  # type: ignore[call-arg]
-    executor.ask(SCHEDULER, Scheduler.probe_due, "1")  # type: ignore[arg-type]
+    executor.ask(SCHEDULER, Scheduler.first)  # type: ignore[call-arg]
+    executor.ask(SCHEDULER, Scheduler.first, "1", PlanningState())  # type: ignore[arg-type]
     executor.value(report).loss_sum  # type: ignore[attr-defined]  # noqa: B018

@@ -18,13 +18,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from hsplit.actors.executor import Ref
 from hsplit.actors.ray_executor import NAMESPACE, RayExecutor
+from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig, load_run_config
 from hsplit.coordinator import Coordinator
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
 from hsplit.preparation import read_inputs, settled
 from hsplit.run_directory import RunDirectory
-from tests.in_process import Recorder
+from tests.in_process import Recorder, rows_of
 
 # Of all actors; a round of the drill's cluster is some sixty.
 CALLS_BETWEEN_KILLS = (10, 80)
@@ -153,12 +154,12 @@ class Drill:
 
     @property
     def final_ppl(self) -> float:
-        return float(self.coordinator.progress.metrics[-1]["val_ppl"])
+        return float(rows_of(self.coordinator)[-1]["val_ppl"])
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.csv without the wall's clock."""
-        return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in self.coordinator.progress.metrics]
+        return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in rows_of(self.coordinator)]
 
 
 def drill(
@@ -192,9 +193,10 @@ def drill(
         if after_step is not None:
             after_step(step)
 
+    clock_of = Scheduler(run, source.directory).clock
     thread = None if beside is None else threading.Thread(target=beside, args=[executor], daemon=True)
     try:
-        coordinator = Coordinator(run, executor, directory, inputs, Recorder(after_step=stepped))
+        coordinator = Coordinator(run, executor, directory, inputs, Recorder(after_step=stepped), clock_of)
         if thread is not None:
             thread.start()
         complete = coordinator.run(checkpoint)

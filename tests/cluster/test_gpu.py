@@ -16,7 +16,7 @@ from hsplit.models.source import find_model
 from hsplit.observe.tables import read_plan
 from hsplit.preparation import read_inputs, settled
 from hsplit.run_directory import RunDirectory
-from tests.in_process import Recorder
+from tests.in_process import Recorder, rows_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ def in_process(cluster_file: Path, to: Path, policy: str, overrides: list[str], 
         run, source.directory, RunDirectory.create(to, device), read_inputs(run, source), recorder, device=device
     )
     assert made.run()
-    rows = pd.DataFrame(made.progress.metrics)
+    rows = pd.DataFrame(rows_of(made))
     return rows[COLUMNS]
 
 

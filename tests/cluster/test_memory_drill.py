@@ -31,13 +31,13 @@ Record = Callable[[str, object], None]
 CELLS = {
     ("small", "start"): ("load_data", 1),
     ("small", "training"): ("forward", 6),
-    ("small", "resuming"): ("take_up", 1),
+    ("small", "resuming"): ("resume_state", 1),
     ("server", "start"): ("configure", 1),
     ("server", "training"): ("train_step", 6),
     ("server", "resuming"): ("load_state", 1),
-    ("scheduler", "start"): ("plan", 1),
+    ("scheduler", "start"): ("first", 1),
     ("scheduler", "training"): ("review", 1),
-    ("scheduler", "resuming"): ("load_state", 1),
+    ("scheduler", "resuming"): ("review", 1),
 }
 # Of the machine's memory, between what is used before Ray starts and the limit: several times what the run takes.
 ROOM_BYTES = 4e9

@@ -31,7 +31,7 @@ from hsplit.preparation import read_inputs
 from hsplit.run_directory import RunDirectory
 from hsplit.scheduling.plan import Plan
 from tests.cluster.killing import end_actor
-from tests.in_process import Recorder, planned_run, random_examples
+from tests.in_process import Recorder, planned_run, random_examples, rows_of
 from tests.laws.reference import lora_A, lora_B, mean_loss, peft_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -223,7 +223,7 @@ def _assert_same_in_process(on_ray: hsplit.Run, tmp_path: Path) -> None:
     shares = read_inputs(run, source).shares
     here = planned_run(run, source.directory, RunDirectory.create(tmp_path, "here"), shares, Recorder())
     here.run()
-    ours = here.progress.metrics
+    ours = rows_of(here)
     for column in ("val_loss", "train_loss"):
         assert [row[column] for row in ours][1:] == pytest.approx(on_ray.metrics[column].tolist()[1:], rel=1e-6)
     for column in ("virtual_time_s", "bytes_up", "bytes_down", "captured_importance"):

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit import inbox, model_card
-from hsplit.checkpoint import Progress
 from hsplit.config.cluster import Client, ScheduledChange
 from hsplit.config.files import from_json, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
@@ -26,7 +25,9 @@ from hsplit.models import checkpoint_reader, packaged
 from hsplit.observe.progress_file import StepRecord
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.report import record
+from hsplit.run_state import Member, RunState
 from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.scheduling.planning_state import PlanningState
 
 ROOT = Path(__file__).parents[2]
 # Text that is more or less than strict JSON, or of others: events with halves of surrogate pairs, messages of a process
@@ -119,7 +120,18 @@ def test_sections_in_a_document_take_lists_as_in_a_configuration() -> None:
 
 def test_nothing_that_is_read_from_json_is_converted() -> None:
     """Every dataclass of which a document is made, or a part of one."""
-    read: list[Any] = [MetricsRow, PlanRow, TimingRow, HolderPlan, Plan, Progress, StepRecord, Driver]
+    read: list[Any] = [
+        MetricsRow,
+        PlanRow,
+        TimingRow,
+        HolderPlan,
+        Plan,
+        RunState,
+        Member,
+        PlanningState,
+        StepRecord,
+        Driver,
+    ]
     read += [inbox._Budget, inbox._Join, inbox._Leave, model_card._Evaluation, record._State]
     read += [packaged._Marker, checkpoint_reader._Index, targets._AdapterConfig]
     assert [one for one in read if not one.__pydantic_config__["strict"]] == []

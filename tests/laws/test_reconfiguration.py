@@ -141,10 +141,10 @@ def test_e4_another_plan_changes_no_output(
     run.start()
     plans = [after, before]
     for round_, plan in enumerate(plans, start=1):
-        while run.progress.step < round_ * settings_.local_steps:
-            run.local_step(run.progress.step)
+        while run.state.step < round_ * settings_.local_steps:
+            run.local_step(run.state.step)
         run.aggregate()
-        run.progress.round += 1
+        run.state.round += 1
         settled = _loss(run)
         # Unless all layers are with clients that only compute forward.
         trained = any(term.dense().norm() > 0 for term in learned(actors["server"].state()).values())

@@ -162,10 +162,10 @@ def test_a_change_of_plan_leaves_holders_their_moments(models: dict[str, Path], 
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
     run.start()
     for number, (had, gets) in enumerate([(before, after), (after, before)], start=1):
-        while run.progress.step < 3 * number:
-            run.local_step(run.progress.step)
+        while run.state.step < 3 * number:
+            run.local_step(run.state.step)
         run.aggregate()
-        run.progress.round += 1
+        run.state.round += 1
         least = {n: {w: min(r, gets.part(n).ranks.get(w, 0)) for w, r in had.part(n).ranks.items()} for n in HOLDERS}
         known = {name: actors[name].holder.carried_moments(least[name]) for name in HOLDERS}
         gone: list[bool] = []
@@ -185,6 +185,6 @@ def test_a_change_of_plan_leaves_holders_their_moments(models: dict[str, Path], 
             torch.testing.assert_close(now.begun, known[name].begun)
             torch.testing.assert_close(now.of_A, known[name].of_A)
             torch.testing.assert_close(now.of_B, known[name].of_B)
-    for step in range(run.progress.step, run.progress.step + 3):
+    for step in range(run.state.step, run.state.step + 3):
         run.local_step(step)
     run.aggregate()

@@ -169,11 +169,11 @@ def test_directions_that_restart_in_a_run_begin_again_and_others_go_on(
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
     run.start()
     for round_, plan in enumerate(made[1:], start=1):
-        while run.progress.step < round_ * settled.local_steps:
-            run.local_step(run.progress.step)
+        while run.state.step < round_ * settled.local_steps:
+            run.local_step(run.state.step)
         held = _stepped(actors)
         run.aggregate()
-        run.progress.round += 1
+        run.state.round += 1
         between = _checked(actors, moments, held)
         run._reconfigure(plan)
         _checked(actors, moments, between)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -22,8 +21,6 @@ from hsplit.observe.tables import (
     read_metrics,
     read_plan,
     read_rows,
-    row_from_json,
-    row_to_json,
 )
 from hsplit.scheduling.plan import Plan
 from tests.observe.conftest import metrics_row
@@ -50,7 +47,6 @@ def test_every_float_comes_back_to_its_last_digit(loss: float, train: float | No
         path = Path(folder) / "metrics.csv"
         MetricsTable(path, MetricsRow).append(row)
         assert read_rows(path, MetricsRow) == [row]
-    assert row_from_json(json.loads(json.dumps(row_to_json(row))), MetricsRow) == row
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,18 +97,17 @@ def test_plan_frame_keeps_whole_numbers_beside_missing_ones(tmp_path: Path, plan
     assert frame["available"].tolist() == [True, True, True, False]
 
 
-def test_restore_truncates_to_a_checkpoint(tmp_path: Path) -> None:
+def test_a_table_is_cut_to_the_rounds_of_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     table = MetricsTable(path, MetricsRow)
     for round in range(3):
         table.append(metrics_row(round))
-    saved = json.loads(json.dumps(table.to_json()[:2]))
     resumed = MetricsTable(path, MetricsRow)
-    resumed.restore(saved)
+    resumed.cut(1)
     assert read_rows(path, MetricsRow) == [metrics_row(0), metrics_row(1)]
     resumed.append(metrics_row(2, tokens=7))
     assert [row.tokens for row in read_rows(path, MetricsRow)] == [0, 1234, 7]
-    resumed.restore(table.rows[:1])
+    resumed.cut(0)
     assert read_rows(path, MetricsRow) == [metrics_row(0)]
 
 

@@ -205,7 +205,7 @@ def test_a_run_that_failed_before_any_round(fake_run: MakeRun, tmp_path: Path) -
 def test_a_run_that_held_nothing_out_opens_with_its_train_loss(fake_run: MakeRun, tmp_path: Path) -> None:
     run = RunDirectory.open(fake_run("unvalidated", rounds=5))
     rows = [metrics_row(round, val_loss=0.0, val_ppl=1.0) for round in range(6)]
-    MetricsTable(run.metrics, MetricsRow).restore(rows)
+    MetricsTable(run.metrics, MetricsRow).append(*rows)
     html, page = report_of(tmp_path / "report.html", run.path)
     assert_self_contained(html, page)
     assert page.lead.startswith("Nothing was held out to validate on; train loss fell from 3.000 to 0.600 in 5 rounds")
@@ -256,7 +256,7 @@ def test_run_without_any_round(fake_run: MakeRun, tmp_path: Path) -> None:
 def test_diverged_run(fake_run: MakeRun, tmp_path: Path) -> None:
     run = RunDirectory.open(fake_run("diverged"))
     bad = {"val_loss": float("nan"), "val_ppl": float("inf"), "train_loss": float("nan")}
-    MetricsTable(run.metrics, MetricsRow).restore([metrics_row(0), metrics_row(1, **bad)])
+    MetricsTable(run.metrics, MetricsRow).append(metrics_row(0), metrics_row(1, **bad))
     _, page = report_of(tmp_path / "report.html", run.path)
     assert "inf" in page.text
     assert "nan" in page.text

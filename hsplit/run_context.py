@@ -1,24 +1,28 @@
-"""Where a run stands, for everything that drives it: who takes part, by which plan, how far it is, and who is told."""
+"""The context that the parts of a run share: its configuration and state, its actors, and its log and display."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn
 
-from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor, P, R, Ref
-from hsplit.actors.participant import DataReport, Participant
+from hsplit.actors.executor import SCHEDULER, ActorFailure, Executor, P, R
+from hsplit.actors.participant import Participant
 from hsplit.actors.replica import Replica
-from hsplit.checkpoint import Progress
 from hsplit.client_data import ClientData
 from hsplit.config import Client, RunConfig
 from hsplit.data import Example
 from hsplit.observe.events import EventLog
 from hsplit.observe.observer import Observer
-from hsplit.roster import Roster
 from hsplit.run_directory import RunDirectory
+from hsplit.run_state import RunState
+from hsplit.scheduling.clock import VirtualClock
 from hsplit.scheduling.plan import Plan
+from hsplit.scheduling.planning_state import Fleet, PlanningState
 from hsplit.training import training_of
+
+ClockOf = Callable[[Fleet, PlanningState], VirtualClock]
+"""Makes the virtual clock by the budgets in force: :meth:`hsplit.actors.scheduler.Scheduler.clock`."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Inputs:
     data_sha256: str
 
 
-class Standing:
-    """Where a run stands.
+class RunContext:
+    """Shared by all that drives a run.
 
     Args:
         run: resolved configuration.
@@ -44,46 +48,71 @@ class Standing:
         directory: the run's directory.
         inputs: data shares and fingerprints.
         display: what the user watches.
+        clock_of: makes the virtual clock.
 
     Attributes:
         declared: the configuration that the run was begun with.
-        run: the same with the clients that have joined since.
-        progress: all that a checkpoint keeps of it.
+        state: plan, progress and membership.
         round: the round under way, counted from 1, or the one just ended until the next begins.
-        plan: the plan in force; there is none before the first.
-        roster: who is there, who is lost and comes back.
         data: what the clients have to train on.
         training: how a step, a validation and a probe go.
         servers: their names; the first of them aggregates.
-        single: whether one node has everything, so that nothing travels.
-        unavailable: the clients that the plan has no part for.
+        single: true if one node has everything, so that nothing travels.
     """
 
-    plan: Plan
-
     def __init__(
-        self, run: RunConfig, executor: Executor, directory: RunDirectory, inputs: Inputs, display: Observer
+        self,
+        run: RunConfig,
+        executor: Executor,
+        directory: RunDirectory,
+        inputs: Inputs,
+        display: Observer,
+        clock_of: ClockOf,
     ) -> None:
-        self.declared, self.run, self.job = run, run, run.job
+        self.declared, self.job = run, run.job
         self.executor, self.directory, self.inputs, self.display = executor, directory, inputs, display
         self.events = EventLog(directory.events)
-        self.progress, self.round = self.nothing_done(), 0
+        self.state, self.round = self.new_state(), 0
         self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note)
-        self.roster = Roster(run.job.faults, executor, self._prepare_return, self._learn, self.note)
         self.training = training_of(run, executor)
         self.servers = run.server.names
         self.single = run.policy.placement == "single"
-        self.unavailable: set[str] = set()
+        self._clock_of = clock_of
+        self._said_unavailable: set[str] = set()
+
+    # -- what follows from the state --------------------------------------------------------------------------------
+
+    @property
+    def run(self) -> RunConfig:
+        """The configuration with the clients that have joined."""
+        return self.declared.model_copy(update={"clients": (*self.declared.clients, *self.state.joined)})
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force; an error before the first."""
+        if self.state.plan is None:
+            raise RuntimeError("there is no plan yet")
+        return self.state.plan
 
     @property
     def clients(self) -> list[str]:
-        """The clients that take part now."""
-        return self.roster.present
+        """The clients that take part now, in the plan's order."""
+        return self.state.present
 
     @property
-    def joined(self) -> tuple[Client, ...]:
-        """The clients that have come while the run was under way, in the order in which they came."""
-        return self.run.clients[len(self.declared.clients) :]
+    def fleet(self) -> Fleet:
+        """The fleet to plan for."""
+        return self.state.fleet(self.run.clients)
+
+    @property
+    def clock(self) -> VirtualClock:
+        """The virtual clock by the budgets in force."""
+        return self._clock_of(self.fleet, self.state.planning)
+
+    @property
+    def unavailable(self) -> set[str]:
+        """The clients that the plan has no part for."""
+        return {client.name for client in self.plan.clients if not client.available}
 
     def named(self, names: Collection[str]) -> list[Client]:
         """The participants of these names, as the run has them."""
@@ -91,9 +120,9 @@ class Standing:
 
     def cohort(self, round_: int) -> list[str]:
         """The clients that train in round ``round_``."""
-        return self.roster.cohort(self.job.seed, round_, self.job.clients_per_round)
+        return self.state.cohort(self.job.seed, round_, self.job.clients_per_round)
 
-    # -- what is told, and asked ------------------------------------------------------------------------------------
+    # -- log, display, scheduler ------------------------------------------------------------------------------------
 
     def note(self, event: str, text: str, **fields: Any) -> None:
         """Tell log and user."""
@@ -108,68 +137,48 @@ class Standing:
         """
         return self.executor.ask(SCHEDULER, method, *arguments, **named)
 
-    # -- what changes -----------------------------------------------------------------------------------------------
+    # -- changes ----------------------------------------------------------------------------------------------------
 
-    def nothing_done(self) -> Progress:
-        """The progress of a run that has not begun."""
-        return Progress(model_fingerprint=self.inputs.model_fingerprint, data_sha256=self.inputs.data_sha256)
+    def new_state(self) -> RunState:
+        """The state of a run that has not begun."""
+        return RunState(model_fingerprint=self.inputs.model_fingerprint, data_sha256=self.inputs.data_sha256)
 
-    def go_back_to(self, progress: Progress) -> None:
-        """Make ``progress`` all that is known of the rounds, and of who has joined."""
-        self.progress, self.round = progress, progress.round
-        self._have(tuple(Client.model_validate(client) for client in progress.joined))
-
-    def join(self, client: Client) -> None:
-        """Count a client that has come among the run's."""
-        self._have((*self.joined, client))
-
-    def _have(self, joined: Sequence[Client]) -> None:
-        self.run = self.run.model_copy(update={"clients": (*self.declared.clients, *joined)})
+    def go_back_to(self, state: RunState) -> None:
+        """Take ``state`` for the run's; failures since then are not forgotten."""
+        state.remember(self.state)
+        self.state, self.round = state, state.round
 
     def adopt(self, plan: Plan) -> None:
-        """Put ``plan`` in force and say who cannot take part any more."""
-        self.plan = plan
-        self.roster.adopt(plan)
+        """Put ``plan`` in force and say which clients cannot take part any more."""
+        self.state.plan = plan
         self.training.adopt(plan)
-        self.progress.plan = plan.to_json()
-        self.events.write("planned", f"plan by {plan.importance}", round=self.progress.round, plan=self.progress.plan)
+        self.events.write("planned", f"plan by {plan.importance}", round=self.state.round, plan=plan.to_json())
         self.display.plan(plan)
         for client in plan.clients:
-            if not client.available and client.name not in self.unavailable:
+            if not client.available and client.name not in self._said_unavailable:
                 text = (
                     f"{client.name} is unavailable: it lacks {client.lacking_bytes / 1e6:.1f} MB of memory "
                     "for the smallest part of the model"
                 )
                 self.note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
-        self.unavailable = {client.name for client in plan.clients if not client.available}
+        self._said_unavailable = self.unavailable
 
     def configure(self) -> None:
         """Have everybody read the layers that the plan gives them.
 
         Raises:
-            ActorFailure: somebody failed, or no client is there.
+            ActorFailure: an actor failed, or no client is there.
         """
         if not self.clients:
-            self.nobody_is_left(self.roster.lost[0] if self.roster.lost else self.plan.clients[0].name)
+            waiting = self.state.to_return
+            self.fail_without_clients(waiting[0] if waiting else self.plan.clients[0].name)
         calls = [self.executor.call(name, Replica.configure, self.plan) for name in self.servers]
         for client in map(self.plan.client, self.clients):
             calls.append(self.executor.call(client.name, Participant.configure, client.held_layers, client.ranks))
         self.executor.get(calls)
 
-    def nobody_is_left(self, last: str) -> NoReturn:
+    def fail_without_clients(self, last: str) -> NoReturn:
         """Say by the failure of ``last`` that the run cannot go on."""
-        reason = self.roster.reasons.get(last)
+        reason = self.state.member(last).reason
         why = f" ({last} failed last: {reason})" if reason else ""
         raise ActorFailure(last, "the round", f"no client is left to train with{why}")
-
-    def _prepare_return(self, name: str) -> list[Ref[Any]]:
-        """Have a client that was begun anew read its data and its layers."""
-        part = self.plan.client(name)
-        calls = list(self.data.begin(self.named([name])).values())
-        return [*calls, self.executor.call(name, Participant.configure, part.held_layers, part.ranks)]
-
-    def _learn(self, values: Sequence[Any]) -> None:
-        """Take note of the data that a client has found anew."""
-        for report in values:
-            if isinstance(report, DataReport):
-                self.data.count(report)
