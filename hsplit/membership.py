@@ -294,7 +294,7 @@ class Membership:
             raise InputError(f"{name} cannot join: {error}") from error
         # What it did before is forgiven.
         member = state.member(name)
-        member.status, member.failures = Status.ACTIVE, 0
+        member.status, member.failures = Status.JOINING, 0
         if not begun:
             self.mark_away(name)
         if name not in known:

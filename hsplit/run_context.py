@@ -15,7 +15,7 @@ from hsplit.data import Example
 from hsplit.observe.events import EventLog
 from hsplit.observe.observer import Observer
 from hsplit.run_directory import RunDirectory
-from hsplit.run_state import RunState
+from hsplit.run_state import RunState, Status
 from hsplit.scheduling.clock import VirtualClock
 from hsplit.scheduling.plan import Plan
 from hsplit.scheduling.planning_state import Fleet, PlanningState
@@ -151,6 +151,8 @@ class RunContext:
     def adopt(self, plan: Plan) -> None:
         """Put ``plan`` in force and say which clients cannot take part any more."""
         self.state.plan = plan
+        for name in self.state.with_status(Status.JOINING):
+            self.state.member(name).status = Status.ACTIVE
         self.training.adopt(plan)
         self.events.write("planned", f"plan by {plan.importance}", round=self.state.round, plan=plan.to_json())
         self.display.plan(plan)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-import hsplit
+from hsplit import __version__
 from hsplit.actors.executor import SERVER
 from hsplit.config import Client
 from hsplit.config.files import from_json
@@ -24,12 +24,14 @@ FORM = 2
 class Status(StrEnum):
     """Membership of a client.
 
-    ``ACTIVE`` clients take part wherever the plan has a part for them. ``LOST`` ones have failed, are begun again and
-    return. ``AWAY`` ones have no node with room for them, and take part when one has. Those set ``ASIDE`` have failed
-    too often; those that have ``LEFT`` went of their own will. Neither takes part any more, unless it joins again.
+    ``ACTIVE`` clients take part wherever the plan has a part for them; ``JOINING`` ones from the next plan on. ``LOST``
+    ones have failed, are begun again and return. ``AWAY`` ones have no node with room for them, and take part when one
+    has. Those set ``ASIDE`` have failed too often; those that have ``LEFT`` went of their own will. Neither takes part
+    any more, unless it joins again.
     """
 
     ACTIVE = "active"
+    JOINING = "joining"
     LOST = "lost"
     AWAY = "away"
     ASIDE = "aside"
@@ -157,6 +159,7 @@ class RunState:
         short = {SERVER: self.servers, **self.members}
         return Fleet(
             tuple(clients),
+            joining=frozenset(self.with_status(Status.JOINING)),
             aside=frozenset(self.with_status(Status.ASIDE)),
             left=frozenset(self.with_status(Status.LEFT)),
             shortages={n: Shortage(m.shortages, m.held_bytes) for n, m in short.items() if m.shortages},
@@ -186,7 +189,7 @@ class RunState:
             "servers": asdict(self.servers),
             "joined": [client.model_dump() for client in self.joined],
         }
-        return {"form": FORM, "written_by": hsplit.__version__, **plain}
+        return {"form": FORM, "written_by": __version__, **plain}
 
     @staticmethod
     def from_json(text: str | bytes, place: str) -> RunState:
@@ -203,7 +206,7 @@ class RunState:
         if origin.form != FORM:
             raise InputError(
                 f"{place}: was written by hsplit {origin.written_by}, whose checkpoints this version"
-                f" ({hsplit.__version__}) does not read; finish the run with that version"
+                f" ({__version__}) does not read; finish the run with that version"
             )
         written = from_json(text, _Written, place)
         state = RunState(**{one.name: getattr(written, one.name) for one in fields(RunState)})

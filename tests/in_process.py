@@ -110,7 +110,9 @@ def holders_of(run: Coordinator) -> list[dict[str, Any]]:
 def reached_by(executor: Executor, made: Coordinator) -> Coordinator:
     """The run of ``made``, which has not begun, with its actors reached through ``executor``."""
     context = made.context
-    return Coordinator(context.declared, executor, context.directory, context.inputs, context.display)
+    return Coordinator(
+        context.declared, executor, context.directory, context.inputs, context.display, context._clock_of
+    )
 
 
 def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:

@@ -19,12 +19,12 @@ LAYERS = (
     ("report",),
     ("coordinator", "exporting"),
     # The coordinator's own parts, in the order in which they build on one another.
-    ("membership", "recovery"),
+    ("recovery",),
     ("save_point", "model_card", "preparation"),
-    ("records",),
-    ("standing",),
-    ("checkpoint", "client_data", "inbox", "janitor", "roster", "training"),
-    ("deadlines", "probe"),
+    ("membership", "records"),
+    ("run_context",),
+    ("checkpoint", "client_data", "inbox", "janitor", "training"),
+    ("deadlines", "failure_text", "probe", "run_state"),
     ("actors", "observe"),
     ("measuring",),
     # The method.

@@ -29,12 +29,14 @@ class Fleet:
 
     Attributes:
         clients: every client of the run as declared, those that joined included, in their order.
+        joining: names of those that have joined since the last plan, for the first time or again.
         aside: names of those that have been set aside.
         left: names of those that have left.
         shortages: by client name, or ``server``, of which every server is one.
     """
 
     clients: tuple[Client, ...]
+    joining: frozenset[str] = frozenset()
     aside: frozenset[str] = frozenset()
     left: frozenset[str] = frozenset()
     shortages: Mapping[str, Shortage] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class PlanningState:
         if self.planned is None:
             return []
         now = fleet.planned
-        came = [f"{name} has joined" for name in now if name not in self.planned]
+        came = [f"{name} has joined" for name in now if name not in self.planned or name in fleet.joining]
         gone = [name for name in self.planned if name not in now]
         return came + [f"{name} is set aside" if name in fleet.aside else f"{name} has left" for name in gone]
 
