@@ -25,10 +25,11 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import common, merging
-from hsplit.actors.peak_memory import PeakMemory
+from hsplit.actors.measuring import PeakMemory
 from hsplit.lora.aggregation import Contribution, Restart, noise_free
-from hsplit.lora.low_rank import LowRank, LowRankSum
+from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual
+from hsplit.models.factors import LowRank
 
 RANKS = (1, 32)
 # What a holder's B learns in a round; with it, alpha / r folded in.

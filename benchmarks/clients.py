@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.actors.executor import SCHEDULER, SERVER
+from hsplit.config import SCHEDULER, SERVER
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow
 

@@ -42,21 +42,20 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks.common import Table
 from benchmarks.cpu_quota import CpuQuotas
-from hsplit.actors.actor_shell import ActorShell
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, Ref
+from hsplit.actors.executor import Ref
+from hsplit.actors.measuring import PeakMemory
 from hsplit.actors.messages import ForwardReport, WireTensor
-from hsplit.actors.peak_memory import PeakMemory
-from hsplit.actors.ray_executor import RayExecutor
-from hsplit.actors.scheduler import Scheduler
-from hsplit.config import RunConfig
-from hsplit.config.budgets import Distribution, drawn
+from hsplit.cluster.ray_executor import ActorShell, RayExecutor
+from hsplit.config import SCHEDULER, SERVER, RunConfig
+from hsplit.config.cluster import Distribution, drawn
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.models.source import find_model
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
-from hsplit.preparation import read_inputs
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.inputs import read_inputs
 from hsplit.run_directory import RunDirectory
 
 CLUSTER = """

@@ -22,22 +22,22 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig, load_run_config
 from hsplit.config.overrides import Overrides
-from hsplit.coordinator import Coordinator, Inputs
 from hsplit.experiments import results_directory
-from hsplit.local_run import local_run
 from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.observer import Observer, SilentDisplay
-from hsplit.preparation import check_model, read_inputs, settled
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Coordinator, Inputs
+from hsplit.run.inputs import check_model, read_inputs, settled
+from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 
 # Ray and matplotlib are imported by what needs them: most experiments use neither to the end.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hsplit.actors.ray_executor import RayExecutor
+    from hsplit.cluster.ray_executor import RayExecutor
 
 WORDS = 96
 """Words of the tiny model's vocabulary."""
@@ -197,8 +197,8 @@ def local_ray(cpus: float, more_modules: Sequence[str] = ()) -> Iterator[Path]:
     """
     import ray
 
-    from hsplit.actors.fork_server import MODULES, ForkServer
-    from hsplit.actors.ray_connection import connect
+    from hsplit.cluster.connection import connect
+    from hsplit.cluster.fork_server import MODULES, ForkServer
 
     with tempfile.TemporaryDirectory() as name, ForkServer((*MODULES, *more_modules)) as fork_server:
         connect(None, cpus, dashboard=False, fork_server=fork_server)
@@ -218,7 +218,7 @@ def on_ray(
         name: of the run, and of its directory in ``folder``.
         model: directory.
     """
-    from hsplit.actors.ray_executor import RayExecutor
+    from hsplit.cluster.ray_executor import RayExecutor
 
     executor = RayExecutor(name, run, model)
     try:
@@ -244,7 +244,7 @@ def in_process(
 
     Args:
         model: directory.
-        how: as for :func:`~hsplit.local_run.local_run`.
+        how: as for :func:`~hsplit.run.local.local_run`.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = RunDirectory.create(Path(name), "run")

@@ -45,21 +45,19 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks.policies import Judge
-from hsplit.actors.executor import SERVER
-from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
-from hsplit.config import RunConfig
+from hsplit.config import SERVER, RunConfig
 from hsplit.config.files import read_json
-from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.models.segment import model_config
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
 from hsplit.observe.observer import SilentDisplay
-from hsplit.observe.residual_cuts import residual_cuts
-from hsplit.observe.tables import MetricsRow
-from hsplit.scheduling.plan import Plan
+from hsplit.observe.tables import MetricsRow, residual_cuts
+from hsplit.planning.plan import Plan
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Coordinator
 
 LEVELS = (0.0, 0.3, 0.6, 0.9)
 SEEDS = (0, 1, 2)

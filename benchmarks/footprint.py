@@ -15,17 +15,17 @@ import torch
 from benchmarks import common, rivals
 from benchmarks.common import Table
 from hsplit.actors.client import Client
+from hsplit.actors.measuring import PeakMemory
 from hsplit.actors.messages import WIRE_DTYPES
 from hsplit.actors.participant import base_model
-from hsplit.actors.peak_memory import PeakMemory
-from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
-from hsplit.coordinator import Inputs
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import BaseModel, layer_count, model_config
 from hsplit.models.source import ModelSource
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Inputs
 
 CLUSTER = """
 server: {{memory_gb: 8, tflops: 2}}

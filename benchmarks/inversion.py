@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from hsplit.actors.activation_noise import ActivationNoise
+from hsplit.actors.client import ActivationNoise
 from hsplit.actors.messages import WireTensor
 from hsplit.data import TokenizedExample
 from hsplit.models.packing import Packing

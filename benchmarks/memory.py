@@ -34,9 +34,9 @@ from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
 from hsplit.experiments import call_of
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
-from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.dtype import DTYPES
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import (
     BaseModel,
     LinearShape,
@@ -47,8 +47,8 @@ from hsplit.models.segment import (
     targeted,
 )
 from hsplit.models.source import find_model
-from hsplit.scheduling.cost import CostModel
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.planning.cost.model import CostModel
+from hsplit.planning.plan import HolderPlan, Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -15,22 +15,21 @@ from torch import Tensor
 
 from benchmarks import common
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SERVER
 from hsplit.actors.server import Server
-from hsplit.checkpoint import latest_checkpoint, read_checkpoint
-from hsplit.config import Job, Policy, RunConfig
+from hsplit.config import SERVER, Job, Policy, RunConfig
 from hsplit.config.policy import Importance
 from hsplit.data import partition, read_examples
+from hsplit.export.adapter_files import learned
 from hsplit.lora.aggregation import Contribution, Restart, average_factors, noise_free
-from hsplit.lora.export import learned
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, model_config
 from hsplit.models.source import find_model
 from hsplit.models.weights import DenseWeight, FrozenWeight, Int8Weight, NF4Weight
+from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import HolderPlan, Plan
 
 Init = Literal["shared", "independent"]
 BASES = ("fp32", "bf16", "int8", "nf4")

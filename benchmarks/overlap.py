@@ -20,8 +20,7 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.actors.executor import SERVER
-from hsplit.config import RunConfig
+from hsplit.config import SERVER, RunConfig
 
 # Declared seconds of the clients' and the server's phase of a whole batch.
 BALANCES = {"clients slower": (1.6, 0.8), "even": (1.2, 1.2), "server slower": (0.8, 1.6)}

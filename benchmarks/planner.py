@@ -41,14 +41,14 @@ from hsplit.config import Job, Policy, load_run_config  # noqa: E402
 from hsplit.models.segment import model_config  # noqa: E402
 from hsplit.models.source import find_model  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
-from hsplit.preparation import settled  # noqa: E402
-from hsplit.scheduling.cost import CostModel  # noqa: E402
-from hsplit.scheduling.holders import planned  # noqa: E402
-from hsplit.scheduling.importance import equal_importance  # noqa: E402
-from hsplit.scheduling.plan import Plan  # noqa: E402
-from hsplit.scheduling.planner import EQUAL, plan  # noqa: E402
-from hsplit.scheduling.problem import Problem, budget_of  # noqa: E402
-from hsplit.scheduling.rank_rules import RANK_RULES  # noqa: E402
+from hsplit.planning.cost.model import CostModel  # noqa: E402
+from hsplit.planning.holders import planned  # noqa: E402
+from hsplit.planning.importance import equal_importance  # noqa: E402
+from hsplit.planning.plan import Plan  # noqa: E402
+from hsplit.planning.planner import EQUAL, plan  # noqa: E402
+from hsplit.planning.problem import Problem, budget_of  # noqa: E402
+from hsplit.planning.rank_rules import RANK_RULES  # noqa: E402
+from hsplit.run.inputs import settled  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {

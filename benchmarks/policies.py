@@ -24,15 +24,11 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.actors.executor import SERVER
 from hsplit.actors.participant import base_model
-from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.whole_client import WholeClient
-from hsplit.checkpoint import latest_checkpoint, read_checkpoint
-from hsplit.config import Policy, RunConfig, load_run_config
+from hsplit.config import SERVER, Policy, RunConfig, load_run_config
 from hsplit.config.cluster import CENTRAL
-from hsplit.coordinator import Inputs
-from hsplit.lora.export import learned
+from hsplit.export.adapter_files import learned
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.weight_holder import WEIGHT
@@ -40,9 +36,12 @@ from hsplit.models.segment import layer_count, model_config
 from hsplit.models.source import ModelSource
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow
-from hsplit.preparation import settled
+from hsplit.planning.plan import Plan
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.run.coordinator import Inputs
+from hsplit.run.inputs import settled
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
 
 POLICIES = ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
 # Full fine-tuning diverges at LoRA's learning rates.

@@ -31,20 +31,19 @@ from torch import Tensor
 from benchmarks import common, inversion
 from benchmarks.common import Table
 from benchmarks.inversion import Observed
-from hsplit.actors.activation_noise import ActivationNoise
-from hsplit.actors.client import Client
+from hsplit.actors.client import ActivationNoise, Client
 from hsplit.actors.executor import InProcess
 from hsplit.actors.messages import WireTensor
 from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
-from hsplit.coordinator import Inputs
 from hsplit.data import Example, TokenizedExample, read_examples, tokenize
-from hsplit.data.meaning import parse_meaning
+from hsplit.data.examples import parse_meaning
 from hsplit.data.sources import BUILT_IN
 from hsplit.models.packing import Packing
 from hsplit.models.segment import Segment, SegmentSpec, layer_count, load_segment, load_tokenizer, model_config
 from hsplit.models.source import find_model
 from hsplit.observe.observer import SilentDisplay
+from hsplit.run.coordinator import Inputs
 
 CLUSTER = """
 server: {memory_gb: 64, tflops: 2}

@@ -26,9 +26,8 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.actors.executor import SERVER
 from hsplit.actors.replica import Replica
-from hsplit.config import RunConfig
+from hsplit.config import SERVER, RunConfig
 from hsplit.observe.observer import SilentDisplay
 
 CLUSTER = """

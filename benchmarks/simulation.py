@@ -26,10 +26,9 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.actors.executor import SERVER
-from hsplit.actors.scheduler import Scheduler
-from hsplit.config import RunConfig
-from hsplit.coordinator import Coordinator
+from hsplit.config import SERVER, RunConfig
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Coordinator
 from hsplit.simulation.rounds import simulated
 
 CLUSTER = """

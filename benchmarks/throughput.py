@@ -27,11 +27,11 @@ from benchmarks import common, footprint, overlap, rivals, startup
 from benchmarks.common import Table
 from hsplit.actors.messages import Activations
 from hsplit.config import RunConfig
-from hsplit.coordinator import Coordinator, Inputs
 from hsplit.models.dtype import resolve_dtype
 from hsplit.models.source import ModelSource
 from hsplit.observe.tables import timing_rows
 from hsplit.report.usage import step_shares
+from hsplit.run.coordinator import Coordinator, Inputs
 
 PARTS = ("step", "server", "client", "overlap", "start")
 WARM_UP = 2

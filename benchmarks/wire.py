@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import common
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig, load_run_config
-from hsplit.coordinator import Inputs
-from hsplit.observe.plain_display import PlainDisplay
+from hsplit.observe.displays import PlainDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
-from hsplit.preparation import settled
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Inputs
+from hsplit.run.inputs import settled
 
 WIRES = ("fp32", "bf16", "int8")
 

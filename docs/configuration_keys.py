@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from hsplit.config.budgets import Distribution
-from hsplit.config.cluster import ClientSpec, ScheduledChange, ServerSpec
+from hsplit.config.cluster import ClientSpec, Distribution, ScheduledChange, ServerSpec
 from hsplit.config.job import DataSpec, FastPaths, Faults, Job, Partition, Pipeline, Privacy, Residual, Validation
 from hsplit.config.policy import Importance, Policy, Replan, SelfPruning
 from hsplit.config.section import LARGEST, REFERENCE, OneKey

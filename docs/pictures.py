@@ -33,10 +33,8 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 import hsplit
-from hsplit.observe.grafana_dashboard import PANELS, Panel
-from hsplit.observe.live_display import LiveDisplay
-from hsplit.observe.monitoring import write_monitoring
-from hsplit.observe.pace import Pace
+from hsplit.observe.displays import LiveDisplay, Pace
+from hsplit.observe.monitoring import PANELS, Panel, write_monitoring
 from hsplit.observe.progress_file import StepRecord, read_step_record
 from hsplit.run_directory import RunDirectory
 

@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 make_home_usable()
 
 if TYPE_CHECKING:
-    from hsplit.budget_probe import measure_budgets
+    from hsplit.api import Run, change_budget, join, launch, leave, plan, resume
     from hsplit.evaluation.evaluate import evaluate
-    from hsplit.exporting import export
-    from hsplit.launcher import Run, change_budget, join, launch, leave, plan, resume
+    from hsplit.export.export import export
+    from hsplit.measuring.budget_probe import measure_budgets
     from hsplit.observe.watch import watch
 
 __all__ = [
@@ -40,17 +40,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Resolved on first use: the command line must answer --help without importing torch and Ray.
     if name in ("Run", "change_budget", "join", "launch", "leave", "plan", "resume"):
-        from hsplit import launcher
+        from hsplit import api
 
-        return getattr(launcher, name)
+        return getattr(api, name)
     if name == "measure_budgets":
-        from hsplit import budget_probe
+        from hsplit.measuring import budget_probe
 
         return budget_probe.measure_budgets
     if name == "export":
-        from hsplit import exporting
+        from hsplit.export.export import export
 
-        return exporting.export
+        return export
     if name == "evaluate":
         from hsplit.evaluation import evaluate
 

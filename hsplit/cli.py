@@ -115,7 +115,7 @@ def launch(
     runs_dir: Path,
 ) -> None:
     """Fine-tune, and leave the adapter, metrics and a report in the run's directory."""
-    from hsplit.launcher import launch as start
+    from hsplit.api import launch as start
 
     outputs.never_wait()
     run = start(
@@ -142,7 +142,7 @@ def resume(run: Path, overrides: tuple[str, ...], address: str | None, dashboard
 
     --set changes job.lr, job.schedule, job.warmup, job.clip, job.weight_decay or job.faults from there on.
     """
-    from hsplit.launcher import resume as go_on
+    from hsplit.api import resume as go_on
 
     outputs.never_wait()
     if not go_on(run, overrides, address=address, dashboard_host=dashboard_host).complete:
@@ -194,11 +194,11 @@ def watch(run: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool, as_json: bool) -> None:
     """Show who would hold which layers at which ranks, without training."""
-    from hsplit.launcher import explained_plan
+    from hsplit.api import explained_plan
 
     made, insight = explained_plan(cluster, policy, overrides, cpu=cpu)
     if as_json:
-        from hsplit.launcher import plan_summary
+        from hsplit.api import plan_summary
 
         click.echo(json.dumps(plan_summary(made, insight), indent=2))
         return
@@ -239,8 +239,8 @@ def simulate(
     """Simulate a fleet of 10 to 100,000 clients without training: virtual time, server load, bytes, bottleneck."""
     from rich.console import Console
 
+    from hsplit.simulation.report import sweep_table
     from hsplit.simulation.sweep import sweep
-    from hsplit.simulation.table import sweep_table
 
     with status("simulating") as update:
         found = sweep(cluster, policy, overrides, cpu=cpu, **options, progress=update)
@@ -276,7 +276,7 @@ def probe(cluster: str, overrides: tuple[str, ...], to: Path, as_json: bool, **o
     """
     from rich.console import Console
 
-    from hsplit.budget_probe import budget_table, measure_budgets
+    from hsplit.measuring.budget_probe import budget_table, measure_budgets
 
     with status("looking for the model") as update:
         found = measure_budgets(cluster, to, overrides, **options, progress=update)
@@ -296,7 +296,7 @@ def budget(run: Path, holder: str, values: tuple[str, ...]) -> None:
 
     It holds from the next round's end on; the run plans anew for it.
     """
-    from hsplit.launcher import change_budget
+    from hsplit.api import change_budget
 
     change_budget(run, holder, values)
     click.echo(f"{holder}: taken at the next round's end")
@@ -310,7 +310,7 @@ def join(run: Path, client: str) -> None:
 
     It takes part from the next round on; a client that has left or was set aside comes back by its name.
     """
-    from hsplit.launcher import join as let_in
+    from hsplit.api import join as let_in
 
     click.echo(f"{', '.join(let_in(run, client))}: joins at the next round's end")
 
@@ -320,7 +320,7 @@ def join(run: Path, client: str) -> None:
 @click.argument("client")
 def leave(run: Path, client: str) -> None:
     """Have a run that is under way go on without a client, whose layers go to the server."""
-    from hsplit.launcher import leave as let_go
+    from hsplit.api import leave as let_go
 
     let_go(run, client)
     click.echo(f"{client}: leaves at the next round's end")
@@ -386,7 +386,7 @@ def evaluate(target: Path, data: str | None, as_json: bool, **options: Any) -> N
 )
 def export(run: Path, to: Path | None, **options: Any) -> None:
     """Write what a run has learned by its last checkpoint, for PeftModel or AutoModelForCausalLM.from_pretrained."""
-    from hsplit.exporting import ExportOptions, export_run
+    from hsplit.export.export import ExportOptions, export_run
 
     with status("exporting"):
         written = export_run(run, to, ExportOptions(**options))

@@ -1,7 +1,8 @@
 """Standard output and error that cannot end a command: what is shown decides nothing.
 
 A reader that goes away, a full disk, a closed descriptor, a terminal that is stopped, an encoding without a character:
-each is met here, below everything that writes, so that nothing above has to think of it.
+each is met here, below everything that writes, so that nothing above has to think of it. Messages that dependencies
+print for nobody are quietened here too.
 """
 
 from __future__ import annotations
@@ -9,11 +10,21 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import logging
 import os
 import select
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
+
+
+def quieten_bitsandbytes() -> None:
+    """Keep back what bitsandbytes says when it is imported on a CPU: of an optional kernel for inference.
+
+    Call it before whatever imports it, as PEFT does. Errors are still said.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 READABLE = "hsplit-readable"
 """Name of the error handler for encoding: what an encoding lacks is written in ASCII, as well as that can be done."""

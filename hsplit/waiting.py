@@ -1,4 +1,4 @@
-"""Lines on stderr that say what is waited for, so that nothing is silent for long, in a terminal or not."""
+"""Lines that say what a command waits for, and the stages of long work on a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
 from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hsplit.streams import encodable, is_terminal
 
@@ -99,3 +102,34 @@ def status(what: str) -> Iterator[Callable[[str], None]]:
     else:
         with Waiting(what) as waiting:
             yield waiting.update
+
+
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+@contextmanager
+def stages(progress: bool) -> Iterator[Stage]:
+    """Yield ``stage``, used as ``with stage("converting"): ...``; each shows a line with its elapsed time.
+
+    Written to stderr, because stdout belongs to what a command was asked for. When ``progress`` is False, only a
+    stage that takes long is told of; where stderr is no terminal only the finished lines appear.
+    """
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    # Bound to today's stderr on purpose: a stage may redirect sys.stderr to hush a library without hushing
+    # this.
+    said = sys.stderr
+    console = Console(file=said)
+    with Progress(*columns, console=console, disable=not progress) as bar:
+
+        @contextmanager
+        def stage(description: str) -> Iterator[None]:
+            task = bar.add_task(description, total=None)
+            if progress:
+                yield
+            else:
+                with Waiting(description, stream=said):
+                    yield
+            # Only a stage that ended well is ticked off; one that raised keeps its spinner's last frame.
+            bar.update(task, total=1, completed=1)
+
+        yield stage

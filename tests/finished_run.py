@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.checkpoint import latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.config import Client, Importance, Job, Policy, RunConfig
 from hsplit.models.source import find_model
-from hsplit.preparation import read_inputs
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint, save_checkpoint
+from hsplit.run.inputs import read_inputs
+from hsplit.run.state import RunState
 from hsplit.run_directory import RunDirectory
-from hsplit.run_state import RunState
 from tests.in_process import Recorder, coordinator, fixed_plan
 from tests.tiny import WORDS
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors.executor import Executor
-from hsplit.actors.scheduler import Review
 from hsplit.config import Client as ClientConfig
 from hsplit.config import Importance, Job, Policy, RunConfig, ServerSpec
-from hsplit.coordinator import Coordinator, Inputs
 from hsplit.data import Example
-from hsplit.local_run import local_run
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import PlanRow, read_rows
+from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.planning.scheduler import Review
+from hsplit.planning.state import Fleet, PlanningState
+from hsplit.run.coordinator import Coordinator, Inputs
+from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import HolderPlan, Plan
-from hsplit.scheduling.planning_state import Fleet, PlanningState
 from tests.tiny import WORDS
 
 

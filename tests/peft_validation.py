@@ -20,7 +20,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
 from hsplit.models.source import find_model
-from hsplit.preparation import read_inputs
+from hsplit.run.inputs import read_inputs
 
 
 def main(run: Path) -> None:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SERVER, InProcess
+from hsplit.actors.executor import InProcess
 from hsplit.actors.participant import base_model
 from hsplit.actors.server import Server
-from hsplit.config import Job, Policy
+from hsplit.config import SERVER, Job, Policy
 from hsplit.data import Example
 from hsplit.data.batches import Batch
 from hsplit.lora.holder import RoundUpdate
-from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import ResidualUpdate
+from hsplit.models.factors import LowRank
 from hsplit.models.families import family_of
 from hsplit.models.segment import LinearShape, linear_shapes, model_config, targeted
 from hsplit.models.weights import base_values

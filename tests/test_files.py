@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 import hsplit
-from hsplit.checkpoint import save_checkpoint
 from hsplit.files import (
     directory_written_atomically,
     save_tensors,
@@ -25,8 +24,9 @@ from hsplit.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
-from hsplit.run_state import RunState
-from hsplit.scheduling.count_store import CountStore
+from hsplit.planning.cost.count_store import CountStore
+from hsplit.run.checkpoint import save_checkpoint
+from hsplit.run.state import RunState
 from tests.file_modes import UMASKS, assert_new, modes, umask
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1])}
@@ -166,7 +166,7 @@ def test_nothing_else_writes_tensors() -> None:
 
 
 # Files that are whole move into a folder where others stay; a name that nobody has yet.
-OF_THEIR_OWN = {"hsplit/exporting.py": "os.replace", "hsplit/tracebacks.py": "tempfile.mkstemp"}
+OF_THEIR_OWN = {"hsplit/export/export.py": "os.replace", "hsplit/tracebacks.py": "tempfile.mkstemp"}
 WAYS = {"os.replace", "os.rename", "shutil.move", "tempfile.mkstemp", "tempfile.NamedTemporaryFile"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -14,34 +15,27 @@ HSPLIT = Path(__file__).parents[1] / "hsplit"
 # From the top: files and folders of hsplit/ by the layer that they stand in. The first is the Python interface.
 LAYERS = (
     ("__init__", "cli"),
-    ("budget_probe", "evaluation", "experiments", "simulation"),
-    ("launcher", "local_run"),
-    ("report",),
-    ("coordinator", "exporting"),
-    # The coordinator's own parts, in the order in which they build on one another.
-    ("recovery",),
-    ("save_point", "model_card", "preparation"),
-    ("membership", "records"),
-    ("run_context",),
-    ("checkpoint", "client_data", "inbox", "janitor", "training"),
-    ("deadlines", "failure_text", "probe", "run_state"),
+    ("api", "evaluation", "experiments", "measuring", "simulation"),
+    ("session",),
+    ("export", "report", "run"),
+    ("cluster",),
     ("actors", "observe"),
-    ("measuring",),
     # The method.
-    ("data", "lora", "models", "scheduling"),
-    ("driver", "extension", "run_directory"),
+    ("planning",),
+    ("data", "lora"),
+    ("models",),
+    ("extension", "run_directory"),
     ("config",),
-    ("socket_directory", "tracebacks", "waiting"),
-    ("dependency_messages", "errors", "files", "home", "seeds", "shadowing", "streams"),
+    ("errors", "files", "home", "seeds", "shadowing", "streams", "tracebacks", "waiting"),
 )
 # They start actors, place them, and pass on Ray's metrics.
 KNOW_RAY = {
-    "actors/placement.py",
-    "actors/preflight.py",
-    "actors/ray_connection.py",
-    "actors/ray_executor.py",
-    "actors/ray_failures.py",
-    "launcher.py",
+    "cluster/connection.py",
+    "cluster/placement.py",
+    "cluster/preflight.py",
+    "cluster/ray_executor.py",
+    "cluster/ray_failures.py",
+    "cluster/ray_session.py",
     "observe/ray_metrics.py",
 }
 
@@ -56,24 +50,17 @@ def files() -> dict[str, Path]:
 
 
 def imported(source: str) -> Iterator[str]:
-    """Every module that ``source`` imports, wherever in it, but for its types alone.
+    """Every module that ``source`` imports, wherever in it, for its types too.
 
     For ``from a import b`` both ``a`` and ``a.b``.
     """
-    yield from _imported_below(ast.parse(source))
-
-
-def _imported_below(node: ast.AST) -> Iterator[str]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0 and child.module is not None, "imports say the whole name"
-            yield child.module
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        yield from _imported_below(child)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, "imports say the whole name"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def own_imports(source: str, modules: dict[str, Path]) -> set[str]:
@@ -82,13 +69,24 @@ def own_imports(source: str, modules: dict[str, Path]) -> set[str]:
     return names & modules.keys()
 
 
+def folder_of(module: str) -> str:
+    return module.split(".")[0]
+
+
 def layer_of(module: str) -> int:
-    return next(place for place, names in enumerate(LAYERS) if module.split(".")[0] in names)
+    return next(place for place, names in enumerate(LAYERS) if folder_of(module) in names)
+
+
+def fail_on_circle(graph: dict[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_everything_stands_in_one_layer() -> None:
     named = [name for names in LAYERS for name in names]
-    assert sorted(named) == sorted({module.split(".")[0] for module in files()})
+    assert sorted(named) == sorted({folder_of(module) for module in files()})
 
 
 def test_imports_go_down() -> None:
@@ -102,13 +100,18 @@ def test_imports_go_down() -> None:
     assert not up
 
 
-def test_no_imports_go_in_a_circle() -> None:
+def test_no_files_import_in_a_circle() -> None:
     modules = files()
-    graph = {module: own_imports(file.read_text(), modules) - {module} for module, file in modules.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        pytest.fail(" imports ".join(reversed(error.args[1])))
+    fail_on_circle({module: own_imports(file.read_text(), modules) - {module} for module, file in modules.items()})
+
+
+def test_no_folders_import_in_a_circle() -> None:
+    modules = files()
+    graph = defaultdict(set)
+    for module, file in modules.items():
+        others = {folder_of(other) for other in own_imports(file.read_text(), modules)}
+        graph[folder_of(module)] |= others - {folder_of(module)}
+    fail_on_circle(graph)
 
 
 def test_only_these_files_know_ray() -> None:
@@ -117,9 +120,15 @@ def test_only_these_files_know_ray() -> None:
     assert know == KNOW_RAY
 
 
-def test_what_is_imported_inside_of_a_function_counts() -> None:
+def test_imports_count_inside_of_a_function_and_for_types_alone() -> None:
     modules = files()
     late = "def late():\n    from hsplit.actors import executor\n    from hsplit import __version__\n"
-    types = "if TYPE_CHECKING:\n    from hsplit.launcher import Run\n"
-    assert own_imports(f"import hsplit.cli\n{types}{late}", modules) == {"actors", "actors.executor", "cli"}
-    assert layer_of("actors.executor") > layer_of("cli")
+    types = "if TYPE_CHECKING:\n    from hsplit.api import Run\n"
+    found = own_imports(f"import hsplit.cli\n{types}{late}", modules)
+    assert found == {"actors", "actors.executor", "api", "cli"}
+    assert layer_of("actors.executor") > layer_of("api")
+
+
+def test_a_circle_is_found() -> None:
+    with pytest.raises(pytest.fail.Exception, match="imports"):
+        fail_on_circle({"a": {"b"}, "b": {"a"}})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.actors.fork_server import ForkServer
+from hsplit.cluster.fork_server import ForkServer
 from hsplit.config import load_run_config
 from hsplit.errors import HsplitError, InputError
 from hsplit.extension import find_part

@@ -10,8 +10,6 @@ from hsplit.config import Client
 from hsplit.errors import NO_NUMBERS, HsplitError
 
 LOCALHOST = "127.0.0.1"
-SERVER = "server"
-SCHEDULER = "scheduler"
 
 # Of a call: what it returns (R, or a report R and values V), its arguments, and M the items of a call for each.
 R = TypeVar("R")

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER
 from hsplit.actors.participant import Participant, base_model
 from hsplit.actors.replica import Replica
-from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
-from hsplit.config import Job, Policy, RunConfig
+from hsplit.config import SCHEDULER, SERVER, Job, Policy, RunConfig
 from hsplit.models.source import ModelReference
+from hsplit.planning.scheduler import Scheduler
 
 HolderClass = type[Participant] | type[Replica]
 

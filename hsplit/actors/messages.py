@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hsplit.data.batches import IGNORED
-from hsplit.scheduling.importance import ImportanceReport
+from hsplit.planning.importance import ImportanceReport
 
 WIRE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 _LARGEST_CODE = 127

@@ -11,30 +11,23 @@ from torch import Tensor
 from hsplit.actors.executor import refusal
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.joined_batch import JoinedBatch
-from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
-from hsplit.actors.peak_memory import (
+from hsplit.actors.measuring import (
+    Stopwatch,
     measured,
     measured_in_first_steps,
     measured_once_a_round,
     measured_with_part,
 )
-from hsplit.actors.stopwatch import Stopwatch
+from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
 from hsplit.config import Job, Policy
 from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
-from hsplit.models.segment import (
-    BaseModel,
-    Segment,
-    SegmentSpec,
-    linear_shapes,
-    load_segment,
-    targeted,
-)
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment, targeted
 from hsplit.models.tail import Tail
-from hsplit.scheduling.importance import ImportanceReport
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.importance import ImportanceReport
+from hsplit.planning.plan import Plan
 
 
 class Replica(HolderActor[Holder]):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.actors.peak_memory import measured, measured_always, measured_with_part
+from hsplit.actors.measuring import measured, measured_always, measured_with_part
 from hsplit.actors.replica import Replica
-from hsplit.lora.aggregator import Aggregator
+from hsplit.lora.aggregation import Aggregator
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.models.segment import LinearShape, linear_shapes, model_config, targeted
 from hsplit.models.weights import is_quantized
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
 
 
 @dataclass(frozen=True)

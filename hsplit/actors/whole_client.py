@@ -10,15 +10,14 @@ from dataclasses import replace
 
 import torch
 
+from hsplit.actors.measuring import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.actors.messages import LossReport
 from hsplit.actors.participant import Participant
-from hsplit.actors.peak_memory import measured, measured_in_first_steps, measured_once_a_round
-from hsplit.actors.stopwatch import Stopwatch
-from hsplit.data.probe_batch import probe_batch
+from hsplit.data.batches import probe_batch
 from hsplit.lora.importance_probe import ProbedRows
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.segment import Segment, SegmentSpec, load_segment
-from hsplit.scheduling.importance import ImportanceReport
+from hsplit.planning.importance import ImportanceReport
 from hsplit.seeds import hash_seed
 
 
@@ -66,7 +65,7 @@ class WholeClient(Participant):
 
         Args:
             round_: round of the probe.
-            tokens: supervised tokens wanted, see :func:`hsplit.data.probe_batch.probe_batch`.
+            tokens: supervised tokens wanted, see :func:`hsplit.data.batches.probe_batch`.
         """
         reports = []
         for data in self._data:

@@ -3,8 +3,17 @@
 Light on purpose: nothing here imports torch, Ray or transformers, so that wrong input is refused at once.
 """
 
-from hsplit.config.budgets import Distribution
-from hsplit.config.cluster import BudgetChange, Client, ClientSpec, Holder, ScheduledChange, ServerSpec
+from hsplit.config.cluster import (
+    SCHEDULER,
+    SERVER,
+    BudgetChange,
+    Client,
+    ClientSpec,
+    Distribution,
+    Holder,
+    ScheduledChange,
+    ServerSpec,
+)
 from hsplit.config.files import find_preset, preset_directory, read_yaml, to_yaml
 from hsplit.config.job import DataSpec, Job, Partition, Privacy, Residual, Validation
 from hsplit.config.policy import DEFAULT_POLICY, Importance, Policy, Replan, SelfPruning
@@ -12,6 +21,8 @@ from hsplit.config.run import RunConfig, load_run_config
 
 __all__ = [
     "DEFAULT_POLICY",
+    "SCHEDULER",
+    "SERVER",
     "BudgetChange",
     "Client",
     "ClientSpec",

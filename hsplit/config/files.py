@@ -13,8 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from hsplit.config.refusals import first_of, refusals
-from hsplit.config.section import STRICT, allowed_instead, shown
+from hsplit.config.section import STRICT, allowed_instead, first_of, refusals, shown
 from hsplit.errors import InputError
 
 MAX_DEPTH = 20
@@ -263,7 +262,7 @@ def displayed(path: str | Path) -> str:
 
 def preset_directory(kind: PresetKind) -> Path:
     """Where the presets are: inside the package (a wheel) or beside it (a checkout)."""
-    inside = _PACKAGE / kind
+    inside = _PACKAGE / "presets" / kind
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 
 

@@ -10,8 +10,7 @@ from hsplit.config.cluster import BUDGET_FIELDS, ServerSpec
 from hsplit.config.files import parse_yaml
 from hsplit.config.job import Job
 from hsplit.config.policy import Policy
-from hsplit.config.refusals import KeyPath, Refusal
-from hsplit.config.section import allowed_instead, shown
+from hsplit.config.section import KeyPath, Refusal, allowed_instead, shown
 from hsplit.errors import InputError
 
 SECTIONS = ("server", "clients", "job", "policy")

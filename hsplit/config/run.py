@@ -13,8 +13,18 @@ from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
 from hsplit.config.job import TORCH_OPTIMIZERS, Job, Partition
 from hsplit.config.overrides import Override, Overrides, below, parse_overrides
 from hsplit.config.policy import DEFAULT_POLICY, Policy
-from hsplit.config.refusals import Refusal, first_of, input_error, refusals
-from hsplit.config.section import LARGEST, LIST, NOT_EMPTY, Section, refuse, shown
+from hsplit.config.section import (
+    LARGEST,
+    LIST,
+    NOT_EMPTY,
+    Refusal,
+    Section,
+    first_of,
+    input_error,
+    refusals,
+    refuse,
+    shown,
+)
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 

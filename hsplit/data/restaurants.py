@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from hsplit.data.examples import Example
-from hsplit.data.meaning import meaning_text
+from hsplit.data.examples import Example, meaning_text
 from hsplit.data.restaurant_phrases import NAME_QUALITIES, NAME_THINGS, SLOTS, VALUES
 from hsplit.data.restaurant_plans import plans_for, tell
 from hsplit.errors import InputError

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsplit.data.chat import ChatTemplate
-from hsplit.data.examples import Example
+from hsplit.data.examples import Example, meaning_text, parse_meaning
 from hsplit.data.files import file_sha256, listed
 from hsplit.data.formats import READERS, Row
-from hsplit.data.meaning import meaning_text, parse_meaning
 from hsplit.data.restaurants import NO_LABEL, descriptions
 from hsplit.errors import InputError
 

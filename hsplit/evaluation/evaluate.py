@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,72 @@ from typing import Any
 from hsplit.actors.participant import chat_template
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
-from hsplit.data import TokenizedExample, check_ids, hold_out, read_examples, tokenize
+from hsplit.data import Example, TokenizedExample, check_ids, hold_out, read_examples, tokenize
 from hsplit.data.local import nothing_supervised
 from hsplit.errors import InputError
 from hsplit.evaluation.generation import generate
-from hsplit.evaluation.inputs import TestInput, grouped, limited, without
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.report import Evaluation, Generation
 from hsplit.evaluation.scores import PERPLEXITY, SCORES, chosen_metrics, text_scores
 from hsplit.evaluation.targets import Target, kind_of, open_target
-from hsplit.models.rotary import depends_on_length
+from hsplit.models.packing import depends_on_length
 from hsplit.run_directory import RunDirectory
 from hsplit.seeds import hash_seed
+
+
+@dataclass(frozen=True)
+class TestInput:
+    """One input with its references.
+
+    Attributes:
+        prompt: what the model is given, separator included.
+        responses: each answer that the data has for it, as training takes them.
+        turns: as `Example` has them.
+    """
+
+    # pytest would take the name for a test class.
+    __test__ = False
+
+    prompt: str
+    responses: tuple[str, ...]
+    turns: str | None = field(default=None, compare=False)
+
+    @property
+    def examples(self) -> list[Example]:
+        """One example a response, as training has them."""
+        return [Example(self.prompt, response, None, self.turns) for response in self.responses]
+
+    def references(self, special_tokens: Iterable[str]) -> list[str]:
+        """The responses as texts to compare with: without special tokens and surrounding blanks."""
+        texts = []
+        for text in self.responses:
+            for token in special_tokens:
+                text = text.replace(token, "")
+            texts.append(text.strip())
+        return texts
+
+
+def grouped(examples: Iterable[Example]) -> list[TestInput]:
+    """Examples of one prompt as one input, worded as in its first; prompts and responses in their given order."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.input_key, []).append(example)
+    return [
+        TestInput(group[0].prompt, tuple(example.response for example in group), group[0].turns)
+        for group in groups.values()
+    ]
+
+
+def without(inputs: Sequence[TestInput], keys: Collection[str]) -> list[TestInput]:
+    """The inputs whose ``input_key``, as `Example` has it, is none of ``keys``."""
+    return [one for one in inputs if one.examples[0].input_key not in keys]
+
+
+def limited(inputs: Sequence[TestInput], limit: int | None, seed: int) -> list[TestInput]:
+    """At most ``limit`` inputs in their order, chosen by the seed from all of them, since files are often sorted."""
+    if limit is None or limit >= len(inputs):
+        return list(inputs)
+    return [inputs[index] for index in sorted(random.Random(seed).sample(range(len(inputs)), limit))]
 
 
 def evaluate(
@@ -179,7 +235,7 @@ def _refuse_without_test_part(path: Path, client: str | None) -> None:
 
 
 def _test_part(opened: Target) -> tuple[list[TestInput], str]:
-    from hsplit.preparation import read_shared, shared_sha256
+    from hsplit.run.inputs import read_shared, shared_sha256
 
     assert opened.run is not None and opened.source is not None
     data = opened.run.job.data
@@ -200,7 +256,7 @@ def _same_data(opened: Target, data_sha256: str) -> None:
 
 def _trained_on(opened: Target, notes: list[str]) -> set[str]:
     """The inputs of the shared data that some client trained on, by their ``input_key``."""
-    from hsplit.preparation import read_inputs
+    from hsplit.run.inputs import read_inputs
 
     run, source = opened.run, opened.source
     assert run is not None and source is not None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.actors.messages import WireTensor
-from hsplit.lora.export import LearnedTerm
-from hsplit.lora.low_rank import LowRank
+from hsplit.export.adapter_files import LearnedTerm
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, layer_count, load_segment, model_config, skeleton
 from hsplit.models.tail import Tail
 

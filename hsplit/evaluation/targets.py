@@ -14,23 +14,23 @@ from torch import Tensor
 
 from hsplit.actors.executor import one_line
 from hsplit.actors.participant import base_model
-from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed, read_json
 from hsplit.config.section import STRICT
-from hsplit.dependency_messages import quieten_bitsandbytes
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
+from hsplit.export.adapter_files import learned_parts, trained_weights
+from hsplit.export.model_card import METADATA
 from hsplit.lora.aggregation import find_aggregation
-from hsplit.lora.export import learned_parts, trained_weights
-from hsplit.model_card import METADATA
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint
 from hsplit.models.source import ModelSource, check_directory, find_model
 from hsplit.models.weights import freeze
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.run.state import RunState
 from hsplit.run_directory import RunDirectory
-from hsplit.run_state import RunState
+from hsplit.streams import quieten_bitsandbytes
 
 
 @dataclass(frozen=True)

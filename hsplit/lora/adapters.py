@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hsplit.lora.low_rank import LowRank
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import LinearShape, Segment
 
 

@@ -1,8 +1,12 @@
-"""A holder: one segment with its adapters and its own optimizer. Clients and server are both holders."""
+"""A holder: one segment with its adapters and its own optimizer. Clients and server are both holders.
+
+A holder counts the tokens that each of its layers was trained on in a round, by which aggregation weighs (METHOD 6).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +16,50 @@ from hsplit.config import Job, Policy
 from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
-from hsplit.lora.clipping import clip_each, clip_limits
 from hsplit.lora.direction_steps import DirectionSteps
-from hsplit.lora.low_rank import LowRank
 from hsplit.lora.optimizer import (
     as_parameters,
+    clip_each,
+    clip_limits,
     kept_state,
+    learning_rate,
     new_optimizer,
     restore_state,
     without_moments,
 )
 from hsplit.lora.residual import ResidualUpdate
-from hsplit.lora.schedule import learning_rate
 from hsplit.lora.self_pruning import RankPruner
-from hsplit.lora.token_counts import TokenCounts
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import LinearShape, Segment, set_adapter_dropout
 from hsplit.seeds import hash_seed
+
+
+class TokenCounts:
+    """Supervised tokens that passed through each layer since the round began."""
+
+    def __init__(self) -> None:
+        self._by_layer: Counter[int] = Counter()
+
+    def add(self, layers: Iterable[int], tokens: int) -> None:
+        """``tokens`` supervised tokens passed through each of ``layers``."""
+        for layer in layers:
+            self._by_layer[layer] += tokens
+
+    def clear(self) -> None:
+        """Another round begins."""
+        self._by_layer.clear()
+
+    def by_layer(self) -> dict[int, int]:
+        """A copy, by layer."""
+        return dict(self._by_layer)
+
+    def state(self) -> Tensor:
+        """For a checkpoint: layer and tokens, ``(n, 2)``."""
+        return torch.tensor(sorted(self._by_layer.items()), dtype=torch.int64).reshape(-1, 2)
+
+    def load_state(self, kept: Tensor) -> None:
+        """Take over what :meth:`state` gave."""
+        self._by_layer = Counter({int(layer): int(count) for layer, count in kept.reshape(-1, 2)})
 
 
 @dataclass(frozen=True)

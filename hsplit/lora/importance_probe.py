@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.lora.adapted_linear import AdaptedLinear
 from hsplit.lora.adapters import AdapterSet
+from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.segment import LinearShape, Segment
 
 # Rows of G and of the effective weight are formed this many bytes at a time (one row, where a row is larger).

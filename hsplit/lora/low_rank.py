@@ -5,62 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hsplit.models.factors import LowRank
+
 _ROWS_AT_ONCE = 128
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The matrix ``B A`` of shape ``(d_out, d_in)``, never formed.
-
-    Attributes:
-        B: ``(d_out, r)``, scale folded in.
-        A: ``(r, d_in)``, same dtype and device as ``B``.
-    """
-
-    B: Tensor
-    A: Tensor
-
-    def __getstate__(self) -> tuple[Any, Any]:
-        # Adapters travel as many small factors, and a tensor takes fifty times as long to pickle as an array does.
-        if self.B.device.type != "cpu" or self.B.dtype not in (torch.float32, torch.float64):
-            return self.B, self.A
-        return self.B.detach().numpy(), self.A.detach().numpy()
-
-    def __setstate__(self, state: tuple[Any, Any]) -> None:
-        # Of their own: an array that has travelled may be read-only.
-        for name, factor in zip(("B", "A"), state, strict=True):
-            object.__setattr__(self, name, factor if isinstance(factor, Tensor) else torch.tensor(factor))
-
-    @property
-    def rank(self) -> int:
-        """Directions: rows of ``A`` and columns of ``B``."""
-        return self.A.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.A.nbytes + self.B.nbytes
-
-    def dense(self) -> Tensor:
-        """``B A`` as a matrix, for tests and for forming a working weight."""
-        return self.B @ self.A
-
-    def from_rank(self, start: int) -> LowRank:
-        """The factors from row ``start`` on, as tensors of their own."""
-        return LowRank(self.B[:, start:].clone(), self.A[start:].clone())
-
-    def up_to_rank(self, stop: int) -> LowRank:
-        """The factors before row ``stop``, as tensors of their own."""
-        return LowRank(self.B[:, :stop].clone(), self.A[:stop].clone())
-
-    def to(self, dtype: torch.dtype) -> LowRank:
-        """Both factors in ``dtype``."""
-        return LowRank(self.B.to(dtype), self.A.to(dtype))
 
 
 @dataclass(frozen=True)

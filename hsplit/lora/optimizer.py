@@ -1,13 +1,16 @@
-"""The optimizers that ``job.optimizer`` names: how each is made, what it keeps, and how a checkpoint keeps that.
+"""Optimizers of ``job.optimizer``, the learning rate by step, and gradient clipping.
 
-Those of bitsandbytes keep 8-bit codes of the moments, page them out of a GPU that is short of memory, or both. They are
-for a holder's adapters, which are one flat buffer; whoever trains every weight has torch's own.
+The optimizers of bitsandbytes keep 8-bit codes of the moments, page them out of a GPU that is short of memory, or both.
+They are for a holder's adapters, which are one flat buffer; a client that trains every weight uses torch's own. The
+learning rate is a pure function of the step, so that resuming needs no scheduler state. Clipping does not depend on
+where the model is split (METHOD 2).
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +18,63 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.config import Job
+from hsplit.models.segment import LinearShape
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int) -> float:
+    """Learning rate of local step ``step`` (counted from 0 over the whole run).
+
+    Args:
+        total: local steps of the whole run.
+        peak: ``job.lr``.
+        schedule: ``constant``, ``linear`` (to zero) or ``cosine`` (to zero), after the warm-up.
+        warmup: steps of linear warm-up from ``peak / warmup``.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak
+
+
+_EPSILON = 1e-6
+"""Added to a norm before it divides, as in ``torch.nn.utils.clip_grad_norm_``."""
+
+
+def clip_limits(shapes: Sequence[LinearShape], clip: float) -> dict[str, float]:
+    """Largest L2 norm of each adapted weight's gradient: ``clip`` times the root of its share of the adapted entries.
+
+    Factors of rank ``r`` have ``r (d_out + d_in)`` entries. The share is taken at one rank for all, so ``r`` cancels:
+
+        limit_w = clip * sqrt((d_out + d_in)_w / sum_v (d_out + d_in)_v)
+
+    It follows from the model and ``job.targets`` alone, not from split points, holders or the ranks of a plan. The
+    squares of the limits sum to ``clip ** 2``, so the gradient of the whole model has a norm of at most ``clip``.
+
+    Args:
+        shapes: every adapted weight of the whole model, whoever holds it.
+        clip: ``job.clip``.
+    """
+    total = sum(shape.d_out + shape.d_in for shape in shapes)
+    return {shape.name: clip * math.sqrt((shape.d_out + shape.d_in) / total) for shape in shapes}
+
+
+@torch.no_grad()
+def clip_each(gradients: Mapping[str, Tensor], limits: Mapping[str, float]) -> None:
+    """Scale each gradient down, in place, to the L2 norm that ``limits`` allows it, by weight name.
+
+    Nothing waits for the device.
+    """
+    if not gradients:
+        return
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+    allowed = torch.tensor([limits[name] for name in gradients], dtype=norms.dtype, device=norms.device)
+    for gradient, factor in zip(gradients.values(), (allowed / (norms + _EPSILON)).clamp_(max=1.0), strict=True):
+        gradient.mul_(factor)
+
 
 MOMENT_BLOCK = 256
 """Entries of a moment that share one fp32 scale (bitsandbytes' own number)."""

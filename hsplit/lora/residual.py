@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsplit.lora.low_rank import LowRank, LowRankSum, concatenate, empty, spectral
+from hsplit.lora.low_rank import LowRankSum, concatenate, empty, spectral
+from hsplit.models.factors import LowRank
 
 # Rows of a residual's matrix that are formed at once in fp64.
 _ROWS_AT_ONCE = 512

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.config import Job
-from hsplit.lora.holder import HeldAdapters, RoundUpdate
-from hsplit.lora.optimizer import new_optimizer
+from hsplit.lora.holder import HeldAdapters, RoundUpdate, TokenCounts
+from hsplit.lora.optimizer import learning_rate, new_optimizer
 from hsplit.lora.residual import ResidualUpdate
-from hsplit.lora.schedule import learning_rate
-from hsplit.lora.token_counts import TokenCounts
 from hsplit.models.segment import Segment
 from hsplit.models.weights import DenseWeight
 

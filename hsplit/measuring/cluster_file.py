@@ -1,17 +1,65 @@
-"""A cluster file with measured budgets: who there is from another one, and each figure with its spread beside it."""
+"""A cluster file with measured budgets: each figure, with its spread beside it, in place of the declared one."""
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hsplit.config import RunConfig, load_run_config, to_yaml
 from hsplit.config.cluster import BUDGET_FIELDS
 from hsplit.config.overrides import Overrides, parse_overrides
+from hsplit.config.section import LARGEST
 from hsplit.errors import InputError
-from hsplit.measuring.figure import Figure, Figures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure in the unit of its key in a cluster file.
+
+    Attributes:
+        value: what the file gets, four digits of it.
+        low, high: of all samples.
+        samples: how many there were.
+        kind: what ``value`` is of them: the median, or where a budget must hold throughout the least.
+    """
+
+    value: float
+    low: float
+    high: float
+    samples: int
+    kind: Literal["median", "least"]
+
+    @staticmethod
+    def median_of(samples: Sequence[float]) -> Figure:
+        """The median of ``samples``, of which there is at least one; none counts as more than a file may have."""
+        return Figure._of(statistics.median(samples), samples, "median")
+
+    @staticmethod
+    def least_of(samples: Sequence[float]) -> Figure:
+        """The least of ``samples``, likewise."""
+        return Figure._of(min(samples), samples, "least")
+
+    @staticmethod
+    def _of(value: float, samples: Sequence[float], kind: Literal["median", "least"]) -> Figure:
+        return Figure(_rounded(value), _rounded(min(samples)), _rounded(max(samples)), len(samples), kind)
+
+    @property
+    def spread(self) -> str:
+        """In words, as a file's comment has it."""
+        return f"{self.kind} of {self.samples}, {self.low:g}-{self.high:g}"
+
+
+Figures = Mapping[str, Mapping[str, Figure]]
+"""By holder, then by key of its budget."""
+
+
+def _rounded(value: float) -> float:
+    return float(f"{min(value, float(LARGEST)):.4g}")
+
 
 # Any would do: it is replaced by what is measured.
 _UNMEASURED = {"memory_gb": 1.0}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import Holder
-from hsplit.lora.low_rank import LowRank
+from hsplit.models.factors import LowRank
 from hsplit.models.packing import Packing
 from hsplit.models.segment import (
     BaseModel,
@@ -28,9 +28,9 @@ from hsplit.models.segment import (
     model_config,
     targeted,
 )
-from hsplit.scheduling.cost import CostModel
-from hsplit.scheduling.counted_model import CountedModel
-from hsplit.scheduling.fake_layer import LayerSetting
+from hsplit.planning.cost.counted_model import CountedModel
+from hsplit.planning.cost.fake_layer import LayerSetting
+from hsplit.planning.cost.model import CostModel
 
 LAYERS = 2
 """Decoder layers that are timed: enough that one's weights leave the caches while another computes."""

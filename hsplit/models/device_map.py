@@ -6,38 +6,31 @@ Everything else stays on the first GPU: tail, rotary tables, adapters and their 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hsplit.errors import InputError
 
-if TYPE_CHECKING:
-    from hsplit.models.segment import Segment
 
+def place_layers(module: nn.Module, layers: nn.ModuleDict) -> dict[int, torch.device]:
+    """Spread ``layers`` over all GPUs, and move the other children of ``module`` to the first.
 
-def place(segment: Segment, device: torch.device) -> None:
-    """Move ``segment`` to ``device``: to one, or the layers of a server's to all that ``cuda`` stands for.
-
-    What begins with the embedding is a client's, which computes on one.
+    Returns:
+        The device of each layer, by its number in the model.
 
     Raises:
         InputError: the layers do not fit on the GPUs.
     """
-    several = device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1
-    if segment.spec.embedding or not several:
-        segment.to(device)
-        return
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    beside = [module for name, module in segment.named_children() if name != "layers"]
+    beside = [child for child in module.children() if child is not layers]
     memory = [torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]
-    found = device_map(segment.layers, memory, sum(module_bytes(module) for module in beside))
-    segment.layer_devices = {int(name): gpus[index] for name, index in found.items()}
-    for module in beside:
-        module.to(gpus[0])
-    for name, layer in segment.layers.items():
+    found = device_map(layers, memory, sum(module_bytes(child) for child in beside))
+    for child in beside:
+        child.to(gpus[0])
+    for name, layer in layers.items():
         layer.to(gpus[found[name]])
+    return {int(name): gpus[index] for name, index in found.items()}
 
 
 def device_map(layers: nn.ModuleDict, memory_bytes: Sequence[int], first_bytes: int) -> dict[str, int]:

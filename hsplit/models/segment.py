@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hsplit.config.section import shown
+from hsplit.config.section import MAX_LAYERS, shown
 from hsplit.errors import InputError
-from hsplit.lora.adapted_linear import AdaptedLinear
+from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.checkpoint_reader import CheckpointReader
-from hsplit.models.device_map import place
+from hsplit.models.device_map import place_layers
 from hsplit.models.families import Family, family_of
-from hsplit.models.packing import ATTENTION, Packing, register_attention
-from hsplit.models.rotary import rotary_tables
+from hsplit.models.packing import ATTENTION, Packing, register_attention, rotary_tables
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
 from hsplit.models.tokenizer_files import missing_packages, vocabulary_file
 from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
-from hsplit.scheduling.plan import MAX_LAYERS
 
 # Sizes that no model has: what is built by such a configuration takes hours, or all memory.
 _LARGEST = {
@@ -88,7 +86,7 @@ class Segment(nn.Module):
     """Decoder layers ``[first, last)`` with, where held, the embedding before them and the tail after them."""
 
     short_attention: bool = True
-    """See :mod:`hsplit.models.short_attention`."""
+    """See :mod:`hsplit.models.packing`."""
 
     def __init__(self, family: Family, config: Any, spec: SegmentSpec) -> None:
         super().__init__()
@@ -115,6 +113,20 @@ class Segment(nn.Module):
     def embed(self, ids: Tensor, packing: Packing) -> Tensor:
         """Packed token ids ``(n,)`` to hidden states ``(n, d)``."""
         return self.family.embed(self.embeddings, ids, packing.positions)
+
+    def place(self, device: torch.device) -> None:
+        """Move to ``device``, or a server's layers to all GPUs that ``cuda`` stands for.
+
+        A segment with the embedding is a client's, which computes on one device.
+
+        Raises:
+            InputError: the layers do not fit on the GPUs.
+        """
+        several = device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1
+        if self.spec.embedding or not several:
+            self.to(device)
+        else:
+            self.layer_devices = place_layers(self, self.layers)
 
     def run(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
         """Run layers ``[start, stop)`` over packed tokens ``(n, d)``, each sequence attending causally to itself."""
@@ -420,7 +432,7 @@ def load_segment(
     if spec.tail:
         segment.tail = kept.tail if kept is not None else None
         segment.tail = segment.tail or _load_tail(segment, empty, reader, model)
-    place(segment, torch.device(device))
+    segment.place(torch.device(device))
     # Base dropout stays off; AdaptedLinear's own dropout follows segment.train().
     return segment.eval()
 

@@ -2,6 +2,10 @@
 
 ``job.base`` fixes the *values* of ``W_0`` for every holder (METHOD 1); a holder is free to store them quantized or
 dequantized. Quantization is bitsandbytes': NF4 in blocks of 64 with fp32 scales, int8 by row.
+
+bitsandbytes is imported here, without its messages on CPUs about an optional kernel for inference, and without a
+compiler: it hands two functions to ``torch.compile``, which would import torch's compiler, a second of a core. Only NF4
+weights with an odd number of columns use them; here they always run uncompiled.
 """
 
 from __future__ import annotations
@@ -13,6 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.models.kept_codes import SMALLEST_ENTRIES, KeptCodes
+from hsplit.streams import quieten_bitsandbytes
+
+
+def _as_it_is(function: Any = None, **settings: Any) -> Any:
+    return (lambda given: given) if function is None else function
+
+
+quieten_bitsandbytes()
+_compile = torch.compile
+torch.compile = _as_it_is  # type: ignore[assignment]  # a stand-in for its every signature
+try:
+    from bitsandbytes import functional
+finally:
+    torch.compile = _compile
+
+__all__ = ["functional"]
+
 
 NF4_BLOCK = 64
 # Entries quantized at once: on a CPU bitsandbytes takes up to 16 bytes an entry in passing.
@@ -20,7 +41,6 @@ QUANTIZED_AT_ONCE = 1 << 20
 
 
 def _bitsandbytes() -> Any:
-    from hsplit.models.quiet_bitsandbytes import functional
 
     return functional
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator
 
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
 
 ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validated", "round", "checkpoint", "finished"})
 """Kinds that are the normal course of a run; a report lists the events of every other kind, ``replanned`` and

@@ -20,8 +20,8 @@ from hsplit.files import write_text_atomically
 from hsplit.observe.observer import Observer
 from hsplit.observe.plan_text import holder_line, plan_lines
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
 
 
 class Observer:

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hsplit.observe.wording import NOTHING, bytes_text, number_text, of_budget, printable, weight_kind
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.planning.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
-    from hsplit.scheduling.insight import Insight
+    from hsplit.planning.insight import Insight
 
 SHOWN_GAINS = 3
 """How many holders are named that one more GB of memory would bring most."""

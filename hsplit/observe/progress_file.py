@@ -12,12 +12,12 @@ from types import TracebackType
 
 from hsplit.config.files import read_json
 from hsplit.config.section import EXACT
-from hsplit.driver import Driver
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.observe.events import MaybeInfinite, finite
 from hsplit.observe.observer import Observer
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.run_directory import Driver
 
 WRITTEN_EVERY_S = 1.0
 

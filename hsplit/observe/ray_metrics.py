@@ -34,7 +34,7 @@ from hsplit.observe.exported_metrics import (
 )
 from hsplit.observe.observer import Observer
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, plan_rows
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
 
 # How often Ray exports metrics, in milliseconds, and what it does where that is not set.
 _INTERVAL, _DEFAULT_MS = "RAY_metrics_report_interval_ms", 10_000

@@ -16,8 +16,7 @@ from rich.text import Text
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
-from hsplit.observe.residual_cuts import cut_text, residual_cuts
-from hsplit.observe.tables import MetricsRow, read_rows
+from hsplit.observe.tables import MetricsRow, cut_text, read_rows, residual_cuts
 from hsplit.observe.wording import age_text, printable
 from hsplit.run_directory import RunDirectory
 

@@ -13,17 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hsplit.driver import read_driver
 from hsplit.errors import InputError
+from hsplit.observe.displays import Pace, display_for
 from hsplit.observe.events import RESERVED, ROUTINE_EVENTS, EventReader, plan_of
 from hsplit.observe.observer import Observer
-from hsplit.observe.pace import Pace
 from hsplit.observe.progress_file import StepRecord, read_step_record
 from hsplit.observe.runs import BEGINNINGS, RunState, results_lines, run_state, way_on
 from hsplit.observe.tables import MetricsRow, PlanRow, Row, TimingRow, read_rows
-from hsplit.observe.terminal import display_for
-from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
+from hsplit.run_directory import RunDirectory, read_driver
 from hsplit.streams import outputs
 
 LOOKED_EVERY_S = 0.5

@@ -9,9 +9,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from hsplit.observe.wording import kind_labels, weight_place
+from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.report.figures import GRID, drawing_style, inline_svg
 from hsplit.report.record import PlanHistory
-from hsplit.scheduling.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

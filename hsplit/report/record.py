@@ -12,12 +12,11 @@ from hsplit.config.files import displayed, read_json, read_yaml
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, plan_of, read_events
-from hsplit.observe.residual_cuts import residual_cuts
 from hsplit.observe.runs import State, last_state
-from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows, residual_cuts
 from hsplit.observe.wording import layer_of
+from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from hsplit.config.cluster import CENTRAL
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.observe.residual_cuts import cut_text, share_cut
-from hsplit.observe.tables import plan_rows
+from hsplit.observe.tables import cut_text, plan_rows, share_cut
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, of_budget
 from hsplit.report import figures
 from hsplit.report.figures import MAX_HOLDERS, WARNING

@@ -1,4 +1,4 @@
-"""A simulation's files: CSV, and one self-contained HTML page."""
+"""The files of a simulation, CSV and one self-contained HTML page, and its table for a terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,69 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from hsplit.errors import InputError, os_reason
-from hsplit.observe.wording import NOTHING
+from hsplit.observe.wording import NOTHING, number_text
 from hsplit.report.figures import COLOURS, drawing_style, inline_svg
 from hsplit.report.page import Plot, Section, page
 from hsplit.simulation.sweep import Setting, Sweep
-from hsplit.simulation.table import HEADINGS, cells
+
+# Two lines a heading, with the unit, so that a fleet of 100,000 still fits into 80 columns.
+COLUMNS = (
+    "clients",
+    "servers",
+    "train",
+    "step,\ns",
+    "round,\ns",
+    "server\nshare",
+    "bottle-\nneck",
+    "memory,\nGB",
+    "up,\nGB",
+    "down,\nGB",
+    "Gbit/s",
+)
+
+HEADINGS = tuple(column.replace("-\n", "").replace("\n", " ") for column in COLUMNS)
+"""The same in one line each, for a page."""
+
+
+def cells(setting: Setting) -> list[str]:
+    """One line, in the order of :data:`COLUMNS`."""
+    head = [f"{setting.clients:,}", str(setting.servers)]
+    if setting.refused:
+        return [*head, *[NOTHING] * 4, "memory", *[NOTHING] * 4]
+    return [
+        *head,
+        f"{setting.training:,.0f}",
+        number_text(setting.step_s),
+        number_text(setting.round_s),
+        f"{setting.server_share:.0%}",
+        setting.bottleneck,
+        number_text(setting.server_gb),
+        number_text(setting.bytes_up / 1e9),
+        number_text(setting.bytes_down / 1e9),
+        number_text(setting.server_gbps),
+    ]
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """One line for every fleet and number of servers."""
+    title = (
+        f"simulation of {sweep.about['model']}:\nnothing is trained, all seconds are virtual; up and down are a round's"
+    )
+    table = Table(
+        title=title,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column.startswith("bottle") else "right", no_wrap=True)
+    for setting in sweep.settings:
+        table.add_row(*cells(setting))
+    return table
 
 
 def write_simulation(sweep: Sweep, to: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rounds of a simulated run, in :mod:`hsplit.coordinator`'s order of events, each timed by the virtual clock."""
+"""The rounds of a simulated run, in the order of :mod:`hsplit.run.coordinator`, each timed by the virtual clock."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from hsplit.actors.executor import SERVER
-from hsplit.actors.scheduler import Scheduler
-from hsplit.config import RunConfig
+from hsplit.config import SERVER, RunConfig
 from hsplit.errors import InputError
-from hsplit.scheduling.budgets import BudgetRequest
-from hsplit.scheduling.clock import VirtualClock
-from hsplit.scheduling.counted_model import prefix
-from hsplit.scheduling.plan import HolderPlan, Plan
-from hsplit.scheduling.planning_state import Fleet, PlanningState
-from hsplit.scheduling.serving import drawn_cohort
+from hsplit.planning.budgets import BudgetRequest
+from hsplit.planning.cost.clock import VirtualClock
+from hsplit.planning.cost.counted_model import prefix
+from hsplit.planning.cost.serving import drawn_cohort
+from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.planning.scheduler import Scheduler
+from hsplit.planning.state import Fleet, PlanningState
 from hsplit.simulation.fleet import Traffic, links
 
 

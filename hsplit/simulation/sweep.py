@@ -7,16 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig, load_run_config
 from hsplit.config.cluster import MAX_COUNT
 from hsplit.config.files import find_preset, read_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.errors import InputError
-from hsplit.preparation import settled
-from hsplit.simulation.fleet import Traffic, read_trace
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.inputs import settled
+from hsplit.simulation.fleet import Traffic, read_trace, shape_directory
 from hsplit.simulation.rounds import Round, simulated
-from hsplit.simulation.shapes import shape_directory
 
 MAX_SERVERS = 1000
 # One server is enough while its part of a local step is smaller, and more of them are not this many times as fast.
@@ -138,7 +137,7 @@ def sweep(
     """Simulate a cluster file's fleet.
 
     Args:
-        cluster, policy, overrides, cpu: as for :func:`hsplit.launcher.launch`.
+        cluster, policy, overrides, cpu: as for :func:`hsplit.api.launch`.
         sizes: numbers of clients to scale the fleet to, in the proportions of the file; by default the file's own.
         servers: numbers of servers; by default the file's own.
         rounds: how many; ``job.rounds`` by default.

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplit.actors.activation_noise import ActivationNoise
-from hsplit.actors.client import Client
+from hsplit.actors.client import ActivationNoise, Client
 from hsplit.actors.participant import base_model
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import RoundUpdate

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Job
-from hsplit.scheduling.counted_model import CountedModel
+from hsplit.planning.cost.counted_model import CountedModel
 from tests.tiny import tiny_config
 
 ITEM = {"fp64": 8, "fp32": 4, "bf16": 2}

@@ -6,14 +6,15 @@ Nothing of this runs. The check is ``mypy``, which calls an ignore that is not n
 from __future__ import annotations
 
 from hsplit.actors.client import Client
-from hsplit.actors.executor import SCHEDULER, SERVER, Executor
+from hsplit.actors.executor import Executor
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.replica import Replica
-from hsplit.actors.scheduler import Scheduler
 from hsplit.actors.server import Server
+from hsplit.config import SCHEDULER, SERVER
 from hsplit.lora.holder import HeldAdapters
-from hsplit.scheduling.plan import Plan
-from hsplit.scheduling.planning_state import PlanningState
+from hsplit.planning.plan import Plan
+from hsplit.planning.scheduler import Scheduler
+from hsplit.planning.state import PlanningState
 
 
 def right(executor: Executor) -> None:

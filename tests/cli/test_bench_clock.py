@@ -13,9 +13,9 @@ from benchmarks.clock import QUICK, Budgets, Experiment, HolderRow, Row, Scale, 
 from benchmarks.clock import table as clock_table
 from benchmarks.cpu_quota import PERIOD_US, CpuQuotas
 from hsplit.errors import InputError
-from hsplit.local_run import local_run
 from hsplit.models.source import find_model
-from hsplit.preparation import read_inputs
+from hsplit.run.inputs import read_inputs
+from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder
 

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import inversion, privacy
-from hsplit.actors.activation_noise import ActivationNoise
+from hsplit.actors.client import ActivationNoise
 from hsplit.cli import main
 from hsplit.data import TokenizedExample
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks import simulation as bench
-from hsplit.actors.scheduler import Scheduler
+from hsplit.planning.scheduler import Scheduler
 from hsplit.simulation.rounds import simulated
 
 

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner, Result
 
+from hsplit.api import _failing_well
 from hsplit.cli import main
-from hsplit.launcher import _failing_well
 from hsplit.observe.events import EventLog
 from hsplit.run_directory import RunDirectory
 from tests.finished_run import finished_run
@@ -147,7 +147,7 @@ def test_a_run_that_is_complete_is_not_begun_again(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished_run(tmp_path, models["llama"], base="fp32", rounds=1)
-    monkeypatch.setattr("hsplit.launcher.helpers_of", Mock(side_effect=AssertionError("started")))
+    monkeypatch.setattr("hsplit.api.helpers_of", Mock(side_effect=AssertionError("started")))
     EventLog(run.directory.events).write("finished", "the run is complete")
     result = _call("resume", run.path)
     assert result.exit_code == 0, result.output
@@ -168,7 +168,7 @@ def test_a_run_that_is_interrupted_at_once_says_how_to_go_on(
         with _failing_well(directory):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("hsplit.launcher.launch", interrupted)
+    monkeypatch.setattr("hsplit.api.launch", interrupted)
     result = _call("launch", "--cluster", cluster_file)
     assert result.exit_code == 130
     assert result.stderr == f"interrupted; go on from the last checkpoint with: hsplit resume {directory.path}\n"

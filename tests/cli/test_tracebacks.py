@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hsplit.api import _failing_well, _left_out_if_refused
 from hsplit.cli import main
 from hsplit.errors import InputError, RunError
-from hsplit.launcher import _failing_well, _left_out_if_refused
 from hsplit.observe.events import EventLog, read_events
 from hsplit.run_directory import RunDirectory
 from hsplit.tracebacks import unexpected

@@ -15,8 +15,8 @@ from tests.in_process import random_examples
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    from hsplit.actors.fork_server import ForkServer
-    from hsplit.actors.ray_connection import NOT_BEFOREHAND, WORKER_ENVIRONMENT
+    from hsplit.cluster.connection import NOT_BEFOREHAND, WORKER_ENVIRONMENT
+    from hsplit.cluster.fork_server import ForkServer
 
     patch = pytest.MonkeyPatch()
     # Metrics are exported more often than every ten seconds, so that a test need not wait so long for them.

@@ -17,13 +17,13 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from hsplit.actors.executor import Ref
-from hsplit.actors.ray_executor import NAMESPACE, RayExecutor
-from hsplit.actors.scheduler import Scheduler
+from hsplit.cluster.ray_executor import NAMESPACE, RayExecutor
 from hsplit.config import RunConfig, load_run_config
-from hsplit.coordinator import Coordinator
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
-from hsplit.preparation import read_inputs, settled
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Coordinator
+from hsplit.run.inputs import read_inputs, settled
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, rows_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hsplit.lora.aggregation import Contribution, Outcome, Restart
-from hsplit.lora.low_rank import LowRank, concatenate
+from hsplit.lora.low_rank import concatenate
+from hsplit.models.factors import LowRank
 
 
 def equal_voices(contributions: Sequence[Contribution], restart: Restart) -> Outcome:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit.actors.executor import SCHEDULER, SERVER
+from hsplit.config import SCHEDULER, SERVER
 from tests.cluster.killing import Drill, Happening, Kill, KillingExecutor, RandomKills, drill, without_wall_time
 from tests.in_process import holders_of
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.janitor import MARK
+from hsplit.cluster.janitor import MARK
 from hsplit.observe.events import read_events
 from hsplit.observe.runs import list_runs
 from hsplit.observe.tables import read_metrics

@@ -20,7 +20,7 @@ _PROGRAM = textwrap.dedent(
     import json, os, sys, urllib.error, urllib.request
     import psutil, ray
     from hsplit.config import Client, RunConfig
-    from hsplit.launcher import helpers_of, ray_of
+    from hsplit.cluster.ray_session import helpers_of, ray_of
 
     def status(path, token=None):
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -79,7 +79,7 @@ def test_tests_run_with_the_token_too() -> None:
 
 
 def test_a_token_that_others_may_read_is_made_the_user_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsplit.actors.ray_connection import _keep_token
+    from hsplit.cluster.connection import _keep_token
 
     monkeypatch.setenv("HOME", str(tmp_path))
     _keep_token()
@@ -101,7 +101,7 @@ def test_a_token_that_others_may_read_is_made_the_user_s_own(tmp_path: Path, mon
 def test_where_the_dashboard_listens_is_checked_before_anything_starts(
     address: str | None, host: str, reason: str
 ) -> None:
-    from hsplit.actors.ray_connection import connect
+    from hsplit.cluster.connection import connect
 
     with pytest.raises(InputError, match=re.escape(reason)):
         connect(address, 1, dashboard_host=host)

@@ -11,10 +11,10 @@ import torch
 
 import hsplit
 from hsplit.config import load_run_config
-from hsplit.local_run import local_run
 from hsplit.models.source import find_model
 from hsplit.observe.tables import read_plan
-from hsplit.preparation import read_inputs, settled
+from hsplit.run.inputs import read_inputs, settled
+from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, rows_of
 

@@ -50,8 +50,8 @@ from pathlib import Path
 import psutil, ray
 from ray.cluster_utils import Cluster
 
-from hsplit.actors.fork_server import ForkServer
-from hsplit.checkpoint import latest_checkpoint
+from hsplit.cluster.fork_server import ForkServer
+from hsplit.run.checkpoint import latest_checkpoint
 from tests.cluster.killing import Happening, drill
 
 cluster_file, runs, actor, room_bytes, cells = sys.argv[1:]

@@ -17,7 +17,7 @@ import hsplit
 from hsplit.observe.exported_metrics import METRICS
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
 from hsplit.observe.tables import TimingRow, plan_rows
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.planning.plan import HolderPlan, Plan
 from tests.in_process import Recorder
 from tests.observe.conftest import metrics_row
 

@@ -22,11 +22,11 @@ from ray.cluster_utils import Cluster
 
 import hsplit
 from hsplit.actors.holder_actor import HolderActor
-from hsplit.actors.placement import InUse, place
-from hsplit.actors.ray_executor import RayExecutor
+from hsplit.cluster.placement import InUse, place
+from hsplit.cluster.ray_executor import RayExecutor
 from hsplit.config import load_run_config
 from hsplit.errors import InputError
-from hsplit.preparation import settled
+from hsplit.run.inputs import settled
 from hsplit.models.checkpoint_reader import model_fingerprint
 from tests.in_process import Recorder
 

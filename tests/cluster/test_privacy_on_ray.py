@@ -10,10 +10,10 @@ import pytest
 
 import hsplit
 from hsplit.actors.executor import Ref
-from hsplit.actors.ray_executor import RayExecutor
+from hsplit.cluster.ray_executor import RayExecutor
 from tests.in_process import Recorder
 from tests.recording import Passed, Secrets, fields_of, text_in
-from tests.test_privacy import CLIENTS, LEAVES, long_examples
+from tests.run.test_privacy import CLIENTS, LEAVES, long_examples
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -53,7 +53,7 @@ def _words(text: str) -> list[int]:
 def test_with_labels_at_home_no_id_and_no_text_leaves_a_client_on_ray(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hsplit.actors.ray_executor.RayExecutor", RecordingOnRay)
+    monkeypatch.setattr("hsplit.cluster.ray_executor.RayExecutor", RecordingOnRay)
     examples = {name: long_examples(24, index) for index, name in enumerate(CLIENTS)}
     for name, own in examples.items():
         lines = "".join(f"{e.prompt}||{e.response.strip()}\n" for e in own)

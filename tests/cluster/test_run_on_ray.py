@@ -20,16 +20,16 @@ import hsplit
 from hsplit.actors.client import Client
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.participant import base_model
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import RunConfig
-from hsplit.coordinator import Coordinator
 from hsplit.errors import InputError, RunError
 from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import read_plan
-from hsplit.preparation import read_inputs
+from hsplit.planning.plan import Plan
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.coordinator import Coordinator
+from hsplit.run.inputs import read_inputs
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
 from tests.cluster.killing import end_actor
 from tests.in_process import Recorder, planned_run, random_examples, rows_of
 from tests.laws.reference import lora_A, lora_B, mean_loss, peft_model

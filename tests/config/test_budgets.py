@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit.config import Distribution, load_run_config
-from hsplit.config.budgets import drawn
+from hsplit.config.cluster import drawn
 
 EDGE = (
     "{name: edge, count: 20, memory_gb: {uniform: [5, 20]}, tflops: {lognormal: [2, 0.5]},"

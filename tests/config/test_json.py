@@ -14,20 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsplit import inbox, model_card
 from hsplit.config.cluster import Client, ScheduledChange
 from hsplit.config.files import from_json, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
-from hsplit.driver import Driver
 from hsplit.errors import InputError
 from hsplit.evaluation import targets
+from hsplit.export import model_card
 from hsplit.models import checkpoint_reader, packaged
 from hsplit.observe.progress_file import StepRecord
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.planning.state import PlanningState
 from hsplit.report import record
-from hsplit.run_state import Member, RunState
-from hsplit.scheduling.plan import HolderPlan, Plan
-from hsplit.scheduling.planning_state import PlanningState
+from hsplit.run import inbox
+from hsplit.run.state import Member, RunState
+from hsplit.run_directory import Driver
 
 ROOT = Path(__file__).parents[2]
 # Text that is more or less than strict JSON, or of others: events with halves of surrogate pairs, messages of a process
@@ -35,10 +36,10 @@ ROOT = Path(__file__).parents[2]
 OTHER_READERS = {
     "hsplit/config/files.py",
     "hsplit/observe/events.py",
-    "hsplit/actors/fork_server.py",
-    "hsplit/janitor.py",
+    "hsplit/cluster/fork_server.py",
+    "hsplit/cluster/janitor.py",
     "hsplit/models/checkpoint_reader.py",
-    "hsplit/models/gguf_conversion.py",
+    "hsplit/models/gguf.py",
 }
 
 

@@ -12,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from hsplit.data.batches import (
-    BatchSampler,
-    TokenizedExample,
-    collate,
-    padding_id,
-    tokenize,
-    validation_batches,
-)
+from hsplit.data.batches import BatchSampler, TokenizedExample, collate, padding_id, tokenize, validation_batches
 from hsplit.data.examples import Example
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

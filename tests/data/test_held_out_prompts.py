@@ -11,7 +11,7 @@ from hsplit.config import Client, Job, RunConfig
 from hsplit.data import Example, split_off_test
 from hsplit.errors import InputError
 from hsplit.models.source import find_model
-from hsplit.preparation import read_inputs, read_shared
+from hsplit.run.inputs import read_inputs, read_shared
 from tests.finished_run import write_data
 
 EXAMPLES = [Example(f"p{i % 40}", f"r{i}", None) for i in range(100)]

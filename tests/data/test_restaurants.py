@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 
-from hsplit.data.meaning import parse_meaning
+from hsplit.data.examples import parse_meaning
 from hsplit.data.restaurant_phrases import AREA_PLACES, SLOTS, VALUES, joined, with_article
 from hsplit.data.restaurants import Description, descriptions, restaurants
 from hsplit.errors import InputError

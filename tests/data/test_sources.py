@@ -13,12 +13,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hsplit.data import hold_out, split_off_test
-from hsplit.data.examples import Example
-from hsplit.data.meaning import parse_meaning
+from hsplit.data.examples import Example, parse_meaning
 from hsplit.data.restaurants import restaurants
 from hsplit.data.sources import file_sha256, read_examples
 from hsplit.errors import InputError
-from hsplit.evaluation.inputs import grouped
+from hsplit.evaluation.evaluate import grouped
 
 E2E = Path(__file__).parents[3] / "shared" / "data" / "e2e" / "devset.csv"
 

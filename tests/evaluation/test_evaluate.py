@@ -16,10 +16,10 @@ import hsplit
 from hsplit.cli import main
 from hsplit.data import read_examples, tokenize
 from hsplit.errors import InputError
-from hsplit.evaluation.inputs import TestInput, grouped, limited
+from hsplit.evaluation.evaluate import TestInput, grouped, limited
 from hsplit.evaluation.targets import open_target
 from hsplit.models.source import find_model
-from hsplit.preparation import read_shared
+from hsplit.run.inputs import read_shared
 from tests.finished_run import FinishedRun, finished_run, write_data
 
 WITHOUT_JAVA = "ppl,bleu,nist,rouge-l,cider"

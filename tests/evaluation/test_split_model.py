@@ -16,11 +16,11 @@ from hsplit.data import Example, hold_out, tokenize
 from hsplit.evaluation.generation import generate
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.split_model import Cut, split_model
-from hsplit.exporting import export
-from hsplit.lora.export import learned_parts
+from hsplit.export.adapter_files import learned_parts
+from hsplit.export.export import export
 from hsplit.models.source import find_model
 from hsplit.models.weights import DenseWeight
-from hsplit.preparation import read_inputs
+from hsplit.run.inputs import read_inputs
 from hsplit.seeds import hash_seed
 from tests.finished_run import FinishedRun, finished_run, logits_of
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit.data import file_sha256, read_examples
-from hsplit.data.meaning import parse_meaning
+from hsplit.data.examples import parse_meaning
 from hsplit.errors import InputError
 from tests.fuzz.harness import as_json, damaged, examples, mangled, read_or_refused
 

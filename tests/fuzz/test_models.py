@@ -14,22 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsplit.checkpoint import latest_checkpoint
 from hsplit.errors import InputError
 from hsplit.evaluation.targets import open_target
-from hsplit.exporting import export
+from hsplit.export.export import export
 from hsplit.models.checkpoint_reader import CheckpointReader, model_fingerprint
-from hsplit.models.gguf_header import check_gguf
-from hsplit.models.segment import (
-    BaseModel,
-    SegmentSpec,
-    linear_shapes,
-    load_segment,
-    load_tokenizer,
-    model_config,
-)
+from hsplit.models.gguf import check_gguf
+from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, load_tokenizer, model_config
 from hsplit.models.source import find_model
 from hsplit.models.wheel import extract_member
+from hsplit.run.checkpoint import latest_checkpoint
 from tests.finished_run import FinishedRun
 from tests.fuzz.harness import as_json, damaged, examples, mangled, mangled_head, read_or_refused
 from tests.tiny import LAYERS

@@ -15,17 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsplit import inbox
-from hsplit.checkpoint import MANIFEST, STATE, latest_checkpoint, read_checkpoint
 from hsplit.config import Client, Importance, Job, Policy, RunConfig
 from hsplit.errors import InputError
-from hsplit.exporting import export
+from hsplit.export.export import export
 from hsplit.files import sha256_of, write_text_atomically
 from hsplit.observe.events import read_events
 from hsplit.observe.runs import list_runs, runs_table
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
 from hsplit.report.record import load_run
 from hsplit.report.report import write_report
+from hsplit.run import inbox
+from hsplit.run.checkpoint import MANIFEST, STATE, latest_checkpoint, read_checkpoint
 from hsplit.run_directory import RunDirectory
 from tests.finished_run import FinishedRun
 from tests.fuzz.harness import NASTY, as_json, damaged, examples, mangled, mangled_head, read_or_refused, tree

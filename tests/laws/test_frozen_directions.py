@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit.config import Job, Policy
-from hsplit.lora.aggregator import Aggregator
+from hsplit.lora.aggregation import Aggregator
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
-from hsplit.lora.low_rank import LowRank, concatenate, empty
+from hsplit.lora.low_rank import concatenate, empty
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import LinearShape
 
 D_OUT, D_IN = 96, 80

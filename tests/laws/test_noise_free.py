@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hsplit.lora.adapted_linear import AdaptedLinear
 from hsplit.lora.aggregation import Contribution, Restart, average_factors, noise_free
-from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import Residual
+from hsplit.models.adapted_linear import AdaptedLinear
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.models.weights import base_values
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hsplit.config import Job, Policy
 from hsplit.data import Example
+from hsplit.export.adapter_files import learned
 from hsplit.lora import holder as holding
-from hsplit.lora.export import learned
 from hsplit.models.segment import linear_shapes, model_config
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import clip_each_weight, keep_double, lora_A, lora_B, mean_loss, peft_model

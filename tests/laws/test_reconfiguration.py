@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from hsplit.config import Importance, Job, Policy
-from hsplit.lora.export import learned
-from hsplit.scheduling.plan import Plan
+from hsplit.export.adapter_files import learned
+from hsplit.planning.plan import Plan
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.tiny import LAYERS
 

@@ -11,9 +11,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hsplit.actors.executor import SERVER
-from hsplit.config import Importance, Job, Policy
-from hsplit.lora.low_rank import LowRank
+from hsplit.config import SERVER, Importance, Job, Policy
+from hsplit.models.factors import LowRank
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.tiny import LAYERS
 

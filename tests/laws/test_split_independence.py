@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hsplit.lora.importance_probe import ProbedRows
-from hsplit.probe import probe_importance
-from hsplit.scheduling.importance import scores
+from hsplit.planning.importance import scores
+from hsplit.run.importance_probe import probe_importance
 from tests.laws.reference import keep_double
 from tests.probing import job_of, probed_actors, shapes_of, sums_by_client
 from tests.tiny import LAYERS

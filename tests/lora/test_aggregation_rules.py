@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hsplit.errors import InputError
 from hsplit.lora.aggregation import AGGREGATIONS, Contribution, Outcome, Restart, find_aggregation
-from hsplit.lora.low_rank import LowRank, LowRankSum
+from hsplit.lora.low_rank import LowRankSum
+from hsplit.models.factors import LowRank
 
 D_OUT, D_IN = 20, 14
 rules = settings(max_examples=40, deadline=None)

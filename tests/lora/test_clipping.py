@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.clipping import clip_each, clip_limits
+from hsplit.lora.optimizer import clip_each, clip_limits
 from hsplit.models.segment import LinearShape
 
 SHAPES = [LinearShape(f"layers.{layer}.{n}", layer, 4 + 3 * n, 9 - 2 * n) for layer in range(3) for n in range(2)]

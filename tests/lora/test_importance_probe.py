@@ -11,14 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsplit.config import Policy
-from hsplit.data.probe_batch import probe_batch
+from hsplit.data.batches import probe_batch
 from hsplit.data.tokens import TokenizedExample
 from hsplit.lora import importance_probe
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_working_bytes
 from hsplit.models.packing import Packing
 from hsplit.models.segment import LinearShape
-from hsplit.probe import probe_importance
-from hsplit.scheduling.importance import ImportanceHistory, ImportanceReport, scores
+from hsplit.planning.importance import ImportanceHistory, ImportanceReport, scores
+from hsplit.run.importance_probe import probe_importance
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import keep_double
 from tests.probing import effective_model, job_of, probed_actors, shapes_of, sums_by_autograd, sums_by_client

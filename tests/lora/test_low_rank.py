@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hsplit.lora.low_rank import LowRank, LowRankSum, empty, leading_and_rest, spectral
+from hsplit.lora.low_rank import LowRankSum, empty, leading_and_rest, spectral
+from hsplit.models.factors import LowRank
 
 EXACT = torch.float64
 

@@ -11,23 +11,17 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from benchmarks.memory import Case, Measured, measured_client, measured_server, random_model
-from hsplit.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.config import Job, Policy
 from hsplit.lora import optimizer as module
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.direction_steps import DirectionSteps
 from hsplit.lora.holder import Holder, RoundUpdate
-from hsplit.lora.low_rank import LowRank
-from hsplit.lora.optimizer import (
-    as_parameters,
-    kept_state,
-    new_optimizer,
-    restore_state,
-    without_moments,
-)
+from hsplit.lora.optimizer import as_parameters, kept_state, new_optimizer, restore_state, without_moments
+from hsplit.models.factors import LowRank
 from hsplit.models.segment import BaseModel, LinearShape, SegmentSpec, linear_shapes, load_segment, model_config
+from hsplit.planning.cost.counted_model import CountedModel
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.counted_model import CountedModel
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.tiny import tiny_config
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit.actors.peak_memory import _blocks
+from hsplit.actors.measuring import _blocks
 from hsplit.lora.aggregation import Contribution, Outcome, Restart, noise_free
-from hsplit.lora.low_rank import LowRank
 from hsplit.lora.residual import Residual
+from hsplit.models.factors import LowRank
 
 
 def _allocations(work: Callable[[], Any]) -> tuple[Any, int, int]:

@@ -10,7 +10,7 @@ import torch
 
 from hsplit.config import Policy
 from hsplit.lora.adapters import AdapterSet, initial_A
-from hsplit.lora.schedule import learning_rate
+from hsplit.lora.optimizer import learning_rate
 from hsplit.models.segment import LinearShape
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 

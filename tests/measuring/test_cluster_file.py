@@ -9,8 +9,7 @@ import pytest
 from hsplit.config import Client, RunConfig, load_run_config
 from hsplit.config.cluster import BUDGET_FIELDS
 from hsplit.errors import InputError
-from hsplit.measuring.cluster_file import load_unmeasured, measured_file
-from hsplit.measuring.figure import Figure, Figures
+from hsplit.measuring.cluster_file import Figure, Figures, load_unmeasured, measured_file
 
 GIVEN = """
 server: {memory_gb: 8, num_cpus: 2}

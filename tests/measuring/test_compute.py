@@ -20,8 +20,8 @@ from hsplit.measuring.compute import (
     server_flops,
 )
 from hsplit.models.segment import model_config
-from hsplit.scheduling.cost import CostModel
-from hsplit.scheduling.tracing import flop_counter
+from hsplit.planning.cost.counting import flop_counter
+from hsplit.planning.cost.model import CostModel
 from tests.tiny import LAYERS as ALL_LAYERS
 
 

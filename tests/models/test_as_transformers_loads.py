@@ -403,8 +403,8 @@ GPT_OSS = {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_
 def test_a_layer_that_asks_its_attention_for_more_is_refused_by_its_plan(
     keys: dict[str, Any], asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from hsplit.api import plan
     from hsplit.config import load_run_config
-    from hsplit.launcher import plan
 
     monkeypatch.setattr(LlamaFamily, "model_types", LlamaFamily.model_types | {keys["model_type"]})
     (tmp_path / "config.json").write_text(json.dumps(SIZES | keys))

@@ -19,8 +19,8 @@ from hsplit.config import Job, Policy
 from hsplit.errors import InputError
 from hsplit.lora.holder import Holder
 from hsplit.lora.importance_probe import _EffectiveWeight
-from hsplit.lora.low_rank import LowRank
-from hsplit.models.device_map import device_map, module_bytes, place
+from hsplit.models.device_map import device_map, module_bytes
+from hsplit.models.factors import LowRank
 from hsplit.models.packing import Packing
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment
 
@@ -78,7 +78,7 @@ def test_layers_are_spread_and_all_else_is_on_the_first(segment: Segment, monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("GPU", (), {"total_memory": PLENTY}))
     monkeypatch.setattr(nn.Module, "to", lambda module, device: moved.update({names[id(module)]: str(device)}))
-    place(segment, torch.device("cuda"))
+    segment.place(torch.device("cuda"))
     assert moved["tail"] == moved["rotary"] == "cuda:0"
     assert [moved[f"layers.{index}"] for index in range(1, 4)] == [str(segment.layer_devices[i]) for i in range(1, 4)]
     assert moved["layers.3"] == "cuda:1" and "" not in moved
@@ -90,7 +90,7 @@ def test_layers_are_spread_and_all_else_is_on_the_first(segment: Segment, monkey
     ):
         moved.clear()
         segment.spec, segment.layer_devices = spec, {}
-        place(segment, torch.device(device))
+        segment.place(torch.device(device))
         assert moved == {"": device} and segment.layer_devices == {}
 
 

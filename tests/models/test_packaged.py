@@ -15,9 +15,9 @@ import torch
 from hsplit.errors import InputError
 from hsplit.models import packaged as module
 from hsplit.models import wheel
-from hsplit.models.gguf_conversion import distinct_tensors
+from hsplit.models.gguf import distinct_tensors
 from hsplit.models.packaged import MARKER, PACKAGED_TWINS, Packaged, packaged_model, parse_reference
-from hsplit.models.stages import Stage
+from hsplit.waiting import Stage
 
 CONTENT = b"GGUF stands here"
 SUM = hashlib.sha256(CONTENT).hexdigest()

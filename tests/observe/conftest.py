@@ -12,8 +12,8 @@ import pytest
 from hsplit.config import load_run_config
 from hsplit.observe.events import EventLog
 from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, plan_rows
+from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import HolderPlan, Plan
 
 LAYERS = 6
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")

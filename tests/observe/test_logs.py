@@ -20,8 +20,8 @@ from hsplit.errors import InputError
 from hsplit.observe.logs import MOST_HOLDERS, check_logs, logs_of, round_figures
 from hsplit.observe.observer import Observer, Observers
 from hsplit.observe.tables import plan_rows
+from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
 from tests.in_process import Recorder
 from tests.observe.conftest import metrics_row
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hsplit.observe.observer import Observers
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
 from tests.observe.conftest import metrics_row
 
 

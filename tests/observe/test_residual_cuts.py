@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.exporting import export
+from hsplit.export.export import export
 from hsplit.observe.events import EventLog, read_events
-from hsplit.observe.residual_cuts import cut_text, residual_cuts
 from hsplit.observe.runs import results_lines
+from hsplit.observe.tables import cut_text, residual_cuts
 from hsplit.report.report import write_report
 from tests.finished_run import FinishedRun, finished_run
 

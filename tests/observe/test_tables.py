@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 
 from hsplit.errors import InputError
 from hsplit.observe import tables
-from hsplit.observe.tables import (
-    MetricsRow,
-    MetricsTable,
-    PlanRow,
-    plan_rows,
-    read_metrics,
-    read_plan,
-    read_rows,
-)
-from hsplit.scheduling.plan import Plan
+from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, plan_rows, read_metrics, read_plan, read_rows
+from hsplit.planning.plan import Plan
 from tests.observe.conftest import metrics_row
 
 FLOATS = st.floats(allow_nan=False)

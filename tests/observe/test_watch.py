@@ -16,16 +16,15 @@ import hsplit
 from hsplit.cli import main
 from hsplit.config import load_run_config
 from hsplit.config.files import from_plain
-from hsplit.driver import Driver
 from hsplit.observe import watch as watching
+from hsplit.observe.displays import LiveDisplay
 from hsplit.observe.events import EventLog, finite
-from hsplit.observe.live_display import LiveDisplay
 from hsplit.observe.progress_file import ProgressFile, StepRecord, read_step_record
 from hsplit.observe.tables import MetricsRow, MetricsTable, PlanRow, plan_rows
-from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.plan import Plan
+from hsplit.planning.plan import Plan
+from hsplit.run_directory import Driver, RunDirectory
 from tests.observe.conftest import metrics_row
-from tests.observe.test_terminal import recorded, written
+from tests.observe.test_displays import recorded, written
 
 ROUNDS, STEPS = 2, 4
 

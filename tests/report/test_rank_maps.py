@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.report.figures import Piece, split_pieces, splits_svg
 from hsplit.report.rank_maps import (
     SHADES,
@@ -20,7 +21,6 @@ from hsplit.report.rank_maps import (
     rounds_shown,
 )
 from hsplit.report.record import PlanHistory
-from hsplit.scheduling.plan import HolderPlan, Plan
 from tests.observe.conftest import KINDS, LAYERS
 from tests.report.test_report import Page
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from hsplit.checkpoint import latest_checkpoint
 from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec
 from hsplit.config.cluster import CENTRAL
-from hsplit.coordinator import Coordinator
 from hsplit.observe.events import read_events
 from hsplit.report.record import load_run
+from hsplit.run.checkpoint import latest_checkpoint
+from hsplit.run.coordinator import Coordinator
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, planned_run, random_examples
 from tests.report.test_report import assert_self_contained, report_of

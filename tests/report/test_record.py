@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hsplit.observe.events import read_events
+from hsplit.planning.plan import Plan
 from hsplit.report.record import PlanHistory, load_run, plan_history
-from hsplit.scheduling.plan import Plan
 from tests.observe.conftest import scores, write_decisions
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hsplit.observe.events import EventLog
 from hsplit.observe.tables import MetricsTable, PlanRow, plan_rows
-from hsplit.scheduling.plan import HolderPlan, Plan
+from hsplit.planning.plan import HolderPlan, Plan
 from tests.observe.conftest import write_decisions
 from tests.report.test_report import assert_self_contained, report_of
 

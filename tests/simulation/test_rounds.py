@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsplit.actors.scheduler import Scheduler
 from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec, load_run_config
 from hsplit.config.cluster import ScheduledChange
 from hsplit.errors import InputError
+from hsplit.planning.cost.serving import drawn_cohort
+from hsplit.planning.scheduler import Scheduler
 from hsplit.run_directory import RunDirectory
-from hsplit.scheduling.serving import drawn_cohort
 from hsplit.simulation.fleet import Traffic, links, read_trace
 from hsplit.simulation.rounds import Simulated, simulated
 from tests.in_process import Recorder, planned_run, random_examples

@@ -18,9 +18,9 @@ from hsplit.config.cluster import MAX_COUNT, MAX_TAKING_PART
 from hsplit.config.files import find_preset
 from hsplit.errors import InputError
 from hsplit.models.segment import layer_count, model_config
-from hsplit.simulation.shapes import SHAPES, shape_directory
+from hsplit.simulation.fleet import SHAPES, shape_directory
+from hsplit.simulation.report import COLUMNS, cells, sweep_table
 from hsplit.simulation.sweep import Setting, Sweep, scaled_counts, sweep
-from hsplit.simulation.table import COLUMNS, cells, sweep_table
 
 
 @pytest.fixture

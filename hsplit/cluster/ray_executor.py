@@ -1,0 +1,348 @@
+"""The Ray executor: every client, the server and the scheduler is a named Ray actor around a plain object.
+
+Ray makes actors of one class, a shell around the object in a process whose threads are settled first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hsplit.actors.client import Client
+from hsplit.actors.executor import ActorFailure, Executor, R, Ref
+from hsplit.actors.factory import holder_class, make_holder, make_scheduler
+from hsplit.actors.replica import Replica
+from hsplit.cluster.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
+from hsplit.cluster.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
+from hsplit.config import SCHEDULER, SERVER, Holder, RunConfig
+from hsplit.config import Client as ClientConfig
+from hsplit.config.cluster import CENTRAL
+from hsplit.errors import HsplitError
+from hsplit.models.source import ModelReference
+from hsplit.streams import quieten_bitsandbytes
+
+
+def settle_process(threads: int | None, sharing: int = 1) -> None:
+    """Fix the number of threads, and keep libraries' chatter off the user's terminal.
+
+    Processes with idle thread pools fight over cores. A client therefore runs as many threads as it reserved CPUs,
+    one by default, which needs no pool; the server computes while the clients wait and uses every core of its node,
+    of which several servers there have equal parts.
+    """
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // sharing))
+    transformers.logging.set_verbosity_error()
+    quieten_bitsandbytes()
+
+
+class ActorShell:
+    """Holds an actor's plain object and calls its methods.
+
+    Args:
+        name: the actor's in the run.
+        make: makes the object, in the actor's process.
+        threads: that it computes with; ``None``: every core of its node, shared by ``sharing`` servers.
+        sharing: how many servers the node has.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any], threads: int | None, sharing: int = 1) -> None:
+        # First: Ray asks for the representation of an actor whose making has failed, too.
+        self._name = name
+        self.actor: Any = None
+        settle_process(threads, sharing)
+        self.actor = make()
+        self._returned: dict[tuple[int, int], Any] = {}
+
+    def __repr__(self) -> str:
+        # Shown by Ray's dashboard, and before each line that the process writes.
+        return f"{type(self.actor).__name__}({self._name})"
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Return what ``method`` of the object returns."""
+        return getattr(self.actor, method)(*arguments)
+
+    # -- Ray Direct Transport, which moves one value a call ---------------------------------------------------------
+
+    def begin(self, ticket: int, method: str, *arguments: Any) -> Any:
+        """Call ``method`` and return the first of its values; :meth:`rest` has the others.
+
+        Their tensors stay on their device until the receiver takes them, or for good where that is the same device.
+        """
+        report, *rest = self.call(method, *arguments)
+        self._returned |= {(ticket, index): value for index, value in enumerate(rest)}
+        return report
+
+    def rest(self, ticket: int, index: int) -> Any:
+        """Return value ``index`` of those that :meth:`begin` has kept for ``ticket``, and forget it."""
+        return self._returned.pop((ticket, index))
+
+
+NAMESPACE = "hsplit"
+
+# What is called in a step or a probe and returns activations or gradients behind its report.
+_CLIENTS_STEPS = (Client.forward, Client.tail, Client.validation_forward, Client.probe_forward, Client.probe_tail)
+_SERVERS_STEPS = (Replica.train_step, Replica.forward, Replica.backward, Replica.evaluate_deep)
+_SERVERS_PROBES = (Replica.probe, Replica.probe_forward, Replica.probe_backward)
+STEP_METHODS = frozenset(method.__name__ for method in (*_CLIENTS_STEPS, *_SERVERS_STEPS, *_SERVERS_PROBES))
+# How long a look for dead actors waits for those that are busy.
+_LOOK_S = 1.0
+_NAME_FREE_S = 30.0
+_PLACE_FREE_S = 5.0
+
+
+class _RayRef(Ref[Any]):
+    """The value of a call as Ray refers to it."""
+
+    def __init__(self, actor: str, method: str, ref: Any) -> None:
+        super().__init__(actor, method)
+        self.ref = ref
+
+
+class RayExecutor(Executor):
+    """Named actors on a connected Ray.
+
+    Args:
+        run_name: actors are named ``hsplit:RUN:client:NAME``, ``hsplit:RUN:server``, ``hsplit:RUN:scheduler``.
+        run: resolved configuration.
+        model: where the driver found ``job.model``.
+        placement: where everybody runs; who has no place there is not begun before :meth:`restart`; ``None``: places
+            are found here.
+        fingerprint: the base's; who is begun where ``placement`` has nobody checks the base there against it.
+
+    Raises:
+        InputError: not everybody has a place; no actor was started.
+        ActorFailure: Ray did not begin an actor; those begun before it have ended.
+    """
+
+    # Everybody but clients and server.
+    _helpers: tuple[str, ...] = (SCHEDULER,)
+
+    def __init__(
+        self,
+        run_name: str,
+        run: RunConfig,
+        model: Path,
+        placement: Placement | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        placement = placement or place(run)
+        self._run_name, self._run = run_name, run
+        self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
+        self._model, self._fingerprint = model, fingerprint
+        # On which nodes a base was found before the run started, and by which path of a client's own, if any.
+        self._looked_at = {(node.id, _own_model(self._requests[name])) for name, node in placement.nodes.items()}
+        self._transport = run.job.transport
+        self._tickets = count()
+        self._handles: dict[str, Any] = {}
+        # Who had no place when it was looked for last.
+        self._away = set(placement.away)
+        # First, so that it plans while the others start.
+        try:
+            for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
+                if name in self._helpers or name in placement.nodes:
+                    self._handles[name] = self._started(name)
+            if self._collective:
+                self._join_directly()
+        except ActorFailure:
+            self.close()
+            raise
+
+    @property
+    def _collective(self) -> bool:
+        return self._transport in ("gloo", "nccl")
+
+    def _join_directly(self) -> None:
+        """Let everybody that moves tensors do so without the object store."""
+        from ray.experimental.collective import create_collective_group
+
+        moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
+        with failing_as(SERVER, "start", self._names):
+            create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
+
+    def _started(self, name: str) -> Any:
+        """As :meth:`_start`, as soon as Ray gives the name free, which it does a moment after an earlier actor's end.
+
+        Raises:
+            ActorFailure: Ray does not begin it.
+        """
+        until = time.monotonic() + _NAME_FREE_S
+        while True:
+            try:
+                with failing_as(name, "start"):
+                    return self._start(name)
+            except ValueError as error:
+                if time.monotonic() > until:
+                    raise failure_from(error, name, "start") from error
+                time.sleep(0.05)
+
+    def _start(self, name: str) -> Any:
+        """Ask Ray for actor ``name``; the call returns before the actor is there."""
+        run, full_name = self._run, self._rays_name(name)
+        if name == SCHEDULER:
+            # It reads the model's configuration, which the driver's node has.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            options = {"name": full_name, "namespace": NAMESPACE, "num_cpus": 0}
+            make = partial(make_scheduler, run, ModelReference(run.job.model, self._model))
+            return ray.remote(ActorShell).options(scheduling_strategy=here, **options).remote(name, make, 1)
+        holder, node = self._requests[name], self._nodes[name]
+        # A server, and a single node, compute on every core of their machine; a client on what it reserved.
+        threads = None if name in (*run.server.names, CENTRAL) else max(1, int(holder.num_cpus))
+        sharing = self._servers_at(node) if name in run.server.names else 1
+        shell = _remote(full_name, holder, node, run.job.transport)
+        return shell.remote(name, self._maker(name, _device(holder)), threads, sharing)
+
+    def _maker(self, name: str, device: str) -> Callable[[], Any]:
+        """What makes the object of a client or server, in its process."""
+        run = self._run
+        return partial(make_holder, holder_class(run, name), name, run.job, run.policy, self._base_of(name), device)
+
+    def _servers_at(self, node: Node) -> int:
+        """How many servers ``node`` has, which share its cores."""
+        return sum(self._nodes[name].id == node.id for name in self._run.server.names if name in self._nodes)
+
+    def _base_of(self, name: str) -> ModelReference:
+        """Where ``name`` finds the base, to be checked there unless that was done before the run started."""
+        own = _own_model(self._requests[name])
+        fingerprint = None if (self._nodes[name].id, own) in self._looked_at else self._fingerprint
+        if own is not None:
+            return ModelReference(own, None, fingerprint)
+        return ModelReference(self._run.job.model, self._model, fingerprint)
+
+    def begin(
+        self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
+    ) -> list[Ref[Any]]:
+        name, shell = method.__name__, self._handles[actor]
+        given = [argument.ref if isinstance(argument, _RayRef) else argument for argument in arguments]
+        with failing_as(actor, name):
+            if returns is not None and self._transport != "store" and name in STEP_METHODS:
+                refs = self._begin_directly(shell, name, given, returns)
+            else:
+                # By this name Ray's dashboard and metrics show the call.
+                options = {"name": f"{self._kind(actor)}.{name}", "num_returns": 1 if returns is None else returns}
+                refs = shell.call.options(**options).remote(name, *given)
+        return [_RayRef(actor, name, ref) for ref in (refs if isinstance(refs, list) else [refs])]
+
+    def _kind(self, actor: str) -> str:
+        return SCHEDULER.title() if actor in self._helpers else holder_class(self._run, actor).__name__
+
+    def _begin_directly(self, shell: Any, method: str, given: Sequence[Any], returns: int) -> list[Any]:
+        """Begin a call all whose values but the report travel by Ray Direct Transport."""
+        ticket = next(self._tickets)
+        report = shell.begin.remote(ticket, method, *given)
+        rest = shell.rest.options(tensor_transport=self._transport)
+        return [report, *(rest.remote(ticket, index) for index in range(returns - 1))]
+
+    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [self._settled(ref, until) for ref in refs]
+
+    def _settled(self, ref: Ref[R], until: float | None) -> R | HsplitError:
+        assert isinstance(ref, _RayRef)
+        try:
+            value: R = ray.get(ref.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
+            return value
+        except Exception as error:  # also what cannot be unpickled here
+            return failure_from(error, ref.actor, ref.method, self._names)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """The actors' names by Ray's ids and by Ray's names of them."""
+        by_id = {handle._actor_id.hex(): name for name, handle in self._handles.items()}
+        return by_id | {self._rays_name(name): name for name in self._handles}
+
+    def _rays_name(self, name: str) -> str:
+        """Ray's name of an actor, by which its dashboard shows it."""
+        alone = name in (*self._helpers, *self._run.server.names)
+        return f"hsplit:{self._run_name}:{'' if alone else 'client:'}{name}"
+
+    def lost(self) -> list[ActorFailure]:
+        # Answers at once where an actor is gone; one that is busy does not answer, but is there.
+        ready = [_RayRef(name, "the round", actor.__ray_ready__.remote()) for name, actor in self._handles.items()]
+        with failing_as(RAY, "looking for its actors"):
+            ray.wait([one.ref for one in ready], num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
+        found = self.settle(ready, time.monotonic())
+        return [value for value in found if isinstance(value, ActorFailure) and value.kind != "late"]
+
+    def away(self) -> list[str]:
+        return sorted(self._away)
+
+    def add(self, client: ClientConfig) -> None:
+        if self._requests.get(client.name) != client:
+            # One that was refused may have had this name.
+            self._requests[client.name] = client
+            self._nodes.pop(client.name, None)
+
+    def restart(self, actor: str) -> bool:
+        if self._collective:
+            reason = f"with job.transport {self._transport} an actor cannot be replaced while others go on"
+            raise ActorFailure(actor, "restart", reason, "hopeless")
+        # Else its name would not be free.
+        self._kill(actor)
+        # What it had reserved is free a moment after its end.
+        free_by = time.monotonic() + (0.0 if actor in self._away else _PLACE_FREE_S)
+        while not self._find_place(actor):
+            if time.monotonic() > free_by:
+                self._away.add(actor)
+                return False
+            time.sleep(0.1)
+        self._away.discard(actor)
+        self._handles[actor] = self._started(actor)
+        return True
+
+    def end(self, actor: str) -> None:
+        self._kill(actor)
+        self._handles.pop(actor, None)
+
+    def _kill(self, actor: str) -> None:
+        if actor in self._handles:
+            # Where Ray does not answer, it has no process left to end.
+            with suppress(*RAY_ERRORS):
+                ray.kill(self._handles[actor])
+
+    def _find_place(self, actor: str) -> bool:
+        """Whether a node that is there has room for ``actor`` now."""
+        if actor == SCHEDULER:
+            return True
+        there = [name for name in self._nodes if name in self._handles and name not in (actor, *self._away)]
+        nodes = left_by(alive_nodes(), [(self._nodes[name].id, self._requests[name]) for name in there])
+        node = room_for(nodes, self._requests[actor], self._nodes.get(actor))
+        if node is not None:
+            self._nodes[actor] = node
+        return node is not None
+
+    def close(self) -> None:
+        for name in self._handles:
+            self._kill(name)
+        self._handles.clear()
+
+
+def _remote(name: str, holder: Holder, node: Node, transport: str) -> Any:
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "num_cpus": holder.num_cpus,
+        "num_gpus": holder.num_gpus,
+        "resources": holder.resources,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+        "max_restarts": 0,
+    }
+    transported = ray.remote(enable_tensor_transport=transport != "store")(ActorShell)
+    return transported.options(**options)
+
+
+def _own_model(holder: Holder) -> str | None:
+    return holder.model if isinstance(holder, ClientConfig) else None
+
+
+def _device(holder: Holder) -> str:
+    return "cuda" if holder.num_gpus > 0 else "cpu"

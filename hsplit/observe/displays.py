@@ -1,0 +1,371 @@
+"""Displays of a run: a live table in a terminal, plain lines everywhere else, with pace and time left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hsplit.config.cluster import is_server
+from hsplit.observe.observer import Observer, SilentDisplay
+from hsplit.observe.plan_text import (
+    holder_line,
+    lacking_text,
+    memory_text,
+    plan_changes,
+    plan_lines,
+    ranks_range,
+    split_text,
+)
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, printable
+from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.streams import encodable, is_terminal
+from hsplit.waiting import Waiting
+
+
+class Pace:
+    """Local steps done out of all, with the time per step measured over all that this process did.
+
+    The mean since the start, unlike that of the last seconds, has aggregation and validation in it.
+
+    Args:
+        clock: seconds, increasing.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first: int | None = None
+        self.done = 0
+        self.total = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._begun = self._first_time = self._last_time = self._clock()
+
+    def step(self, step: int, steps: int) -> None:
+        """Step ``step`` of ``steps`` is done, counted from 1 over the whole run."""
+        self.done, self.total = step, steps
+        self._last_time = self._clock()
+        if self._first is None:
+            # the first has warm-up in it, and what a resumed run did earlier took none of this time
+            self._first, self._first_time = step, self._last_time
+
+    @property
+    def share(self) -> float:
+        """Of all steps, from 0 to 1."""
+        return self.done / self.total if self.total else 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since this process began."""
+        return self._clock() - self._begun
+
+    @property
+    def left_s(self) -> float | None:
+        """Predicted time left; None until two steps are done."""
+        if self._first is None or self.done <= self._first:
+            return None
+        per_step = (self._last_time - self._first_time) / (self.done - self._first)
+        # What ends a round may take longer than a step; the steps that come after it are still to be done.
+        since_last = min(self._clock() - self._last_time, per_step)
+        return max(0.0, (self.total - self.done) * per_step - since_last)
+
+    def __str__(self) -> str:
+        left = self.left_s
+        rest = "" if not left else f", about {duration_text(left)} left"
+        return f"{self.share:.0%}, {duration_text(round(self.elapsed_s))} elapsed{rest}"
+
+
+REFRESH_PER_S = 4
+_ROUNDS_SHOWN = 8
+_BAR_WIDTH = 60
+_LINES_BESIDE_ROWS = 11
+"""Lines that the live part needs besides its rows: the table's frame, server, progress, history, prompt."""
+
+
+class LiveDisplay(Observer):
+    """A table with one row a client and the server's, redrawn at most ``REFRESH_PER_S`` times a second.
+
+    A terminal too low for all clients shows the first, and says how many are left out.
+
+    Args:
+        stream: a terminal.
+        console: what to draw on instead, in tests.
+        pace: how far the run is.
+    """
+
+    def __init__(self, stream: TextIO | None = None, console: Console | None = None, pace: Pace | None = None) -> None:
+        self._console = console or Console(file=stream, highlight=False)
+        self._pace = pace or Pace()
+        # Drawn by rich's own thread: what it reads is replaced as a whole here, never changed in place.
+        self._plan: Plan | None = None
+        # What is under way, until there is a step to tell of: on a busy machine that may take minutes.
+        self._waits_for = "preparing: layers, data, and a validation before any training"
+        self._round = ""
+        self._losses: Mapping[str, float] = {}
+        self._states: Mapping[str, str] = {}
+        self._perplexities: tuple[tuple[int, float], ...] = ()
+        # Until there is something to redraw.
+        self._waiting = Waiting("the actors are reading their data")
+        self._live = Live(
+            get_renderable=self._frame,
+            console=self._console,
+            refresh_per_second=REFRESH_PER_S,
+            vertical_overflow="ellipsis",
+        )
+
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        """Print the run's name and what it runs on."""
+        self._console.print(Text(f"Run {printable(run_name)}", style="bold"))
+        for line in lines:
+            self._console.print(Text(printable(line)))
+
+    def plan(self, plan: Plan) -> None:
+        """Show the plan, and begin to redraw; one that replaces another is shown in its place."""
+        for line in plan_lines(plan):
+            self._console.print(Text(printable(line)))
+        if self._plan is not None:
+            self._reset_returned(self._plan, plan)
+        self._plan = plan
+        if not self._live.is_started:  # not earlier: until there is a plan there is nothing to redraw
+            self._waiting.end()
+            self._live.start()
+
+    def step(
+        self,
+        round: int,
+        rounds: int,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        states: Mapping[str, str],
+    ) -> None:
+        """Show the step's losses and states."""
+        self._pace.step(step, steps)
+        self._round = f"round {round}/{rounds}, step {step}/{steps}"
+        self._losses = {**self._losses, **losses}
+        self._states = {**self._states, **states}
+
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
+        """Add the round to the perplexities."""
+        # A round that is repeated from a checkpoint takes the place of those that it undoes.
+        kept = tuple(done for done in self._perplexities if done[0] < row.round)
+        self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+        self._waits_for = "training begins"
+
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
+        """Print ``text`` above the table."""
+        if event == "resumed":
+            self._waits_for = "training goes on"
+        self._console.print(Text(printable(text), style="yellow"))
+
+    def finished(self, lines: Sequence[str]) -> None:
+        """Stop redrawing and print where the results are."""
+        self._live.stop()
+        for line in lines:
+            self._console.print(Text(printable(line)))
+
+    def __enter__(self) -> Self:
+        self._waiting.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waiting.__exit__(kind, error, trace)
+        self._live.stop()
+
+    def _reset_returned(self, before: Plan, after: Plan) -> None:
+        """Drop the stale loss and state of clients that take part again."""
+        back = {client.name for client in after.available} - {client.name for client in before.available}
+        self._losses = {name: loss for name, loss in self._losses.items() if name not in back}
+        self._states = {**self._states, **dict.fromkeys(back, "training")}
+
+    def _frame(self) -> RenderableType:
+        if self._plan is None:
+            return Text()
+        return Group(self._table(self._plan), self._progress(), self._history())
+
+    def _table(self, plan: Plan) -> Table:
+        table = Table()
+        table.add_column("name", overflow="ellipsis", no_wrap=True)
+        table.add_column("split", no_wrap=True)
+        table.add_column("ranks", no_wrap=True)
+        table.add_column("memory", no_wrap=True)
+        table.add_column("loss", justify="right", no_wrap=True)
+        table.add_column("state", overflow="fold")
+        room = max(1, self._console.height - _LINES_BESIDE_ROWS)
+        shown = plan.clients[:room]
+        for client in shown:
+            self._add_row(table, client, plan.layers)
+        if len(shown) < len(plan.clients):
+            table.add_row(Text(f"… {len(plan.clients) - len(shown)} more"), style="dim")
+        table.add_section()
+        self._add_row(table, plan.server, plan.layers)
+        return table
+
+    def _add_row(self, table: Table, holder: HolderPlan, layers: int) -> None:
+        state = self._states.get(holder.name, "") if holder.available else lacking_text(holder)
+        loss = self._losses.get(holder.name) if holder.available else None
+        cells = (
+            holder.name,
+            split_text(holder, layers),
+            ranks_range(holder.ranks),
+            memory_text(holder),
+            NOTHING if loss is None else number_text(loss),
+            state,
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells), style=None if holder.available else "dim")
+
+    def _progress(self) -> RenderableType:
+        bar = ProgressBar(total=max(1, self._pace.total), completed=self._pace.done, width=_BAR_WIDTH)
+        # rich's bar does not end its line
+        return Group(bar, Text("\n" + (f"{self._round}: {self._pace}" if self._round else self._waits_for)))
+
+    def _history(self) -> Text:
+        if not self._perplexities:
+            return Text()
+        rounds = " → ".join(f"{number_text(ppl)} (round {round})" for round, ppl in self._perplexities)
+        return Text(f"validation perplexity {rounds}")
+
+
+class PlainDisplay(Observer):
+    """Prints a line at the start, one a holder that a plan concerns, one every few steps, and one a round.
+
+    Args:
+        stream: where to; each line is flushed.
+        every_steps: how many steps of a round go by between two lines.
+        names_shown: up to how many clients the losses are given by name.
+        pace: how far the run is.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        every_steps: int = 5,
+        names_shown: int = 8,
+        pace: Pace | None = None,
+    ) -> None:
+        self._stream = stream
+        self._every_steps = every_steps
+        self._names_shown = names_shown
+        self._pace = pace or Pace()
+        self._printed_step = 0
+        self._plan: Plan | None = None
+        self._waiting = Waiting("the actors are reading their data and layers", growing=True)
+
+    def started(self, run_name: str, lines: Sequence[str]) -> None:
+        """Print the run's name and what it runs on."""
+        self._print(f"run {run_name}")
+        for line in lines:
+            self._print(f"  {line}")
+
+    def plan(self, plan: Plan) -> None:
+        """Print who holds what; of a plan that replaces another, only what it changes."""
+        if self._plan is None:
+            self._print("plan:")
+            lines = [holder_line(holder, plan.layers) for holder in (*plan.clients, plan.server)]
+        else:
+            self._print("new plan:")
+            lines = plan_changes(self._plan, plan) or ["every holder keeps its part"]
+        self._plan = plan
+        for line in (*lines, *plan_lines(plan)):
+            self._print(f"  {line}")
+        self._waiting.update("loading the layers of the plan")
+
+    def step(
+        self,
+        round: int,
+        rounds: int,
+        step: int,
+        steps: int,
+        losses: Mapping[str, float],
+        states: Mapping[str, str],
+    ) -> None:
+        """Print one line every few steps."""
+        self._pace.step(step, steps)
+        self._waiting.update(f"round {round}/{rounds}, after step {step}/{steps}")
+        # the first one at once: it tells that the run has begun to train; who watches may not see every step
+        passed = step // self._every_steps - self._printed_step // self._every_steps
+        if self._printed_step and passed == 0:
+            return
+        self._printed_step = step
+        absent = [f"{name}: {states[name]}" for name in states if name not in losses and not is_server(name)]
+        parts = [f"round {round}/{rounds} step {step}/{steps}", self._losses(losses), *absent]
+        self._print(f"{', '.join(parts)} ({self._pace})")
+
+    def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
+        """Print the round's figures."""
+        trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
+        parts = [
+            f"round {row.round} done: {trained}validation loss {number_text(row.val_loss)}",
+            f"validation perplexity {number_text(row.val_ppl)}",
+            f"{row.tokens:,} tokens",
+            f"{duration_text(row.wall_time_s)} (virtual {duration_text(row.virtual_time_s)})",
+            f"{bytes_text(row.bytes_up)} up, {bytes_text(row.bytes_down)} down",
+            f"{row.available_clients} clients",
+        ]
+        self._print(", ".join(parts))
+        self._waiting.update(f"after round {row.round}: checkpoint, plan, next round")
+
+    def note(self, text: str, event: str = "", /, **fields: Any) -> None:
+        """Print ``text`` as a note."""
+        self._print(f"note: {text}")
+
+    def finished(self, lines: Sequence[str]) -> None:
+        """Print where the results are."""
+        for line in lines:
+            self._print(line)
+
+    def __enter__(self) -> Self:
+        self._waiting.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waiting.__exit__(kind, error, trace)
+
+    def _losses(self, losses: Mapping[str, float]) -> str:
+        if not losses:
+            return "no losses"
+        if len(losses) <= self._names_shown:
+            return "loss " + ", ".join(f"{name} {number_text(loss)}" for name, loss in losses.items())
+        low, high = min(losses.values()), max(losses.values())
+        return f"losses of {len(losses)} clients from {number_text(low)} to {number_text(high)}"
+
+    def _print(self, line: str) -> None:
+        print(encodable(printable(line), self._stream.encoding), file=self._stream, flush=True)
+        self._waiting.heard()
+
+
+def display_for(stream: TextIO | None, pace: Pace | None = None) -> Observer:
+    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise; nothing without a stream.
+
+    Args:
+        stream: where to.
+        pace: how far the run is; by default counted from now on.
+    """
+    if stream is None or stream.closed:
+        return SilentDisplay()
+    if is_terminal(stream) and os.environ.get("TERM") not in ("dumb", "unknown") and _shows(stream, "–Σ→━"):
+        return LiveDisplay(stream, pace=pace)
+    return PlainDisplay(stream, pace=pace)
+
+
+def _shows(stream: TextIO, text: str) -> bool:
+    try:
+        text.encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

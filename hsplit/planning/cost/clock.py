@@ -1,0 +1,331 @@
+"""The virtual clock: what everything would have taken at the declared budgets (METHOD 8)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsplit.config import Policy
+from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.cost.counted_model import Floats, Ints, prefix
+from hsplit.planning.cost.model import CostModel
+from hsplit.planning.cost.serving import cohorts
+from hsplit.planning.cost.step_time import pipelined_s
+from hsplit.planning.plan import Plan
+
+# What an operation of a decomposition costs in those of a step, which declared speeds are about: it is in fp64, and
+# LAPACK is half as fast as products are (measured on CPUs at 384 to 4096 wide: 3.9 to 4.5).
+_DECOMPOSED = 4.0
+# What an entry of a gradient costs to be multiplied with its weight, made positive and summed, in the same operations.
+_REDUCED = 100.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What holders have of each weight.
+
+    Attributes:
+        total: their ranks together, ``(W,)``.
+        holders: how many of them hold it, ``(W,)``.
+    """
+
+    total: Ints
+    holders: Ints
+
+
+class VirtualClock:
+    """Virtual seconds of everything that a run does; deterministic, and no statement about the wall.
+
+    Every batch counts as a full one of ``max_length`` tokens, all of them supervised, as in plans. Clients compute
+    and send side by side; the server waits for the last of them.
+
+    Args:
+        cost: what steps cost.
+        clients, server: the budgets in force.
+    """
+
+    def __init__(self, cost: CostModel, clients: Sequence[ClientBudget], server: ServerBudget) -> None:
+        self._cost, self._server = cost, server
+        self._clients = {client.name: client for client in clients}
+
+    def steps_s(self, plan: Plan, clients: Collection[str] | None = None) -> list[float]:
+        """Each local step of a round, in order: in the first nobody is ahead.
+
+        Args:
+            plan: the plan in force.
+            clients: who trains; all available ones by default.
+        """
+        more = self._cost.model.job.local_steps - 1
+        return [self._step_s(plan, clients, frozenset()), *[self.step_s(plan, clients)] * more]
+
+    def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
+        """One local step in the midst of a round: METHOD 5's makespan, pipelined where the job says so.
+
+        Args:
+            plan: the plan in force.
+            clients: who trains; all available ones by default.
+        """
+        return self._step_s(plan, clients, self._ahead(plan))
+
+    def _step_s(self, plan: Plan, clients: Collection[str] | None, ahead: frozenset[str]) -> float:
+        splits, job = _splits(plan, clients), self._cost.model.job
+        phases = self._phases(plan, splits)
+        if self._cost.model.whole:
+            return float(phases[:, 0].max())
+        early = _among(splits, ahead)
+        # They have sent when the step begins, unless that takes them longer than the step.
+        sent_s = float(phases[early, 0].max(initial=0.0))
+        phases[early, 0] = 0.0
+        batches = job.grad_accumulation
+        forward_s, backward_s = self._server_batch_s(splits)
+        turns = self._cost.model.tail_at_client
+        parts = job.pipeline.microbatches
+        return max(sent_s, batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns)))
+
+    def waits_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, tuple[str, float]]:
+        """What one local step is spent on, without overlap: the server's phase (``server``), and of the clients that
+        the step waits for in its phases their compute (``compute``) and their links (``link``).
+
+        Args:
+            plan: the plan in force.
+            clients: who trains; all available ones by default.
+
+        Returns:
+            By what it is spent on: whose it is (of several clients the one with most), and seconds (virtual).
+        """
+        splits = _splits(plan, clients)
+        phases, names = self._phases(plan, splits), list(splits)
+        model, times = self._cost.model, self._cost.times
+        server_s = 0.0 if model.whole else sum(self._server_batch_s(splits)) * model.job.grad_accumulation
+        early = _among(splits, self._ahead(plan))
+        # What they take is waited for only as far as it is longer than all the rest, and after the others' own.
+        others = phases[~early].max(axis=0, initial=0.0)
+        beyond = phases[early, 0] - (others.sum() + server_s)
+        phases[early, 0] = np.where(beyond > 0, beyond + others[0], 0.0)
+        spent: dict[str, dict[str, float]] = {"compute": {}, "link": {}}
+        wire = model.wire_bytes(1)
+        sent = ((wire.up,), (wire.deep, wire.slope) if model.tail_at_client else (), (wire.down,))
+        for phase, (slowest, messages) in enumerate(zip(phases.argmax(axis=0).tolist(), sent, strict=True)):
+            name, seconds = names[slowest], float(phases[slowest, phase])
+            client = self._clients[name]
+            parts = model.job.pipeline.microbatches
+            link = sum(times.sent_s(size, client) + (parts - 1) * client.latency_s for size in messages)
+            link = min(0.0 if model.whole else link * model.job.grad_accumulation, seconds)
+            for what, share in (("compute", seconds - link), ("link", link)):
+                spent[what][name] = spent[what].get(name, 0.0) + share
+        found = {what: (max(own, key=own.__getitem__), sum(own.values())) for what, own in spent.items()}
+        return {**found, "server": (plan.server.name, server_s)}
+
+    def call_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+        """Seconds of each call of a local step, by holder and by what is called for: up, turn and down of a client;
+        step of the server (of each, where there are several), or forward and backward where the labels are at home.
+
+        Args:
+            plan: the plan in force.
+            clients: who trains, which decides what the server has to do; all available ones by default.
+        """
+        splits, job = _splits(plan), self._cost.model.job
+        times = dict(zip(splits, self._phases(plan, splits), strict=True))
+        if self._cost.model.whole:
+            return {name: {"up": float(up)} for name, (up, _, _) in times.items()}
+        calls: dict[str, dict[str, float]] = {}
+        for name, phases in times.items():
+            up, turn, down = (float(seconds) / job.batches_per_step for seconds in phases)
+            calls[name] = {"up": up, "turn": turn, "down": down}
+        parts = job.pipeline.microbatches
+        forward_s, backward_s = (seconds / parts for seconds in self._server_batch_s(_splits(plan, clients)))
+        calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
+        return calls
+
+    def _phases(self, plan: Plan, splits: Mapping[str, int]) -> Floats:
+        """Seconds of the up, turn and down phases of a local step of every client at its split, ``(C, 3)``."""
+        phases = self._cost.times.times_at([self._clients[name] for name in splits], _array(splits))
+        phases[_among(splits, plan.forward_only), 2] = 0.0
+        return phases
+
+    def _ahead(self, plan: Plan) -> frozenset[str]:
+        """The clients that are a step ahead of the others in the midst of a round."""
+        return plan.forward_only if self._cost.model.job.runs_ahead else frozenset()
+
+    def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
+        """The server's forward and backward of one joined batch."""
+        counts = self._counts(splits)
+        total = float(self._cost.times.server_times(self._server, counts)[0])
+        forward_s = self._cost.times.server_forward_s(self._server, counts[0])
+        return forward_s, total / self._cost.model.job.grad_accumulation - forward_s
+
+    def probe_s(self, plan: Plan, tokens: int, clients: Collection[str] | None = None) -> float:
+        """One importance probe: part of a batch forward and backward, and the gradient of every adapted weight, which
+        is reduced to a number a client.
+
+        Args:
+            plan: the plan in force.
+            tokens: supervised tokens wanted of each client: examples are whole, and at most a batch.
+            clients: who is asked; all available ones by default.
+        """
+        model, splits = self._cost.model, _splits(plan, clients)
+        job = model.job
+        part = min(math.ceil(tokens / job.max_length) / job.batch_size, 1.0)
+        scored_flops = model.weight_gradient_flops * (part + _REDUCED / (2 * model.rows))
+        messages = np.array([0, 0, 0] if model.whole else [1, 2 * model.tail_at_client, 1])
+        asked = [self._clients[name] for name in splits]
+        waits = messages * np.array([client.latency_s for client in asked])[:, None]
+        batch = self._cost.times.times_at(asked, _array(splits), microbatches=1) / job.grad_accumulation
+        phases = waits + part * (batch - waits)
+        phases[:, 2] += prefix(scored_flops)[_array(splits)] / np.array([client.flops for client in asked])
+        counts = self._counts(splits)
+        deep = part * self._cost.times.server_times(self._server, counts)[0] / job.grad_accumulation
+        deep += (model.joined_clients(model.served(counts)) @ scored_flops)[0] / self._server.flops
+        return float(phases.max(axis=0).sum() + deep)
+
+    def aggregation_s(
+        self,
+        plan: Plan,
+        policy: Policy,
+        up_bytes: Mapping[str, int],
+        down_bytes: Mapping[str, int],
+        clients: Collection[str] | None = None,
+    ) -> float:
+        """A round's end: adapters up, the aggregation, residual changes and restarts down, and a dense base's working
+        weights formed anew.
+
+        Args:
+            plan: whose adapters are aggregated.
+            policy: its aggregation.
+            up_bytes, down_bytes: by client name.
+            clients: who hands in; all available ones by default.
+        """
+        ranks, splits = self._ranks(plan, clients), _splits(plan)
+        merged_flops = self._merged_flops(ranks, policy)
+        first = self._cost.model.layers if self._cost.model.whole else min(splits.values(), default=0)
+        server_flops = self._aggregation_flops(ranks, policy) + float(merged_flops[first:].sum())
+        merged, sent = prefix(merged_flops).tolist(), self._cost.times.sent_s
+        restarted = (
+            sent(size, self._clients[name]) + merged[splits[name]] / self._clients[name].flops
+            for name, size in down_bytes.items()
+        )
+        return self.transfer_s(up_bytes) + server_flops / self._server.flops + max(restarted, default=0.0)
+
+    def transfer_s(self, nbytes: Mapping[str, int]) -> float:
+        """``nbytes`` by client name over every client's own link, until the last has it."""
+        sent = self._cost.times.sent_s
+        return max((sent(size, self._clients[name]) for name, size in nbytes.items()), default=0.0)
+
+    def reconfiguration_s(self, before: Plan, after: Plan, down_bytes: Mapping[str, int]) -> float:
+        """A change of plan: base weights of the layers that a client is new to, residuals and restarts.
+
+        Base weights count at the size of the run's base, as if they came over the client's link, which they need not
+        where its node has the model on disk. What the server takes over is on its own disk and does not count.
+
+        Args:
+            before, after: the two plans.
+            down_bytes: residuals and restarts by client name.
+        """
+        had = _splits(before)
+        moved = {
+            name: down_bytes.get(name, 0) + round(float(self._base_bytes[had.get(name, 0) : split].sum()))
+            for name, split in _splits(after).items()
+            if name in down_bytes or split > had.get(name, 0)
+        }
+        return self.transfer_s(moved)
+
+    def validation_s(self, plan: Plan, batches: Mapping[str, int]) -> float:
+        """Forward passes over each client's validation batches, joined one by one.
+
+        Clients go through theirs without waiting for anybody, and the server takes up each when the last has sent it;
+        tails come when a client has sent all.
+
+        Args:
+            plan: the plan in force.
+            batches: number of validation batches by client name.
+        """
+        splits = {name: k for name, k in _splits(plan).items() if batches.get(name, 0) > 0}
+        model, at = self._cost.model, _array(splits)
+        up, tail = self._cost.times.forward_times_at([self._clients[name] for name in splits], at).T
+        count = np.array([batches[name] for name in splits], dtype=np.int64)
+        free, own = 0.0, up * count
+        parts: list[tuple[Sequence[int], float]] = []
+        for index in range(int(count.max(initial=0))):
+            if index in count or not parts:
+                # Others take part than in the batch before.
+                there = cohorts(np.flatnonzero(count > index).tolist(), model.job.clients_per_round)
+                served = [model.clients_at(at[part]) for part in there]
+                deep = [self._cost.times.server_forward_s(self._server, counts) for counts in served]
+                parts = list(zip(there, deep, strict=True))
+            for part, deep_s in parts:
+                free = max(free, (index + 1) * float(up[part].max())) + deep_s
+                own[part] = np.maximum(own[part], free) + tail[part]
+        return max(free, float(own.max(initial=0.0)))
+
+    def _counts(self, splits: Mapping[str, int]) -> np.ndarray:
+        return self._cost.model.clients_at(list(splits.values()))[None]
+
+    def _ranks(self, plan: Plan, clients: Collection[str] | None) -> Ranks:
+        """Ranks of every holder that hands in, the servers among them."""
+        members = None if clients is None else set(clients)
+        own = [client.ranks for client in plan.available if members is None or client.name in members]
+        own += [plan.server.ranks] * plan.servers
+        # Thousands of clients share a few mappings: each is read once.
+        shared = {id(ranks): ranks for ranks in own}
+        count = Counter(id(ranks) for ranks in own)
+        vectors = np.array([self._cost.model.rank_vector(ranks) for ranks in shared.values()])
+        holders = np.array([count[key] for key in shared])
+        return Ranks(holders @ vectors, holders @ (vectors > 0))
+
+    def _joined(self, ranks: Ranks, policy: Policy) -> NDArray[np.bool_]:
+        """Weights whose update joins the residual: after an svd restart the only holder of one goes on as it is."""
+        only = policy.reinit != "random" and self._cost.model.keeps_residual
+        joined: NDArray[np.bool_] = ranks.holders > only
+        return joined
+
+    def _aggregation_flops(self, ranks: Ranks, policy: Policy) -> float:
+        """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
+        model = self._cost.model
+        if not model.decomposes:
+            return 0.0
+        rank = ranks.total
+        decomposed = [rank] if policy.reinit == "svd" or not model.keeps_residual else []
+        if model.job.residual.max_rank != "full" and model.keeps_residual:
+            decomposed.append(rank + model.residual_entries // model.sides)
+        smaller_side = np.array([min(weight.d_out, weight.d_in) for weight in model.weights])
+        total = 0.0
+        for wanted in decomposed:
+            width = np.minimum(wanted, smaller_side)
+            # Two QR, an SVD of the core, and at most all directions formed by products with the factors.
+            total += float((4.0 * model.sides * width**2 + 22.0 * width**3)[self._joined(ranks, policy)].sum())
+        return _DECOMPOSED * total
+
+    def _merged_flops(self, ranks: Ranks, policy: Policy) -> Floats:
+        """What forming the residual at its cap takes, to be added to a dense base, by layer, ``(L,)``."""
+        model = self._cost.model
+        if model.quantized or not model.keeps_residual:
+            return np.zeros(model.layers)
+        products = [2.0 * weight.parameters / (weight.d_out + weight.d_in) for weight in model.weights]
+        return model.by_layer(products * model.residual_entries * self._joined(ranks, policy))
+
+    @cached_property
+    def _base_bytes(self) -> Floats:
+        """Each layer's base weights as they are stored, without residuals, ``(L,)``."""
+        model = self._cost.model
+        beside = model.by_layer(model.dtype.itemsize * model.residual_entries) if model.quantized else 0.0
+        base: Floats = model.stored_bytes - beside
+        return base
+
+
+def _splits(plan: Plan, clients: Collection[str] | None = None) -> dict[str, int]:
+    members = None if clients is None else set(clients)
+    return {c.name: c.split or 0 for c in plan.available if members is None or c.name in members}
+
+
+def _among(splits: Mapping[str, int], clients: Collection[str]) -> NDArray[np.bool_]:
+    return np.array([name in clients for name in splits], dtype=bool)
+
+
+def _array(splits: Mapping[str, int]) -> Ints:
+    return np.array(list(splits.values()), dtype=np.int64)

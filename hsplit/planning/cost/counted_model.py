@@ -1,0 +1,365 @@
+"""A model's layers with everything counted that a plan can ask of them (METHOD 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hsplit.config import Job
+from hsplit.lora.optimizer import STEPPED_AT_ONCE, constant_bytes, moment_bytes, passing_bytes
+from hsplit.models.checkpoint_reader import CHUNK_BYTES
+from hsplit.models.dtype import DTYPES, resolve_dtype
+from hsplit.models.families import family_of
+from hsplit.models.segment import LinearShape, layer_count, linear_shapes, targeted
+from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
+from hsplit.planning.cost.counting import LayerCounter, TailRun
+from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
+from hsplit.planning.cost.serving import counts_at_first
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes of one batch of one client on the wire.
+
+    Attributes:
+        up: hidden states, lengths, count, and the labels where the server may see them.
+        deep: U-shape only: the last layer's output, to the client.
+        slope: U-shape only: its gradient, to the server.
+        down: the gradient at the split point; nothing for a client without layers.
+    """
+
+    up: int
+    deep: int
+    slope: int
+    down: int
+
+    @property
+    def to_server(self) -> int:
+        """Bytes that a client sends."""
+        return self.up + self.slope
+
+
+class CountedModel:
+    """One model under one job: sizes and counts by layer and by adapted weight.
+
+    Args:
+        config: the model's transformers configuration; no weights are read.
+        job: the run's settings.
+        residual: whether the run's aggregation keeps a residual at all.
+        decomposes: whether it takes singular value decompositions.
+        truncates: whether each holder gets its own part of the common restarts.
+        top_rank: the largest rank that a plan may give; by default that of ``job.rank_set``.
+        whole: clients hold the full model (placement ``full`` or ``single``): the tail is theirs, the base stays as it
+            is stored, and nothing of a step travels.
+        trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
+        servers: how many servers share the clients.
+
+    Attributes:
+        layers: decoder layers ``L``.
+        weights: the adapted weights, in layer order: the order of every array over weights, ``(W,)``.
+        weight_layer: their layers, ``(W,)``.
+        sides: ``d_in + d_out`` of each, ``(W,)``.
+        saved: bytes that each layer keeps for the backward of one client's batch, at rank 0, ``(L,)``.
+        saved_per_rank: what a unit of rank of each weight adds to that, ``(W,)``.
+        transient: most that each layer needs at once beyond what it keeps, one client's batch, in a step or in an
+            importance probe, ``(L,)``.
+        forward_flops, backward_flops: of each layer for one client's batch, ``(L,)``.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        job: Job,
+        *,
+        residual: bool = True,
+        decomposes: bool = True,
+        truncates: bool = False,
+        top_rank: int | None = None,
+        whole: bool = False,
+        trains_weights: bool = False,
+        servers: int = 1,
+    ) -> None:
+        self.servers = servers
+        self.layers = layer_count(config)
+        self.job, self.whole, self.trains_weights = job, whole, trains_weights
+        self.tail_at_client = whole or job.privacy.labels == "client"
+        # Read once: attributes of a transformers configuration are slow.
+        self.width, self.words = int(config.hidden_size), int(config.vocab_size)
+        self.tied = bool(config.tie_word_embeddings)
+        self.dtype = resolve_dtype(job.dtype)
+        self.master = torch.promote_types(self.dtype, torch.float32)
+        self.narrow_bytes = self.dtype.itemsize if trains_weights and self.dtype != self.master else 0
+        if trains_weights:
+            # Weights are kept in the master dtype, and so is what flows between layers under autocast.
+            self.dtype = self.master
+        self.quantized = is_quantized(job.base)
+        # A client with the full model stores a quantized base as its codes, as the server does.
+        self.client_codes = job.base if whole and self.quantized and not trains_weights else None
+        self._family = family_of(config.model_type)
+        targets = "all-linear" if job.targets == "all-linear" or trains_weights else list(job.targets)
+        self.weights: list[LinearShape] = targeted(linear_shapes(config), targets)
+        self.weight_layer: Ints = np.array([w.layer for w in self.weights], dtype=np.int64)
+        self._index = {w.name: i for i, w in enumerate(self.weights)}
+        self.sides: Ints = np.array([w.d_out + w.d_in for w in self.weights], dtype=np.int64)
+        self.rank_set: tuple[int, ...] = tuple(job.rank_set)
+        self.top_rank = 1 if trains_weights else top_rank or max(job.rank_set)
+        self.keeps_residual, self.decomposes, self.truncates = residual, decomposes, truncates
+        self._loading: dict[bool, Floats] = {}
+        self._tails: dict[int, TailRun] = {}
+        self.counter = LayerCounter(config, set(self._index), job.max_length)
+        self._count_layers()
+
+    def setting(self, ranks: int, rows: int, codes: str | None) -> LayerSetting:
+        """What a layer is counted at: ranks of its adapters, rows of tokens, and how its base is kept."""
+        cap = self.job.residual.max_rank
+        # Uncapped factors become one matrix when they would outgrow it; counted as if they stopped there.
+        cap_rank = 10**9 if cap == "full" else cap
+        beside = cap_rank if self.quantized and self.keeps_residual else 0
+        length = self.job.max_length
+        dropout = self.job.dropout
+        return LayerSetting(rows, length, self.dtype, ranks, beside, codes, dropout, probed=not dropout)
+
+    def transient_bytes(self, layer: int, rows: int, codes: str | None) -> int:
+        """Most that ``layer`` needs at once beyond what it keeps for the backward, in a step or a probe."""
+        setting = self.setting(self.top_rank, rows, codes)
+        run = self.counter.run(layer, setting)
+        # A probe runs without dropout.
+        probe = self.counter.run(layer, replace(setting, dropout=0.0, probed=True))
+        return max(run.peak_bytes, probe.peak_bytes) - run.saved_bytes
+
+    def _count_layers(self) -> None:
+        job, counter = self.job, self.counter
+        rows = job.batch_size
+        codes = self.client_codes
+        low = [counter.run(layer, self.setting(1, rows, codes)) for layer in range(self.layers)]
+        # Two ranks are needed to see the growth, also where only one may be given.
+        top = max(self.top_rank, 2)
+        high = [counter.run(layer, self.setting(top, rows, codes)) for layer in range(self.layers)]
+        spread = top - 1
+        adapted = [max(sum(linear.adapted for linear in kind.linears), 1) for kind in counter.kinds]
+        # Every adapted weight keeps x A^T, of the same rows and of its rank's width: the growth is shared
+        # equally.
+        growth = [
+            -(-(much.saved_bytes - little.saved_bytes) // (spread * count))
+            for much, little, count in zip(high, low, adapted, strict=True)
+        ]
+        self.saved_per_rank: Floats = np.array([growth[w.layer] for w in self.weights], dtype=np.float64)
+        held = np.bincount(self.weight_layer, weights=self.saved_per_rank, minlength=self.layers)
+        self.saved: Floats = np.array([run.saved_bytes for run in low]) - held
+        transient = [self.transient_bytes(layer, rows, codes) for layer in range(self.layers)]
+        self.transient: Floats = np.array(transient, dtype=np.float64)
+        self.forward_flops: Floats = np.array([run.forward_flops for run in high], dtype=np.float64)
+        self.backward_flops: Floats = np.array([run.backward_flops for run in high], dtype=np.float64)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of one client's batch."""
+        return self.job.batch_size * self.job.max_length
+
+    @property
+    def batch_bytes(self) -> int:
+        """Ids and targets of one client's batches of a step, and what packing one takes, int64."""
+        return 8 * self.rows * (2 * self.job.grad_accumulation + 4)
+
+    @cached_property
+    def hidden_bytes(self) -> int:
+        """One client's hidden states of a batch, in the compute dtype."""
+        return self.rows * self.width * self.dtype.itemsize
+
+    @cached_property
+    def residual_entries(self) -> Ints:
+        """Entries reserved for each residual: its factors at the cap, or one matrix where that is less."""
+        cap = self.job.residual.max_rank
+        entries = []
+        for w in self.weights:
+            factors = w.parameters if cap == "full" else min(cap, min(w.d_out, w.d_in) // 2) * (w.d_out + w.d_in)
+            entries.append(min(factors, w.parameters) if self.keeps_residual else 0)
+        return np.array(entries, dtype=np.int64)
+
+    @property
+    def moments(self) -> float:
+        """What the optimizer keeps for each entry of an adapter, in entries of the master dtype: 2 of Adam."""
+        return moment_bytes(self.job, self.master) / self.master.itemsize
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps whatever the ranks are."""
+        return constant_bytes(self.job)
+
+    @cached_property
+    def adapter_bytes(self) -> Floats:
+        """Bytes of one unit of rank of each weight with all that training it keeps, ``(W,)``."""
+        # Parameter, gradient and moments: with Adam's two in fp32 16 bytes (METHOD 3).
+        total: Floats = self.sides.astype(np.float64) * ((2 + self.moments) * self.master.itemsize)
+        return total
+
+    def stepping_bytes(self, copied_bytes: Floats) -> Floats:
+        """What an optimizer step takes in passing over adapters of which a copy takes ``copied_bytes``."""
+        entries: Floats = np.minimum(copied_bytes / self.master.itemsize, STEPPED_AT_ONCE)
+        return passing_bytes(self.job) * entries
+
+    @cached_property
+    def weight_gradient_flops(self) -> Floats:
+        """``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
+        return self.by_layer([2.0 * self.rows * weight.parameters for weight in self.weights])
+
+    @cached_property
+    def dense_bytes(self) -> Floats:
+        """Each layer stored dense in the compute dtype, as clients hold it, ``(L,)``."""
+        kinds = self.counter.kinds
+        return np.array([self.dtype.itemsize * float(k.weight_parameters + k.small_parameters) for k in kinds])
+
+    @cached_property
+    def stored_bytes(self) -> Floats:
+        """Each layer stored as the base is, with room for its residual beside codes, ``(L,)``."""
+        item, base = self.dtype.itemsize, self.job.base
+        beside = self.by_layer(item * self.residual_entries) if self.quantized else np.zeros(self.layers)
+        stored = [_linear_bytes(kind, base, item) + item * kind.small_parameters for kind in self.counter.kinds]
+        return np.array(stored, dtype=np.float64) + beside
+
+    @cached_property
+    def copied_bytes(self) -> Floats:
+        """A copy of each layer's adapters at the largest rank, ``(L,)``."""
+        return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
+
+    @cached_property
+    def following(self) -> Floats:
+        """Most that each layer's linears need, one at a time, to begin a round, ``(L,)``.
+
+        A quantized base narrows its residual's new factors to the compute dtype. A dense one forms the residual and
+        ``W_0`` and adds them (``AdaptedLinear``); ``W_0`` is read in chunks, and a bf16 base is read as such before it
+        is widened. Then ``A`` is drawn anew, in three tensors of its size (``initial_A``).
+        """
+        exact = self.master.itemsize
+        drawn = [3 * exact * self.top_rank * w.d_in for w in self.weights]
+        formed = [0 for _ in self.weights]
+        if self.keeps_residual and self.quantized:
+            formed = [self.dtype.itemsize * int(n) * (self.dtype != self.master) for n in self.residual_entries]
+        elif self.keeps_residual:
+            entry = 2 * exact + (2 if self.job.base == "bf16" else 0)
+            formed = [entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters) for w in self.weights]
+        return self.by_layer(np.maximum(formed, drawn), np.maximum)
+
+    def loading(self, codes: bool) -> Floats:
+        """Most that reading each layer needs beyond what it then stores, ``(L,)``.
+
+        Args:
+            codes: a quantized base stays as codes (the server) instead of being dequantized (clients).
+        """
+        if codes not in self._loading:
+            kinds = self.counter.kinds
+            most = [max(self._loading_bytes(w.d_out * w.d_in, codes) for w in kind.linears) for kind in kinds]
+            self._loading[codes] = np.array(most, dtype=np.float64)
+        return self._loading[codes]
+
+    def _loading_bytes(self, size: int, codes: bool) -> int:
+        """Of one linear with ``size`` entries, beyond its stored size (see ``models.weights``)."""
+        item, base = self.dtype.itemsize, self.job.base
+        if not self.quantized:
+            return min(CHUNK_BYTES, 4 * size) + (2 * size if base == "bf16" and item > 2 else 0)
+        at_once = min(size, QUANTIZED_AT_ONCE)
+        if base == "nf4":
+            # The checkpoint's values, fp32 at most, and 12 bytes an entry that is quantized.
+            made, kept = 4 * size + 12 * at_once, -(-size // 2) + size // 16
+        else:
+            # The checkpoint's values in fp16, and 9 bytes an entry that is quantized; codes widened to dequantize.
+            made, kept = 2 * size + 9 * at_once, size
+        if codes:
+            return made
+        widened = 4 * size if base == "int8" and item < 4 else 0
+        return kept + max(made - item * size, widened)
+
+    @cached_property
+    def embedding_bytes(self) -> int:
+        """All embeddings, in the compute dtype."""
+        return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
+
+    @cached_property
+    def embedding_working_bytes(self) -> int:
+        """Hidden states alive at once while the embeddings make the first one."""
+        return self.hidden_bytes * (2 * len(self._family.embeddings) - 1)
+
+    @cached_property
+    def rotary_bytes(self) -> int:
+        """Tables of the rotary positions; 0 of a family without."""
+        return self.counter.rotary_bytes(self.setting(1, 1, None))
+
+    def tail_bytes(self, head: bool) -> int:
+        """The last norm, and with ``head`` the output head, in the compute dtype."""
+        entries = self.words * self.width if head else 0
+        return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
+
+    def tail_run(self, chunk_rows: int) -> TailRun:
+        """What norm, head and loss take."""
+        if chunk_rows not in self._tails:
+            self._tails[chunk_rows] = self.counter.tail(self.dtype, chunk_rows)
+        return self._tails[chunk_rows]
+
+    def wire_bytes(self, split: int) -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
+        if self.whole:
+            return WireBytes(0, 0, 0, 0)
+        rows, job = self.rows, self.job
+        # In int8 every token has an fp32 scale beside its codes.
+        token = self.width + 4 if job.wire == "int8" else self.width * DTYPES[job.wire].itemsize
+        hidden = rows * token
+        at_home = self.tail_at_client
+        up = hidden + 4 * job.batch_size + 8 + (0 if at_home else 4 * rows)
+        turn = hidden if at_home else 0
+        return WireBytes(up, turn, turn, hidden if split else 0)
+
+    def clients_at(self, splits: Sequence[int] | Ints) -> Ints:
+        """How many clients split at each layer: ``(L + 1,)``."""
+        return np.bincount(np.asarray(splits, dtype=np.int64), minlength=self.layers + 1)
+
+    def joined_clients(self, counts: Ints) -> Ints:
+        """How many clients' rows pass each layer at the server: ``(M, L)`` for ``counts`` ``(M, L + 1)``."""
+        joined: Ints = np.cumsum(counts, axis=1)[:, : self.layers]
+        return joined
+
+    def served(self, counts: Ints) -> Ints:
+        """Those of the clients whom one server serves in a round, at most: ``(M, L + 1)`` for ``counts`` alike."""
+        return counts_at_first(counts, self.job.clients_per_round, self.servers)
+
+    def training(self, clients: int) -> int:
+        """How many of ``clients`` train in a round."""
+        most = self.job.clients_per_round
+        return clients if most is None else min(clients, most)
+
+    def rank_vector(self, ranks: Mapping[str, int]) -> Ints:
+        """``ranks`` by weight name as an array ``(W,)``; a weight that is not named has rank 0."""
+        vector = np.zeros(len(self.weights), dtype=np.int64)
+        for name, rank in ranks.items():
+            vector[self._index[name]] = rank
+        return vector
+
+    def by_layer(self, values: Any, combine: np.ufunc = np.add) -> Floats:
+        """Values over weights gathered to values over layers, ``(L,)``."""
+        total = np.zeros(self.layers)
+        combine.at(total, self.weight_layer, values)
+        return total
+
+
+def prefix(values: Any) -> Floats:
+    """Sums over layers ``[0, k)`` for every k from 0."""
+    return np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+
+
+def _linear_bytes(kind: LayerKind, base: str, item: int) -> int:
+    """Bytes of a layer's linears as the server stores them (see ``models.weights``)."""
+    if base == "nf4":
+        # Half a byte an entry, one fp32 scale a block, one code book of 16 fp32 values a weight.
+        sizes = [linear.d_out * linear.d_in for linear in kind.linears]
+        return sum(-(-n // 2) + 4 * -(-n // NF4_BLOCK) + 64 for n in sizes)
+    if base == "int8":
+        return sum(linear.d_out * linear.d_in + 4 * linear.d_out for linear in kind.linears)
+    return item * kind.weight_parameters

@@ -1,0 +1,189 @@
+"""A decoder layer without numbers: real modules and shapes over fake weights, adapters and residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hsplit.lora.importance_probe import PROBE_CHUNK_BYTES, probe_working_bytes
+from hsplit.models.adapted_linear import AdaptedLinear
+from hsplit.models.factors import LowRank
+from hsplit.models.families import Family
+from hsplit.models.packing import Packing
+from hsplit.models.weights import DenseWeight, FrozenWeight
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a layer: its path there, its shape, and whether it has a bias and an adapter."""
+
+    path: str
+    d_out: int
+    d_in: int
+    bias: bool
+    adapted: bool
+
+    @property
+    def rank_cap(self) -> int:
+        """Largest residual rank that is still factors and not half a matrix (METHOD 6)."""
+        return min(self.d_out, self.d_in) // 2
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """All that the cost of a layer depends on: layers of one kind are counted once.
+
+    Attributes:
+        linears: in the layer's order.
+        other_parameters: number of the parameters that are no linear's (norms).
+        window: the attention's window, ``None`` where it is full.
+    """
+
+    linears: tuple[Linear, ...]
+    other_parameters: int
+    window: int | None
+
+    @property
+    def weight_parameters(self) -> int:
+        """Number of the linears' weights."""
+        return sum(linear.d_out * linear.d_in for linear in self.linears)
+
+    @property
+    def small_parameters(self) -> int:
+        """Parameters that stay in the compute dtype on every base: norms and biases."""
+        return self.other_parameters + sum(linear.d_out for linear in self.linears if linear.bias)
+
+
+@dataclass(frozen=True)
+class LayerSetting:
+    """How a layer is run when it is counted.
+
+    Attributes:
+        rows, length: the batch, ``(rows, length)`` tokens.
+        dtype: compute dtype.
+        ranks: adapter rank of every adapted linear.
+        residual_rank: rank of the residual applied beside a quantized base, 0 for none; at most ``rank_cap``.
+        codes: ``nf4`` or ``int8`` for a holder that dequantizes in every pass, ``None`` for a dense store.
+        dropout: the adapters' dropout.
+        probed: every adapted weight is scored in the backward, as an importance probe does.
+    """
+
+    rows: int
+    length: int
+    dtype: torch.dtype
+    ranks: int = 1
+    residual_rank: int = 0
+    codes: str | None = None
+    dropout: float = 0.0
+    probed: bool = False
+
+
+class RotaryTables(nn.Module):
+    """A rotary embedding whose tables are given: they are the segment's and do not count for a layer."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        super().__init__()
+        self.cos, self.sin = cos, sin
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos, self.sin
+
+
+def full_packing(setting: LayerSetting) -> Packing:
+    """The batch that plans reserve for: every sequence of the greatest length, so that nothing is padded."""
+    return Packing.of((setting.length,) * setting.rows)
+
+
+def rotary_tables(model: nn.Module, family: Family, setting: LayerSetting) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines ``(1, n, d_head)`` that a segment's layers share, or ``None``."""
+    if family.rotary is None:
+        return None
+    # Run for real: some rotary embeddings look at the positions' values, which fake tensors do not have.
+    positions = full_packing(setting).positions.unsqueeze(0)
+    hidden = torch.zeros(1, positions.shape[1], 1, dtype=setting.dtype)
+    cos, sin = model.get_submodule(family.rotary)(hidden, position_ids=positions)
+    return cos, sin
+
+
+class _Codes(nn.Module):
+    """Stands for a quantized weight: allocates what dequantizing it allocates (see ``models.weights``)."""
+
+    def __init__(self, base: str, d_out: int, d_in: int) -> None:
+        super().__init__()
+        self._base, self.shape = base, (d_out, d_in)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        if self._base == "nf4":
+            return torch.empty(self.shape, dtype=dtype)
+        # Int8: codes widened to fp32, scaled in place, then narrowed.
+        return torch.empty(self.shape, dtype=torch.float32).to(dtype)
+
+
+def fill_layer(layer: nn.Module, kind: LayerKind, setting: LayerSetting) -> Iterator[Tensor]:
+    """Give the meta ``layer`` fake weights, adapters and residuals.
+
+    Yields:
+        Those tensors that are no parameter or buffer of it.
+    """
+    master = torch.promote_types(setting.dtype, torch.float32)
+    for linear in kind.linears:
+        d_out, d_in = linear.d_out, linear.d_in
+        weight: Any = DenseWeight(torch.empty(d_out, d_in, dtype=setting.dtype))
+        if setting.codes is not None:
+            weight = _Codes(setting.codes, d_out, d_in)
+        # Beside codes the bias is left out: it changes nothing that is counted.
+        bias = torch.empty(d_out, dtype=setting.dtype) if linear.bias and setting.codes is None else None
+        adapted = AdaptedLinear(linear.path, cast(FrozenWeight, weight), bias, None, setting.dtype)
+        adapted.dropout = setting.dropout
+        if linear.adapted:
+            shapes = ((setting.ranks, d_in), (d_out, setting.ranks))
+            A, B = (nn.Parameter(torch.empty(shape, dtype=master)) for shape in shapes)
+            # As in AdapterSet, gradients exist before the backward and are added into.
+            A.grad, B.grad = torch.empty_like(A), torch.empty_like(B)
+            adapted.set_adapter(A, B, 1.0)
+            yield from (A, B, A.grad, B.grad)
+            if rank := min(setting.residual_rank, linear.rank_cap):
+                down, up = (torch.empty(s, dtype=setting.dtype) for s in ((rank, d_in), (d_out, rank)))
+                adapted.append_residual(0, LowRank(up, down))
+                yield from (up, down)
+        owner, _, attribute = linear.path.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, adapted)
+    fill_parameters(layer, setting.dtype)
+
+
+def watch_linears(linears: Iterable[AdaptedLinear], kind: LayerKind, setting: LayerSetting) -> None:
+    """Allocate in the backward what an importance probe does when the gradient of a linear's output arrives."""
+    tokens = setting.rows * setting.length
+    for module, linear in zip(linears, kind.linears, strict=True):
+        if linear.adapted:
+            size, directions = linear.d_out * linear.d_in, min(setting.residual_rank, linear.rank_cap)
+            working = probe_working_bytes(linear.d_out, linear.d_in, tokens, directions, setting.dtype)
+            # Each chunk is summed in fp64, of a copy.
+            working += 8 * min(max(PROBE_CHUNK_BYTES // 4, linear.d_in), size)
+            _watch(module, working, setting.dtype)
+
+
+def _watch(module: AdaptedLinear, working_bytes: int, dtype: torch.dtype) -> None:
+    def keep_input(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept = [inputs[0].detach()]
+
+        def score(delta: Tensor) -> None:
+            # The input goes once it is scored, though the graph keeps its hooks.
+            held = kept.pop(), delta, module.weight.dense(dtype), torch.empty(working_bytes, dtype=torch.uint8)
+            del held
+
+        output.register_hook(score)
+
+    module.register_forward_hook(keep_input)
+
+
+def fill_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter of the meta ``module`` a fake value, frozen."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)

@@ -1,0 +1,266 @@
+"""The bytes of a client and of the server: deep layers over joined rows, and the aggregator's store (METHOD 4)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsplit.models.checkpoint_reader import CHUNK_BYTES
+from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS
+from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
+from hsplit.planning.cost.counting import UNSEEN
+from hsplit.planning.cost.serving import counts_of_deepest
+
+
+class ClientMemory:
+    """Peak bytes of a client at every split: a constant, and so much for each unit of rank of each weight."""
+
+    def __init__(self, model: CountedModel) -> None:
+        self._model = model
+
+    @cached_property
+    def constant(self) -> Floats:
+        """Bytes of a client at each split from 0 to ``layers`` apart from its ranks, ``(L + 1,)``."""
+        model = self._model
+        codes = model.client_codes is not None
+        layers = prefix(model.stored_bytes if codes else model.dense_bytes)
+        fixed = layers + model.embedding_bytes + model.rotary_bytes + model.optimizer_bytes
+        fixed[0] -= model.rotary_bytes
+        # What is stored as codes has the residual beside it counted already.
+        if model.quantized and not codes:
+            fixed += prefix(model.by_layer(model.dtype.itemsize * model.residual_entries))
+        if model.tail_at_client:
+            fixed += model.tail_bytes(head=not model.tied)
+        total: Floats = np.ceil(fixed + np.maximum.reduce([self._step_bytes, self._round_bytes, self._loading_bytes]))
+        return total
+
+    @cached_property
+    def per_rank(self) -> Floats:
+        """Bytes that one more unit of rank of each weight costs a client, ``(W,)``."""
+        return self._model.adapter_bytes + self._model.saved_per_rank
+
+    @cached_property
+    def training_bytes(self) -> int:
+        """Peak bytes of a node that trains every weight.
+
+        It always holds each value with two Adam moments in the master dtype; in a step the gradients too, activations,
+        and the logits of all positions with what the loss makes of them; for a checkpoint, or from one, a copy of all.
+        """
+        model = self._model
+        nbytes = model.dense_bytes.sum() + model.embedding_bytes + model.tail_bytes(head=not model.tied)
+        values = model.master.itemsize * nbytes / model.dtype.itemsize
+        logits = 4 * model.master.itemsize * model.rows * model.words
+        # The input of every linear is counted; norms keep theirs too where they are trained, twice a layer and last.
+        norms = (2 * model.layers + 1) * model.hidden_bytes
+        work = prefix(model.saved)[-1] + norms + model.transient.max() + logits
+        narrow = model.narrow_bytes * values / model.master.itemsize
+        step = 4 * values + narrow + UNSEEN * work + model.batch_bytes
+        return round(float(max(step, 2 * 3 * values)))
+
+    def peak_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
+        """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
+        vector = self._model.rank_vector(ranks) * (self._model.weight_layer < split)
+        return round(float(self.constant[split] + self.per_rank @ vector))
+
+    @cached_property
+    def _step_bytes(self) -> Floats:
+        """A local step or an importance probe, beside what a client always holds, by split."""
+        model = self._model
+        wire = model.wire_bytes(1)
+        # The gradient as received; in the backward its converted form is its layer's.
+        layers = _running_maximum(model.transient) + wire.down
+        layers = np.maximum(layers, model.stepping_bytes(prefix(model.copied_bytes)))
+        # A client without layers, and the beginning of all others: the embedding's work, then the message.
+        layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
+        if model.tail_at_client:
+            # The front's output, the deep layers' as received and as unpacked, then norm, head and loss.
+            unpacked = 2 * model.hidden_bytes + wire.deep
+            layers = np.maximum(layers, unpacked + model.tail_run(CLIENT_CHUNK_ROWS).peak_bytes(model.rows))
+        if model.job.privacy.noise:
+            # What was clipped is kept beside the result; clipping, noise and its scaled form pass before a backward.
+            layers = np.maximum(layers + model.hidden_bytes, 6 * model.hidden_bytes)
+        return UNSEEN * (prefix(model.saved) + layers) + model.batch_bytes
+
+    @cached_property
+    def _round_bytes(self) -> Floats:
+        """What a round's end or a resumption needs, by split, when no activation is alive.
+
+        As received: the residual's change for all weights held and the common restarts, which are no larger than the
+        adapters; at a resumption factors and moments too, but then a residual that is kept as it is received
+        is not there before. Beside it what following the residual takes, one weight at a time. What is proportional to
+        the ranks counts at the largest, as far as it is more than the activations in :attr:`per_rank`.
+        """
+        model = self._model
+        residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries))
+        kept_as_received = model.quantized and model.dtype == model.master
+        restart = residual + self._copies(1)
+        resumption = (0.0 if kept_as_received else residual) + self._copies(2 + model.moments) + model.optimizer_bytes
+        return np.maximum(restart, resumption) + _running_maximum(model.following)
+
+    def _copies(self, count: float) -> Floats:
+        """So many copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
+        model = self._model
+        beyond = np.maximum(count * model.master.itemsize * model.sides - model.saved_per_rank, 0)
+        return prefix(model.by_layer(model.top_rank * beyond))
+
+    @cached_property
+    def _loading_bytes(self) -> Floats:
+        """Reading the layers, by split, when the last layer's residual is not there yet.
+
+        Of the adapters there are no more than moments that outlive a change of plan, and embedding and head are
+        converted in chunks.
+        """
+        model = self._model
+        most = np.maximum(_running_maximum(model.loading(codes=model.client_codes is not None)), CHUNK_BYTES)
+        if model.quantized:
+            most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
+        values_and_gradients = 2 * model.master.itemsize * model.sides.astype(np.float64)
+        return np.maximum(
+            most - prefix(model.by_layer(min(model.rank_set[0], model.top_rank) * values_and_gradients)), 0.0
+        )
+
+
+def _running_maximum(values: Floats) -> Floats:
+    """Largest over layers ``[0, k)`` for every k from 0."""
+    return np.concatenate([[0.0], np.maximum.accumulate(values)])
+
+
+# Up to the first number of clients each is counted for itself, beyond it only these: counting takes time and memory
+# that grow with the rows.
+COUNTED_CLIENTS = (8, 16, 32, 64)
+
+
+class ServerMemory:
+    """Peak bytes of the server beside given clients: a constant, and so much a unit of rank a weight.
+
+    Of several servers they are those of the first, which aggregates and serves most.
+    """
+
+    def __init__(self, model: CountedModel) -> None:
+        self._model = model
+        self._transients: dict[int, float] = {}
+
+    def constant(self, counts: Ints) -> Floats:
+        """Bytes of the server apart from its own ranks: ``(M,)``.
+
+        Args:
+            counts: rows of :meth:`clients_at`, ``(M, L + 1)``, all of equally many clients.
+        """
+        model, served = self._model, self._model.served(counts)
+        clients, joined = int(served[0].sum()), model.joined_clients(served)
+        held = joined > 0
+        fixed = held @ model.stored_bytes + model.rotary_bytes + model.optimizer_bytes + float(self._store_bytes)
+        copies = held @ model.copied_bytes
+        working: Floats = np.maximum(self._transients_of(joined[:, -1]), model.stepping_bytes(copies))
+        wire = model.wire_bytes(1)
+        if not model.tail_at_client:
+            fixed = fixed + model.tail_bytes(head=True)
+            tail = model.tail_run(SERVER_CHUNK_ROWS).peak_bytes(clients * model.rows)
+            working = np.maximum(working, clients * model.hidden_bytes + tail)
+        # Messages as received, each client's rows as a leaf of the graph, targets and owners of all tokens.
+        boundary = clients * (wire.to_server + model.hidden_bytes + 4 * 8 * model.rows)
+        if model.whole:
+            # Nothing of a step comes here.
+            boundary = 0
+        step = UNSEEN * (joined @ model.saved + working + boundary)
+        # The first server aggregates: all that train hand in to it, the other servers too.
+        deepest = counts_of_deepest(counts, model.job.clients_per_round)
+        received = deepest @ prefix(model.copied_bytes) + model.servers * copies
+        if model.truncates:
+            # What each holder takes of the restarts is its own copy.
+            received = received + counts @ prefix(model.copied_bytes) + model.servers * copies
+        holders = model.training(int(counts[0].sum())) + model.servers - 1
+        passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._following(held))
+        # Resuming instead: own factors and moments as received.
+        resumed = (1 + model.moments) * copies + model.optimizer_bytes
+        round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._following(held))
+        load = np.where(held, model.loading(codes=True), 0.0).max(axis=1)
+        total: Floats = np.ceil(fixed + np.maximum.reduce([step, round_end, load]))
+        return total
+
+    def per_rank(self, counts: Ints) -> Floats:
+        """Bytes that one more unit of rank of each weight costs, ``(M, W)``; 0 for what it does not hold.
+
+        Args:
+            counts: as for :meth:`constant`.
+        """
+        joined = self._model.joined_clients(self._model.served(counts))[:, self._model.weight_layer]
+        per_rank: Floats = np.where(joined > 0, self._model.adapter_bytes + joined * self._model.saved_per_rank, 0.0)
+        return per_rank
+
+    def peak_bytes(self, splits: Sequence[int], ranks: Mapping[str, int]) -> int:
+        """Peak bytes of the server beside clients that split at ``splits``, with ``ranks`` of its own."""
+        counts = self._model.clients_at(splits)[None]
+        vector = self._model.rank_vector(ranks)
+        return round(float((self.constant(counts) + self.per_rank(counts) @ vector)[0]))
+
+    @cached_property
+    def _residual_bytes(self) -> int:
+        """All weights' residuals as they are kept, or as they travel to the holders."""
+        return self._model.master.itemsize * int(self._model.residual_entries.sum())
+
+    @cached_property
+    def _store_bytes(self) -> float:
+        """What the aggregator keeps of all weights: residuals and common restarts."""
+        return self._residual_bytes + float(self._model.copied_bytes.sum())
+
+    def _following(self, held: NDArray[np.bool_]) -> Floats:
+        return np.where(held, self._model.following, 0.0).max(axis=1)
+
+    def _transients_of(self, joined: Ints) -> Floats:
+        """Most that a layer needs at once with so many clients' rows, ``(M,)``."""
+        distinct, places = np.unique(joined, return_inverse=True)
+        return np.array([self._transient(int(clients)) for clients in distinct])[places]
+
+    def _transient(self, clients: int) -> float:
+        """Counted for few clients; for more, on the chord between numbers that were counted.
+
+        Each moment of a layer takes bytes linear in the rows, so the most of them is convex: a chord is never below it.
+        Beyond the largest number counted it goes on as between the last two.
+        """
+        if clients <= COUNTED_CLIENTS[0]:
+            return self._counted_transient(clients)
+        above = bisect_left(COUNTED_CLIENTS, min(clients, COUNTED_CLIENTS[-1]))
+        few, many = COUNTED_CLIENTS[above - 1], COUNTED_CLIENTS[above]
+        least, most = self._counted_transient(few), self._counted_transient(many)
+        return least + (clients - few) * (most - least) / (many - few)
+
+    def _counted_transient(self, clients: int) -> float:
+        if clients == 0:
+            return 0.0
+        if clients not in self._transients:
+            model = self._model
+            codes, rows = model.job.base if model.quantized else None, clients * model.job.batch_size
+            most = max(model.transient_bytes(layer, rows, codes) for layer in range(model.layers))
+            self._transients[clients] = float(most)
+        return self._transients[clients]
+
+    def _recompression_bytes(self, holders: int) -> float:
+        """One weight's update on its way into its residual: the decomposition in fp64 (``lora.low_rank.spectral``).
+
+        Measured on 100 holders of a 4096 x 4096 weight: 4 % less than this. With one server no weight has more holders
+        than there are clients, since it holds what some client does not; a common restart joins their terms. Without a
+        cap a residual may become a matrix.
+        """
+        model = self._model
+        if not model.decomposes:
+            return 0.0
+        cap, exact = model.job.residual.max_rank if model.keeps_residual else 0, model.master.itemsize
+        rank = (0 if cap == "full" else cap) + (holders + 1) * model.top_rank
+        most = 0
+        for d_out, d_in in {(w.d_out, w.d_in) for w in model.weights}:
+            small, sides = min(d_out, d_in), d_out + d_in
+            r = min(rank, small)
+            kept = r if cap == "full" else min(cap, r)
+            # One factor and two triangles, or what the core's decomposition takes; of so many terms, the matrix's own.
+            core = max(r * max(d_out, d_in) + 2 * r * r, 4 * r * r)
+            working = core if rank < small else 2 * d_out * d_in + 2 * r * r
+            # Then the directions that are kept: the core's, their products with the triangles, and their factors.
+            forming = 3 * r * r + kept * (r + sides)
+            matrix = d_out * d_in if cap == "full" else 0
+            most = max(most, 8 * max(working, forming) + exact * (kept * sides + matrix))
+        return float(most)

@@ -1,0 +1,87 @@
+"""What an assignment costs a holder in bytes and seconds, before anything runs (METHOD 4).
+
+Everything is counted once when the model is made; after that every question is a few array look-ups, so that
+a planner can ask for thousands of splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hsplit.config import Job, RunConfig
+from hsplit.lora.aggregation import find_aggregation
+from hsplit.planning.budgets import ClientBudget
+from hsplit.planning.cost.counted_model import CountedModel, WireBytes
+from hsplit.planning.cost.memory import ClientMemory, ServerMemory
+from hsplit.planning.cost.step_time import StepTime, StepTimes
+
+
+class CostModel:
+    """Bytes and seconds of every split and rank for one model and one job.
+
+    What is reserved, so that a plan holds for the whole run: the residual at its cap; every batch at
+    ``batch_size`` rows of ``max_length`` tokens, all of them supervised; copies that a round's end makes at
+    the largest rank. All times are virtual.
+
+    Args:
+        config: the model's transformers configuration; no weights are read.
+        job: the run's settings.
+        setting: what the policy decides, see :class:`~hsplit.planning.cost.counted_model.CountedModel`.
+
+    Attributes:
+        model: what was counted.
+        rank_set: ranks that a plan chooses from, increasing.
+        client, server: bytes of a client and of the server.
+        times: virtual seconds.
+    """
+
+    def __init__(self, config: Any, job: Job, **setting: Any) -> None:
+        self.rank_set: tuple[int, ...] = tuple(job.rank_set)
+        self.model = CountedModel(config, job, **setting)
+        self.client = ClientMemory(self.model)
+        self.server = ServerMemory(self.model)
+        self.times = StepTimes(self.model)
+
+    def client_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
+        """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
+        return self.client.peak_bytes(split, ranks)
+
+    @property
+    def training_bytes(self) -> int:
+        """Peak bytes of a node that trains every weight of the model."""
+        return self.client.training_bytes
+
+    def server_bytes(self, splits: Sequence[int], ranks: Mapping[str, int]) -> int:
+        """Peak bytes of the server beside clients that split at ``splits``, with ``ranks`` of its own."""
+        return self.server.peak_bytes(splits, ranks)
+
+    @staticmethod
+    def of_run(config: Any, run: RunConfig) -> CostModel:
+        """The costs of a run: a single node's batch is everybody's."""
+        policy, job = run.policy, run.job
+        if policy.placement == "single":
+            together = sum(client.data is None for client in run.clients)
+            job = job.model_copy(update={"batch_size": job.batch_size * together})
+        aggregation = find_aggregation(policy.aggregation)
+        return CostModel(
+            config,
+            job,
+            # Plans reserve memory for a residual only where something joins it.
+            residual=aggregation.keeps_residual,
+            decomposes=aggregation.decomposes,
+            truncates=aggregation.truncates,
+            top_rank=policy.ranks if isinstance(policy.ranks, int) else None,
+            whole=policy.placement != "split",
+            trains_weights=policy.train == "weights",
+            servers=run.server.replicas,
+        )
+
+    def step_time_s(self, client: ClientBudget, split: int) -> StepTime:
+        """Virtual seconds of a client's part of one local step."""
+        up, turn, down = self.times.client_times(client)[split]
+        return StepTime(float(up), float(turn), float(down))
+
+    def wire_bytes(self, split: int) -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split``."""
+        return self.model.wire_bytes(split)

@@ -1,0 +1,240 @@
+"""The virtual seconds of a local step and of its parts (METHOD 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one client's part of a local step (virtual).
+
+    Attributes:
+        up_s: front forward and hidden states up.
+        turn_s: U-shape only: deep output down, tail, its gradient up.
+        down_s: gradient down and front backward.
+    """
+
+    up_s: float
+    turn_s: float
+    down_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of it, seconds (virtual)."""
+        return self.up_s + self.turn_s + self.down_s
+
+
+class StepTimes:
+    """Virtual seconds at the declared compute, bandwidth and latency.
+
+    They are those with the residual at its cap and every adapter at the largest rank, so that they depend on
+    the splits alone, as METHOD 5's ``makespan(K)`` does.
+    """
+
+    def __init__(self, model: CountedModel) -> None:
+        self._model = model
+
+    def client_times(self, client: ClientBudget, microbatches: int | None = None) -> Floats:
+        """Seconds of a client's phases up, turn and down of one local step at each split: ``(L + 1, 3)``.
+
+        Args:
+            client: its budget.
+            microbatches: messages that each batch travels in, ``pipeline.microbatches`` by default.
+        """
+        return self.all_client_times([client], microbatches)[0]
+
+    def all_client_times(self, clients: Sequence[ClientBudget], microbatches: int | None = None) -> Floats:
+        """:meth:`client_times` of many clients at once: ``(C, L + 1, 3)``."""
+        layers = np.arange(self._model.layers + 1)
+        return self._times(clients, layers[None], microbatches)
+
+    def times_at(self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None = None) -> Floats:
+        """:meth:`client_times` of many clients, each at its own split alone: ``(C, 3)`` for ``splits`` ``(C,)``."""
+        return self._times(clients, splits[:, None], microbatches)[:, 0]
+
+    def _times(self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None) -> Floats:
+        """Seconds of the phases at ``splits``, ``(C, K)`` or ``(1, K)``: ``(C, K, 3)``."""
+        messages = microbatches or self._model.job.pipeline.microbatches
+        budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
+        flops, bandwidth, latency = budgets.reshape(-1, 3).T[:, :, None]
+        wire = self._model.wire_bytes(1)
+
+        def sent(nbytes: int) -> Floats:
+            # A client sends and computes by turns, so that every message's latency counts.
+            seconds: Floats = 8 * nbytes / bandwidth + messages * latency
+            return seconds
+
+        times = np.zeros((len(clients), splits.shape[1], 3))
+        if self._model.whole:
+            # A step of its own: no phase waits for anybody.
+            work = prefix(self._model.forward_flops + self._model.backward_flops + self._weight_gradient_flops)
+            times[:, :, 0] = (work + self._tail_flops)[splits] / flops
+            return times * self._model.job.grad_accumulation
+        times[:, :, 0] = prefix(self._model.forward_flops)[splits] / flops + sent(wire.up)
+        if self._model.tail_at_client:
+            times[:, :, 1] = sent(wire.deep) + self._tail_flops / flops + sent(wire.slope)
+        back = prefix(self._model.backward_flops)[splits] / flops + sent(wire.down)
+        times[:, :, 2] = np.where(splits > 0, back, 0.0)
+        return times * self._model.job.grad_accumulation
+
+    def exchange_times(
+        self, clients: Sequence[ClientBudget], *, forward_only: bool = False, learned_from: int = 0
+    ) -> Floats:
+        """Seconds of a round's end for the links of ``clients``, spread over its local steps: ``(C, L + 1)``.
+
+        Adapters up, the residual's change and the restart down; of a client that only computes forward, the
+        residual's change alone, which has the restart in it. It grows with the split as a step's messages do not: over
+        a slow link a deep split may take longer to aggregate than it saves the server.
+
+        Args:
+            clients: whose links.
+            forward_only: whether they train nothing.
+            learned_from: the first layer that anybody trains; what lies before has no residual.
+        """
+        model = self._model
+        budgets = np.array([(c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
+        bandwidth, latency = budgets.reshape(-1, 2).T[:, :, None]
+        residual = model.by_layer(model.master.itemsize * model.residual_entries)
+        residual[:learned_from] = 0
+        nbytes = prefix(residual if forward_only else 2 * model.copied_bytes + residual)
+        messages = 1 if forward_only else 2
+        seconds: Floats = (8 * nbytes / bandwidth + messages * latency) / model.job.local_steps
+        return seconds
+
+    def server_times(self, server: ServerBudget, counts: Ints) -> Floats:
+        """Virtual seconds of the servers' phase of one local step: ``(M,)`` for ``counts`` ``(M, L + 1)``.
+
+        Of several servers it is that of the first, which no other exceeds.
+        """
+        return self.serving_times(server, self._model.served(counts))
+
+    def serving_times(self, server: ServerBudget, served: Ints) -> Floats:
+        """Virtual seconds of one server's phase with the clients ``served``, however many take part: ``(M,)``."""
+        flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
+        if not self._model.tail_at_client:
+            flops = flops + served.sum(axis=1) * self._tail_flops
+        times: Floats = flops / server.flops * self._model.job.grad_accumulation
+        return times
+
+    def makespan(self, slowest: Floats, server_s: Floats) -> Floats:
+        """METHOD 5's ``makespan(K)``, pipelined where the job has microbatches.
+
+        Then it is a bound of the time of :class:`~hsplit.planning.cost.clock.VirtualClock`: the slowest up, turn and
+        down phases are taken for one client's, which they need not be.
+
+        Args:
+            slowest: longest up, turn and down phase of those who wait for one another, and longest up phase of those
+                who are a step ahead, ``(..., 4)``.
+            server_s: the server's phase, ``(...)``.
+        """
+        job, together, ahead = self._model.job, slowest[..., :3], slowest[..., 3]
+        if job.pipeline.microbatches == 1:
+            total: Floats = np.maximum(together.sum(axis=-1) + server_s, ahead)
+            return total
+        # Batches that are accumulated follow one another: phases of one are a part of the step's.
+        cut = pipelined_s(
+            together[..., None, :],
+            self._forward_part * server_s,
+            (1 - self._forward_part) * server_s,
+            job.pipeline.microbatches,
+            turns=self._model.tail_at_client,
+        )
+        return np.maximum(cut, ahead)
+
+    @cached_property
+    def _forward_part(self) -> float:
+        """Part of the deep layers' arithmetic that is forward."""
+        forward = float(self._model.forward_flops.sum())
+        return forward / (forward + float(self._model.backward_flops.sum()))
+
+    def forward_times_at(self, clients: Sequence[ClientBudget], splits: Ints) -> Floats:
+        """Seconds of each client's forward of one batch, ``(C, 2)``: front and message up, and the tail if held."""
+        budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
+        flops, bandwidth, latency = budgets.reshape(-1, 3).T
+        front = prefix(self._model.forward_flops)[splits]
+        times = np.zeros((len(clients), 2))
+        if self._model.whole:
+            times[:, 0] = (front + self._tail_forward_flops) / flops
+            return times
+        # What is sent does not depend on the split: everybody's hidden states are as wide.
+        wire = self._model.wire_bytes(1)
+        times[:, 0] = front / flops + 8 * wire.up / bandwidth + latency
+        if self._model.tail_at_client:
+            times[:, 1] = 8 * wire.deep / bandwidth + latency + self._tail_forward_flops / flops
+        return times
+
+    def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
+        """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""
+        served = self._model.served(counts[None])
+        flops = float((self._model.joined_clients(served) @ self._model.forward_flops)[0])
+        if not self._model.tail_at_client:
+            flops += int(served.sum()) * self._tail_forward_flops
+        return flops / server.flops
+
+    @staticmethod
+    def sent_s(nbytes: int, client: ClientBudget) -> float:
+        """Virtual seconds for ``nbytes`` over a client's link, in either direction."""
+        return 8 * nbytes / client.bandwidth_bps + client.latency_s
+
+    @cached_property
+    def _tail_flops(self) -> float:
+        """Head forward and the gradient at its input (and of itself, where it is trained), at every position, as if all
+        were supervised.
+        """
+        return (3.0 if self._model.trains_weights else 2.0) * self._tail_forward_flops
+
+    @property
+    def _weight_gradient_flops(self) -> Floats:
+        """``delta^T x`` of every weight over one batch where weights are trained, by layer, ``(L,)``."""
+        model = self._model
+        return model.weight_gradient_flops if model.trains_weights else np.zeros(model.layers)
+
+    @property
+    def _tail_forward_flops(self) -> float:
+        return 2.0 * self._model.rows * self._model.width * self._model.words
+
+
+def pipelined_s(
+    clients: Floats, forward_s: Floats | float, backward_s: Floats | float, parts: int, *, turns: bool
+) -> Floats:
+    """Seconds of one batch cut into equal microbatches, everybody working through them in order (METHOD 8).
+
+    A client computes all its fronts, then all its tails, if it has them, then goes back over all parts. The server
+    takes up a part when the last client has sent it; without turns it does forward and backward at once.
+
+    Args:
+        clients: up, turn and down seconds of each client for the whole batch, ``(..., C, 3)``.
+        forward_s, backward_s: the server's for the whole batch, ``(...)``.
+        parts: microbatches.
+        turns: the deep output goes to the clients' tails and comes back (U-shape).
+
+    Returns:
+        ``(...)``.
+    """
+    up, turn, down = np.moveaxis(clients, -1, 0) / parts
+    own = up * parts
+    deep = (forward_s if turns else forward_s + backward_s) / parts
+    free: Floats = np.zeros(own.shape[:-1])
+    ready = []
+    for part in range(parts):
+        free = np.maximum(free, (up * (part + 1)).max(axis=-1)) + deep
+        ready.append(free)
+    if turns:
+        returned = []
+        for output in ready:
+            own = np.maximum(own, output[..., None]) + turn
+            free = np.maximum(free, own.max(axis=-1)) + backward_s / parts
+            returned.append(free)
+        ready = returned
+    for gradient in ready:
+        own = np.maximum(own, gradient[..., None]) + down
+    last: Floats = own.max(axis=-1)
+    return last

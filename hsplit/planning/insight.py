@@ -1,0 +1,254 @@
+"""What a plan waits for, and what more memory would buy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsplit.config import Policy
+from hsplit.errors import InputError
+from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.cost.counted_model import Floats, Ints
+from hsplit.planning.cost.model import CostModel
+from hsplit.planning.moves import largest_of_others, server_prices
+from hsplit.planning.plan import Plan
+from hsplit.planning.planner import plan, rank_choices
+from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, UP, Problem, budget_of
+from hsplit.planning.rank_rules import RANK_RULES
+
+GIGABYTE = 10**9
+# Kinds of clients for which one more GB is planned anew; of more kinds, those that promise most.
+MAX_KINDS = 6
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Whose being infinitely fast, links included, would shorten the makespan most.
+
+    Clients of equal budgets count as one: speeding up one of them alone would shorten nothing.
+
+    Attributes:
+        name: client name or ``server``; of several alike, the first.
+        kind: ``client`` or ``server``.
+        alike: how many holders have this budget.
+        shortens_s: by how much the makespan would be shorter (virtual).
+    """
+
+    name: str
+    kind: str
+    alike: int
+    shortens_s: float
+
+
+@dataclass(frozen=True)
+class OneMoreGB:
+    """What changes if one holder has 1 GB more memory and everything is planned anew.
+
+    Attributes:
+        name: client name or ``server``; of several alike, the first.
+        kind: ``client`` or ``server``.
+        alike: how many holders have this budget; the gain is for one of them.
+        joins: an unavailable client that takes part then.
+        objective_change: of captured importance per second of makespan and exchange.
+        captured_importance_change: of captured importance.
+        makespan_change_s: of the makespan, seconds (virtual).
+    """
+
+    name: str
+    kind: str
+    alike: int
+    joins: bool
+    objective_change: float
+    captured_importance_change: float
+    makespan_change_s: float
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What ``hsplit plan`` says beside the plan.
+
+    Attributes:
+        bottleneck: whom the step waits for most.
+        one_more_gb: by holder, the largest change of the objective first; equal clients once.
+        kinds_left_out: kinds of clients beyond ``MAX_KINDS`` that were not planned anew.
+    """
+
+    bottleneck: Bottleneck
+    one_more_gb: tuple[OneMoreGB, ...]
+    kinds_left_out: int
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """A client's budget with other memory."""
+
+    name: str
+    memory_bytes: int
+    flops: float
+    bandwidth_bps: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class _GrownServer:
+    """A server's budget with other memory."""
+
+    memory_bytes: int
+    flops: float
+
+
+def explained(
+    made: Plan,
+    clients: Sequence[ClientBudget],
+    server: ServerBudget,
+    cost: CostModel,
+    importance: Mapping[str, float],
+    policy: Policy,
+) -> Insight:
+    """Bottleneck of a plan and worth of one more GB; the arguments are those that it was :func:`planned <plan>` with.
+
+    Of the importance only the proportions matter.
+
+    Plans anew once for the server and for at most ``MAX_KINDS`` kinds of clients, with ``made`` as a start. Of more
+    kinds, those are taken whose present share of the plan would grow most if nobody else's part changed.
+    """
+    first = _first_of_kind(clients)
+    tried = _most_promising(made, clients, server, cost, importance, policy, list(first)) if first else []
+    gains = []
+    for index in tried:
+        grown = [*clients[:index], _grown(clients[index]), *clients[index + 1 :]]
+        available = made.clients[index].available
+        gain = _gain(made, grown, server, cost, importance, policy, clients[index].name, first[index], not available)
+        if gain is not None:
+            gains.append(gain)
+    if policy.placement != "single":
+        # A single node is the server's, and has been looked at.
+        more = _GrownServer(server.memory_bytes + GIGABYTE, server.flops)
+        gain = _gain(made, clients, more, cost, importance, policy, "server", 1, False)
+        if gain is not None:
+            gains.append(gain)
+    gains.sort(key=lambda g: -g.objective_change)
+    return Insight(bottleneck(made, clients, cost), tuple(gains), len(first) - len(tried))
+
+
+def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> Bottleneck:
+    """Whom the makespan waits for most: see :class:`Bottleneck`.
+
+    Args:
+        made: the plan.
+        clients: the budgets that it is for.
+        cost: what steps cost.
+    """
+    budgets = {c.name: c for c in clients}
+    taking_part = [budgets[part.name] for part in made.available]
+    splits = [part.split or 0 for part in made.available]
+    # Those of a step: what comes before the exchange at a round's end.
+    times = np.zeros((len(splits), EXCHANGE))
+    times[:, :AHEAD] = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
+    forward_only = [part.forward_only for part in made.available]
+    times[forward_only, DOWN] = 0.0
+    if cost.model.job.runs_ahead:
+        times[forward_only, AHEAD] = times[forward_only, UP]
+        times[forward_only, UP] = 0.0
+    first = _first_of_kind(taking_part)
+    kinds = {budget_of(taking_part[i]): k for k, i in enumerate(first)}
+    kind = np.array([kinds[budget_of(c)] for c in taking_part])
+    slowest = np.zeros((len(first), EXCHANGE))
+    np.maximum.at(slowest, kind, times)
+    without = np.stack([largest_of_others(slowest[:, phase], 0.0) for phase in range(EXCHANGE)], axis=1)
+    now, server_s = slowest.max(axis=0), np.array(made.server.step_time_s)
+    makespan = cost.times.makespan(now, server_s)
+    shortens = makespan - cost.times.makespan(without, server_s)
+    by_server = float(makespan - cost.times.makespan(now, np.array(0.0)))
+    top = int(shortens.argmax())
+    if shortens[top] <= by_server:
+        return Bottleneck("server", "server", 1, by_server)
+    index = list(first)[top]
+    return Bottleneck(taking_part[index].name, "client", first[index], float(shortens[top]))
+
+
+def _first_of_kind(clients: Sequence[ClientBudget]) -> dict[int, int]:
+    """For each kind of clients the index of the first, and how many there are."""
+    indices: dict[tuple[float, ...], int] = {}
+    sizes: dict[int, int] = {}
+    for i, client in enumerate(clients):
+        first = indices.setdefault(budget_of(client), i)
+        sizes[first] = sizes.get(first, 0) + 1
+    return sizes
+
+
+def _grown(client: ClientBudget) -> _Grown:
+    memory, flops, bandwidth, latency = budget_of(client)
+    return _Grown(client.name, int(memory) + GIGABYTE, flops, bandwidth, latency)
+
+
+def _gain(
+    made: Plan,
+    clients: Sequence[ClientBudget],
+    server: ServerBudget,
+    cost: CostModel,
+    importance: Mapping[str, float],
+    policy: Policy,
+    name: str,
+    alike: int,
+    was_out: bool,
+) -> OneMoreGB | None:
+    """The change from ``made`` to a plan for other budgets; ``None`` where these have none.
+
+    More memory can leave no plan at all: a client that joins may be one too many for the server.
+    """
+    try:
+        after = plan(clients, server, cost, importance, policy, made)
+    except InputError:
+        return None
+    joins = was_out and after.client(name).available
+    return OneMoreGB(
+        name,
+        "server" if name == "server" else "client",
+        alike,
+        joins,
+        after.objective - made.objective,
+        after.captured_importance - made.captured_importance,
+        after.makespan_s - made.makespan_s,
+    )
+
+
+def _most_promising(
+    made: Plan,
+    clients: Sequence[ClientBudget],
+    server: ServerBudget,
+    cost: CostModel,
+    importance: Mapping[str, float],
+    policy: Policy,
+    indices: list[int],
+) -> list[int]:
+    """At most ``MAX_KINDS`` of ``indices``, by what a GB more would bring if nobody else's part changed."""
+    if len(indices) <= MAX_KINDS:
+        return indices
+    ranks = rank_choices(cost, policy)
+    now = np.array([made.clients[i].split or 0 for i in indices])
+    before = Problem([clients[i] for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
+    after = Problem([_grown(clients[i]) for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
+    counts = cost.model.clients_at([part.split or 0 for part in made.available])
+    prices = server_prices(after, counts, np.full(len(after.worth), len(ranks) - 1))
+    brings = _worth(made, after, prices.captured, prices.seconds)
+    had = _worth(made, before, prices.captured, prices.seconds)[before.kind, now]
+    # A client that takes no part yet brings nothing.
+    had = np.where([made.clients[i].available for i in indices], had, 0.0)
+    best = np.where(after.fits, brings, -np.inf).max(axis=1)[after.kind]
+    order = np.argsort(had - best, kind="stable")[:MAX_KINDS]
+    return [indices[i] for i in order]
+
+
+def _worth(made: Plan, problem: Problem, captured: Floats, seconds: Floats) -> Floats:
+    """What a client of each kind captures at each split, less what its seconds cost the others, ``(K, L + 1)``."""
+    per_second = made.objective
+    taking_part = {part.name: part.split or 0 for part in made.available}
+    members: Ints = np.array([i for i, c in enumerate(problem.clients) if c.name in taking_part], dtype=np.int64)
+    splits = [taking_part[problem.clients[i].name] for i in members]
+    slowest = problem.times[problem.kind[members], splits].max(axis=0, initial=0.0)
+    beyond = np.maximum(problem.times - slowest, 0.0).sum(axis=2)
+    worth: Floats = (problem.client_gains + captured) / len(made.available) - per_second * (seconds + beyond)
+    return worth

@@ -1,0 +1,220 @@
+"""Moves of the search: one client, or all equal clients at one split together, to another split (METHOD 5).
+
+With the server's ranks held, captured importance, server seconds and server bytes are sums over clients, so that the
+best split of each client can be found without regard to the others. The search proposes by these sums and decides by
+the exact objective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsplit.planning.cost.counted_model import Floats, Ints
+from hsplit.planning.problem import PHASES, Problem, State
+from hsplit.planning.ranks import captured_by, increments
+
+
+@dataclass(frozen=True)
+class Prices:
+    """One client's effect on the server by its split, and what remains of the server without any.
+
+    Attributes:
+        captured: importance that the server captures of it if all tokens were its own, ``(L + 1,)``.
+        seconds: of the server's phase; only differences between splits mean something, ``(L + 1,)``.
+        bytes: of the server, likewise, ``(L + 1,)``.
+        fixed_bytes: what the bytes of all clients add to, so that the sum is the server's bytes.
+    """
+
+    captured: Floats
+    seconds: Floats
+    bytes: Floats
+    fixed_bytes: float
+
+
+def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
+    """The prices at ``counts`` ``(L + 1,)``: a client is moved to each split and what that changes is taken.
+
+    Args:
+        problem: whose server.
+        counts: clients at each split.
+        levels: the server's ranks, as indices into the rank set, ``(W,)``.
+    """
+    cost = problem.cost
+    layers, servers = cost.model.layers, cost.model.servers
+    splits = np.arange(layers + 1)
+    # Each server as full as the first one, and one client moved at each: a client alone need not change the first.
+    own = cost.model.served(counts[None])
+    base = servers * own
+    moved = np.repeat(base, layers + 1, axis=0)
+    moved[:, int(own.argmax())] -= servers
+    moved[splits, splits] += servers
+    # How much of that is one client's, if not all train, or each server serves a part of them.
+    share = own.sum() / counts.sum()
+    rows, ranks = np.concatenate([base, moved]), problem.rank_set[levels]
+    seconds = cost.times.server_times(problem.server, rows)
+    size = cost.server.constant(rows) + cost.server.per_rank(rows) @ ranks
+    by_layer = np.bincount(
+        cost.model.weight_layer, weights=captured_by(problem.rank_set)[levels] * problem.worth, minlength=layers
+    )
+    # A client at split k has its rows joined at the layers from k on.
+    captured = np.append(np.cumsum(by_layer[::-1])[::-1], 0.0)
+    relative = share * (size[1:] - size[0])
+    return Prices(captured, share * (seconds[1:] - seconds[0]), relative, float(size[0] - counts @ relative))
+
+
+def next_byte(problem: Problem, counts: Ints, levels: Ints) -> float:
+    """What the server's next byte would capture, of all tokens, if ranks were not whole: 0 with all at the top."""
+    steps, gains = increments(problem.rank_set)
+    unit = problem.cost.server.per_rank(counts[None])[0]
+    joined = problem.cost.model.joined_clients(counts[None])[0][problem.cost.model.weight_layer]
+    open_ = np.flatnonzero((joined > 0) & (levels < len(steps)))
+    if not len(open_):
+        return 0.0
+    next_ = levels[open_]
+    gain = problem.worth[open_] * joined[open_] / len(problem.clients) * gains[next_]
+    return float((gain / (unit[open_] * steps[next_])).max())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arrays over the groups of clients that are alike and at one split.
+
+    Attributes:
+        kind, split, size: of each group, ``(G,)``.
+        first: the first client of each, ``(G,)``.
+        of_client: which group each client is in, ``(N,)``.
+    """
+
+    kind: Ints
+    split: Ints
+    size: Ints
+    first: Ints
+    of_client: Ints
+
+
+class Moves:
+    """Every move from given splits: each group as a whole, and one of each group of several.
+
+    Args:
+        problem: what the splits are of.
+        splits: each client's split, ``(N,)``.
+
+    Attributes:
+        state: of ``splits``.
+        group: the group that each row moves, ``(V,)``.
+        alone: whether it moves one client only, ``(V,)``.
+        estimate: the objective after each move with the server's ranks held, ``(V, L + 1)``; ``-inf`` where the
+            client does not fit, or is already.
+    """
+
+    def __init__(self, problem: Problem, splits: Ints) -> None:
+        self._problem, self._splits = problem, splits
+        self.state = problem.state(splits)
+        self._groups = _groups(problem, splits)
+        several = np.flatnonzero(self._groups.size > 1)
+        count = len(self._groups.size)
+        self.group: Ints = np.concatenate([np.arange(count), several])
+        self.alone: NDArray[np.bool_] = np.arange(len(self.group)) >= count
+        self._kind, self._now = self._groups.kind[self.group], self._groups.split[self.group]
+        self._size: Ints = np.where(self.alone, 1, self._groups.size[self.group])
+        counts, coupled = self.state.counts, problem.coupled
+        levels = problem.uniform_levels(self.state) if coupled else problem.server_levels(counts)[0].astype(np.int64)
+        self._prices = server_prices(problem, counts[0], levels)
+        self._per_byte = 0.0 if coupled else next_byte(problem, counts[0], levels)
+
+    @property
+    def pairs(self) -> int:
+        """How many moves there are, those that do not fit included."""
+        return len(self.group) * self._problem.fits.shape[1]
+
+    @cached_property
+    def estimate(self) -> Floats:
+        """The objective after each move, estimated, ``(groups, splits)``; minus infinity where one does not fit."""
+        problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
+        size = self._size[:, None]
+        lacking = float(problem.server_minimal(self.state.counts)[0]) - problem.server.memory_bytes
+        if lacking > 0:
+            score = -(lacking + size * (prices.bytes - prices.bytes[now][:, None]))
+        else:
+            server_s = problem.cost.times.server_times(problem.server, self.state.counts)[0]
+            server_s = server_s + size * (prices.seconds - prices.seconds[now][:, None])
+            slowest = np.maximum(self._others_slowest[:, None], problem.times[kind])
+            score = self._captured() / problem.pace(slowest, server_s)
+        score = np.where(problem.fits[kind], score, -np.inf)
+        score[np.arange(len(now)), now] = -np.inf
+        return score
+
+    def _captured(self) -> Floats:
+        problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
+        if problem.coupled:
+            server = int(problem.server_level(self.state.counts)[0])
+            level = np.minimum(self._others_level[:, None], problem.client_levels[kind])
+            return captured_by(problem.rank_set)[np.clip(level, 0, max(server, 0))] * problem.worth.sum()
+        clients = len(problem.clients)
+        gain = problem.client_gains[kind] + prices.captured - clients * self._per_byte * prices.bytes
+        before = gain[np.arange(len(now)), now]
+        return float(problem.captured(self.state)[0]) + (self._size / clients)[:, None] * (gain - before[:, None])
+
+    @cached_property
+    def _others_slowest(self) -> Floats:
+        """Largest time in each phase of the clients that each row does not move, ``(V, PHASES)``."""
+        times = self._problem.times[self._groups.kind, self._groups.split]
+        rest = np.stack([largest_of_others(times[:, phase], 0.0) for phase in range(PHASES)], axis=1)
+        return np.where(self.alone[:, None], self.state.slowest, rest[self.group])
+
+    @cached_property
+    def _others_level(self) -> Ints:
+        """With one rank for all: the largest that the clients fit which each row does not move, ``(V,)``."""
+        levels = self._problem.client_levels[self._groups.kind, self._groups.split]
+        rest = -largest_of_others(-levels, -len(self._problem.rank_set))
+        return np.where(self.alone, self.state.level, rest[self.group])
+
+    def states(self, rows: Ints, targets: Ints) -> State:
+        """The states after moving ``rows`` to ``targets``, each ``(M,)``, one at a time."""
+        problem, kind, now, size = self._problem, self._kind[rows], self._now[rows], self._size[rows]
+        counts = np.repeat(self.state.counts, len(rows), axis=0)
+        each = np.arange(len(rows))
+        counts[each, now] -= size
+        counts[each, targets] += size
+        gain = problem.client_gains
+        return State(
+            counts,
+            self.state.gain + size * (gain[kind, targets] - gain[kind, now]),
+            np.maximum(self._others_slowest[rows], problem.times[kind, targets]),
+            np.minimum(self._others_level[rows], problem.client_levels[kind, targets])
+            if problem.coupled
+            else np.zeros(len(rows), dtype=np.int64),
+        )
+
+    def together(self, rows: Ints, targets: Ints) -> Ints:
+        """The splits ``(N,)`` after moving ``rows`` to ``targets``, all at once; of a group's rows the first counts."""
+        rows, targets = rows[::-1], targets[::-1]
+        of_group = self._groups.split.copy()
+        whole = ~self.alone[rows]
+        of_group[self.group[rows[whole]]] = targets[whole]
+        splits = of_group[self._groups.of_client]
+        splits[self._groups.first[self.group[rows[~whole]]]] = targets[~whole]
+        return splits
+
+
+def _groups(problem: Problem, splits: Ints) -> Group:
+    width = problem.fits.shape[1]
+    keys, first, of_client, size = np.unique(
+        problem.kind * width + splits, return_index=True, return_inverse=True, return_counts=True
+    )
+    kind, split = np.divmod(keys, width)
+    return Group(kind, split, size, first, of_client)
+
+
+def largest_of_others(values: NDArray, without: float) -> NDArray:
+    """For each of ``values`` ``(G,)`` the largest of the others; ``without`` any."""
+    if len(values) == 1:
+        return np.full(1, without, dtype=values.dtype)
+    top = int(values.argmax())
+    rest = np.full(len(values), values[top])
+    rest[top] = max(values[:top].max(initial=without), values[top + 1 :].max(initial=without))
+    return rest

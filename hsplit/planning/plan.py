@@ -1,0 +1,159 @@
+"""The plan of a round: who holds which layers at which ranks, and why it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hsplit.config.cluster import server_names
+from hsplit.config.files import from_plain
+from hsplit.config.section import EXACT, MAX_LAYERS, STRICT, Whole
+from hsplit.errors import InputError
+
+MAX_SERVERS = 1000
+"""Replicas of the server that a plan's file may name."""
+_Figure = Annotated[float, Field(gt=-(2.0**1000), lt=2.0**1000, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class HolderPlan:
+    """One holder's part of the plan.
+
+    Attributes:
+        name: client name or ``server``.
+        kind: ``client`` or ``server``.
+        available: whether any split fits; an unavailable client takes no part.
+        split: clients: layers ``[0, split)`` are its own; server: its first layer. ``None`` when unavailable.
+        ranks: LoRA rank by weight name; holders with equal ranks may share one mapping, so copy it to change it.
+        declared_bytes, predicted_bytes: memory budget, and what the plan will need of it at its peak.
+        step_time_s: predicted time of its part of one local step, transfers included (virtual).
+        lacking_bytes: how much an unavailable client is short of the smallest assignment.
+        captured_share: its part of the plan's captured importance, 0 to 1; all holders' add up to 1.
+    """
+
+    name: str
+    kind: Literal["client", "server"]
+    available: bool
+    split: Whole | None
+    ranks: dict[str, Whole] = field(default_factory=dict)
+    declared_bytes: Whole = 0
+    predicted_bytes: Whole = 0
+    step_time_s: _Figure = 0.0
+    lacking_bytes: Whole = 0
+    captured_share: _Figure = 0.0
+    __pydantic_config__ = EXACT
+
+    @property
+    def held_layers(self) -> int:
+        """Number of decoder layers that a client which takes part holds, from the embedding on: its split point."""
+        assert self.split is not None, f"{self.name} takes no part"
+        return self.split
+
+    @property
+    def rank_total(self) -> int:
+        """Sum of its ranks."""
+        return sum(self.ranks.values())
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether it has layers and trains none of them, so that no gradient comes back to it."""
+        return bool(self.ranks) and not any(self.ranks.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the scheduler decided.
+
+    Attributes:
+        layers: decoder layers of the model.
+        server: the server's part.
+        clients: every declared client's part, in the cluster's order.
+        makespan_s: predicted time of one local step (METHOD 5, virtual).
+        captured_importance: METHOD 5's ``captured``.
+        importance: where the scores came from, in words.
+        servers: how many servers there are; ``server`` is the part of each.
+        exchange_s: predicted time that a round's end takes the clients' links, with the residual at its cap, spread
+            over the round's local steps (virtual).
+    """
+
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    server: HolderPlan
+    clients: tuple[HolderPlan, ...]
+    makespan_s: _Figure
+    captured_importance: _Figure
+    importance: str
+    servers: Annotated[int, Field(ge=1, le=MAX_SERVERS)] = 1
+    exchange_s: _Figure = 0.0
+    __pydantic_config__ = STRICT
+
+    @property
+    def objective(self) -> float:
+        """What is maximized: captured importance per second of a local step with its part of the round's end."""
+        return self.captured_importance / (self.makespan_s + self.exchange_s)
+
+    @property
+    def available(self) -> tuple[HolderPlan, ...]:
+        """The clients that take part, in the cluster's order."""
+        return tuple(c for c in self.clients if c.available)
+
+    @property
+    def forward_only(self) -> frozenset[str]:
+        """The clients that take part and train nothing."""
+        return frozenset(client.name for client in self.available if client.forward_only)
+
+    @property
+    def server_names(self) -> tuple[str, ...]:
+        """The servers, the one that aggregates first."""
+        return server_names(self.servers)
+
+    def gives_the_same_as(self, other: Plan) -> bool:
+        """Whether everybody holds the same layers at the same ranks."""
+        own, others = (
+            {part.name: (part.split, part.ranks) for part in (p.server, *p.available)} for p in (self, other)
+        )
+        return own == others
+
+    def client(self, name: str) -> HolderPlan:
+        """What a client holds, by its name."""
+        return next(c for c in self.clients if c.name == name)
+
+    def part(self, holder: str) -> HolderPlan:
+        """What a client or a server holds."""
+        return self.server if holder in self.server_names else self.client(holder)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint and for the event log."""
+        # asdict would copy each of the ranks on its own, which takes seconds for thousands of clients.
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        return whole | {"server": _holder_json(self.server), "clients": tuple(map(_holder_json, self.clients))}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """What :meth:`to_json` made.
+
+        Raises:
+            ValueError: it is no plan.
+        """
+        try:
+            plan = from_plain(data, Plan, "it is no plan")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """See that what was read from a file can be a plan.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        for part in (self.server, *self.clients):
+            if (part.split is None and part.available) or (part.split or 0) > self.layers:
+                raise ValueError(f"it is no plan: {part.name} takes part without layers, or has more than there are")
+
+
+def _holder_json(holder: HolderPlan) -> dict[str, Any]:
+    return {f.name: getattr(holder, f.name) for f in fields(holder)} | {"ranks": dict(holder.ranks)}

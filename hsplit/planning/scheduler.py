@@ -1,0 +1,283 @@
+"""The scheduler: knows what matters, what each choice costs and who has what, and makes the plans. Ray-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from hsplit.config import SERVER, Client, RunConfig, ServerSpec
+from hsplit.errors import InputError
+from hsplit.models.segment import model_config
+from hsplit.planning.budgets import BudgetRequest
+from hsplit.planning.cost.clock import VirtualClock
+from hsplit.planning.cost.model import CostModel
+from hsplit.planning.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
+from hsplit.planning.plan import Plan
+from hsplit.planning.planner import EQUAL, plan, smallest_part_bytes
+from hsplit.planning.state import Fleet, PlanningState, in_force
+
+# How much more than planned a holder is taken to need that ran out of memory, each time.
+_SHRINK = 1.25
+# How many budgets of a server that ran out of memory are tried, from the least, before the whole one.
+_RELAXED = 6
+
+_Holder = TypeVar("_Holder", Client, ServerSpec)
+
+
+@dataclass(frozen=True)
+class Review:
+    """What the scheduler found.
+
+    Attributes:
+        plan: the plan from now on; ``None``: the plan in force stays.
+        reasons: why there is another one, in words; empty where there is none.
+        importance: ``H_w`` by weight name, where a probe was made.
+        state: what later plans go by.
+    """
+
+    plan: Plan | None
+    reasons: tuple[str, ...]
+    importance: dict[str, float] | None
+    state: PlanningState
+
+    @property
+    def made(self) -> Plan:
+        """The plan, where there is one for certain."""
+        assert self.plan is not None
+        return self.plan
+
+
+class Scheduler:
+    """Makes the first plan, and at each round's end looks whether another one is due (METHOD 5).
+
+    It keeps nothing between two calls: what it goes by is given to it, and what it has found is returned.
+
+    Args:
+        config: the run's configuration.
+        directory: model directory; no tensor is read from it.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path) -> None:
+        self._config = config
+        self.cost = CostModel.of_run(model_config(directory), config)
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The plan that a run begins with whose clients are all there; errors as :meth:`first`."""
+        return self.first(Fleet.of_run(self._config), PlanningState()).made
+
+    def first(self, fleet: Fleet, state: PlanningState) -> Review:
+        """The first plan; no score exists yet, so every parameter matters alike.
+
+        Raises:
+            InputError: see :func:`hsplit.planning.planner.plan`.
+        """
+        state, _ = self._heeding(fleet, state)
+        made, _ = self._plan(fleet, state, self._importance(state), None, EQUAL)
+        return Review(made, (), None, replace(state, planned=fleet.planned))
+
+    def check(self, fleet: Fleet, state: PlanningState, requests: Sequence[BudgetRequest]) -> None:
+        """See that there is a plan for ``fleet``, before it changes to that.
+
+        Args:
+            fleet: as it would be.
+            state: as it is.
+            requests: changes of budgets that hold by then.
+
+        Raises:
+            InputError: there is none: the server has no room, or nobody fits.
+        """
+        self._plan(fleet, state.with_budgets(requests), self._importance(state), None, EQUAL)
+
+    def review(
+        self,
+        round_: int,
+        current: Plan,
+        fleet: Fleet,
+        state: PlanningState,
+        reports: Sequence[ImportanceReport],
+        measured_bytes: Mapping[str, int],
+        requests: Sequence[BudgetRequest],
+    ) -> Review:
+        """Look at a round's end whether another plan is due.
+
+        Args:
+            round_: rounds done.
+            current: the plan in force.
+            fleet: who there is.
+            state: what earlier reviews have returned.
+            reports: of the importance probe; empty where none was made.
+            measured_bytes: peaks by holder name, where measured.
+            requests: changes of budgets, the later winning.
+
+        Raises:
+            InputError: nothing fits the budgets any more.
+        """
+        policy = self._config.policy
+        changes = state.changes_of(fleet)
+        reasons = [*state.pending, *(change for change in changes if change not in state.pending)]
+        state, short = self._heeding(fleet, state)
+        reasons += short
+        state = state.with_budgets(requests)
+        for request in requests:
+            new = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+            reasons.append(f"the budget of {request.holder} is now {new}")
+        if policy.replan.measured and policy.placement != "single":
+            # A single node has nobody to give anything to.
+            state, overruns = _overruns(state, current, measured_bytes)
+            reasons += overruns
+        waited = state.probe_after
+        if reports:
+            state, moved = self._blended(state, round_, reports)
+            reasons += moved
+        importance = state.history or self._importance(state)
+        probed = dict(importance) if reports else None
+        if not reasons:
+            return Review(None, (), probed, state)
+        early = round_ - state.planned_in < policy.replan.min_rounds
+        if early and not changes and self._holds(current, fleet, state):
+            return Review(None, (), probed, replace(state, pending=reasons))
+        source = f"probes until round {state.probed_in}" if state.probed_in else current.importance
+        made, lacking = self._plan(fleet, state, importance, current, source)
+        reasons += [lacking] if lacking else []
+        if reports and policy.importance.back_off and made.gives_the_same_as(current):
+            # Importance has moved, and nobody with it.
+            state = replace(state, probe_after=2 * waited)
+        state = replace(state, pending=[], planned=fleet.planned, planned_in=round_, planned_with=dict(importance))
+        return Review(made, tuple(reasons), probed, state)
+
+    def clock(self, fleet: Fleet | None = None, state: PlanningState | None = None) -> VirtualClock:
+        """The virtual clock by the budgets in force; by default by those of a run that has not begun."""
+        return VirtualClock(self.cost, *self.budgets(fleet, state))
+
+    def budgets(
+        self, fleet: Fleet | None = None, state: PlanningState | None = None
+    ) -> tuple[list[Client], ServerSpec]:
+        """Clients and server with the budgets in force, as declared; by default of a run that has not begun."""
+        state = state or PlanningState()
+        return self._declared(fleet or Fleet.of_run(self._config), state), self._server(state)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _importance(self, state: PlanningState) -> Mapping[str, float]:
+        """The scores that the plan in force was made with."""
+        return state.planned_with or equal_importance(self.cost.model.weights)
+
+    def _blended(
+        self, state: PlanningState, round_: int, reports: Sequence[ImportanceReport]
+    ) -> tuple[PlanningState, list[str]]:
+        """Take up a probe's scores; returns a reason for another plan where they have moved far."""
+        weighed, settings = self._config.policy.importance, self._config.policy.replan
+        history = ImportanceHistory(self._config.job.rounds, weighed.lam_0, weighed.lam_min)
+        history.scores = dict(state.history)
+        history.blend(round_, scores(reports, self.cost.model.weights, weighed.metric))
+        moved = history.moved(self._importance(state))
+        far = settings.tau is not None and moved > settings.tau
+        probe_after = 2 * state.probe_after if weighed.back_off and not far else 1
+        state = replace(state, history=history.scores, probed_in=round_, probe_after=probe_after)
+        return state, [f"normalized importance moved by {moved:.2f} in L1"] if far else []
+
+    def _heeding(self, fleet: Fleet, state: PlanningState) -> tuple[PlanningState, list[str]]:
+        """Give who has run out of memory less to hold from the next plan on, which is due."""
+        shrunk, heeded, reasons = dict(state.shrunk), dict(state.shortages), []
+        for name, shortage in fleet.shortages.items():
+            times = shortage.times - heeded.get(name, 0)
+            if times <= 0:
+                continue
+            heeded[name] = shortage.times
+            divisor = shrunk.get(name, 1.0) * _SHRINK**times
+            declared_bytes = self._declared_bytes(name, fleet, state)
+            if 0 < shortage.held_bytes <= declared_bytes / divisor:
+                # It held much less than it declared, and would hold the same again.
+                divisor = _SHRINK * declared_bytes / shortage.held_bytes
+            shrunk[name] = divisor
+            reasons.append(f"{name} ran out of memory")
+        return replace(state, shrunk=shrunk, shortages=heeded), reasons
+
+    def _declared_bytes(self, name: str, fleet: Fleet, state: PlanningState) -> float:
+        """The budget in force of a client or ``server``; 0 for a client that is not known."""
+        holders = {SERVER: self._server(state), **{client.name: client for client in self._declared(fleet, state)}}
+        return holders[name].memory_bytes if name in holders else 0.0
+
+    def _plan(
+        self, fleet: Fleet, state: PlanningState, importance: Mapping[str, float], current: Plan | None, source: str
+    ) -> tuple[Plan, str]:
+        """A plan in which those who ran out of memory hold less, the server as much less as there is a plan for.
+
+        Returns:
+            The plan, and why those who ran out of memory have no smaller part in it; empty if they have.
+
+        Raises:
+            InputError: there is none by the budgets in force.
+        """
+        server, clients = self._server(state), self._clients(fleet, state)
+        shrunk, lacking = state.shrunk.get(SERVER, 1.0), ""
+        for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
+            try:
+                policy = self._config.policy
+                return plan(clients, _given(server, divisor), self.cost, importance, policy, current, source), lacking
+            except InputError as error:
+                if divisor == 1.0:
+                    raise
+                # To be left without a plan helps nobody: it is tried with more, and the run says what it lacked.
+                lacking = lacking or f"there is no plan with so little ({error})"
+        raise AssertionError("the budgets as they are come last")
+
+    def _server(self, state: PlanningState) -> ServerSpec:
+        """The server with the budget in force."""
+        return self._config.server.changed(state.budgets.get(SERVER, {}))
+
+    def _clients(self, fleet: Fleet, state: PlanningState) -> list[Client]:
+        """The clients with the budgets in force, less what measurements and shortages of memory took off them.
+
+        Who was short of memory keeps what the smallest part takes: without any part it would be of no use at all.
+        """
+        least_bytes = smallest_part_bytes(self.cost, self._config.policy) if state.shrunk else 0
+        clients = []
+        for client in self._declared(fleet, state):
+            if client.name in fleet.aside | fleet.left:
+                continue
+            given = _given(client, state.excess.get(client.name, 1.0))
+            shrunk = state.shrunk.get(client.name, 1.0)
+            if shrunk > 1:
+                given = _given(given, min(shrunk, max(1.0, given.memory_bytes / least_bytes)))
+            clients.append(given)
+        return clients
+
+    def _declared(self, fleet: Fleet, state: PlanningState) -> list[Client]:
+        if self._config.policy.placement == "single":
+            # The one node is the server's, and has what the aggregator beside it leaves.
+            server = self._server(state)
+            (node,) = self._config.model_copy(update={"server": server}).participants
+            left = server.memory_bytes - self.cost.server_bytes([self.cost.model.layers], {})
+            return [node.changed({"memory_gb": max(left, 0) / 1e9})]
+        return in_force(fleet.clients, state)
+
+    def _holds(self, current: Plan, fleet: Fleet, state: PlanningState) -> bool:
+        """True if everybody still fits what ``current`` gives it."""
+        budgets = {client.name: client.memory_bytes for client in self._clients(fleet, state)}
+        budgets |= dict.fromkeys(fleet.aside | fleet.left, 0)
+        budgets[SERVER] = _given(self._server(state), state.shrunk.get(SERVER, 1.0)).memory_bytes
+        return all(budgets[part.name] >= part.predicted_bytes for part in (current.server, *current.available))
+
+
+def _overruns(
+    state: PlanningState, current: Plan, measured_bytes: Mapping[str, int]
+) -> tuple[PlanningState, list[str]]:
+    """Give clients that took more than they declared less to hold from now on."""
+    excess, found = dict(state.excess), []
+    for part in current.available:
+        measured = measured_bytes.get(part.name, 0)
+        if measured > part.declared_bytes:
+            excess[part.name] = max(excess.get(part.name, 1.0), measured / part.predicted_bytes)
+            over_mb = (measured - part.declared_bytes) / 1e6
+            found.append(f"{part.name} took {measured / 1e6:.1f} MB, {over_mb:.1f} more than it declared")
+    return replace(state, excess=excess), found
+
+
+def _given(holder: _Holder, shrunk: float) -> _Holder:
+    """``holder`` with its memory divided by ``shrunk``, where that is more than 1."""
+    return holder.changed({"memory_gb": holder.memory_gb / shrunk}) if shrunk > 1 else holder

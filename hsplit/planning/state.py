@@ -1,0 +1,115 @@
+"""What planning over the rounds goes by: who there is to plan for, and what earlier rounds have shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from hsplit.config import Client, RunConfig
+from hsplit.config.section import EXACT, Whole
+from hsplit.planning.budgets import BudgetRequest
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A holder that has run out of memory.
+
+    Attributes:
+        times: how often.
+        held_bytes: what it held by the plan with which it happened last; 0 where there was none.
+    """
+
+    times: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Holders to plan for.
+
+    Attributes:
+        clients: every client of the run as declared, those that joined included, in their order.
+        joining: names of those that have joined since the last plan, for the first time or again.
+        aside: names of those that have been set aside.
+        left: names of those that have left.
+        shortages: by client name, or ``server``, of which every server is one.
+    """
+
+    clients: tuple[Client, ...]
+    joining: frozenset[str] = frozenset()
+    aside: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()
+    shortages: Mapping[str, Shortage] = field(default_factory=dict)
+
+    @staticmethod
+    def of_run(run: RunConfig) -> Fleet:
+        """The fleet of a run that has not begun."""
+        return Fleet(run.clients)
+
+    @property
+    def planned(self) -> list[str]:
+        """Names of the clients that a plan may give a part to, in their order."""
+        return [c.name for c in self.clients if c.name not in self.aside and c.name not in self.left]
+
+
+@dataclass(frozen=True)
+class PlanningState:
+    """All that decides later plans beside the fleet; plain data, for a checkpoint.
+
+    Attributes:
+        budgets: changes of budgets in force, by holder and field, in the units of the cluster file.
+        excess: how much more than predicted a client's plans really took, at most, by its name; 1 and below never
+            counts.
+        shrunk: by what a holder's memory is divided since it ran out of it.
+        shortages: how often each had, as far as ``shrunk`` heeds it.
+        planned: clients that the last plan may have given a part to; ``None`` before the first.
+        pending: reasons for a new plan that ``min_rounds`` has put off.
+        planned_in: rounds done at the last plan.
+        planned_with: importance by weight name that it was made with; empty: equal importance.
+        history: ``H_w`` by weight name; empty before the first probe.
+        probed_in: rounds done at the last probe; 0: none yet.
+        probe_after: how many rounds later the next one is due.
+    """
+
+    budgets: dict[str, dict[str, float]] = field(default_factory=dict)
+    excess: dict[str, float] = field(default_factory=dict)
+    shrunk: dict[str, float] = field(default_factory=dict)
+    shortages: dict[str, Whole] = field(default_factory=dict)
+    planned: list[str] | None = None
+    pending: list[str] = field(default_factory=list)
+    planned_in: Whole = 0
+    planned_with: dict[str, float] = field(default_factory=dict)
+    history: dict[str, float] = field(default_factory=dict)
+    probed_in: Whole = 0
+    probe_after: Whole = 1
+    __pydantic_config__ = EXACT
+
+    def probe_due(self, round_: int) -> bool:
+        """True if importance is to be probed with ``round_`` rounds done.
+
+        A probe takes nearly as long as a local step, and early in training importance moves most. So with
+        ``importance.back_off`` the next one waits twice as many rounds each time that one was no reason for another
+        plan, and is due in the next round again where it was.
+        """
+        return round_ >= self.probed_in + self.probe_after
+
+    def with_budgets(self, requests: Iterable[BudgetRequest]) -> PlanningState:
+        """The state with ``requests`` in force, the later winning."""
+        budgets = {holder: dict(values) for holder, values in self.budgets.items()}
+        for request in requests:
+            budgets.setdefault(request.holder, {}).update(request.values)
+        return replace(self, budgets=budgets)
+
+    def changes_of(self, fleet: Fleet) -> list[str]:
+        """Who has come or gone since the last plan, as reasons for another."""
+        if self.planned is None:
+            return []
+        now = fleet.planned
+        came = [f"{name} has joined" for name in now if name not in self.planned or name in fleet.joining]
+        gone = [name for name in self.planned if name not in now]
+        return came + [f"{name} is set aside" if name in fleet.aside else f"{name} has left" for name in gone]
+
+
+def in_force(clients: Sequence[Client], state: PlanningState) -> list[Client]:
+    """``clients`` with the budgets in force."""
+    return [client.changed(state.budgets.get(client.name, {})) for client in clients]

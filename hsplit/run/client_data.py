@@ -1,0 +1,120 @@
+"""The clients' data: who is asked to read it, how much each has found, and what is lost with those without a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+
+from hsplit.actors.executor import Executor, Ref
+from hsplit.actors.participant import DataReport, Participant
+from hsplit.config import Client, Job
+from hsplit.config.cluster import CENTRAL
+from hsplit.data import Example
+from hsplit.data.local import nothing_supervised
+from hsplit.errors import InputError
+from hsplit.observe.events import EventLog
+from hsplit.planning.plan import Plan
+
+
+class ClientData:
+    """Has clients read their data, and keeps count of it.
+
+    Args:
+        executor: reaches the clients.
+        shares: each client's part of the shared data, ``None`` for a client with its own.
+        job: the run's.
+        events: the run's log.
+        note: tells of an event to log and user: kind, text, fields.
+
+    Attributes:
+        validation_batches: by client how many it has held out.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        shares: Mapping[str, list[Example] | None],
+        job: Job,
+        events: EventLog,
+        note: Callable[..., None],
+    ) -> None:
+        self._executor, self._shares, self._job = executor, shares, job
+        self._events, self._note = events, note
+        self._examples: dict[str, int] = {}
+        # By client the tokens that it can train and validate on.
+        self._supervised: dict[str, tuple[int, int]] = {}
+        self._sources: dict[str, str] = {}
+        self.validation_batches: dict[str, int] = {}
+
+    def begin(self, clients: Sequence[Client]) -> dict[str, Ref[DataReport]]:
+        """Ask ``clients`` to read their data; returns the calls by client."""
+        every: Mapping[str, list[Example] | None] = self._shares
+        calls = {}
+        for client in clients:
+            # A single node has everybody's data.
+            own = client.data
+            self._sources[client.name] = f"job.data.source {self._job.data.source}" if own is None else f"data {own}"
+            shares = every if client.name == CENTRAL else {client.name: every.get(client.name)}
+            calls[client.name] = self._executor.call(client.name, Participant.load_data, shares, client.data)
+        return calls
+
+    def finish(self, calls: Mapping[str, Ref[DataReport]], unavailable: Collection[str]) -> None:
+        """Wait for what :meth:`begin` returned, and say what was found.
+
+        Args:
+            calls: by client.
+            unavailable: who has no part in the run, and so cannot fail it.
+
+        Raises:
+            InputError: a client that has a part cannot read its data, or no such client has a supervised token.
+            ActorFailure: a client failed.
+        """
+        for name, call in calls.items():
+            try:
+                report = self._executor.value(call)
+            except InputError as error:
+                if name not in unavailable:
+                    raise
+                self._examples[name] = 0
+                self._note("data", f"{name}, which is unavailable: {error}", client=name)
+                continue
+            self.count(report)
+            text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
+            self._events.write("data", text, **asdict(report))
+            if report.too_long:
+                text = f"{report.client}: {report.too_long} examples over {self._job.max_length} tokens are left out"
+                self._note("too_long", text, client=report.client, count=report.too_long)
+        self._refuse_without_supervised(unavailable)
+        for name in calls:
+            train, _ = self._supervised.get(name, (1, 1))
+            if not train and name not in unavailable:
+                text = (
+                    f"{name}: no training example has a token to predict, so it learns nothing: {self._sources[name]}"
+                )
+                self._note("unsupervised", text, client=name)
+
+    def _refuse_without_supervised(self, unavailable: Collection[str]) -> None:
+        """Refuse data that nobody could learn from, or whose validation would measure nothing."""
+        known = {name: tokens for name, tokens in self._supervised.items() if name not in unavailable}
+        where = ", ".join(dict.fromkeys(self._sources[name] for name in known))
+        for what, tokens in (("training", 0), ("validation", 1)):
+            if known and not any(counts[tokens] for counts in known.values()):
+                raise nothing_supervised(where, what, self._job.model, self._job.max_length)
+
+    def count(self, report: DataReport) -> None:
+        """Take note of what a client has found."""
+        self._examples[report.client] = report.train + report.validation
+        self._supervised[report.client] = (report.supervised, report.validation_supervised)
+        self.validation_batches[report.client] = report.validation_batches
+
+    def say_what_is_lost(self, plan: Plan) -> None:
+        """Say how many clients, and how much of the data, ``plan`` has no place for, if any."""
+        lost = [client.name for client in plan.clients if not client.available]
+        if not lost:
+            return
+        examples, total = sum(self._examples.get(name, 0) for name in lost), sum(self._examples.values())
+        text = (
+            f"{len(lost)} of {len(plan.clients)} clients are unavailable, and with them {examples} of {total}"
+            f" examples ({examples / total:.1%}) are not trained on"
+        )
+        self._note("data_lost", text, clients=lost, examples=examples, of_examples=total)

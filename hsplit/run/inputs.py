@@ -1,0 +1,189 @@
+"""What is settled, checked and read before anything of a run starts: in the driver, without Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsplit.config import Partition, Policy, RunConfig
+from hsplit.config.section import is_reference
+from hsplit.errors import InputError
+from hsplit.extension import origin
+from hsplit.lora.aggregation import find_aggregation
+from hsplit.models.checkpoint_reader import model_fingerprint
+from hsplit.models.dtype import dtype_name, resolve_dtype
+from hsplit.models.families import family_of
+from hsplit.models.segment import check_checkpoint, layer_count, linear_shapes, load_tokenizer, model_config, targeted
+from hsplit.models.source import ModelSource
+from hsplit.planning.importance import find_metric
+from hsplit.planning.rank_rules import find_rank_rule
+from hsplit.planning.split_rules import find_split_rule
+from hsplit.run.context import Inputs
+
+if TYPE_CHECKING:
+    from hsplit.data import Example
+
+
+def settled(run: RunConfig) -> RunConfig:
+    """``run`` without anything that a resume from elsewhere could read differently.
+
+    ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.
+    """
+    device = "cuda" if run.server.num_gpus > 0 else "cpu"
+    job, source = run.job, Path(os.path.expanduser(run.job.data.source))
+    changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device))}
+    if os.path.isfile(source):
+        changes["data"] = job.data.model_copy(update={"source": str(source.resolve())})
+    if os.path.isdir(model := os.path.expanduser(job.model)):
+        changes["model"] = str(Path(model).resolve())
+    return run.model_copy(update={"job": job.model_copy(update=changes)})
+
+
+def check_model(run: RunConfig, source: ModelSource) -> None:
+    """Refuse a model without a family, targets that match nothing, a split past the last layer, texts longer than the
+    model's learned positions, and a user's own part of the policy that cannot be found.
+    """
+    own_code(run.policy)
+    config = model_config(source.directory)
+    positions = family_of(config.model_type).positions(config)
+    if positions is not None and run.job.max_length > positions:
+        raise InputError(
+            f"job.max_length: must be at most {positions}, the positions that {run.job.model} has learned "
+            f"(got {run.job.max_length})"
+        )
+    targeted(linear_shapes(config), run.job.targets)
+    layers = layer_count(config)
+    if isinstance(run.policy.split, int) and run.policy.split > layers:
+        raise InputError(
+            f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "
+            f"(got {run.policy.split})"
+        )
+
+
+def own_code(policy: Policy) -> list[str]:
+    """Find the parts that a policy names, and say of each that is the user's own which file's code it runs.
+
+    Raises:
+        InputError: one of them cannot be found.
+    """
+    find_aggregation(policy.aggregation)
+    find_rank_rule(policy.ranks)
+    find_split_rule(policy.split)
+    find_metric(policy.importance.metric)
+    named = (policy.aggregation, policy.ranks, policy.split, policy.importance.metric)
+    own = [str(word) for word in dict.fromkeys(named) if is_reference(word)]
+    return [f"{word} is code from {origin(word)}" for word in own]
+
+
+def read_shared(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> tuple[list[Example], list[Example]]:
+    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees.
+
+    Args:
+        run: resolved configuration.
+        source: the model.
+        tokenizer: the model's, where it is loaded already.
+    """
+    from hsplit.actors.participant import chat_template
+    from hsplit.data import read_examples, split_off_test
+
+    job, data = run.job, run.job.data
+    examples = read_examples(
+        data.source,
+        examples=data.examples,
+        seed=job.seed,
+        label=data.label,
+        separator=data.separator,
+        limit=data.limit,
+        chat=chat_template(tokenizer or load_tokenizer(source.directory)),
+    )
+    return split_off_test(examples, data.test, job.seed)
+
+
+def shared_sha256(run: RunConfig) -> str:
+    """What the shared data are recognised by: the file's SHA-256, or what generates them."""
+    from hsplit.data import file_sha256
+
+    data, path = run.job.data, os.path.expanduser(run.job.data.source)
+    return file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {run.job.seed}"
+
+
+def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> Inputs:
+    """Check the weights, read the shared data, and share it out over the clients that bring none of their own.
+
+    Args:
+        run: resolved configuration.
+        source: the model.
+        tokenizer: the model's, where it is loaded already.
+
+    Raises:
+        InputError: the weights are not those of the configuration, the data are unusable or too few, hold tokens that
+            the model has no embedding for, or no token that could be learned or tested.
+    """
+    from hsplit.data import partition
+
+    check_checkpoint(source.directory)
+    tokenizer = tokenizer or load_tokenizer(source.directory)
+    job, data = run.job, run.job.data
+    sharing = [client.name for client in run.clients if client.data is None]
+    shares: dict[str, Any] = {client.name: None for client in run.clients}
+    digest = ""
+    examples: list[Example] = []
+    if sharing:
+        examples, test = read_shared(run, source, tokenizer)
+        _check_count(len(examples), sharing, run)
+        spec = data.partition
+        how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
+        parts = partition(examples, len(sharing), how, job.seed)
+        for name, part in zip(sharing, parts, strict=True):
+            shares[name] = [examples[i] for i in part]
+        _check_supervised({name: shares[name] for name in sharing}, test, run, tokenizer)
+        digest = shared_sha256(run)
+    _check_tokens(examples, run, source, tokenizer)
+    return Inputs(shares, model_fingerprint(source.directory), digest)
+
+
+def _check_count(count: int, clients: list[str], run: RunConfig) -> None:
+    """Refuse fewer examples than the clients that share them need."""
+    from hsplit.data.partition import SMALLEST_SHARE
+
+    data, least = run.job.data, SMALLEST_SHARE * len(clients)
+    if count >= least:
+        return
+    made = "" if os.path.isfile(os.path.expanduser(data.source)) else f", job.data.examples {data.examples}"
+    taken = f", job.data.limit {data.limit}" if data.limit is not None else ""
+    taken += f", job.data.test {data.test:g}" if data.test else ""
+    where = f"job.data.source {data.source}{made}{taken}"
+    if len(clients) == 1:
+        has = "1 example" if count else "no example"
+        need = f"client {clients[0]} needs at least {least}, one to train on and one to validate on"
+        raise InputError(f"{where}: has {has}, and {need}")
+    raise InputError(
+        f"{where}: more clients than examples to share out: {len(clients)} clients without data of their own need at"
+        f" least {least}, {SMALLEST_SHARE} each; there are {count}"
+    )
+
+
+def _check_supervised(shares: dict[str, list[Example]], test: list[Example], run: RunConfig, tokenizer: Any) -> None:
+    """Refuse shares that a client cannot train and validate on, and shared data without a token to predict."""
+    from hsplit.data.local import check_shares, has_example, nothing_supervised
+
+    job = run.job
+    supervised = check_shares(shares, tokenizer, job)
+    if not supervised and len(shares) == len(run.clients):
+        raise nothing_supervised(f"job.data.source {job.data.source}", "training", job.model, job.max_length)
+    if test and not has_example(test, tokenizer, sys.maxsize, lambda example: example.supervised > 0):
+        raise nothing_supervised(f"job.data.test {job.data.test:g} of {job.data.source}", "test", job.model)
+
+
+def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, tokenizer: Any) -> None:
+    """Refuse a tokenizer, and what it makes of ``examples``, with ids that the model has no embedding for."""
+    from hsplit.data import check_ids, check_special_tokens, largest_id, tokenize
+
+    vocab_size = int(model_config(source.directory).vocab_size)
+    if largest_id(tokenizer) < vocab_size:
+        return
+    check_special_tokens(tokenizer, vocab_size)
+    fitting, _ = tokenize(examples, tokenizer, run.job.max_length)
+    check_ids(fitting, tokenizer, vocab_size, f"data.source {run.job.data.source}")

@@ -1,0 +1,326 @@
+"""Membership of a run: clients that fail and return, are set aside, join or leave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from hsplit.actors.executor import ActorFailure, NotFinite, Ref
+from hsplit.actors.participant import DataReport, Participant
+from hsplit.actors.server import Server
+from hsplit.config import SERVER, Client
+from hsplit.errors import HsplitError, InputError
+from hsplit.planning.budgets import BudgetRequest
+from hsplit.planning.scheduler import Scheduler
+from hsplit.run.context import RunContext
+from hsplit.run.failure_text import describe
+from hsplit.run.inbox import JoinRequest, refuse, take_requests
+from hsplit.run.state import Status
+
+_Value = TypeVar("_Value")
+_Part = tuple[int | None, Mapping[str, int]]
+
+
+class Membership:
+    """Changes who takes part, in the run's state, which alone knows it.
+
+    Args:
+        context: of the run.
+        kept: gives a client's tensors by the last checkpoint, where they are of the part that it has now.
+    """
+
+    def __init__(self, context: RunContext, kept: Callable[[str], dict[str, Tensor] | None]) -> None:
+        self._context, self._kept = context, kept
+        # Calls by which a client that returns reads its data and its part, by name; with that part.
+        self._preparing: dict[str, tuple[_Part, list[Ref[Any]]]] = {}
+
+    # -- clients that fail ------------------------------------------------------------------------------------------
+
+    def lose(self, failure: ActorFailure) -> None:
+        """Continue without a client that failed, and begin it again meanwhile.
+
+        Raises:
+            ActorFailure: ``failure``, where the round is to be repeated instead.
+        """
+        context, name = self._context, failure.actor
+        # A single node has all that was learned in the round: without it nobody can continue.
+        if context.job.faults.recovery == "repeat" or context.single or name not in context.clients:
+            raise failure
+        context.training.forget(name)
+        self._lose(failure, context.round)
+        if isinstance(failure, NotFinite) and not context.clients:
+            raise failure.of_all()
+
+    def _lose(self, failure: ActorFailure, round_: int) -> None:
+        context, name, most = self._context, failure.actor, self._context.job.faults.max_failures
+        member = context.state.member(name)
+        failed = member.failures + 1
+        again = ", and it is begun anew" if failed <= most else ""
+        borne = f"failure {failed}; more than {most} set a client aside"
+        text = f"round {round_}: {describe(failure)}; the others go on{again} ({borne})"
+        context.note("lost", text, client=name, round=round_, kind=failure.kind, reason=failure.reason, failures=failed)
+        self._preparing.pop(name, None)
+        self.count(failure, round_)
+        if member.status is not Status.ASIDE:
+            member.status = Status.LOST
+            self._begin_return(name)
+
+    def count(self, failure: ActorFailure, round_: int) -> None:
+        """Count a client's failure; one too many sets it aside."""
+        context, name = self._context, failure.actor
+        member = context.state.member(name)
+        member.failures += 1
+        member.reason = failure.reason
+        if failure.kind == "memory":
+            context.state.count_shortage(name)
+        if member.failures > context.job.faults.max_failures:
+            member.status = Status.ASIDE
+            context.executor.end(name)
+            failed = member.failures
+            text = f"{name} has failed {failed} times and is set aside: its layers and its data take no part any more"
+            if isinstance(failure, NotFinite):
+                text += "; its values were not finite: job.lr may be too large for its data"
+            context.note("set_aside", text, client=name, round=round_, failures=failed)
+
+    def await_calls(self, calls: Mapping[str, Ref[_Value]]) -> dict[str, _Value]:
+        """Wait for calls by client; returns the values of those that did not fail, and loses the others.
+
+        Raises:
+            ActorFailure: no client is left, or the round is to be repeated.
+        """
+        context = self._context
+        until = time.monotonic() + context.job.faults.patience_s
+        values = {}
+        for name, call in calls.items():
+            (value,) = context.executor.settle([call], until)
+            if isinstance(value, ActorFailure):
+                self.lose(value)
+            elif isinstance(value, HsplitError):
+                raise value
+            else:
+                values[name] = value
+        if calls and not values:
+            context.fail_without_clients(next(iter(calls)))
+        return values
+
+    def retry(self, what: Callable[[], _Value]) -> _Value:
+        """Do ``what`` between two rounds. A client that fails meanwhile is brought back first, and it is done again."""
+        not_finite: set[str] = set()
+        while True:
+            try:
+                return what()
+            except ActorFailure as failure:
+                if isinstance(failure, NotFinite) and failure.actor in not_finite:
+                    # It had begun again with what all have learned, so that it is that.
+                    raise failure.of_all() from failure
+                if isinstance(failure, NotFinite):
+                    not_finite.add(failure.actor)
+                self.lose(failure)
+                # Clients short of memory return when the next plan has given them less.
+                if failure.kind != "memory":
+                    self.bring_back()
+                if not self._context.clients:
+                    self._context.fail_without_clients(failure.actor)
+
+    # -- clients that return ----------------------------------------------------------------------------------------
+
+    def bring_back(self) -> None:
+        """Have the lost clients that have a place and a part begin the round that follows with the others.
+
+        Each is tried once; one that fails again may be there a round later.
+
+        Raises:
+            ActorFailure: no client is there then, or an actor failed that they wait for.
+        """
+        context, state = self._context, self._context.state
+        waiting = state.to_return
+        if not waiting:
+            return
+        round_ = state.step // context.job.local_steps + 1
+        planned = {part.name for part in context.plan.available}
+        names = [name for name in waiting if name in planned and self._begin_return(name)]
+        patience_s = context.job.faults.patience_s
+        until = time.monotonic() + patience_s
+        ready = [name for name in names if self._succeeds(name, self._preparing[name][1], until, round_)]
+        for name in ready:
+            self._preparing[name] = (self._part(name), [])
+        calls = self._rejoin(ready, round_) if ready else []
+        until = time.monotonic() + patience_s
+        for name, call in zip(ready, calls, strict=True):
+            if self._succeeds(name, [call], until, round_):
+                del self._preparing[name]
+                member = state.member(name)
+                member.status = Status.ACTIVE
+                how = "is back" if member.failures else "is there"
+                context.note("returned", f"round {round_}: {name} {how}", client=name, round=round_)
+        if not context.clients:
+            still = state.to_return
+            context.fail_without_clients(still[0] if still else state.with_status(Status.ASIDE)[-1])
+
+    def _begin_return(self, name: str) -> bool:
+        """Begin a lost client again, unless that is done; false if there is no place for it."""
+        context = self._context
+        part = self._part(name)
+        if name in self._preparing and self._preparing[name][0] == part:
+            return True
+        if not context.executor.restart(name):
+            self.mark_away(name)
+            return False
+        context.state.member(name).status = Status.LOST
+        calls: list[Ref[Any]] = list(context.data.begin(context.named([name])).values())
+        held = context.plan.client(name)
+        calls.append(context.executor.call(name, Participant.configure, held.held_layers, held.ranks))
+        self._preparing[name] = (part, calls)
+        return True
+
+    def _rejoin(self, names: list[str], round_: int) -> list[Ref[None]]:
+        """Ask clients that have their data and layers to begin round ``round_``; returns the calls."""
+        context = self._context
+        sent, updates = context.executor.call_each(SERVER, Server.full_updates, round_, names)
+        following = zip(names, updates, strict=True)
+        calls = [
+            context.executor.call(name, Participant.rejoin, self._kept(name), update) for name, update in following
+        ]
+        context.state.bytes_down += context.executor.value(sent)
+        return calls
+
+    def _succeeds(self, name: str, calls: Sequence[Ref[Any]], until: float, round_: int) -> bool:
+        """True if the calls of a client that returns come to their end; else it is lost once more.
+
+        Raises:
+            ActorFailure: of another actor, for which the calls wait.
+        """
+        values = self._context.executor.settle(calls, until)
+        for value in values:
+            if isinstance(value, HsplitError):
+                own = value if isinstance(value, ActorFailure) else ActorFailure(name, "load_data", str(value))
+                if own.actor != name:
+                    raise own
+                self._lose(own, round_)
+                return False
+        for value in values:
+            if isinstance(value, DataReport):
+                self._context.data.count(value)
+        return True
+
+    def mark_away(self, name: str) -> None:
+        """Take note that a client has no place to return to yet."""
+        member = self._context.state.member(name)
+        self._preparing.pop(name, None)
+        if member.status is not Status.AWAY:
+            member.status = Status.AWAY
+            text = f"{name} is away: no node that is there has room for it; it takes part when one has"
+            self._context.note("away", text, client=name)
+
+    def forget_calls(self) -> None:
+        """Forget the calls of clients that return: the round is repeated, and they are begun again."""
+        self._preparing.clear()
+
+    def _part(self, name: str) -> _Part:
+        """What a client holds by the plan in force: split point and ranks."""
+        part = self._context.plan.client(name)
+        return part.split, part.ranks
+
+    # -- clients that join and leave --------------------------------------------------------------------------------
+
+    def requests(self) -> list[BudgetRequest]:
+        """Let clients join and leave as the inbox asks; what cannot be is refused, and said.
+
+        Returns:
+            The changes of budgets that the cluster file foresees for the round that begins, then the inbox's.
+
+        Raises:
+            ActorFailure: another than a client that was to join failed.
+        """
+        context, done, inbox = self._context, self._context.state.round, self._context.directory.inbox
+        requests = [
+            BudgetRequest(name, change.values())
+            for name, holder in [(SERVER, context.run.server), *((c.name, c) for c in context.run.participants)]
+            for change in holder.schedule
+            if change.round == done + 1
+        ]
+        asked, refused = take_requests(inbox, done)
+        for text in refused:
+            context.note("refused", text, round=done)
+        for request in asked:
+            if isinstance(request, BudgetRequest):
+                asked_for = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+                text = f"{request.holder}: {asked_for} asked for"
+                context.events.write("budget", text, round=done, **asdict(request))
+                requests.append(request)
+        for change in asked:
+            if isinstance(change, BudgetRequest):
+                continue
+            try:
+                if isinstance(change, JoinRequest):
+                    self._join(change.client, requests)
+                else:
+                    self._leave(change.client, requests)
+            except InputError as error:
+                # Nothing has changed, and the run goes on as it is.
+                refuse(inbox, change.file)
+                context.note("refused", f"inbox: {error}", round=done)
+        return [request for request in requests if context.state.status(request.holder) is not Status.LEFT]
+
+    def _join(self, client: Client, requests: Sequence[BudgetRequest]) -> None:
+        """Have a client begin and read its data; the plan that follows gives it a part.
+
+        Raises:
+            InputError: it is there already, has no usable data, or there is no plan with it.
+        """
+        context, state, executor = self._context, self._context.state, self._context.executor
+        name, known = client.name, [c.name for c in context.run.clients]
+        if name in known and state.status(name) not in (Status.LEFT, Status.ASIDE):
+            raise InputError(f"{name} is asked to join, and is there already")
+        executor.add(client)
+        begun = executor.restart(name)
+        try:
+            if begun:
+                until = time.monotonic() + context.job.faults.patience_s
+                (report,) = executor.get(list(context.data.begin([client]).values()), until)
+                context.data.count(report)
+            fleet = context.fleet
+            clients = fleet.clients if name in known else (*fleet.clients, client)
+            with_it = replace(fleet, clients=clients, aside=fleet.aside - {name}, left=fleet.left - {name})
+            context.ask(Scheduler.check, with_it, state.planning, requests)
+        except (InputError, ActorFailure) as error:
+            if isinstance(error, ActorFailure) and error.actor != name:
+                raise
+            executor.end(name)
+            raise InputError(f"{name} cannot join: {error}") from error
+        # What it did before is forgiven.
+        member = state.member(name)
+        member.status, member.failures = Status.JOINING, 0
+        if not begun:
+            self.mark_away(name)
+        if name not in known:
+            state.joined.append(client)
+        text, declared = f"{name} joins after round {state.round}", client.model_dump(mode="json")
+        context.note("joined", text, client=name, round=state.round, declared=declared)
+
+    def _leave(self, name: str, requests: Sequence[BudgetRequest]) -> None:
+        """Continue without a client that leaves: all that it has learned is aggregated.
+
+        Raises:
+            InputError: it is not there, or the others could not continue without it.
+        """
+        context, state = self._context, self._context.state
+        if all(name != client.name for client in context.run.clients) or state.status(name) is Status.LEFT:
+            raise InputError(f"{name} is asked to leave, and is not there")
+        if context.clients == [name]:
+            raise InputError(f"{name} cannot leave: no other client is there")
+        fleet = context.fleet
+        try:
+            context.ask(Scheduler.check, replace(fleet, left=fleet.left | {name}), state.planning, requests)
+        except InputError as error:
+            raise InputError(f"{name} cannot leave: {error}") from error
+        if name in context.clients:
+            # Its process ends when the round can no longer be repeated with it.
+            context.executor.call(name, Participant.release)
+        state.member(name).status = Status.LEFT
+        self._preparing.pop(name, None)
+        context.note("left", f"{name} leaves after round {state.round}", client=name, round=state.round)

@@ -1,0 +1,234 @@
+"""The state of a run: plan, progress and membership, all that a checkpoint keeps beside tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from hsplit import __version__
+from hsplit.config import SERVER, Client
+from hsplit.config.files import from_json
+from hsplit.config.section import EXACT, Whole
+from hsplit.errors import InputError
+from hsplit.planning.cost.serving import drawn_cohort
+from hsplit.planning.plan import Plan
+from hsplit.planning.state import Fleet, PlanningState, Shortage
+
+FORM = 2
+"""Of ``state.json``; another one is refused."""
+
+
+class Status(StrEnum):
+    """Membership of a client.
+
+    ``ACTIVE`` clients take part wherever the plan has a part for them; ``JOINING`` ones from the next plan on. ``LOST``
+    ones have failed, are begun again and return. ``AWAY`` ones have no node with room for them, and take part when one
+    has. Those set ``ASIDE`` have failed too often; those that have ``LEFT`` went of their own will. Neither takes part
+    any more, unless it joins again.
+    """
+
+    ACTIVE = "active"
+    JOINING = "joining"
+    LOST = "lost"
+    AWAY = "away"
+    ASIDE = "aside"
+    LEFT = "left"
+
+
+@dataclass
+class Member:
+    """One client's standing in the run, or that of the servers, which all have the same part.
+
+    Attributes:
+        status: whether it takes part; always ``ACTIVE`` for the servers.
+        failures: how often it failed.
+        shortages: how often it ran out of memory.
+        held_bytes: what it held by the plan in force when it ran out of memory last.
+        reason: why it failed last.
+    """
+
+    status: Status = Status.ACTIVE
+    failures: Whole = 0
+    shortages: Whole = 0
+    held_bytes: Whole = 0
+    reason: str = ""
+    __pydantic_config__ = EXACT
+
+
+@dataclass
+class RunState:
+    """Plan, progress and membership of a run; everything here survives a resume exactly.
+
+    Attributes:
+        round: completed rounds.
+        step: local steps done over the whole run; between two rounds' ends it tells how far the round is.
+        tokens: supervised tokens trained on.
+        client_tokens: the same by client.
+        round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
+        bytes_up, bytes_down: wire bytes of the round under way, client to server and back.
+        residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
+        wall_time_s, virtual_time_s: since the run's start, over all its launches.
+        plan: the plan in force; ``None`` before the first.
+        planning: what later plans go by.
+        members: by client name; clients of whom there is nothing to tell are not in it.
+        servers: the servers.
+        joined: clients that came while the run was under way, in the order in which they came.
+        measured_bytes: most memory that each holder took in the last round, by name.
+        model_fingerprint, data_sha256: what the run was started with.
+    """
+
+    round: Whole = 0
+    step: Whole = 0
+    tokens: Whole = 0
+    client_tokens: dict[str, Whole] = field(default_factory=dict)
+    round_loss_sum: float = 0.0
+    round_tokens: Whole = 0
+    bytes_up: Whole = 0
+    bytes_down: Whole = 0
+    residual_cut: float = 0.0
+    wall_time_s: float = 0.0
+    virtual_time_s: float = 0.0
+    plan: Plan | None = None
+    planning: PlanningState = field(default_factory=PlanningState)
+    members: dict[str, Member] = field(default_factory=dict)
+    servers: Member = field(default_factory=Member)
+    joined: list[Client] = field(default_factory=list)
+    measured_bytes: dict[str, Whole] = field(default_factory=dict)
+    model_fingerprint: str = ""
+    data_sha256: str = ""
+    __pydantic_config__ = EXACT
+
+    # -- membership -----------------------------------------------------------------------------------------------
+
+    def member(self, name: str) -> Member:
+        """The record of a client or of a server; one is made where there was none."""
+        return self.servers if name == SERVER else self.members.setdefault(name, Member())
+
+    def status(self, name: str) -> Status:
+        """The status of a client."""
+        return self.members[name].status if name in self.members else Status.ACTIVE
+
+    def with_status(self, *statuses: Status) -> list[str]:
+        """Names of the clients that have one of ``statuses``."""
+        return [name for name, member in self.members.items() if member.status in statuses]
+
+    @property
+    def present(self) -> list[str]:
+        """The clients that take part now, in the plan's order."""
+        parts = () if self.plan is None else self.plan.available
+        return [part.name for part in parts if self.status(part.name) is Status.ACTIVE]
+
+    @property
+    def to_return(self) -> list[str]:
+        """The clients that are lost or away, and take part when they are back."""
+        return self.with_status(Status.LOST, Status.AWAY)
+
+    def cohort(self, seed: int, round_: int, count: int | None) -> list[str]:
+        """The clients that train in round ``round_``: ``count`` of those present, drawn again each round.
+
+        Each client's place in a round's draw depends on seed, round and name alone. So a run that is resumed draws the
+        same, and for a client that is lost the next in the draw steps in.
+        """
+        return drawn_cohort(self.present, seed, round_, count)
+
+    def held_bytes(self, name: str) -> int:
+        """Bytes that the plan in force says a client or ``server`` takes; 0 where there is no plan, or no part."""
+        parts = () if self.plan is None else (self.plan.server, *self.plan.clients)
+        return next((part.predicted_bytes for part in parts if part.name == name), 0)
+
+    def count_shortage(self, name: str) -> None:
+        """Count that a client or ``server`` ran out of memory: by the next plan it holds less."""
+        member = self.member(name)
+        member.shortages += 1
+        member.held_bytes = self.held_bytes(name)
+
+    @property
+    def has_shortages(self) -> bool:
+        """True if any holder has run out of memory."""
+        return any(member.shortages for member in (self.servers, *self.members.values()))
+
+    def fleet(self, clients: Sequence[Client]) -> Fleet:
+        """The fleet to plan for.
+
+        Args:
+            clients: every client of the run, those that joined included.
+        """
+        short = {SERVER: self.servers, **self.members}
+        return Fleet(
+            tuple(clients),
+            joining=frozenset(self.with_status(Status.JOINING)),
+            aside=frozenset(self.with_status(Status.ASIDE)),
+            left=frozenset(self.with_status(Status.LEFT)),
+            shortages={n: Shortage(m.shortages, m.held_bytes) for n, m in short.items() if m.shortages},
+        )
+
+    def remember(self, since: RunState) -> None:
+        """Keep what is not undone by going back to this state: failures, shortages and who was set aside ``since``."""
+        for name, now in (*since.members.items(), (SERVER, since.servers)):
+            then = self.member(name)
+            then.failures = max(then.failures, now.failures)
+            if now.shortages > then.shortages:
+                then.shortages, then.held_bytes = now.shortages, now.held_bytes
+            then.reason = now.reason or then.reason
+            if now.status is Status.ASIDE:
+                then.status = Status.ASIDE
+
+    # -- JSON -----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint."""
+        # asdict would copy each of the plan's ranks on its own, which takes seconds for thousands of clients.
+        plain: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        plain |= {
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "planning": asdict(self.planning),
+            "members": {name: asdict(member) for name, member in self.members.items()},
+            "servers": asdict(self.servers),
+            "joined": [client.model_dump() for client in self.joined],
+        }
+        return {"form": FORM, "written_by": __version__, **plain}
+
+    @staticmethod
+    def from_json(text: str | bytes, place: str) -> RunState:
+        """The state that :meth:`to_json` gave.
+
+        Args:
+            text: JSON.
+            place: the file, for messages.
+
+        Raises:
+            InputError: it is none, or one of another form; the line names the key, or the version that wrote it.
+        """
+        origin = from_json(text, _Origin, place)
+        if origin.form != FORM:
+            raise InputError(
+                f"{place}: was written by hsplit {origin.written_by}, whose checkpoints this version"
+                f" ({__version__}) does not read; finish the run with that version"
+            )
+        written = from_json(text, _Written, place)
+        state = RunState(**{one.name: getattr(written, one.name) for one in fields(RunState)})
+        if state.plan is not None:
+            try:
+                state.plan.check()
+            except ValueError as error:
+                raise InputError(f"{place}: plan: {error}") from None
+        return state
+
+
+@dataclass
+class _Origin:
+    """What tells who wrote a state; the first form had neither key."""
+
+    form: int = 1
+    written_by: str = "of an earlier version"
+
+
+@dataclass(kw_only=True)
+class _Written(RunState):
+    """A state as it stands in the file."""
+
+    form: int
+    written_by: str
+    __pydantic_config__ = EXACT

@@ -1,0 +1,248 @@
+"""A session: one process that drives one run, from starting Ray to tidying up, with signals and failures."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsplit.actors.executor import ActorFailure
+from hsplit.cluster.ray_session import Helpers, ray_of
+from hsplit.config import RunConfig
+from hsplit.errors import HsplitError, InputError, RunError, os_reason
+from hsplit.export.export import ExportOptions, export_run
+from hsplit.models.source import ModelSource
+from hsplit.observe.displays import display_for
+from hsplit.observe.events import EventLog
+from hsplit.observe.logs import logs_of
+from hsplit.observe.monitoring import announce, discovery_file
+from hsplit.observe.observer import Observer, Observers
+from hsplit.observe.progress_file import ProgressFile
+from hsplit.observe.ray_metrics import RayMetrics, metrics_address
+from hsplit.observe.runs import results_lines, way_on
+from hsplit.planning.scheduler import Scheduler
+from hsplit.report.report import write_report
+from hsplit.run.checkpoint import read_state
+from hsplit.run.coordinator import Coordinator, Inputs
+from hsplit.run.failure_text import asked_for
+from hsplit.run.inputs import own_code
+from hsplit.run.state import RunState, Status
+from hsplit.run_directory import RunDirectory
+from hsplit.tracebacks import unexpected
+from hsplit.waiting import Waiting
+
+
+def drive(
+    run: RunConfig,
+    source: ModelSource,
+    inputs: Inputs,
+    directory: RunDirectory,
+    address: str | None,
+    dashboard_host: str,
+    display: Observer | None,
+    helpers: Helpers,
+    checkpoint: Path | None = None,
+    passed_over: Sequence[str] = (),
+    changes: Sequence[str] = (),
+) -> bool:
+    """Start Ray and the actors, run the coordinator, leave everything tidy."""
+    from hsplit.cluster.placement import place
+    from hsplit.cluster.preflight import preflight
+    from hsplit.cluster.ray_executor import RayExecutor
+    from hsplit.cluster.ray_failures import RAY, failing_as
+
+    own = own_code(run.policy)
+    with directory.driven(), _failing_well(directory, address) as course:
+        begun_before = checkpoint is None and directory.events.exists()
+        state = RunState() if checkpoint is None else read_state(checkpoint)
+        others: list[Observer] = [
+            ProgressFile(directory.progress),
+            RayMetrics(),
+            *logs_of(run, directory, state.step),
+        ]
+        shown = Observers(display or display_for(sys.stdout), *others)
+        announced = helpers.janitor.root.name
+        helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
+        with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
+            # Who takes no part any more, or is lost, need not be there for the others to go on.
+            with Waiting("checking the nodes and their base model"):
+                gone = state.with_status(Status.LEFT, Status.ASIDE)
+                placement = place(run, without=gone, lost=state.to_return)
+                notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
+            name, fingerprint = directory.path.name, inputs.model_fingerprint
+            with failing_as(RAY, "naming its metrics endpoint"):
+                metrics = metrics_address()
+            announce(announced, metrics)
+            with Waiting("starting the actors"):
+                executor = RayExecutor(name, run, source.directory, placement, fingerprint)
+            with shown, closing(executor):
+                headlines = _headlines(run, source, directory, dashboard, metrics)
+                shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
+                clock_of = Scheduler(run, source.directory).clock
+                coordinator = Coordinator(run, executor, directory, inputs, shown, clock_of)
+                course.coordinator = coordinator
+                coordinator.loaded(own)
+                if changes:
+                    run.save(directory.config)
+                    coordinator.changed(changes)
+                if begun_before:
+                    coordinator.begins_again()
+                with _stop_on_signal(coordinator, shown):
+                    complete = coordinator.run(checkpoint, passed_over)
+                    if complete:
+                        for line in export_run(directory.path, None, ExportOptions()).lines:
+                            shown.note(line)
+                    write_report([directory.path], directory.report)
+                if complete:
+                    coordinator.finish()
+                shown.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory, address)}"])
+    return complete
+
+
+@contextmanager
+def remove_if_refused(directory: RunDirectory) -> Iterator[None]:
+    """Leave no directory of a run that was refused, or of which nothing was begun: its name is free again."""
+    try:
+        yield
+    except Exception as error:
+        # Input that only a client can read, or only the model itself shows to be wrong, is refused before round 0 ends.
+        refused = isinstance(error, InputError) and not directory.has_checkpoints
+        if refused or not directory.events.exists():
+            shutil.rmtree(directory.path)
+        raise
+
+
+@dataclass
+class _Course:
+    """What is under way, for who has to say where it ended.
+
+    Attributes:
+        coordinator: drives the run, as soon as there is one.
+    """
+
+    coordinator: Coordinator | None = None
+
+
+@contextmanager
+def _failing_well(directory: RunDirectory, address: str | None = None) -> Iterator[_Course]:
+    """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log.
+
+    The traceback of what nothing foresaw is kept in the run's directory. Of a run of which nothing was begun nothing is
+    said in its log, since it has none, nor of input that was refused before anything of this process was.
+    """
+    course = _Course()
+    try:
+        yield course
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(way_on(directory, address)) from None
+    except InputError as error:
+        if course.coordinator is not None:
+            _log_failure(directory, course, str(error))
+        raise
+    except Exception as error:
+        if not directory.events.exists():
+            raise
+        what = _told(error, course, directory)
+        _log_failure(directory, course, what)
+        if isinstance(error, ActorFailure) and error.kind == "diverged" and course.coordinator is not None:
+            raise RunError(f"{what}; {_way_on_with_smaller_steps(directory, address, course.coordinator)}") from error
+        raise RunError(f"{what}; {way_on(directory, address)}") from error
+
+
+def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
+    """What ended a run, in one line."""
+    if course.coordinator is None:
+        return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))
+    round_ = course.coordinator.round
+    if isinstance(error, ActorFailure) and error.kind == "diverged":
+        lr = course.coordinator.context.job.lr
+        return f"training diverged in round {round_}: {error.reason}; job.lr = {lr:g} is too large"
+    if isinstance(error, ActorFailure):
+        told = f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
+        # Else a run that has begun could only fail again of it.
+        waited = f" (waited for: job.faults.patience_s = {course.coordinator.context.job.faults.patience_s:g}, which"
+        return told + (f"{waited} `hsplit resume` changes with --set)" if error.kind == "late" else "")
+    if isinstance(error, HsplitError):
+        return f"round {round_}: {error}"
+    if isinstance(error, ConnectionError):
+        return f"round {round_}: a connection broke: {os_reason(error)}"
+    if isinstance(error, OSError):
+        return f"round {round_}: a file could not be written: {os_reason(error)}"
+    return f"round {round_}: {unexpected(error, directory.path)}"
+
+
+def _way_on_with_smaller_steps(directory: RunDirectory, address: str | None, coordinator: Coordinator) -> str:
+    """Advise how to continue a run that would diverge again at its present rate."""
+    job = coordinator.context.job
+    smaller = f"job.lr={min(job.lr / 10, type(job)().lr):.3g}"
+    checkpoint = coordinator.last_checkpoint
+    if checkpoint is None:
+        return f"begin again with a smaller one, such as: {directory.resume_command(address, '--set', smaller)}"
+    way = f"go on from the last finite checkpoint, {checkpoint.name}, with a smaller one, such as: "
+    way += directory.resume_command(address, "--set", smaller)
+    rows = coordinator.rows
+    if rows and rows[-1].val_loss > rows[0].val_loss:
+        way += f" (its validation loss is above that of round 0 already: better launch a new run with --set {smaller})"
+    return way
+
+
+def _log_failure(directory: RunDirectory, course: _Course, what: str) -> None:
+    # The log's own disk may be the full one.
+    with suppress(OSError):
+        if course.coordinator is not None:
+            course.coordinator.fail(what)
+        else:
+            with EventLog(directory.events) as events:
+                events.write("failed", what)
+
+
+@contextmanager
+def _stop_on_signal(coordinator: Coordinator, display: Observer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for an end after the current step; a second SIGINT ends at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if coordinator.stopping:
+            raise KeyboardInterrupt
+        coordinator.stopping = True
+        display.note("stopping after the current step; once more to stop at once")
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        # Not in the main thread: the caller handles signals itself.
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _headlines(
+    run: RunConfig, source: ModelSource, directory: RunDirectory, dashboard: str | None, metrics: str
+) -> list[str]:
+    job = run.job
+    lines = [
+        f"model    {job.model} from {source.origin}",
+        f"policy   {run.policy.name}, base {job.base}, computed in {job.dtype}, labels at the {job.privacy.labels}",
+        f"run      {directory.path}",
+    ]
+    if dashboard:
+        # Ray has set it by now, where nobody else had.
+        token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+        kept = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        where = f"the token in {kept}" if kept else "the output of: ray get-auth-token"
+        sign_in = f" (sign in with {where})" if token else ""
+        lines.append(f"ray      http://{dashboard}{sign_in}")
+        if not token:
+            lines.append("warning  Ray asks for no token here: whoever reaches its ports can run code on this machine")
+    lines.append(f"metrics  http://{metrics}/metrics (to watch them in Grafana: hsplit monitoring --to DIR)")
+    return lines

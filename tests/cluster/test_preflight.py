@@ -1,0 +1,96 @@
+"""What a node says of itself, and what of that is refused; no Ray is started."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hsplit.cluster import preflight
+from hsplit.cluster.preflight import Base, Facts, Hosted, bases, check_bases, check_facts, facts, memory_note, versions
+from hsplit.errors import InputError
+from hsplit.models.checkpoint_reader import model_fingerprint
+from hsplit.models.source import ModelReference
+
+HERE = {"python": "3.11", "hsplit": "0.1.0", "ray": "2.60.0", "bitsandbytes": None}
+
+
+def refused_facts(there: Facts) -> str:
+    with pytest.raises(InputError) as refusal:
+        check_facts("lab (10.0.0.2)", there, HERE)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_versions_are_those_of_this_environment() -> None:
+    import ray
+    import torch
+
+    found = versions()
+    assert found["ray"] == ray.__version__
+    # A build for CPUs and one for GPUs are the same version.
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    check_facts("here", facts(Hosted({}, {})), found)
+
+
+def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "PACKAGES", ("ray", "no-such-package"))
+    assert versions()["no-such-package"] is None
+
+
+def test_other_versions_are_refused() -> None:
+    check_facts("lab", Facts(HERE, {}, 0), HERE)
+    assert refused_facts(Facts(HERE | {"ray": "2.59.0"}, {}, 0)) == (
+        "node lab (10.0.0.2): has ray 2.59.0, the driver 2.60.0: install ray 2.60.0 there"
+    )
+    assert "has no hsplit, the driver 0.1.0: install" in refused_facts(Facts(HERE | {"hsplit": None}, {}, 0))
+    assert "has bitsandbytes 1, the driver none: uninstall" in refused_facts(Facts(HERE | {"bitsandbytes": "1"}, {}, 0))
+
+
+def test_a_client_s_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = tmp_path / "notes.csv"
+    there.write_text("mr,ref\n")
+    data = {"home": "~/notes.csv", "gone": str(tmp_path / "none.csv"), "folder": str(tmp_path)}
+    found = facts(Hosted({}, data)).unreadable
+    assert found == {"gone": f"there is no file {tmp_path}/none.csv", "folder": f"{tmp_path} is a directory, no file"}
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert facts(Hosted({}, data)).unreadable["home"] == f"{there} may not be read"
+    assert refused_facts(Facts(HERE, found, 0)) == (
+        f"gone: data: there is no file {tmp_path}/none.csv on its node lab (10.0.0.2)"
+    )
+
+
+def test_the_base_is_compared_by_its_files(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(models["llama"], copy)
+    fingerprint = model_fingerprint(models["llama"])
+    own = {"server": ModelReference("job/model", models["llama"]), "clinic": ModelReference(str(copy), None)}
+    found = bases(Hosted(own, {}))
+    assert found["clinic"] == Base(copy, fingerprint)
+    check_bases("lab", found, fingerprint)
+
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match=rf"clinic: model: {copy} on its node lab is not the run's base model: sha256"):
+        check_bases("lab", bases(Hosted(own, {})), fingerprint)
+
+    shutil.rmtree(copy)
+    with pytest.raises(InputError) as refusal:
+        check_bases("lab", bases(Hosted(own, {})), fingerprint)
+    assert str(refusal.value) == f"clinic: model: there is no directory {copy} (on its node lab)"
+
+
+def test_an_actor_on_a_node_that_nobody_has_looked_at_checks_its_base(models: dict[str, Path]) -> None:
+    llama = models["llama"]
+    assert ModelReference(str(llama), None, model_fingerprint(llama)).locate() == llama.resolve()
+    with pytest.raises(InputError, match=r"gpt2\S* is not the run's base model"):
+        ModelReference("job/model", models["gpt2"], model_fingerprint(llama)).locate()
+
+
+def test_memory_that_does_not_suffice_is_told() -> None:
+    assert memory_note("lab", {"a": 2_000_000_000, "b": 500_000_000}, 2_500_000_000) == ""
+    assert memory_note("lab", {"a": 2_000_000_000, "b": 500_000_000}, 1_200_000_000) == (
+        "node lab has 1.2 GB of memory free, and 2.5 GB are declared for a, b"
+    )

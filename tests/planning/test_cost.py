@@ -1,0 +1,150 @@
+"""The cost model against what segments, adapters and messages really are."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from hsplit.actors.messages import Activations, WireTensor
+from hsplit.config import Importance, Job, Policy, Residual, RunConfig
+from hsplit.lora.adapters import AdapterSet
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.tail import CLIENT_CHUNK_ROWS
+from hsplit.planning.cost.model import CostModel
+from tests.planning.test_planner import client, cost, server
+from tests.tiny import LAYERS, save_tiny_model, tiny_config
+
+FAMILIES = ["llama", "gpt2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("base", ["fp32", "nf4", "int8"])
+def test_stored_bytes_are_those_of_a_loaded_segment(
+    family: str, base: Literal["fp32", "nf4", "int8"], tmp_path: Path
+) -> None:
+    directory = save_tiny_model(family, tmp_path)
+    job = Job(dtype="fp32", base=base, max_length=16)
+    model = CostModel(tiny_config(family), job, residual=False)
+    segment = load_segment(BaseModel(directory, base, torch.float32), SegmentSpec(1, LAYERS), quantized=True)
+    tensors = {t.data_ptr(): t.nbytes for t in (*segment.layers.parameters(), *segment.layers.buffers())}
+    assert model.model.stored_bytes[1:].sum() == sum(tensors.values())
+    front = load_segment(BaseModel(directory, base, torch.float32), SegmentSpec(0, 2, embedding=True))
+    held = [*front.layers.parameters(), *front.layers.buffers(), *front.embeddings.parameters()]
+    kept = model.model.embedding_bytes + model.model.dense_bytes[:2].sum()
+    assert kept == sum(t.nbytes for t in held)
+
+
+def test_adapters_cost_sixteen_bytes_a_parameter() -> None:
+    model = cost()
+    names = [w for w in model.model.weights if w.layer == 0]
+    adapters = AdapterSet(names, {w.name: 4 for w in names}, 16.0, torch.float32)
+    rows = 2 * 32 * 4
+    grown = model.client_bytes(1, {w.name: 4 for w in names}) - model.client_bytes(1, {})
+    assert grown == 16 * adapters.flat.numel() + rows * 4 * len(names)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("split", [0, 2])
+def test_wire_bytes_are_those_of_the_messages(labels: str, split: int) -> None:
+    rows, length, width = 2, 32, 32
+    hidden = WireTensor.pack(torch.zeros(rows, length, width), "bf16")
+    targets = None if labels == "client" else np.zeros((rows, length), dtype=np.int32)
+    message = Activations("one", split, hidden, (length,) * rows, 5, 5, targets)
+    wire = cost(labels).wire_bytes(split)
+    assert wire.up == message.nbytes
+    assert wire.down == (hidden.nbytes if split else 0)
+    assert wire.deep == wire.slope == (hidden.nbytes if labels == "client" else 0)
+
+
+def test_a_deeper_split_costs_a_client_more() -> None:
+    front = [cost().client_bytes(k, {}) for k in range(LAYERS + 1)]
+    assert front == sorted(front)
+
+
+def test_a_shallow_client_costs_the_server_its_rows() -> None:
+    # Low ranks, or the copies at a round's end would outweigh a model as small as this.
+    job = Job(dtype="fp32", max_length=64, rank_set=(1, 2), residual=Residual(max_rank=1))
+    costs = CostModel(tiny_config("llama"), job)
+    assert costs.server_bytes([1, 1, 2], {}) > costs.server_bytes([1, 2, 2], {})
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_step_times_follow_the_declared_budget(labels: str) -> None:
+    model, slow, fast = cost(labels), client("slow", 1e9, 1e9), client("fast", 1e9, 2e9)
+    wire = model.wire_bytes(2)
+    sent_s = 8 * (wire.up + wire.deep + wire.slope + wire.down) / 1e8
+    latency_s = (2 if labels == "server" else 4) * 1e-3
+    computed = [model.step_time_s(c, 2).total_s - sent_s - latency_s for c in (slow, fast)]
+    assert computed[0] == pytest.approx(2 * computed[1])
+    flops = model.model.forward_flops[:2].sum() + model.model.backward_flops[:2].sum()
+    tail = 4 * 64 * 32 * 96 if labels == "client" else 0
+    assert computed[0] == pytest.approx((flops + tail) / 1e9)
+
+
+def test_the_plan_of_a_client_with_its_labels_at_home_has_the_tail(tmp_path: Path) -> None:
+    """Its bytes are those of a loaded tail, its FLOPs those that torch counts."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    from hsplit.planning.scheduler import Scheduler
+
+    config = tiny_config("llama")
+    # A head of its own.
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plans, costs = {}, {}
+    for labels in ("server", "client"):
+        settings = {"dtype": "fp32", "base": "fp32", "batch_size": 8, "max_length": 64}
+        job = Job.model_validate(settings | {"privacy": {"labels": labels}})
+        policy = Policy(name="fixed", split=2, ranks=4, importance=Importance(metric="equal"))
+        run = RunConfig(clients=(client("one", 1e9),), server=server(), job=job, policy=policy)
+        scheduler = Scheduler(run, tmp_path)
+        plans[labels], costs[labels] = scheduler.plan().client("one"), scheduler.cost.model
+    rows = 8 * 64
+    tail = load_segment(BaseModel(tmp_path, "fp32", torch.float32), SegmentSpec(0, 2, embedding=True, tail=True)).tail
+    assert tail is not None
+    held = sum(tensor.nbytes for tensor in (*tail.parameters(), *tail.buffers()))
+    # What it takes at work counts as far as no layer takes more; ``test_measured_memory`` measures it.
+    work = costs["client"].tail_run(CLIENT_CHUNK_ROWS).peak_bytes(rows) + 3 * 4 * rows * 32
+    more = plans["client"].predicted_bytes - plans["server"].predicted_bytes
+    assert held <= more <= held + 1.2 * work
+    with FlopCounterMode(display=False) as counter:
+        hidden = torch.randn(rows, 32, requires_grad=True)
+        tail.supervised_losses(hidden, torch.arange(rows) % 96).sum().backward()
+    times = {labels: plan.step_time_s for labels, plan in plans.items()}
+    wire = {labels: model.wire_bytes(2) for labels, model in costs.items()}
+    sent = {labels: w.up + w.down + w.deep + w.slope for labels, w in wire.items()}
+    # Two more messages, each with its latency.
+    link_s = 8 * (sent["client"] - sent["server"]) / 1e8 + 2e-3
+    assert times["client"] - times["server"] == pytest.approx(counter.get_total_flops() / 1e9 + link_s)
+
+
+def test_the_scheduler_reads_the_configuration_file_alone(tmp_path: Path) -> None:
+    from hsplit.planning.scheduler import Scheduler
+
+    tiny_config("llama").save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.glob("*.safetensors")] == []
+    run = RunConfig(clients=(client("one", 1e9),), server=server(), job=Job(dtype="fp32", max_length=32))
+    scheduler = Scheduler(run, tmp_path)
+    first = scheduler.plan()
+    assert scheduler.plan() == first
+    assert "equal importance" in first.importance
+
+
+def test_planning_imports_neither_ray_nor_peft_nor_bitsandbytes() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, hsplit.planning.scheduler;print([m for m in ('ray', 'peft', 'bitsandbytes') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("clients", [9, 20, 64, 100])
+def test_what_is_counted_for_few_clients_holds_for_many(clients: int) -> None:
+    memory = cost().server
+    assert memory._transient(clients) == memory._counted_transient(clients)

@@ -1,0 +1,86 @@
+"""Clients whose data have nothing to learn from: said by name, and refused where it is so with all of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsplit.config import Client, Job, Policy, RunConfig
+from hsplit.errors import InputError
+from hsplit.observe.events import read_events
+from hsplit.observe.tables import read_metrics
+from hsplit.run.coordinator import Coordinator
+from hsplit.run_directory import RunDirectory
+from tests.in_process import Recorder, planned_run
+from tests.tiny import wordless_tokenizer
+
+
+@pytest.fixture(scope="module")
+def wordless(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer that makes no token of words such as ``zz``, and has no eos."""
+    directory = tmp_path_factory.mktemp("wordless") / "model"
+    shutil.copytree(models["llama"], directory)
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    wordless_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def a_run(model: Path, to: Path, words: dict[str, str], **job: Any) -> Coordinator:
+    """A run of clients with files of their own, in which every response is the client's word of ``words``."""
+    clients = []
+    for name, word in words.items():
+        file = to / f"{name}.csv"
+        file.write_text("prompt,response\n" + "".join(f"w{number + 2},{word}\n" for number in range(12)))
+        clients.append(Client(name=name, kind=name, memory_gb=0.3, tflops=1.0, data=str(file)))
+    settings = {"base": "fp32", "dtype": "fp32", "rounds": 2, "local_steps": 2, "max_length": 32, "model": str(model)}
+    run = RunConfig(clients=tuple(clients), job=Job.model_validate({**settings, **job}), policy=Policy())
+    return planned_run(run, model, RunDirectory.create(to / "runs", "run"), dict.fromkeys(words), Recorder())
+
+
+def test_a_client_without_a_token_to_learn_is_named_and_the_others_learn(wordless: Path, tmp_path: Path) -> None:
+    made = a_run(wordless, tmp_path, {"a": "w5 w6", "b": "zz", "c": "w7"})
+    assert made.run()
+    directory = made.context.directory
+    (told,) = [event for event in read_events(directory.events) if event["event"] == "unsupervised"]
+    file = tmp_path / "b.csv"
+    assert told["client"] == "b"
+    assert told["text"] == f"b: no training example has a token to predict, so it learns nothing: data {file}"
+    losses = read_metrics(directory.metrics)["val_loss"]
+    assert losses.iloc[-1] < losses.iloc[0]
+
+
+def test_a_run_without_a_token_to_learn_is_refused_and_names_every_file(wordless: Path, tmp_path: Path) -> None:
+    made = a_run(wordless, tmp_path, {"a": "zz", "b": "zz"})
+    with pytest.raises(InputError) as refused:
+        made.run()
+    text = str(refused.value)
+    assert text.startswith(f"data {tmp_path / 'a.csv'}, data {tmp_path / 'b.csv'}: no training example of at most ")
+    assert "job.max_length = 32" in text and f"the tokenizer of {wordless} every response is empty" in text
+    assert "\n" not in text and not any(made.context.directory.checkpoints.iterdir())
+
+
+def test_a_validation_that_would_measure_nothing_is_refused(wordless: Path, tmp_path: Path) -> None:
+    made = a_run(wordless, tmp_path, {"a": "w5"})
+    (held_out,) = held_out_prompts(made)
+    file = tmp_path / "a.csv"
+    rows = [f"{p},zz" if p == held_out else f"{p},{r}" for p, r in (row.split(",") for row in file.read_text().split())]
+    file.write_text("\n".join(rows) + "\n")
+    with pytest.raises(InputError, match=rf"^data {file}: no validation example .* has a token to predict"):
+        made.run()
+
+
+def held_out_prompts(made: Coordinator) -> list[str]:
+    """The prompts that the first client validates on."""
+    from hsplit.data import hold_out, read_examples
+    from hsplit.seeds import hash_seed
+
+    client, job = made.context.run.clients[0], made.context.job
+    assert client.data is not None
+    every = read_examples(client.data, examples=1, seed=0, label=None, separator=None, limit=None)
+    share = job.validation
+    _, held = hold_out(every, share.share, share.max_examples, hash_seed(job.seed, client.name))
+    return [example.prompt.strip() for example in held]
