@@ -29,7 +29,7 @@ from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.observer import Observer, SilentDisplay
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator, Inputs
-from hsplit.run.inputs import check_model, read_inputs, settled
+from hsplit.run.inputs import check_model, read_inputs, resolved_config
 from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 
@@ -123,7 +123,7 @@ def configured(folder: Path, cluster: str, policy: str | None = None, overrides:
     if policy is not None and ":" in policy:
         named = str(folder / "policy.yaml")
         Path(named).write_text(policy)
-    return settled(load_run_config(file, named, overrides))
+    return resolved_config(load_run_config(file, named, overrides))
 
 
 def read(run: RunConfig) -> tuple[ModelSource, Inputs]:

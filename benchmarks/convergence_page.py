@@ -17,7 +17,7 @@ from benchmarks import common
 from benchmarks import convergence as protocol
 from benchmarks.common import Table
 from hsplit.report.figures import GRID, INK, drawing_style, inline_svg
-from hsplit.report.page import Plot, Section, page
+from hsplit.report.page import PageSection, Plot, page
 
 # The papers' own figures: how many times as long each takes to converge as HSplitLoRA, with equal budgets.
 PAPERS_TIMES = {
@@ -465,15 +465,15 @@ def _page(
         for key, (figure, what) in drawn.items():
             caption = f"Validation perplexity {what}; every line is one seed, of up to {seeds}; grey: the target."
             drawing = Plot(inline_svg(figure, key, caption), caption, wide=True)
-            plots.append(Section(f"Perplexity {what}", plots=[drawing]))
+            plots.append(PageSection(f"Perplexity {what}", plots=[drawing]))
         for key, attribute, label in (
             ("end", "ppl", "perplexity at the end"),
             ("target", "target_s", "seconds to target (virtual)"),
         ):
             caption = f"{label.capitalize()} by heterogeneity, mean over seeds."
             svg = inline_svg(_against_h(policies, attribute, label), key, caption)
-            plots.append(Section(label.capitalize(), plots=[Plot(svg, caption)]))
-    shown = [Section(title, columns=columns, rows=rows) for title, (columns, rows) in tables.items()]
-    setting = Section("Setting", facts=told)
+            plots.append(PageSection(label.capitalize(), plots=[Plot(svg, caption)]))
+    shown = [PageSection(title, columns=columns, rows=rows) for title, (columns, rows) in tables.items()]
+    setting = PageSection("Setting", facts=told)
     subtitle = "Times are virtual: at the declared budgets. Perplexity is of everybody's held-out texts."
     return page("Convergence against budget heterogeneity", subtitle, [*plots, *shown, setting])

@@ -29,7 +29,7 @@ from hsplit.actors.messages import Activations, WireTensor
 from hsplit.actors.participant import Participant
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
-from hsplit.config import Client as ClientConfig
+from hsplit.config import ClientConfig as ClientConfig
 from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
 from hsplit.experiments import call_of
@@ -203,7 +203,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
     holder.call("round", Participant.restart, _update(held, case))
     _client_steps(holder, case, config.hidden_size, 1)
     _client_checks(holder, case, config.hidden_size)
-    holder.call("round", Participant.hand_in)
+    holder.call("round", Participant.collect)
     rest = holder.settle()
     cost = case.cost(config)
     predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)

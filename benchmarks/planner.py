@@ -45,10 +45,10 @@ from hsplit.planning.cost.model import CostModel  # noqa: E402
 from hsplit.planning.holders import planned  # noqa: E402
 from hsplit.planning.importance import equal_importance  # noqa: E402
 from hsplit.planning.plan import Plan  # noqa: E402
-from hsplit.planning.planner import EQUAL, plan  # noqa: E402
+from hsplit.planning.planner import EQUAL, make_plan  # noqa: E402
 from hsplit.planning.problem import Problem, budget_of  # noqa: E402
 from hsplit.planning.rank_rules import RANK_RULES  # noqa: E402
-from hsplit.run.inputs import settled  # noqa: E402
+from hsplit.run.inputs import resolved_config  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -198,7 +198,7 @@ def _timed(clients: list[Budget], server: Budget, cost: CostModel, repeat: int) 
     seconds = []
     for _ in range(1 + repeat):
         begun = time.process_time()
-        made = plan(clients, server, cost, importance, Policy())
+        made = make_plan(clients, server, cost, importance, Policy())
         seconds.append(time.process_time() - begun)
     return made, seconds
 
@@ -260,12 +260,12 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
 
 
 def _worths(cluster: str) -> list[Worth]:
-    run = settled(load_run_config(cluster))
+    run = resolved_config(load_run_config(cluster))
     cost = CostModel(model_config(find_model(run.job.model).directory), run.job)
     importance = equal_importance(cost.model.weights)
 
     def by(**choices: str) -> Plan:
-        return plan(run.clients, run.server, cost, importance, run.policy.model_copy(update=choices))
+        return make_plan(run.clients, run.server, cost, importance, run.policy.model_copy(update=choices))
 
     best = by()
     taking_part = [c for c in run.clients if best.client(c.name).available]

@@ -40,7 +40,7 @@ from hsplit.planning.plan import Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.coordinator import Inputs
-from hsplit.run.inputs import settled
+from hsplit.run.inputs import resolved_config
 from hsplit.run_directory import RunDirectory
 
 POLICIES = ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, console: Console) -> Row:
     """Run one policy and measure what it came to."""
-    run = settled(load_run_config(cluster, policy, overrides))
+    run = resolved_config(load_run_config(cluster, policy, overrides))
     source, inputs = common.read(run)
     if run.policy.train == "weights":
         run = _with_job(run, lr=ft_lr)

@@ -176,7 +176,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
         start_s = common.seconds_of(coordinator.start)
         coordinator.begin_round()
         seconds = [common.seconds_of(coordinator.local_step, step) for step in range(options.steps)]
-        handed = executor.get([executor.call_pair(name, Replica.hand_in)[0] for name in run.server.names[1:]])
+        handed = executor.get([executor.call_pair(name, Replica.collect)[0] for name in run.server.names[1:]])
         plan = coordinator.context.plan
     # The first step also takes what is only once.
     measured_s, server_mb = median(seconds[2:]), plan.server.predicted_bytes / 1e6

@@ -24,7 +24,7 @@ from hsplit.observe.displays import PlainDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Inputs
-from hsplit.run.inputs import settled
+from hsplit.run.inputs import resolved_config
 
 WIRES = ("fp32", "bf16", "int8")
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     curves: dict[str, list[MetricsRow]] = {}
     first = None
     for wire in options.wires:
-        run = settled(load_run_config(options.cluster, options.policy, [*overrides, f"job.wire={wire}"]))
+        run = resolved_config(load_run_config(options.cluster, options.policy, [*overrides, f"job.wire={wire}"]))
         source, inputs = common.read(run)
         first = first or run
         console.print(f"wire {wire}: {run.job.rounds} rounds of {run.job.local_steps} steps")

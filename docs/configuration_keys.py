@@ -12,16 +12,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from hsplit.config.cluster import ClientSpec, Distribution, ScheduledChange, ServerSpec
-from hsplit.config.job import DataSpec, FastPaths, Faults, Job, Partition, Pipeline, Privacy, Residual, Validation
+from hsplit.config.cluster import ClientGroup, Distribution, ScheduledChange, ServerConfig
+from hsplit.config.job import DataSpec, FastPaths, Faults, Job, Partition, Pipeline, Privacy, ResidualConfig, Validation
 from hsplit.config.policy import Importance, Policy, Replan, SelfPruning
 from hsplit.config.section import LARGEST, REFERENCE, OneKey
 
 SECTIONS: dict[str, type[BaseModel]] = {
     model.__name__: model
     for model in (
-        *(ServerSpec, ClientSpec, Distribution, ScheduledChange),
-        *(Job, DataSpec, Partition, Validation, Privacy, Residual, Pipeline, Faults, FastPaths),
+        *(ServerConfig, ClientGroup, Distribution, ScheduledChange),
+        *(Job, DataSpec, Partition, Validation, Privacy, ResidualConfig, Pipeline, Faults, FastPaths),
         *(Policy, Importance, Replan, SelfPruning),
     )
 }

@@ -26,7 +26,7 @@ from hsplit.planning.plan import Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_state
 from hsplit.run.inbox import post_budget, post_join, post_leave
-from hsplit.run.inputs import check_model, own_code, read_inputs, settled
+from hsplit.run.inputs import check_model, own_code, read_inputs, resolved_config
 from hsplit.run_directory import RunDirectory
 from hsplit.session import drive, remove_if_refused
 from hsplit.streams import is_terminal
@@ -93,7 +93,7 @@ def launch(
         InputError: something given is wrong; nothing was started.
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
-    run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
+    run = resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu))
     check_logs(run)
     with helpers_of(run, address) as helpers:
         with Waiting("looking for the model") as waiting:
@@ -178,7 +178,7 @@ def explained_plan(
 def _planning(
     cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool
 ) -> tuple[RunConfig, Scheduler]:
-    run = settled(load_run_config(cluster, policy, overrides, cpu=cpu))
+    run = resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu))
     source = find_model(run.job.model, progress=is_terminal(sys.stderr), weights=False)
     check_model(run, source)
     for line in own_code(run.policy):

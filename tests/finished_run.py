@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.config import Client, Importance, Job, Policy, RunConfig
+from hsplit.config import ClientConfig, Importance, Job, Policy, RunConfig
 from hsplit.models.source import find_model
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.run.inputs import read_inputs
@@ -78,7 +78,7 @@ def finished_run(
     wanted = Job.model_validate({"model": str(model), **settings})
     policy = Policy(importance=Importance(metric="equal"), description="for tests")
     plan = fixed_plan(model, wanted, splits, ranks, 4)
-    clients = tuple(Client(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
+    clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     config = RunConfig(clients=clients, job=wanted, policy=policy)
     inputs = read_inputs(config, find_model(str(model)))
     directory = RunDirectory.create(folder / "runs", "tiny")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.actors.executor import Executor
-from hsplit.config import Client as ClientConfig
-from hsplit.config import Importance, Job, Policy, RunConfig, ServerSpec
+from hsplit.config import ClientConfig as ClientConfig
+from hsplit.config import Importance, Job, Policy, RunConfig, ServerConfig
 from hsplit.data import Example
 from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.observe.observer import SilentDisplay
@@ -159,7 +159,7 @@ def coordinator(
     settings = Job.model_validate({"dtype": "fp32", "wire": "fp32", "clip": None, "rounds": 1, **job})
     policy = policy or Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"))
     clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
-    run = RunConfig(server=ServerSpec(replicas=plan.servers), clients=clients, job=settings, policy=policy)
+    run = RunConfig(server=ServerConfig(replicas=plan.servers), clients=clients, job=settings, policy=policy)
     directory = directory or RunDirectory.create(to, None)
     inputs, scheduler = Inputs(shares, "model", data_sha256), FixedScheduler(plan, later)
     return local_run(run, model, directory, inputs, recorder, scheduler=scheduler)

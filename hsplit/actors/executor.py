@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
-from hsplit.config import Client
+from hsplit.config import ClientConfig
 from hsplit.errors import NO_NUMBERS, HsplitError
 
 LOCALHOST = "127.0.0.1"
@@ -246,7 +246,7 @@ class Executor(ABC):
         """The actors that have not been begun, since there was no place for them when it was looked last."""
 
     @abstractmethod
-    def add(self, client: Client) -> None:
+    def add(self, client: ClientConfig) -> None:
         """Make a client known that was not among the run's; :meth:`restart` begins it."""
 
     @abstractmethod
@@ -323,7 +323,7 @@ class InProcess(Executor):
     def away(self) -> list[str]:
         return []
 
-    def add(self, client: Client) -> None: ...
+    def add(self, client: ClientConfig) -> None: ...
 
     def restart(self, actor: str) -> bool:
         if self._make is None:

@@ -46,7 +46,7 @@ class HolderActor(Generic[Held]):
         return self._holder
 
     @measured
-    def hand_in(self) -> tuple[int, HeldAdapters]:
+    def collect(self) -> tuple[int, HeldAdapters]:
         """The live adapters at the round's end, and before them their bytes, which the driver may look at alone."""
         held = self.holder.held()
         return held.nbytes, held

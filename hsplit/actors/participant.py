@@ -153,7 +153,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
         self._batches.clear()
 
     @measured_with_part
-    def give_up(self, split: int, ranks: Mapping[str, int]) -> None:
+    def shrink(self, split: int, ranks: Mapping[str, int]) -> None:
         """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure` to ``ranks``.
 
         A step of its own, so that what an old plan held does not count as the new one's memory.
@@ -170,7 +170,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
     def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
         """Follow a change of plan between two rounds: read new layers, change ranks (law E4).
 
-        Call it after :meth:`give_up`. A client that had no part so far may join like this too.
+        Call it after :meth:`shrink`. A client that had no part so far may join like this too.
         """
         kept, self._kept = self._kept, None
         carried, self._carried = self._carried, None

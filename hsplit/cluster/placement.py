@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from hsplit.cluster.ray_failures import RAY, failing_as
-from hsplit.config import Client, Holder, RunConfig
+from hsplit.config import ClientConfig, HolderConfig, RunConfig
 from hsplit.errors import InputError
 
 # What a run that has just ended had reserved is free a moment later.
@@ -23,7 +23,7 @@ _RAYS_LABELS = "ray.io/"
 # Ray counts in steps of a ten-thousandth; sums of them are not exact.
 _ROUNDING = 1e-6
 
-Request = tuple[str, Holder]
+Request = tuple[str, HolderConfig]
 """A holder's name in the run, and what it asks for."""
 
 
@@ -76,7 +76,7 @@ class InUse(InputError):
     """What is asked for is there, but reserved by others for now."""
 
 
-def server_request(run: RunConfig) -> Holder:
+def server_request(run: RunConfig) -> HolderConfig:
     """What Ray must reserve for the server: nothing beside a single node, which has the server's resources."""
     if run.policy.placement != "single":
         return run.server
@@ -163,7 +163,7 @@ def placement_of(nodes: Sequence[Node], requests: Sequence[Request], lost: Colle
     return Placement({name: now.node_of[name] for name, _ in requests if name not in away}, tuple(away))
 
 
-def left_by(nodes: Sequence[Node], taken: Iterable[tuple[str, Holder]]) -> list[Node]:
+def left_by(nodes: Sequence[Node], taken: Iterable[tuple[str, HolderConfig]]) -> list[Node]:
     """``nodes`` with no more free than ``taken`` leave, by the ids of their nodes: of an actor that was begun a moment
     before, Ray has not reserved anything yet.
     """
@@ -183,7 +183,7 @@ def left_by(nodes: Sequence[Node], taken: Iterable[tuple[str, Holder]]) -> list[
     ]
 
 
-def room_for(nodes: Sequence[Node], holder: Holder, before: Node | None) -> Node | None:
+def room_for(nodes: Sequence[Node], holder: HolderConfig, before: Node | None) -> Node | None:
     """The node for a holder that is begun anew: where it was ``before``, else the one with the most CPUs free."""
     fitting = [node for node in nodes if _matches(node, holder) and _suffices(node.free, _asked(holder))]
     stay = [node for node in fitting if before is not None and node.id == before.id]
@@ -207,11 +207,11 @@ def _contents(node: Node) -> str:
     return ", ".join(words) or "nothing"
 
 
-def _is_late(holder: Holder) -> bool:
-    return isinstance(holder, Client) and holder.late
+def _is_late(holder: HolderConfig) -> bool:
+    return isinstance(holder, ClientConfig) and holder.late
 
 
-def _asked(holder: Holder) -> dict[str, float]:
+def _asked(holder: HolderConfig) -> dict[str, float]:
     wanted = {"CPU": holder.num_cpus, "GPU": holder.num_gpus, **holder.resources}
     return {what: much for what, much in wanted.items() if much > 0}
 
@@ -232,15 +232,15 @@ def _suffices(room: Mapping[str, float], asked: Mapping[str, float]) -> bool:
     return all(room.get(what, 0.0) >= much - _ROUNDING for what, much in asked.items())
 
 
-def _is_named(node: Node, holder: Holder) -> bool:
+def _is_named(node: Node, holder: HolderConfig) -> bool:
     return holder.node is None or holder.node in (node.host, node.address, node.name)
 
 
-def _matches(node: Node, holder: Holder) -> bool:
+def _matches(node: Node, holder: HolderConfig) -> bool:
     return _is_named(node, holder) and holder.labels.items() <= node.labels.items()
 
 
-def _check_alone(nodes: Sequence[Node], name: str, holder: Holder) -> None:
+def _check_alone(nodes: Sequence[Node], name: str, holder: HolderConfig) -> None:
     """Refuse what no node could give ``holder`` even if it were alone on the cluster."""
     named = [node for node in nodes if _is_named(node, holder)]
     if not named:
@@ -266,7 +266,7 @@ def _check_alone(nodes: Sequence[Node], name: str, holder: Holder) -> None:
         )
 
 
-def _pinned(holder: Holder) -> str:
+def _pinned(holder: HolderConfig) -> str:
     return f"of the name {holder.node} " if holder.node is not None else ""
 
 
@@ -299,7 +299,7 @@ class _Filling:
 
         return next((request for request in sorted(requests, key=order) if not self.add(*request)), None)
 
-    def add(self, name: str, holder: Holder) -> bool:
+    def add(self, name: str, holder: HolderConfig) -> bool:
         """Give ``holder`` a node, if need be by moving others; whether there is one."""
         self._asked[name] = _asked(holder)
         self._fitting[name] = [node for node in self._nodes if _matches(node, holder)]

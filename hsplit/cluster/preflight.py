@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hsplit import __version__
 from hsplit.cluster.placement import Node, Placement, requests_of
 from hsplit.cluster.ray_failures import RAY_ERRORS, failure_from
-from hsplit.config import Client, RunConfig
+from hsplit.config import ClientConfig, RunConfig
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.source import ModelReference
@@ -221,11 +221,11 @@ def _hosted(run: RunConfig, placement: Placement, node: Node, directory: Path, h
     for name, holder in requests_of(run):
         if name not in placement.nodes or placement.nodes[name].id != node.id:
             continue
-        if isinstance(holder, Client) and holder.model is not None:
+        if isinstance(holder, ClientConfig) and holder.model is not None:
             references[name] = ModelReference(holder.model, None)
         elif not here:
             references[name] = ModelReference(run.job.model, directory)
-        if isinstance(holder, Client) and holder.data is not None:
+        if isinstance(holder, ClientConfig) and holder.data is not None:
             data[name] = holder.data
     return Hosted(references, data)
 

@@ -23,8 +23,8 @@ from hsplit.actors.factory import holder_class, make_holder, make_scheduler
 from hsplit.actors.replica import Replica
 from hsplit.cluster.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
 from hsplit.cluster.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
-from hsplit.config import SCHEDULER, SERVER, Holder, RunConfig
-from hsplit.config import Client as ClientConfig
+from hsplit.config import SCHEDULER, SERVER, HolderConfig, RunConfig
+from hsplit.config import ClientConfig as ClientConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.errors import HsplitError
 from hsplit.models.source import ModelReference
@@ -326,7 +326,7 @@ class RayExecutor(Executor):
         self._handles.clear()
 
 
-def _remote(name: str, holder: Holder, node: Node, transport: str) -> Any:
+def _remote(name: str, holder: HolderConfig, node: Node, transport: str) -> Any:
     options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
@@ -340,9 +340,9 @@ def _remote(name: str, holder: Holder, node: Node, transport: str) -> Any:
     return transported.options(**options)
 
 
-def _own_model(holder: Holder) -> str | None:
+def _own_model(holder: HolderConfig) -> str | None:
     return holder.model if isinstance(holder, ClientConfig) else None
 
 
-def _device(holder: Holder) -> str:
+def _device(holder: HolderConfig) -> str:
     return "cuda" if holder.num_gpus > 0 else "cpu"

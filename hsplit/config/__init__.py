@@ -7,15 +7,15 @@ from hsplit.config.cluster import (
     SCHEDULER,
     SERVER,
     BudgetChange,
-    Client,
-    ClientSpec,
+    ClientConfig,
+    ClientGroup,
     Distribution,
-    Holder,
+    HolderConfig,
     ScheduledChange,
-    ServerSpec,
+    ServerConfig,
 )
 from hsplit.config.files import find_preset, preset_directory, read_yaml, to_yaml
-from hsplit.config.job import DataSpec, Job, Partition, Privacy, Residual, Validation
+from hsplit.config.job import DataSpec, Job, Partition, Privacy, ResidualConfig, Validation
 from hsplit.config.policy import DEFAULT_POLICY, Importance, Policy, Replan, SelfPruning
 from hsplit.config.run import RunConfig, load_run_config
 
@@ -24,22 +24,22 @@ __all__ = [
     "SCHEDULER",
     "SERVER",
     "BudgetChange",
-    "Client",
-    "ClientSpec",
+    "ClientConfig",
+    "ClientGroup",
     "DataSpec",
     "Distribution",
-    "Holder",
+    "HolderConfig",
     "Importance",
     "Job",
     "Partition",
     "Policy",
     "Privacy",
     "Replan",
-    "Residual",
+    "ResidualConfig",
     "RunConfig",
     "ScheduledChange",
     "SelfPruning",
-    "ServerSpec",
+    "ServerConfig",
     "Validation",
     "find_preset",
     "load_run_config",

@@ -268,7 +268,7 @@ _Schedule = Annotated[
 ]
 
 
-class Holder(Section):
+class HolderConfig(Section):
     """A machine with a budget of memory and compute, as METHOD.md section 1 has it."""
 
     memory_gb: Positive = Field(description="memory for the model's work, in GB (1e9 bytes)")
@@ -298,7 +298,7 @@ class Holder(Section):
         return self.tflops * 1e12
 
 
-class ServerSpec(Holder):
+class ServerConfig(HolderConfig):
     """The server: the layers that the clients do not hold run here."""
 
     memory_gb: Positive = Field(default=8.0, description="memory for the model's work, in GB (1e9 bytes)")
@@ -335,7 +335,7 @@ class ServerSpec(Holder):
         return self
 
 
-class Client(Holder):
+class ClientConfig(HolderConfig):
     """One client with concrete budgets, in the units of the cluster file; properties give SI units."""
 
     name: _ClientName = Field(description="the client's name, unique in the run")
@@ -358,7 +358,7 @@ class Client(Holder):
         return self.latency_ms / 1e3
 
 
-class ClientSpec(Section):
+class ClientGroup(Section):
     """A group of ``count`` clients alike, or drawn alike, as a cluster file declares it."""
 
     name: _ClientName = Field(description="the client's name; with `count` above 1, NAME-0, NAME-1, ...")
@@ -398,11 +398,11 @@ class ClientSpec(Section):
     def _drawn(self, seed: int, name: str) -> dict[str, Any]:
         return {field: drawn(getattr(self, field), seed, name, field) for field in BUDGET_FIELDS}
 
-    def expanded(self, seed: int) -> tuple[Client, ...]:
+    def expanded(self, seed: int) -> tuple[ClientConfig, ...]:
         """The group's clients, with their budgets drawn for ``seed``."""
         fixed: dict[str, Any] = self.model_dump(exclude={"name", "count", *BUDGET_FIELDS})
         return tuple(
-            Client(
+            ClientConfig(
                 name=name,
                 kind=self.name,
                 **fixed,
@@ -412,7 +412,7 @@ class ClientSpec(Section):
         )
 
 
-def unique_names(groups: tuple[ClientSpec, ...]) -> tuple[ClientSpec, ...]:
+def unique_names(groups: tuple[ClientGroup, ...]) -> tuple[ClientGroup, ...]:
     """``groups`` unchanged; a validator's refusal names both if two of them make the same client name."""
     if (total := sum(group.count for group in groups)) > MAX_COUNT:
         raise refuse(f"must be at most {MAX_COUNT} clients in all (got {total})")

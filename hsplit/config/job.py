@@ -108,7 +108,7 @@ class Privacy(Section):
     )
 
 
-class Residual(Section):
+class ResidualConfig(Section):
     """How the sum of all aggregated updates is kept (METHOD.md section 6)."""
 
     max_rank: Annotated[Count | Literal["full"], meaning("a whole number of at least 1, or 'full'")] = Field(
@@ -260,7 +260,7 @@ class Job(Section):
     )
     keep_checkpoints: Count = Field(default=2, description="how many of the last checkpoints stay")
     privacy: Privacy = Field(default=Privacy(), description="what the server gets to see")
-    residual: Residual = Field(default=Residual(), description="the store of aggregated updates")
+    residual: ResidualConfig = Field(default=ResidualConfig(), description="the store of aggregated updates")
 
     @property
     def total_steps(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsplit.config.cluster import BUDGET_FIELDS, ServerSpec
+from hsplit.config.cluster import BUDGET_FIELDS, ServerConfig
 from hsplit.config.files import parse_yaml
 from hsplit.config.job import Job
 from hsplit.config.policy import Policy
@@ -68,7 +68,7 @@ class Override:
         return ("clients", names.index(name), *key[len(name) + 1 :].split("."))
 
     def _instead(self, head: str) -> str:
-        for section, model in (("policy", Policy), ("server", ServerSpec)):
+        for section, model in (("policy", Policy), ("server", ServerConfig)):
             if head in model.model_fields:
                 return f"did you mean '{section}.{head}'?"
         return allowed_instead(head, (*Job.model_fields, *SECTIONS))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from hsplit.config.cluster import CENTRAL, MAX_TAKING_PART, Client, ClientSpec, ServerSpec, unique_names
+from hsplit.config.cluster import CENTRAL, MAX_TAKING_PART, ClientConfig, ClientGroup, ServerConfig, unique_names
 from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
 from hsplit.config.job import TORCH_OPTIMIZERS, Job, Partition
 from hsplit.config.overrides import Override, Overrides, below, parse_overrides
@@ -34,7 +34,7 @@ STEP_KEYS = ("lr", "schedule", "warmup", "clip", "weight_decay")
 _HEADER = "# The configuration of this run with every default, override and draw written out; made by hsplit.\n"
 
 
-def _distinct(clients: tuple[Client, ...]) -> tuple[Client, ...]:
+def _distinct(clients: tuple[ClientConfig, ...]) -> tuple[ClientConfig, ...]:
     seen: dict[str, int] = {}
     for index, client in enumerate(clients):
         name = client.name.lower()
@@ -54,7 +54,7 @@ def _check_shares(job: Job, sharing: int) -> None:
         )
 
 
-def _check_gpus(job: Job, policy: Policy, server: ServerSpec, clients: Sequence[Client | ClientSpec]) -> None:
+def _check_gpus(job: Job, policy: Policy, server: ServerConfig, clients: Sequence[ClientConfig | ClientGroup]) -> None:
     """Refuse GPUs that nothing would run on, and an optimizer that needs one where there is none."""
     if server.num_gpus > 1 and policy.placement != "split":
         raise refuse(
@@ -76,7 +76,7 @@ def _check_gpus(job: Job, policy: Policy, server: ServerSpec, clients: Sequence[
             )
 
 
-def _check_late(job: Job, clients: Sequence[Client | ClientSpec]) -> None:
+def _check_late(job: Job, clients: Sequence[ClientConfig | ClientGroup]) -> None:
     """Refuse clients that come later where nobody can."""
     if job.transport not in ("gloo", "nccl"):
         return
@@ -89,7 +89,7 @@ def _check_late(job: Job, clients: Sequence[Client | ClientSpec]) -> None:
             )
 
 
-def _check_placement(job: Job, policy: Policy, server: ServerSpec, own_data: list[str]) -> None:
+def _check_placement(job: Job, policy: Policy, server: ServerConfig, own_data: list[str]) -> None:
     """Refuse settings of the job that a policy's placement gives no meaning to."""
     if policy.train == "weights" and (job.dropout or job.targets != "all-linear"):
         key = "dropout" if job.dropout else "targets"
@@ -135,8 +135,8 @@ def _check_placement(job: Job, policy: Policy, server: ServerSpec, own_data: lis
 class RunConfig(Section):
     """All that decides a run: who takes part, what is trained, and how."""
 
-    server: ServerSpec = Field(default=ServerSpec(), description="the server")
-    clients: Annotated[tuple[Client, ...], LIST, NOT_EMPTY, AfterValidator(_distinct)] = Field(
+    server: ServerConfig = Field(default=ServerConfig(), description="the server")
+    clients: Annotated[tuple[ClientConfig, ...], LIST, NOT_EMPTY, AfterValidator(_distinct)] = Field(
         description="every client, with concrete budgets"
     )
     job: Job = Field(default=Job(), description="what is trained")
@@ -152,13 +152,13 @@ class RunConfig(Section):
         return self
 
     @property
-    def participants(self) -> tuple[Client, ...]:
+    def participants(self) -> tuple[ClientConfig, ...]:
         """Who trains: the clients, or with placement ``single`` the one node, which has the server's budget."""
         if self.policy.placement != "single":
             return self.clients
         server = self.server
         # Its name is reserved, so that no client of a file may bear it.
-        central = Client.model_construct(
+        central = ClientConfig.model_construct(
             name=CENTRAL,
             kind=CENTRAL,
             memory_gb=server.memory_gb,
@@ -238,8 +238,8 @@ class RunConfig(Section):
 class _Declared(Section):
     """A cluster file and a policy file as given, before clients are counted out and budgets drawn."""
 
-    server: ServerSpec = ServerSpec()
-    clients: Annotated[tuple[ClientSpec, ...], LIST, NOT_EMPTY, AfterValidator(unique_names)]
+    server: ServerConfig = ServerConfig()
+    clients: Annotated[tuple[ClientGroup, ...], LIST, NOT_EMPTY, AfterValidator(unique_names)]
     job: Job = Job()
     policy: Policy = Policy()
 

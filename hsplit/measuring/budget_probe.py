@@ -39,7 +39,7 @@ from hsplit.models.segment import check_checkpoint, model_config
 from hsplit.models.source import ModelReference, find_model
 from hsplit.observe.wording import NOTHING, printable
 from hsplit.planning.cost.model import CostModel
-from hsplit.run.inputs import check_model, settled
+from hsplit.run.inputs import check_model, resolved_config
 from hsplit.streams import is_terminal
 
 # Times that a message is passed on between client and server, by its least size: always there and back.
@@ -106,7 +106,7 @@ def measure_budgets(
     to = Path(to)
     _check(to, repeats, seconds)
     given = load_unmeasured(cluster, overrides, cpu=cpu)
-    run = _all_there(settled(given))
+    run = _all_there(resolved_config(given))
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=is_terminal(sys.stderr))
         check_model(run, source)

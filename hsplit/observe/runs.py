@@ -29,7 +29,7 @@ BEGINNINGS = frozenset({"training", "resumed"})
 
 
 @dataclass(frozen=True)
-class RunState:
+class RunSummary:
     """How far a run is.
 
     Attributes:
@@ -62,7 +62,7 @@ class RunState:
         return {**vars(self), "path": str(self.path), "changed": changed}
 
 
-def list_runs(runs_dir: str | Path) -> list[RunState]:
+def list_runs(runs_dir: str | Path) -> list[RunSummary]:
     """The runs kept in ``runs_dir``, the last changed at the end; none where there is no such directory."""
     folder = Path(runs_dir)
     paths = folder.iterdir() if folder.is_dir() else ()
@@ -70,12 +70,12 @@ def list_runs(runs_dir: str | Path) -> list[RunState]:
     return sorted(found, key=lambda run: (run.changed or _NEVER, run.name))
 
 
-def run_state(directory: RunDirectory) -> RunState:
+def run_state(directory: RunDirectory) -> RunSummary:
     """How far the run in ``directory`` is."""
     try:
         config = RunConfig.load(RunDirectory.open(directory.path).config)
     except HsplitError as error:
-        return RunState(directory.name, directory.path, "unreadable", reason=str(error))
+        return RunSummary(directory.name, directory.path, "unreadable", reason=str(error))
     events = read_events(directory.events)
     state, reason = last_state(events)
     if state != "complete" and directory.is_driven:
@@ -86,7 +86,7 @@ def run_state(directory: RunDirectory) -> RunState:
         # None yet.
         rows = []
     last = rows[-1] if rows else None
-    return RunState(
+    return RunSummary(
         name=directory.name,
         path=directory.path,
         state=state,
@@ -132,7 +132,7 @@ def way_on(directory: RunDirectory, address: str | None = None) -> str:
     return f"there is no checkpoint yet; begin it again from round 0 with: {command}"
 
 
-def runs_table(runs: Sequence[RunState], now: datetime | None = None) -> Table:
+def runs_table(runs: Sequence[RunSummary], now: datetime | None = None) -> Table:
     """``runs`` for the terminal; ``now`` is what their age is counted to."""
     now = now or datetime.now(UTC)
     # A name made of the time and all the rest fit into 80 columns.

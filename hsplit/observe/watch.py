@@ -18,7 +18,7 @@ from hsplit.observe.displays import Pace, display_for
 from hsplit.observe.events import RESERVED, ROUTINE_EVENTS, EventReader, plan_of
 from hsplit.observe.observer import Observer
 from hsplit.observe.progress_file import StepRecord, read_step_record
-from hsplit.observe.runs import BEGINNINGS, RunState, results_lines, run_state, way_on
+from hsplit.observe.runs import BEGINNINGS, RunSummary, results_lines, run_state, way_on
 from hsplit.observe.tables import MetricsRow, PlanRow, Row, TimingRow, read_rows
 from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory, read_driver
@@ -31,7 +31,7 @@ _NO_NOTES = ROUTINE_EVENTS | {"data", "training", "cohort", "budget", "failed"}
 """Kinds of events that ``hsplit launch`` does not print either, or, as a failure, at the end."""
 
 
-def watch(path: str | Path, *, display: Observer | None = None) -> RunState:
+def watch(path: str | Path, *, display: Observer | None = None) -> RunSummary:
     """Follow a run until it ends, as ``launch`` shows it; of one that has ended, show what it came to.
 
     Nothing but the run's directory is looked at, so a machine that shares it can watch too.
@@ -118,7 +118,7 @@ class _Follower:
         if record is not None:
             self._tell_step(record)
 
-    def end(self) -> RunState:
+    def end(self) -> RunSummary:
         """Tell where the results are, or how to go on."""
         state = run_state(self._directory)
         changed = 0.0 if state.changed is None else state.changed.timestamp()
@@ -185,7 +185,7 @@ class _Follower:
         return self._tables[table].get(round, [])
 
 
-def _way_on_lines(directory: RunDirectory, state: RunState) -> list[str]:
+def _way_on_lines(directory: RunDirectory, state: RunSummary) -> list[str]:
     if state.state == "failed":
         return [f"failed: {state.reason}", way_on(directory)]
     if state.state == "stopped":

@@ -14,7 +14,7 @@ from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.moves import largest_of_others, server_prices
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import plan, rank_choices
+from hsplit.planning.planner import make_plan, rank_choices
 from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, UP, Problem, budget_of
 from hsplit.planning.rank_rules import RANK_RULES
 
@@ -200,7 +200,7 @@ def _gain(
     More memory can leave no plan at all: a client that joins may be one too many for the server.
     """
     try:
-        after = plan(clients, server, cost, importance, policy, made)
+        after = make_plan(clients, server, cost, importance, policy, made)
     except InputError:
         return None
     joins = was_out and after.client(name).available

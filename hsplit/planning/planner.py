@@ -27,7 +27,7 @@ EQUAL = "equal importance per parameter (no score yet)"
 MAX_FREEZES = 4
 
 
-def plan(
+def make_plan(
     clients: Sequence[ClientBudget],
     server: ServerBudget,
     cost: CostModel,

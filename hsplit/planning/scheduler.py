@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hsplit.config import SERVER, Client, RunConfig, ServerSpec
+from hsplit.config import SERVER, ClientConfig, RunConfig, ServerConfig
 from hsplit.errors import InputError
 from hsplit.models.segment import model_config
 from hsplit.planning.budgets import BudgetRequest
@@ -15,7 +15,7 @@ from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import EQUAL, plan, smallest_part_bytes
+from hsplit.planning.planner import EQUAL, make_plan, smallest_part_bytes
 from hsplit.planning.state import Fleet, PlanningState, in_force
 
 # How much more than planned a holder is taken to need that ran out of memory, each time.
@@ -23,7 +23,7 @@ _SHRINK = 1.25
 # How many budgets of a server that ran out of memory are tried, from the least, before the whole one.
 _RELAXED = 6
 
-_Holder = TypeVar("_Holder", Client, ServerSpec)
+_Holder = TypeVar("_Holder", ClientConfig, ServerConfig)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Scheduler:
         """The first plan; no score exists yet, so every parameter matters alike.
 
         Raises:
-            InputError: see :func:`hsplit.planning.planner.plan`.
+            InputError: see :func:`hsplit.planning.planner.make_plan`.
         """
         state, _ = self._heeding(fleet, state)
         made, _ = self._plan(fleet, state, self._importance(state), None, EQUAL)
@@ -155,7 +155,7 @@ class Scheduler:
 
     def budgets(
         self, fleet: Fleet | None = None, state: PlanningState | None = None
-    ) -> tuple[list[Client], ServerSpec]:
+    ) -> tuple[list[ClientConfig], ServerConfig]:
         """Clients and server with the budgets in force, as declared; by default of a run that has not begun."""
         state = state or PlanningState()
         return self._declared(fleet or Fleet.of_run(self._config), state), self._server(state)
@@ -218,7 +218,9 @@ class Scheduler:
         for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
             try:
                 policy = self._config.policy
-                return plan(clients, _given(server, divisor), self.cost, importance, policy, current, source), lacking
+                return make_plan(
+                    clients, _given(server, divisor), self.cost, importance, policy, current, source
+                ), lacking
             except InputError as error:
                 if divisor == 1.0:
                     raise
@@ -226,11 +228,11 @@ class Scheduler:
                 lacking = lacking or f"there is no plan with so little ({error})"
         raise AssertionError("the budgets as they are come last")
 
-    def _server(self, state: PlanningState) -> ServerSpec:
+    def _server(self, state: PlanningState) -> ServerConfig:
         """The server with the budget in force."""
         return self._config.server.changed(state.budgets.get(SERVER, {}))
 
-    def _clients(self, fleet: Fleet, state: PlanningState) -> list[Client]:
+    def _clients(self, fleet: Fleet, state: PlanningState) -> list[ClientConfig]:
         """The clients with the budgets in force, less what measurements and shortages of memory took off them.
 
         Who was short of memory keeps what the smallest part takes: without any part it would be of no use at all.
@@ -247,7 +249,7 @@ class Scheduler:
             clients.append(given)
         return clients
 
-    def _declared(self, fleet: Fleet, state: PlanningState) -> list[Client]:
+    def _declared(self, fleet: Fleet, state: PlanningState) -> list[ClientConfig]:
         if self._config.policy.placement == "single":
             # The one node is the server's, and has what the aggregator beside it leaves.
             server = self._server(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hsplit.config import Client, RunConfig
+from hsplit.config import ClientConfig, RunConfig
 from hsplit.config.section import EXACT, Whole
 from hsplit.planning.budgets import BudgetRequest
 
@@ -35,7 +35,7 @@ class Fleet:
         shortages: by client name, or ``server``, of which every server is one.
     """
 
-    clients: tuple[Client, ...]
+    clients: tuple[ClientConfig, ...]
     joining: frozenset[str] = frozenset()
     aside: frozenset[str] = frozenset()
     left: frozenset[str] = frozenset()
@@ -110,6 +110,6 @@ class PlanningState:
         return came + [f"{name} is set aside" if name in fleet.aside else f"{name} has left" for name in gone]
 
 
-def in_force(clients: Sequence[Client], state: PlanningState) -> list[Client]:
+def in_force(clients: Sequence[ClientConfig], state: PlanningState) -> list[ClientConfig]:
     """``clients`` with the budgets in force."""
     return [client.changed(state.budgets.get(client.name, {})) for client in clients]

@@ -24,7 +24,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A titled part of a page: paragraphs, names with values, figures, and a table with its columns' names."""
 
     title: str
@@ -35,7 +35,7 @@ class Section:
     rows: Iterable[Sequence[object]] = ()
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+def page(title: str, subtitle: str, sections: Sequence[PageSection]) -> str:
     """A document of ``sections`` below one another."""
     return render("page.html.j2", {"title": title, "subtitle": subtitle, "sections": sections})
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from hsplit.actors.executor import Executor, Ref
 from hsplit.actors.participant import DataReport, Participant
-from hsplit.config import Client, Job
+from hsplit.config import ClientConfig, Job
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
 from hsplit.data.local import nothing_supervised
@@ -46,7 +46,7 @@ class ClientData:
         self._sources: dict[str, str] = {}
         self.validation_batches: dict[str, int] = {}
 
-    def begin(self, clients: Sequence[Client]) -> dict[str, Ref[DataReport]]:
+    def begin(self, clients: Sequence[ClientConfig]) -> dict[str, Ref[DataReport]]:
         """Ask ``clients`` to read their data; returns the calls by client."""
         every: Mapping[str, list[Example] | None] = self._shares
         calls = {}

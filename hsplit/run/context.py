@@ -9,7 +9,7 @@ from typing import Any, Concatenate, NoReturn
 from hsplit.actors.executor import ActorFailure, Executor, P, R
 from hsplit.actors.participant import Participant
 from hsplit.actors.replica import Replica
-from hsplit.config import SCHEDULER, Client, RunConfig
+from hsplit.config import SCHEDULER, ClientConfig, RunConfig
 from hsplit.data import Example
 from hsplit.observe.events import EventLog
 from hsplit.observe.observer import Observer
@@ -114,7 +114,7 @@ class RunContext:
         """The clients that the plan has no part for."""
         return {client.name for client in self.plan.clients if not client.available}
 
-    def named(self, names: Collection[str]) -> list[Client]:
+    def named(self, names: Collection[str]) -> list[ClientConfig]:
         """The participants of these names, as the run has them."""
         return [client for client in self.run.participants if client.name in names]
 

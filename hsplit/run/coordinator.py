@@ -263,7 +263,7 @@ class Coordinator:
         down = report.nbytes_down
         moving = {name: plan.client(name) for name in context.clients if name in down}
         given_up = self._membership.await_calls(
-            {n: executor.call(n, Participant.give_up, part.held_layers, part.ranks) for n, part in moving.items()}
+            {n: executor.call(n, Participant.shrink, part.held_layers, part.ranks) for n, part in moving.items()}
         )
         self._records.forget_peaks(list(given_up))
         self._membership.await_calls(
@@ -307,7 +307,7 @@ class Coordinator:
         """Sum up what all have learned, have everybody begin anew with it, and bring back the lost (METHOD 6)."""
         context, executor, begun, others = self.context, self._executor, time.monotonic(), self._replicas
         cohort = context.cohort(self.state.round + 1)
-        asked = {name: executor.call_pair(name, HolderActor.hand_in) for name in [*cohort, *others]}
+        asked = {name: executor.call_pair(name, HolderActor.collect) for name in [*cohort, *others]}
         # The small reports come first: a client that failed is found before its adapters are passed on.
         names = list(self._membership.await_calls({client: asked[client][0] for client in cohort}))
         executor.get([asked[server][0] for server in others])
@@ -317,7 +317,7 @@ class Coordinator:
         reported, updates = executor.call_each(SERVER, Server.aggregate, self.state.round + 2, held)
         report = executor.value(reported)
         for name, reason in report.refused.items():
-            self._membership.lose(refusal(name, "hand_in", f"it handed in {reason}"))
+            self._membership.lose(refusal(name, "collect", f"it handed in {reason}"))
         up, down = {name: report.nbytes_up[name] for name in names}, report.nbytes_down
         if context.single:
             up, down = {}, {}

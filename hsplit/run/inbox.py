@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, RootModel, ValidationError
 
 from hsplit.config import SERVER, BudgetChange, RunConfig
-from hsplit.config.cluster import SERVER_BUDGET_FIELDS, Client, ClientSpec
+from hsplit.config.cluster import SERVER_BUDGET_FIELDS, ClientConfig, ClientGroup
 from hsplit.config.files import displayed, read_json
 from hsplit.config.section import STRICT, first_of, refusals
 from hsplit.errors import InputError
@@ -33,7 +33,7 @@ class _Budget:
 @dataclass(frozen=True)
 class _Join:
     request: Literal["join"]
-    client: Client
+    client: ClientConfig
     __pydantic_config__ = STRICT
 
 
@@ -57,7 +57,7 @@ class JoinRequest:
         file: name of the request's.
     """
 
-    client: Client
+    client: ClientConfig
     file: str = ""
 
 
@@ -130,7 +130,7 @@ def post_join(directory: RunDirectory, client: str | Mapping[str, Any]) -> tuple
         _post(directory, {"request": "join", "client": known[client].model_dump()})
         return (client,)
     try:
-        group = ClientSpec.model_validate(dict(client))
+        group = ClientGroup.model_validate(dict(client))
     except ValidationError as error:
         raise first_of(place, refusals(error)) from None
     if group.data is None:
@@ -172,7 +172,7 @@ def _refuse_fixed(run: RunConfig, directory: RunDirectory) -> None:
         raise InputError(f"{where}: with job.transport {transport!r} the group is fixed: nobody joins or leaves")
 
 
-def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, Client]:
+def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, ClientConfig]:
     """Every client that the run has had, or will have by the requests in its inbox, by name."""
     clients = {client.name: client for client in run.clients}
     for path in sorted([*directory.inbox.glob("taken/*/*.json"), *directory.inbox.glob("*.json")]):
@@ -213,7 +213,7 @@ def take_requests(inbox: Path, round_: int) -> tuple[list[Request], list[str]]:
     return requests, refused
 
 
-def refuse(inbox: Path, file: str) -> None:
+def refuse_request(inbox: Path, file: str) -> None:
     """Put a request out of the way that cannot be met: it is asked for no more, and its name may be asked for anew."""
     refused = inbox / "refused"
     refused.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hsplit.data import Example
 
 
-def settled(run: RunConfig) -> RunConfig:
+def resolved_config(run: RunConfig) -> RunConfig:
     """``run`` without anything that a resume from elsewhere could read differently.
 
     ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.

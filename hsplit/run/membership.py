@@ -12,13 +12,13 @@ from torch import Tensor
 from hsplit.actors.executor import ActorFailure, NotFinite, Ref
 from hsplit.actors.participant import DataReport, Participant
 from hsplit.actors.server import Server
-from hsplit.config import SERVER, Client
+from hsplit.config import SERVER, ClientConfig
 from hsplit.errors import HsplitError, InputError
 from hsplit.planning.budgets import BudgetRequest
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.context import RunContext
 from hsplit.run.failure_text import describe
-from hsplit.run.inbox import JoinRequest, refuse, take_requests
+from hsplit.run.inbox import JoinRequest, refuse_request, take_requests
 from hsplit.run.state import Status
 
 _Value = TypeVar("_Value")
@@ -262,11 +262,11 @@ class Membership:
                     self._leave(change.client, requests)
             except InputError as error:
                 # Nothing has changed, and the run goes on as it is.
-                refuse(inbox, change.file)
+                refuse_request(inbox, change.file)
                 context.note("refused", f"inbox: {error}", round=done)
         return [request for request in requests if context.state.status(request.holder) is not Status.LEFT]
 
-    def _join(self, client: Client, requests: Sequence[BudgetRequest]) -> None:
+    def _join(self, client: ClientConfig, requests: Sequence[BudgetRequest]) -> None:
         """Have a client begin and read its data; the plan that follows gives it a part.
 
         Raises:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from hsplit import __version__
-from hsplit.config import SERVER, Client
+from hsplit.config import SERVER, ClientConfig
 from hsplit.config.files import from_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
@@ -94,7 +94,7 @@ class RunState:
     planning: PlanningState = field(default_factory=PlanningState)
     members: dict[str, Member] = field(default_factory=dict)
     servers: Member = field(default_factory=Member)
-    joined: list[Client] = field(default_factory=list)
+    joined: list[ClientConfig] = field(default_factory=list)
     measured_bytes: dict[str, Whole] = field(default_factory=dict)
     model_fingerprint: str = ""
     data_sha256: str = ""
@@ -149,7 +149,7 @@ class RunState:
         """True if any holder has run out of memory."""
         return any(member.shortages for member in (self.servers, *self.members.values()))
 
-    def fleet(self, clients: Sequence[Client]) -> Fleet:
+    def fleet(self, clients: Sequence[ClientConfig]) -> Fleet:
         """The fleet to plan for.
 
         Args:

@@ -93,11 +93,11 @@ class Done:
         self.bytes_down += report.nbytes
         self.took(server, report.seconds)
         for loss in report.losses:
-            self.came_to(loss)
+            self.add_loss(loss)
         for client, reason in report.refused.items():
             self.failed[client] = refusal(client, "a local step", f"it sent {reason}")
 
-    def came_to(self, loss: LossReport) -> None:
+    def add_loss(self, loss: LossReport) -> None:
         """Count one client's loss.
 
         Raises:
@@ -214,7 +214,7 @@ class _Steps:
     def _measure(self, client: str, method: str, seconds: Mapping[str, float]) -> None:
         self._deadlines.took(client, method, sum(seconds.values()))
 
-    def _somebody(self, done: Done) -> None:
+    def _raise_if_all_failed(self, done: Done) -> None:
         """A step that nobody took part in trained nothing."""
         if not done.losses and done.failed:
             first, *others = done.failed.values()
@@ -291,7 +291,7 @@ class SplitTraining(_Steps):
             if client not in begun and client not in done.failed:
                 # It was not there to take the part that it had computed.
                 self._busy[client] = self._executor.call(client, Client.skip, of)
-        self._somebody(done)
+        self._raise_if_all_failed(done)
         return done
 
     def _ask_early(self, client: str, step: int) -> None:
@@ -421,7 +421,7 @@ class SplitTraining(_Steps):
             for client, loss in self._in_time(done, open_, "tail", count).items():
                 done.bytes_up += loss.nbytes
                 done.took(client, loss.seconds)
-                done.came_to(loss)
+                done.add_loss(loss)
                 self._measure(client, "tail", loss.seconds)
             slopes = {client: slope for client, (_, slope) in asked.items() if done.takes_part(client)}
             back: dict[str, Ref[WireTensor | None]] = {}
@@ -487,7 +487,7 @@ class WholeTraining(_Steps):
             done.took(client, loss.seconds)
             self._measure(client, "train_step", loss.seconds)
         self._busy |= {client: call for client, call in calls.items() if client in done.left_out}
-        self._somebody(done)
+        self._raise_if_all_failed(done)
         return done
 
     def validation(self, batches: Mapping[str, int]) -> Done:

@@ -14,7 +14,7 @@ from rich.table import Table
 from hsplit.errors import InputError, os_reason
 from hsplit.observe.wording import NOTHING, number_text
 from hsplit.report.figures import COLOURS, drawing_style, inline_svg
-from hsplit.report.page import Plot, Section, page
+from hsplit.report.page import PageSection, Plot, page
 from hsplit.simulation.sweep import Setting, Sweep
 
 # Two lines a heading, with the unit, so that a fleet of 100,000 still fits into 80 columns.
@@ -107,12 +107,12 @@ def simulation_page(sweep: Sweep) -> str:
     facts = {key: NOTHING if value is None else value for key, value in sweep.about.items()}
     unit = "Seconds are virtual; figures are of a round."
     sections = [
-        Section("What it comes to", lines=sweep.findings(), facts=facts),
-        Section("Fleets and servers", [unit], columns=HEADINGS, rows=map(cells, sweep.settings)),
+        PageSection("What it comes to", lines=sweep.findings(), facts=facts),
+        PageSection("Fleets and servers", [unit], columns=HEADINGS, rows=map(cells, sweep.settings)),
     ]
     if fitting:
-        sections.append(Section("Growth", plots=_growth(fitting)))
-        sections.append(Section("Rounds of the largest fleet", plots=_rounds(fitting[-1])))
+        sections.append(PageSection("Growth", plots=_growth(fitting)))
+        sections.append(PageSection("Rounds of the largest fleet", plots=_rounds(fitting[-1])))
     return page("Simulation", "Nothing was trained: all seconds are virtual, of declared budgets.", sections)
 
 

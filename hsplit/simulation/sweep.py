@@ -13,7 +13,7 @@ from hsplit.config.files import find_preset, read_yaml
 from hsplit.config.overrides import Overrides
 from hsplit.errors import InputError
 from hsplit.planning.scheduler import Scheduler
-from hsplit.run.inputs import settled
+from hsplit.run.inputs import resolved_config
 from hsplit.simulation.fleet import Traffic, read_trace, shape_directory
 from hsplit.simulation.rounds import Round, simulated
 
@@ -189,21 +189,21 @@ def _fleet(
 ) -> RunConfig:
     """The run with the file's fleet, or with one of ``size`` clients in its proportions."""
     if size is None:
-        return settled(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
+        return resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
     declared = read_yaml(find_preset("cluster", cluster)).get("clients")
     groups = [group for group in declared if isinstance(group, dict)] if isinstance(declared, list) else []
     counts: dict[str, int] = {str(g.get("name")): g.get("count", 1) for g in groups}
     named = all(isinstance(g.get("name"), str) for g in groups)
     if not counts or not named or not all(type(n) is int and n > 0 for n in counts.values()):
         # Whatever is wrong with the file is said as always.
-        return settled(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
+        return resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
     if size < len(counts):
         raise InputError(
             f"--clients: must be at least {len(counts)}, one of each kind of the cluster file (got {size})"
         )
     scaled = [f"clients.{name}.count={n}" for name, n in scaled_counts(counts, size).items()]
     given = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, dict) else list(overrides)
-    return settled(load_run_config(cluster, policy, [*given, *scaled], cpu=cpu, most_clients=MAX_COUNT))
+    return resolved_config(load_run_config(cluster, policy, [*given, *scaled], cpu=cpu, most_clients=MAX_COUNT))
 
 
 def scaled_counts(counts: dict[str, int], size: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ def right(executor: Executor) -> None:
     _, gradients = executor.call_each(SERVER, Replica.train_step, 0, 0, [message])
     executor.call("c0", Client.backward, 0, 0, gradients[0])
     executor.call("c0", Client.backward, 0, 0, None)
-    _, held = executor.call_pair("c0", HolderActor.hand_in)
+    _, held = executor.call_pair("c0", HolderActor.collect)
     executor.call_each(SERVER, Server.aggregate, 2, [held])
     nbytes: int = executor.value(report).nbytes
     plan: Plan = executor.ask(SCHEDULER, Scheduler.plan)

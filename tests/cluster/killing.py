@@ -23,7 +23,7 @@ from hsplit.models.source import find_model
 from hsplit.observe.events import read_events
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator
-from hsplit.run.inputs import read_inputs, settled
+from hsplit.run.inputs import read_inputs, resolved_config
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, rows_of
 
@@ -177,7 +177,7 @@ def drill(
 
     With a ``checkpoint`` of that run it goes on from there; it is stopped after the step ``stop_after``.
     """
-    run: RunConfig = settled(load_run_config(cluster_file, None, overrides or {}))
+    run: RunConfig = resolved_config(load_run_config(cluster_file, None, overrides or {}))
     source = find_model(run.job.model)
     inputs = read_inputs(run, source)
     if checkpoint is None:

@@ -28,7 +28,7 @@ Record = Callable[[str, object], None]
 PHASES = {
     "forward": ("forward", 6),
     "backward": ("backward", 6),
-    "aggregation": ("hand_in", 2),
+    "aggregation": ("collect", 2),
     "restart": ("restart", 3),
     "validation": ("validation_forward", 4),
     "checkpoint": ("state", 3),

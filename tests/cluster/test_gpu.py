@@ -13,7 +13,7 @@ import hsplit
 from hsplit.config import load_run_config
 from hsplit.models.source import find_model
 from hsplit.observe.tables import read_plan
-from hsplit.run.inputs import read_inputs, settled
+from hsplit.run.inputs import read_inputs, resolved_config
 from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, rows_of
@@ -29,7 +29,7 @@ FIXED = ["policy.replan.measured=false"]
 
 def in_process(cluster_file: Path, to: Path, policy: str, overrides: list[str], device: str) -> pd.DataFrame:
     """Losses by round of a run in this process, all of whose holders compute on ``device``."""
-    run = settled(load_run_config(cluster_file, policy, [*FIXED, *overrides]))
+    run = resolved_config(load_run_config(cluster_file, policy, [*FIXED, *overrides]))
     source = find_model(run.job.model)
     recorder = Recorder()
     made = local_run(

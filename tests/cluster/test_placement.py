@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hsplit.cluster.placement import InUse, Node, Placement, Request, left_by, placement_of, requests_of, room_for
-from hsplit.config import Client, Policy, RunConfig, ServerSpec
+from hsplit.config import ClientConfig, Policy, RunConfig, ServerConfig
 from hsplit.errors import InputError
 
 
@@ -18,11 +18,11 @@ def node(name: str, cpus: float = 4, free: dict[str, float] | None = None, **mor
 
 
 def client(name: str, **fields: Any) -> Request:
-    return name, Client(name=name, kind=name, memory_gb=1, tflops=1, **fields)
+    return name, ClientConfig(name=name, kind=name, memory_gb=1, tflops=1, **fields)
 
 
 def server(**fields: Any) -> Request:
-    return "server", ServerSpec(**fields)
+    return "server", ServerConfig(**fields)
 
 
 def where(placement: Placement) -> dict[str, str]:
@@ -174,9 +174,9 @@ def test_a_holder_that_is_begun_anew_stays_where_there_is_room() -> None:
 
 
 def test_beside_a_single_node_the_server_reserves_nothing() -> None:
-    one = Client(name="a", kind="a", memory_gb=1, tflops=1)
+    one = ClientConfig(name="a", kind="a", memory_gb=1, tflops=1)
     run = RunConfig(
-        server=ServerSpec(num_cpus=2, node="n1", resources={"clinic": 1}, labels={"site": "ward"}),
+        server=ServerConfig(num_cpus=2, node="n1", resources={"clinic": 1}, labels={"site": "ward"}),
         clients=(one,),
         policy=Policy(placement="single", aggregation="none"),
     )

@@ -10,7 +10,7 @@ import pytest
 from hsplit.cluster import ray_executor
 from hsplit.cluster.placement import Node, Placement, placement_of, requests_of
 from hsplit.cluster.ray_executor import RayExecutor
-from hsplit.config import Client, RunConfig, ServerSpec
+from hsplit.config import ClientConfig, RunConfig, ServerConfig
 from tests.cluster.test_placement import client, node
 
 
@@ -40,14 +40,16 @@ def there(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     return nodes
 
 
-def named(name: str, **fields: Any) -> Client:
+def named(name: str, **fields: Any) -> ClientConfig:
     holder = client(name, **fields)[1]
-    assert isinstance(holder, Client)
+    assert isinstance(holder, ClientConfig)
     return holder
 
 
-def executor_of(nodes: list[Node], *clients: Client, without: tuple[str, ...] = (), lost: tuple[str, ...] = ()) -> Idle:
-    run = RunConfig(server=ServerSpec(num_cpus=0), clients=clients)
+def executor_of(
+    nodes: list[Node], *clients: ClientConfig, without: tuple[str, ...] = (), lost: tuple[str, ...] = ()
+) -> Idle:
+    run = RunConfig(server=ServerConfig(num_cpus=0), clients=clients)
     requests = [(name, holder) for name, holder in requests_of(run) if name not in without]
     return executor_on(run, placement_of(nodes, requests, lost))
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsplit.config.cluster import Client, ScheduledChange
+from hsplit.config.cluster import ClientConfig, ScheduledChange
 from hsplit.config.files import from_json, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
@@ -111,10 +111,10 @@ def test_a_file_that_is_not_there_or_cannot_be_read_is_named(tmp_path: Path) -> 
 
 
 def test_sections_in_a_document_take_lists_as_in_a_configuration() -> None:
-    client = Client(name="c0", kind="c0", memory_gb=1, tflops=1, schedule=(ScheduledChange(round=2, tflops=2.0),))
-    assert from_plain([client.model_dump()], list[Client], "here") == [client]
+    client = ClientConfig(name="c0", kind="c0", memory_gb=1, tflops=1, schedule=(ScheduledChange(round=2, tflops=2.0),))
+    assert from_plain([client.model_dump()], list[ClientConfig], "here") == [client]
     with pytest.raises(InputError, match=re.escape("here: [0].tflops: must be a number (got '1')")):
-        from_plain([{**client.model_dump(), "tflops": "1"}], list[Client], "here")
+        from_plain([{**client.model_dump(), "tflops": "1"}], list[ClientConfig], "here")
     with pytest.raises(InputError, match=re.escape("here: a: must be a whole number (got '1')")):
         from_plain({"a": "1"}, dict[str, int], "here")
 

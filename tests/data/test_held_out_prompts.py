@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.config import Client, Job, RunConfig
+from hsplit.config import ClientConfig, Job, RunConfig
 from hsplit.data import Example, split_off_test
 from hsplit.errors import InputError
 from hsplit.models.source import find_model
@@ -52,7 +52,7 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused(count: int, share: f
 def test_no_client_gets_an_example_of_the_test_part(tmp_path: Path, models: dict[str, Path], partition: object) -> None:
     data = write_data(tmp_path / "data.csv")
     job = Job.model_validate({"data": {"source": str(data), "test": 0.3, "partition": partition}})
-    clients = tuple(Client(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in ("a", "b", "c"))
+    clients = tuple(ClientConfig(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in ("a", "b", "c"))
     run, source = RunConfig(clients=clients, job=job), find_model(str(models["llama"]))
     rest, test = read_shared(run, source)
     shares = read_inputs(run, source).shares

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.config import Client, Job, RunConfig, ServerSpec, load_run_config
+from hsplit.config import ClientConfig, Job, RunConfig, ServerConfig, load_run_config
 from hsplit.config.files import preset_directory
 from hsplit.errors import InputError
 from hsplit.export.adapter_files import learned
@@ -43,10 +43,10 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def a_run(example: Path) -> RunConfig:
-    clients = tuple(Client(name=name, kind=name, memory_gb=0.05, tflops=1.0) for name in ("c0", "c1"))
+    clients = tuple(ClientConfig(name=name, kind=name, memory_gb=0.05, tflops=1.0) for name in ("c0", "c1"))
     job = Job(dtype="fp32", wire="fp32", rounds=2, local_steps=2, max_length=24)
     policy = load_run_config("hetero", "mine.yaml").policy
-    return RunConfig(clients=clients, server=ServerSpec(), job=job, policy=policy)
+    return RunConfig(clients=clients, server=ServerConfig(), job=job, policy=policy)
 
 
 def test_the_pages_own_rules_make_the_plan_and_the_aggregation(example: Path, models: dict[str, Path]) -> None:

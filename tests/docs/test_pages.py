@@ -13,7 +13,7 @@ from docs import diagrams
 from docs.configuration_keys import SECTIONS, keys_of
 from hsplit.cli import main
 from hsplit.config import load_run_config
-from hsplit.config.cluster import ClientSpec, ServerSpec
+from hsplit.config.cluster import ClientGroup, ServerConfig
 from hsplit.config.job import Job
 from hsplit.config.policy import Policy
 from tests.documents import DOCS, PAGES, ROOT, told
@@ -69,7 +69,7 @@ def test_tests_that_are_named_exist(page: Path) -> None:
 def test_every_section_of_a_configuration_is_on_a_page_of_the_reference_once() -> None:
     reachable = {
         name
-        for model in (ServerSpec, ClientSpec, Job, Policy)
+        for model in (ServerConfig, ClientGroup, Job, Policy)
         for name in (model.__name__, *model.model_json_schema().get("$defs", {}))
     }
     assert set(SECTIONS) == reachable

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsplit.config import Client, Importance, Job, Policy, RunConfig
+from hsplit.config import ClientConfig, Importance, Job, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.export.export import export
 from hsplit.files import sha256_of, write_text_atomically
@@ -138,7 +138,7 @@ class Halfway:
 
 @pytest.fixture(scope="module")
 def halfway(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Halfway:
-    clients = tuple(Client(name=name, kind=name, memory_gb=0.05, tflops=1.0) for name in ("c0", "c1"))
+    clients = tuple(ClientConfig(name=name, kind=name, memory_gb=0.05, tflops=1.0) for name in ("c0", "c1"))
     job = Job(dtype="fp32", wire="fp32", rounds=2, local_steps=1, max_length=24, rank_set=(1, 2))
     run = RunConfig(clients=clients, job=job, policy=Policy(importance=Importance(metric="equal")))
     directory = RunDirectory.create(tmp_path_factory.mktemp("halfway"))

@@ -58,7 +58,7 @@ class Follower:
         """What it computes with, apart from the base."""
         return self.beside.to(torch.float64).dense() + self.live.to(torch.float64).dense()
 
-    def hand_in(self) -> HeldAdapters:
+    def collect(self) -> HeldAdapters:
         terms = {WEIGHT.name: self.live} if self.rank else {}
         return HeldAdapters(self.name, terms, {0: self.tokens}, {WEIGHT.name: 0})
 
@@ -112,7 +112,7 @@ def test_everybody_computes_with_the_exact_sum(
             learned = follower.learn(draw) if follower.tokens and follower.rank else 0.0
             delta += follower.tokens / max(total, 1) * learned
         frozen = {f.name: {WEIGHT.name: 0} for f in followers if not f.rank}
-        cut = aggregator.aggregate([f.hand_in() for f in followers], frozen)
+        cut = aggregator.aggregate([f.collect() for f in followers], frozen)
         after = _learned(aggregator)
         residual = after if cut == 0 else after - _common(aggregator)
         allowed = 1e-5 * delta.norm() + cut * 1.001 * residual.norm() / max(1e-12, 1 - cut**2) ** 0.5
@@ -153,7 +153,7 @@ def test_a_small_rank_costs_the_others_nothing() -> None:
     for follower in followers:
         follower.take(RoundUpdate(0, {}, {}), draw)
         follower.learn(draw)
-    aggregator.aggregate([f.hand_in() for f in followers])
+    aggregator.aggregate([f.collect() for f in followers])
     update = aggregator.update_for(1, {WEIGHT.name: 8})
     assert update.common[WEIGHT.name].rank == 8
     # Of 9 directions one has joined the residual.
@@ -168,7 +168,7 @@ def test_equal_ranks_freeze_nothing(ranks: tuple[int, ...]) -> None:
     for follower in followers:
         follower.take(RoundUpdate(0, {}, {}), draw)
         follower.learn(draw)
-    aggregator.aggregate([f.hand_in() for f in followers])
+    aggregator.aggregate([f.collect() for f in followers])
     for follower in followers:
         follower.take(aggregator.update_for(1, {WEIGHT.name: follower.rank}), draw)
         assert follower.beside.rank == aggregator.residuals[WEIGHT.name].rank

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.config import Client, RunConfig, load_run_config
+from hsplit.config import ClientConfig, RunConfig, load_run_config
 from hsplit.config.cluster import BUDGET_FIELDS
 from hsplit.errors import InputError
 from hsplit.measuring.cluster_file import Figure, Figures, load_unmeasured, measured_file
@@ -55,7 +55,7 @@ def test_a_written_file_loads_and_has_the_figures(given: Path, tmp_path: Path) -
     assert (loaded.server.memory_gb, loaded.server.tflops) == (7.0, 2e-5)
     measured = dict.fromkeys(BUDGET_FIELDS)
 
-    def unmeasured(client: Client) -> dict[str, object]:
+    def unmeasured(client: ClientConfig) -> dict[str, object]:
         # A group's name is its clients' kind, and every client is an entry of its own now.
         return client.model_dump() | measured | {"kind": None}
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from hsplit.cli import main
-from hsplit.config import Client, Job, RunConfig
+from hsplit.config import ClientConfig, Job, RunConfig
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
 from hsplit.observe.runs import list_runs, runs_table
@@ -27,7 +27,7 @@ from hsplit.run_directory import RunDirectory
 
 def made(runs: Path, name: str, *events: str, rounds: int = 0) -> RunDirectory:
     directory = RunDirectory.create(runs, name)
-    clients = (Client(name="phone", kind="phone", memory_gb=1.0, tflops=1.0),)
+    clients = (ClientConfig(name="phone", kind="phone", memory_gb=1.0, tflops=1.0),)
     RunConfig(clients=clients, job=Job(rounds=3)).save(directory.config)
     with EventLog(directory.events) as log:
         for event in events:

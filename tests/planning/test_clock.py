@@ -10,13 +10,13 @@ from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import plan
+from hsplit.planning.planner import make_plan
 from tests.planning.test_planner import JOB, client, cost, server
 from tests.tiny import LAYERS, tiny_config
 
 MODEL = cost()
 CLIENTS = [client("one", 1e9), client("two", 1e9, 2e9)]
-PLAN = plan(CLIENTS, server(), MODEL, equal_importance(MODEL.model.weights), Policy())
+PLAN = make_plan(CLIENTS, server(), MODEL, equal_importance(MODEL.model.weights), Policy())
 CLOCK = VirtualClock(MODEL, CLIENTS, server())
 
 

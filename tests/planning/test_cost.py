@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hsplit.actors.messages import Activations, WireTensor
-from hsplit.config import Importance, Job, Policy, Residual, RunConfig
+from hsplit.config import Importance, Job, Policy, ResidualConfig, RunConfig
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
@@ -65,7 +65,7 @@ def test_a_deeper_split_costs_a_client_more() -> None:
 
 def test_a_shallow_client_costs_the_server_its_rows() -> None:
     # Low ranks, or the copies at a round's end would outweigh a model as small as this.
-    job = Job(dtype="fp32", max_length=64, rank_set=(1, 2), residual=Residual(max_rank=1))
+    job = Job(dtype="fp32", max_length=64, rank_set=(1, 2), residual=ResidualConfig(max_rank=1))
     costs = CostModel(tiny_config("llama"), job)
     assert costs.server_bytes([1, 1, 2], {}) > costs.server_bytes([1, 2, 2], {})
 

@@ -16,7 +16,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.holders import FREEZABLE, worth_freezing
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.insight import bottleneck
-from hsplit.planning.planner import plan
+from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import RANK_RULES
 from tests.planning.test_planner import JOB, client, cost, server
@@ -39,7 +39,7 @@ SLOW = [client("slow", 1e9, bandwidth_bps=2e5), client("a", 1e9), client("b", 1e
 
 
 def test_a_client_behind_a_slow_link_only_computes_forward() -> None:
-    made, without = (plan(SLOW, server(), MODEL, EQUAL, policy) for policy in (Policy(), NEVER))
+    made, without = (make_plan(SLOW, server(), MODEL, EQUAL, policy) for policy in (Policy(), NEVER))
     slow = made.client("slow")
     assert slow.forward_only and slow.split == 1 and set(slow.ranks.values()) == {0} and len(slow.ranks) > 0
     assert made.objective > 1.3 * without.objective
@@ -49,7 +49,7 @@ def test_a_client_behind_a_slow_link_only_computes_forward() -> None:
     assert clock.step_s(made) == pytest.approx(made.makespan_s)
     assert clock.step_s(made) < 0.7 * clock.step_s(without)
     # As a start for the next plan it stays.
-    assert plan(SLOW, server(), MODEL, EQUAL, Policy(), made) == made
+    assert make_plan(SLOW, server(), MODEL, EQUAL, Policy(), made) == made
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -59,7 +59,7 @@ def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, ser
     """Against everybody's calls one by one, in the order in which they are asked for."""
     model = deep_cost(local_steps=6, pipeline={"microbatches": microbatches, "ahead": True})
     clients = [client("slow", 1e9, bandwidth_bps=link), client("a", 1e9, 2e9)]
-    made = plan(clients, server(flops=server_flops), model, EQUAL, NEVER)
+    made = make_plan(clients, server(flops=server_flops), model, EQUAL, NEVER)
     frozen = replace(made.client("slow"), ranks=dict.fromkeys(made.client("slow").ranks, 0))
     made = replace(made, clients=(frozen, made.client("a")))
     clock = VirtualClock(model, clients, server(flops=server_flops))
@@ -87,7 +87,7 @@ def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, ser
 
 
 def test_one_who_is_ahead_is_waited_for_only_beyond_all_the_rest() -> None:
-    made = plan(SLOW, server(), AHEAD, EQUAL, Policy())
+    made = make_plan(SLOW, server(), AHEAD, EQUAL, Policy())
     assert "slow" in made.forward_only
     sends_s = float(AHEAD.times.client_times(SLOW[0])[1, 0])
     assert made.makespan_s == pytest.approx(sends_s)
@@ -101,7 +101,7 @@ def test_one_who_is_ahead_is_waited_for_only_beyond_all_the_rest() -> None:
 
 def test_nobody_is_frozen_where_links_are_fast() -> None:
     clients = [client(name, 1e9, 1e13, 1e12) for name in "abc"]
-    assert not any(part.forward_only for part in plan(clients, server(), MODEL, EQUAL, Policy()).clients)
+    assert not any(part.forward_only for part in make_plan(clients, server(), MODEL, EQUAL, Policy()).clients)
 
 
 @pytest.mark.parametrize("server_flops", [1e8, 1e9, 1e10])
@@ -111,13 +111,13 @@ def test_no_more_than_a_tenth_of_what_is_captured_is_given_up(slow: int, server_
     for model in (cost(), MODEL):
         equal = equal_importance(model.model.weights)
         clients = [client(f"c{i}", 1e9, bandwidth_bps=2e5 if i < slow else 1e8) for i in range(3)]
-        made, without = (plan(clients, server(flops=server_flops), model, equal, p) for p in (Policy(), NEVER))
+        made, without = (make_plan(clients, server(flops=server_flops), model, equal, p) for p in (Policy(), NEVER))
         assert made.captured_importance >= 0.9 * without.captured_importance
 
 
 def test_a_residual_without_a_cap_leaves_no_room_for_frozen_restarts() -> None:
     whole = deep_cost(residual={"max_rank": "full"})
-    assert not any(part.forward_only for part in plan(SLOW, server(), whole, EQUAL, Policy()).clients)
+    assert not any(part.forward_only for part in make_plan(SLOW, server(), whole, EQUAL, Policy()).clients)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_residual_without_a_cap_leaves_no_room_for_frozen_restarts() -> None:
 def test_only_where_the_aggregation_can_freeze(changes: dict[str, str]) -> None:
     policy = Policy.model_validate(changes)
     assert not policy.freezes
-    assert not any(part.forward_only for part in plan(SLOW, server(), MODEL, EQUAL, policy).clients)
+    assert not any(part.forward_only for part in make_plan(SLOW, server(), MODEL, EQUAL, policy).clients)
 
 
 @settings(max_examples=60, deadline=None)

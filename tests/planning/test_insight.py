@@ -8,20 +8,20 @@ import pytest
 import hsplit.planning.insight as insight
 from hsplit.config import Policy
 from hsplit.planning.insight import GIGABYTE, bottleneck, explained
-from hsplit.planning.planner import plan
+from hsplit.planning.planner import make_plan
 from tests.planning.test_planner import LARGEST, SMALLEST, client, cost, importance, objective, server
 
 
 def explained_plan(clients: list, deep: Any, policy: Policy | None = None) -> tuple[Any, insight.Insight]:
     policy = policy or Policy()
-    made = plan(clients, deep, cost(), importance(0), policy)
+    made = make_plan(clients, deep, cost(), importance(0), policy)
     return made, explained(made, clients, deep, cost(), importance(0), policy)
 
 
 def test_the_bottleneck_is_who_would_shorten_the_step_most() -> None:
     fast, slow = client("fast", LARGEST, 1e11, 1e10), client("slow", LARGEST, 1e6, 1e10)
     clients = [fast, slow]
-    made = plan(clients, server(), cost(), importance(0), Policy())
+    made = make_plan(clients, server(), cost(), importance(0), Policy())
     waits = bottleneck(made, clients, cost())
     assert (waits.name, waits.kind, waits.alike) == ("slow", "client", 1)
     rest = cost().times.client_times(fast)[made.client("fast").split].sum()
@@ -30,7 +30,7 @@ def test_the_bottleneck_is_who_would_shorten_the_step_most() -> None:
 
 def test_equal_clients_are_one_bottleneck() -> None:
     clients = [client(f"slow-{i}", LARGEST, 1e6) for i in range(3)]
-    made = plan(clients, server(), cost(), importance(0), Policy())
+    made = make_plan(clients, server(), cost(), importance(0), Policy())
     waits = bottleneck(made, clients, cost())
     assert (waits.name, waits.alike) == ("slow-0", 3)
     assert waits.shortens_s == pytest.approx(made.makespan_s - made.server.step_time_s)
@@ -38,7 +38,7 @@ def test_equal_clients_are_one_bottleneck() -> None:
 
 def test_a_slow_server_is_the_bottleneck() -> None:
     clients = [client("one", SMALLEST * 1.1, 1e12, 1e12)]
-    made = plan(clients, server(flops=1e6), cost(), importance(0), Policy())
+    made = make_plan(clients, server(flops=1e6), cost(), importance(0), Policy())
     waits = bottleneck(made, clients, cost())
     assert (waits.name, waits.kind, waits.shortens_s) == ("server", "server", made.server.step_time_s)
 
@@ -50,7 +50,7 @@ def test_one_more_gb_is_what_planning_anew_gives(policy: Policy) -> None:
     made, told = explained_plan(clients, deep, policy)
     assert {(g.name, g.alike) for g in told.one_more_gb} == {("phone-0", 2), ("large", 1), ("server", 1)}
     grown = [clients[0].model_copy(update={"memory_gb": clients[0].memory_gb + GIGABYTE / 1e9}), *clients[1:]]
-    after = plan(grown, deep, cost(), importance(0), policy, made)
+    after = make_plan(grown, deep, cost(), importance(0), policy, made)
     (phone,) = (g for g in told.one_more_gb if g.name == "phone-0")
     assert not phone.joins
     assert phone.objective_change == pytest.approx(objective(after) - objective(made))

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplit.config import Client, Job, Policy, ServerSpec
+from hsplit.config import ClientConfig, Job, Policy, ServerConfig
 from hsplit.errors import InputError
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import plan
+from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import RANK_RULES
 from tests.tiny import LAYERS, tiny_config
@@ -29,8 +29,8 @@ def cost(labels: str = "server", base: str = "nf4") -> CostModel:
     return CostModel(tiny_config("llama"), job)
 
 
-def client(name: str, memory_bytes: float, flops: float = 1e9, bandwidth_bps: float = 1e8) -> Client:
-    return Client(
+def client(name: str, memory_bytes: float, flops: float = 1e9, bandwidth_bps: float = 1e8) -> ClientConfig:
+    return ClientConfig(
         name=name,
         kind=name,
         memory_gb=memory_bytes / 1e9,
@@ -40,8 +40,8 @@ def client(name: str, memory_bytes: float, flops: float = 1e9, bandwidth_bps: fl
     )
 
 
-def server(memory_bytes: float = 1e9, flops: float = 1e10) -> ServerSpec:
-    return ServerSpec(memory_gb=memory_bytes / 1e9, tflops=flops / 1e12)
+def server(memory_bytes: float = 1e9, flops: float = 1e10) -> ServerConfig:
+    return ServerConfig(memory_gb=memory_bytes / 1e9, tflops=flops / 1e12)
 
 
 def importance(seed: int) -> dict[str, float]:
@@ -52,12 +52,12 @@ def importance(seed: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    clients: tuple[Client, ...]
-    server: ServerSpec
+    clients: tuple[ClientConfig, ...]
+    server: ServerConfig
     scores: dict[str, float]
 
-    def plan(self, policy: Policy | None = None, current: Plan | None = None) -> Plan:
-        return plan(self.clients, self.server, cost(), self.scores, policy or Policy(), current)
+    def make_plan(self, policy: Policy | None = None, current: Plan | None = None) -> Plan:
+        return make_plan(self.clients, self.server, cost(), self.scores, policy or Policy(), current)
 
     def with_more_memory(self, factor: float) -> "Instance":
         grown = tuple(c.model_copy(update={"memory_gb": c.memory_gb * factor}) for c in self.clients)
@@ -204,7 +204,7 @@ def test_objective_is_close_to_that_of_every_split_tried(
     for seed in range(instances):
         instance = random_instance(seed, most_clients)
         try:
-            made = plan(instance.clients, instance.server, cost(labels), instance.scores, policy)
+            made = make_plan(instance.clients, instance.server, cost(labels), instance.scores, policy)
         except InputError as error:
             # The tail makes some instances too large for the clients, and no splits fit some servers.
             if "none has" not in str(error):
@@ -222,7 +222,7 @@ def test_objective_is_close_to_that_of_every_split_tried(
 
 
 def test_a_client_that_fits_nothing_is_named_with_what_it_lacks() -> None:
-    made = plan(
+    made = make_plan(
         [client("small", SMALLEST - 1000), client("large", LARGEST)],
         server(),
         cost(),
@@ -238,22 +238,22 @@ def test_a_client_that_fits_nothing_is_named_with_what_it_lacks() -> None:
 
 def test_nobody_fits() -> None:
     with pytest.raises(InputError, match=r"clients: none has the memory for 1 layer at rank 1.*small has the most"):
-        plan([client("small", SMALLEST - 1000)], server(), cost(), importance(0), Policy())
+        make_plan([client("small", SMALLEST - 1000)], server(), cost(), importance(0), Policy())
 
 
 def test_the_server_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"server: memory_gb: .* too little"):
-        plan([client("large", LARGEST)], server(1e4), cost(), importance(0), Policy())
+        make_plan([client("large", LARGEST)], server(1e4), cost(), importance(0), Policy())
 
 
 def test_a_fixed_split_beyond_the_model_is_refused() -> None:
     with pytest.raises(InputError, match="policy: split: must be at most 4"):
-        plan([client("large", LARGEST)], server(), cost(), importance(0), Policy(split=5))
+        make_plan([client("large", LARGEST)], server(), cost(), importance(0), Policy(split=5))
 
 
 @pytest.mark.parametrize("split", [0, 2, LAYERS])
 def test_a_fixed_split_is_everybodys(split: int) -> None:
-    made = plan(
+    made = make_plan(
         [client("one", LARGEST), client("two", LARGEST * 2)],
         server(),
         cost(),
@@ -268,12 +268,12 @@ def test_a_fixed_split_is_everybodys(split: int) -> None:
 
 def test_one_rank_for_all() -> None:
     policy = Policy(split="uniform", ranks="uniform", aggregation="fedavg")
-    made = plan([client("one", SMALLEST * 1.03), client("two", LARGEST)], server(), cost(), importance(0), policy)
+    made = make_plan([client("one", SMALLEST * 1.03), client("two", LARGEST)], server(), cost(), importance(0), policy)
     assert len({rank for part in (made.server, *made.clients) for rank in part.ranks.values()}) == 1
 
 
 def test_a_plan_travels_as_json() -> None:
-    made = plan([client("one", LARGEST)], server(), cost(), importance(0), Policy())
+    made = make_plan([client("one", LARGEST)], server(), cost(), importance(0), Policy())
     assert Plan.from_json(made.to_json()).captured_importance == made.captured_importance
 
 
@@ -288,7 +288,7 @@ def test_a_hundred_different_clients_are_planned() -> None:
         )
         for i in range(100)
     ]
-    made = plan(clients, server(1e12, 1e12), cost(), importance(0), Policy())
+    made = make_plan(clients, server(1e12, 1e12), cost(), importance(0), Policy())
     assert len(made.available) == 100
 
 
@@ -298,7 +298,7 @@ def test_layers_behind_a_slow_link_have_to_be_worth_a_rounds_exchange() -> None:
 
     def at(local_steps: int) -> Plan:
         model = CostModel(tiny_config("llama"), JOB.model_copy(update={"local_steps": local_steps}))
-        return plan(slow.clients, slow.server, model, slow.scores, Policy(ranks=8))
+        return make_plan(slow.clients, slow.server, model, slow.scores, Policy(ranks=8))
 
     often, seldom = at(2), at(10_000)
     assert often.client("slow").split == 1 < (seldom.client("slow").split or 0)

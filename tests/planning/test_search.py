@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import hsplit.planning.search as search
-from hsplit.config import Policy, ServerSpec
+from hsplit.config import Policy, ServerConfig
 from hsplit.planning.deadlines import TOTAL, DeadlineScan, Worth
 from hsplit.planning.moves import Moves, server_prices
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import plan
+from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import RANK_RULES
 from tests.planning.test_planner import JOB, LARGEST, SMALLEST, client, cost, importance, objective, server
@@ -30,13 +30,13 @@ def many_clients(count: int, seed: int = 0) -> list:
     ]
 
 
-def problem_of(clients: list, deep: ServerSpec = AMPLE, labels: str = "server", coupled: bool = False) -> Problem:
+def problem_of(clients: list, deep: ServerConfig = AMPLE, labels: str = "server", coupled: bool = False) -> Problem:
     return Problem(
         clients, deep, cost(labels), importance(0), RANKS, RANK_RULES["uniform" if coupled else "importance"]
     )
 
 
-def short_of_memory(clients: list, made: Plan) -> ServerSpec:
+def short_of_memory(clients: list, made: Plan) -> ServerConfig:
     return server(made.server.predicted_bytes * 0.9, 1e12)
 
 
@@ -90,7 +90,7 @@ def test_estimates_are_exact_where_the_server_has_room_for_all_ranks(coupled: bo
 @pytest.mark.parametrize("ranks", ["importance", "uniform"])
 def test_no_single_move_improves_a_large_plan(ranks: str) -> None:
     clients = many_clients(150)
-    made = plan(clients, AMPLE, cost(), importance(0), Policy(ranks=ranks))
+    made = make_plan(clients, AMPLE, cost(), importance(0), Policy(ranks=ranks))
     problem = problem_of(clients, coupled=ranks == "uniform")
     moves = Moves(problem, np.array([c.split for c in made.clients]))
     rows, targets = np.nonzero(np.isfinite(moves.estimate))
@@ -100,9 +100,9 @@ def test_no_single_move_improves_a_large_plan(ranks: str) -> None:
 
 def test_the_most_promising_moves_do_not_improve_a_large_plan_at_a_server_short_of_memory() -> None:
     clients = many_clients(150)
-    made = plan(clients, AMPLE, cost(), importance(0), Policy())
+    made = make_plan(clients, AMPLE, cost(), importance(0), Policy())
     deep = short_of_memory(clients, made)
-    tight = plan(clients, deep, cost(), importance(0), Policy())
+    tight = make_plan(clients, deep, cost(), importance(0), Policy())
     assert 0 < objective(tight) < objective(made)
     assert tight.server.predicted_bytes <= deep.memory_bytes
     problem = problem_of(clients, deep)
@@ -114,29 +114,29 @@ def test_the_most_promising_moves_do_not_improve_a_large_plan_at_a_server_short_
 
 def test_large_instances_too_have_one_plan_and_never_lose_by_a_larger_budget() -> None:
     clients = many_clients(200)
-    deep = short_of_memory(clients, plan(clients, AMPLE, cost(), importance(0), Policy()))
-    before = plan(clients, deep, cost(), importance(0), Policy())
-    assert before == plan(clients, deep, cost(), importance(0), Policy())
+    deep = short_of_memory(clients, make_plan(clients, AMPLE, cost(), importance(0), Policy()))
+    before = make_plan(clients, deep, cost(), importance(0), Policy())
+    assert before == make_plan(clients, deep, cost(), importance(0), Policy())
     grown = [c.model_copy(update={"memory_gb": c.memory_gb * 1.3}) for c in clients]
-    after = plan(grown, deep, cost(), importance(0), Policy(), before)
+    after = make_plan(grown, deep, cost(), importance(0), Policy(), before)
     assert objective(after) >= objective(before) * (1 - 1e-9)
 
 
 def test_with_its_work_used_up_the_search_keeps_the_best_start(monkeypatch: pytest.MonkeyPatch) -> None:
     clients = many_clients(30)
-    best = plan(clients, AMPLE, cost(), importance(0), Policy())
+    best = make_plan(clients, AMPLE, cost(), importance(0), Policy())
     monkeypatch.setattr(search, "MAX_PAIRS", 0)
-    made = plan(clients, AMPLE, cost(), importance(0), Policy())
+    made = make_plan(clients, AMPLE, cost(), importance(0), Policy())
     problem = problem_of(clients)
     starts = DeadlineScan(problem).deepest(search.MAX_DEADLINES)[:, problem.kind]
     assert objective(made) >= problem.objective(problem.state(starts)).max() * (1 - 1e-9)
-    assert objective(plan(clients, AMPLE, cost(), importance(0), Policy(), best)) == pytest.approx(objective(best))
+    assert objective(make_plan(clients, AMPLE, cost(), importance(0), Policy(), best)) == pytest.approx(objective(best))
 
 
 def test_equal_holders_share_their_ranks_and_shares_add_up_to_one() -> None:
     clients = [client(f"c{i}", LARGEST / 2) for i in range(4)]
     for policy in (Policy(), Policy(ranks="uniform")):
-        made = plan(clients, AMPLE, cost(), importance(0), policy)
+        made = make_plan(clients, AMPLE, cost(), importance(0), policy)
         assert sum(part.captured_share for part in (made.server, *made.clients)) == pytest.approx(1)
         assert all(part.captured_share > 0 for part in made.clients)
     same = [part.ranks for part in made.clients if part.split == made.clients[0].split]

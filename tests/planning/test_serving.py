@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec
+from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.serving import cohorts, counts_at_first, counts_of_deepest, served_by
 from hsplit.planning.importance import equal_importance
-from hsplit.planning.planner import plan
+from hsplit.planning.planner import make_plan
 from tests.tiny import LAYERS, tiny_config
 
 JOB = Job(dtype="fp32", base="nf4", batch_size=2, max_length=16)
@@ -61,16 +61,16 @@ def test_clients_are_dealt_out_in_turn_from_the_shallowest_split() -> None:
 
 def _run(clients: int, replicas: int = 1, memory_gb: float = 1.0, **job: int) -> RunConfig:
     found = tuple(
-        Client(name=f"c{i}", kind="c", memory_gb=0.0012 + 0.0004 * (i % 3), tflops=1e-3 * (1 + i % 2))
+        ClientConfig(name=f"c{i}", kind="c", memory_gb=0.0012 + 0.0004 * (i % 3), tflops=1e-3 * (1 + i % 2))
         for i in range(clients)
     )
-    server = ServerSpec(memory_gb=memory_gb, tflops=1e-3, replicas=replicas)
+    server = ServerConfig(memory_gb=memory_gb, tflops=1e-3, replicas=replicas)
     return RunConfig(clients=found, server=server, job=JOB.model_copy(update=job))
 
 
 def _plan_of(run: RunConfig) -> tuple[CostModel, object]:
     cost = CostModel.of_run(tiny_config("llama"), run)
-    return cost, plan(run.clients, run.server, cost, equal_importance(cost.model.weights), Policy())
+    return cost, make_plan(run.clients, run.server, cost, equal_importance(cost.model.weights), Policy())
 
 
 @pytest.mark.parametrize(("replicas", "training"), [(2, None), (3, None), (1, 4), (2, 5)])

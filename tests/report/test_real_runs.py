@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec
+from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.observe.events import read_events
 from hsplit.report.record import load_run
@@ -29,8 +29,8 @@ NAMES = ("phone", "laptop")
 
 def a_run(policy: dict[str, Any]) -> RunConfig:
     return RunConfig(
-        clients=tuple(Client(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in NAMES),
-        server=ServerSpec(),
+        clients=tuple(ClientConfig(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in NAMES),
+        server=ServerConfig(),
         job=Job.model_validate(JOB),
         policy=Policy.model_validate({"name": "tested", "importance": {"metric": "equal"}, **policy}),
     )

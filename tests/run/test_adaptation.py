@@ -10,7 +10,7 @@ import pytest
 
 from hsplit.actors.executor import ActorFailure
 from hsplit.api import change_budget
-from hsplit.config import Client, Job, Policy, RunConfig, ScheduledChange, ServerSpec
+from hsplit.config import ClientConfig, Job, Policy, RunConfig, ScheduledChange, ServerConfig
 from hsplit.errors import InputError
 from hsplit.models.segment import model_config
 from hsplit.observe.events import read_events
@@ -39,12 +39,12 @@ def a_run(model: Path, policy: Policy | None = None, **schedule: tuple[Scheduled
     """Three clients with room for one, two and all layers; fast ones, so that deep splits pay."""
     sizes = {"small": bytes_for(model, 1, 8), "middle": bytes_for(model, 2, 16), "large": bytes_for(model, LAYERS, 32)}
     clients = tuple(
-        Client(name=n, kind=n, memory_gb=size * 1.001 / 1e9, tflops=1.0, schedule=schedule.get(n, ()))
+        ClientConfig(name=n, kind=n, memory_gb=size * 1.001 / 1e9, tflops=1.0, schedule=schedule.get(n, ()))
         for n, size in sizes.items()
     )
     return RunConfig(
         clients=clients,
-        server=ServerSpec(memory_gb=1.0, tflops=0.001),
+        server=ServerConfig(memory_gb=1.0, tflops=0.001),
         job=JOB,
         policy=policy or Policy(),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.config import Client, Job, Policy, RunConfig
+from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import read_metrics
@@ -35,7 +35,7 @@ def a_run(model: Path, to: Path, words: dict[str, str], **job: Any) -> Coordinat
     for name, word in words.items():
         file = to / f"{name}.csv"
         file.write_text("prompt,response\n" + "".join(f"w{number + 2},{word}\n" for number in range(12)))
-        clients.append(Client(name=name, kind=name, memory_gb=0.3, tflops=1.0, data=str(file)))
+        clients.append(ClientConfig(name=name, kind=name, memory_gb=0.3, tflops=1.0, data=str(file)))
     settings = {"base": "fp32", "dtype": "fp32", "rounds": 2, "local_steps": 2, "max_length": 32, "model": str(model)}
     run = RunConfig(clients=tuple(clients), job=Job.model_validate({**settings, **job}), policy=Policy())
     return planned_run(run, model, RunDirectory.create(to / "runs", "run"), dict.fromkeys(words), Recorder())

@@ -12,7 +12,7 @@ import yaml
 
 from hsplit.actors.executor import ActorFailure
 from hsplit.api import _failing_well
-from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec
+from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig
 from hsplit.errors import InputError, RunError
 from hsplit.observe.events import read_events
 from hsplit.run.checkpoint import read_checkpoint
@@ -31,9 +31,9 @@ def a_run(model: Path, to: Path, policy: str = "hsplitlora", **job: Any) -> Coor
     """Three clients, one of which holds little."""
     how = Policy.model_validate({"name": policy, **yaml.safe_load((POLICIES / f"{policy}.yaml").read_text())})
     sizes = {"large": 0.3, "small": 0.0011, "middle": 0.2}
-    clients = tuple(Client(name=name, kind=name, memory_gb=size, tflops=1.0) for name, size in sizes.items())
+    clients = tuple(ClientConfig(name=name, kind=name, memory_gb=size, tflops=1.0) for name, size in sizes.items())
     settings = Job.model_validate({**SETTINGS, **job})
-    run = RunConfig(clients=clients, server=ServerSpec(memory_gb=1.0, tflops=0.001), job=settings, policy=how)
+    run = RunConfig(clients=clients, server=ServerConfig(memory_gb=1.0, tflops=0.001), job=settings, policy=how)
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(clients)}
     directory = RunDirectory.create(to, "run")
     run.save(directory.config)
@@ -127,7 +127,7 @@ def test_a_checkpoint_worse_than_the_start_is_not_advised(models: dict[str, Path
 
 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
-@pytest.mark.parametrize("where", ["validation_forward", "hand_in", "backward"])
+@pytest.mark.parametrize("where", ["validation_forward", "collect", "backward"])
 def test_a_client_alone_that_is_not_finite_is_lost_and_no_divergence(
     models: dict[str, Path], tmp_path: Path, base: str, where: str
 ) -> None:
@@ -153,7 +153,7 @@ def test_a_client_that_stays_not_finite_is_set_aside_and_the_rate_is_named(
     made = a_run(models["llama"], tmp_path, faults={"max_failures": 1})
 
     def poison(actor: str, method: str, client: Any) -> None:
-        if (actor, method) == ("middle", "hand_in"):
+        if (actor, method) == ("middle", "collect"):
             with torch.no_grad():
                 client.holder.adapters.flat[0] = float("inf")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hsplit.config import Client, Job, Policy, RunConfig
-from hsplit.config.cluster import ServerSpec
+from hsplit.config import ClientConfig, Job, Policy, RunConfig
+from hsplit.config.cluster import ServerConfig
 from hsplit.observe.tables import TimingRow, read_rows
 from hsplit.run.coordinator import Coordinator
 from hsplit.run_directory import RunDirectory
@@ -22,7 +22,7 @@ STEPS = 2
 def _run(model: Path, to: Path, recorder: Recorder, policy: str = "hsplitlora", **changes: Any) -> Coordinator:
     settings = {"base": "fp32", "dtype": "fp32", "rounds": 1, "local_steps": STEPS, "max_length": 16, **changes}
     clients = tuple(
-        Client(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1e-3 * (i + 1), bandwidth_mbps=20, latency_ms=1)
+        ClientConfig(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1e-3 * (i + 1), bandwidth_mbps=20, latency_ms=1)
         for i in range(2)
     )
     placement = "full" if policy == "fedlora" else "split"
@@ -31,7 +31,7 @@ def _run(model: Path, to: Path, recorder: Recorder, policy: str = "hsplitlora", 
         rules |= {"ranks": "uniform", "aggregation": "fedavg", "init": "shared"}
     run = RunConfig(
         clients=clients,
-        server=ServerSpec(memory_gb=1.0, tflops=1e-3),
+        server=ServerConfig(memory_gb=1.0, tflops=1e-3),
         job=Job.model_validate({"model": str(model), "clock": "emulated", **settings}),
         policy=Policy.model_validate({"name": policy, "importance": {"metric": "equal"}, **rules}),
     )

@@ -25,7 +25,7 @@ from tests.in_process import Recorder, coordinator, fixed_plan, holders_of, rand
 CLIENTS = 3
 SETTINGS: dict[str, Any] = {"base": "fp32", "rounds": 3, "local_steps": 3, "lr": 1e-2, "batch_size": 2}
 FULL_FINE_TUNING = yaml.safe_load((Path(__file__).parents[2] / "policies" / "ft.yaml").read_text()) | {"name": "ft"}
-SPLIT_PHASES = ("forward", "backward", "hand_in", "restart", "validation_forward", "state")
+SPLIT_PHASES = ("forward", "backward", "collect", "restart", "validation_forward", "state")
 
 
 def run_with(
@@ -69,7 +69,7 @@ def test_a_client_that_dies_in_any_phase_is_back_for_the_next_round(
     models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], phase: str, kind: str
 ) -> None:
     # In the second round, where each phase has been gone through before.
-    nth = {"forward": 5, "backward": 5, "hand_in": 2, "restart": 3, "validation_forward": 3, "state": 3}[phase]
+    nth = {"forward": 5, "backward": 5, "collect": 2, "restart": 3, "validation_forward": 3, "state": 3}[phase]
     fault = Fault("c1", phase, nth, kind)
     run = run_with(models["llama"], tmp_path, fault)
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ def undisturbed_servers(models: dict[str, Path], tmp_path_factory: pytest.TempPa
     [
         ("server-1", "configure", 1),
         ("server-1", "train_step", 5),
-        ("server-1", "hand_in", 2),
+        ("server-1", "collect", 2),
         ("server-1", "restart", 3),
         ("server-1", "evaluate", 3),
         ("server-1", "state", 3),
@@ -182,7 +182,7 @@ def test_a_server_that_loses_its_last_client_in_mid_step_takes_the_step(
     stepped = []
 
     def watch(actor: str, method: str, instance: Any) -> None:
-        if actor == "server-1" and method == "hand_in":
+        if actor == "server-1" and method == "collect":
             stepped.append((dict(instance._step_tokens), float(instance.adapters.flat.grad.abs().sum())))
             stepped.append(instance.holder.tokens.by_layer())
 
@@ -214,7 +214,7 @@ def test_the_only_client_of_a_round_may_be_lost_in_mid_step(models: dict[str, Pa
 def test_with_recovery_by_repeating_a_dead_client_changes_no_number(
     models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], phase: str
 ) -> None:
-    nth = 2 if phase == "hand_in" else 3
+    nth = 2 if phase == "collect" else 3
     run = run_with(models["llama"], tmp_path, Fault("c1", phase, nth), faults={"recovery": "repeat"})
     assert metrics(run) == undisturbed
     assert len(told(run, "repeated")) == 1 and not told(run, "lost")
@@ -264,7 +264,7 @@ def test_what_cannot_be_right_is_refused_by_name(models: dict[str, Path], tmp_pa
 
 def test_adapters_that_are_no_numbers_are_not_aggregated(models: dict[str, Path], tmp_path: Path) -> None:
     def poison(actor: str, method: str, client: Any) -> None:
-        if (actor, method) == ("c0", "hand_in") and not poisoned:
+        if (actor, method) == ("c0", "collect") and not poisoned:
             poisoned.append(True)
             with torch.no_grad():
                 client.holder.adapters.flat[-1] = float("inf")
@@ -314,7 +314,7 @@ def test_if_everybody_is_late_nobody_is_left_out(models: dict[str, Path], tmp_pa
 
 
 def test_a_client_that_never_answers_is_lost_after_a_while(models: dict[str, Path], tmp_path: Path) -> None:
-    run = run_with(models["llama"], tmp_path, Fault("c1", "hand_in", 2, "hang"))
+    run = run_with(models["llama"], tmp_path, Fault("c1", "collect", 2, "hang"))
     (lost,) = told(run, "lost")
     assert (lost["client"], lost["kind"]) == ("c1", "late")
 
@@ -352,12 +352,12 @@ def test_out_of_memory_gives_a_smaller_plan(
     models: dict[str, Path], tmp_path: Path, fault: Fault, recovery: str, smaller_from: int
 ) -> None:
     """The run's own scheduler: less for who ran out of memory, from the next plan on."""
-    from hsplit.config import Client, RunConfig
+    from hsplit.config import ClientConfig, RunConfig
     from tests.in_process import planned_run
 
     job = Job.model_validate({**SETTINGS, "dtype": "fp32", "max_length": 32, "rank_set": [1, 2, 4]})
     job = Job.model_validate({**job.model_dump(), "faults": {"recovery": recovery}})
-    clients = tuple(Client(name=f"c{i}", kind=f"c{i}", memory_gb=0.0014, tflops=0.01) for i in range(2))
+    clients = tuple(ClientConfig(name=f"c{i}", kind=f"c{i}", memory_gb=0.0014, tflops=0.01) for i in range(2))
     run_config = RunConfig(clients=clients, job=job)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
     made = planned_run(run_config, models["llama"], RunDirectory.create(tmp_path, "short"), shares, Recorder())
@@ -379,13 +379,13 @@ def short_run(
     model: Path, to: Path, fault: Fault, server: tuple[float, float], client_gb: float = 0.0014, max_failures: int = 3
 ) -> Coordinator:
     """A run of two clients, by its own plans, in which ``fault`` is to happen; ``server``: its memory and TFLOP/s."""
-    from hsplit.config import Client, RunConfig, ServerSpec
+    from hsplit.config import ClientConfig, RunConfig, ServerConfig
     from tests.in_process import planned_run
 
     settings = {**SETTINGS, "dtype": "fp32", "max_length": 32, "rank_set": [1, 2, 4]}
     job = Job.model_validate({**settings, "faults": {"max_failures": max_failures}})
-    clients = tuple(Client(name=f"c{i}", kind=f"c{i}", memory_gb=client_gb, tflops=0.01) for i in range(2))
-    config = RunConfig(server=ServerSpec(memory_gb=server[0], tflops=server[1]), clients=clients, job=job)
+    clients = tuple(ClientConfig(name=f"c{i}", kind=f"c{i}", memory_gb=client_gb, tflops=0.01) for i in range(2))
+    config = RunConfig(server=ServerConfig(memory_gb=server[0], tflops=server[1]), clients=clients, job=job)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
     made = planned_run(config, model, RunDirectory.create(to, "short"), shares, Recorder())
     return reached_by(FaultyInProcess(made._executor, [fault]), made)  # type: ignore[arg-type]
@@ -509,13 +509,13 @@ def test_a_client_lost_when_the_run_is_stopped_is_back_after_the_resume(
 
 def test_a_single_node_that_dies_after_its_round_repeats_it(models: dict[str, Path], tmp_path: Path) -> None:
     """It alone has what was learned: a round without it would be one that has trained nothing."""
-    from hsplit.config import Client, RunConfig
+    from hsplit.config import ClientConfig, RunConfig
     from tests.in_process import planned_run
 
     found = []
     for name, faults in (("whole", []), ("hit", [Fault("central", "validate", 3)])):
         job = Job.model_validate({**SETTINGS, "dtype": "fp32", "max_length": 32})
-        clients = tuple(Client(name=f"c{i}", kind=f"c{i}", memory_gb=1.0, tflops=0.01) for i in range(2))
+        clients = tuple(ClientConfig(name=f"c{i}", kind=f"c{i}", memory_gb=1.0, tflops=0.01) for i in range(2))
         config = RunConfig(clients=clients, job=job, policy=Policy.model_validate(FULL_FINE_TUNING))
         shares = {f"c{i}": random_examples(24, seed=i) for i in range(2)}
         made = planned_run(config, models["llama"], RunDirectory.create(tmp_path, name), shares, Recorder())

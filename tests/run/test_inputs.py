@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import hsplit.run.inputs
-from hsplit.actors.client import Client as ClientActor
+from hsplit.actors.client import ClientConfig as ClientActor
 from hsplit.actors.participant import base_model
-from hsplit.config import Client, Job, Policy, RunConfig
+from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.config.job import DataSpec
 from hsplit.errors import InputError
 from hsplit.models.segment import load_tokenizer
@@ -37,7 +37,7 @@ def run_of(data: Path | None, *, own: Path | None = None, spec: dict[str, Any] |
     source = {} if data is None else {"source": str(data)}
     made = Job.model_validate({"dtype": "fp32", "data": {**source, **(spec or {})}, **job})
     clients = tuple(
-        Client(name=name, kind=name, memory_gb=1.0, tflops=1.0, data=None if own is None else str(own))
+        ClientConfig(name=name, kind=name, memory_gb=1.0, tflops=1.0, data=None if own is None else str(own))
         for name in ("a", "b")
     )
     return RunConfig(clients=clients, job=made)

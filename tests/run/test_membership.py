@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hsplit.actors.executor import InProcess
 from hsplit.api import join, leave
-from hsplit.config import Client, Job, Policy, RunConfig
+from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.lora.holder import Holder
 from hsplit.models.segment import model_config
@@ -170,7 +170,7 @@ def test_a_round_is_repeated_with_and_without_those_who_came_and_went(
 
         going, _ = asking(run, model, directory, {3: come_and_go})
         if name == "disturbed":
-            method = {"server": "train_step", "scheduler": "review"}.get(actor, "hand_in")
+            method = {"server": "train_step", "scheduler": "review"}.get(actor, "collect")
             nth = {"server": 6, "scheduler": 2, "tablet": 1, "large": 3}[actor]
             faulty = FaultyInProcess(going._executor, [Fault(actor, method, nth)])  # type: ignore[arg-type]
             going = reached_by(faulty, going)
@@ -518,4 +518,4 @@ def test_a_lost_clients_place_is_taken_by_the_next_in_the_draw(model: Path, tmp_
 
 def test_client(model: Path) -> None:
     """The newcomer of these tests is a client that a cluster file could have."""
-    assert Client.model_validate({**newcomer(model, Path("/x.csv")), "kind": "tablet"}).data == "/x.csv"
+    assert ClientConfig.model_validate({**newcomer(model, Path("/x.csv")), "kind": "tablet"}).data == "/x.csv"

@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec, load_run_config
+from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig, load_run_config
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Batch
 from hsplit.errors import InputError
@@ -43,10 +43,10 @@ def _double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_run(policy: dict[str, Any], **job: Any) -> RunConfig:
     settings = {"dtype": "fp32", "wire": "fp32", "clip": None, "alpha": ALPHA, "lr": LR, "max_length": 24, **job}
-    clients = tuple(Client(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in NAMES)
+    clients = tuple(ClientConfig(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in NAMES)
     policy = {"name": "tested", "importance": {"metric": "equal"}, **policy}
     return RunConfig(
-        clients=clients, server=ServerSpec(), job=Job.model_validate(settings), policy=Policy.model_validate(policy)
+        clients=clients, server=ServerConfig(), job=Job.model_validate(settings), policy=Policy.model_validate(policy)
     )
 
 
@@ -205,7 +205,7 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
     assert not plans[plans["name"] == "c1"]["available"].any()
     # Nothing of a step travels: only adapters do, once.
     assert recorder.rows[0].bytes_up == 0
-    sent = sum(actors(made)[name].hand_in()[1].nbytes for name in ("c0", "c2"))
+    sent = sum(actors(made)[name].collect()[1].nbytes for name in ("c0", "c2"))
     assert recorder.rows[1].bytes_up == sent
 
 
@@ -218,7 +218,7 @@ def test_self_pruning_gives_up_ranks_and_sends_less(models: dict[str, Path], tmp
         made = started(a_run(settings, rounds=4, local_steps=3), models["llama"], tmp_path / name, recorder)
         made.run()
         sent.append([row.bytes_up for row in recorder.rows[1:]])
-        ranks = {rank for held in ("c0", "c1", "c2") for rank in actors(made)[held].hand_in()[1].ranks.values()}
+        ranks = {rank for held in ("c0", "c1", "c2") for rank in actors(made)[held].collect()[1].ranks.values()}
         assert (ranks == {4}) == (name == "kept")
     assert len(set(sent[0])) == 1
     assert sent[1][-1] < sent[0][-1]

@@ -13,8 +13,8 @@ import torch
 
 from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
-from hsplit.config import SCHEDULER, Job, Policy, RunConfig, ServerSpec
-from hsplit.config import Client as ClientConfig
+from hsplit.config import SCHEDULER, Job, Policy, RunConfig, ServerConfig
+from hsplit.config import ClientConfig as ClientConfig
 from hsplit.data import Example
 from hsplit.errors import InputError
 from hsplit.run.coordinator import Inputs
@@ -64,7 +64,7 @@ LEAVES = {
     },
     "validation_forward": _ACTIVATIONS | _REPORT,
     "validation_tail": {f"LossReport.{field}" for field in _LOSS},
-    "hand_in": {
+    "collect": {
         "int: int",  # bytes
         "HeldAdapters.holder: str",
         "HeldAdapters.layers{}.key: str",
@@ -147,7 +147,7 @@ def recorded_run(
         ClientConfig(name=name, kind=name, memory_gb=1.0, tflops=1.0, data=str(files[name]) if own else None)
         for name in CLIENTS
     )
-    run = RunConfig(server=ServerSpec(), clients=clients, job=job, policy=Policy(name="hsplitlora"))
+    run = RunConfig(server=ServerConfig(), clients=clients, job=job, policy=Policy(name="hsplitlora"))
     plan, other = (fixed_plan(model, job, splits, [2, 4], 4) for splits in ([1, 3], [2, 1]))
     inputs = Inputs(dict.fromkeys(CLIENTS) if own else shares, "model", "data")
     directory = RunDirectory.create(to, "run")
@@ -167,7 +167,7 @@ def test_with_labels_at_home_no_id_and_no_text_leaves_a_client(
     run = recorded_run(models["llama"], tmp_path, monkeypatch, microbatches=microbatches, labels="client")
     methods = {p.method for p in run.returned()}
     assert methods >= {"forward", "tail", "backward", "probe_forward", "probe_tail", "probe_backward"}
-    assert methods >= {"validation_forward", "validation_tail", "hand_in", "reconfigure", "state", "peak_bytes"}
+    assert methods >= {"validation_forward", "validation_tail", "collect", "reconfigure", "state", "peak_bytes"}
     assert {p.actor for p in run.passed} == {*CLIENTS, "server", SCHEDULER}
     for value in run.outside():
         assert not run.secrets.ids_in(value), (value.actor, value.method, value.way)

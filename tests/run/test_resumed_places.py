@@ -15,7 +15,7 @@ from hsplit.api import resume
 from hsplit.cluster import placement, preflight
 from hsplit.cluster.placement import Placement, left_by, placement_of, requests_of, room_for
 from hsplit.cluster.ray_session import local_cpus
-from hsplit.config import Client, Job, RunConfig, ServerSpec
+from hsplit.config import ClientConfig, Job, RunConfig, ServerConfig
 from hsplit.errors import InputError
 from hsplit.run.checkpoint import save_checkpoint
 from hsplit.run.state import Member, RunState, Status
@@ -23,8 +23,8 @@ from hsplit.run_directory import RunDirectory
 from tests.cluster.test_placement import node
 
 
-def a_client(name: str, **fields: Any) -> Client:
-    return Client(name=name, kind=name, memory_gb=1, tflops=1, **fields)
+def a_client(name: str, **fields: Any) -> ClientConfig:
+    return ClientConfig(name=name, kind=name, memory_gb=1, tflops=1, **fields)
 
 
 class LookedAt(Exception):
@@ -75,7 +75,7 @@ def test_who_takes_part_must_be_there(stopped: RunDirectory) -> None:
 @pytest.mark.parametrize(("count", "cpus"), [(5, 1.0), (1, 0.1), (2, 8.0)])
 def test_a_local_ray_has_room_for_who_joins(count: int, cpus: float) -> None:
     clients = tuple(a_client(f"c{number}", num_cpus=cpus) for number in range(count))
-    run = RunConfig(server=ServerSpec(num_cpus=2, replicas=2), clients=clients)
+    run = RunConfig(server=ServerConfig(num_cpus=2, replicas=2), clients=clients)
     nodes = [node("n1", local_cpus(run))]
     placed = placement_of(nodes, requests_of(run)).nodes
     taken = [(placed[name].id, holder) for name, holder in requests_of(run)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsplit.config import Client, Job, Policy, RunConfig, ServerSpec, load_run_config
+from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig, load_run_config
 from hsplit.config.cluster import ScheduledChange
 from hsplit.errors import InputError
 from hsplit.planning.cost.serving import drawn_cohort
@@ -22,13 +22,13 @@ from tests.in_process import Recorder, planned_run, random_examples
 
 def a_run(model: Path, policy: str = "splitlora", count: int = 3, servers: int = 1, **job: Any) -> RunConfig:
     clients = tuple(
-        Client(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1e-3 * (i + 1), bandwidth_mbps=20 + i, latency_ms=1)
+        ClientConfig(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1e-3 * (i + 1), bandwidth_mbps=20 + i, latency_ms=1)
         for i in range(count)
     )
     settings = {"base": "fp32", "dtype": "fp32", "rounds": 3, "local_steps": 2, "max_length": 16, **job}
     return RunConfig(
         clients=clients,
-        server=ServerSpec(memory_gb=1.0, tflops=1e-3, replicas=servers),
+        server=ServerConfig(memory_gb=1.0, tflops=1e-3, replicas=servers),
         job=Job.model_validate({"model": str(model), **settings}),
         policy=load_run_config("hetero", policy).policy,
     )

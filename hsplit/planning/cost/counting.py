@@ -30,10 +30,10 @@ from hsplit.planning.cost.fake_layer import (
     LayerSetting,
     Linear,
     RotaryTables,
+    fake_rotary_tables,
     fill_layer,
     fill_parameters,
     full_packing,
-    rotary_tables,
     watch_linears,
 )
 
@@ -267,12 +267,12 @@ class LayerCounter:
 
     def rotary_bytes(self, setting: LayerSetting) -> int:
         """Bytes of the rotary tables that a segment's layers share."""
-        tables = rotary_tables(self.model, self._family, setting)
+        tables = fake_rotary_tables(self.model, self._family, setting)
         return 0 if tables is None else tables[0].nbytes + tables[1].nbytes
 
     def _run(self, index: int, kind: LayerKind, setting: LayerSetting) -> LayerRun:
         layer = copy.deepcopy(self.model.get_submodule(self._family.layer_name(index)))
-        tables = rotary_tables(self.model, self._family, setting)
+        tables = fake_rotary_tables(self.model, self._family, setting)
         with FakeTensorMode() as fake:
             segment = Segment(self._family, self._config, SegmentSpec(index, index + 1))
             segment.layers[str(index)] = layer

@@ -98,7 +98,7 @@ def full_packing(setting: LayerSetting) -> Packing:
     return Packing.of((setting.length,) * setting.rows)
 
 
-def rotary_tables(model: nn.Module, family: Family, setting: LayerSetting) -> tuple[Tensor, Tensor] | None:
+def fake_rotary_tables(model: nn.Module, family: Family, setting: LayerSetting) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines ``(1, n, d_head)`` that a segment's layers share, or ``None``."""
     if family.rotary is None:
         return None
