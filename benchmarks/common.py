@@ -29,8 +29,8 @@ from hsplit.models.source import ModelSource, find_model
 from hsplit.observe.observer import Observer, SilentDisplay
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator, Inputs
+from hsplit.run.in_process import local_run
 from hsplit.run.inputs import check_model, read_inputs, resolved_config
-from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 
 # Ray and matplotlib are imported by what needs them: most experiments use neither to the end.
@@ -244,7 +244,7 @@ def in_process(
 
     Args:
         model: directory.
-        how: as for :func:`~hsplit.run.local.local_run`.
+        how: as for :func:`~hsplit.run.in_process.local_run`.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = RunDirectory.create(Path(name), "run")

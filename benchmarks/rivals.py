@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hsplit.config import Job
 from hsplit.data import Batch, Example, collate
 from hsplit.data.batches import IGNORED
-from hsplit.data.local import LocalData
+from hsplit.data.local_data import LocalData
 from hsplit.models.segment import load_tokenizer
 
 

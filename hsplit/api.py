@@ -18,7 +18,7 @@ from hsplit.models.source import find_model
 from hsplit.observe.displays import display_for
 from hsplit.observe.logs import check_logs
 from hsplit.observe.observer import Observer
-from hsplit.observe.runs import results_lines, run_state
+from hsplit.observe.run_list import results_lines, run_state
 from hsplit.observe.tables import read_metrics
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.insight import Insight, explained

@@ -154,7 +154,7 @@ def resume(run: Path, overrides: tuple[str, ...], address: str | None, dashboard
 @click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
 def runs(runs_dir: Path, as_json: bool) -> None:
     """List the runs with their state: running, complete, stopped, failed or interrupted."""
-    from hsplit.observe.runs import list_runs, runs_table
+    from hsplit.observe.run_list import list_runs, runs_table
     from hsplit.observe.wording import printable
 
     found = list_runs(runs_dir)
@@ -239,13 +239,13 @@ def simulate(
     """Simulate a fleet of 10 to 100,000 clients without training: virtual time, server load, bytes, bottleneck."""
     from rich.console import Console
 
-    from hsplit.simulation.report import sweep_table
+    from hsplit.simulation.results import sweep_table
     from hsplit.simulation.sweep import sweep
 
     with status("simulating") as update:
         found = sweep(cluster, policy, overrides, cpu=cpu, **options, progress=update)
     if to is not None:
-        from hsplit.simulation.report import write_simulation
+        from hsplit.simulation.results import write_simulation
 
         write_simulation(found, to)
     if as_json:

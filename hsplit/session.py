@@ -26,7 +26,7 @@ from hsplit.observe.monitoring import announce, discovery_file
 from hsplit.observe.observer import Observer, Observers
 from hsplit.observe.progress_file import ProgressFile
 from hsplit.observe.ray_metrics import RayMetrics, metrics_address
-from hsplit.observe.runs import results_lines, way_on
+from hsplit.observe.run_list import results_lines, way_on
 from hsplit.planning.scheduler import Scheduler
 from hsplit.report.report import write_report
 from hsplit.run.checkpoint import read_state

@@ -16,10 +16,10 @@ from hsplit.models.segment import linear_shapes, model_config, targeted
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import PlanRow, read_rows
 from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.planning.planning_state import Fleet, PlanningState
 from hsplit.planning.scheduler import Review
-from hsplit.planning.state import Fleet, PlanningState
 from hsplit.run.coordinator import Coordinator, Inputs
-from hsplit.run.local import local_run
+from hsplit.run.in_process import local_run
 from hsplit.run_directory import RunDirectory
 from tests.tiny import WORDS
 

@@ -13,7 +13,7 @@ from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.measuring import measured_with_part
 from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
-from hsplit.data.local import LocalData
+from hsplit.data.local_data import LocalData
 from hsplit.errors import InputError
 from hsplit.lora.carried_moments import CarriedMoments
 from hsplit.lora.holder import Holder, RoundUpdate

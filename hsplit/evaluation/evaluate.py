@@ -14,11 +14,11 @@ from hsplit.actors.participant import chat_template
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.data import Example, TokenizedExample, check_ids, hold_out, read_examples, tokenize
-from hsplit.data.local import nothing_supervised
+from hsplit.data.local_data import nothing_supervised
 from hsplit.errors import InputError
 from hsplit.evaluation.generation import generate
 from hsplit.evaluation.perplexity import cross_entropy
-from hsplit.evaluation.report import Evaluation, Generation
+from hsplit.evaluation.score_report import Evaluation, Generation
 from hsplit.evaluation.scores import PERPLEXITY, SCORES, chosen_metrics, text_scores
 from hsplit.evaluation.targets import Target, kind_of, open_target
 from hsplit.models.packing import depends_on_length

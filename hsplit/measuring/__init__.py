@@ -1,4 +1,4 @@
 """What a machine really has, measured for a cluster file: compute on the model's layers, free memory, its link.
 
-Ray-free, and apart from the importance probe (``hsplit.run.importance_probe``), which measures weights.
+Ray-free, and apart from the importance probe (``hsplit.run.step``), which measures weights.
 """

@@ -32,9 +32,9 @@ from hsplit.errors import InputError, RunError, os_reason
 from hsplit.files import write_text_atomically
 from hsplit.measuring.cluster_file import Figure, Figures, load_unmeasured, measured_file
 from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, server_flops
+from hsplit.measuring.free_memory import HEADROOM, Place, shared_out
 from hsplit.measuring.gauge import Gauge
 from hsplit.measuring.link import SIZES, Link, measure_link
-from hsplit.measuring.memory import HEADROOM, Place, shared_out
 from hsplit.models.segment import check_checkpoint, model_config
 from hsplit.models.source import ModelReference, find_model
 from hsplit.observe.wording import NOTHING, printable

@@ -11,7 +11,7 @@ import torch
 from hsplit.actors.messages import WIRE_DTYPES, WireTensor
 from hsplit.config import Job, Policy
 from hsplit.measuring.compute import StepSeconds, StepWork
-from hsplit.measuring.memory import free_bytes
+from hsplit.measuring.free_memory import free_bytes
 from hsplit.models.segment import BaseModel
 from hsplit.planning.cost.fake_layer import LayerSetting
 
@@ -46,7 +46,7 @@ class Gauge:
         return name, f"{name} {boot}"
 
     def free_bytes(self) -> int:
-        """See :func:`hsplit.measuring.memory.free_bytes`."""
+        """See :func:`hsplit.measuring.free_memory.free_bytes`."""
         return free_bytes(self._device)
 
     def message(self, nbytes: int) -> tuple[int, WireTensor]:

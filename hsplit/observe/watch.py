@@ -18,7 +18,7 @@ from hsplit.observe.displays import Pace, display_for
 from hsplit.observe.events import RESERVED, ROUTINE_EVENTS, EventReader, plan_of
 from hsplit.observe.observer import Observer
 from hsplit.observe.progress_file import StepRecord, read_step_record
-from hsplit.observe.runs import BEGINNINGS, RunSummary, results_lines, run_state, way_on
+from hsplit.observe.run_list import BEGINNINGS, RunSummary, results_lines, run_state, way_on
 from hsplit.observe.tables import MetricsRow, PlanRow, Row, TimingRow, read_rows
 from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory, read_driver

@@ -15,7 +15,7 @@ from hsplit.errors import InputError
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.holders import FREEZABLE, planned, whole_model, worth_freezing
+from hsplit.planning.holder_plans import FREEZABLE, planned, whole_model, worth_freezing
 from hsplit.planning.plan import Plan
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule

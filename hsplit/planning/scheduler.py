@@ -16,7 +16,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import EQUAL, make_plan, smallest_part_bytes
-from hsplit.planning.state import Fleet, PlanningState, in_force
+from hsplit.planning.planning_state import Fleet, PlanningState, in_force
 
 # How much more than planned a holder is taken to need that ran out of memory, each time.
 _SHRINK = 1.25

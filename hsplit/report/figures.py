@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from hsplit.observe.tables import PHASES, MetricsRow, PlanRow
 from hsplit.observe.wording import number_text
-from hsplit.report.record import Holding, PlanHistory, RunRecord
+from hsplit.report.run_record import Holding, PlanHistory, RunRecord
 from hsplit.report.usage import HolderMemory, HolderSteps
 
 if TYPE_CHECKING:

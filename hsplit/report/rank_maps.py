@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hsplit.observe.wording import kind_labels, weight_place
 from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.report.figures import GRID, drawing_style, inline_svg
-from hsplit.report.record import PlanHistory
+from hsplit.report.run_record import PlanHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

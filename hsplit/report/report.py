@@ -20,7 +20,7 @@ from hsplit.report import figures
 from hsplit.report.figures import MAX_HOLDERS, WARNING
 from hsplit.report.page import render
 from hsplit.report.rank_maps import HolderGroup, RankMaps, after_text
-from hsplit.report.record import RunRecord, load_runs
+from hsplit.report.run_record import RunRecord, load_runs
 from hsplit.report.usage import HolderMemory, StepShares, holder_steps, memory_record, step_shares
 
 MAX_KINDS = 12

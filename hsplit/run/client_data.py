@@ -10,7 +10,7 @@ from hsplit.actors.participant import DataReport, Participant
 from hsplit.config import ClientConfig, Job
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
-from hsplit.data.local import nothing_supervised
+from hsplit.data.local_data import nothing_supervised
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
 from hsplit.planning.plan import Plan

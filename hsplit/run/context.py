@@ -15,7 +15,7 @@ from hsplit.observe.events import EventLog
 from hsplit.observe.observer import Observer
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.plan import Plan
-from hsplit.planning.state import Fleet, PlanningState
+from hsplit.planning.planning_state import Fleet, PlanningState
 from hsplit.run.client_data import ClientData
 from hsplit.run.state import RunState, Status
 from hsplit.run.step import training_of

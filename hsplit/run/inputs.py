@@ -167,7 +167,7 @@ def _check_count(count: int, clients: list[str], run: RunConfig) -> None:
 
 def _check_supervised(shares: dict[str, list[Example]], test: list[Example], run: RunConfig, tokenizer: Any) -> None:
     """Refuse shares that a client cannot train and validate on, and shared data without a token to predict."""
-    from hsplit.data.local import check_shares, has_example, nothing_supervised
+    from hsplit.data.local_data import check_shares, has_example, nothing_supervised
 
     job = run.job
     supervised = check_shares(shares, tokenizer, job)

@@ -14,7 +14,7 @@ from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.planning.cost.serving import drawn_cohort
 from hsplit.planning.plan import Plan
-from hsplit.planning.state import Fleet, PlanningState, Shortage
+from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
 
 FORM = 2
 """Of ``state.json``; another one is refused."""

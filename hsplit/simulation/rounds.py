@@ -14,8 +14,8 @@ from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import prefix
 from hsplit.planning.cost.serving import drawn_cohort
 from hsplit.planning.plan import HolderPlan, Plan
+from hsplit.planning.planning_state import Fleet, PlanningState
 from hsplit.planning.scheduler import Scheduler
-from hsplit.planning.state import Fleet, PlanningState
 from hsplit.simulation.fleet import Traffic, links
 
 

@@ -13,8 +13,8 @@ from hsplit.actors.server import Server
 from hsplit.config import SCHEDULER, SERVER
 from hsplit.lora.holder import HeldAdapters
 from hsplit.planning.plan import Plan
+from hsplit.planning.planning_state import PlanningState
 from hsplit.planning.scheduler import Scheduler
-from hsplit.planning.state import PlanningState
 
 
 def right(executor: Executor) -> None:

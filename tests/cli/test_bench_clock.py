@@ -14,8 +14,8 @@ from benchmarks.clock import table as clock_table
 from benchmarks.cpu_quota import PERIOD_US, CpuQuotas
 from hsplit.errors import InputError
 from hsplit.models.source import find_model
+from hsplit.run.in_process import local_run
 from hsplit.run.inputs import read_inputs
-from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder
 

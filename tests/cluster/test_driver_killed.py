@@ -20,7 +20,7 @@ import pytest
 
 from hsplit.cluster.janitor import MARK
 from hsplit.observe.events import read_events
-from hsplit.observe.runs import list_runs
+from hsplit.observe.run_list import list_runs
 from hsplit.observe.tables import read_metrics
 from tests.cluster.killing import without_wall_time
 

@@ -13,8 +13,8 @@ import hsplit
 from hsplit.config import load_run_config
 from hsplit.models.source import find_model
 from hsplit.observe.tables import read_plan
+from hsplit.run.in_process import local_run
 from hsplit.run.inputs import read_inputs, resolved_config
-from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, rows_of
 

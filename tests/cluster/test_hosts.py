@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.observe.runs import list_runs
+from hsplit.observe.run_list import list_runs
 from hsplit.observe.tables import read_metrics
 from tests.cluster.namespaces import Host, RayNode, environment, hosts, ray_on, unavailable
 from tests.errors import error_lines

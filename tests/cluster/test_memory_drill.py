@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from hsplit.observe.events import read_events
-from hsplit.observe.runs import run_state
+from hsplit.observe.run_list import run_state
 from hsplit.run_directory import RunDirectory
 from tests.errors import error_lines
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hsplit.observe.runs import run_state
+from hsplit.observe.run_list import run_state
 from hsplit.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from hsplit.cli import main
 from hsplit.experiments import load_experiment
 from hsplit.observe.events import read_events
-from hsplit.observe.runs import list_runs
+from hsplit.observe.run_list import list_runs
 from hsplit.observe.tables import read_metrics
 from tests.cluster.namespaces import RayNode, environment, hosts, ray_on, unavailable
 from tests.documents import ROOT, TUTORIALS, Block, blocks, commands

@@ -24,8 +24,8 @@ from hsplit.models import checkpoint_reader, packaged
 from hsplit.observe.progress_file import StepRecord
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.planning.plan import HolderPlan, Plan
-from hsplit.planning.state import PlanningState
-from hsplit.report import record
+from hsplit.planning.planning_state import PlanningState
+from hsplit.report import run_record as record
 from hsplit.run import inbox
 from hsplit.run.state import Member, RunState
 from hsplit.run_directory import Driver

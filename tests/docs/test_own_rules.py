@@ -20,8 +20,8 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.coordinator import Inputs
+from hsplit.run.in_process import local_run
 from hsplit.run.inputs import check_model
-from hsplit.run.local import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, random_examples
 from tests.tiny import LAYERS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.observe.runs import list_runs
+from hsplit.observe.run_list import list_runs
 from tests.documents import DOCS, ROOT, blocks
 
 pytestmark = pytest.mark.real

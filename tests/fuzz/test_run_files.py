@@ -20,10 +20,10 @@ from hsplit.errors import InputError
 from hsplit.export.export import export
 from hsplit.files import sha256_of, write_text_atomically
 from hsplit.observe.events import read_events
-from hsplit.observe.runs import list_runs, runs_table
+from hsplit.observe.run_list import list_runs, runs_table
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
-from hsplit.report.record import load_run
 from hsplit.report.report import write_report
+from hsplit.report.run_record import load_run
 from hsplit.run import inbox
 from hsplit.run.checkpoint import MANIFEST, STATE, latest_checkpoint, read_checkpoint
 from hsplit.run_directory import RunDirectory

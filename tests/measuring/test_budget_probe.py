@@ -17,8 +17,8 @@ from hsplit.config import RunConfig
 from hsplit.errors import InputError
 from hsplit.measuring.budget_probe import BudgetProbe, measure_budgets
 from hsplit.measuring.compute import StepSeconds, client_flops, server_flops
+from hsplit.measuring.free_memory import HEADROOM
 from hsplit.measuring.gauge import Gauge
-from hsplit.measuring.memory import HEADROOM
 from hsplit.models.segment import model_config
 from hsplit.planning.cost.model import CostModel
 

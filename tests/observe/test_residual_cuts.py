@@ -9,7 +9,7 @@ import pytest
 
 from hsplit.export.export import export
 from hsplit.observe.events import EventLog, read_events
-from hsplit.observe.runs import results_lines
+from hsplit.observe.run_list import results_lines
 from hsplit.observe.tables import cut_text, residual_cuts
 from hsplit.report.report import write_report
 from tests.finished_run import FinishedRun, finished_run

@@ -20,7 +20,7 @@ from hsplit.report.rank_maps import (
     mean_ranks,
     rounds_shown,
 )
-from hsplit.report.record import PlanHistory
+from hsplit.report.run_record import PlanHistory
 from tests.observe.conftest import KINDS, LAYERS
 from tests.report.test_report import Page
 

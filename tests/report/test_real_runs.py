@@ -10,7 +10,7 @@ import pytest
 from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.observe.events import read_events
-from hsplit.report.record import load_run
+from hsplit.report.run_record import load_run
 from hsplit.run.checkpoint import latest_checkpoint
 from hsplit.run.coordinator import Coordinator
 from hsplit.run_directory import RunDirectory

@@ -12,8 +12,8 @@ from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
 from hsplit.observe.tables import MetricsRow, MetricsTable
 from hsplit.planning.plan import Plan
-from hsplit.report.record import Holding, load_run, load_runs
 from hsplit.report.report import write_report
+from hsplit.report.run_record import Holding, load_run, load_runs
 from hsplit.run_directory import RunDirectory
 from tests.observe.conftest import metrics_row
 

@@ -8,8 +8,8 @@ import pytest
 
 from hsplit.errors import InputError
 from hsplit.observe.tables import PHASES, MetricsTable, PlanRow, TimingRow, read_rows
-from hsplit.report.record import load_run
 from hsplit.report.report import shares_text
+from hsplit.report.run_record import load_run
 from hsplit.report.usage import StepShares, holder_steps, memory_record, step_shares
 from hsplit.run_directory import RunDirectory
 from tests.observe.conftest import metrics_row

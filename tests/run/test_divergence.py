@@ -17,7 +17,7 @@ from hsplit.errors import InputError, RunError
 from hsplit.observe.events import read_events
 from hsplit.run.checkpoint import read_checkpoint
 from hsplit.run.coordinator import Coordinator
-from hsplit.run.local import local_run
+from hsplit.run.in_process import local_run
 from hsplit.run_directory import RunDirectory
 from tests.faulty import FaultyInProcess
 from tests.in_process import Recorder, planned_run, random_examples, reached_by

@@ -18,7 +18,7 @@ from hsplit.config import ClientConfig as ClientConfig
 from hsplit.data import Example
 from hsplit.errors import InputError
 from hsplit.run.coordinator import Inputs
-from hsplit.run.local import local_run
+from hsplit.run.in_process import local_run
 from hsplit.run_directory import RunDirectory
 from tests.in_process import FixedScheduler, Recorder, fixed_plan
 from tests.recording import Passed, Recording, Secrets, fields_of, text_in
@@ -126,7 +126,7 @@ def recorded_run(
         microbatches: of each batch.
         privacy: section of the job.
     """
-    monkeypatch.setattr("hsplit.run.local.InProcess", Recording)
+    monkeypatch.setattr("hsplit.run.in_process.InProcess", Recording)
     to.mkdir(exist_ok=True)
     shares = {name: long_examples(24, index) for index, name in enumerate(CLIENTS)}
     files = {name: to / f"{name}.txt" for name in CLIENTS}

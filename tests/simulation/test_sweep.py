@@ -19,7 +19,7 @@ from hsplit.config.files import find_preset
 from hsplit.errors import InputError
 from hsplit.models.segment import layer_count, model_config
 from hsplit.simulation.fleet import SHAPES, shape_directory
-from hsplit.simulation.report import COLUMNS, cells, sweep_table
+from hsplit.simulation.results import COLUMNS, cells, sweep_table
 from hsplit.simulation.sweep import Setting, Sweep, scaled_counts, sweep
 
 

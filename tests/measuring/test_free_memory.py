@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from hsplit.measuring.memory import HEADROOM, Place, cgroup_free_bytes, free_bytes, shared_out
+from hsplit.measuring.free_memory import HEADROOM, Place, cgroup_free_bytes, free_bytes, shared_out
 
 
 def _group(folder: Path, files: dict[str, object], stat: str) -> None:
@@ -47,10 +47,10 @@ def test_without_a_limit_there_is_none(tmp_path: Path) -> None:
 
 def test_a_host_has_no_more_than_its_group_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < free_bytes(torch.device("cpu")) < psutil.virtual_memory().total
-    monkeypatch.setattr("hsplit.measuring.memory.cgroup_free_bytes", lambda: 12345)
+    monkeypatch.setattr("hsplit.measuring.free_memory.cgroup_free_bytes", lambda: 12345)
     assert free_bytes(torch.device("cpu")) == 12345
     # Nothing left is a limit, too.
-    monkeypatch.setattr("hsplit.measuring.memory.cgroup_free_bytes", lambda: 0)
+    monkeypatch.setattr("hsplit.measuring.free_memory.cgroup_free_bytes", lambda: 0)
     assert free_bytes(torch.device("cpu")) == 0
 
 

@@ -12,7 +12,7 @@ from hsplit.config.files import displayed, read_json, read_yaml
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, plan_of, read_events
-from hsplit.observe.runs import State, last_state
+from hsplit.observe.run_list import State, last_state
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows, residual_cuts
 from hsplit.observe.wording import layer_of
 from hsplit.planning.plan import Plan

@@ -10,7 +10,7 @@ import pytest
 
 from hsplit.observe.events import read_events
 from hsplit.planning.plan import Plan
-from hsplit.report.record import PlanHistory, load_run, plan_history
+from hsplit.report.run_record import PlanHistory, load_run, plan_history
 from tests.observe.conftest import scores, write_decisions
 
 

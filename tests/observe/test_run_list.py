@@ -20,7 +20,7 @@ from hsplit.cli import main
 from hsplit.config import ClientConfig, Job, RunConfig
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
-from hsplit.observe.runs import list_runs, runs_table
+from hsplit.observe.run_list import list_runs, runs_table
 from hsplit.observe.tables import MetricsRow, MetricsTable
 from hsplit.run_directory import RunDirectory
 

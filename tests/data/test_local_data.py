@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hsplit.config import Job
 from hsplit.data import Example
-from hsplit.data.local import LocalData, check_shares, has_example
+from hsplit.data.local_data import LocalData, check_shares, has_example
 from hsplit.data.tokens import TokenizedExample
 from hsplit.errors import InputError
 from tests.tiny import tiny_tokenizer, wordless_tokenizer
