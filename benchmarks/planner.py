@@ -37,18 +37,18 @@ from rich.console import Console  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 from benchmarks.common import Table  # noqa: E402
-from hsplit.config import Job, Policy, load_run_config
-from hsplit.models.segment import model_config
-from hsplit.models.source import find_model
-from hsplit.observe.wording import number_text
-from hsplit.planning.cost.model import CostModel
-from hsplit.planning.holder_plans import planned
-from hsplit.planning.importance import equal_importance
-from hsplit.planning.plan import Plan
-from hsplit.planning.planner import EQUAL, make_plan
-from hsplit.planning.problem import Problem, budget_of
-from hsplit.planning.rank_rules import RANK_RULES
-from hsplit.run.inputs import resolved_config
+from hsplit.config import Job, Policy, load_run_config  # noqa: E402
+from hsplit.models.segment import model_config  # noqa: E402
+from hsplit.models.source import find_model  # noqa: E402
+from hsplit.observe.wording import number_text  # noqa: E402
+from hsplit.planning.cost.model import CostModel  # noqa: E402
+from hsplit.planning.holder_plans import planned  # noqa: E402
+from hsplit.planning.importance import equal_importance  # noqa: E402
+from hsplit.planning.plan import Plan  # noqa: E402
+from hsplit.planning.planner import EQUAL, make_plan  # noqa: E402
+from hsplit.planning.problem import Problem, budget_of  # noqa: E402
+from hsplit.planning.rank_rules import RANK_RULES  # noqa: E402
+from hsplit.run.inputs import resolved_config  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
