@@ -226,7 +226,7 @@ def test_what_has_no_gradient_left_to_score_does_not_end_a_run(models: dict[str,
 def test_how_far_a_step_goes_may_change_in_a_run_that_has_begun(
     models: dict[str, Path], tmp_path: Path, key: str
 ) -> None:
-    run = RunConfig.load(a_run(models["llama"], tmp_path).standing.directory.config)
+    run = RunConfig.load(a_run(models["llama"], tmp_path).context.directory.config)
     value = {"schedule": "cosine", "warmup": 1}.get(key, 0.25)
     changed, told = run.resumed_with([f"{key}={value}"])
     assert getattr(changed.job, key) == value and told[0].startswith(f"job.{key} is now ")
@@ -278,7 +278,7 @@ def test_a_resume_with_another_model_or_other_data_names_what_to_put_back(
     ],
 )
 def test_nothing_else_may(models: dict[str, Path], tmp_path: Path, given: str, reason: str) -> None:
-    run = RunConfig.load(a_run(models["llama"], tmp_path).standing.directory.config)
+    run = RunConfig.load(a_run(models["llama"], tmp_path).context.directory.config)
     with pytest.raises(InputError) as refused:
         run.resumed_with([given])
     assert reason in str(refused.value)
