@@ -59,7 +59,7 @@ def drive(
     from hsplit.cluster.ray_failures import RAY, failing_as
 
     own = own_code(run.policy)
-    with directory.driven(), _failing_well(directory, address) as course:
+    with directory.driven(), report_failures(directory, address) as course:
         begun_before = checkpoint is None and directory.events.exists()
         state = RunState() if checkpoint is None else read_state(checkpoint)
         others: list[Observer] = [
@@ -131,7 +131,7 @@ class _Course:
 
 
 @contextmanager
-def _failing_well(directory: RunDirectory, address: str | None = None) -> Iterator[_Course]:
+def report_failures(directory: RunDirectory, address: str | None = None) -> Iterator[_Course]:
     """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log.
 
     The traceback of what nothing foresaw is kept in the run's directory. Of a run of which nothing was begun nothing is
@@ -149,14 +149,14 @@ def _failing_well(directory: RunDirectory, address: str | None = None) -> Iterat
     except Exception as error:
         if not directory.events.exists():
             raise
-        what = _told(error, course, directory)
+        what = _describe(error, course, directory)
         _log_failure(directory, course, what)
         if isinstance(error, ActorFailure) and error.kind == "diverged" and course.coordinator is not None:
             raise RunError(f"{what}; {_way_on_with_smaller_steps(directory, address, course.coordinator)}") from error
         raise RunError(f"{what}; {way_on(directory, address)}") from error
 
 
-def _told(error: Exception, course: _Course, directory: RunDirectory) -> str:
+def _describe(error: Exception, course: _Course, directory: RunDirectory) -> str:
     """What ended a run, in one line."""
     if course.coordinator is None:
         return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))

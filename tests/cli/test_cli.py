@@ -11,10 +11,10 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner, Result
 
-from hsplit.api import _failing_well
 from hsplit.cli import main
 from hsplit.observe.events import EventLog
 from hsplit.run_directory import RunDirectory
+from hsplit.session import report_failures
 from tests.finished_run import finished_run
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_is_interrupted_at_once_says_how_to_go_on(
     (directory.checkpoints / "round-0001").mkdir()
 
     def interrupted(*_: object, **__: object) -> None:
-        with _failing_well(directory):
+        with report_failures(directory):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("hsplit.api.launch", interrupted)

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hsplit.api import _failing_well, _left_out_if_refused
 from hsplit.cli import main
 from hsplit.errors import InputError, RunError
 from hsplit.observe.events import EventLog, read_events
 from hsplit.run_directory import RunDirectory
+from hsplit.session import remove_if_refused, report_failures
 from hsplit.tracebacks import unexpected
 
 # Enough arguments for each command to begin.
@@ -95,7 +95,7 @@ def test_where_the_folder_cannot_be_written_it_is_a_temporary_file(temporary: Pa
 
 
 def raise_in_a_run(directory: RunDirectory, error: BaseException) -> None:
-    with _left_out_if_refused(directory), _failing_well(directory):
+    with remove_if_refused(directory), report_failures(directory):
         raise error
 
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from hsplit.actors.executor import ActorFailure
-from hsplit.api import _failing_well
 from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig
 from hsplit.errors import InputError, RunError
 from hsplit.observe.events import read_events
@@ -19,6 +18,7 @@ from hsplit.run.checkpoint import read_checkpoint
 from hsplit.run.coordinator import Coordinator
 from hsplit.run.in_process import local_run
 from hsplit.run_directory import RunDirectory
+from hsplit.session import report_failures
 from tests.faulty import FaultyInProcess
 from tests.in_process import Recorder, planned_run, random_examples, reached_by
 from tests.tiny import save_tiny_model
@@ -83,7 +83,7 @@ def test_one_line_names_the_rate_the_round_the_checkpoint_and_a_command_that_wor
     monkeypatch.chdir(tmp_path)
     made = a_run(models["llama"], Path("my runs"), lr=1e6)
     directory = made.context.directory
-    with pytest.raises(RunError) as told, _failing_well(directory) as course:
+    with pytest.raises(RunError) as told, report_failures(directory) as course:
         course.coordinator = made
         made.run()
     assert str(told.value) == (
@@ -119,7 +119,7 @@ def test_a_checkpoint_worse_than_the_start_is_not_advised(models: dict[str, Path
         pytest.raises(
             RunError, match=r"round-0001, .*--set job\.lr=0\.001 \(its validation loss is above that"
         ) as told,
-        _failing_well(directory) as course,
+        report_failures(directory) as course,
     ):
         course.coordinator = made
         made.run()
@@ -240,7 +240,7 @@ def test_patience_may_change_in_a_run_that_has_begun_and_is_named_where_it_ended
     made = a_run(models["llama"], tmp_path)
     directory = made.context.directory
     (directory.checkpoints / "round-0000").mkdir()
-    with pytest.raises(RunError) as told, _failing_well(directory) as course:
+    with pytest.raises(RunError) as told, report_failures(directory) as course:
         course.coordinator = made
         raise ActorFailure("server", "train_step", "it has not answered in time", "late")
     waited = "waited for: job.faults.patience_s = 600, which `hsplit resume` changes with --set"

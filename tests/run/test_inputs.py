@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import hsplit.run.inputs
-from hsplit.actors.client import ClientConfig as ClientActor
+from hsplit.actors.client import Client
 from hsplit.actors.participant import base_model
 from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.config.job import DataSpec
@@ -77,7 +77,7 @@ def test_a_client_with_such_a_token_in_its_own_file_is_named_and_its_text_is_not
     job = Job.model_validate({"dtype": "fp32"})
     own = rows(tmp_path / "own.csv", "w4 w5", "w77 <tool> w78", "w6", "w7")
     with pytest.raises(InputError) as refused:
-        ClientActor("clinic", job, Policy(), base_model(directory, job)).load_data({"clinic": None}, str(own))
+        Client("clinic", job, Policy(), base_model(directory, job)).load_data({"clinic": None}, str(own))
     text = str(refused.value)
     assert text.startswith("client clinic: its data: ") and f"'<tool>' (id {WORDS})" in text
     assert f"vocab_size {WORDS}" in text and not any(word in text for word in ("w77", "w78"))
@@ -186,7 +186,7 @@ def test_limit_is_a_draw_by_the_seed_from_shared_data_and_from_a_client_s_own_fi
     assert len(drawn()) == 12 and drawn() < whole and drawn() == drawn() != drawn(seed=1)
     assert not drawn() <= {f"w{n + 2} w3\n" for n in range(12)}, "not the first ones"
     job = run_of(None, own=file, spec={"limit": 12}).job
-    client = ClientActor("clinic", job, Policy(), base_model(models["llama"], job))
+    client = Client("clinic", job, Policy(), base_model(models["llama"], job))
     report = client.load_data({"clinic": None}, str(file))
     assert report.train + report.validation == 12
     assert "drawn by `seed`" in str(DataSpec.model_fields["limit"].description)
@@ -216,7 +216,7 @@ def test_a_client_s_own_file_that_is_unusable_is_named_with_its_client(
     own, job = tmp_path / "own.csv", Job.model_validate({"dtype": "fp32"})
     own.write_text(content)
     with pytest.raises(InputError) as refused:
-        ClientActor("clinic", job, Policy(), base_model(models["llama"], job)).load_data({"clinic": None}, str(own))
+        Client("clinic", job, Policy(), base_model(models["llama"], job)).load_data({"clinic": None}, str(own))
     text = str(refused.value)
     assert text.startswith("client clinic: data") and f"{own}{said}" in text
 
