@@ -20,7 +20,7 @@ from hsplit.streams import encodable, is_terminal
 from tests.finished_run import finished_run
 from tests.observe.conftest import metrics_row
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-P", "-c", "from hsplit.cli import run; run()"]
 
 
