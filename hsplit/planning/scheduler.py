@@ -32,7 +32,7 @@ class Review:
 
     Attributes:
         plan: the plan from now on; ``None``: the plan in force stays.
-        reasons: why there is another one, in words; empty where there is none.
+        reasons: why it differs from the plan before, in words; empty where there is none.
         importance: ``H_w`` by weight name, where a probe was made.
         state: what later plans go by.
     """
@@ -75,9 +75,9 @@ class Scheduler:
         Raises:
             InputError: see :func:`hsplit.planning.planner.make_plan`.
         """
-        state, _ = self._heeding(fleet, state)
+        state, reasons = self._heeding(fleet, state)
         made, _ = self._plan(fleet, state, self._importance(state), None, EQUAL)
-        return Review(made, (), None, replace(state, planned=fleet.planned))
+        return Review(made, tuple(reasons), None, replace(state, planned=fleet.planned))
 
     def check(self, fleet: Fleet, state: PlanningState, requests: Sequence[BudgetRequest]) -> None:
         """See that there is a plan for ``fleet``, before it changes to that.

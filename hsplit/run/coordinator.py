@@ -155,6 +155,8 @@ class Coordinator:
         reading = data.begin([client for client in context.run.participants if client.name not in gone])
         review = self._executor.value(planned)
         self.state.planning = review.state
+        if review.reasons:
+            context.note("replanned", f"planned again: {'; '.join(review.reasons)}", round=0, reasons=review.reasons)
         context.adopt(review.made)
         data.finish(reading, context.unavailable)
         data.say_what_is_lost(context.plan)
