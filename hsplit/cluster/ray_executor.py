@@ -160,7 +160,7 @@ class RayExecutor(Executor):
 
     @property
     def _collective(self) -> bool:
-        return self._transport in ("gloo", "nccl")
+        return self._transport == "gloo"
 
     def _join_directly(self) -> None:
         """Let everybody that moves tensors do so without the object store."""
@@ -168,7 +168,7 @@ class RayExecutor(Executor):
 
         moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
         with failing_as(SERVER, "start", self._names):
-            create_collective_group(moving, backend=f"torch_{self._transport}".replace("torch_nccl", "nccl"))
+            create_collective_group(moving, backend="torch_gloo")
 
     def _started(self, name: str) -> Any:
         """As :meth:`_start`, as soon as Ray gives the name free, which it does a moment after an earlier actor's end.

@@ -241,10 +241,10 @@ class Job(Section):
         default="bf16",
         description="type of the activations and gradients that are sent; int8 has one scale a token",
     )
-    transport: Literal["store", "gloo", "nccl", "cuda_ipc"] = Field(
+    transport: Literal["store", "gloo", "cuda_ipc"] = Field(
         default="store",
-        description="how these travel between actors: Ray's object store, or Ray Direct Transport (alpha) by gloo, by"
-        " nccl, or by cuda_ipc between processes on one GPU",
+        description="how these travel between actors: Ray's object store, or Ray Direct Transport (alpha) by gloo,"
+        " or by cuda_ipc between processes on one GPU",
     )
     clock: Literal["real", "emulated"] = Field(
         default="real", description="what paces the run; emulated = everybody waits until its declared time has passed"

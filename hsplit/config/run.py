@@ -78,7 +78,7 @@ def _check_gpus(job: Job, policy: Policy, server: ServerConfig, clients: Sequenc
 
 def _check_late(job: Job, clients: Sequence[ClientConfig | ClientGroup]) -> None:
     """Refuse clients that come later where nobody can."""
-    if job.transport not in ("gloo", "nccl"):
+    if job.transport != "gloo":
         return
     for index, client in enumerate(clients):
         if client.late:

@@ -168,7 +168,7 @@ def _refuse_fixed(run: RunConfig, directory: RunDirectory) -> None:
     if run.policy.placement == "single":
         raise InputError(f"{where}: its policy trains on one node with everybody's data: nobody joins or leaves")
     transport = run.job.transport
-    if transport in ("gloo", "nccl"):
+    if transport == "gloo":
         raise InputError(f"{where}: with job.transport {transport!r} the group is fixed: nobody joins or leaves")
 
 
