@@ -133,8 +133,8 @@ def anchor_of(model: str) -> str:
 
 
 _NAMES = {
-    "ServerSpec": "server",
-    "ClientSpec": "client",
+    "ServerConfig": "server",
+    "ClientGroup": "client",
     "Distribution": "distribution",
     "ScheduledChange": "scheduled change",
     "Job": "job",
@@ -142,7 +142,7 @@ _NAMES = {
     "Partition": "partition",
     "Validation": "validation",
     "Privacy": "privacy",
-    "Residual": "residual",
+    "ResidualConfig": "residual",
     "Pipeline": "pipeline",
     "Faults": "faults",
     "FastPaths": "fast",

@@ -89,7 +89,7 @@ def test_a_table_has_every_key_with_its_default_and_meaning(name: str) -> None:
 
 
 def test_tables_tell_bounds_and_alternatives() -> None:
-    job, client, policy = (keys_of(name) for name in ("Job", "ClientSpec", "Policy"))
+    job, client, policy = (keys_of(name) for name in ("Job", "ClientGroup", "Policy"))
     assert "| `dropout` | number ≥ 0, < 1 | `0.0` |" in job
     assert "| `clip` | number > 0; `null` | `1.0` |" in job
     assert "| `memory_gb` | number; [distribution](#distribution); each > 0 | required |" in client
