@@ -164,11 +164,11 @@ def test_an_existing_file_is_taken_as_given(write: Any) -> None:
 
 def test_a_wheel_s_presets_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "hsplit"
-    for directory in (package / "cluster", package.parent / "policies"):
+    for directory in (package / "presets" / "cluster", package.parent / "policies"):
         directory.mkdir(parents=True)
         (directory / "only.yaml").write_text("a: 1\n")
     monkeypatch.setattr(files, "_PACKAGE", package)
-    assert find_preset("cluster", "only") == package / "cluster" / "only.yaml"
+    assert find_preset("cluster", "only") == package / "presets" / "cluster" / "only.yaml"
     assert find_preset("policies", "only") == package.parent / "policies" / "only.yaml"
 
 

@@ -237,7 +237,7 @@ def test_a_request_named_like_a_pattern_takes_no_other_with_it(tmp_path: Path) -
     for name in ("*.json", "1.json"):
         (tmp_path / name).write_bytes(as_json(REQUESTS[2]))
     inbox.take_requests(tmp_path, 1)
-    inbox.refuse(tmp_path, "*.json")
+    inbox.refuse_request(tmp_path, "*.json")
     assert {path.name for path in (tmp_path / "taken" / "round-0001").iterdir()} == {"1.json"}
 
 

@@ -17,6 +17,7 @@ from hsplit.observe.displays import LiveDisplay, display_for
 from hsplit.observe.events import EventLog
 from hsplit.planning.plan import Plan
 from hsplit.streams import encodable, is_terminal
+from tests.errors import error_lines
 from tests.finished_run import finished_run
 from tests.observe.conftest import metrics_row
 
@@ -106,7 +107,7 @@ def test_every_command_ends_well_whatever_takes_its_output(commands: list[list[s
             capture_output=True,
             check=False,
         )
-        assert (done.returncode, done.stderr) == (0, b""), command
+        assert (done.returncode, error_lines(done.stderr.decode())) == (0, []), command
 
 
 def test_a_refusal_without_an_output_keeps_its_exit_code() -> None:
