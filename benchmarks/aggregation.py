@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import common, merging
-from hsplit.actors.measuring import PeakMemory
+from hsplit.actors.profiling import PeakMemory
 from hsplit.lora.aggregation import Contribution, Restart, noise_free
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual

@@ -44,8 +44,8 @@ from benchmarks.common import Table
 from benchmarks.cpu_quota import CpuQuotas
 from hsplit.actors.client import Client
 from hsplit.actors.executor import Ref
-from hsplit.actors.measuring import PeakMemory
 from hsplit.actors.messages import ForwardReport, WireTensor
+from hsplit.actors.profiling import PeakMemory
 from hsplit.cluster.ray_executor import ActorShell, RayExecutor
 from hsplit.config import SCHEDULER, SERVER, RunConfig
 from hsplit.config.cluster import Distribution, drawn

@@ -15,9 +15,9 @@ import torch
 from benchmarks import common, rivals
 from benchmarks.common import Table
 from hsplit.actors.client import Client
-from hsplit.actors.measuring import PeakMemory
 from hsplit.actors.messages import WIRE_DTYPES
 from hsplit.actors.participant import base_model
+from hsplit.actors.profiling import PeakMemory
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
 from hsplit.lora.holder import RoundUpdate

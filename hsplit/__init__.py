@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hsplit.api import Run, change_budget, join, launch, leave, plan, resume
     from hsplit.evaluation.evaluate import evaluate
     from hsplit.export.export import export
-    from hsplit.measuring.budget_probe import measure_budgets
+    from hsplit.measuring.budgets import measure_budgets
     from hsplit.observe.watch import watch
 
 __all__ = [
@@ -44,9 +44,9 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "measure_budgets":
-        from hsplit.measuring import budget_probe
+        from hsplit.measuring import budgets
 
-        return budget_probe.measure_budgets
+        return budgets.measure_budgets
     if name == "export":
         from hsplit.export.export import export
 

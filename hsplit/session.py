@@ -53,7 +53,7 @@ def drive(
     changes: Sequence[str] = (),
 ) -> bool:
     """Start Ray and the actors, run the coordinator, leave everything tidy."""
-    from hsplit.cluster.placement import place
+    from hsplit.cluster.placement import find_placement
     from hsplit.cluster.preflight import preflight
     from hsplit.cluster.ray_executor import RayExecutor
     from hsplit.cluster.ray_failures import RAY, failing_as
@@ -68,13 +68,13 @@ def drive(
             *logs_of(run, directory, state.step),
         ]
         shown = Observers(display or display_for(sys.stdout), *others)
-        announced = helpers.janitor.root.name
-        helpers.janitor.removes(*directory.half_written, glob.escape(str(discovery_file(announced))))
+        announced = helpers.cleanup.root.name
+        helpers.cleanup.remove_at_end(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
             # Who takes no part any more, or is lost, need not be there for the others to go on.
             with Waiting("checking the nodes and their base model"):
                 gone = state.with_status(Status.LEFT, Status.ASIDE)
-                placement = place(run, without=gone, lost=state.to_return)
+                placement = find_placement(run, without=gone, lost=state.to_return)
                 notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             with failing_as(RAY, "naming its metrics endpoint"):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsplit.actors.measuring import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.actors.messages import Activations, ForwardReport, LossReport, WireTensor
 from hsplit.actors.participant import Participant
+from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.data import Batch, TokenizedExample
 from hsplit.data.batches import probe_batch
 from hsplit.lora.holder import Holder

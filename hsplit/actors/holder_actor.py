@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from hsplit.actors.measuring import PeakMemory, measured, measured_with_part, measured_with_round
+from hsplit.actors.profiling import PeakMemory, measured, measured_with_part, measured_with_round
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
 from hsplit.lora.weight_holder import WeightHolder

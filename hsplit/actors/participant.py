@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hsplit.actors.holder_actor import HolderActor
-from hsplit.actors.measuring import measured_with_part
+from hsplit.actors.profiling import measured_with_part
 from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
 from hsplit.data.local_data import LocalData

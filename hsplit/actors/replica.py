@@ -11,14 +11,14 @@ from torch import Tensor
 from hsplit.actors.executor import refusal
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.joined_batch import JoinedBatch
-from hsplit.actors.measuring import (
+from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
+from hsplit.actors.profiling import (
     Stopwatch,
     measured,
     measured_in_first_steps,
     measured_once_a_round,
     measured_with_part,
 )
-from hsplit.actors.messages import Activations, LossReport, ProbeReport, ServerReport, WireTensor, not_finite
 from hsplit.config import Job, Policy
 from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet

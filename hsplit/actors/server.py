@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.actors.measuring import measured, measured_always, measured_with_part
+from hsplit.actors.profiling import measured, measured_always, measured_with_part
 from hsplit.actors.replica import Replica
 from hsplit.lora.aggregation import Aggregator
 from hsplit.lora.holder import HeldAdapters, RoundUpdate

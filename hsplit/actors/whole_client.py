@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from hsplit.actors.measuring import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.actors.messages import LossReport
 from hsplit.actors.participant import Participant
+from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.data.batches import probe_batch
 from hsplit.lora.importance_probe import ProbedRows
 from hsplit.lora.weight_holder import WeightHolder

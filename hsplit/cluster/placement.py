@@ -89,7 +89,7 @@ def requests_of(run: RunConfig) -> list[Request]:
     return [*servers, *((client.name, client) for client in run.participants)]
 
 
-def place(run: RunConfig, without: Collection[str] = (), lost: Collection[str] = ()) -> Placement:
+def find_placement(run: RunConfig, without: Collection[str] = (), lost: Collection[str] = ()) -> Placement:
     """The node of each holder on the Ray that is connected.
 
     Waits a few seconds for what others are about to free.

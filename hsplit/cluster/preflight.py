@@ -32,7 +32,7 @@ PACKAGES = ("ray", "torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True)
-class Hosted:
+class NodeRequirements:
     """What is asked of a node, by those who run there.
 
     Attributes:
@@ -45,7 +45,7 @@ class Hosted:
 
 
 @dataclass(frozen=True)
-class Facts:
+class NodeReport:
     """What a node says of itself.
 
     Attributes:
@@ -60,7 +60,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Base:
+class FoundBase:
     """The base model as a holder finds it on its node.
 
     Attributes:
@@ -86,10 +86,10 @@ def _public_version(package: str) -> str | None:
         return None
 
 
-def facts(hosted: Hosted) -> Facts:
+def inspect_node(hosted: NodeRequirements) -> NodeReport:
     """What this node has."""
     unreadable = {client: why for client, path in hosted.data.items() if (why := _unreadable(path))}
-    return Facts(versions(), unreadable, psutil.virtual_memory().available)
+    return NodeReport(versions(), unreadable, psutil.virtual_memory().available)
 
 
 def _unreadable(path: str) -> str:
@@ -100,19 +100,19 @@ def _unreadable(path: str) -> str:
     return f"{file} is a directory, no file" if os.path.isdir(file) else f"there is no file {file}"
 
 
-def bases(hosted: Hosted) -> dict[str, Base | str]:
+def find_bases(hosted: NodeRequirements) -> dict[str, FoundBase | str]:
     """By holder the base model that it finds on this node, or why it finds none; what is missing is downloaded."""
-    found: dict[ModelReference, Base | str] = {}
+    found: dict[ModelReference, FoundBase | str] = {}
     for reference in set(hosted.bases.values()):
         try:
             directory = reference.locate()
-            found[reference] = Base(directory, model_fingerprint(directory))
+            found[reference] = FoundBase(directory, model_fingerprint(directory))
         except (InputError, OSError) as error:
             found[reference] = str(error).removeprefix("job.model: ")
     return {holder: found[reference] for holder, reference in hosted.bases.items()}
 
 
-def check_facts(node: str, there: Facts, here: Mapping[str, str | None]) -> None:
+def check_node(node: str, there: NodeReport, here: Mapping[str, str | None]) -> None:
     """Refuse a node with other versions than the driver's, or without a client's file.
 
     Args:
@@ -132,12 +132,12 @@ def check_facts(node: str, there: Facts, here: Mapping[str, str | None]) -> None
         raise InputError(f"{client}: data: {why} on its node {node}")
 
 
-def check_bases(node: str, found: Mapping[str, Base | str], fingerprint: str) -> None:
+def check_bases(node: str, found: Mapping[str, FoundBase | str], fingerprint: str) -> None:
     """Refuse a node where a holder would find no base model, or another one than the run's.
 
     Args:
         node: in words.
-        found: by holder, see :func:`bases`.
+        found: by holder, see :func:`find_bases`.
         fingerprint: the run's.
 
     Raises:
@@ -192,16 +192,16 @@ def preflight(run: RunConfig, placement: Placement, directory: Path, fingerprint
     """
     here = ray.get_runtime_context().get_node_id()
     nodes = list({node.id: node for node in placement.nodes.values()}.values())
-    questions = [_hosted(run, placement, node, directory, node.id == here) for node in nodes]
+    questions = [_requirements(run, placement, node, directory, node.id == here) for node in nodes]
     if [node.id for node in nodes] == [here]:
-        check_facts(str(nodes[0]), facts(questions[0]), versions())
-        check_bases(str(nodes[0]), bases(questions[0]), fingerprint)
+        check_node(str(nodes[0]), inspect_node(questions[0]), versions())
+        check_bases(str(nodes[0]), find_bases(questions[0]), fingerprint)
         return []
-    answers: list[Facts] = _ask(nodes, facts, questions)
+    answers: list[NodeReport] = _ask(nodes, inspect_node, questions)
     for node, answer in zip(nodes, answers, strict=True):
-        check_facts(str(node), answer, versions())
+        check_node(str(node), answer, versions())
     # Last, since it may take minutes where a large base is read, or downloaded.
-    for node, found in zip(nodes, _ask(nodes, bases, questions), strict=True):
+    for node, found in zip(nodes, _ask(nodes, find_bases, questions), strict=True):
         check_bases(str(node), found, fingerprint)
     notes = []
     for node, answer in zip(nodes, answers, strict=True):
@@ -214,7 +214,7 @@ def preflight(run: RunConfig, placement: Placement, directory: Path, fingerprint
     return [note for note in notes if note]
 
 
-def _hosted(run: RunConfig, placement: Placement, node: Node, directory: Path, here: bool) -> Hosted:
+def _requirements(run: RunConfig, placement: Placement, node: Node, directory: Path, here: bool) -> NodeRequirements:
     """What to ask ``node``; the driver has read the base on its own node already."""
     references: dict[str, ModelReference] = {}
     data: dict[str, str] = {}
@@ -227,10 +227,12 @@ def _hosted(run: RunConfig, placement: Placement, node: Node, directory: Path, h
             references[name] = ModelReference(run.job.model, directory)
         if isinstance(holder, ClientConfig) and holder.data is not None:
             data[name] = holder.data
-    return Hosted(references, data)
+    return NodeRequirements(references, data)
 
 
-def _ask(nodes: Sequence[Node], question: Callable[[Hosted], Any], arguments: Sequence[Hosted]) -> list[Any]:
+def _ask(
+    nodes: Sequence[Node], question: Callable[[NodeRequirements], Any], arguments: Sequence[NodeRequirements]
+) -> list[Any]:
     """Call ``question`` on every node, each with its own of ``arguments``."""
     refs = []
     for node, hosted in zip(nodes, arguments, strict=True):

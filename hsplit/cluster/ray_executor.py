@@ -21,7 +21,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure, Executor, R, Ref
 from hsplit.actors.factory import holder_class, make_holder, make_scheduler
 from hsplit.actors.replica import Replica
-from hsplit.cluster.placement import Node, Placement, alive_nodes, left_by, place, requests_of, room_for
+from hsplit.cluster.placement import Node, Placement, alive_nodes, find_placement, left_by, requests_of, room_for
 from hsplit.cluster.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
 from hsplit.config import SCHEDULER, SERVER, HolderConfig, RunConfig
 from hsplit.config import ClientConfig as ClientConfig
@@ -136,7 +136,7 @@ class RayExecutor(Executor):
         placement: Placement | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        placement = placement or place(run)
+        placement = placement or find_placement(run)
         self._run_name, self._run = run_name, run
         self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
         self._model, self._fingerprint = model, fingerprint

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hsplit.actors.executor import LOCALHOST
+from hsplit.cluster.cleanup import MARK, CleanupProcess
 from hsplit.cluster.fork_server import ForkServer
-from hsplit.cluster.janitor import MARK, Janitor
 from hsplit.config import RunConfig
 from hsplit.errors import InputError, os_reason
 from hsplit.home import keep_ray_token
@@ -31,11 +31,11 @@ class Helpers:
     """Processes beside the driver.
 
     Attributes:
-        janitor: tidies up when the driver is gone.
+        cleanup: tidies up when the driver is gone.
         fork_server: forks a local Ray's workers, or ``None``.
     """
 
-    janitor: Janitor
+    cleanup: CleanupProcess
     fork_server: ForkServer | None
 
 
@@ -71,14 +71,14 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     forking = local and sys.platform == "linux" and not any(holder.num_gpus for holder in holders)
     environment = OWN_MODULES_ONLY if local else {}
     with (
-        Janitor() as janitor,
-        _environment({MARK: str(janitor.root), "TMPDIR": str(janitor.root), **environment}),
+        CleanupProcess() as cleanup,
+        _environment({MARK: str(cleanup.root), "TMPDIR": str(cleanup.root), **environment}),
     ):
         if not forking:
-            yield Helpers(janitor, None)
+            yield Helpers(cleanup, None)
             return
-        with ForkServer(within=janitor.root) as fork_server:
-            yield Helpers(janitor, fork_server)
+        with ForkServer(within=cleanup.root) as fork_server:
+            yield Helpers(cleanup, fork_server)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def ray_of(
         yield None
         return
     cpus = local_cpus(run)
-    root, fork_server = helpers.janitor.root, helpers.fork_server
+    root, fork_server = helpers.cleanup.root, helpers.fork_server
     with Waiting("starting Ray" if address is None else f"connecting to the Ray cluster at {address}"):
         found = connect(address, cpus, dashboard, root=root, fork_server=fork_server, dashboard_host=dashboard_host)
     try:

@@ -21,7 +21,7 @@ _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a holder computes.
 
     Attributes:
@@ -74,7 +74,7 @@ def _left_in(folder: Path, limit: str, used: str, reclaimable: str) -> list[int]
     return [max(0, most - now + int(stat.get(reclaimable, 0)))]
 
 
-def shared_out(free: Mapping[str, int], places: Mapping[str, Place]) -> dict[str, float]:
+def shared_out(free: Mapping[str, int], places: Mapping[str, Location]) -> dict[str, float]:
     """What of the free memory each holder may have, in bytes.
 
     Holders on the host of one machine have equal parts; one on GPUs has the share of them that it reserved.

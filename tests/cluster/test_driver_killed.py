@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.cluster.janitor import MARK
+from hsplit.cluster.cleanup import MARK
 from hsplit.observe.events import read_events
 from hsplit.observe.run_list import list_runs
 from hsplit.observe.tables import read_metrics
@@ -26,7 +26,7 @@ from tests.cluster.killing import without_wall_time
 
 pytestmark = pytest.mark.drill
 
-# Ray's processes end by themselves within seconds; the janitor ends what has not.
+# Ray's processes end by themselves within seconds; the cleanup process ends what has not.
 _GONE_S = 40.0
 
 

@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 
 import hsplit
 from hsplit.actors.holder_actor import HolderActor
-from hsplit.cluster.placement import InUse, place
+from hsplit.cluster.placement import InUse, find_placement
 from hsplit.cluster.ray_executor import RayExecutor
 from hsplit.config import load_run_config
 from hsplit.errors import InputError
@@ -47,7 +47,7 @@ def run_of(**overrides):
 
 # Four holders of one CPU each are all that fits.
 with pytest.raises(InputError, match=r"large-\\d: num_cpus: 4 asked, no node has more than 3"):
-    place(run_of(**{"clients.large.num_cpus": 4}))
+    find_placement(run_of(**{"clients.large.num_cpus": 4}))
 with pytest.raises(InputError, match=r"large-\\d: asks for 2 CPU, which no node that it fits has left .*6 CPU in all"):
     hsplit.launch(cluster_file, None, {"clients.large.num_cpus": 2}, runs_dir=runs, display=Recorder())
 assert not list(runs.iterdir())
@@ -56,14 +56,14 @@ assert not list(runs.iterdir())
 other = Other.options(num_cpus=1).remote()
 ray.get(other.__ray_ready__.remote())
 with pytest.raises(InUse, match="asks for 1 CPU, which others on the Ray cluster are using"):
-    place(run_of())
+    find_placement(run_of())
 threading.Timer(1.0, ray.kill, [other]).start()
-assert len(place(run_of()).nodes) == 4
+assert len(find_placement(run_of()).nodes) == 4
 
 # A late client has no actor until its node is there; a base that nobody has looked at is checked there.
 run = run_of(**{"clients.small.labels": {"site": "home"}, "clients.small.late": True})
 model = Path(run.job.model)
-placement = place(run)
+placement = find_placement(run)
 assert placement.away == ("small",)
 
 

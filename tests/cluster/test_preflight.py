@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from hsplit.cluster import preflight
-from hsplit.cluster.preflight import Base, Facts, Hosted, bases, check_bases, check_facts, facts, memory_note, versions
+from hsplit.cluster.preflight import (
+    FoundBase,
+    NodeReport,
+    NodeRequirements,
+    check_bases,
+    check_node,
+    find_bases,
+    inspect_node,
+    memory_note,
+    versions,
+)
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.source import ModelReference
@@ -16,9 +26,9 @@ from hsplit.models.source import ModelReference
 HERE = {"python": "3.11", "hsplit": "0.1.0", "ray": "2.60.0", "bitsandbytes": None}
 
 
-def refused_facts(there: Facts) -> str:
+def refused_node(there: NodeReport) -> str:
     with pytest.raises(InputError) as refusal:
-        check_facts("lab (10.0.0.2)", there, HERE)
+        check_node("lab (10.0.0.2)", there, HERE)
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
@@ -31,7 +41,7 @@ def test_versions_are_those_of_this_environment() -> None:
     assert found["ray"] == ray.__version__
     # A build for CPUs and one for GPUs are the same version.
     assert found["torch"] == torch.__version__.partition("+")[0]
-    check_facts("here", facts(Hosted({}, {})), found)
+    check_node("here", inspect_node(NodeRequirements({}, {})), found)
 
 
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,12 +50,14 @@ def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPa
 
 
 def test_other_versions_are_refused() -> None:
-    check_facts("lab", Facts(HERE, {}, 0), HERE)
-    assert refused_facts(Facts(HERE | {"ray": "2.59.0"}, {}, 0)) == (
+    check_node("lab", NodeReport(HERE, {}, 0), HERE)
+    assert refused_node(NodeReport(HERE | {"ray": "2.59.0"}, {}, 0)) == (
         "node lab (10.0.0.2): has ray 2.59.0, the driver 2.60.0: install ray 2.60.0 there"
     )
-    assert "has no hsplit, the driver 0.1.0: install" in refused_facts(Facts(HERE | {"hsplit": None}, {}, 0))
-    assert "has bitsandbytes 1, the driver none: uninstall" in refused_facts(Facts(HERE | {"bitsandbytes": "1"}, {}, 0))
+    assert "has no hsplit, the driver 0.1.0: install" in refused_node(NodeReport(HERE | {"hsplit": None}, {}, 0))
+    assert "has bitsandbytes 1, the driver none: uninstall" in refused_node(
+        NodeReport(HERE | {"bitsandbytes": "1"}, {}, 0)
+    )
 
 
 def test_a_client_s_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,11 +65,11 @@ def test_a_client_s_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch:
     there = tmp_path / "notes.csv"
     there.write_text("mr,ref\n")
     data = {"home": "~/notes.csv", "gone": str(tmp_path / "none.csv"), "folder": str(tmp_path)}
-    found = facts(Hosted({}, data)).unreadable
+    found = inspect_node(NodeRequirements({}, data)).unreadable
     assert found == {"gone": f"there is no file {tmp_path}/none.csv", "folder": f"{tmp_path} is a directory, no file"}
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert facts(Hosted({}, data)).unreadable["home"] == f"{there} may not be read"
-    assert refused_facts(Facts(HERE, found, 0)) == (
+    assert inspect_node(NodeRequirements({}, data)).unreadable["home"] == f"{there} may not be read"
+    assert refused_node(NodeReport(HERE, found, 0)) == (
         f"gone: data: there is no file {tmp_path}/none.csv on its node lab (10.0.0.2)"
     )
 
@@ -67,18 +79,18 @@ def test_the_base_is_compared_by_its_files(models: dict[str, Path], tmp_path: Pa
     shutil.copytree(models["llama"], copy)
     fingerprint = model_fingerprint(models["llama"])
     own = {"server": ModelReference("job/model", models["llama"]), "clinic": ModelReference(str(copy), None)}
-    found = bases(Hosted(own, {}))
-    assert found["clinic"] == Base(copy, fingerprint)
+    found = find_bases(NodeRequirements(own, {}))
+    assert found["clinic"] == FoundBase(copy, fingerprint)
     check_bases("lab", found, fingerprint)
 
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match=rf"clinic: model: {copy} on its node lab is not the run's base model: sha256"):
-        check_bases("lab", bases(Hosted(own, {})), fingerprint)
+        check_bases("lab", find_bases(NodeRequirements(own, {})), fingerprint)
 
     shutil.rmtree(copy)
     with pytest.raises(InputError) as refusal:
-        check_bases("lab", bases(Hosted(own, {})), fingerprint)
+        check_bases("lab", find_bases(NodeRequirements(own, {})), fingerprint)
     assert str(refusal.value) == f"clinic: model: there is no directory {copy} (on its node lab)"
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hsplit.cluster.cleanup import CleanupProcess
 from hsplit.cluster.fork_server import ForkServer
-from hsplit.cluster.janitor import Janitor
 from hsplit.cluster.socket_directory import LONGEST, socket_directory
 from hsplit.errors import InputError
 
@@ -27,12 +27,12 @@ def test_a_socket_of_rays_fits_whatever_the_temporary_directory(
 ) -> None:
     below = str(tmp_path / name) if isinstance(name, str) else f"{tmp_path}/".ljust(name, "x")
     _temporary(monkeypatch, below)
-    with Janitor() as janitor, ForkServer(modules=[], within=None) as fork_server:
-        sockets = janitor.root / RAYS
+    with CleanupProcess() as cleanup, ForkServer(modules=[], within=None) as fork_server:
+        sockets = cleanup.root / RAYS
         sockets.mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(str(sockets / "dash_MetricsHead"))
-        assert " " not in str(janitor.root) and fork_server.path.isascii()
+        assert " " not in str(cleanup.root) and fork_server.path.isascii()
 
 
 def test_a_short_one_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

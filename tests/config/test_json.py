@@ -37,7 +37,7 @@ OTHER_READERS = {
     "hsplit/config/files.py",
     "hsplit/observe/events.py",
     "hsplit/cluster/fork_server.py",
-    "hsplit/cluster/janitor.py",
+    "hsplit/cluster/cleanup.py",
     "hsplit/models/checkpoint_reader.py",
     "hsplit/models/gguf.py",
 }

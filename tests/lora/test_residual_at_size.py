@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit.actors.measuring import _blocks
+from hsplit.actors.profiling import _blocks
 from hsplit.lora.aggregation import Contribution, Outcome, Restart, noise_free
 from hsplit.lora.residual import Residual
 from hsplit.models.factors import LowRank

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from hsplit.measuring.free_memory import HEADROOM, Place, cgroup_free_bytes, free_bytes, shared_out
+from hsplit.measuring.free_memory import HEADROOM, Location, cgroup_free_bytes, free_bytes, shared_out
 
 
 def _group(folder: Path, files: dict[str, object], stat: str) -> None:
@@ -56,12 +56,12 @@ def test_a_host_has_no_more_than_its_group_lets_it(monkeypatch: pytest.MonkeyPat
 
 def test_a_host_is_shared_equally_and_a_gpu_by_what_is_reserved() -> None:
     places = {
-        "a": Place("one", 0.0),
-        "b": Place("one", 0.0),
-        "c": Place("two", 0.0),
-        "d": Place("one", 0.25),
-        "e": Place("one", 0.25),
-        "server": Place("one", 2.0),
+        "a": Location("one", 0.0),
+        "b": Location("one", 0.0),
+        "c": Location("two", 0.0),
+        "d": Location("one", 0.25),
+        "e": Location("one", 0.25),
+        "server": Location("one", 2.0),
     }
     shares = shared_out(dict.fromkeys(places, 1000), places)
     parts = {name: share / 1000 / (1 - HEADROOM) for name, share in shares.items()}

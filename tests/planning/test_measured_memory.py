@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.memory import Case, Measured, measured_client, measured_server, random_model
 from hsplit.actors.client import Client
-from hsplit.actors.measuring import (
+from hsplit.actors.profiling import (
     PeakMemory,
     measured,
     measured_in_first_steps,

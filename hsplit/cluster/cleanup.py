@@ -1,8 +1,8 @@
-"""A small process that outlives a run's driver and tidies up after it, however it ended.
+"""A small process that outlives a run's driver and cleans up after it, however it ended.
 
-A driver that is killed cannot remove anything. So :class:`Janitor` starts this file as a program of its own, with the
-standard library alone, and holds a pipe to it. When the pipe ends, the driver is gone: what it has started is ended,
-and what is temporary or half-written is removed.
+A driver that is killed cannot remove anything. So :class:`CleanupProcess` runs this file as a program of its own, with
+the standard library alone, and holds a pipe to it. When the pipe ends, the driver is gone: the processes that it
+started are ended, and temporary and half-written files are removed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "HSPLIT_ROOT"
-"""In the environment of every process that a driver starts for a local Ray: the folder of what is temporary."""
+"""Environment variable of every process that a driver starts for a local Ray: its folder for temporary files."""
 
-# Ray's processes notice within seconds that their driver is gone; then they are made to end.
+# Ray's processes notice within seconds that their driver is gone; those that do not are killed after this.
 _PATIENCE_S = 15.0
 _LOOK_S = 0.1
 
 
-class Janitor:
-    """Starts the process and makes the folder of what is temporary; both end with the ``with`` block, or the driver.
+class CleanupProcess:
+    """Starts the process and makes a folder for temporary files; both end with the ``with`` block, or with the driver.
 
     Attributes:
-        root: the folder; short, since a socket's path may have about a hundred bytes. Nobody else may enter.
+        root: the folder, readable by this user alone; its path is short, since a socket's may have about 100 bytes.
     """
 
     def __init__(self) -> None:
-        # Here, since this file is a program too, with the standard library alone.
+        # Imported here, since this file as a program has the standard library alone.
         from hsplit.cluster.socket_directory import socket_directory
 
         self.root = Path(tempfile.mkdtemp(prefix="hsplit-", dir=socket_directory()))
@@ -47,13 +47,13 @@ class Janitor:
             start_new_session=True,
         )
 
-    def removes(self, *patterns: str | Path) -> None:
-        """Have files and folders that match ``patterns`` removed at the end as well."""
+    def remove_at_end(self, *patterns: str | Path) -> None:
+        """Also remove files and folders that match ``patterns`` at the end."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([str(pattern) for pattern in patterns]).encode() + b"\n")
         self._process.stdin.flush()
 
-    def __enter__(self) -> Janitor:
+    def __enter__(self) -> CleanupProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,9 +62,9 @@ class Janitor:
         self._process.wait()
 
 
-def tidy(root: str, patterns: Sequence[str]) -> None:
-    """Remove what matches ``patterns``, end every process that has ``root`` as its mark, then remove ``root``."""
-    # First of all: whoever goes on with the run may be writing soon.
+def clean_up(root: str, patterns: Sequence[str]) -> None:
+    """Remove what matches ``patterns``, end every process marked with ``root``, then remove ``root``."""
+    # First: the run may be resumed, and written to, at any moment.
     for path in (path for pattern in patterns for path in glob.glob(pattern, include_hidden=True)):
         _remove(path)
     until = time.monotonic() + _PATIENCE_S
@@ -86,7 +86,7 @@ def _remove(path: str) -> None:
 
 
 def _marked(root: str) -> list[int]:
-    """Processes that were started with ``root`` in their environment; none where the system has no ``/proc``."""
+    """Find the processes with ``root`` in their environment; none where the system has no ``/proc``."""
     mark = f"{MARK}={root}".encode()
     found = []
     for entry in glob.glob("/proc/[0-9]*"):
@@ -95,17 +95,17 @@ def _marked(root: str) -> list[int]:
                 if mark in file.read().split(b"\0"):
                     found.append(int(entry.rpartition("/")[2]))
         except OSError:
-            # Gone meanwhile, or somebody else's.
+            # Ended meanwhile, or another user's.
             continue
     return found
 
 
 def main(root: str) -> None:
-    """Take patterns from stdin, a JSON list a line, until it ends; then tidy up."""
+    """Read patterns from stdin, a JSON list a line, until it ends; then clean up."""
     patterns: list[str] = []
     for line in sys.stdin:
         patterns += json.loads(line)
-    tidy(root, patterns)
+    clean_up(root, patterns)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from hsplit.errors import InputError, RunError, os_reason
 from hsplit.files import write_text_atomically
 from hsplit.measuring.cluster_file import Figure, Figures, load_unmeasured, measured_file
 from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, server_flops
-from hsplit.measuring.free_memory import HEADROOM, Place, shared_out
-from hsplit.measuring.gauge import Gauge
+from hsplit.measuring.free_memory import HEADROOM, Location, shared_out
 from hsplit.measuring.link import SIZES, Link, measure_link
+from hsplit.measuring.measuring_actor import MeasuringActor
 from hsplit.models.segment import check_checkpoint, model_config
 from hsplit.models.source import ModelReference, find_model
 from hsplit.observe.wording import NOTHING, printable
@@ -115,9 +115,9 @@ def measure_budgets(
         progress("starting the actors")
         with (
             ray_of(run, address, helpers, dashboard=False),
-            closing(GaugeExecutor(f"probe-{os.getpid()}", run, source.directory)) as executor,
+            closing(MeasuringExecutor(f"probe-{os.getpid()}", run, source.directory)) as executor,
         ):
-            probe = BudgetProbe(run, cost, executor, repeats, seconds, progress)
+            probe = BudgetMeasurement(run, cost, executor, repeats, seconds, progress)
             machines, figures = probe.machines(), probe.figures()
     for name, machine in machines.items():
         if figures[name]["memory_gb"].value <= 0:
@@ -140,13 +140,13 @@ def _all_there(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"clients": clients, "job": job})
 
 
-class BudgetProbe:
+class BudgetMeasurement:
     """Asks the gauges in the places of a run's clients and servers; Ray-free.
 
     Args:
         run: who there is, and the job.
         cost: what its steps count.
-        executor: reaches a :class:`~hsplit.measuring.gauge.Gauge` by every holder's name.
+        executor: reaches a :class:`~hsplit.measuring.measuring_actor.MeasuringActor` by every holder's name.
         repeats: samples of each figure.
         seconds: that clients, and then the servers, compute in all.
         progress: is told what is being measured.
@@ -173,7 +173,7 @@ class BudgetProbe:
 
     def machines(self) -> dict[str, str]:
         """The host's name by holder."""
-        return {name: host for name, (host, _) in self._all(Gauge.machine).items()}
+        return {name: host for name, (host, _) in self._all(MeasuringActor.machine).items()}
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Measure everything, in the units of a cluster file.
@@ -202,15 +202,17 @@ class BudgetProbe:
         run = self._run
         gpus = {client.name: client.num_gpus for client in run.clients}
         gpus |= dict.fromkeys(self._servers, run.server.num_gpus)
-        places = {name: Place(machine, gpus[name]) for name, (_, machine) in self._all(Gauge.machine).items()}
+        places = {
+            name: Location(machine, gpus[name]) for name, (_, machine) in self._all(MeasuringActor.machine).items()
+        }
         # The first look at a GPU takes some of its memory, and the first messages some of the host's.
-        self._all(Gauge.free_bytes)
+        self._all(MeasuringActor.free_bytes)
         for name in self._clients:
             measure_link(partial(self._sent, name), self._sizes)
         memory: dict[str, list[float]] = {name: [] for name in places}
         links: dict[str, list[Link]] = {name: [] for name in self._clients}
         for repeat in range(self._repeats):
-            for name, shared in shared_out(self._all(Gauge.free_bytes), places).items():
+            for name, shared in shared_out(self._all(MeasuringActor.free_bytes), places).items():
                 memory[name].append(shared)
             for name in self._clients:
                 self._progress(f"link of {name}, {repeat + 1} of {self._repeats}")
@@ -225,13 +227,13 @@ class BudgetProbe:
         Returns:
             Its exact size, and the mean seconds of one way.
         """
-        begin, message = self._executor.call_pair(client, Gauge.message, size)
+        begin, message = self._executor.call_pair(client, MeasuringActor.message, size)
         (nbytes,) = self._answers([begin])
         hops = next(count for least, count in _HOPS if size >= least)
         begun = self._clock()
         for hop in range(hops):
             receiver = client if hop % 2 else SERVER
-            end, message = self._executor.call_pair(receiver, Gauge.pass_on, message)
+            end, message = self._executor.call_pair(receiver, MeasuringActor.pass_on, message)
         self._answers([end])
         return nbytes, (self._clock() - begun) / hops
 
@@ -249,14 +251,16 @@ class BudgetProbe:
         model, job = self._cost.model, self._run.job
         codes = job.base if model.quantized and SERVER in holders else None
         setting = model.setting(model.top_rank, clients * job.batch_size, codes)
-        self._answers([self._executor.call(name, Gauge.prepare, setting, clients) for name in holders])
+        self._answers([self._executor.call(name, MeasuringActor.prepare, setting, clients) for name in holders])
         spells = []
         for _ in range(self._repeats):
-            took = self._answers([self._executor.call(name, Gauge.step_seconds, self._spell_s) for name in holders])
+            took = self._answers(
+                [self._executor.call(name, MeasuringActor.step_seconds, self._spell_s) for name in holders]
+            )
             spells.append(dict(zip(holders, took, strict=True)))
         return {name: [spell[name] for spell in spells] for name in holders}
 
-    def _all(self, method: Callable[[Gauge], R]) -> dict[str, R]:
+    def _all(self, method: Callable[[MeasuringActor], R]) -> dict[str, R]:
         """Values of ``method`` of every holder at the same time, by name."""
         names = [*self._clients, *self._servers]
         return dict(zip(names, self._answers([self._executor.call(name, method) for name in names]), strict=True))
@@ -319,20 +323,22 @@ def budget_table(machines: Mapping[str, str], figures: Figures) -> Table:
     return table
 
 
-def make_gauge(job: Job, policy: Policy, model: ModelReference, device: str, at_server: bool) -> Gauge:
+def make_measuring_actor(
+    job: Job, policy: Policy, model: ModelReference, device: str, at_server: bool
+) -> MeasuringActor:
     """Make a gauge on the node of the holder whose place it takes.
 
     Raises:
         InputError: the model is not there.
     """
-    return Gauge(job, policy, base_model(model.locate(), job), device, at_server=at_server)
+    return MeasuringActor(job, policy, base_model(model.locate(), job), device, at_server=at_server)
 
 
-class GaugeExecutor(RayExecutor):
+class MeasuringExecutor(RayExecutor):
     """As the executor of a run, with gauges for clients and servers, and nobody to plan."""
 
     _helpers = ()
 
     def _maker(self, name: str, device: str) -> Callable[[], Any]:
         run, model = self._run, self._base_of(name)
-        return partial(make_gauge, run.job, run.policy, model, device, name in run.server.names)
+        return partial(make_measuring_actor, run.job, run.policy, model, device, name in run.server.names)

@@ -10,34 +10,34 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.cluster.janitor import MARK, Janitor
+from hsplit.cluster.cleanup import MARK, CleanupProcess
 
 DRIVER = """
 import os, subprocess, sys
-from hsplit.cluster.janitor import MARK, Janitor
+from hsplit.cluster.cleanup import MARK, CleanupProcess
 
-janitor = Janitor()
-(janitor.root / "socket").write_text("")
-janitor.removes(sys.argv[1] + "/.partial-*", sys.argv[1] + "/.*.tmp")
-child = subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: str(janitor.root)})
-print(janitor.root, child.pid, flush=True)
+cleanup = CleanupProcess()
+(cleanup.root / "socket").write_text("")
+cleanup.remove_at_end(sys.argv[1] + "/.partial-*", sys.argv[1] + "/.*.tmp")
+child = subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: str(cleanup.root)})
+print(cleanup.root, child.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
 
 
 def test_a_driver_that_ends_well_has_its_folder_removed(tmp_path: Path) -> None:
-    with Janitor() as janitor:
-        (janitor.root / "folder").mkdir()
+    with CleanupProcess() as cleanup:
+        (cleanup.root / "folder").mkdir()
         (tmp_path / ".half.tmp").write_text("")
-        janitor.removes(tmp_path / ".*.tmp")
-        root = janitor.root
+        cleanup.remove_at_end(tmp_path / ".*.tmp")
+        root = cleanup.root
         assert root.stat().st_mode & 0o077 == 0, "nobody else may enter"
     assert not root.exists() and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
 def test_a_driver_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsplit.cluster import janitor
+    from hsplit.cluster import cleanup
 
     monkeypatch.delenv(MARK, raising=False)
     partial = tmp_path / ".partial-round-0001"
@@ -48,7 +48,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path, m
     driver = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path)], capture_output=True, text=True)
     assert driver.returncode == -9, driver.stderr
     root, pid = driver.stdout.split()
-    until = time.monotonic() + janitor._PATIENCE_S + 30
+    until = time.monotonic() + cleanup._PATIENCE_S + 30
     # A process that does not end by itself is ended after the patience.
     while (Path(root).exists() or _alive(int(pid))) and time.monotonic() < until:
         time.sleep(0.1)
@@ -65,8 +65,8 @@ def _alive(pid: int) -> bool:
 
 
 def test_other_processes_are_let_alone() -> None:
-    with Janitor() as janitor:
-        other = subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: f"{janitor.root}-another"})
+    with CleanupProcess() as cleanup:
+        other = subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: f"{cleanup.root}-another"})
     assert other.poll() is None
     other.kill()
     other.wait()

@@ -20,7 +20,7 @@ _WIDTH = 1024
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Gauge:
+class MeasuringActor:
     """Measures what its process has: memory, compute, and its end of a link.
 
     Args:

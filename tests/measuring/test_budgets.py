@@ -15,10 +15,10 @@ from hsplit.actors.participant import base_model
 from hsplit.cluster.placement import Node, Placement, requests_of
 from hsplit.config import RunConfig
 from hsplit.errors import InputError
-from hsplit.measuring.budget_probe import BudgetProbe, measure_budgets
+from hsplit.measuring.budgets import BudgetMeasurement, measure_budgets
 from hsplit.measuring.compute import StepSeconds, client_flops, server_flops
 from hsplit.measuring.free_memory import HEADROOM
-from hsplit.measuring.gauge import Gauge
+from hsplit.measuring.measuring_actor import MeasuringActor
 from hsplit.models.segment import model_config
 from hsplit.planning.cost.model import CostModel
 
@@ -34,8 +34,8 @@ class World:
     receivers: list[str] = field(default_factory=list)
 
 
-class KnownGauge:
-    """A gauge of a holder whose figures are known."""
+class KnownActor:
+    """A actor of a holder whose figures are known."""
 
     def __init__(
         self, name: str, world: World, machine: str, free: int, step_s: float, latency_s: float = 0.0, bps: float = 1e9
@@ -88,12 +88,12 @@ def _node() -> Node:
 def test_figures_are_the_holders_own(models: dict[str, Path]) -> None:
     run, world = _run(models, "near", "far"), World()
     cost = CostModel.of_run(model_config(models["llama"]), run)
-    gauges = {
-        "near": KnownGauge("near", world, "here", 10_000, 1.0, latency_s=0.001, bps=1e10),
-        "far": KnownGauge("far", world, "there", 20_000, 2.0, latency_s=0.05, bps=2e6),
-        "server": KnownGauge("server", world, "here", 10_000, 4.0),
+    actors = {
+        "near": KnownActor("near", world, "here", 10_000, 1.0, latency_s=0.001, bps=1e10),
+        "far": KnownActor("far", world, "there", 20_000, 2.0, latency_s=0.05, bps=2e6),
+        "server": KnownActor("server", world, "here", 10_000, 4.0),
     }
-    probe = BudgetProbe(run, cost, InProcess(gauges), 3, 6.0, clock=lambda: world.now)
+    probe = BudgetMeasurement(run, cost, InProcess(actors), 3, 6.0, clock=lambda: world.now)
     assert probe.machines() == {"near": "here", "far": "there", "server": "here"}
     found = probe.figures()
     near, far, server = found["near"], found["far"], found["server"]
@@ -114,8 +114,8 @@ def test_figures_are_the_holders_own(models: dict[str, Path]) -> None:
 def test_every_message_goes_there_and_back(models: dict[str, Path]) -> None:
     run, world = _run(models, "a", "b"), World()
     cost = CostModel.of_run(model_config(models["llama"]), run)
-    gauges = {name: KnownGauge(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
-    BudgetProbe(run, cost, InProcess(gauges), 1, 1.0, sizes=(KB, 2 * KB), clock=lambda: world.now).figures()
+    actors = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
+    BudgetMeasurement(run, cost, InProcess(actors), 1, 1.0, sizes=(KB, 2 * KB), clock=lambda: world.now).figures()
     # Two sizes, 32 journeys each, and the same once before that does not count; one client after the other.
     pairs = [("server", "a")] * 32 + [("server", "b")] * 32
     assert world.receivers == [receiver for pair in pairs * 2 for receiver in pair]
@@ -124,8 +124,8 @@ def test_every_message_goes_there_and_back(models: dict[str, Path]) -> None:
 def test_clients_compute_together_and_the_server_when_they_are_done(models: dict[str, Path]) -> None:
     run, world = _run(models, "a", "b"), World()
     cost = CostModel.of_run(model_config(models["llama"]), run)
-    gauges = {name: KnownGauge(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
-    BudgetProbe(run, cost, InProcess(gauges), 2, 6.0, clock=lambda: world.now).figures()
+    actors = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
+    BudgetMeasurement(run, cost, InProcess(actors), 2, 6.0, clock=lambda: world.now).figures()
     assert world.asked == [
         ("prepare", "a", (None, 1)),
         ("prepare", "b", (None, 1)),
@@ -141,9 +141,9 @@ def test_several_servers_share_the_memory_and_compute_together_for_their_own_cli
     run, world = _run(models, *names, replicas=4), World()
     config = model_config(models["llama"])
     servers = run.server.names
-    gauges = {name: KnownGauge(name, world, "here", 99_000, 1.0) for name in (*names, *servers)}
-    gauges["server-2"].step_s = 3.0
-    probe = BudgetProbe(run, CostModel.of_run(config, run), InProcess(gauges), 1, 6.0, clock=lambda: world.now)
+    actors = {name: KnownActor(name, world, "here", 99_000, 1.0) for name in (*names, *servers)}
+    actors["server-2"].step_s = 3.0
+    probe = BudgetMeasurement(run, CostModel.of_run(config, run), InProcess(actors), 1, 6.0, clock=lambda: world.now)
     assert list(probe.machines()) == [*names, *servers]
     found = probe.figures()
     assert world.asked[-8:] == [
@@ -165,16 +165,16 @@ def test_a_server_joins_as_many_as_are_drawn_for_a_round(models: dict[str, Path]
     names = [f"c{number}" for number in range(8)]
     run, world = _run(models, *names, clients_per_round=3), World()
     config = model_config(models["llama"])
-    gauges = {name: KnownGauge(name, world, "here", 99_000, 1.0) for name in (*names, "server")}
-    probe = BudgetProbe(run, CostModel.of_run(config, run), InProcess(gauges), 1, 6.0, clock=lambda: world.now)
+    actors = {name: KnownActor(name, world, "here", 99_000, 1.0) for name in (*names, "server")}
+    probe = BudgetMeasurement(run, CostModel.of_run(config, run), InProcess(actors), 1, 6.0, clock=lambda: world.now)
     found = probe.figures()
     assert ("prepare", "server", ("nf4", 3)) in world.asked
     counted = server_flops(CostModel.of_run(config, _run(models, "a", "b", "c")), 3, StepSeconds(1.5, 0.25))
     assert found["server"]["tflops"].value == pytest.approx(counted / 1e12, rel=1e-3)
 
 
-def test_a_gauge_stands_in_every_place(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsplit.measuring.budget_probe import GaugeExecutor
+def test_a_measuring_actor_stands_for_every_holder(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hsplit.measuring.budgets import MeasuringExecutor
 
     begun: dict[str, Any] = {}
 
@@ -188,9 +188,9 @@ def test_a_gauge_stands_in_every_place(models: dict[str, Path], monkeypatch: pyt
     monkeypatch.setattr("hsplit.cluster.ray_executor._remote", remote)
     run = _run(models, "a", "b", replicas=3)
     placement = Placement({name: _node() for name, _ in requests_of(run)}, ())
-    GaugeExecutor("test", run, models["llama"], placement)
+    MeasuringExecutor("test", run, models["llama"], placement)
     assert begun.keys() == {"a", "b", "server", "server-1", "server-2"}
-    assert all(isinstance(gauge, Gauge) for gauge in begun.values())
+    assert all(isinstance(actor, MeasuringActor) for actor in begun.values())
 
 
 def test_a_late_client_that_is_away_is_refused_by_name(
@@ -200,7 +200,7 @@ def test_a_late_client_that_is_away_is_refused_by_name(
         raise AssertionError("an actor was started")
 
     for what in ("helpers_of", "ray_of"):
-        monkeypatch.setattr(f"hsplit.measuring.budget_probe.{what}", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(f"hsplit.measuring.budgets.{what}", lambda *_, **__: nullcontext())
     monkeypatch.setattr("hsplit.cluster.placement.alive_nodes", lambda: [_node()])
     monkeypatch.setattr("hsplit.cluster.ray_executor._remote", starting)
     given, to = tmp_path / "given.yaml", tmp_path / "measured.yaml"
@@ -211,12 +211,14 @@ def test_a_late_client_that_is_away_is_refused_by_name(
     assert not to.exists()
 
 
-def test_real_gauges_give_figures_of_all_kinds(models: dict[str, Path]) -> None:
+def test_real_measuring_actors_give_figures_of_all_kinds(models: dict[str, Path]) -> None:
     run = _run(models, "a", "b")
     cost = CostModel.of_run(model_config(models["llama"]), run)
     base = base_model(models["llama"], run.job)
-    gauges = {name: Gauge(run.job, run.policy, base, at_server=name == "server") for name in ("a", "b", "server")}
-    probe = BudgetProbe(run, cost, InProcess(gauges), 2, 0.01, sizes=(64 * KB, 256 * KB))
+    actors = {
+        name: MeasuringActor(run.job, run.policy, base, at_server=name == "server") for name in ("a", "b", "server")
+    }
+    probe = BudgetMeasurement(run, cost, InProcess(actors), 2, 0.01, sizes=(64 * KB, 256 * KB))
     found = probe.figures()
     for name, figures in found.items():
         assert list(figures)[:2] == ["memory_gb", "tflops"] and len(figures) == (2 if name == "server" else 4)
@@ -229,20 +231,20 @@ def test_real_gauges_give_figures_of_all_kinds(models: dict[str, Path]) -> None:
 def test_a_message_has_about_the_size_that_is_asked_for_and_keeps_it(models: dict[str, Path], wire: str) -> None:
     run = _run(models, "a")
     job = run.job.model_copy(update={"wire": wire})
-    gauge = Gauge(job, run.policy, base_model(models["llama"], job))
-    nbytes, message = gauge.message(1 << 20)
+    actor = MeasuringActor(job, run.policy, base_model(models["llama"], job))
+    nbytes, message = actor.message(1 << 20)
     assert nbytes == message.nbytes == pytest.approx(1 << 20, rel=0.01)
-    again, passed = gauge.pass_on(message)
+    again, passed = actor.pass_on(message)
     assert again == nbytes and (passed.data == message.data).all()
 
 
 def test_a_holder_that_fails_is_named(models: dict[str, Path]) -> None:
     run, world = _run(models, "a"), World()
     cost = CostModel.of_run(model_config(models["llama"]), run)
-    gauges: dict[str, Any] = {name: KnownGauge(name, world, "here", 10_000, 1.0) for name in ("a", "server")}
-    del gauges["server"].step_s
+    actors: dict[str, Any] = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "server")}
+    del actors["server"].step_s
     with pytest.raises(ActorFailure, match="server failed in step_seconds: AttributeError"):
-        BudgetProbe(run, cost, InProcess(gauges), 1, 1.0, clock=lambda: world.now).figures()
+        BudgetMeasurement(run, cost, InProcess(actors), 1, 1.0, clock=lambda: world.now).figures()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_wrong_input_is_refused_before_anything_starts(
         raise AssertionError("something was started")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hsplit.measuring.budget_probe.helpers_of", starting)
+    monkeypatch.setattr("hsplit.measuring.budgets.helpers_of", starting)
     given = {"cluster": "hetero", "to": "out.yaml"} | changes
     with pytest.raises(InputError) as refused:
         measure_budgets(given.pop("cluster"), given.pop("to"), **given)
