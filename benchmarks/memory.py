@@ -34,6 +34,7 @@ from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
 from hsplit.experiments import call_of
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.learned import LearnedTerm
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.dtype import DTYPES
 from hsplit.models.factors import LowRank
@@ -256,9 +257,7 @@ def measured_server(directory: Path, case: Case) -> Measured:
     tensors = holder.actor.state()
     if case.aggregation == "concat":
         for s in shapes:
-            factors = _factors(s, _cap(s, case), case)
-            tensors[f"residual.{s.name}.B"], tensors[f"residual.{s.name}.A"] = factors.B, factors.A
-        del factors
+            tensors |= LearnedTerm(_factors(s, _cap(s, case), case)).tensors(s.name)
     holder.call("round", Server.load_state, tensors, *(c.name for c in plan.clients))
     del tensors
     # What this replaces was made here, outside the allocator's sight, so that its end is not seen.

@@ -19,9 +19,9 @@ from hsplit.actors.server import Server
 from hsplit.config import SERVER, Job, Policy, RunConfig
 from hsplit.config.policy import Importance
 from hsplit.data import partition, read_examples
-from hsplit.export.adapter_files import learned
 from hsplit.lora.aggregation import Contribution, Restart, average_factors, noise_free
 from hsplit.lora.holder import RoundUpdate
+from hsplit.lora.learned import learned
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, model_config

@@ -28,8 +28,8 @@ from hsplit.actors.participant import base_model
 from hsplit.actors.whole_client import WholeClient
 from hsplit.config import SERVER, Policy, RunConfig, load_run_config
 from hsplit.config.cluster import CENTRAL
-from hsplit.export.adapter_files import learned
 from hsplit.lora.holder import RoundUpdate
+from hsplit.lora.learned import learned
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import layer_count, model_config

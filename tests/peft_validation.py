@@ -40,7 +40,7 @@ def main(run: Path) -> None:
     for client in config.clients:
         twin = Client(client.name, config.job, config.policy, base_model(source.directory, config.job))
         twin.load_data({client.name: shares[client.name]}, client.data)
-        for batch in twin._validation:
+        for batch in twin.data.validation:
             mask = (torch.arange(batch.ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]).long()
             with torch.no_grad():
                 logits = model(input_ids=batch.ids, attention_mask=mask).logits

@@ -1,4 +1,4 @@
-"""The client of a split model: its data, the embedding, its shallow layers, and the tail where labels stay at home.
+"""The client of a split model: its data, the embedding, its shallow layers, and the tail where labels stay here.
 
 Ray-free. Noise on the activations that a client sends (``privacy.noise``) is added here.
 """
@@ -6,8 +6,7 @@ Ray-free. Noise on the activations that a client sends (``privacy.noise``) is ad
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from torch import Tensor
 from hsplit.actors.messages import Activations, ForwardReport, LossReport, WireTensor
 from hsplit.actors.participant import Participant
 from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
-from hsplit.data import Batch, TokenizedExample
-from hsplit.data.batches import probe_batch
+from hsplit.data import Batch
 from hsplit.lora.holder import Holder
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import pack_rows
@@ -30,15 +28,15 @@ from hsplit.seeds import hash_seed
 class ActivationNoise:
     """Clips each position's activations and adds Gaussian noise to them.
 
-    Every call draws anew from a generator whose key, 128 bits of the operating system's randomness, stays in this
-    object: whoever knew the draw could subtract it, and the server knows the run's seed and every client's name. Two
-    sends with the same noise would give their difference away.
+    Noise that can be reproduced can be subtracted, and the server knows the run's seed and every client's name: the
+    generator's key is 128 bits of the operating system's randomness that never leave this object. Each call draws
+    again, since two messages with the same noise would reveal their difference.
 
-    No differential privacy is claimed: no bound on what leaves over a run is kept, and the generator is not a
-    cryptographic one.
+    No differential privacy is claimed: what leaves over a run is not bounded, and the generator is not a cryptographic
+    one.
 
     Args:
-        noise: standard deviation of each entry's noise, in units of ``clip``; 0: nothing is changed, nor clipped.
+        noise: standard deviation of each entry's noise, in units of ``clip``; 0: no noise and no clipping.
         clip: L2 norm that each position is clipped to.
     """
 
@@ -47,7 +45,7 @@ class ActivationNoise:
         self._generator = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
 
     def added_to(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``(n, d)``, clipped and noised, differentiably in ``hidden``."""
+        """Clip and noise hidden states ``(n, d)``, differentiably."""
         if self.noise == 0:
             return hidden
         norm = hidden.norm(dim=-1, keepdim=True)
@@ -59,7 +57,7 @@ class ActivationNoise:
 
 
 class Client(Participant):
-    """Holds private data and the front segment; talks in hidden states and adapters only."""
+    """Holds private data and the front segment; sends hidden states and adapters only."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -68,8 +66,8 @@ class Client(Participant):
         privacy = self._job.privacy
         self._noise = ActivationNoise(privacy.noise, privacy.noise_clip)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _drop(self) -> None:
+        super()._drop()
         self._probed = None
         self._sent.clear()
 
@@ -84,7 +82,7 @@ class Client(Participant):
         """Run the front over batch ``micro`` of local step ``step`` (counted over the run) and keep its graph."""
         watch = Stopwatch(self._device)
         with watch.phase("data"):
-            batches = self._step_batches(step)
+            batches = self.data.step_batches(step)
             batch = batches[micro]
         with watch.phase("forward"):
             self.holder.begin_phase(hash_seed(step, micro), training=True)
@@ -97,7 +95,7 @@ class Client(Participant):
 
     @measured_in_first_steps
     def backward(self, step: int, micro: int, gradient: WireTensor | None) -> Mapping[str, float]:
-        """Take the gradient of this client's mean loss at the split point; step after the last batch.
+        """Backpropagate the gradient of this client's mean loss from the split point; step after the last batch.
 
         Returns:
             Seconds of the wall by phase.
@@ -110,8 +108,9 @@ class Client(Participant):
             with watch.phase("backward"):
                 hidden.backward(upstream)
         if micro == self._job.batches_per_step - 1:
-            # Counted when it is done: a step that is given up has trained nothing.
-            tokens = sum(batch.supervised for batch in self._batches.pop(step))
+            # Counted at the end: a skipped step has trained nothing.
+            tokens = sum(batch.supervised for batch in self.data.step_batches(step))
+            self.data.drop(step)
             self.holder.tokens.add(range(self._split), tokens)
             with watch.phase("optimizer"):
                 self.holder.step(step, self._lr_scale)
@@ -119,37 +118,34 @@ class Client(Participant):
         return watch.seconds
 
     def skip(self, step: int) -> None:
-        """Give up what was begun of local step ``step``: the others have gone on without it."""
+        """Discard local step ``step``, begun here: the other clients have continued without this one."""
         self._sent = {of: hidden for of, hidden in self._sent.items() if of[0] != step}
-        self._batches.pop(step, None)
+        self.data.drop(step)
         assert isinstance(self.holder, Holder)
         self.holder.drop_gradient()
 
     @measured_in_first_steps
     def tail(self, step: int, micro: int, deep: WireTensor) -> tuple[LossReport, WireTensor]:
-        """U-shape: loss and gradient of the token sum at the output of the last layer, labels staying here.
+        """U-shape: compute loss and gradient of the token sum at the last layer's output; labels stay here.
 
         Args:
             deep: last layer's output for this client's tokens, ``(n, d)``.
         """
-        return self._tail(deep, self._step_batches(step)[micro], self._pace.get("turn"))
+        return self._tail(deep, self.data.step_batches(step)[micro], self._pace.get("turn"))
 
     # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
 
     @measured
     def probe_forward(self, round_: int, tokens: int) -> tuple[ForwardReport, Activations]:
-        """Run the front over a probe batch with its adapted weights watched, and keep its graph.
+        """Run the front over a probe batch, watching its adapted weights, and keep its graph.
 
-        The batch is drawn anew for each client and round, apart from the training batches, and depends on nothing
-        else. What is sent is noised as in a step.
+        Activations are noised as in a step.
 
         Args:
             round_: round of the probe.
-            tokens: supervised tokens wanted; fewer are used where ``batch_size`` examples have fewer.
+            tokens: supervised tokens wanted, see :meth:`TrainingData.probe_batch`.
         """
-        job = self._job
-        seed = hash_seed(job.seed, self.name, "probe", round_)
-        batch = probe_batch(self._data[0].train, tokens, job.batch_size, seed)
+        batch = self.data.probe_batch(self.data.clients[0], round_, tokens)
         self.holder.begin_phase(0, training=False)
         probe = self._new_probe()
         with probe.watching():
@@ -160,7 +156,7 @@ class Client(Participant):
 
     @measured
     def probe_tail(self, deep: WireTensor) -> tuple[LossReport, WireTensor]:
-        """U-shape: as :meth:`tail`, for the probe's batch."""
+        """U-shape: do as :meth:`tail` for the probe's batch."""
         assert self._probed is not None
         return self._tail(deep, self._probed[1], None)
 
@@ -169,10 +165,10 @@ class Client(Participant):
         """Score this client's layers from the gradient of its mean loss at the split point, and forget the probe.
 
         Args:
-            gradient: ``None`` for a client without layers, which has nothing to score.
+            gradient: ``None`` for a client without layers, where there is nothing to score.
 
         Raises:
-            RuntimeError: a weight has not reported.
+            RuntimeError: no gradient reached one of the weights.
         """
         assert self._probed is not None
         probe, batch, hidden = self._probed
@@ -189,8 +185,8 @@ class Client(Participant):
     @measured_once_a_round
     @torch.no_grad()
     def validation_forward(self, index: int) -> tuple[ForwardReport, Activations]:
-        """Front over validation batch ``index``, without a graph and without dropout."""
-        batch = self._validation[index]
+        """Run the front over validation batch ``index``, without a graph and without dropout."""
+        batch = self.data.validation[index]
         self.holder.begin_phase(0, training=False)
         hidden = self._noise.added_to(self._front(batch))
         message = self._message(batch, hidden, batch.supervised)
@@ -199,8 +195,8 @@ class Client(Participant):
     @measured_once_a_round
     @torch.no_grad()
     def validation_tail(self, index: int, deep: WireTensor) -> LossReport:
-        """U-shape: validation loss of batch ``index`` from the last layer's output."""
-        batch = self._validation[index]
+        """U-shape: compute the validation loss of batch ``index`` from the last layer's output."""
+        batch = self.data.validation[index]
         hidden = deep.unpack(self._base.dtype, self._device)
         return LossReport(self.name, float(self._loss_sum(hidden, batch)), batch.supervised)
 
@@ -220,14 +216,6 @@ class Client(Participant):
         report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
         return report, gradient
 
-    def _step_batches(self, step: int) -> list[Batch]:
-        """What :class:`Participant` draws, each batch cut into its microbatches."""
-        if step not in self._batches:
-            parts = self._job.pipeline.microbatches
-            drawn = self._drawn(step)
-            self._batches[step] = [self._batch(part) for examples in drawn for part in _cut(examples, parts)]
-        return self._batches[step]
-
     def _message(self, batch: Batch, hidden: Tensor, step_supervised: int) -> Activations:
         at_home = self._job.privacy.labels == "client"
         assert isinstance(self.holder, Holder)
@@ -241,9 +229,3 @@ class Client(Participant):
             targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
             trains=bool(self.holder.adapters.names),
         )
-
-
-def _cut(examples: Sequence[TokenizedExample], parts: int) -> list[Sequence[TokenizedExample]]:
-    """``examples`` in ``parts`` of as equal a number as can be."""
-    borders = [len(examples) * part // parts for part in range(parts + 1)]
-    return [examples[start:stop] for start, stop in pairwise(borders)]

@@ -1,4 +1,4 @@
-"""Calls of actors, checked by their types: the protocol through which a run reaches them, and its in-process form."""
+"""Typed calls of actors: the interface through which a run reaches them, and its in-process form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hsplit.errors import NO_NUMBERS, HsplitError
 
 LOCALHOST = "127.0.0.1"
 
-# Of a call: what it returns (R, or a report R and values V), its arguments, and M the items of a call for each.
+# Of a call: its result (R, or a report R and values V), its arguments, and M the items of a call_each.
 R = TypeVar("R")
 V = TypeVar("V")
 M = TypeVar("M")
@@ -31,12 +31,12 @@ class ActorFailure(HsplitError):
 
     Attributes:
         actor: its name: a client's, ``server`` or ``scheduler``.
-        method: what it was asked to do.
+        method: the name of the called method.
         reason: one line.
         kind: ``died``: its process is gone, and its state; ``memory``: it ran out of memory, or was ended because its
-            node did; ``node``: its node is gone; ``late``: no answer in time; ``refused``: what it sent cannot be
-            right, or Ray does not take what was asked for; ``diverged``: loss, gradients or weights are not finite, and
-            would be again; ``hopeless``: the same would happen again; ``error``: else.
+            node did; ``node``: its node is gone; ``late``: no answer in time; ``refused``: its message is invalid, or
+            Ray rejects the request; ``diverged``: loss, gradients or weights are not finite, and would be again;
+            ``hopeless``: the same would happen again; ``error``: anything else.
     """
 
     def __init__(self, actor: str, method: str, reason: str, kind: FailureKind = "error") -> None:
@@ -44,14 +44,14 @@ class ActorFailure(HsplitError):
         self.actor, self.method, self.reason, self.kind = actor, method, reason, kind
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An error is pickled with its text alone otherwise.
+        # By default an error is pickled with its text alone.
         return type(self), (self.actor, self.method, self.reason, self.kind)
 
 
 class NotFinite(ActorFailure):
-    """A failure of one client, whose values are not finite: the others continue, and it is begun again.
+    """One client's values are not finite: the others continue, and it is started again.
 
-    Where it happens to all clients, training has diverged: :meth:`of_all`.
+    Where it happens to all clients, training has diverged: see :meth:`of_all`.
     """
 
     def of_all(self) -> ActorFailure:
@@ -60,7 +60,7 @@ class NotFinite(ActorFailure):
 
 
 class Ref(Generic[Value_co]):
-    """Stands for the value of a call, which may not be there yet; an argument of another call may be one.
+    """Reference to the value of a call, which may still be running; it may be an argument of another call.
 
     Args:
         actor, method: of the call, so that its failure can be named.
@@ -73,9 +73,9 @@ class Ref(Generic[Value_co]):
 class Executor(ABC):
     """Calls actors by name, with the method itself: ``call("phone-0", Client.forward, step, part)``.
 
-    An actor executes its calls in the order in which they were begun. Arguments are given by position; any of them may
-    be the :class:`Ref` of another call, whose value then goes from actor to actor without passing here. A type checker
-    holds arguments and results against the method's own.
+    An actor executes its calls in the order in which they were begun. Arguments are positional; any of them may be the
+    :class:`Ref` of another call, whose value then goes from actor to actor without passing here. Type checkers compare
+    arguments and results with the method's signature.
     """
 
     # -- calls ----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Executor(ABC):
         /,
     ) -> Ref[R]: ...
     def call(self, actor: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Begin ``method`` of ``actor``; its value, whatever it is, is one."""
+        """Begin ``method`` of ``actor``; a tuple that it returns counts as one value."""
         (ref,) = self.begin(actor, method, arguments)
         return ref
 
@@ -139,7 +139,7 @@ class Executor(ABC):
         /,
     ) -> tuple[Ref[R], Ref[V]]: ...
     def call_pair(self, actor: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Begin a method that returns a pair, such as a small report and a tensor: each value has a reference."""
+        """Begin a method that returns a pair, such as a small report and a tensor: one reference for each."""
         report, value = self.begin(actor, method, arguments, 2)
         return report, value
 
@@ -178,19 +178,19 @@ class Executor(ABC):
         /,
     ) -> tuple[Ref[R], list[Ref[V]]]: ...
     def call_each(self, actor: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Begin ``method(*arguments, *items)``, which returns a report and then one value for each of ``items``."""
+        """Begin ``method(*arguments, *items)``, which returns a report and then one value for each item."""
         *first, items = arguments
         report, *values = self.begin(actor, method, [*first, *items], 1 + len(items))
         return report, values
 
     def ask(self, actor: str, method: Callable[Concatenate[Any, P], R], *arguments: P.args, **named: P.kwargs) -> R:
-        """Call with plain arguments and wait for what is returned; errors as :meth:`get`."""
+        """Call with plain arguments and wait for the value; errors as :meth:`get`."""
         assert not named, "arguments are given by position"
         (ref,) = self.begin(actor, method, arguments)
         return self.value(ref)
 
     def call_all(self, actor: str, method: Callable[[Any, M], R], items: Sequence[M | Ref[M]], /) -> Ref[R]:
-        """Begin ``method(*items)``, whose value is one."""
+        """Begin ``method(*items)``, with one reference to its value."""
         (ref,) = self.begin(actor, method, items)
         return ref
 
@@ -198,30 +198,30 @@ class Executor(ABC):
     def begin(
         self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
     ) -> list[Ref[Any]]:
-        """Begin a call; the three forms above are this one with types.
+        """Begin a call; the typed forms above use this one.
 
         Args:
             actor: its name.
-            method: of the actor's class.
+            method: function of the actor's class.
             arguments: values and references.
-            returns: how many values the method returns, each of which gets a reference; ``None``: its value is one.
+            returns: number of values that the method returns, with a reference for each; ``None``: one reference.
         """
 
     @abstractmethod
     def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
-        """Wait for the values of ``refs``; a call that failed gives its :class:`HsplitError` as its value.
+        """Wait for the values of ``refs``; a failed call has its :class:`HsplitError` as its value.
 
         Args:
             refs: of calls.
-            until: by ``time.monotonic``: what has no value by then gives a failure of kind ``late``, and may be settled
-                once more later; ``None``: wait for all.
+            until: deadline by ``time.monotonic``; calls without a value by then give a failure of kind ``late``, and
+                may be settled again later. ``None``: wait for all.
         """
 
     def get(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R]:
         """Wait for the values of ``refs``, as :meth:`settle`.
 
         Raises:
-            InputError: an actor refused its input.
+            InputError: an actor rejected its input.
             ActorFailure: an actor failed, died or is late.
         """
         values: list[R] = []
@@ -239,22 +239,22 @@ class Executor(ABC):
 
     @abstractmethod
     def lost(self) -> list[ActorFailure]:
-        """A failure of each actor whose process is known to be gone, which says why."""
+        """Return a failure, with the reason, for each actor whose process is known to be gone."""
 
     @abstractmethod
     def away(self) -> list[str]:
-        """The actors that have not been begun, since there was no place for them when it was looked last."""
+        """Return the actors that have not been started for lack of a node with room at the last attempt."""
 
     @abstractmethod
     def add(self, client: ClientConfig) -> None:
-        """Make a client known that was not among the run's; :meth:`restart` begins it."""
+        """Register a client that was not among the run's; :meth:`restart` starts it."""
 
     @abstractmethod
     def restart(self, actor: str) -> bool:
-        """End ``actor``, if it is still there, and begin it from scratch, without data, layers or state.
+        """End ``actor`` if it still runs, and start it from scratch, without data, layers or state.
 
         Returns:
-            Whether there is a place for it; else it stays away, and may be restarted later.
+            Whether a node has room for it; if not, it stays away and may be restarted later.
 
         Raises:
             ActorFailure: actors cannot be replaced.
@@ -270,7 +270,7 @@ class Executor(ABC):
 
 
 class Ready(Ref[Value_co]):
-    """The value, or the failure, of a call that is over."""
+    """The value, or the failure, of a finished call."""
 
     def __init__(self, actor: str, method: str, value: Value_co | HsplitError) -> None:
         super().__init__(actor, method)
@@ -278,11 +278,11 @@ class Ready(Ref[Value_co]):
 
 
 class InProcess(Executor):
-    """Executes every call at once, in this process: for the laws, for tests and for rivals in benchmarks.
+    """Executes every call immediately, in this process: for the laws, tests and benchmarks' baselines.
 
     Args:
         actors: plain objects by name.
-        make: makes an actor from scratch, by name; ``None``: none can be.
+        make: makes an actor from scratch, by name; ``None``: actors cannot be restarted.
     """
 
     def __init__(self, actors: Mapping[str, Any], make: Callable[[str], Any] | None = None) -> None:
@@ -302,10 +302,10 @@ class InProcess(Executor):
         return [Ready(actor, name, one) for one in values]
 
     def perform(self, actor: str, method: str, *arguments: Any) -> Any:
-        """Execute one call; what it raises is its value."""
+        """Execute one call; an error that it raises is its value."""
         for argument in arguments:
             if isinstance(argument, HsplitError):
-                # As on Ray: a call fails with the failure of a call whose value it was given.
+                # As on Ray: a call fails with the failure of its argument.
                 return argument
         try:
             return getattr(self.actors[actor], method)(*arguments)
@@ -343,20 +343,20 @@ def _settled(argument: Any) -> Any:
 
 
 def refusal(client: str, method: str, reason: str) -> ActorFailure:
-    """Make the failure of a client whose message a holder has refused for ``reason``."""
+    """Make the failure of a client whose message was refused for ``reason``."""
     return (NotFinite if NO_NUMBERS in reason else ActorFailure)(client, method, reason, "refused")
 
 
 def failure_of(actor: str, method: str, error: BaseException) -> ActorFailure:
-    """The failure that an error in ``actor.method`` is."""
-    # torch's allocator for CPUs has no error of its own.
+    """Turn an error in ``actor.method`` into a failure of the right kind."""
     if isinstance(error, FloatingPointError):
         return ActorFailure(actor, method, str(error), "diverged")
+    # torch's allocator for CPUs has no error of its own.
     short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)
     return ActorFailure(actor, method, one_line(error), "memory" if short else "error")
 
 
 def one_line(error: BaseException) -> str:
-    """``Type: first non-empty line`` of an error."""
+    """Format an error as ``Type: first non-empty line``."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

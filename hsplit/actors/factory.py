@@ -1,4 +1,4 @@
-"""The one map from actors' names to their classes, for Ray and for runs in one process alike."""
+"""The one map from actors' names to their classes, for Ray and for runs in one process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HolderClass = type[Participant] | type[Replica]
 
 
 def participant_class(policy: Policy) -> type[Participant]:
-    """``Client`` where the model is split, ``WholeClient`` where each participant holds all of it."""
+    """Return ``Client`` where the model is split, ``WholeClient`` where each client holds all of it."""
     return Client if policy.placement == "split" else WholeClient
 
 
 def holder_class(run: RunConfig, name: str) -> HolderClass:
-    """The class of a participant or of one of the servers, of which the first aggregates."""
+    """Return the class of a client or of a server, of which the first aggregates."""
     if name == SERVER:
         return Server
     return Replica if name in run.server.names else participant_class(run.policy)
@@ -38,24 +38,24 @@ def make_holder(
     device: str = "cpu",
     measure: bool = True,
 ) -> Participant | Replica:
-    """Make a client or server on the node where it is to be.
+    """Make a client or server, in its own process.
 
     Args:
         cls: see :func:`holder_class`.
         name: its name.
         job, policy: the run's settings.
-        model: where it finds the base model.
+        model: finds the base model there.
         device: where it computes.
         measure: follow the peak of allocated memory.
 
     Raises:
-        InputError: the model is not there, or another one than the run's.
+        InputError: the model is not there, or is not the run's.
     """
     return cls(name, job, policy, base_model(model.locate(), job), device, measure)
 
 
 def make_scheduler(run: RunConfig, model: ModelReference) -> Scheduler:
-    """Make the scheduler, which reads the model's configuration alone; errors as :func:`make_holder`."""
+    """Make the scheduler, which reads only the model's configuration; errors as :func:`make_holder`."""
     return Scheduler(run, model.locate())
 
 

@@ -1,4 +1,4 @@
-"""What clients and servers have in common: a segment with adapters that begins rounds, hands in, is kept. Ray-free."""
+"""Base of clients and servers: a segment with adapters, its rounds, its state and its measurements. Ray-free."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ Held = TypeVar("Held", bound=Holder | WeightHolder)
 
 
 class HolderActor(Generic[Held]):
-    """Around one holder, which changes with the plan.
+    """An actor around one holder, which changes with the plan.
 
     Args:
         name: its name.
         job, policy: the run's settings.
-        base: the base model as it is read here.
+        base: the base model as this actor reads it.
         device: where it computes.
         measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
     """
 
-    def __init__(self, name: str, job: Job, policy: Policy, base: BaseModel, device: str, measure: bool) -> None:
+    def __init__(
+        self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
+    ) -> None:
         self.name = name
         self._job, self._policy, self._base = job, policy, base
         self._device = torch.device(device)
@@ -40,49 +42,52 @@ class HolderActor(Generic[Held]):
 
     @property
     def holder(self) -> Held:
-        """What it trains; an error before it was configured."""
+        """The trained part of the model; a RuntimeError before :meth:`configure`."""
         if self._holder is None:
             raise RuntimeError(f"{self.name} has not been configured")
         return self._holder
 
     @measured
     def collect(self) -> tuple[int, HeldAdapters]:
-        """The live adapters at the round's end, and before them their bytes, which the driver may look at alone."""
+        """Return the live adapters at the round's end, and before them their bytes, which the driver reads alone."""
         held = self.holder.held()
         return held.nbytes, held
 
     @measured_with_round
     def restart(self, update: RoundUpdate) -> None:
-        """Begin a round with what the aggregation has made of the last one."""
+        """Begin a round with the result of the last one's aggregation."""
         self.holder.restart(update)
 
     @measured
     def state(self) -> dict[str, Tensor]:
-        """What is trained, and the optimizer's moments."""
+        """Return the trained tensors and the optimizer's moments, for a checkpoint."""
         return self.holder.state()
 
     @measured_with_part
     def resume_state(self, tensors: dict[str, Tensor], update: RoundUpdate) -> None:
-        """Resume: follow the residual in ``update`` and take over what is trained, and its moments."""
+        """Resume from a checkpoint: follow the residual in ``update`` and load the result of :meth:`state`."""
         self.holder.follow_residual(update.residuals)
         self.holder.load_state(tensors)
 
     def set_pace(self, seconds: Mapping[str, float]) -> None:
-        """From now on spend these seconds in each call of a step, by what it does (METHOD 8): up, turn and down of a
-        client; step of a server, or where labels stay at home forward and backward.
+        """Set the seconds that each call of a step is to take from now on (METHOD 8).
+
+        Args:
+            seconds: by call: ``up``, ``turn`` and ``down`` of a client; ``step`` of a server, or in the U-shape
+                ``forward`` and ``backward``.
         """
         self._pace = dict(seconds)
 
     def set_lr_scale(self, scale: float) -> None:
-        """From now on step with ``scale`` times the job's learning rate."""
+        """Step with ``scale`` times the job's learning rate from now on."""
         self._lr_scale = scale
 
     def peak_bytes(self) -> int:
-        """Most bytes allocated above the start since the last call, see :class:`PeakMemory`."""
+        """Return the most bytes allocated since the last call, see :meth:`PeakMemory.peak_bytes`."""
         return self._memory.peak_bytes()
 
     def parameters_held(self) -> dict[str, int]:
-        """Numbers of frozen values held, by module path within the segment (for tests and reports)."""
+        """Count the frozen values held, by module path within the segment (for tests and reports)."""
         segment = self.holder.segment
         named: list[tuple[str, Any]] = [*segment.named_parameters(), *segment.named_buffers()]
         return {name: tensor.numel() for name, tensor in named}

@@ -16,11 +16,11 @@ from hsplit.models.tail import Tail
 
 @dataclass
 class JoinedBatch:
-    """All clients' tokens after the last layer. Every method keeps to the order of ``messages``.
+    """All clients' tokens after the last layer. Results are in the order of ``messages``.
 
     Attributes:
         output: ``(n, d)``.
-        messages: the clients' messages, in the order in which they came.
+        messages: the clients' messages, in the order given.
         inputs: each client's hidden states at its split point, leaves of the graph.
         tokens: each client's tokens of ``output``.
     """
@@ -34,12 +34,12 @@ class JoinedBatch:
     def run(
         segment: Segment, layers: int, messages: Sequence[Activations], inputs: Mapping[str, Tensor]
     ) -> JoinedBatch:
-        """Run the deep layers: start with the shallowest split, let tokens join where their client's split lies.
+        """Run the deep layers from the shallowest split on; a client's tokens join at its own split.
 
         Args:
             segment: holds the layers from the shallowest split on.
             layers: of the whole model.
-            messages: one a client.
+            messages: one for each client.
             inputs: by client its hidden states, unpacked, ``(n_c, d)``.
         """
         by_depth = sorted(messages, key=lambda m: m.split)
@@ -61,7 +61,7 @@ class JoinedBatch:
         return JoinedBatch(output, tuple(messages), dict(inputs), tokens)
 
     def losses(self, tail: Tail, rows_only: bool = True) -> tuple[Tensor, Tensor]:
-        """Cross-entropy sum and number of supervised tokens of each client, ``(clients,)`` each.
+        """Compute cross-entropy sum and number of supervised tokens of each client, ``(clients,)`` each.
 
         Args:
             tail: final norm and head.
@@ -74,17 +74,17 @@ class JoinedBatch:
             assert message.targets is not None
             targets[self.tokens[message.client]] = torch.tensor(message.targets, dtype=torch.int64, device=device)
             owner[self.tokens[message.client]] = index
-        # One selection from the joined batch: a copy a client would be as many more hidden states.
+        # One selection from the joined batch: a copy for each client would double the hidden states.
         losses, owner = tail.supervised_losses(self.output, targets, rows_only), owner[targets != -100]
         sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
         return sums, torch.bincount(owner, minlength=count)
 
     def outputs(self, wire: str, transport: str) -> dict[str, WireTensor]:
-        """By client the last layer's output for its tokens ``(n_c, d)``, at the wire dtype."""
+        """Pack the last layer's output for each client's tokens ``(n_c, d)``, at the wire dtype, by client."""
         return {m.client: WireTensor.pack(self.output[self.tokens[m.client]], wire, transport) for m in self.messages}
 
     def gradients(self, wire: str, transport: str) -> dict[str, WireTensor | None]:
-        """To client ``i`` goes the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
+        """Pack for client ``i`` the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
 
         ``None`` for a client that has nothing to train.
         """

@@ -1,4 +1,4 @@
-"""What travels between client and server in a step or a probe, at the wire dtype, with its size counted."""
+"""Messages between client and server in a step or a probe, at the wire dtype, with their sizes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _AT_ONCE = 1 << 15
 class WireTensor:
     """A tensor as it travels: raw bytes (which Ray moves without a copy) with dtype and shape.
 
-    ``int8`` is one code an entry and one fp32 scale a token (a row of the last dimension): ``code * scale`` with
-    ``scale = max |row| / 127``, so that no entry errs by more than half a scale. A row with an entry that is not finite
-    arrives as NaN throughout.
+    ``int8`` has one code for each entry and one fp32 scale for each token (a row of the last dimension):
+    ``code * scale`` with ``scale = max |row| / 127``, so that no error exceeds half a scale. A row with an entry that
+    is not finite arrives as NaN throughout.
 
     Attributes:
-        data: uint8 array of the tensor's bytes, row-major; for ``int8`` the scales, then the codes. A tensor, on the
-            device where it was made, where Ray's object store is gone round (``job.transport``).
+        data: uint8 array of the tensor's bytes, row-major; for ``int8`` the scales, then the codes. A tensor on its
+            own device where ``job.transport`` bypasses Ray's object store.
         wire: ``fp32``, ``bf16``, ``int8`` or ``fp64``.
         shape: the tensor's shape.
     """
@@ -40,7 +40,7 @@ class WireTensor:
 
     @staticmethod
     def pack(tensor: Tensor, wire: str, transport: str = "store") -> WireTensor:
-        """``tensor`` in the type ``wire``, as ``job.transport`` wants it."""
+        """Pack ``tensor`` in the type ``wire`` for ``job.transport``."""
         detached, shape = tensor.detach(), tuple(tensor.shape)
         if wire == "int8":
             flat = _quantized(detached)
@@ -49,8 +49,8 @@ class WireTensor:
         return WireTensor(flat.cpu().numpy() if transport == "store" else flat, wire, shape)
 
     def unpack(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """A writable tensor of its own in ``dtype`` on ``device``."""
-        # Allocated by torch, so that measurements see it, and not shared: what Ray gives may be read-only.
+        """Return a new, writable tensor in ``dtype`` on ``device``."""
+        # Allocated by torch, so that measurements see it, and not shared: an array from Ray may be read-only.
         if isinstance(self.data, Tensor):
             own = self.data.clone()
         else:
@@ -67,7 +67,7 @@ class WireTensor:
 
 
 def _quantized(tensor: Tensor) -> Tensor:
-    """Scales and codes of a tensor ``(..., d)``, uint8 ``(n (d + 4),)`` for its ``n`` rows."""
+    """Quantize a tensor ``(..., d)`` of ``n`` rows to scales and codes, uint8 ``(n (d + 4),)``."""
     rows, width = _rows_of(tuple(tensor.shape))
     values = tensor.reshape(rows, width)
     data = torch.empty(rows * (width + 4), dtype=torch.uint8, device=tensor.device)
@@ -83,7 +83,7 @@ def _quantized(tensor: Tensor) -> Tensor:
 
 
 def _dequantized(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor that :func:`_quantized` was given, to half a scale."""
+    """Restore the input of :func:`_quantized`, to half a scale."""
     rows, width = _rows_of(shape)
     scales, codes = _scales_and_codes(data, rows, width)
     values = torch.empty(rows, width, dtype=dtype, device=data.device)
@@ -93,7 +93,7 @@ def _dequantized(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Te
 
 
 def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and their width; an empty tensor has no rows, a tensor without a dimension one entry."""
+    """Return the number of rows and their width; an empty tensor has no rows, a scalar one entry."""
     size = math.prod(shape)
     return (size // shape[-1], shape[-1]) if size and shape else (size, 1)
 
@@ -109,7 +109,7 @@ def _parts(rows: int, width: int) -> list[slice]:
 
 
 def not_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has an entry that is no number or infinite."""
+    """Test for entries that are NaN or infinite."""
     return tensor.numel() > 0 and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
@@ -117,16 +117,16 @@ def not_finite(tensor: Tensor) -> bool:
 class Activations:
     """A client's rows at its split point (METHOD 2, step 1).
 
-    Tokens travel packed, without padding, so lengths stand in for mask and positions: both follow from them.
+    Tokens travel packed, without padding; mask and positions follow from the lengths.
 
     Attributes:
-        client: who sends.
+        client: the sender.
         split: the client's split point.
         hidden: ``(n, d)``, the sequences' tokens end to end.
         lengths: tokens of each sequence; they sum to ``n``.
         supervised: ``n_i`` of these rows: supervised positions, counted after the label shift.
         step_supervised: ``n_i`` of the whole local step (all its accumulated batches): the divisor of the mean loss.
-        targets: ``(n,)`` int32, the id each position must predict or -100; ``None`` when labels stay at home.
+        targets: ``(n,)`` int32, the id each position must predict or -100; ``None`` when labels stay at the client.
         trains: whether it has adapters to train, so that in a step it needs the gradient at its split point.
     """
 
@@ -141,15 +141,15 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the wire: tensors as they are, 4 a length, and 8 for the counts."""
+        """Bytes on the wire: the tensors, 4 for each length, and 8 for the counts."""
         return self.hidden.nbytes + 4 * len(self.lengths) + 8 + (0 if self.targets is None else self.targets.nbytes)
 
     def flaw(self, width: int, vocabulary: int) -> str | None:
-        """What cannot be right about the message, its values apart; ``None``: nothing.
+        """Describe an inconsistency of the message, its hidden values apart; ``None`` if there is none.
 
         Args:
             width: of the model's hidden states.
-            vocabulary: token ids are below it.
+            vocabulary: number of token ids.
         """
         rows = sum(self.lengths)
         if self.hidden.shape != (rows, width):
@@ -159,22 +159,22 @@ class Activations:
         if self.targets is not None:
             if self.targets.shape != (rows,):
                 return f"targets of shape {self.targets.shape} where ({rows},) is right"
-            given = self.targets[self.targets != IGNORED]
-            if len(given) != self.supervised:
-                return f"{len(given)} targets where {self.supervised} tokens are supervised"
-            if len(given) and not 0 <= given.min() <= given.max() < vocabulary:
+            ids = self.targets[self.targets != IGNORED]
+            if len(ids) != self.supervised:
+                return f"{len(ids)} targets where {self.supervised} tokens are supervised"
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
                 return f"a target that is no token (there are {vocabulary})"
         return None
 
 
 @dataclass(frozen=True)
 class ForwardReport:
-    """Small companion of a client's activations: what the driver needs to know of them.
+    """Small companion of a client's activations, for the driver.
 
     Attributes:
-        client: who sent.
+        client: the sender.
         nbytes: size of the activations on the wire.
-        seconds: of the wall by phase.
+        seconds: wall time by phase.
     """
 
     client: str
@@ -187,11 +187,11 @@ class LossReport:
     """Loss of one client's rows.
 
     Attributes:
-        client: whose rows.
+        client: its name.
         loss_sum: cross-entropy summed over supervised tokens, nats.
         tokens: supervised tokens.
-        nbytes: bytes of the gradient that a client's tail sends up with it.
-        seconds: of the wall by phase, where a client computed it in a step.
+        nbytes: bytes of the gradient that a client's tail sends with it.
+        seconds: wall time by phase, where a client computed it in a step.
     """
 
     client: str
@@ -203,13 +203,13 @@ class LossReport:
 
 @dataclass(frozen=True)
 class ServerReport:
-    """Small companion of what the server sends back in a step.
+    """Small companion of the server's messages in a step.
 
     Attributes:
-        losses: one a client where the labels are here, otherwise empty.
+        losses: one for each client where the server has the labels, otherwise empty.
         nbytes: bytes sent to the clients.
-        seconds: of the wall by phase.
-        refused: what cannot be right about what a client sent, by its name; it is left out.
+        seconds: wall time by phase.
+        refused: by client name the reason for which its message was left out.
     """
 
     losses: tuple[LossReport, ...]
@@ -220,10 +220,10 @@ class ServerReport:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Small companion of what the server sends back in a probe.
+    """Small companion of the server's messages in a probe.
 
     Attributes:
-        importance: one a client, over the layers that its tokens passed through here.
+        importance: one for each client, over the layers that its tokens passed through here.
         nbytes: bytes sent to the clients.
     """
 

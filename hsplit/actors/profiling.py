@@ -1,11 +1,11 @@
-"""Measurements in an actor: where the time of a call goes, and the most bytes allocated (METHOD 4).
+"""Time by phase and peak memory of an actor's calls (METHOD 4).
 
-On CUDA the bytes are the caching allocator's own counters. On a CPU they are the events that PyTorch's allocator
-reports to its profiler: every block with its address, when it is given out and when it is freed. Nothing is shared with
-the code that predicts memory.
+On CUDA the bytes are the caching allocator's own counters. On a CPU they follow from the events that PyTorch's
+allocator reports to its profiler: every block with its address, allocated or freed. Nothing is shared with the code
+that predicts memory.
 
 Not seen on a CPU: memory that does not come from PyTorch's allocator (Python objects, tokens, workspaces inside a
-kernel), and allocations of threads other than the caller's. A backward pass on a CPU runs on the caller's.
+kernel), and allocations of threads other than the caller's, on which a backward pass runs on a CPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Stopwatch:
-    """Seconds of the wall by phase, from when it is made.
+    """Measures wall time by phase.
 
-    A phase ends when its work is done: on CUDA, which works behind the caller's back, that is waited for.
+    A phase ends when its work is done: on CUDA, which works asynchronously, it waits for the device.
 
     Args:
-        device: where the work is done.
+        device: where the work runs.
 
     Attributes:
         seconds: by phase, see :data:`hsplit.observe.tables.PHASES`.
@@ -44,7 +44,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside towards phase ``name``."""
+        """Count the time inside towards phase ``name``."""
         begun = time.perf_counter()
         yield
         if self._device.type == "cuda":
@@ -54,7 +54,7 @@ class Stopwatch:
     def pace(self, seconds: float | None) -> None:
         """Sleep until ``seconds`` have passed since the start (``clock: emulated``, METHOD 8); ``None``: do not.
 
-        Whoever is more than 5 % late has no phase ``paced``.
+        A call that is more than 5 % late has no phase ``paced``.
         """
         if seconds is None:
             return
@@ -68,10 +68,10 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
-# The profiler's library announces every start and stop on stderr; it reads its log level when it is first used.
+# The profiler's library logs every start and stop to stderr; it reads its log level at its first use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# Rounds that are looked at.
+# The rounds that are measured: the first ones, and every tenth.
 _FIRST_ROUNDS = 3
 _EVERY = 10
 
@@ -79,19 +79,19 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class PeakMemory:
-    """Most bytes allocated above the start.
+    """Measures the most bytes allocated above those at the start.
 
     A holder's method calls are separate windows, and a profiler runs only inside them. Blocks are followed by address,
     so that what one window leaves allocated is there when the next begins. Tensors that cross a window's border, as
-    arguments or as results, are watched by weak references: they count from when the holder has them until they are
-    gone, whoever lets them go. Arrays among the arguments count while the call works on them.
+    arguments or as results, are watched by weak references: they count from when the holder has them until their last
+    reference is gone, wherever that is. Arrays among the arguments count while the call works on them.
 
-    Between windows a holder may allocate what it frees again; what stays of such a call is not seen.
+    Blocks that are allocated between windows, and stay, are not seen.
 
     Args:
-        device: where the holder computes. On CUDA the counters are the process's, one holder a process; those of
-            several GPUs are added up, though their peaks need not fall together.
-        enabled: without it nothing is measured and :meth:`peak_bytes` is 0.
+        device: where the holder computes. On CUDA the counters are the process's, with one holder in a process; those
+            of several GPUs are added up, though their peaks may not coincide.
+        enabled: if not, nothing is measured and :meth:`peak_bytes` is 0.
     """
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
@@ -104,7 +104,7 @@ class PeakMemory:
         self._watched: dict[int, StorageWeakRef] = {}
         self._now = self._peak = 0
         self._open = False
-        # Rounds begun since the holder's part last changed.
+        # Rounds begun since the holder's part of the model last changed.
         self._round = 0
         self._steps: set[int] = set()
         self._measured: set[str] = set()
@@ -116,9 +116,9 @@ class PeakMemory:
             self._reset_gpus()
 
     def peak_bytes(self) -> int:
-        """Most bytes above the start since the last call; the peak then begins anew at the bytes held now.
+        """Return the most bytes above the start since the last call, and begin again from those held now.
 
-        0 on a CPU in a round that is not looked at.
+        0 on a CPU in a round that is not measured.
         """
         if self._cuda:
             most = sum(map(torch.cuda.max_memory_allocated, self._gpus)) - self._start
@@ -126,17 +126,17 @@ class PeakMemory:
             return most
         self._forget_expired()
         most, self._peak = self._peak, self._now
-        return most if self.looks else 0
+        return most if self.measures_round else 0
 
     @contextmanager
     def window(self, *received: Any) -> Iterator[Callable[[Any], None]]:
-        """Measure what happens inside. A window inside another is part of it.
+        """Measure the code inside. A window inside another is part of it.
 
         Args:
-            received: arguments; the tensors and arrays in them are the holder's while it works on them.
+            received: the call's arguments; tensors and arrays in them count as the holder's.
 
         Yields:
-            A function to be told what the window returns, which outlives it as long as somebody keeps it.
+            A function that takes the call's result, whose tensors are followed beyond the window.
         """
         if not self._profiles or self._open:
             yield lambda result: None
@@ -160,20 +160,20 @@ class PeakMemory:
                     self._watched[storage.data_ptr()] = StorageWeakRef(storage)
 
     @property
-    def looks(self) -> bool:
-        """Whether this round is looked at: the first three with a part, which differ, and then each tenth.
+    def measures_round(self) -> bool:
+        """True in a round that is measured: the first three with a part, which differ, and then every tenth.
 
-        A profiler slows down what it watches, by so much an operation: small models most of all.
+        A profiler adds a constant time to each operation, which slows down small models most.
         """
         return self._cuda or self._round <= _FIRST_ROUNDS or self._round % _EVERY == 0
 
     def begin_part(self) -> None:
-        """The holder has another part of the model, or another state: its rounds are new ones."""
+        """Count rounds again from 0: the holder has another part of the model, or another state."""
         self._round = 0
         self._begin()
 
     def begin_round(self) -> None:
-        """What is measured only once or twice in a round is measured again."""
+        """Begin a round: measure again what is measured only once or twice in one."""
         self._round += 1
         self._begin()
 
@@ -182,40 +182,40 @@ class PeakMemory:
         self._measured.clear()
 
     def selects_step(self, step: int) -> bool:
-        """Whether ``step`` is one of the first two since :meth:`begin_round`, in a round that is looked at.
+        """Select the first two steps since :meth:`begin_round`, in a round that is measured.
 
-        The first one makes the optimizer's moments, the second is the first to run beside them; later ones free what
-        they allocate.
+        The first makes the optimizer's moments, the second is the first to run beside them; later ones leave nothing
+        more allocated.
         """
         if step not in self._steps and len(self._steps) < 2:
             self._steps.add(step)
-        return self.looks and step in self._steps
+        return self.measures_round and step in self._steps
 
     def selects_call(self, method: str) -> bool:
-        """Whether this is the first call of ``method`` since :meth:`begin_round`, in a round that is looked at."""
+        """Select the first call of ``method`` since :meth:`begin_round`, in a round that is measured."""
         first = method not in self._measured
         self._measured.add(method)
-        return self.looks and first
+        return self.measures_round and first
 
     def _reset_gpus(self) -> None:
         for gpu in self._gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
 
     def _receive(self, received: Any) -> int:
-        """Take over the tensors that the caller gave; returns the bytes of the arrays beside them."""
+        """Follow the tensors among the arguments; returns the bytes of the arrays beside them."""
         for storage in _storages(_leaves(received, Tensor)):
             address = storage.data_ptr()
             if address not in self._live:
                 self._follow(address, storage.nbytes())
                 self._watched[address] = StorageWeakRef(storage)
-        # An array over a tensor's memory that is in the account already does not count twice.
+        # An array over the memory of a tensor that is followed already does not count twice.
         arrays = {array.ctypes.data: array.nbytes for array in _leaves(received, np.ndarray)}
         return sum(size for address, size in arrays.items() if address not in self._live)
 
     def _follow(self, address: int, size: int) -> None:
-        """``size`` bytes were given out at ``address``, or the block there was freed (``size <= 0``)."""
+        """Record that ``size`` bytes were allocated at ``address``, or the block there freed (``size <= 0``)."""
         self._watched.pop(address, None)
-        # An address that is given out a second time was freed where nobody looked.
+        # An address that is allocated a second time was freed outside of the windows.
         self._now -= self._live.pop(address, 0)
         if size > 0:
             self._live[address] = size
@@ -241,7 +241,7 @@ def measured_with_part(method: _Method) -> _Method:
 
 
 def measured_with_round(method: _Method) -> _Method:
-    """Measure every call of a holder's ``method`` that begins a round: what it leaves allocated must be followed."""
+    """Measure every call of a holder's ``method`` that begins a round, which leaves blocks to be followed."""
 
     @functools.wraps(method)
     def call(holder: Any, *arguments: Any) -> Any:
@@ -252,7 +252,7 @@ def measured_with_round(method: _Method) -> _Method:
 
 
 def measured_always(method: _Method) -> _Method:
-    """Measure every call of a holder's ``method``, which may leave something allocated that must be followed."""
+    """Measure every call of a holder's ``method``, which may leave blocks allocated that must be followed."""
 
     @functools.wraps(method)
     def call(holder: Any, *arguments: Any) -> Any:
@@ -262,17 +262,17 @@ def measured_always(method: _Method) -> _Method:
 
 
 def measured(method: _Method) -> _Method:
-    """Measure every call of a holder's ``method``, which leaves nothing allocated, in the rounds that are looked at."""
+    """Measure a holder's ``method``, which leaves nothing allocated, in the rounds that are measured."""
 
     @functools.wraps(method)
     def call(holder: Any, *arguments: Any) -> Any:
-        return _windowed(method, holder, arguments) if holder._memory.looks else method(holder, *arguments)
+        return _windowed(method, holder, arguments) if holder._memory.measures_round else method(holder, *arguments)
 
     return cast(_Method, call)
 
 
 def measured_in_first_steps(method: _Method) -> _Method:
-    """Measure a holder's ``method(step, ...)`` in the first two local steps of a round that is looked at."""
+    """Measure a holder's ``method(step, ...)`` in the first two local steps of a round that is measured."""
 
     @functools.wraps(method)
     def call(holder: Any, step: int, *arguments: Any) -> Any:
@@ -284,7 +284,7 @@ def measured_in_first_steps(method: _Method) -> _Method:
 
 
 def measured_once_a_round(method: _Method) -> _Method:
-    """Measure the first call of a holder's ``method`` in a round that is looked at: a validation's first batch."""
+    """Measure the first call of a holder's ``method`` in a round that is measured: a validation's first batch."""
 
     @functools.wraps(method)
     def call(holder: Any, *arguments: Any) -> Any:
@@ -303,16 +303,16 @@ def _windowed(method: Callable[..., Any], holder: Any, arguments: tuple[Any, ...
 
 
 def _take_workspaces(gpu: torch.device) -> None:
-    """Have the matrix products' library take what it keeps for itself, which is the runtime's and no holder's.
+    """Make cuBLAS allocate its workspaces now, since they belong to the runtime and to no holder.
 
-    On an H100 that is 32 MiB for each thread that multiplies: this one, and autograd's.
+    On an H100 they are 32 MiB for each thread that multiplies: this one, and autograd's.
     """
     weight = torch.ones(16, 16, device=gpu, requires_grad=True)
     (weight @ weight).sum().backward()
 
 
 def _blocks(profiler: Any) -> list[tuple[int, int]]:
-    """Address and size of every block given out, and freed with its size below 0, in the order of time."""
+    """List address and size of every block that was allocated, or freed (size below 0), in the order of time."""
     events = list(reversed(profiler.kineto_results.experimental_event_tree()))
     found = []
     while events:
@@ -330,7 +330,7 @@ def _storages(tensors: list[Any]) -> list[torch.UntypedStorage]:
 
 
 def _tensors_of_arrays(values: Any) -> list[Tensor]:
-    """The tensors whose memory the arrays in ``values`` show."""
+    """Find the tensors whose memory the arrays in ``values`` are views of."""
     return [owner for array in _leaves(values, np.ndarray) if isinstance(owner := _owner(array), Tensor)]
 
 
@@ -341,7 +341,7 @@ def _owner(array: Any) -> Any:
 
 
 def _leaves(value: Any, kind: type) -> list[Any]:
-    """Everything of ``kind`` inside sequences, mappings and dataclasses."""
+    """Collect every object of ``kind`` inside sequences, mappings and dataclasses."""
     if isinstance(value, kind):
         return [value]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A server without its aggregator: the deep layers for the clients that it serves. Ray-free."""
+"""A server without an aggregator: runs the deep layers for the clients that it serves. Ray-free."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from hsplit.planning.plan import Plan
 class Replica(HolderActor[Holder]):
     """Hosts layers ``[min_i k_i, L)``, and stores a quantized base as bitsandbytes codes.
 
-    Every server is one; the first of them aggregates besides (:class:`~hsplit.actors.server.Server`). Its adapters are
-    a holder's like any other's: aggregated with the tokens that it trained them on.
+    Every server is one; the first also aggregates (:class:`~hsplit.actors.server.Server`). Its adapters are aggregated
+    like any holder's, weighted by the tokens that it trained them on.
 
     Args:
         name: ``server``, or ``server-1`` and so on.
@@ -58,9 +58,9 @@ class Replica(HolderActor[Holder]):
 
     @measured_with_part
     def configure(self, plan: Plan) -> None:
-        """Read the deep layers and the tail that ``plan`` gives a server; the round is begun by :meth:`restart`.
+        """Read the deep layers and the tail that ``plan`` gives a server; :meth:`restart` begins the round.
 
-        Whatever was under way before is forgotten.
+        Every step and probe begun before is dropped.
         """
         self._holder = self._probed = None
         self._kept.clear()
@@ -69,11 +69,11 @@ class Replica(HolderActor[Holder]):
 
     @measured_with_part
     def follow(self, plan: Plan, update: RoundUpdate) -> None:
-        """Follow a change of plan between two rounds: take over layers, give others up, change ranks (law E4).
+        """Follow a change of plan between two rounds: read new layers, drop others, change ranks (law E4).
 
         Args:
             plan: the new plan.
-            update: what the adapters restart with, and residuals; those of layers that are new here whole.
+            update: what the adapters restart with, and changes of residuals; whole ones for layers that are new here.
         """
         before = self._plan
         assert before is not None
@@ -83,13 +83,13 @@ class Replica(HolderActor[Holder]):
             self.restart(update)
             return
         held, carried = self.holder.segment, self.holder.carried_moments(plan.server.ranks)
-        # Given up first, so that two sets of adapters never are in memory together.
+        # Dropped first, so that two sets of adapters are never in memory together.
         self._holder = None
         held.remove_adapters()
         self._hold(plan, held)
         self.restart(update)
         if carried is not None:
-            self.holder.go_on_from(carried, update)
+            self.holder.resume_moments(carried, update)
 
     def _hold(self, plan: Plan, kept: Segment | None) -> None:
         """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
@@ -109,12 +109,12 @@ class Replica(HolderActor[Holder]):
     def train_step(
         self, step: int, micro: int, *messages: Activations
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """Labels on the server: the whole server phase of one depth-joined batch (METHOD 2).
+        """Labels on the server: train on one depth-joined batch (METHOD 2).
 
         Returns:
             The report with a loss a message, then for each message the gradient of that client's own mean loss at
-            its split point (``None`` for a client without layers), in the order of ``messages``. A message that cannot
-            be right is left out and named in the report; its gradient is ``None``.
+            its split point (``None`` for a client without layers), in the order of ``messages``. An invalid message is
+            left out and named in the report; its gradient is ``None``.
         """
         watch = Stopwatch(self._device)
         losses: list[LossReport] = []
@@ -144,9 +144,11 @@ class Replica(HolderActor[Holder]):
     def forward(
         self, step: int, micro: int, *messages: Activations
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's tokens ``(n, d)``; keeps the graph.
+        """U-shape: run the deep layers and keep the graph.
 
-        A message that cannot be right is left out and named in the report; its output is ``None``.
+        Returns:
+            The report, then the output for each client's tokens ``(n, d)``. An invalid message is left out and named
+            in the report; its output is ``None``.
         """
         watch = Stopwatch(self._device)
         kept = self._kept[step, micro] = []
@@ -167,10 +169,14 @@ class Replica(HolderActor[Holder]):
     def backward(
         self, step: int, micro: int, clients: Sequence[str], *sent: WireTensor
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: from the gradients of the clients' token sums at the last layer's output.
+        """U-shape: backpropagate the gradients of the clients' token sums from the last layer's output.
 
         Args:
-            clients: who sent them, in their order; a client of the forward that is not among them has trained nothing.
+            clients: the senders, in order; a client of the forward that is not among them has trained nothing.
+            sent: their gradients.
+
+        Returns:
+            As :meth:`train_step`, without losses.
         """
         watch = Stopwatch(self._device)
         arrived = dict(zip(clients, sent, strict=True))
@@ -195,7 +201,7 @@ class Replica(HolderActor[Holder]):
 
     @measured
     def probe(self, *messages: Activations) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """Labels on the server: score every weight here for each client, from its own tokens and mean loss alone.
+        """Labels on the server: score every weight held here for each client, from its own tokens and mean loss alone.
 
         Nothing is trained or counted, and the adapters get no gradient.
 
@@ -204,7 +210,7 @@ class Replica(HolderActor[Holder]):
             a client without layers), in the order of ``messages``.
 
         Raises:
-            RuntimeError: a weight has not reported.
+            RuntimeError: no gradient reached one of the weights.
         """
         probe, joined = self._watched(messages)
         sums, _ = self._losses(joined)
@@ -212,7 +218,7 @@ class Replica(HolderActor[Holder]):
 
     @measured
     def probe_forward(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: as :meth:`forward`, with the weights watched."""
+        """U-shape: run as :meth:`forward` does, watching the weights."""
         probe, joined = self._watched(messages)
         self._probed = probe, joined
         outputs = list(joined.outputs(self._job.wire, self._job.transport).values())
@@ -220,7 +226,7 @@ class Replica(HolderActor[Holder]):
 
     @measured
     def probe_backward(self, *sent: WireTensor) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: as :meth:`probe`, from the gradients of every client's token sum, in the messages' order."""
+        """U-shape: score as :meth:`probe`, from the gradient of each client's token sum, in the messages' order."""
         assert self._probed is not None
         probe, joined = self._probed
         self._probed = None
@@ -235,10 +241,10 @@ class Replica(HolderActor[Holder]):
     @measured_once_a_round
     @torch.no_grad()
     def evaluate(self, *messages: Activations) -> ServerReport:
-        """Validation loss of each client's rows, labels on the server.
+        """Labels on the server: compute the validation loss of each client's rows.
 
         Raises:
-            ActorFailure: a client's message cannot be right; names it.
+            ActorFailure: a client's message is invalid; names the client.
         """
         losses: list[LossReport] = []
         for joined in self._evaluated(messages):
@@ -248,7 +254,7 @@ class Replica(HolderActor[Holder]):
     @measured_once_a_round
     @torch.no_grad()
     def evaluate_deep(self, *messages: Activations) -> tuple[ServerReport, *tuple[WireTensor, ...]]:
-        """U-shape: the report, then the deep layers' output for each client's validation rows; errors as above."""
+        """U-shape: run the deep layers on each client's validation rows; errors as :meth:`evaluate`."""
         outputs: list[WireTensor] = []
         for joined in self._evaluated(messages):
             outputs += joined.outputs(self._job.wire, self._job.transport).values()
@@ -272,11 +278,11 @@ class Replica(HolderActor[Holder]):
 
     @property
     def adapters(self) -> AdapterSet:
-        """The server's own."""
+        """This server's adapters."""
         return self.holder.adapters
 
     def _groups(self, messages: Sequence[Activations]) -> list[Sequence[Activations]]:
-        """What is computed together: everybody, or with ``fast.depth_joined`` off one client after another."""
+        """Group what is computed at once: all clients, or with ``fast.depth_joined`` off one after another."""
         return [messages] if self._job.fast.depth_joined else [[message] for message in messages]
 
     def _join(
@@ -288,9 +294,9 @@ class Replica(HolderActor[Holder]):
         refused: dict[str, str],
         training: bool,
     ) -> JoinedBatch | None:
-        """The step's joined batch; to a client that has nothing to train no gradient goes back.
+        """Run the step's joined batch, without gradients for clients that have nothing to train.
 
-        What cannot be right joins ``refused``; ``None`` where nothing is left.
+        Invalid messages are added to ``refused``; ``None`` where none is left.
         """
         self.holder.begin_phase(step * 1_000 + micro, training)
         with watch.phase("unpack"):
@@ -307,9 +313,9 @@ class Replica(HolderActor[Holder]):
     def _unpacked(
         self, messages: Sequence[Activations], differentiable: Callable[[Activations], bool], refused: dict[str, str]
     ) -> dict[str, Tensor]:
-        """By client the hidden states at its split point, in the compute dtype, as leaves of a graph.
+        """Unpack each client's hidden states at its split point, in the compute dtype, as leaves of a graph.
 
-        What cannot be right is left out and joins ``refused``.
+        Invalid messages are left out and added to ``refused``.
         """
         config = self.holder.segment.config
         inputs: dict[str, Tensor] = {}
@@ -325,9 +331,9 @@ class Replica(HolderActor[Holder]):
     def _upstream(
         self, joined: JoinedBatch, arrived: Mapping[str, WireTensor], refused: dict[str, str]
     ) -> tuple[Tensor, list[Activations]]:
-        """U-shape: the clients' gradients at their tokens, as the gradient of the joined output ``(n, d)``.
+        """U-shape: put the clients' gradients at their tokens of the joined output's gradient ``(n, d)``.
 
-        Who has sent none, or one that cannot be right, changes nothing; returns the messages of the others too.
+        Rows of clients without a gradient, or with an invalid one, are zero; also returns the other clients' messages.
         """
         upstream = torch.zeros_like(joined.output)
         own = []
@@ -341,7 +347,7 @@ class Replica(HolderActor[Holder]):
         return upstream, own
 
     def _sound(self, client: str, wire: WireTensor, shape: tuple[int, ...], refused: dict[str, str]) -> Tensor | None:
-        """What ``client`` sent, in the compute dtype; of a wrong shape or with NaN it joins ``refused`` instead."""
+        """Unpack what ``client`` sent, in the compute dtype; a wrong shape or NaN is added to ``refused`` instead."""
         if wire.shape != shape:
             refused[client] = f"a gradient of shape {wire.shape} where {shape} is right"
             return None
@@ -352,7 +358,7 @@ class Replica(HolderActor[Holder]):
         return tensor
 
     def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
-        """The joined batch of a probe, without dropout, and the probe that has watched it."""
+        """Run a probe's joined batch without dropout, watched by the probe."""
         probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
         refused: dict[str, str] = {}
         with probe.watching():
@@ -365,7 +371,7 @@ class Replica(HolderActor[Holder]):
     def _scored(
         self, probe: ImportanceProbe, joined: JoinedBatch, output: Tensor, upstream: Tensor | None
     ) -> tuple[ProbeReport, *tuple[WireTensor | None, ...]]:
-        """Scores and gradients from a backward of the token sum: a client's part of it over its ``n_i`` is its own."""
+        """Score from a backward of the token sum: a client's part divided by its ``n_i`` is that of its mean loss."""
         messages = joined.messages
         rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
         scores = probe.scores(output, upstream, rows)
@@ -400,7 +406,7 @@ def _report(
 
 
 def _raise_refused(refused: Mapping[str, str], method: str) -> None:
-    """Where nobody can be left out: name the first client whose message cannot be right."""
+    """Refuse the first invalid message, where no client can be left out."""
     for client, reason in refused.items():
         raise refusal(client, method, f"it sent {reason}")
 

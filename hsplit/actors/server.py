@@ -1,4 +1,4 @@
-"""The server: the deep layers for everybody at once, and the aggregation. Ray-free."""
+"""The first server: deep layers for the clients that it serves, and the aggregation of all adapters. Ray-free."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hsplit.planning.plan import Plan
 
 @dataclass(frozen=True)
 class AggregationReport:
-    """What an aggregation did.
+    """Traffic and losses of an aggregation.
 
     Attributes:
-        nbytes_up, nbytes_down: adapters that each client sent, and what it gets back, by client name.
+        nbytes_up, nbytes_down: bytes of the adapters that each client sent, and of its update, by client name.
         residual_cut: largest part of a residual that the cap cut in this round, relative Frobenius norm.
-        refused: what cannot be right about what a client handed in, by its name; it is left out.
+        refused: by client name the reason for which its adapters were left out.
     """
 
     nbytes_up: dict[str, int]
@@ -36,10 +36,10 @@ class AggregationReport:
 
 @dataclass(frozen=True)
 class ReconfigurationReport:
-    """What a change of plan moved.
+    """Traffic and losses of a change of plan.
 
     Attributes:
-        nbytes_down: residuals and restarts that each client gets, by client name; who is not in it gets nothing.
+        nbytes_down: bytes of residuals and restarts that each client gets, by client name; none for absent ones.
         residual_cut: as in :class:`AggregationReport`.
     """
 
@@ -48,9 +48,9 @@ class ReconfigurationReport:
 
 
 class Server(Replica):
-    """The first of the servers, or the only one: it aggregates, and keeps what earlier rounds have learned.
+    """The first server, or the only one: aggregates, and keeps what earlier rounds have learned.
 
-    Where participants hold the whole model (placement ``full`` or ``single``) it hosts no layer, and aggregates.
+    Where clients hold the whole model (placement ``full`` or ``single``) it hosts no layer and only aggregates.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -62,7 +62,7 @@ class Server(Replica):
 
     @measured_with_part
     def configure(self, plan: Plan) -> None:
-        """As every server; and forget what was aggregated: residuals begin empty."""
+        """Configure as every server, and start again with empty residuals."""
         job = self._job
         shapes = targeted(linear_shapes(model_config(self._base.directory)), job.targets)
         self._all_shapes = {shape.name: shape for shape in shapes}
@@ -74,19 +74,19 @@ class Server(Replica):
     def reconfigure(
         self, round_: int, plan: Plan, following: Collection[str], *holders: str
     ) -> tuple[ReconfigurationReport, *tuple[RoundUpdate, ...]]:
-        """Put ``plan`` in force between two rounds: take over layers, give others up, change ranks (law E4).
+        """Put ``plan`` in force between two rounds: read new layers, drop others, change ranks (law E4).
 
-        Call it when every adapter has just been restarted, and nothing was trained since.
+        Call it when every adapter has just been restarted and nothing has been trained since.
 
         Args:
             round_: the round that begins.
             plan: the new plan.
-            following: the clients that hold what the old plan gave them, and follow the residual.
-            holders: the clients that take part in the new one, and the other servers.
+            following: the clients that hold their part of the old plan and have followed the residual.
+            holders: the clients that take part in the new plan, and the other servers.
 
         Returns:
-            The report, then for each of ``holders`` what it needs to go on (a server: to :meth:`follow`). It is empty
-            for a client for which nothing changes, which the report leaves out.
+            The report, then the update of each of ``holders`` (a server takes it in :meth:`follow`). It is empty for
+            a client for which nothing changes, which the report leaves out.
         """
         before = self._plan
         assert before is not None and before.server.split is not None
@@ -113,19 +113,19 @@ class Server(Replica):
 
     @measured_always
     def aggregate(self, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate, ...]]:
-        """Aggregate every weight over its holders (the server among them) and say how each goes on (METHOD 6).
+        """Aggregate every weight over its holders, the server among them, and make each one's update (METHOD 6).
 
         Args:
             round_: the round that begins afterwards.
-            held: the adapters of the clients and of the other servers; none of a client that has not trained in the
-                round that ends, but follows.
+            held: the adapters of the clients and of the other servers; empty for a client that has not trained in the
+                round that ends.
 
         Raises:
-            FloatingPointError: an adapter of its own has entries that are no numbers.
+            FloatingPointError: an adapter of this server has entries that are no numbers.
 
         Returns:
-            The report, then what each of ``held``'s holders needs to begin the round. What cannot be right is left out
-            and named in the report; its update is empty.
+            The report, then the update with which each holder of ``held`` begins the round. Invalid adapters are left
+            out and named in the report; their holder's update is empty.
         """
         plan = self._plan
         assert plan is not None
@@ -135,14 +135,14 @@ class Server(Replica):
         flaws = {h.holder: h.flaw(plan.part(h.holder).ranks, self._all_shapes) for h in held}
         refused = {name: flaw for name, flaw in flaws.items() if flaw is not None}
         sound = [*(h for h in held if h.holder not in refused), own]
-        # Who is missing comes back with the rank that the plan gives it, and restarts with what it has room for.
+        # A missing holder returns with the rank that the plan gives it, and restarts with what that has room for.
         there = {h.holder: h.terms for h in sound}
         absent = {
             name: {weight: rank for weight, rank in ranks.items() if weight not in there.get(name, {})}
             for name, ranks in _ranks_of(plan).items()
         }
         cut = self.aggregator.aggregate(sound, absent)
-        # What it has frozen has rank 0; pruned ranks are its own.
+        # A weight that a holder does not train has rank 0; pruned ranks are its own.
         updates = {h.holder: self.aggregator.update_for(round_, absent[h.holder] | h.ranks) for h in sound}
         self.aggregator.mark_sent()
         updates |= {name: RoundUpdate(round_, {}, {}) for name in refused}
@@ -159,10 +159,10 @@ class Server(Replica):
 
     @measured
     def full_updates(self, round_: int, *clients: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
-        """Every residual whole, for clients that begin ``round_`` from nothing, after a failure.
+        """Make updates for clients that begin ``round_`` from nothing, after a failure.
 
         Returns:
-            Bytes of what follows: for each of ``clients`` every residual whole, and what its adapters restart with.
+            The bytes of all updates, then for each of ``clients`` every residual whole and its adapters' restart.
         """
         assert self._plan is not None
         ranks = [self._plan.client(name).ranks for name in clients]
@@ -174,16 +174,16 @@ class Server(Replica):
 
     @measured
     def state(self) -> dict[str, Tensor]:
-        """Own adapters and moments, every residual and every common restart."""
+        """Return this server's adapters and moments, every residual and every common restart, for a checkpoint."""
         return self.holder.state() | self.aggregator.state()
 
     @measured_with_part
     def load_state(self, tensors: dict[str, Tensor], *holders: str) -> tuple[int, *tuple[RoundUpdate, ...]]:
-        """Resume.
+        """Resume from a checkpoint.
 
         Returns:
-            Bytes of what follows: for each of ``holders`` (clients and other servers) what it needs to follow the
-            residual again.
+            The bytes of all updates, then for each of ``holders`` (clients and other servers) its update with every
+            residual whole.
         """
         plan = self._plan
         assert plan is not None
@@ -192,7 +192,7 @@ class Server(Replica):
         self.resume_state(tensors, self.aggregator.update_for(0, own, whole=own))
         ranks = [plan.part(name).ranks for name in holders]
         updates = [self.aggregator.update_for(0, held, whole=held) for held in ranks]
-        # Lets go of the copies that were made for the updates.
+        # Frees the copies that were made for the updates.
         self.aggregator.mark_sent()
         return sum(u.nbytes for u in updates), *updates
 
@@ -200,7 +200,7 @@ class Server(Replica):
 
     @property
     def aggregator(self) -> Aggregator:
-        """What earlier rounds have learned; an error before it was configured."""
+        """The aggregator; a RuntimeError before :meth:`configure`."""
         if self._aggregator is None:
             raise RuntimeError("the server has not been configured")
         return self._aggregator

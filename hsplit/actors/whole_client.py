@@ -1,6 +1,6 @@
-"""A participant that holds the whole model: a client of a federated policy, or the one node of a centralized one.
+"""A client that holds the whole model: one of a federated policy, or the only node of a centralized one. Ray-free.
 
-Ray-free. Nothing of a step leaves it: data, activations and labels stay; adapters alone are sent, at a round's end.
+Data, activations and labels never leave it; adapters alone are sent, at a round's end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from hsplit.actors.messages import LossReport
 from hsplit.actors.participant import Participant
 from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
-from hsplit.data.batches import probe_batch
 from hsplit.lora.importance_probe import ProbedRows
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.segment import Segment, SegmentSpec, load_segment
@@ -22,7 +21,7 @@ from hsplit.seeds import hash_seed
 
 
 class WholeClient(Participant):
-    """Trains the whole model on its data; a quantized base stays as codes, as a machine short of memory would do."""
+    """Trains the whole model on its data; a quantized base stays as codes, which saves memory."""
 
     def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
         spec = SegmentSpec(0, split, embedding=True, tail=True)
@@ -36,10 +35,10 @@ class WholeClient(Participant):
 
     @measured_in_first_steps
     def train_step(self, step: int) -> LossReport:
-        """The whole local step ``step`` (counted over the run), all its accumulated batches."""
+        """Make local step ``step`` (counted over the run) over all its accumulated batches."""
         watch = Stopwatch(self._device)
         with watch.phase("data"):
-            batches = self._step_batches(step)
+            batches = self.data.step_batches(step)
         tokens = sum(batch.supervised for batch in batches)
         loss_sum = 0.0
         for index, batch in enumerate(batches):
@@ -55,7 +54,7 @@ class WholeClient(Participant):
         self.holder.tokens.add(range(self._split), tokens)
         with watch.phase("optimizer"):
             self.holder.step(step, self._lr_scale)
-        self._batches.pop(step, None)
+        self.data.drop(step)
         watch.pace(self._pace.get("up"))
         return LossReport(self.name, loss_sum, tokens, seconds=watch.seconds)
 
@@ -65,12 +64,11 @@ class WholeClient(Participant):
 
         Args:
             round_: round of the probe.
-            tokens: supervised tokens wanted, see :func:`hsplit.data.batches.probe_batch`.
+            tokens: supervised tokens wanted, see :meth:`TrainingData.probe_batch`.
         """
         reports = []
-        for data in self._data:
-            seed = hash_seed(self._job.seed, data.client, "probe", round_)
-            batch = probe_batch(data.train, tokens, self._job.batch_size, seed)
+        for data in self.data.clients:
+            batch = self.data.probe_batch(data, round_, tokens)
             self.holder.begin_phase(0, training=False)
             probe = self._new_probe()
             with probe.watching():
@@ -83,14 +81,14 @@ class WholeClient(Participant):
     @measured_once_a_round
     @torch.no_grad()
     def validate(self, index: int) -> LossReport:
-        """Loss of validation batch ``index``."""
-        batch = self._validation[index]
+        """Compute the loss of validation batch ``index``."""
+        batch = self.data.validation[index]
         self.holder.begin_phase(0, training=False)
         with self._autocast():
             loss = self._loss_sum(self._front(batch), batch)
         return LossReport(self.name, float(loss), batch.supervised)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        """Weights that are trained are kept in fp32; they compute in the run's dtype."""
+        """Compute in the run's dtype where weights are trained, which are kept in fp32."""
         narrow = self._policy.train == "weights" and self._base.dtype == torch.bfloat16
         return torch.autocast(self._device.type, torch.bfloat16, enabled=narrow)

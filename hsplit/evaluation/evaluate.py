@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.participant import chat_template
+from hsplit.actors.training_data import chat_template
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.data import Example, TokenizedExample, check_ids, hold_out, read_examples, tokenize

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.actors.messages import WireTensor
-from hsplit.export.adapter_files import LearnedTerm
+from hsplit.lora.learned import LearnedTerm
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, layer_count, load_segment, model_config, skeleton
 from hsplit.models.tail import Tail

@@ -19,9 +19,9 @@ from hsplit.config.files import displayed, read_json
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
-from hsplit.export.adapter_files import learned_parts, trained_weights
 from hsplit.export.model_card import METADATA
 from hsplit.lora.aggregation import find_aggregation
+from hsplit.lora.learned import learned_parts, trained_weights
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.families import family_of
 from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hsplit.files import save_tensors
 from hsplit.lora.adapters import initial_A
 from hsplit.lora.low_rank import concatenate, empty
-from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import LinearShape
 from hsplit.streams import quieten_bitsandbytes
@@ -21,82 +18,6 @@ PREFIX = "base_model.model."
 # What one rank for all modules may add to an adapter's file, however small that is.
 MOST_PADDING_BYTES = 1 << 30
 _FP32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class LearnedTerm:
-    """What one weight had learned at the last aggregation, part by part, as holders compute with it.
-
-    Attributes:
-        residual: ``R_w`` as factors, or ``None``.
-        matrix: ``R_w`` as one matrix ``(d_out, d_in)``, where factors would be larger, or ``None``.
-        common: what the live adapters restarted with, scale folded in, or ``None``.
-    """
-
-    residual: LowRank | None = None
-    matrix: Tensor | None = None
-    common: LowRank | None = None
-
-    def whole(self) -> LowRank:
-        """The exact sum of the parts as one pair of factors."""
-        matrix = None if self.matrix is None else _as_factors(self.matrix)
-        return concatenate([part for part in (self.residual, matrix, self.common) if part is not None])
-
-
-def learned_parts(server_state: Mapping[str, Tensor]) -> dict[str, LearnedTerm]:
-    """What the model had learned at the last aggregation, by weight; a weight that learned nothing is absent.
-
-    Args:
-        server_state: the server's tensors of a checkpoint: ``residual.W.B`` and ``.A`` (or ``residual.W.matrix``),
-            ``common.W.B`` and ``.A``.
-    """
-    parts: dict[str, LearnedTerm] = {}
-    for key, tensor in server_state.items():
-        kind, _, rest = key.partition(".")
-        name, _, factor = rest.rpartition(".")
-        if kind not in ("residual", "common") or factor not in ("matrix", "B"):
-            continue
-        before = parts.get(name, LearnedTerm())
-        if factor == "matrix":
-            parts[name] = replace(before, matrix=tensor)
-        else:
-            factors = LowRank(tensor, server_state[f"{kind}.{name}.A"])
-            parts[name] = replace(before, residual=factors) if kind == "residual" else replace(before, common=factors)
-    return parts
-
-
-def learned(server_state: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """What the model had learned at the last aggregation, by weight: the residual and what adapters restarted with.
-
-    Args:
-        server_state: as :func:`learned_parts` takes it.
-    """
-    return {name: term.whole() for name, term in learned_parts(server_state).items()}
-
-
-def trained_weights(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The weights of a run that trains every weight (policy ``ft``), by parameter name in the causal LM.
-
-    Args:
-        tensors: a checkpoint's tensors by holder; such a run keeps ``weight.PARAMETER`` among one holder's.
-
-    Returns:
-        Dense fp32 tensors; empty for a run that trains adapters.
-    """
-    return {
-        key.removeprefix(WEIGHT): tensor
-        for own in tensors.values()
-        for key, tensor in own.items()
-        if key.startswith(WEIGHT)
-    }
-
-
-def _as_factors(matrix: Tensor) -> LowRank:
-    """A matrix as trivially exact factors, identity on the smaller side."""
-    d_out, d_in = matrix.shape
-    if d_out <= d_in:
-        return LowRank(torch.eye(d_out, dtype=matrix.dtype), matrix)
-    return LowRank(matrix, torch.eye(d_in, dtype=matrix.dtype))
 
 
 def export_peft(

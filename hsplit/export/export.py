@@ -16,9 +16,10 @@ from hsplit.actors.executor import one_line
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
-from hsplit.export.adapter_files import export_peft, learned, trained_weights
+from hsplit.export.adapter_files import export_peft
 from hsplit.export.merge import export_merged, truncated
 from hsplit.export.model_card import model_card
+from hsplit.lora.learned import learned, trained_weights
 from hsplit.models.dtype import DTYPES
 from hsplit.models.factors import LowRank
 from hsplit.models.families import family_of

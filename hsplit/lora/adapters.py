@@ -1,4 +1,4 @@
-"""The live LoRA factors of one holder, all in one flat buffer."""
+"""The live LoRA factors of one holder, in one flat buffer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hsplit.models.segment import LinearShape, Segment
 
 
 def initial_A(rank: int, d_in: int, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """PEFT's A-init, ``U(-1/sqrt(d_in), 1/sqrt(d_in))``, as a pure function of ``key``.
+    """Draw PEFT's A-init, ``U(-1/sqrt(d_in), 1/sqrt(d_in))``, as a pure function of ``key``.
 
-    The first rows do not depend on ``rank``, so holders of unequal ranks share a prefix when they share a key.
+    The first rows do not depend on ``rank``, so holders of unequal ranks with the same key share them.
 
     Returns:
         ``(rank, d_in)``.
@@ -48,12 +48,12 @@ class _Slot:
 class AdapterSet:
     """Factors ``A_w (r_w, d_in)`` and ``B_w (d_out, r_w)`` of every weight that a holder adapts.
 
-    They are views into one flat buffer with one flat gradient, so that the optimizer steps one tensor and a
-    checkpoint stores one.
+    They are views of one flat buffer with one flat gradient: the optimizer steps one tensor, and a checkpoint stores
+    one.
 
     Args:
         shapes: the holder's adaptable weights, in layer order.
-        ranks: rank by weight name; a weight without one, or with rank 0, is not held.
+        ranks: rank by weight name; weights of rank 0, or without one, are not held.
         alpha: LoRA's alpha; the scale of weight ``w`` is ``alpha / r_w``.
         dtype: master dtype: fp32, or fp64 in fp64 runs.
     """
@@ -113,11 +113,11 @@ class AdapterSet:
         return self.alpha / self._slots[name].rank
 
     def layer(self, name: str) -> int:
-        """The layer that a weight is in."""
+        """Index of a weight's layer."""
         return self._slots[name].shape.layer
 
     def attach(self, segment: Segment, dropout: float = 0.0) -> None:
-        """Make ``segment`` train with these factors, and with no others that it had before."""
+        """Make ``segment`` train with these factors, in place of any that it had before."""
         linears = segment.linears
         for linear in linears.values():
             linear.remove_adapter()
@@ -131,11 +131,11 @@ class AdapterSet:
 
         Args:
             keys: init key by weight name, see :func:`initial_A`.
-            common: by weight name, what every holder restarts with (scale folded in); its rank is at most the
-                holder's. The rest of the rank starts fresh with ``B = 0``.
+            common: by weight name, the factors that every holder restarts with (scale folded in), of at most the
+                holder's rank. Further directions start fresh with ``B = 0``.
 
         Returns:
-            The weights whose factors are others than before; the rest goes on as it was.
+            The weights whose factors have changed.
         """
         changed = []
         for name, slot in self._slots.items():
@@ -153,20 +153,20 @@ class AdapterSet:
         return changed
 
     def _is_at(self, name: str, term: LowRank) -> bool:
-        """Whether the live factors are those of ``term``, apart from what its folded scale was rounded by."""
+        """Compare the live factors with those of ``term``, up to the rounding of its folded scale."""
         A, B = self.A(name), self.B(name)
         if term.rank != len(A) or not torch.equal(term.A.to(A), A):
             return False
         return torch.allclose(term.B.to(B), B * self.scale(name), rtol=4 * torch.finfo(B.dtype).eps, atol=0.0)
 
     def spans(self, name: str) -> tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]:
-        """Where ``A`` and ``B`` begin in the flat buffer, and their shapes."""
+        """Return where ``A`` and ``B`` begin in the flat buffer, and their shapes."""
         slot = self._slots[name]
         sides = slot.shape
         return (slot.start, (slot.rank, sides.d_in)), (slot.start + slot.size_A, (sides.d_out, slot.rank))
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradient of each weight's ``A`` and ``B`` together, flat, by weight name: views."""
+        """Return views of the flat gradient, one for ``A`` and ``B`` of each weight together, by weight name."""
         assert self.flat.grad is not None
         return {name: self.flat.grad[slot.start : slot.stop] for name, slot in self._slots.items()}
 
@@ -177,5 +177,5 @@ class AdapterSet:
             self.flat.grad[slot.start : slot.stop].mul_(factors[slot.shape.layer])
 
     def live(self, name: str, rank: int | None = None) -> LowRank:
-        """A copy of the live term ``s B A``, scale folded into ``B``; of its leading ``rank`` directions, if given."""
+        """Copy the live term ``s B A``, scale folded into ``B``, or its leading ``rank`` directions."""
         return LowRank(self.B(name).detach()[:, :rank] * self.scale(name), self.A(name).detach()[:rank].clone())

@@ -1,7 +1,7 @@
 """Aggregation of the adapters of a weight's holders into one update, weight by weight (METHOD 6).
 
-A rule splits the new global term of a weight into two parts whose sum is what the model has learned: what joins the
-residual, and what the holders restart with. A new rule is one function and one registry line; a user's own rule is
+A rule splits the new global term of a weight into two parts whose sum is what the model has learned: one joins the
+residual, and with the other the holders restart. A new rule is one function and one registry line; a user's own rule is
 given as ``package.module:name``. The aggregator applies the rule and keeps what earlier rounds have learned.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from hsplit.config import Job, Policy
 from hsplit.extension import find_part
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.learned import LearnedTerm, learned_parts
 from hsplit.lora.low_rank import LowRankSum, leading_and_rest, spectral
 from hsplit.lora.residual import Residual
 from hsplit.models.factors import LowRank
@@ -29,9 +30,9 @@ class Contribution:
 
     Attributes:
         term: ``s_c B_c A_c``, scale folded in.
-        share: token weight ``p_c``; the shares of a weight's holders sum to 1. A rule that freezes is given as further
-            terms what some of them had frozen beside their adapters, with those holders' shares.
-        first: which direction of the holders' common restart the term's first one began as.
+        share: token weight ``p_c``; the shares of a weight's holders sum to 1. A rule that freezes gets the directions
+            that some holders had frozen beside their adapters as further terms, with those holders' shares.
+        first: index, in the holders' common restart, of the direction from which the term's first one began.
     """
 
     term: LowRank
@@ -41,11 +42,11 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Restart:
-    """What the holders of one weight are to go on with.
+    """Room that the next holders of one weight have for a common restart.
 
     Attributes:
         reinit: the policy's: ``random``, ``svd`` or ``mean``.
-        ranks: rank of each next holder of the weight; empty where nobody holds it any more.
+        ranks: rank of each next holder of the weight; empty where it has none.
         spare: directions that a holder can keep frozen beside its adapter, for a rule that freezes.
     """
 
@@ -65,19 +66,19 @@ class Restart:
 
     @property
     def kept(self) -> int:
-        """Directions that may restart: as many as the largest rank, if the smallest has spare room for the others."""
+        """Directions that may restart: the largest rank, or fewer if the smallest has too little spare room."""
         return min(self.largest, self.smallest + self.spare)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule made of the contributions.
+    """Result of a rule.
 
     Attributes:
         residual: joins ``R_w``; ``None`` for nothing.
-        common: what the holders restart with, scale folded in; ``None`` for a fresh start. Each takes the leading
-            directions that its rank has room for, so up to the smallest rank nothing is lost; beyond it nothing is
-            either where the rule freezes.
+        common: factors that the holders restart with, scale folded in; ``None`` for a fresh start. Each holder takes
+            the leading directions that its rank has room for: nothing is lost up to the smallest rank, nor beyond it
+            where the rule freezes.
     """
 
     residual: LowRank | LowRankSum | None
@@ -91,23 +92,23 @@ Rule = Callable[[Sequence[Contribution], Restart], Outcome]
 def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """Noise-free aggregation (METHOD 6): the exact token-weighted sum, concatenated along the rank.
 
-    Nothing is lost here; what the residual's cap then cuts, :meth:`~hsplit.lora.residual.Residual.add` returns.
+    Nothing is lost here; :meth:`~hsplit.lora.residual.Residual.add` returns what the residual's cap then cuts.
 
     ``sum_c p_c s_c B_c A_c`` already contains what the adapters started the round with, and the residual does not
     (it left ``R_w`` at the restart), so the sum of residual and restart is the new global term and nothing has to be
     subtracted. With ``reinit: random`` this is what FLoRA (arXiv 2409.05976) calls stacking.
 
-    With ``reinit: svd`` the sum's leading directions, as many as the largest next rank, are what everybody goes on
-    with, and the rest joins the residual. A holder trains as many of them as its rank has room for; the others stay
-    frozen beside its adapter until the next aggregation, which counts them as its own. So a client of rank 1 does not
-    cost the others what they have learned, and all compute with the same weight. (With as many as the smallest rank
-    alone, as METHOD 6 has it, the larger ranks would start afresh every round.) They go on with an ``A`` of the size
-    that a fresh one has: ``B`` learns at the pace of ``A``, and a decomposition's balanced factors would slow every
-    round but the first. A weight that only one holder has trained goes on as it is.
+    With ``reinit: svd`` all holders restart with the sum's leading directions, as many as the largest next rank, and
+    the rest joins the residual. A holder trains as many of them as its rank has room for; the others stay frozen beside
+    its adapter until the next aggregation, which counts them as its own. So a client of rank 1 does not cost the others
+    what they have learned, and all compute with the same weight. (With only as many as the smallest rank, as in
+    METHOD 6, the larger ranks would start fresh every round.) Their ``A`` has the size of a fresh one: ``B`` learns at
+    the pace of ``A``, and a decomposition's balanced factors would slow down every round but the first. A weight that
+    only one holder has trained stays as it is.
 
-    With ``reinit: mean`` everybody goes on with the holders' mean factors, as with FedAvg, and the residual takes what
-    these leave out of the exact sum: with ``B`` and ``A`` the means, ``sum_c p_c s_c (B_c - B)(A_c - A)``. Where the
-    holders began alike that is small, no direction turns, and the optimizer's moments go on meaning what they did.
+    With ``reinit: mean`` all holders restart with the mean factors, as in FedAvg, and the residual takes what these
+    leave out of the exact sum: with ``B`` and ``A`` the means, ``sum_c p_c s_c (B_c - B)(A_c - A)``. Where the holders
+    began alike that is small, no direction turns, and the optimizer's moments stay valid.
     """
     total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
     if restart.reinit == "random" or restart.kept == 0:
@@ -125,17 +126,17 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
 def average_factors(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """FedAvg of A and of B separately, as SplitLoRA does: needs equal ranks and carries the aggregation noise.
 
-    ``mean(B) mean(A)`` is not ``mean(B A)``; holders go on from the averages and the residual stays as it is.
+    ``mean(B) mean(A)`` is not ``mean(B A)``; holders continue from the averages and the residual does not change.
     """
     return Outcome(None, _averaged(contributions, [c.share for c in contributions]))
 
 
 def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """HetLoRA (arXiv 2401.06432): A and B padded with zeros to the largest rank and averaged, weighted by
-    ``||B_c A_c||_F``; each holder then goes on with the leading directions that its rank has room for.
+    ``||B_c A_c||_F``; each holder then continues with the leading directions that its rank has room for.
 
-    The averages carry the aggregation noise, and what a small rank cuts is lost to its holder. Adapters that have
-    learned nothing yet have no weight; where none has, token weights are taken.
+    The averages carry the aggregation noise, and a holder loses what its rank cuts off. Adapters that have learned
+    nothing yet have no weight; where none has, token weights are used.
     """
     norms = [_product_norm(c.term) for c in contributions]
     weights = norms if sum(norms) > 0 else [c.share for c in contributions]
@@ -145,7 +146,7 @@ def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -
 def averaged_products(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """FlexLoRA (arXiv 2402.11505): the average of the products, then to each holder its SVD's leading directions.
 
-    The average is exact; what a holder's rank cuts off is lost to that holder, and beyond the largest rank to all.
+    The average is exact; a holder loses what its rank cuts off, and all of them what is beyond the largest rank.
     As published, B takes the singular values.
     """
     total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
@@ -155,8 +156,8 @@ def averaged_products(contributions: Sequence[Contribution], restart: Restart) -
 def averaged_slices(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """RaFLoRA (arXiv 2602.13486): as FlexLoRA, with each slice of the rank averaged over the holders that have it.
 
-    A slice is what lies between two neighbouring ranks of the holders; its token weights are renormalized over the
-    holders whose rank reaches it, so that directions that few have are not averaged away.
+    A slice lies between two neighbouring ranks of the holders; its token weights are renormalized over the holders that
+    have it, so that directions that few have are not averaged away.
     """
     terms: list[LowRank] = []
     weights: list[float] = []
@@ -171,13 +172,13 @@ def averaged_slices(contributions: Sequence[Contribution], restart: Restart) -> 
 
 
 def continued(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
-    """No aggregation: the one holder goes on with what it has."""
+    """Aggregate nothing: the only holder keeps its adapter."""
     (only,) = contributions
     return Outcome(None, only.term)
 
 
 def _mean_factors(contributions: Sequence[Contribution]) -> LowRank:
-    """Token-weighted means; of ``A`` over those holders alone that have the direction: others know of none."""
+    """Average the factors by tokens; each direction of ``A`` only over the holders that have it."""
     mean = _averaged(contributions, [c.share for c in contributions])
     having = mean.A.new_zeros(mean.rank)
     for c in contributions:
@@ -186,7 +187,7 @@ def _mean_factors(contributions: Sequence[Contribution]) -> LowRank:
 
 
 def _averaged(contributions: Sequence[Contribution], weights: Sequence[float]) -> LowRank:
-    """Weighted means of B and of A, zero beyond a holder's own rank."""
+    """Average B and A with ``weights``, taking zeros beyond a holder's own rank."""
     some = contributions[0].term
     rank = max(c.first + c.term.rank for c in contributions)
     B, A = some.B.new_zeros(some.B.shape[0], rank), some.A.new_zeros(rank, some.A.shape[1])
@@ -199,7 +200,7 @@ def _averaged(contributions: Sequence[Contribution], weights: Sequence[float]) -
 
 
 def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
-    """The leading directions of ``total``, as many as the largest rank, B with the singular values."""
+    """Restart with the leading directions of ``total``, as many as the largest rank; B takes the singular values."""
     dtype = total.terms[0].A.dtype
     parts = spectral(total)
     # Directions of rounding errors are left out, so that what remains of the rank starts fresh instead of dead.
@@ -212,9 +213,9 @@ def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
 
 
 def _as_large_as_fresh(term: LowRank) -> LowRank:
-    """The same product with every row of ``A`` about as long as a fresh one's, ``1 / sqrt(3)``.
+    """Rescale the factors so that rows of ``A`` are about as long as fresh ones, ``1 / sqrt(3)``.
 
-    The factors are powers of two, so nothing is rounded.
+    The product stays: the scales are powers of two, so nothing is rounded.
     """
     lengths = torch.linalg.vector_norm(term.A, dim=1)
     powers = torch.where(lengths > 0, (3**-0.5 / lengths).log2().round(), 0.0)
@@ -222,22 +223,22 @@ def _as_large_as_fresh(term: LowRank) -> LowRank:
 
 
 def _product_norm(term: LowRank) -> float:
-    """``||B A||_F`` without forming the product: ``trace((B^T B)(A A^T))``, in fp64."""
+    """Compute ``||B A||_F`` without forming the product, as ``trace((B^T B)(A A^T))`` in fp64."""
     B, A = term.B.double(), term.A.double()
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt())
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """A rule and what the rest of hsplit must know of it.
+    """A rule, and its properties that the rest of hsplit depends on.
 
     Attributes:
         rule: the rule.
-        keeps_residual: whether anything joins the residual at a round's end. Without, plans reserve no memory for one.
-        truncates: whether holders take as much of the common restart as their ranks have room for, and lose the rest.
+        keeps_residual: whether anything joins the residual at a round's end; if not, plans reserve no memory for one.
+        truncates: whether holders lose the part of the common restart that their ranks have no room for.
         decomposes: whether it takes singular value decompositions, which cost memory and time.
-        freezes: whether holders keep frozen, beside their adapters, what their ranks have no room for of the common
-            restart. The rule is then given that among the contributions.
+        freezes: whether holders keep that part frozen beside their adapters. It is then among the rule's
+            contributions.
     """
 
     rule: Rule
@@ -258,7 +259,7 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 
 def find_aggregation(name: str) -> Aggregation:
-    """The aggregation that a policy names; a user's own is an ``Aggregation``, or a rule that may use the residual.
+    """Find a policy's aggregation; a user's own is an ``Aggregation``, or a rule that may use the residual.
 
     Raises:
         InputError: there is none of that name.
@@ -278,7 +279,7 @@ class Aggregator:
         shapes: every adapted weight of the model.
         job, policy: the run's settings.
         master: dtype of what is kept: fp32, or fp64 in fp64 runs.
-        merges: whether holders merge the residual into a working weight, so that they need it whole at each change.
+        merges: whether holders merge the residual into a working weight, and therefore need it whole at each change.
     """
 
     def __init__(
@@ -294,9 +295,9 @@ class Aggregator:
         """Aggregate every weight over its holders.
 
         Args:
-            held: every holder's adapters at the end of the round; the same holders go on at the same ranks.
-            absent: ranks, by holder and weight, where nothing was handed in and what the others have learned is
-                followed all the same; 0 of a client that computes with a weight and does not train it.
+            held: every holder's adapters at the end of the round; they continue at the same ranks.
+            absent: ranks, by holder and weight, of holders that sent no adapter and follow the others' result; 0 for a
+                client that computes with a weight without training it.
 
         Returns:
             The largest part of a residual that its cap cut, as a relative Frobenius norm.
@@ -308,14 +309,14 @@ class Aggregator:
             tokens = [h.tokens.get(h.layers[name], 0) for h in holders]
             total = sum(tokens)
             if total == 0:
-                # Nobody trained it: the adapters still are what they restarted with, and do so again.
+                # Not trained: the adapters still are what they restarted with, and do so again.
                 if name in before:
                     self._common[name] = before[name]
                 continue
-            # Gone before the next one is made, so that two sets of restarts never are in memory together.
+            # Freed before the next one is made, so that two sets of restarts are never in memory together.
             began = before.pop(name, None)
             contributions = [
-                Contribution(_on_cpu(h.terms[name]), count / total)
+                Contribution(LowRank(h.terms[name].B.cpu(), h.terms[name].A.cpu()), count / total)
                 for h, count in zip(holders, tokens, strict=True)
                 if count
             ]
@@ -332,14 +333,13 @@ class Aggregator:
     def fit_restarts(self, next_ranks: Ranks) -> tuple[float, set[str]]:
         """Make the common restarts fit holders of other ranks: what no longer fits joins the residual (law E4).
 
-        An aggregation that truncates leaves them as they are: its holders take what their ranks have room for.
+        An aggregation that truncates leaves them as they are: its holders take what they have room for.
 
         Args:
-            next_ranks: of those who hold the weights from now on; their adapters have not been trained since the
-                last aggregation.
+            next_ranks: ranks of the next holders; their adapters have not been trained since the last aggregation.
 
         Returns:
-            What caps cut, as :meth:`aggregate` does, and the weights that change for every holder.
+            The largest cut, as :meth:`aggregate` does, and the weights that change for every holder.
         """
         cut, changed = 0.0, set[str]()
         if self._aggregation.truncates:
@@ -366,17 +366,17 @@ class Aggregator:
         return Restart(self._reinit, ranks, spare)
 
     def _beside(self, common: LowRank | None, ranks: tuple[int, ...]) -> int:
-        """Most directions of ``common`` that a holder keeps frozen beside the residual."""
+        """Count the directions of ``common`` that the holder of the smallest rank keeps frozen beside the residual."""
         if common is None or not ranks or not self._aggregation.freezes:
             return 0
         return max(0, common.rank - min(ranks))
 
     def update_for(self, round_: int, ranks: Mapping[str, int], whole: Iterable[str] = ()) -> RoundUpdate:
-        """What a holder needs to begin ``round_``: changes since :meth:`mark_sent` and restarts.
+        """Make a holder's update for ``round_``: changes since :meth:`mark_sent`, and restarts.
 
         Args:
             ranks: its rank by weight name.
-            whole: those of its weights whose residual it does not have yet.
+            whole: weights whose residual it does not have yet.
         """
         new = set(whole)
         freezes = self._aggregation.freezes
@@ -384,36 +384,31 @@ class Aggregator:
             n: self.residuals[n].update(self._merges or n in new, self._common.get(n) if freezes else None, rank)
             for n, rank in ranks.items()
         }
-        common = {n: _leading(self._common[n], rank) for n, rank in ranks.items() if rank and n in self._common}
+        restarting = {n: (self._common[n], rank) for n, rank in ranks.items() if rank and n in self._common}
+        common = {n: term if term.rank <= rank else term.up_to_rank(rank) for n, (term, rank) in restarting.items()}
         return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
 
     def mark_sent(self) -> None:
-        """Every holder now follows every residual."""
+        """Record that every holder has every residual as it is now."""
         for residual in self.residuals.values():
             residual.mark_sent()
 
     def state(self) -> dict[str, Tensor]:
-        """Every residual and every common restart, for a checkpoint."""
-        tensors = {}
+        """Return every residual and every common restart, for a checkpoint."""
+        tensors: dict[str, Tensor] = {}
         for name, residual in self.residuals.items():
-            if residual.matrix is not None:
-                tensors[f"residual.{name}.matrix"] = residual.matrix
-            elif residual.rank:
-                tensors[f"residual.{name}.B"] = residual.factors.B.contiguous()
-                tensors[f"residual.{name}.A"] = residual.factors.A.contiguous()
-        for name, common in self._common.items():
-            tensors[f"common.{name}.B"] = common.B.contiguous()
-            tensors[f"common.{name}.A"] = common.A.contiguous()
+            factors = residual.factors if residual.rank else None
+            tensors |= LearnedTerm(factors, residual.matrix, self._common.get(name)).tensors(name)
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave."""
+        """Load the result of :meth:`state`."""
+        parts = learned_parts(tensors)
         for name, residual in self.residuals.items():
-            matrix, B = tensors.get(f"residual.{name}.matrix"), tensors.get(f"residual.{name}.B")
-            factors = None if B is None else LowRank(B, tensors[f"residual.{name}.A"])
-            residual.restore(factors, matrix)
-            if f"common.{name}.B" in tensors:
-                self._common[name] = LowRank(tensors[f"common.{name}.B"], tensors[f"common.{name}.A"])
+            term = parts.get(name, LearnedTerm())
+            residual.restore(term.residual, term.matrix)
+            if term.common is not None:
+                self._common[name] = term.common
 
 
 def _ranks_of(name: str, ranks: Ranks) -> tuple[int, ...]:
@@ -421,7 +416,7 @@ def _ranks_of(name: str, ranks: Ranks) -> tuple[int, ...]:
 
 
 def _frozen(began: LowRank, contributions: Sequence[Contribution]) -> list[Contribution]:
-    """What holders had frozen of the restart that they began with, by reference: slices between their ranks."""
+    """Slice the restart that holders began with, by reference, into the parts that some of them had frozen."""
     ranks = {c.term.rank for c in contributions}
     stops = sorted(rank for rank in ranks | {began.rank} if rank <= began.rank)
     return [
@@ -432,11 +427,3 @@ def _frozen(began: LowRank, contributions: Sequence[Contribution]) -> list[Contr
         )
         for start, stop in pairwise(stops)
     ]
-
-
-def _leading(common: LowRank, rank: int) -> LowRank:
-    return common if common.rank <= rank else common.up_to_rank(rank)
-
-
-def _on_cpu(term: LowRank) -> LowRank:
-    return LowRank(term.B.cpu(), term.A.cpu())

@@ -1,4 +1,4 @@
-"""Moments that outlive a change of ranks: a holder whose plan changes goes on at the pace that it had found."""
+"""Optimizer moments that outlive a change of ranks, so that training does not slow down when a plan changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CarriedMoments:
 
     Attributes:
         step: how many steps the optimizer had made.
-        begun: at which of them each direction began, ``(r,)``, by weight name.
+        begun: step at which each direction began, ``(r,)``, by weight name.
         of_A: first and second moments of ``A (r, d_in)``, by weight name.
         of_B: those of ``s B (d_out, r)``, the scale folded in, since another rank has another scale.
     """
@@ -33,16 +33,16 @@ class CarriedMoments:
 def carried_moments(
     adapters: AdapterSet, optimizer: torch.optim.Optimizer, steps: DirectionSteps, ranks: Mapping[str, int]
 ) -> CarriedMoments | None:
-    """What ``optimizer`` knows that is worth keeping where ``adapters`` get other ranks.
+    """Copy the moments that ``adapters`` can keep at other ranks.
 
     A gradient of ``B`` is ``s`` times that of ``s B``, so its moments are divided by ``s`` and by its square.
 
     Args:
         steps: the directions' own step counts.
-        ranks: the next ranks, by weight name; no more directions are copied than they have room for.
+        ranks: the next ranks, by weight name; no more directions than these are copied.
 
     Returns:
-        ``None`` where there are no moments yet, and of every optimizer but AdamW.
+        ``None`` where there are no moments yet, and for every optimizer but AdamW.
     """
     view = moment_views(optimizer) if isinstance(optimizer, torch.optim.AdamW) else None
     if view is None:
@@ -58,20 +58,19 @@ def carried_moments(
     return CarriedMoments(step_count(optimizer), begun, of_A, of_B) if begun else None
 
 
-def go_on_from(
+def resume_moments(
     carried: CarriedMoments,
     adapters: AdapterSet,
     optimizer: torch.optim.Optimizer,
     steps: DirectionSteps,
     stay: Mapping[str, int],
 ) -> None:
-    """Give a new ``optimizer`` of ``adapters``, and the ``steps`` beside it, what was carried over.
+    """Put carried moments into a new ``optimizer`` of ``adapters``, and their ages into ``steps``.
 
-    A direction that begins here, of a weight that was held before or not, has no moments and makes its first step
-    next. What is carried is given up as it is taken.
+    New directions have no moments and make their first step next. Each carried moment is freed once it is copied.
 
     Args:
-        stay: how many of a weight's leading directions go on as they were, by name; the others begin.
+        stay: number of leading directions of each weight that continue, by name; the others begin.
     """
     sizes = {name: min(len(begun), stay.get(name, 0)) for name, begun in carried.begun.items() if name in steps.begun}
     if not any(sizes.values()):

@@ -1,4 +1,4 @@
-"""AdamW's steps counted direction by direction: one that restarts has no past (METHOD 6)."""
+"""AdamW's step counts for each direction, so that one that restarts has no past (METHOD 6)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hsplit.lora.optimizer import FIRST, SECOND, moment_views
 
 
 class DirectionSteps:
-    """Own step counts of the directions of a holder's adapters.
+    """Step counts of the single directions of a holder's adapters.
 
     Direction ``i`` of a weight is row ``i`` of ``A`` and column ``i`` of ``B``. Torch's AdamW has one step count for
-    everything in a buffer and divides both moments by the bias that follows from it. A direction that began at step
-    ``b`` of ``t`` has to be divided by that of ``t - b`` steps: with moments of zero and the bias of ``t``, its first
-    step would be 0.7 times as long after 50 steps, and three times after thousands.
+    a whole buffer and divides both moments by the bias that follows from it. A direction that began at step ``b`` of
+    ``t`` needs the bias of ``t - b`` steps: with moments of zero and the bias of ``t``, its first step would be 0.7
+    times as long after 50 steps, and three times after thousands.
 
     Args:
         adapters: the holder's.
@@ -31,16 +31,16 @@ class DirectionSteps:
         self.clear()
 
     def clear(self) -> None:
-        """Every direction is as old as the optimizer."""
+        """Make every direction as old as the optimizer."""
         self.begun = {name: torch.zeros(rank, dtype=torch.int64) for name, rank in self._adapters.ranks.items()}
 
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer, stay: Mapping[str, int]) -> None:
-        """Forget the moments of the directions that restart.
+        """Clear the moments of the directions that restart.
 
         Args:
             optimizer: an AdamW over the adapters.
-            stay: leading directions of each weight that are kept, by name; the others begin.
+            stay: number of leading directions of each weight that continue, by name; the others begin.
         """
         view = moment_views(optimizer)
         if view is None:
@@ -54,12 +54,12 @@ class DirectionSteps:
 
     @torch.no_grad()
     def fit(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
-        """Fit the moments of adapters to other directions, in which they restart.
+        """Adapt the moments of adapters that restart in other directions.
 
-        What a gradient of ``A (r, d_in)`` squares to in one column, summed over the rank, does not depend on the basis
-        that the directions are given in; nor does a row of ``B (d_out, r)``. So each column of ``A`` and each row of
-        ``B`` goes on with the mean of its second moments, freed of their bias. The first moments begin at zero, which
-        warms the steps up.
+        The squared gradient in one column of ``A (r, d_in)``, summed over the rank, does not depend on the basis of the
+        directions; nor does that in a row of ``B (d_out, r)``. So each column of ``A`` and each row of ``B`` continues
+        with the mean of its second moments, freed of their bias. The first moments begin at zero, which warms the steps
+        up.
 
         Args:
             optimizer: an AdamW over the adapters.
@@ -72,7 +72,7 @@ class DirectionSteps:
         for name in names:
             own = step_count(optimizer) - self.begun[name]
             bias = 1 - decay ** own.double()
-            # A direction that has made no step knows nothing.
+            # Directions that have made no step have nothing to average.
             weight = torch.where(own > 0, 1 / bias.clamp_min(1e-300), 0.0) / (own > 0).sum().clamp_min(1)
             for side, span in enumerate(self._adapters.spans(name)):
                 view(FIRST, span).zero_()
@@ -82,9 +82,9 @@ class DirectionSteps:
 
     @torch.no_grad()
     def correct(self, optimizer: torch.optim.Optimizer) -> None:
-        """After a step of ``optimizer``, move the directions that began later to where their own counts lead.
+        """After a step of ``optimizer``, correct the directions that began later by their own step counts.
 
-        Rounding apart, a direction's steps are then those of an AdamW that began with it.
+        Up to rounding, a direction's steps are then those of an AdamW that began with it.
         """
         late = {name: begun for name, begun in self.begun.items() if begun[-1]}
         view = moment_views(optimizer) if late else None
@@ -92,7 +92,7 @@ class DirectionSteps:
             return
         settings, step = _settings(optimizer), step_count(optimizer)
         for name, begun in late.items():
-            # Directions that began later come after those that began earlier.
+            # Directions are in the order in which they began.
             old = int((begun == 0).sum())
             factors = self._adapters.A(name), self._adapters.B(name)
             for side, (factor, span) in enumerate(zip(factors, self._adapters.spans(name), strict=True)):
@@ -110,7 +110,7 @@ class DirectionSteps:
         return torch.cat([*self.begun.values(), torch.zeros(0, dtype=torch.int64)])
 
     def load_state(self, state: Tensor | None) -> None:
-        """Take over what :meth:`state` gave; ``None``: every direction is as old as the optimizer."""
+        """Load the result of :meth:`state`; ``None``: every direction is as old as the optimizer."""
         self.clear()
         if state is not None:
             parts = state.split([len(begun) for begun in self.begun.values()])
@@ -118,7 +118,7 @@ class DirectionSteps:
 
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:
-    """Steps that an AdamW has made; all its parameters have made the same."""
+    """Return the number of steps that an AdamW has made, which all its parameters share."""
     return int(next(iter(optimizer.state.values()))["step"])
 
 
@@ -128,7 +128,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _adam_step(first: Tensor, second: Tensor, steps: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Adam's step for a learning rate of 1, from its moments after ``steps`` steps."""
+    """Compute Adam's step for a learning rate of 1 from its moments after ``steps`` steps."""
     decay_first, decay_second = settings["betas"]
     denominator = second.sqrt() / (1 - decay_second**steps).sqrt() + settings["eps"]
     return first / (1 - decay_first**steps) / denominator

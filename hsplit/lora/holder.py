@@ -1,6 +1,6 @@
-"""A holder: one segment with its adapters and its own optimizer. Clients and server are both holders.
+"""A holder: one segment with its adapters and their optimizer. Clients and servers are both holders.
 
-A holder counts the tokens that each of its layers was trained on in a round, by which aggregation weighs (METHOD 6).
+A holder counts the tokens that each of its layers was trained on in a round: the weights of aggregation (METHOD 6).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from hsplit.config import Job, Policy
 from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
+from hsplit.lora.carried_moments import CarriedMoments, carried_moments, resume_moments
 from hsplit.lora.direction_steps import DirectionSteps
+from hsplit.lora.learned import OPTIMIZER, of_kind, with_kind
 from hsplit.lora.optimizer import (
     as_parameters,
     clip_each,
@@ -41,30 +42,30 @@ class TokenCounts:
         self._by_layer: Counter[int] = Counter()
 
     def add(self, layers: Iterable[int], tokens: int) -> None:
-        """``tokens`` supervised tokens passed through each of ``layers``."""
+        """Add ``tokens`` to the count of each of ``layers``."""
         for layer in layers:
             self._by_layer[layer] += tokens
 
     def clear(self) -> None:
-        """Another round begins."""
+        """Begin another round."""
         self._by_layer.clear()
 
     def by_layer(self) -> dict[int, int]:
-        """A copy, by layer."""
+        """Return a copy of the counts, by layer."""
         return dict(self._by_layer)
 
     def state(self) -> Tensor:
-        """For a checkpoint: layer and tokens, ``(n, 2)``."""
+        """Return layer and tokens, ``(n, 2)``, for a checkpoint."""
         return torch.tensor(sorted(self._by_layer.items()), dtype=torch.int64).reshape(-1, 2)
 
-    def load_state(self, kept: Tensor) -> None:
-        """Take over what :meth:`state` gave."""
-        self._by_layer = Counter({int(layer): int(count) for layer, count in kept.reshape(-1, 2)})
+    def load_state(self, state: Tensor) -> None:
+        """Load the result of :meth:`state`."""
+        self._by_layer = Counter({int(layer): int(count) for layer, count in state.reshape(-1, 2)})
 
 
 @dataclass(frozen=True)
 class HeldAdapters:
-    """What a holder hands to aggregation.
+    """Adapters of one holder at a round's end, for aggregation.
 
     Attributes:
         holder: its name.
@@ -89,10 +90,10 @@ class HeldAdapters:
         return sum(term.nbytes for term in self.terms.values())
 
     def flaw(self, ranks: Mapping[str, int], shapes: Mapping[str, LinearShape]) -> str | None:
-        """What cannot be right about what was handed in; ``None``: nothing.
+        """Describe why these adapters are invalid; ``None`` if they are not.
 
         Args:
-            ranks: the holder's by the plan: the largest that may come, by weight name.
+            ranks: the holder's by the plan, the largest allowed, by weight name.
             shapes: of the adapted weights, by name.
         """
         if any(count < 0 for count in self.tokens.values()):
@@ -110,12 +111,12 @@ class HeldAdapters:
 
 @dataclass(frozen=True)
 class RoundUpdate:
-    """What a holder needs to begin the next round.
+    """A holder's message to begin the next round.
 
     Attributes:
         round: the round that begins.
         residuals: change of the residual by weight name.
-        common: what the live adapter restarts with, by weight name.
+        common: factors that the live adapter restarts with, by weight name.
     """
 
     round: int
@@ -133,9 +134,9 @@ class Holder:
 
     Args:
         name: client name or ``server``.
-        segment: the part of the model that it hosts.
+        segment: its part of the model.
         shapes: every adapted weight of the model, in layer order; gradients are clipped by their shares of these.
-        ranks: rank by weight name, of those that it holds.
+        ranks: rank by weight name, for the weights that it holds.
         job, policy: the run's settings.
     """
 
@@ -168,23 +169,23 @@ class Holder:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         if self._job.fast.flat_optimizer or not self.adapters.names:
             return new_optimizer(self._job, as_parameters(self._job, self.adapters.flat))
-        # Views of the flat buffer, in its order: what the optimizer keeps is laid out the same.
+        # Views of the flat buffer in its order, so that the optimizer's state has the same layout.
         return new_optimizer(
             self._job, [f for n in self.adapters.names for f in (self.adapters.A(n), self.adapters.B(n))]
         )
 
     def begin_phase(self, step: int, training: bool) -> None:
-        """Set the adapters' dropout for what follows; its random numbers depend on run, holder and step alone."""
+        """Set the adapters' dropout; its random numbers depend on run, holder and step alone."""
         set_adapter_dropout(self.segment, training)
         if training and self._job.dropout:
             torch.manual_seed(hash_seed(self._job.seed, self.name, step))
 
     def step(self, step: int, lr_scale: float = 1.0) -> None:
-        """One optimizer step from the gradients gathered since the last one.
+        """Make one optimizer step from the gradients accumulated since the last one.
 
         Args:
             step: counts from 0 over the run.
-            lr_scale: how many times the job's learning rate.
+            lr_scale: factor of the job's learning rate.
         """
         flat = self.adapters.flat
         if flat.numel() == 0:
@@ -202,12 +203,12 @@ class Holder:
         flat.grad.zero_()
 
     def drop_gradient(self) -> None:
-        """Forget what was gathered for a step that is not to be."""
+        """Discard the gradients of a step that is not made."""
         if self.adapters.flat.grad is not None:
             self.adapters.flat.grad.zero_()
 
     def held(self) -> HeldAdapters:
-        """The live adapters as aggregation takes them, at the round's end."""
+        """Return the live adapters at the round's end."""
         names = self.adapters.names
         if self._pruner is not None:
             self._pruner.end_round()
@@ -231,18 +232,18 @@ class Holder:
         self._restart_moments({name: common.rank for name, common in update.common.items()}, changed)
 
     def _restart_moments(self, stay: Mapping[str, int], changed: Sequence[str]) -> None:
-        """Keep, fit or drop the optimizer's moments; those of directions that restart begin again in any case.
+        """Keep, fit or drop the optimizer's moments; those of directions that restart always begin again.
 
         Args:
-            stay: leading directions of each weight that do not restart, by name.
-            changed: weights whose factors are others than before.
+            stay: number of leading directions of each weight that do not restart, by name.
+            changed: weights whose factors have changed.
         """
         moments = self._policy.moments
         restarting = any(stay.get(name, 0) < rank for name, rank in self.adapters.ranks.items())
         if isinstance(self._optimizer, torch.optim.AdamW):
             drop = moments == "drop" or not any(stay.get(name, 0) for name in self.adapters.names)
         else:
-            # Codes of bitsandbytes are not kept by direction: when one begins again, all do.
+            # Codes of bitsandbytes are not separable by direction: when one begins again, all do.
             drop = moments != "keep" or restarting
         if drop:
             self._optimizer = without_moments(self._job, self._optimizer)
@@ -254,21 +255,21 @@ class Holder:
             self._steps.begin(self._optimizer, stay)
 
     def carried_moments(self, ranks: Mapping[str, int]) -> CarriedMoments | None:
-        """The moments that outlive this holder where another of other ``ranks`` takes its place."""
+        """Copy the moments that a holder of other ``ranks`` can take over from this one."""
         if self._policy.moments == "drop":
             return None
         return carried_moments(self.adapters, self._optimizer, self._steps, ranks)
 
-    def go_on_from(self, carried: CarriedMoments, update: RoundUpdate) -> None:
-        """Take over the moments of the holder whose place this one takes, after :meth:`restart` with ``update``.
+    def resume_moments(self, carried: CarriedMoments, update: RoundUpdate) -> None:
+        """Take over the moments of this holder's predecessor, after :meth:`restart` with ``update``.
 
-        Directions that the update restarts begin without. What was carried is used up.
+        Directions that the update restarts begin without moments. ``carried`` is used up.
         """
         stay = {name: common.rank for name, common in update.common.items()}
-        go_on_from(carried, self.adapters, self._optimizer, self._steps, stay)
+        resume_moments(carried, self.adapters, self._optimizer, self._steps, stay)
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
-        """Add to ``R_w`` what others have learned, by weight name; adapters stay as they are."""
+        """Apply changes of ``R_w``, by weight name; adapters stay as they are."""
         linears = self.segment.linears
         for name, change in residuals.items():
             device = linears[name].device
@@ -279,7 +280,7 @@ class Holder:
                 linears[name].append_residual(change.start_rank, factors)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything of this holder that a checkpoint must keep: factors, moments, their ages, round's token counts."""
+        """Return factors, moments, the directions' ages and the round's token counts, for a checkpoint."""
         tensors = {
             "parameters": self.adapters.flat.detach().cpu().clone(),
             "tokens": self.tokens.state(),
@@ -287,14 +288,14 @@ class Holder:
         }
         if self._pruner is not None:
             tensors["pruning"] = self._pruner.state()
-        return tensors | {f"optimizer.{key}": value for key, value in kept_state(self._optimizer).items()}
+        return tensors | with_kind(OPTIMIZER, kept_state(self._optimizer))
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether ``tensors`` are the state of a holder of the same ranks."""
+        """Check whether ``tensors`` are the state of a holder of the same ranks."""
         return "parameters" in tensors and tensors["parameters"].numel() == self.adapters.flat.numel()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave; the residual arrives separately."""
+        """Load the result of :meth:`state`; the residual arrives separately."""
         flat = self.adapters.flat
         with torch.no_grad():
             flat.copy_(tensors["parameters"])
@@ -303,5 +304,4 @@ class Holder:
         self.tokens.load_state(tensors["tokens"])
         self._steps.load_state(tensors.get("begun"))
         self._optimizer = self._new_optimizer()
-        kept = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        restore_state(self._optimizer, kept)
+        restore_state(self._optimizer, of_kind(OPTIMIZER, tensors))

@@ -1,8 +1,8 @@
-"""The probe behind important weight identification: ``sum |W G|`` of every adapted weight of a segment (METHOD 3).
+"""The importance probe: ``sum |W G|`` of every adapted weight of a segment (METHOD 3).
 
 A gradient with respect to a weight is ``G = delta^T x``: ``x`` is the input of its linear, ``delta`` the gradient of
 its output. The probe keeps a reference to ``x`` in the forward, forms ``G`` when ``delta`` arrives in the backward,
-reduces it to one number a client and drops it. No gradient of a weight or of an adapter is ever stored.
+reduces it to one number for each client and drops it. No gradient of a weight or of an adapter is ever stored.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from hsplit.lora.adapters import AdapterSet
 from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.segment import LinearShape, Segment
 
-# Rows of G and of the effective weight are formed this many bytes at a time (one row, where a row is larger).
+# Rows of G and of the effective weight are formed this many bytes at a time (or one row, if it is larger).
 PROBE_CHUNK_BYTES = 1 << 20
 
 
 def probe_working_bytes(d_out: int, d_in: int, tokens: int, directions: int, dtype: torch.dtype) -> int:
-    """Most bytes that scoring one weight allocates at once beside the activations that training keeps too.
+    """Count the most bytes that scoring one weight allocates at once, beside the activations that training keeps too.
 
-    A chunk of ``G`` and one of the effective weight; under a compute dtype narrower than fp32 also ``x``, ``delta`` and
-    the residual's factors, widened. A weight kept as codes is dequantized whole for its turn, as
-    it is once more in the same backward, right after: that is reserved for training already.
+    These are a chunk of ``G`` and one of the effective weight; for a compute dtype narrower than fp32 also ``x``,
+    ``delta`` and the residual's factors, widened. A weight kept as codes is dequantized whole, as it is again right
+    after in the same backward: training reserves that already.
 
     Args:
         d_out, d_in: the weight's shape.
-        tokens: packed tokens of the batch, all clients' together.
+        tokens: packed tokens of the batch, of all clients together.
         directions: the rank of the residual where it is applied beside the base, 0 elsewhere.
         dtype: compute dtype.
     """
@@ -47,11 +47,11 @@ class ProbedRows:
     """One client's tokens in a probe.
 
     Attributes:
-        client: whose they are.
-        tokens: where they stand among the packed tokens.
+        client: its name.
+        tokens: their rows among the packed tokens.
         first: the first of this holder's layers that they pass through.
-        divisor: what turns the gradient that the backward carries into that of the client's own mean loss: its
-            supervised tokens for a backward of the token sum, 1 for one of the mean.
+        divisor: of the backward's gradient, to get that of the client's own mean loss: its supervised tokens for a
+            backward of the token sum, 1 for one of the mean.
     """
 
     client: str
@@ -63,14 +63,14 @@ class ProbedRows:
 class ImportanceProbe:
     """Scores the adapted weights of a segment over one forward and one backward.
 
-    The adapters count as part of the weights but get no gradient, so optimizer and training see nothing of a probe.
-    The caller switches dropout off and makes the first hidden state require a gradient: with a frozen embedding nothing
-    would at the first layer, and its first linears could not report.
+    The adapters count as part of the weights but get no gradient, so a probe does not affect training. The caller
+    switches dropout off and makes the first hidden state require a gradient: with a frozen embedding no gradient would
+    reach the first layer's first linears.
 
     Args:
-        segment: what is held here.
+        segment: the part of the model held here.
         adapters: the live factors, attached to ``segment``.
-        shapes: the weights to score; those that ``segment`` does not hold are passed over.
+        shapes: the weights to score; those that ``segment`` does not hold are skipped.
     """
 
     def __init__(self, segment: Segment, adapters: AdapterSet, shapes: Sequence[LinearShape]) -> None:
@@ -83,7 +83,7 @@ class ImportanceProbe:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Run the forward inside: each linear's input is kept, and the graph is built without the adapters' leaves."""
+        """Watch a forward run inside: keep each linear's input, and build the graph without the adapters' leaves."""
         handles = [self._linears[shape.name].register_forward_hook(self._watch(shape)) for shape in self._shapes]
         adapters = self._adapters
         try:
@@ -103,16 +103,16 @@ class ImportanceProbe:
         """Run the backward from ``output`` and score.
 
         Args:
-            output: what the forward under :meth:`watching` led to.
+            output: result of the forward under :meth:`watching`.
             gradient: of the loss with respect to ``output``; ``None`` where ``output`` is the loss.
-            rows: whose tokens are to be scored; each client alone, never the joint sum.
+            rows: the tokens to score, each client alone.
 
         Returns:
             ``sum_ij |W_ij G_ij|`` by weight name by client, ``G`` being the gradient of that client's mean loss at the
             effective weight ``W``.
 
         Raises:
-            RuntimeError: a weight that a client's tokens passed through has not reported.
+            RuntimeError: no gradient reached a weight that a client's tokens passed through.
         """
         self._rows = rows
         try:
@@ -144,7 +144,7 @@ class ImportanceProbe:
 
     @torch.no_grad()
     def _score(self, shape: LinearShape, linear: AdaptedLinear, delta: Tensor) -> None:
-        """Reduce the gradient of one weight to a number a client, a chunk of its rows at a time."""
+        """Reduce the gradient of one weight to a number for each client, a chunk of its rows at a time."""
         exact = torch.promote_types(linear.compute_dtype, torch.float32)
         x = self._inputs.pop(shape.name).reshape(-1, shape.d_in).to(exact)
         delta = delta.reshape(-1, shape.d_out).to(exact)
@@ -164,16 +164,16 @@ class ImportanceProbe:
 
 
 class _EffectiveWeight:
-    """``W_0 + R + s B A`` of one linear, by chunks of rows in dtype ``exact``.
+    """The weight ``W_0 + R + s B A`` of one linear, by chunks of rows in dtype ``exact``.
 
-    The base's values are those of the compute dtype, which the forward has used: a dense store is read in place, codes
-    are dequantized whole.
+    The base's values are in the compute dtype, as in the forward: a dense store is read in place, codes are dequantized
+    whole.
     """
 
     def __init__(self, name: str, linear: AdaptedLinear, adapters: AdapterSet, exact: torch.dtype) -> None:
         self._exact = exact
         self._base = linear.weight.dense(linear.compute_dtype)
-        # A merged residual is in the base's working weight; what is beside it is one of these two.
+        # A merged residual is part of the base's working weight; otherwise it is one of these two.
         self._matrix, residual = linear._residual_matrix, linear._residual
         self._terms: list[tuple[Tensor, Tensor, float]] = []
         if residual is not None:
@@ -184,7 +184,7 @@ class _EffectiveWeight:
             self._terms.append((B.to(device, exact), A.to(device, exact), adapters.scale(name)))
 
     def rows(self, chunk: slice) -> Tensor:
-        """Rows ``chunk`` of the weight: ``(rows, d_in)``, a tensor of its own."""
+        """Return a copy of rows ``chunk`` of the weight: ``(rows, d_in)``."""
         values = self._base[chunk].to(self._exact, copy=True)
         if self._matrix is not None:
             values += self._matrix[chunk]

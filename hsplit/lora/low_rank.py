@@ -1,4 +1,4 @@
-"""Low-rank matrices kept as their two factors, and the little algebra that aggregation needs of them."""
+"""Low-rank matrices kept as their two factors, and their algebra for aggregation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ROWS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class LowRankSum:
-    """``sum_i w_i B_i A_i`` by reference: no factor is copied or scaled before it is needed.
+    """The sum ``sum_i w_i B_i A_i`` by reference: no factor is copied or scaled before it is needed.
 
     Attributes:
         terms: at least one, all of one shape ``(d_out, d_in)``.
-        weights: ``w_i``, one a term.
-        bound: what the sum's rank is known not to exceed, where that is less than the terms' ranks together.
+        weights: ``w_i``, one for each term.
+        bound: upper bound of the sum's rank, where one below the sum of the terms' ranks is known.
     """
 
     terms: tuple[LowRank, ...]
@@ -30,31 +30,31 @@ class LowRankSum:
 
     @property
     def width(self) -> int:
-        """The terms' ranks together: the rank of the concatenation."""
+        """Sum of the terms' ranks: the rank of the concatenation."""
         return sum(term.rank for term in self.terms)
 
     @property
     def rank(self) -> int:
-        """What the sum's rank cannot exceed."""
+        """Upper bound of the sum's rank."""
         return self.width if self.bound is None else min(self.width, self.bound)
 
     def plus(self, term: LowRank, weight: float = 1.0, bound: int | None = None) -> LowRankSum:
-        """The sum with one more term; ``bound`` is the new sum's."""
+        """Return the sum with one more term; ``bound`` is the new sum's."""
         return LowRankSum((*self.terms, term), (*self.weights, weight), bound)
 
     def concatenated(self, dtype: torch.dtype) -> LowRank:
-        """One pair of factors of rank :attr:`width`, weights folded into ``B`` (METHOD 6)."""
+        """Concatenate to one pair of factors of rank :attr:`width`, weights folded into ``B`` (METHOD 6)."""
         B = torch.cat([(t.B.to(dtype) * w).to(dtype) for t, w in self._weighted], dim=1)
         return LowRank(B, torch.cat([t.A.to(dtype) for t in self.terms], dim=0))
 
     def compressed(self, dtype: torch.dtype) -> LowRank:
-        """One pair of factors of rank :attr:`rank`, exact to the rounding of ``dtype``."""
+        """Return one pair of factors of rank :attr:`rank`, exact to the rounding of ``dtype``."""
         if self.rank == self.width:
             return self.concatenated(dtype)
         return spectral(self).part(0, self.rank, dtype)
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``[start, stop)`` of the sum as a matrix in fp64, ``(stop - start, d_in)``."""
+        """Return rows ``[start, stop)`` of the sum as a matrix in fp64, ``(stop - start, d_in)``."""
         first = self.terms[0].A
         rows = torch.zeros(stop - start, first.shape[1], dtype=torch.float64, device=first.device)
         for term, weight in self._weighted:
@@ -62,14 +62,14 @@ class LowRankSum:
         return rows
 
     def times(self, right: Tensor) -> Tensor:
-        """``[w_1 B_1, w_2 B_2, ...] right`` in fp64 for ``right`` ``(width, k)``: ``(d_out, k)``."""
+        """Compute ``[w_1 B_1, w_2 B_2, ...] right`` in fp64 for ``right`` ``(width, k)``: ``(d_out, k)``."""
         product = right.new_zeros(self.terms[0].B.shape[0], right.shape[1])
         for (term, weight), rows in zip(self._weighted, right.split([t.rank for t in self.terms]), strict=True):
             product.addmm_(term.B.double(), rows, alpha=weight)
         return product
 
     def times_from_left(self, left: Tensor) -> Tensor:
-        """``left [A_1; A_2; ...]`` in fp64 for ``left`` ``(k, width)``: ``(k, d_in)``."""
+        """Compute ``left [A_1; A_2; ...]`` in fp64 for ``left`` ``(k, width)``: ``(k, d_in)``."""
         product = left.new_zeros(left.shape[0], self.terms[0].A.shape[1])
         for term, columns in zip(self.terms, left.split([t.rank for t in self.terms], dim=1), strict=True):
             product.addmm_(columns, term.A.double())
@@ -81,23 +81,23 @@ class LowRankSum:
 
 
 def concatenate(terms: Sequence[LowRank]) -> LowRank:
-    """The exact sum of ``terms`` as one pair of factors, concatenated along the rank (METHOD 6)."""
+    """Return the exact sum of ``terms`` as one pair of factors, concatenated along the rank (METHOD 6)."""
     return LowRank(torch.cat([t.B for t in terms], dim=1), torch.cat([t.A for t in terms], dim=0))
 
 
 def empty(d_out: int, d_in: int, dtype: torch.dtype = torch.float32) -> LowRank:
-    """The zero matrix: rank 0."""
+    """Return the zero matrix, of rank 0."""
     return LowRank(torch.zeros(d_out, 0, dtype=dtype), torch.zeros(0, d_in, dtype=dtype))
 
 
 class SpectralFactors(ABC):
     """Singular value decomposition ``U diag(S) V`` of a low-rank matrix, in fp64.
 
-    Directions are formed when they are asked for, and only those.
+    Directions are formed on demand.
 
     Attributes:
         S: ``(r,)`` descending.
-        noise: singular values up to this one are rounding errors; their directions are given as zeros.
+        noise: singular values up to this one are rounding errors; their directions are zeros.
     """
 
     S: Tensor
@@ -118,22 +118,22 @@ class SpectralFactors(ABC):
 
     @property
     def U(self) -> Tensor:
-        """``(d_out, r)``, all of it."""
+        """All left singular vectors, ``(d_out, r)``."""
         return self._left(0, len(self.S)).mul_(self._inverse(self.S))
 
     @property
     def V(self) -> Tensor:
-        """``(r, d_in)``, all of it."""
+        """All right singular vectors, ``(r, d_in)``."""
         return self._right(0, len(self.S)).mul_(self._inverse(self.S)[:, None])
 
     def part(self, start: int, stop: int, dtype: torch.dtype) -> LowRank:
-        """Singular directions ``[start, stop)`` as balanced factors ``(U sqrt(S), sqrt(S) V)``."""
+        """Return singular directions ``[start, stop)`` as balanced factors ``(U sqrt(S), sqrt(S) V)``."""
         inverse_root = self._inverse(self.S).sqrt()[start:stop]
         B = self._left(start, stop).mul_(inverse_root).to(dtype)
         return LowRank(B, self._right(start, stop).mul_(inverse_root[:, None]).to(dtype))
 
     def norm_beyond(self, rank: int) -> float:
-        """Frobenius norm of what a cut at ``rank`` drops, rounding errors left out."""
+        """Compute the Frobenius norm of what a cut at ``rank`` drops, without rounding errors."""
         return float(self.S[rank : self.rank].norm())
 
     def _inverse(self, values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class SpectralFactors(ABC):
 
 
 class _FromMatrix(SpectralFactors):
-    """Of a sum whose factors are larger than itself: decomposed as the matrix that it is."""
+    """Decomposition of a sum whose factors are larger than the matrix itself, as that matrix."""
 
     def __init__(self, total: LowRankSum) -> None:
         matrix = total.dense_rows(0, total.terms[0].B.shape[0])
@@ -161,12 +161,12 @@ class _FromMatrix(SpectralFactors):
 
 
 class _FromFactors(SpectralFactors):
-    """By QR of ``B`` and of ``A^T`` and an SVD of the small core ``R_b R_a^T`` (METHOD 6).
+    """Decomposition by QR of ``B`` and of ``A^T`` and an SVD of the small core ``R_b R_a^T`` (METHOD 6).
 
     No ``Q`` is kept or formed. With the core's SVD ``u diag(S) v`` the directions follow from the factors themselves:
     ``U diag(S) = B A V^T = B (R_a^T v^T)`` and ``diag(S) V = U^T B A = (u^T R_b) A``. Both are as exact as products
     with ``Q`` would be (rounding errors in fp64, relative to ``sum_j |b_j| |a_j|`` over columns of ``B`` and rows of
-    ``A``), and nothing is divided by but ``S``.
+    ``A``), and the only divisor is ``S``.
     """
 
     def __init__(self, total: LowRankSum) -> None:
@@ -197,13 +197,13 @@ class _FromFactors(SpectralFactors):
         return self._total.times_from_left(inner)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The triangles a few rows at a time, with the first row's number: to take them apart costs little memory."""
+        """Yield a few rows of the triangles at a time, after the first one's index, to split them in little memory."""
         for first in range(0, len(self._triangles), _ROWS_AT_ONCE):
             yield first, self._triangles[first : first + _ROWS_AT_ONCE]
 
 
 def _triangle(rows: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """``R`` of the QR decomposition of ``[w_1 X_1; w_2 X_2; ...]^T``, in fp64.
+    """Compute ``R`` of the QR decomposition of ``[w_1 X_1; w_2 X_2; ...]^T``, in fp64.
 
     Args:
         rows: ``X_i`` of shape ``(r_i, d)`` with its weight; ``sum r_i <= d``.
@@ -215,16 +215,16 @@ def _triangle(rows: Sequence[tuple[Tensor, float]]) -> Tensor:
     stacked = torch.empty(sum(sizes), rows[0][0].shape[1], dtype=torch.float64, device=rows[0][0].device)
     for part, (X, weight) in zip(stacked.split(sizes), rows, strict=True):
         part.copy_(X).mul_(weight)
-    # The transpose of rows end to end is what LAPACK wants, so that it works in place.
+    # Transposed, the stacked rows have LAPACK's layout, so that it works in place.
     reflectors, scales = stacked.T, stacked.new_empty(len(stacked))
     torch.geqrf(reflectors, out=(reflectors, scales))
     return reflectors[: len(stacked)].triu()
 
 
 def _svd_in_place(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``U, S, V`` of ``matrix`` ``(m, n)``, ``m >= n``, stored column by column; ``U`` takes its place.
+    """Compute ``U, S, V`` of ``matrix`` ``(m, n)``, ``m >= n``, stored column by column, and overwrite it with ``U``.
 
-    LAPACK destroys what it decomposes, so torch gives it a copy and needs the original no more.
+    LAPACK destroys its input, so torch gives it a copy and no longer needs the original.
     """
     n = matrix.shape[1]
     S, V = matrix.new_empty(n), matrix.new_empty(n, n).T
@@ -233,11 +233,11 @@ def _svd_in_place(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spectral(matrix: LowRank | LowRankSum) -> SpectralFactors:
-    """SVD of a low-rank matrix or of a weighted sum of them, all in fp64 (METHOD 6).
+    """Decompose a low-rank matrix, or a weighted sum of them, by SVD in fp64 (METHOD 6).
 
     Time: ``O((d_out + d_in) r^2 + r^3)`` for terms of rank ``r`` together. Memory beyond the terms, in bytes: at most
     ``8 max(r max(d_out, d_in) + 2 r^2, 4 r^2)``, about four times the fp32 terms or less, and ``3.2 * 8 r^2``
-    of LAPACK's workspace. Nothing of shape ``(d_out, d_in)`` is formed, but where ``r`` reaches the smaller side:
+    of LAPACK's workspace. Nothing of shape ``(d_out, d_in)`` is formed, except where ``r`` reaches the smaller side:
     there the matrix is smaller than one factor, and is decomposed itself.
     """
     total = LowRankSum((matrix,), (1.0,)) if isinstance(matrix, LowRank) else matrix
@@ -246,18 +246,18 @@ def spectral(matrix: LowRank | LowRankSum) -> SpectralFactors:
 
 
 def leading_and_rest(total: LowRankSum, rank: int, dtype: torch.dtype) -> tuple[LowRank, LowRankSum | None]:
-    """Split a sum into its leading singular directions and what is left of it, so that nothing is lost.
+    """Split a sum exactly into its leading singular directions and the rest.
 
     Args:
-        rank: directions wanted; beyond the sum's own rank there are none.
+        rank: directions wanted; at most the sum's own rank is returned.
         dtype: of the leading part.
 
     Returns:
-        The leading part as balanced factors, and the rest by reference: ``total`` minus the leading part as it was
-        rounded; ``None`` where nothing is left.
+        The leading part as balanced factors, and the rest by reference: ``total`` minus the rounded leading part;
+        ``None`` where nothing is left.
     """
     parts = spectral(total)
-    # Directions of rounding errors would come as zeros, and factors of zeros never learn.
+    # Directions of rounding errors would be zeros, and factors of zeros never learn.
     kept = min(rank, parts.rank)
     leading, left = parts.part(0, kept, dtype), parts.rank - kept
     return leading, total.plus(leading, -1.0, bound=left) if left > 0 else None

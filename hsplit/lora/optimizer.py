@@ -1,7 +1,7 @@
 """Optimizers of ``job.optimizer``, the learning rate by step, and gradient clipping.
 
 The optimizers of bitsandbytes keep 8-bit codes of the moments, page them out of a GPU that is short of memory, or both.
-They are for a holder's adapters, which are one flat buffer; a client that trains every weight uses torch's own. The
+They are for a holder's adapters, which are one flat buffer; a client that trains every weight uses torch's. The
 learning rate is a pure function of the step, so that resuming needs no scheduler state. Clipping does not depend on
 where the model is split (METHOD 2).
 """
@@ -22,7 +22,7 @@ from hsplit.models.segment import LinearShape
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int) -> float:
-    """Learning rate of local step ``step`` (counted from 0 over the whole run).
+    """Compute the learning rate of local step ``step`` (counted from 0 over the whole run).
 
     Args:
         total: local steps of the whole run.
@@ -45,17 +45,17 @@ _EPSILON = 1e-6
 
 
 def clip_limits(shapes: Sequence[LinearShape], clip: float) -> dict[str, float]:
-    """Largest L2 norm of each adapted weight's gradient: ``clip`` times the root of its share of the adapted entries.
+    """Compute the largest L2 norm of each adapted weight's gradient: ``clip`` times the root of its share of entries.
 
-    Factors of rank ``r`` have ``r (d_out + d_in)`` entries. The share is taken at one rank for all, so ``r`` cancels:
+    Factors of rank ``r`` have ``r (d_out + d_in)`` entries. Shares assume the same rank for all, so ``r`` cancels:
 
         limit_w = clip * sqrt((d_out + d_in)_w / sum_v (d_out + d_in)_v)
 
-    It follows from the model and ``job.targets`` alone, not from split points, holders or the ranks of a plan. The
+    They depend on the model and ``job.targets`` alone, not on split points, holders or the ranks of a plan. The
     squares of the limits sum to ``clip ** 2``, so the gradient of the whole model has a norm of at most ``clip``.
 
     Args:
-        shapes: every adapted weight of the whole model, whoever holds it.
+        shapes: every adapted weight of the whole model.
         clip: ``job.clip``.
     """
     total = sum(shape.d_out + shape.d_in for shape in shapes)
@@ -64,9 +64,9 @@ def clip_limits(shapes: Sequence[LinearShape], clip: float) -> dict[str, float]:
 
 @torch.no_grad()
 def clip_each(gradients: Mapping[str, Tensor], limits: Mapping[str, float]) -> None:
-    """Scale each gradient down, in place, to the L2 norm that ``limits`` allows it, by weight name.
+    """Scale each gradient down, in place, to the L2 norm that ``limits`` allows, by weight name.
 
-    Nothing waits for the device.
+    Does not synchronize with the device.
     """
     if not gradients:
         return
@@ -83,19 +83,19 @@ CODE_BOOK_BYTES = 2 * 256 * 4
 STEPPED_AT_ONCE = 1 << 18
 """Entries that an 8-bit optimizer steps at once on a CPU: a whole number of blocks."""
 PASSING_BYTES = 20
-"""What bitsandbytes takes in passing for each entry that it steps on a CPU (measured); on a GPU it takes nothing."""
+"""Temporary bytes of bitsandbytes for each entry that it steps on a CPU (measured); on a GPU there are none."""
 
 Span = tuple[int, tuple[int, int]]
-"""Where a factor begins in the flat buffer, and its shape."""
+"""Start of a factor in the flat buffer, and its shape."""
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 """AdamW's names of its moments."""
 
-# The same for all parameters that are stepped together.
+# State that all parameters of an optimizer share.
 _SHARED = frozenset({"step", "qmap1", "qmap2"})
 
 
 def new_optimizer(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The job's optimizer, without moments."""
+    """Make the job's optimizer, without moments."""
     settings: dict[str, Any] = {"lr": job.lr, "weight_decay": job.weight_decay}
     if job.optimizer == "sgd":
         return torch.optim.SGD(parameters, **settings)
@@ -108,15 +108,15 @@ def new_optimizer(job: Job, parameters: list[nn.Parameter]) -> torch.optim.Optim
         "paged_adamw": optim.PagedAdamW,
         "paged_adamw8bit": optim.PagedAdamW8bit,
     }
-    # By default small tensors would keep fp32 moments, which is meant for norms and biases: a plan counts codes alone.
+    # By default small tensors keep fp32 moments, which is meant for norms and biases; plans count codes alone.
     made: torch.optim.Optimizer = kinds[job.optimizer](parameters, min_8bit_size=0, **settings)
     return made
 
 
 def as_parameters(job: Job, flat: nn.Parameter) -> list[nn.Parameter]:
-    """What the job's optimizer is to step: the buffer ``flat`` ``(n,)``, or slices over its values and its gradient.
+    """Return the job's optimizer's parameters: the buffer ``flat`` ``(n,)``, or slices of its values and gradient.
 
-    On a CPU bitsandbytes widens all moments of a parameter at once, which would take more than 8 bits save.
+    On a CPU bitsandbytes widens all moments of a parameter at once, which takes more memory than 8 bits save.
     """
     if not passing_bytes(job) or flat.device.type != "cpu":
         return [flat]
@@ -130,10 +130,10 @@ def as_parameters(job: Job, flat: nn.Parameter) -> list[nn.Parameter]:
 
 
 def kept_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that ``optimizer`` keeps, copied to the CPU: by name the values of all its parameters end to end.
+    """Copy the state of ``optimizer`` to the CPU, by name with the values of all its parameters end to end.
 
-    With 8-bit moments these are codes, their blocks' scales, and the tables that give codes their values. Empty before
-    the first step.
+    With 8-bit moments these are codes, their blocks' scales, and the tables of the codes' values. Empty before the
+    first step.
     """
     states = [optimizer.state[p] for p in _parameters(optimizer) if p in optimizer.state]
     kept = {}
@@ -146,7 +146,7 @@ def kept_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_state(optimizer: torch.optim.Optimizer, kept: Mapping[str, Tensor]) -> None:
-    """Make a new ``optimizer`` go on exactly as that which gave ``kept`` (:func:`kept_state`) would have."""
+    """Load a result of :func:`kept_state` into a new ``optimizer``, which then continues exactly as the old one."""
     begin = dict.fromkeys(kept, 0)
 
     def next_part(key: str, like: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def restore_state(optimizer: torch.optim.Optimizer, kept: Mapping[str, Tensor]) 
             state = {key: next_part(key, parameter).to(parameter.device).clone() for key in kept}
             optimizer.state[parameter] = state
             continue
-        # bitsandbytes allocates itself, so that what it pages stays paged.
+        # bitsandbytes allocates its state itself, so that paged moments stay paged.
         own: Any = optimizer
         own.init_state(own.param_groups[0], parameter, 0, index)
         for key, value in own.state[parameter].items():
@@ -171,9 +171,9 @@ def restore_state(optimizer: torch.optim.Optimizer, kept: Mapping[str, Tensor]) 
 
 
 def without_moments(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """``optimizer`` as if it had never stepped: a new one, or itself where it is paged.
+    """Return a new optimizer without moments, or ``optimizer`` itself with them cleared where it is paged.
 
-    What bitsandbytes pages it never frees, so another optimizer a round would take that much more each time.
+    bitsandbytes never frees paged memory, so a new optimizer in each round would leak.
     """
     if not getattr(optimizer, "is_paged", False):
         return new_optimizer(job, _parameters(optimizer))
@@ -187,9 +187,9 @@ def without_moments(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.O
 
 
 def moment_views(optimizer: torch.optim.Optimizer) -> Callable[[str, Span], Tensor] | None:
-    """A view of AdamW's :data:`FIRST` or :data:`SECOND` moments at a span, whether it steps the whole buffer or parts.
+    """Return a function that views AdamW's :data:`FIRST` or :data:`SECOND` moments at a span of the flat buffer.
 
-    ``None`` before the first step.
+    It works for optimizers of the whole buffer and of its parts; ``None`` before the first step.
     """
     states = [optimizer.state.get(parameter) for parameter in _parameters(optimizer)]
     if not states or not all(states):
@@ -206,10 +206,10 @@ def moment_views(optimizer: torch.optim.Optimizer) -> Callable[[str, Span], Tens
 
 
 def moment_bytes(job: Job, exact: torch.dtype) -> float:
-    """Bytes that the job's optimizer keeps for each entry of an adapter of dtype ``exact``.
+    """Count the bytes that the job's optimizer keeps for each entry of an adapter of dtype ``exact``.
 
-    Paged moments count in full: they are allocated, wherever they are at the time. Plain SGD keeps none, but copies the
-    gradient to add weight decay to it.
+    Paged moments count in full, wherever they are at the time. Plain SGD keeps none, but copies the gradient to add
+    weight decay to it.
     """
     if job.optimizer == "sgd":
         return float(exact.itemsize) if job.weight_decay else 0.0
@@ -219,12 +219,12 @@ def moment_bytes(job: Job, exact: torch.dtype) -> float:
 
 
 def constant_bytes(job: Job) -> int:
-    """Bytes that do not depend on the adapters' size: code books, and what rounds each moment up to whole blocks."""
+    """Count the bytes that do not depend on the adapters' size: code books, and rounding up to whole blocks."""
     return CODE_BOOK_BYTES + 2 * 4 if job.optimizer.endswith("8bit") else 0
 
 
 def passing_bytes(job: Job) -> int:
-    """Bytes that an optimizer step takes in passing for each entry, of at most :data:`STEPPED_AT_ONCE` entries."""
+    """Count the temporary bytes of an optimizer step for each of at most :data:`STEPPED_AT_ONCE` entries."""
     return PASSING_BYTES if job.optimizer == "adamw8bit" else 0
 
 

@@ -1,4 +1,4 @@
-"""The residual ``R_w``: everything that earlier rounds have learned, kept exactly up to its cap (METHOD 6)."""
+"""The residual ``R_w``: the sum of what earlier rounds have learned, exact up to its cap (METHOD 6)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class ResidualUpdate:
-    """What a holder must do to follow a change of one weight's residual.
+    """A change of one weight's residual, for its holders.
 
     Attributes:
-        start_rank: directions that the holder keeps from before.
+        start_rank: directions that the holder keeps.
         factors: fp32 (fp64) factors to append after them; ``None`` when ``matrix`` is given.
         matrix: the whole residual as one matrix ``(d_out, d_in)``.
     """
@@ -39,7 +39,7 @@ class Residual:
 
     Args:
         d_out, d_in: the weight's shape.
-        max_rank: cap (``residual.max_rank``), or ``None`` for no cut: then factors become one matrix as soon as they
+        max_rank: cap (``residual.max_rank``), or ``None`` for none: then factors become one matrix as soon as they
             would be larger than it.
         dtype: fp32; fp64 in fp64 runs.
     """
@@ -50,7 +50,7 @@ class Residual:
         self.matrix: Tensor | None = None
         self._shape, self._dtype = (d_out, d_in), dtype
         self._sent = 0
-        # Whether holders had anything beside it when they were served last, and when they are now.
+        # Whether holders had frozen directions beside it at the last updates, and at these.
         self._had_beside = self._has_beside = False
         self._updates: dict[tuple[int, int], ResidualUpdate] = {}
 
@@ -65,20 +65,20 @@ class Residual:
         return self.factors.nbytes if self.matrix is None else self.matrix.nbytes
 
     def has_room(self, beside: int) -> bool:
-        """Whether holders may keep ``beside`` directions frozen with those that the residual has."""
+        """Check whether the cap leaves room for ``beside`` directions that holders keep frozen."""
         return self.cap is None or self.rank + beside <= self.cap
 
     def add(self, delta: LowRank | LowRankSum | None, beside: int = 0) -> float:
         """``R <- R + delta``.
 
-        Past the cap, ``R`` and all terms of ``delta`` are decomposed at once, without being concatenated.
+        Past the cap, ``R`` and all terms of ``delta`` are decomposed together, without being concatenated.
 
         Args:
             delta: scale and token weights folded in, or a sum of such terms by reference; ``None``: nothing.
             beside: directions that holders keep frozen beside ``R``, for which the cap leaves room.
 
         Returns:
-            What the cap cut, as a Frobenius norm relative to ``R`` (0.0 when nothing was cut).
+            Frobenius norm of what the cap cut, relative to ``R`` (0.0 when nothing was cut).
         """
         self._updates.clear()
         if delta is None:
@@ -102,7 +102,7 @@ class Residual:
     def _recompress(self, total: LowRankSum, beside: int) -> float:
         """Keep the leading directions of ``total``, as many as the cap allows; returns the relative cut."""
         decomposed = spectral(total)
-        # No room is spent on directions that are rounding errors of fp64; one stays, so that holders hear of a change.
+        # Directions that are rounding errors of fp64 are dropped; one stays, so that holders get a change.
         kept = min((self.cap or 0) - beside, max(decomposed.rank, 1))
         self.factors = decomposed.part(0, kept, self._dtype)
         self._sent = 0
@@ -110,7 +110,7 @@ class Residual:
         return decomposed.norm_beyond(kept) / norm if norm else 0.0
 
     def _summed(self, matrix: Tensor, delta: LowRankSum) -> Tensor:
-        """``matrix + delta``, summed in fp64 a few rows at a time."""
+        """Compute ``matrix + delta`` in fp64, a few rows at a time."""
         total = torch.empty_like(matrix)
         for start in range(0, len(matrix), _ROWS_AT_ONCE):
             rows = slice(start, min(start + _ROWS_AT_ONCE, len(matrix)))
@@ -118,14 +118,15 @@ class Residual:
         return total
 
     def update(self, whole: bool, common: LowRank | None = None, rank: int = 0) -> ResidualUpdate | None:
-        """What changed since the last call, or everything for a holder that needs it ``whole``; ``None`` if nothing.
+        """Return the changes since :meth:`mark_sent`, or the ``whole`` residual; ``None`` if nothing changed.
 
-        Call :meth:`mark_sent` once every holder has been served.
+        Call :meth:`mark_sent` once every holder has its update.
 
         Args:
             whole: from the residual's first direction on.
-            common: what holders restart with; what is beyond the ``rank`` of this one follows the residual, and is
-                gone with the next update.
+            common: the holders' common restart; its directions beyond ``rank`` are appended to the residual until the
+                next update.
+            rank: the holder's.
         """
         if self.matrix is not None:
             return ResidualUpdate(0, None, self.matrix)
@@ -135,7 +136,7 @@ class Residual:
         if self.factors.rank == start and not beside and not self._had_beside:
             return None
         if (start, beside) not in self._updates:
-            # One copy serves every holder of the weight with that rank.
+            # One copy for all holders of the weight with that rank.
             factors = self.factors.from_rank(start)
             if common is not None and beside:
                 factors = concatenate([factors, common.from_rank(rank)])
@@ -143,13 +144,13 @@ class Residual:
         return self._updates[start, beside]
 
     def mark_sent(self) -> None:
-        """Every holder now has the residual as it is."""
+        """Record that every holder has the residual as it is now."""
         self._sent = self.factors.rank
         self._had_beside, self._has_beside = self._has_beside, False
         self._updates.clear()
 
     def restore(self, factors: LowRank | None, matrix: Tensor | None) -> None:
-        """Take over a residual read from a checkpoint."""
+        """Replace the residual by one read from a checkpoint."""
         self.matrix = matrix
         self.factors = factors if factors is not None else empty(*self._shape, dtype=self._dtype)
         self._sent = self.factors.rank

@@ -1,4 +1,4 @@
-"""Self-pruning of HetLoRA (arXiv 2401.06432): a holder gives up trailing directions that its data does not need."""
+"""Self-pruning of HetLoRA (arXiv 2401.06432): a holder drops trailing directions that its data does not need."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hsplit.lora.adapters import AdapterSet
 
 
 class RankPruner:
-    """Watches the trailing directions of every adapter: those from ``floor(decay * rank)`` on, at least one kept.
+    """Prunes the trailing directions of every adapter: those from ``floor(decay * rank)`` on, at least one kept.
 
     While training, ``penalty * ||B_tail|| ||A_tail||`` is added to the loss of every weight. Where that product is
-    smaller at a round's end than at its start, the holder goes on without those directions: they are zero from then on,
-    which no gradient changes, and neither are they sent.
+    smaller at a round's end than at its start, the holder continues without those directions: they are zero from then
+    on, get no gradient, and are not sent.
 
     Args:
         settings: the policy's.
@@ -28,7 +28,7 @@ class RankPruner:
 
     @torch.no_grad()
     def begin_round(self) -> None:
-        """Clear what was given up, and remember how large the trailing directions are."""
+        """Clear the pruned directions, and record the size of the trailing ones."""
         for name, rank in self.ranks.items():
             self._adapters.A(name)[rank:].zero_()
             self._adapters.B(name)[:, rank:].zero_()
@@ -36,7 +36,7 @@ class RankPruner:
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """Add the penalty's gradient to the adapters'."""
+        """Add the penalty's gradient to that of the adapters."""
         for name in self.ranks:
             A, B = self._tail(name)
             begin, end = self._kept(name), self.ranks[name]
@@ -49,20 +49,20 @@ class RankPruner:
             grad_B[:, begin:end].add_(B * (self._settings.penalty * norm_A / norm_B))
 
     def end_round(self) -> None:
-        """Give up the trailing directions that have become smaller; nothing else changes before the next round."""
+        """Prune the trailing directions that have become smaller; values stay until the next round begins."""
         for name in self.ranks:
             now = self._tail_product(name)
             if now < self._at_start[name]:
                 self.ranks[name] = self._kept(name)
-                # Until the next round begins there is nothing further to compare with.
+                # A second call in the same round prunes nothing more.
                 self._at_start[name] = 0.0
 
     def state(self) -> Tensor:
-        """Rank and size of the trailing directions at the round's start, by weight: ``(W, 2)``, fp64."""
+        """Return rank and size of the trailing directions at the round's start, by weight: ``(W, 2)``, fp64."""
         return torch.tensor([[self.ranks[n], self._at_start[n]] for n in self.ranks], dtype=torch.float64)
 
     def load_state(self, state: Tensor) -> None:
-        """Take over what :meth:`state` gave."""
+        """Load the result of :meth:`state`."""
         for name, (rank, size) in zip(list(self.ranks), state.tolist(), strict=True):
             self.ranks[name], self._at_start[name] = int(rank), size
 

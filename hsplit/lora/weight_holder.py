@@ -10,24 +10,21 @@ from torch import Tensor, nn
 
 from hsplit.config import Job
 from hsplit.lora.holder import HeldAdapters, RoundUpdate, TokenCounts
+from hsplit.lora.learned import OPTIMIZER, WEIGHT, of_kind, with_kind
 from hsplit.lora.optimizer import learning_rate, new_optimizer
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.segment import Segment
 from hsplit.models.weights import DenseWeight
 
-WEIGHT = "weight."
-"""Prefix of a trained weight's key in a checkpoint; what follows is the parameter's name in the causal LM."""
-
 
 class WeightHolder:
-    """Trains embedding, layers, norms and head of a whole model, from the values that ``job.base`` gives them.
+    """Trains embedding, layers, norms and head of a whole model, starting from the values of ``job.base``.
 
-    Everything is kept in the segment's dtype (fp32); whoever computes in bf16 does so under autocast. Gradients are
-    clipped by the norm of all of them together, as full fine-tuning does: the model is whole here, so nothing depends
-    on a split.
+    Weights are kept in the segment's dtype (fp32); bf16 runs compute under autocast. Gradients are clipped by their
+    joint norm, as in full fine-tuning: the model is whole here, so nothing depends on a split.
 
     Args:
-        name: whose.
+        name: the actor's.
         segment: the whole model, dense, with embedding and tail.
         job: the run's settings.
     """
@@ -39,14 +36,14 @@ class WeightHolder:
         self._optimizer = new_optimizer(job, list(self.weights.values()))
 
     def begin_phase(self, step: int, training: bool) -> None:
-        """Nothing to set: there are no adapters that could drop their input."""
+        """Do nothing: there are no adapters with dropout."""
 
     def step(self, step: int, lr_scale: float = 1.0) -> None:
-        """One optimizer step from the gradients gathered since the last one.
+        """Make one optimizer step from the gradients accumulated since the last one.
 
         Args:
             step: counts from 0 over the run.
-            lr_scale: how many times the job's learning rate.
+            lr_scale: factor of the job's learning rate.
         """
         job = self._job
         for group in self._optimizer.param_groups:
@@ -57,58 +54,53 @@ class WeightHolder:
         self._optimizer.zero_grad(set_to_none=True)
 
     def held(self) -> HeldAdapters:
-        """No adapters: there is nobody to aggregate with."""
+        """Return no adapters: there is nothing to aggregate."""
         return HeldAdapters(self.name, {}, self.tokens.by_layer(), {})
 
     def restart(self, update: RoundUpdate) -> None:
-        """Begin a round: training goes on where it is."""
+        """Begin a round: training continues where it is."""
         self.tokens.clear()
 
     def follow_residual(self, residuals: Mapping[str, ResidualUpdate]) -> None:
-        """There is no residual: the weights themselves have changed."""
+        """Do nothing: the weights themselves change, and there is no residual."""
 
     def state(self) -> dict[str, Tensor]:
-        """Every weight under :data:`WEIGHT` in the checkpoint's own layout, moments, round's token counts."""
-        tensors = {"tokens": self.tokens.state()}
+        """Return every weight in the layout of the model's files, moments and token counts, for a checkpoint."""
+        weights, moments = {}, {}
         for name, weight in self.weights.items():
             values = weight.detach().T if name in self._transposed else weight.detach()
-            tensors[f"{WEIGHT}{name}"] = values.cpu().clone(memory_format=torch.contiguous_format)
+            weights[name] = values.cpu().clone(memory_format=torch.contiguous_format)
             for key, value in self._optimizer.state.get(weight, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
-        return tensors
+                moments[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+        return {"tokens": self.tokens.state(), **with_kind(WEIGHT, weights), **with_kind(OPTIMIZER, moments)}
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether ``tensors`` are this model's state."""
-        return all(f"{WEIGHT}{name}" in tensors for name in self.weights)
+        """Check whether ``tensors`` are a state of this model."""
+        return self.weights.keys() <= of_kind(WEIGHT, tensors).keys()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave."""
+        """Load the result of :meth:`state`."""
         self.tokens.load_state(tensors["tokens"])
         self._optimizer = new_optimizer(self._job, list(self.weights.values()))
+        weights = of_kind(WEIGHT, tensors)
         with torch.no_grad():
             for name, weight in self.weights.items():
-                values = tensors[f"{WEIGHT}{name}"]
-                weight.copy_(values.T if name in self._transposed else values)
-        for name, weight in self.weights.items():
-            moments = {
-                key.split(".")[1]: value
-                for key, value in tensors.items()
-                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-            }
-            if moments:
-                state = {key: value.to(weight.device).clone() for key, value in moments.items()}
-                self._optimizer.state[weight] = state
+                weight.copy_(weights[name].T if name in self._transposed else weights[name])
+        for key, value in of_kind(OPTIMIZER, tensors).items():
+            moment, _, name = key.partition(".")
+            weight = self.weights[name]
+            self._optimizer.state.setdefault(weight, {})[moment] = value.to(weight.device).clone()
 
     @property
     def _transposed(self) -> set[str]:
-        """Linear weights that the family stores as ``(d_in, d_out)``."""
+        """Names of the linear weights that the family stores as ``(d_in, d_out)``."""
         if not self.segment.family.transposed:
             return set()
         return {f"{name}.weight" for name in self.segment.linears}
 
 
 def _made_trainable(segment: Segment) -> Iterator[tuple[str, nn.Parameter]]:
-    """Make every value of ``segment`` a parameter that takes gradients, each once, by its name in the causal LM."""
+    """Make every value of ``segment`` a trainable parameter; yields each once, with its name in the causal LM."""
     family, tail = segment.family, segment.tail
     assert tail is not None
     for path in family.embeddings:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 
 from hsplit.actors.executor import Executor, Ref
-from hsplit.actors.participant import DataReport, Participant
+from hsplit.actors.participant import Participant
+from hsplit.actors.training_data import DataReport
 from hsplit.config import ClientConfig, Job
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example

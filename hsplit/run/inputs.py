@@ -85,7 +85,7 @@ def read_shared(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> t
         source: the model.
         tokenizer: the model's, where it is loaded already.
     """
-    from hsplit.actors.participant import chat_template
+    from hsplit.actors.training_data import chat_template
     from hsplit.data import read_examples, split_off_test
 
     job, data = run.job, run.job.data

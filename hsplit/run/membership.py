@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hsplit.actors.executor import ActorFailure, NotFinite, Ref
-from hsplit.actors.participant import DataReport, Participant
+from hsplit.actors.participant import Participant
 from hsplit.actors.server import Server
+from hsplit.actors.training_data import DataReport
 from hsplit.config import SERVER, ClientConfig
 from hsplit.errors import HsplitError, InputError
 from hsplit.planning.budgets import BudgetRequest

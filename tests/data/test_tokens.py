@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from hsplit.actors.participant import chat_template
+from hsplit.actors.training_data import chat_template
 from hsplit.data import Example, TokenizedExample, check_ids, check_special_tokens, padding_id, tokenize
 from hsplit.data.chat import conversation_texts, turns_sha256
 from hsplit.errors import InputError

@@ -13,7 +13,7 @@ import pytest
 from hsplit.config import ClientConfig, Job, RunConfig, ServerConfig, load_run_config
 from hsplit.config.files import preset_directory
 from hsplit.errors import InputError
-from hsplit.export.adapter_files import learned
+from hsplit.lora.learned import learned
 from hsplit.models.segment import model_config
 from hsplit.models.source import ModelSource
 from hsplit.planning.cost.model import CostModel

@@ -16,8 +16,8 @@ from hsplit.data import Example, hold_out, tokenize
 from hsplit.evaluation.generation import generate
 from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.split_model import Cut, split_model
-from hsplit.export.adapter_files import learned_parts
 from hsplit.export.export import export
+from hsplit.lora.learned import learned_parts
 from hsplit.models.source import find_model
 from hsplit.models.weights import DenseWeight
 from hsplit.run.inputs import read_inputs

@@ -21,9 +21,9 @@ from hsplit.cli import main
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.evaluation.targets import open_target
-from hsplit.export.adapter_files import learned, learned_parts, trained_weights
 from hsplit.export.export import ExportOptions, export, export_run
 from hsplit.export.merge import export_merged, truncated
+from hsplit.lora.learned import learned, learned_parts, trained_weights
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import linear_shapes, model_config
 from hsplit.models.weights import base_values

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hsplit.config import Job, Policy
 from hsplit.lora.aggregation import Aggregator
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.learned import LearnedTerm, learned, learned_parts
 from hsplit.lora.low_rank import concatenate, empty
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import LinearShape
@@ -64,12 +65,8 @@ class Follower:
 
 
 def _learned(aggregator: Aggregator) -> torch.Tensor:
-    state = aggregator.state()
-    total = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
-    for kind in ("residual", "common"):
-        if f"{kind}.{WEIGHT.name}.B" in state:
-            total += state[f"{kind}.{WEIGHT.name}.B"].double() @ state[f"{kind}.{WEIGHT.name}.A"].double()
-    return total
+    term = learned(aggregator.state()).get(WEIGHT.name)
+    return torch.zeros(D_OUT, D_IN, dtype=torch.float64) if term is None else term.to(torch.float64).dense()
 
 
 @laws
@@ -139,10 +136,8 @@ def test_everybody_computes_with_the_exact_sum(
 
 
 def _common(aggregator: Aggregator) -> torch.Tensor:
-    state = aggregator.state()
-    if f"common.{WEIGHT.name}.B" not in state:
-        return torch.zeros(D_OUT, D_IN, dtype=torch.float64)
-    return state[f"common.{WEIGHT.name}.B"].double() @ state[f"common.{WEIGHT.name}.A"].double()
+    common = learned_parts(aggregator.state()).get(WEIGHT.name, LearnedTerm()).common
+    return torch.zeros(D_OUT, D_IN, dtype=torch.float64) if common is None else common.to(torch.float64).dense()
 
 
 def test_a_small_rank_costs_the_others_nothing() -> None:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hsplit.config import Job, Policy
 from hsplit.data import Example
-from hsplit.export.adapter_files import learned
 from hsplit.lora import holder as holding
+from hsplit.lora.learned import learned
 from hsplit.models.segment import linear_shapes, model_config
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import clip_each_weight, keep_double, lora_A, lora_B, mean_loss, peft_model
@@ -68,7 +68,7 @@ def _clipped() -> Iterator[list[bool]]:
 
 def _unsupervised(client: Any) -> None:
     """Take every target out of a client's training data: it computes, but has no supervised token."""
-    for data in client._data:
+    for data in client.data.clients:
         data.train = [replace(e, prompt_length=len(e.ids)) for e in data.train]
 
 
@@ -208,7 +208,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
 
         actors["c1"].load_data = load_then_silence
     batches = []
-    original = {name: actors[name]._step_batches for name in shares}
+    original = {name: actors[name].data.step_batches for name in shares}
 
     def recording(name: str) -> Any:
         def step_batches(step: int) -> Any:
@@ -222,7 +222,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
 
     seen: set[tuple[str, int]] = set()
     for name in shares:
-        actors[name]._step_batches = recording(name)
+        actors[name].data.step_batches = recording(name)
     with _clipped() as clipped:
         run.run()
     assert not any(clipped) and bool(clipped) == shipped
@@ -306,7 +306,7 @@ def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     names, clipped = [shape.name for shape in linear_shapes(model_config(models[family]))], 0
     for step in range(steps):
-        loss = mean_loss(reference, client._step_batches(step))
+        loss = mean_loss(reference, client.data.step_batches(step))
         optimizer.zero_grad()
         loss.backward()
         clipped += clip_each_weight(reference, names, clip)

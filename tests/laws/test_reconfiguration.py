@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from hsplit.config import Importance, Job, Policy
-from hsplit.export.adapter_files import learned
+from hsplit.lora.learned import learned
 from hsplit.planning.plan import Plan
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.tiny import LAYERS

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hsplit.config import SERVER, Importance, Job, Policy
+from hsplit.lora.learned import LearnedTerm, learned_parts
 from hsplit.models.factors import LowRank
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.tiny import LAYERS
@@ -29,18 +30,17 @@ def _dense(term: LowRank) -> torch.Tensor:
 
 def _known(state: dict[str, torch.Tensor], name: str, kind: str) -> torch.Tensor | float:
     """What the aggregator keeps of a weight in fp64: its residual or its common restart."""
-    if f"{kind}.{name}.matrix" in state:
-        return state[f"{kind}.{name}.matrix"].double()
-    if f"{kind}.{name}.B" not in state:
-        return 0.0
-    return state[f"{kind}.{name}.B"].double() @ state[f"{kind}.{name}.A"].double()
+    term = learned_parts(state).get(name, LearnedTerm())
+    if kind == "residual" and term.matrix is not None:
+        return term.matrix.double()
+    factors: LowRank | None = getattr(term, kind)
+    return 0.0 if factors is None else _dense(factors)
 
 
 def _started(state: dict[str, torch.Tensor], name: str, rank: int) -> torch.Tensor | float:
     """What an adapter of ``rank`` began the round with, in fp64."""
-    if f"common.{name}.B" not in state:
-        return 0.0
-    return state[f"common.{name}.B"][:, :rank].double() @ state[f"common.{name}.A"][:rank].double()
+    common = learned_parts(state).get(name, LearnedTerm()).common
+    return 0.0 if common is None else _dense(common.up_to_rank(rank))
 
 
 def _norm(known: torch.Tensor | float) -> float:

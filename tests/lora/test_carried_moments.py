@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hsplit.config import Importance, Job, Policy
 from hsplit.lora.adapters import AdapterSet
-from hsplit.lora.carried_moments import CarriedMoments, carried_moments, go_on_from
+from hsplit.lora.carried_moments import CarriedMoments, carried_moments, resume_moments
 from hsplit.lora.direction_steps import DirectionSteps, step_count
 from hsplit.lora.optimizer import kept_state, new_optimizer
 from hsplit.models.segment import LinearShape
@@ -50,7 +50,7 @@ class Adapted:
     def taking_the_place_of(self, other: Adapted, stay: dict[str, int] | None = None) -> Adapted:
         carried = other.carried(self.adapters.ranks)
         assert carried is not None
-        go_on_from(carried, self.adapters, self.optimizer, self.steps, stay or self.adapters.ranks)
+        resume_moments(carried, self.adapters, self.optimizer, self.steps, stay or self.adapters.ranks)
         return self
 
     def moments(self, name: str, side: int) -> tuple[Tensor, Tensor]:

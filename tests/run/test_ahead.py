@@ -98,4 +98,4 @@ def test_a_failure_ahead_of_the_others_is_found_in_its_step(
     assert all(event["client"] == "c0" for event in told)
     assert [row["available_clients"] for row in rows_of(run)][-1] == 3
     actor = run._executor.actors["c0"]  # type: ignore[attr-defined]
-    assert not actor._sent and not actor._batches
+    assert not actor._sent and not actor.data._begun

@@ -14,7 +14,7 @@ from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig, lo
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Batch
 from hsplit.errors import InputError
-from hsplit.export.adapter_files import learned
+from hsplit.lora.learned import learned
 from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.families import family_of
 from hsplit.models.segment import linear_shapes, model_config
@@ -62,8 +62,8 @@ def actors(run: Coordinator) -> dict[str, Any]:
 
 def batches_of(run: Coordinator, steps: int) -> list[list[Batch]]:
     """What everybody trains on, by step."""
-    holders = [actor for name, actor in actors(run).items() if hasattr(actor, "_step_batches")]
-    return [[batch for holder in holders for batch in holder._step_batches(step)] for step in range(steps)]
+    holders = [actor for name, actor in actors(run).items() if hasattr(actor, "data")]
+    return [[batch for holder in holders for batch in holder.data.step_batches(step)] for step in range(steps)]
 
 
 @pytest.mark.parametrize(

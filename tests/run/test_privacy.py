@@ -155,7 +155,7 @@ def recorded_run(
     coordinator = local_run(run, model, directory, inputs, Recorder(), scheduler=scheduler)
     executor: Any = coordinator._executor
     assert coordinator.run()
-    held = [data for name in CLIENTS for data in executor.actors[name]._data]
+    held = [data for name in CLIENTS for data in executor.actors[name].data.clients]
     rows = [example.ids for data in held for example in (*data.train, *data.held_out)]
     return Recorded(executor.passed, Secrets(rows), directory.path)
 

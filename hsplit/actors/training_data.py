@@ -1,0 +1,166 @@
+"""The data of a client's actor: its examples, tokenized where it runs, and the batches of its steps. Ray-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hsplit.config import Job
+from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
+from hsplit.data.batches import probe_batch
+from hsplit.data.local_data import LocalData
+from hsplit.errors import InputError
+from hsplit.models.segment import load_tokenizer, model_config
+from hsplit.seeds import hash_seed
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Numbers of a client's data.
+
+    Attributes:
+        client: its name.
+        train, validation: examples in use.
+        validation_batches: batches that the validation examples make.
+        too_long: examples over ``job.max_length``, left out whole.
+        supervised, validation_supervised: tokens of either that the model is to predict.
+    """
+
+    client: str
+    train: int
+    validation: int
+    validation_batches: int
+    too_long: int
+    supervised: int
+    validation_supervised: int
+
+
+class TrainingData:
+    """Tokenized examples of one client, or of all clients on a single node, and the batches drawn from them.
+
+    Args:
+        name: the actor's.
+        job: the run's settings.
+        model: directory of the base model, whose tokenizer is used.
+        microbatches: parts that each training batch is cut into.
+
+    Attributes:
+        clients: each client's examples.
+        validation: batches of everything that is held out.
+    """
+
+    def __init__(self, name: str, job: Job, model: Path, microbatches: int) -> None:
+        self.clients: list[LocalData] = []
+        self.validation: list[Batch] = []
+        self._name, self._job, self._model, self._microbatches = name, job, model, microbatches
+        self._begun: dict[int, list[Batch]] = {}
+
+    def load(self, shares: Mapping[str, Sequence[Example] | None], own: str | None) -> DataReport:
+        """Tokenize data and hold out a validation share of it, client by client.
+
+        Args:
+            shares: examples from the job's shared source by client; ``None`` for a client with a file of its own.
+            own: path of that file, read here and nowhere else.
+
+        Raises:
+            InputError: the file is unusable, too little of the data fits ``job.max_length``, or it holds tokens that
+                the model has no embedding for. Nothing of a client's own file is quoted: the error goes to the driver
+                and into the run's log.
+        """
+        job = self._job
+        try:
+            tokenizer = load_tokenizer(self._model)
+        except InputError as error:
+            raise InputError(f"client {self._name}: {error}") from None
+        vocab_size = int(model_config(self._model).vocab_size)
+        self.clients = []
+        for client, share in shares.items():
+            try:
+                if share is None:
+                    assert own is not None
+                    try:
+                        examples = self._read(own, tokenizer)
+                    except InputError as error:
+                        where = f"client {client}: data"
+                        raise InputError(f"{where}: {error}", f"{where}: {error.discreet}") from None
+                else:
+                    examples = list(share)
+                data = LocalData(client, examples, tokenizer, job, None if share is not None else f"data {own}")
+                check_ids([*data.train, *data.held_out], tokenizer, vocab_size, f"client {client}: its data")
+            except InputError as error:
+                raise InputError(error.discreet if share is None else str(error)) from None
+            self.clients.append(data)
+        # An actor with several clients' data has as many times their batch size.
+        held_out = [example for data in self.clients for example in data.held_out]
+        self.validation = validation_batches(held_out, job.batch_size * len(self.clients))
+        return DataReport(
+            client=self._name,
+            train=sum(len(data.train) for data in self.clients),
+            validation=len(held_out),
+            validation_batches=len(self.validation),
+            too_long=sum(data.too_long for data in self.clients),
+            supervised=sum(example.supervised for data in self.clients for example in data.train),
+            validation_supervised=sum(example.supervised for example in held_out),
+        )
+
+    def _read(self, own: str, tokenizer: Any) -> list[Example]:
+        data = self._job.data
+        return read_examples(
+            own,
+            examples=data.examples,
+            seed=self._job.seed,
+            label=data.label,
+            separator=data.separator,
+            limit=data.limit,
+            chat=chat_template(tokenizer),
+        )
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """Draw the batches of local step ``step`` (counted over the run); they are kept until :meth:`drop`."""
+        if step not in self._begun:
+            job, parts = self._job, self._microbatches
+            self._begun[step] = []
+            for index in range(step * job.grad_accumulation, (step + 1) * job.grad_accumulation):
+                drawn = [example for data in self.clients for example in data.draw(index)]
+                # As equal a number in each part as can be.
+                borders = [len(drawn) * part // parts for part in range(parts + 1)]
+                self._begun[step] += [self._batch(drawn[start:stop]) for start, stop in pairwise(borders)]
+        return self._begun[step]
+
+    def _batch(self, examples: Sequence[TokenizedExample]) -> Batch:
+        batch = collate(examples)
+        return batch if self._job.fast.packed else batch.padded()
+
+    def drop(self, step: int | None = None) -> None:
+        """Forget the batches of ``step``, or of every step."""
+        if step is None:
+            self._begun.clear()
+        else:
+            self._begun.pop(step, None)
+
+    def probe_batch(self, data: LocalData, round_: int, tokens: int) -> Batch:
+        """Draw a batch for the importance probe of ``round_`` from one client's training examples.
+
+        It depends on run seed, client and round alone, and not on the training batches.
+
+        Args:
+            data: one of :attr:`clients`.
+            round_: round of the probe.
+            tokens: supervised tokens wanted; fewer are used where ``batch_size`` examples have fewer.
+        """
+        seed = hash_seed(self._job.seed, data.client, "probe", round_)
+        return probe_batch(data.train, tokens, self._job.batch_size, seed)
+
+
+def chat_template(tokenizer: Any) -> Any:
+    """Return the tokenizer's chat template as ``data.read_examples`` takes it, or ``None`` if it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    return render
