@@ -1,6 +1,6 @@
-"""The driver's connection to Ray: a cluster that runs already, or a local one that is started for the run.
+"""The driver's connection to Ray: an existing cluster, or a local one that is started for the run.
 
-Where a local Ray does not start, the reason is reported in its own words, without waiting for a part that has failed.
+Where a local Ray does not start, its own errors are reported, without waiting for a part that has failed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from hsplit.actors.executor import LOCALHOST
 from hsplit.cluster.fork_server import ForkServer
 from hsplit.errors import InputError, RunError, os_reason
 
-# The last line of a traceback, and what ends one of Ray's processes that are not in Python.
+# The last line of a traceback, and of the log of one of Ray's processes that are not in Python.
 _ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Exit)\b.*|.*\bCheck failed\b.*)$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _TRACEBACK = b"Traceback (most recent call last)"
-# The causes first.
+# Those with the causes first.
 _LOGS = (
     "dashboard.err",
     "dashboard_*.err",
@@ -40,31 +40,31 @@ _LOGS = (
 )
 _DASHBOARD = "dashboard/dashboard.py"
 _MOST_BYTES = 1 << 16
-_MOST_WORDS = 4
+_MOST_ERRORS = 4
 _LONGEST = 300
 _LOOK_S = 0.5
-# So long after its last word a dashboard that has failed is taken to have said all.
+# After so many looks without a change, a failed dashboard's log is taken to be complete.
 _LOOKS_UNCHANGED = 4
 
 
-def last_words(error: BaseException, root: Path | None) -> str:
-    """Why Ray did not start, in one line: what it raised, and the errors in its logs.
+def start_failure(error: BaseException, root: Path | None) -> str:
+    """Describe in one line why Ray did not start: the errors in its logs, and the one that it raised.
 
     Args:
-        error: that was raised.
-        root: where Ray keeps its files, if it is known.
+        error: raised by Ray.
+        root: Ray's directory, if it is known.
     """
     lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
     raised = [line for line in lines if _ERROR.match(line)]
     if not raised:
-        # Where Ray quotes a log, it says so in a line of its own.
-        said = [line for line in lines if not line.startswith("The last ")]
-        raised = [f"{type(error).__name__}: {' '.join(said)}" if said else type(error).__name__]
-    words = list(dict.fromkeys([*_errors_in_logs(root), *raised] if root is not None else raised))
-    if len(words) > _MOST_WORDS:
-        # Causes come first, and what was raised last.
-        words = [*words[: _MOST_WORDS - 1], words[-1]]
-    return "; ".join(word if len(word) <= _LONGEST else word[: _LONGEST - 3] + "..." for word in words)
+        # Where Ray quotes a log, a line of its own announces it.
+        text = " ".join(line for line in lines if not line.startswith("The last "))
+        raised = [f"{type(error).__name__}: {text}" if text else type(error).__name__]
+    errors = list(dict.fromkeys([*_errors_in_logs(root), *raised] if root is not None else raised))
+    if len(errors) > _MOST_ERRORS:
+        # Causes come first, and the raised error last.
+        errors = [*errors[: _MOST_ERRORS - 1], errors[-1]]
+    return "; ".join(line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..." for line in errors)
 
 
 def _errors_in_logs(root: Path) -> Sequence[str]:
@@ -81,11 +81,11 @@ def _errors_in_logs(root: Path) -> Sequence[str]:
 
 
 @contextmanager
-def no_waiting_for_a_failed_dashboard(root: Path | None) -> Iterator[None]:
-    """End a dashboard that has failed but does not end by itself: Ray would wait for it until its time is up.
+def ending_failed_dashboard(root: Path | None) -> Iterator[None]:
+    """Kill a dashboard that has failed without exiting: Ray would wait for it until its timeout.
 
     Args:
-        root: where Ray keeps its files; nothing is done without.
+        root: Ray's directory; ``None``: do nothing.
     """
     if root is None:
         yield
@@ -101,15 +101,15 @@ def no_waiting_for_a_failed_dashboard(root: Path | None) -> Iterator[None]:
 
 
 def _watch(root: Path, ended: threading.Event) -> None:
-    said, unchanged = b"", 0
+    log, unchanged = b"", 0
     while not ended.wait(_LOOK_S):
         try:
-            now = (root / "session_latest" / "logs" / "dashboard.err").read_bytes()
+            read = (root / "session_latest" / "logs" / "dashboard.err").read_bytes()
         except OSError:
             continue
-        unchanged = unchanged + 1 if now == said else 0
-        said = now
-        if _TRACEBACK in said and unchanged >= _LOOKS_UNCHANGED:
+        unchanged = unchanged + 1 if read == log else 0
+        log = read
+        if _TRACEBACK in log and unchanged >= _LOOKS_UNCHANGED:
             _end_dashboard(root)
             return
 
@@ -122,18 +122,18 @@ def _end_dashboard(root: Path) -> None:
                 process.kill()
 
 
-# Read by worker processes when they start, so it must be in the environment before Ray is.
+# Read by worker processes when they start, so it must be set before Ray starts.
 WORKER_ENVIRONMENT = {
-    # Imports dominate an actor's start; workers that wait have them done.
+    # Imports dominate an actor's start; idle workers have them done.
     "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate,bitsandbytes",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A call that waits for a dead actor's fails too, and nobody asks for it: the coordinator has told what happened.
+    # A call that waits for a dead actor's result fails too; the coordinator has already reported the cause.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 ANSWERED_WITHIN_S = 10.0
-# Workers that Ray would start before they are asked for are not forked.
+# Workers that Ray starts in advance are not forked.
 NOT_BEFOREHAND = {"RAY_prestart_worker_first_driver": "0"}
 
 
@@ -151,15 +151,15 @@ def connect(
         address: of a running cluster.
         cpus: least number of logical CPUs of a local one.
         dashboard: whether a local one has a dashboard.
-        root: where a local one keeps its files.
+        root: directory of a local one's files.
         fork_server: forks the worker processes of a local one.
-        dashboard_host: address that a local one's dashboard listens at.
+        dashboard_host: address where a local one's dashboard listens.
 
     Returns:
         The dashboard's URL, or ``None``.
 
     Raises:
-        InputError: nothing answers at ``address``, or ``dashboard_host`` is no address or not for it to say.
+        InputError: nothing answers at ``address``; ``dashboard_host`` is no address, or is given with ``address``.
         RunError: no local one could be started.
     """
     _check_dashboard_host(dashboard_host, address)
@@ -175,7 +175,7 @@ def connect(
             quiet["runtime_env"] = {"py_executable": fork_server.worker_command}
             os.environ |= NOT_BEFOREHAND
         try:
-            with no_waiting_for_a_failed_dashboard(root):
+            with ending_failed_dashboard(root):
                 context = ray.init(
                     address="local",
                     num_cpus=logical,
@@ -183,9 +183,9 @@ def connect(
                     dashboard_host=dashboard_host,
                     **quiet,
                 )
-        except Exception as error:  # Ray raises anything, a log's last lines among it
+        except Exception as error:  # Ray raises errors of any class, some with the last lines of a log
             raise RunError(
-                f"no Ray could be started on this machine: {last_words(error, root)}; if it only has too much to do,"
+                f"no Ray could be started on this machine: {start_failure(error, root)}; if it only has too much to do,"
                 " try again, or start one with `ray start --head` and give --address auto"
             ) from error
         finally:
@@ -196,13 +196,13 @@ def connect(
             context = ray.init(address=address, **quiet)
         except Exception as error:  # likewise
             raise InputError(
-                f"--address {address}: no Ray cluster could be reached: {last_words(error, None)}"
+                f"--address {address}: no Ray cluster could be reached: {start_failure(error, None)}"
             ) from error
     return context.dashboard_url or None
 
 
 def _check_answers(address: str) -> None:
-    """Refuse a ``HOST:PORT`` where nothing listens: Ray would try for two minutes, and say so in lines of its own."""
+    """Refuse a ``HOST:PORT`` where nothing listens: Ray would try for two minutes and print lines of its own."""
     host, _, port = address.rpartition(":")
     if not host or "://" in address or not port.isdigit():
         return
@@ -231,7 +231,7 @@ def _check_dashboard_host(host: str, address: str | None) -> None:
 
 
 def _keep_token() -> None:
-    """Let nobody else read the token that Ray has written into the user's home: who has it can run code."""
+    """Make Ray's token in the user's home readable by its owner alone: it allows to run code."""
     token = Path.home() / ".ray" / "auth_token"
     with suppress(OSError):
         if token.stat().st_mode & 0o077:

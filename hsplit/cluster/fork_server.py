@@ -1,7 +1,7 @@
-"""The process that worker processes are forked from: see :mod:`hsplit.cluster.forked_workers`.
+"""The process from which worker processes are forked: see :mod:`hsplit.cluster.forked_workers`.
 
 A forked process cannot use CUDA once its parent has looked for it, so this is not for clusters with GPUs. On a machine
-that has one all the same, nobody here sees it: autograd alone would look for it, and fail in a forked process.
+with a GPU these processes do not see it: autograd would look for it, and fail in a forked process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 from hsplit.cluster import forked_workers
 from hsplit.cluster.socket_directory import socket_directory
 
-# What participants and scheduler need, and what Ray's own imports take longest for.
+# Imports of clients, servers and scheduler, and the slowest ones of Ray itself.
 MODULES = (
-    # Before anything else may import bitsandbytes.
+    # Before anything else imports bitsandbytes.
     "hsplit.models.weights",
     "hsplit.actors.client",
     "hsplit.actors.whole_client",
@@ -54,18 +54,18 @@ class ForkServer:
     """Starts the server, which ends with the ``with`` block, or with the process that started it.
 
     Args:
-        modules: what it imports. Ray must not be among them: workers that are forked after its import do not come up.
-        within: where it makes a folder for its socket; by default a temporary directory with a short path.
+        modules: modules to import. Ray must not be among them: workers that are forked after its import do not start.
+        within: parent of the folder for its socket; by default a temporary directory with a short path.
     """
 
     def __init__(self, modules: Sequence[str] = MODULES, within: Path | None = None) -> None:
-        # Short, since a socket's path may have about a hundred bytes; nobody else may enter.
+        # Short, since a socket's path may have about a hundred bytes, and readable by this user alone.
         self._folder = tempfile.TemporaryDirectory(prefix="hsplit-", dir=within or socket_directory())
         self.path = str(Path(self._folder.name) / "fork")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(self.path)
         listening.listen(64)
-        # Modules come from where this process has its own, and not from the working directory.
+        # Modules come from this process's path, not from the working directory.
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve;"
             f" serve({listening.fileno()}, {list(modules)!r})"
@@ -75,22 +75,22 @@ class ForkServer:
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
             env=os.environ | NO_GPU,
-            # A Ctrl-C in the terminal is the run's to answer.
+            # A Ctrl-C in the terminal is for the run to handle.
             start_new_session=True,
         )
         listening.close()
 
     @property
     def worker_command(self) -> str:
-        """What Ray is to start a worker's Python program with (``py_executable`` of a runtime environment)."""
+        """Command with which Ray starts a worker's Python program (``py_executable`` of a runtime environment)."""
         return shlex.join([sys.executable, "-S", "-E", str(Path(forked_workers.__file__)), self.path])
 
     def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the server; workers that it has forked live on until Ray ends them."""
-        # At once: after wrong input it may still be importing.
+        """End the server; its workers live on until Ray ends them."""
+        # Killed, since after wrong input it may still be importing.
         self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
@@ -99,10 +99,10 @@ class ForkServer:
 
 
 def serve(listening: int, modules: Sequence[str]) -> None:
-    """Import ``modules``, then fork a worker for everybody who asks at socket ``listening``, until stdin ends."""
+    """Import ``modules``, then fork a worker for each connection to socket ``listening``, until stdin ends."""
     for module in modules:
         importlib.import_module(module)
-    # Pages with collected objects would be copied in every child.
+    # Otherwise the collector would copy shared pages in every child.
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -110,7 +110,7 @@ def serve(listening: int, modules: Sequence[str]) -> None:
     while True:
         ready, _, _ = select.select([server, sys.stdin], [], [])
         if sys.stdin in ready:
-            # Whoever started this is gone, and cannot tidy up.
+            # The process that started this is gone and cannot clean up.
             shutil.rmtree(Path(server.getsockname()).parent, ignore_errors=True)
             return
         connection, _ = server.accept()
@@ -121,14 +121,14 @@ def serve(listening: int, modules: Sequence[str]) -> None:
 
 
 def _work(connection: socket.socket) -> None:
-    """In the child: become the worker that was asked for."""
+    """Become the requested worker; runs in the child."""
     # Ray ends a worker with its process group.
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request, descriptors = _received(connection)
-    for own, given in enumerate(descriptors):
-        os.dup2(given, own)
-        os.close(given)
+    for standard, received in enumerate(descriptors):
+        os.dup2(received, standard)
+        os.close(received)
     os.environ.clear()
     os.environ.update(request["environment"] | NO_GPU)
     os.chdir(request["directory"])
@@ -149,6 +149,6 @@ def _received(connection: socket.socket) -> tuple[Mapping[str, Any], list[int]]:
 
 
 def _end_with(connection: socket.socket) -> None:
-    """End this process when whoever asked for it is gone, as if it had been killed itself."""
+    """Kill this process when the one that requested it is gone."""
     connection.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,12 +1,12 @@
-"""Ray's worker processes, forked from one process that has done the imports.
+"""Starts Ray's worker processes as forks of one process that has done the imports.
 
 Importing torch, transformers and bitsandbytes takes five seconds of a core, and every actor is a process. On a local
-cluster :class:`~hsplit.cluster.fork_server.ForkServer` imports them once. Ray starts its workers by this file, which
-asks the server for a copy of itself that runs Ray's own worker program, and stays until that copy ends. Where there is
-no server to ask, it runs the program itself, as Ray would have.
+cluster :class:`~hsplit.cluster.fork_server.ForkServer` imports them once. Ray starts its workers with this file, which
+has the server fork a process for Ray's own worker program, and stays until that one ends. Where there is no server, it
+runs the program itself, as Ray would have.
 """
 
-# What a worker is started by runs before anything is imported, and many times: nothing but what it needs.
+# This file runs for every worker, before anything else: it imports only what it needs.
 import json
 import os
 import socket
@@ -16,7 +16,7 @@ import sys
 def main(path: str, command: list[str]) -> None:
     """Have ``command``, a Python program with its arguments, run by the fork server at ``path``.
 
-    Returns when it has ended. Whoever kills this process ends it too.
+    Returns when it has ended. It ends when this process is killed.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:

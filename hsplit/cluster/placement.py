@@ -1,4 +1,4 @@
-"""Which node of a Ray cluster each holder runs on, and whether what everybody asks for is there."""
+"""Placement of holders on the nodes of a Ray cluster, by the resources that they ask for."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hsplit.cluster.ray_failures import RAY, failing_as
 from hsplit.config import ClientConfig, HolderConfig, RunConfig
 from hsplit.errors import InputError
 
-# What a run that has just ended had reserved is free a moment later.
+# Resources of a run that has just ended are free a moment later.
 _FREE_S = 8.0
 _LOOK_S = 0.1
 _NODES_SHOWN = 8
-# What Ray counts on every node by itself, and its labels.
+# Resources that Ray itself counts on every node, and its labels.
 _RAYS_OWN = ("node:", "accelerator_type:", "memory", "object_store_memory")
 _RAYS_LABELS = "ray.io/"
-# Ray counts in steps of a ten-thousandth; sums of them are not exact.
+# Ray counts in ten-thousandths; sums of them are not exact.
 _ROUNDING = 1e-6
 
 Request = tuple[str, HolderConfig]
-"""A holder's name in the run, and what it asks for."""
+"""A holder's name in the run, and the resources that it asks for."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Node:
         host, address: its host name and IP address.
         name: as given to ``ray start --node-name``; the address where none was.
         labels: by key.
-        total, free: by resource how much it has, and how much of that nobody has reserved now.
+        total, free: amounts of each resource, and how much of it is not reserved now.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Node:
 
     @classmethod
     def of(cls, description: Mapping[str, Any], free: Mapping[str, float]) -> Node:
-        """A node from one entry of ``ray.nodes()``."""
+        """Make a node from one entry of ``ray.nodes()``."""
         host, address = description["NodeManagerHostname"], description["NodeManagerAddress"]
         name = description["NodeName"] or address
         labels = description["Labels"]
@@ -61,11 +61,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everybody runs.
+    """The nodes of a run's holders.
 
     Attributes:
         nodes: the node of each holder that has one, by name.
-        away: the clients that are begun later: the ``late`` ones that no node has room for now, and the lost.
+        away: clients that are started later: ``late`` ones without room on any node now, and lost ones.
     """
 
     nodes: Mapping[str, Node]
@@ -73,34 +73,34 @@ class Placement:
 
 
 class InUse(InputError):
-    """What is asked for is there, but reserved by others for now."""
+    """The requested resources exist but are reserved by others now."""
 
 
 def server_request(run: RunConfig) -> HolderConfig:
-    """What Ray must reserve for the server: nothing beside a single node, which has the server's resources."""
+    """Return the server's request: nothing beside a single node, which has the server's resources."""
     if run.policy.placement != "single":
         return run.server
     return run.server.model_copy(update={"num_cpus": 0.0, "num_gpus": 0.0, "resources": {}})
 
 
 def requests_of(run: RunConfig) -> list[Request]:
-    """Everybody that Ray reserves something for; the scheduler is none of them."""
+    """Return the requests of all servers and clients; the scheduler needs no resources."""
     servers = [(name, server_request(run)) for name in run.server.names]
     return [*servers, *((client.name, client) for client in run.participants)]
 
 
 def find_placement(run: RunConfig, without: Collection[str] = (), lost: Collection[str] = ()) -> Placement:
-    """The node of each holder on the Ray that is connected.
+    """Find a node for each holder on the connected Ray.
 
-    Waits a few seconds for what others are about to free.
+    Waits a few seconds for resources that others are about to free.
 
     Args:
         run: resolved configuration.
-        without: clients that take no part, and need no place.
-        lost: clients that are to come back; see :func:`placement_of`.
+        without: clients that take no part, and need no node.
+        lost: clients that are to return; see :func:`placement_of`.
 
     Raises:
-        InputError: not everybody that must be there can be; see :func:`placement_of`.
+        InputError: a holder that must run has no node; see :func:`placement_of`.
     """
     requests = [(name, holder) for name, holder in requests_of(run) if name not in without]
     until = time.monotonic() + _FREE_S
@@ -114,10 +114,10 @@ def find_placement(run: RunConfig, without: Collection[str] = (), lost: Collecti
 
 
 def alive_nodes() -> list[Node]:
-    """Every node that is there, by address.
+    """List the nodes that are alive, by address.
 
     Raises:
-        ActorFailure: Ray does not say.
+        ActorFailure: Ray does not answer.
     """
     with failing_as(RAY, "naming its nodes"):
         free = ray._private.state.available_resources_per_node()
@@ -126,24 +126,25 @@ def alive_nodes() -> list[Node]:
 
 
 def placement_of(nodes: Sequence[Node], requests: Sequence[Request], lost: Collection[str] = ()) -> Placement:
-    """Give each of ``requests`` one of ``nodes``: first those that fit few of them, then the large ones, each on the
-    node with the most CPUs left. ``late`` clients come last, and stay away where no node has room.
+    """Assign a node to each request: first to those that fit few nodes, then to large ones, by the most CPUs left.
+
+    ``late`` clients come last, and stay away where no node has room.
 
     Args:
-        nodes: that are there.
-        requests: of everybody.
-        lost: the names of clients that are begun later; room is left for them as for ``late`` ones, and they are away.
+        nodes: the nodes that are alive.
+        requests: of all holders.
+        lost: names of clients that are started later; room is left for them as for ``late`` ones, and they are away.
 
     Raises:
-        InputError: one of the others has no place; names it, what it asks for, and what the nodes have.
-        InUse: it would have one if nobody else used the cluster.
+        InputError: another holder fits on no node; names it, its request, and the nodes' resources.
+        InUse: it would fit if the cluster had no other users.
     """
     late = [(name, holder) for name, holder in requests if _is_late(holder) or name in lost]
     certain = [(name, holder) for name, holder in requests if not _is_late(holder) and name not in lost]
     for name, holder in certain:
         _check_alone(nodes, name, holder)
-    everything = _Filling(nodes, {node.id: node.total for node in nodes})
-    left_out = everything.take_in(certain)
+    everything = _Assignment(nodes, {node.id: node.total for node in nodes})
+    left_out = everything.add_all(certain)
     if left_out is not None:
         name, holder = left_out
         inall = _amounts(_sum(_asked(other) for _, other in certain))
@@ -151,8 +152,8 @@ def placement_of(nodes: Sequence[Node], requests: Sequence[Request], lost: Colle
             f"{name}: asks for {_amounts(_asked(holder))}, which no node that it fits has left beside the others of"
             f" this run ({inall} in all); the nodes: {described(nodes)}"
         )
-    now = _Filling(nodes, {node.id: node.free for node in nodes})
-    left_out = now.take_in(certain)
+    now = _Assignment(nodes, {node.id: node.free for node in nodes})
+    left_out = now.add_all(certain)
     if left_out is not None:
         name, holder = left_out
         raise InUse(
@@ -163,9 +164,14 @@ def placement_of(nodes: Sequence[Node], requests: Sequence[Request], lost: Colle
     return Placement({name: now.node_of[name] for name, _ in requests if name not in away}, tuple(away))
 
 
-def left_by(nodes: Sequence[Node], taken: Iterable[tuple[str, HolderConfig]]) -> list[Node]:
-    """``nodes`` with no more free than ``taken`` leave, by the ids of their nodes: of an actor that was begun a moment
-    before, Ray has not reserved anything yet.
+def remaining(nodes: Sequence[Node], taken: Iterable[tuple[str, HolderConfig]]) -> list[Node]:
+    """Return ``nodes`` with at most the resources free that ``taken`` leaves.
+
+    Ray may not have reserved the resources of an actor that was started a moment ago.
+
+    Args:
+        nodes: as Ray describes them.
+        taken: each actor's node id and request.
     """
     on: dict[str, list[Mapping[str, float]]] = {}
     for node_id, holder in taken:
@@ -184,14 +190,14 @@ def left_by(nodes: Sequence[Node], taken: Iterable[tuple[str, HolderConfig]]) ->
 
 
 def room_for(nodes: Sequence[Node], holder: HolderConfig, before: Node | None) -> Node | None:
-    """The node for a holder that is begun anew: where it was ``before``, else the one with the most CPUs free."""
+    """Find a node for a holder that is restarted: the one ``before``, else that with the most CPUs free."""
     fitting = [node for node in nodes if _matches(node, holder) and _suffices(node.free, _asked(holder))]
     stay = [node for node in fitting if before is not None and node.id == before.id]
     return max(stay or fitting, key=lambda node: node.free.get("CPU", 0.0), default=None)
 
 
 def described(nodes: Sequence[Node]) -> str:
-    """What each node has, in one line."""
+    """Describe the nodes' resources in one line."""
     shown = [f"{node} has {_contents(node)}" for node in nodes[:_NODES_SHOWN]]
     more = len(nodes) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
@@ -241,7 +247,7 @@ def _matches(node: Node, holder: HolderConfig) -> bool:
 
 
 def _check_alone(nodes: Sequence[Node], name: str, holder: HolderConfig) -> None:
-    """Refuse what no node could give ``holder`` even if it were alone on the cluster."""
+    """Refuse a request that no node could satisfy even if it were alone on the cluster."""
     named = [node for node in nodes if _is_named(node, holder)]
     if not named:
         there = ", ".join(str(node) for node in nodes[:_NODES_SHOWN])
@@ -270,15 +276,15 @@ def _pinned(holder: HolderConfig) -> str:
     return f"of the name {holder.node} " if holder.node is not None else ""
 
 
-class _Filling:
-    """Fills nodes with holders, one after another.
+class _Assignment:
+    """Assigns holders to nodes, one after another.
 
     Args:
-        nodes: to fill.
-        room: by node what there is to give.
+        nodes: to assign.
+        room: available resources by node id.
 
     Attributes:
-        node_of: by holder the node that it has.
+        node_of: the assigned node by holder.
     """
 
     def __init__(self, nodes: Sequence[Node], room: Mapping[str, Mapping[str, float]]) -> None:
@@ -289,8 +295,8 @@ class _Filling:
         self._on: dict[str, list[str]] = {node.id: [] for node in nodes}
         self.node_of: dict[str, Node] = {}
 
-    def take_in(self, requests: Sequence[Request]) -> Request | None:
-        """Add all of ``requests``; returns the first that has no place."""
+    def add_all(self, requests: Sequence[Request]) -> Request | None:
+        """Assign all of ``requests``; returns the first that fits nowhere."""
 
         def order(request: Request) -> tuple[float, ...]:
             _, holder = request
@@ -300,13 +306,13 @@ class _Filling:
         return next((request for request in sorted(requests, key=order) if not self.add(*request)), None)
 
     def add(self, name: str, holder: HolderConfig) -> bool:
-        """Give ``holder`` a node, if need be by moving others; whether there is one."""
+        """Assign a node to ``holder``, moving others if needed; returns whether there is one."""
         self._asked[name] = _asked(holder)
         self._fitting[name] = [node for node in self._nodes if _matches(node, holder)]
-        return self._settle(name, set())
+        return self._assign(name, set())
 
-    def _settle(self, name: str, emptied: set[str]) -> bool:
-        """Augmenting paths, as in matching: where no node has room, somebody moves on, who may move another."""
+    def _assign(self, name: str, emptied: set[str]) -> bool:
+        """Search augmenting paths, as in matching: a holder moves to make room, and may move another."""
         fitting = self._fitting[name]
         free = [node for node in fitting if self._has_room(node, name)]
         if free:
@@ -317,12 +323,12 @@ class _Filling:
                 continue
             emptied.add(node.id)
             for other in [one for one in self._on[node.id] if len(self._fitting[one]) > 1]:
-                self._take_away(other)
+                self._remove(other)
                 if self._has_room(node, name):
                     self._put(name, node)
-                    if self._settle(other, emptied):
+                    if self._assign(other, emptied):
                         return True
-                    self._take_away(name)
+                    self._remove(name)
                 self._put(other, node)
         return False
 
@@ -334,7 +340,7 @@ class _Filling:
         self._on[node.id].append(name)
         self._change(node, name, -1)
 
-    def _take_away(self, name: str) -> None:
+    def _remove(self, name: str) -> None:
         node = self.node_of.pop(name)
         self._on[node.id].remove(name)
         self._change(node, name, 1)

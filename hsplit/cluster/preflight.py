@@ -1,6 +1,6 @@
-"""What must be the same or there on every node before a run starts: versions, the base model, the clients' files.
+"""Checks of every node before a run starts: versions, the base model, the clients' files.
 
-The questions and the judgement are plain functions; only :func:`preflight` asks them on a cluster.
+Inspections and checks are plain functions; only :func:`preflight` runs them on a cluster.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.source import ModelReference
 
-# Of a function that a node could not load, Ray gives the whole traceback as text.
+# Where a node cannot load a function, Ray gives the whole traceback as text.
 _MISSING = re.compile(r"ModuleNotFoundError: (.*)")
 PACKAGES = ("ray", "torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class NodeRequirements:
-    """What is asked of a node, by those who run there.
+    """Files that the holders on a node need there.
 
     Attributes:
-        bases: by holder where it will look for the base model.
-        data: by client its own file.
+        bases: reference of the base model by holder.
+        data: path of a client's own file, by client.
     """
 
     bases: Mapping[str, ModelReference]
@@ -46,12 +46,12 @@ class NodeRequirements:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node says of itself.
+    """Versions, files and memory of a node.
 
     Attributes:
         versions: of Python, hsplit and :data:`PACKAGES`, without local parts such as ``+cpu``; ``None``: not there.
-        unreadable: by client why its file cannot be read.
-        free_bytes: memory that is available now.
+        unreadable: the reason why a client's file cannot be read, by client.
+        free_bytes: memory available now.
     """
 
     versions: Mapping[str, str | None]
@@ -64,7 +64,7 @@ class FoundBase:
     """The base model as a holder finds it on its node.
 
     Attributes:
-        directory: where.
+        directory: of the model.
         fingerprint: sha256 over its configuration and weights.
     """
 
@@ -73,54 +73,54 @@ class FoundBase:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions in this process's environment, by what must be the same on every node."""
+    """Return the versions in this process's environment that must be the same on every node."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"python": python, "hsplit": __version__} | {package: _public_version(package) for package in PACKAGES}
 
 
 def _public_version(package: str) -> str | None:
     try:
-        # What follows a plus says for which device it was built, in which nodes may well differ.
+        # The part after a plus names the device of the build, in which nodes may differ.
         return version(package).partition("+")[0]
     except PackageNotFoundError:
         return None
 
 
-def inspect_node(hosted: NodeRequirements) -> NodeReport:
-    """What this node has."""
-    unreadable = {client: why for client, path in hosted.data.items() if (why := _unreadable(path))}
+def inspect_node(required: NodeRequirements) -> NodeReport:
+    """Inspect the node of this process."""
+    unreadable = {client: why for client, path in required.data.items() if (why := _unreadable(path))}
     return NodeReport(versions(), unreadable, psutil.virtual_memory().available)
 
 
 def _unreadable(path: str) -> str:
-    """Why there is nothing to read at ``path``; empty if there is."""
+    """Describe why the file at ``path`` cannot be read; empty if it can."""
     file = os.path.expanduser(path)
     if os.path.isfile(file):
         return "" if os.access(file, os.R_OK) else f"{file} may not be read"
     return f"{file} is a directory, no file" if os.path.isdir(file) else f"there is no file {file}"
 
 
-def find_bases(hosted: NodeRequirements) -> dict[str, FoundBase | str]:
-    """By holder the base model that it finds on this node, or why it finds none; what is missing is downloaded."""
+def find_bases(required: NodeRequirements) -> dict[str, FoundBase | str]:
+    """Find each holder's base model on this node, downloading it if needed; a string says why there is none."""
     found: dict[ModelReference, FoundBase | str] = {}
-    for reference in set(hosted.bases.values()):
+    for reference in set(required.bases.values()):
         try:
             directory = reference.locate()
             found[reference] = FoundBase(directory, model_fingerprint(directory))
         except (InputError, OSError) as error:
             found[reference] = str(error).removeprefix("job.model: ")
-    return {holder: found[reference] for holder, reference in hosted.bases.items()}
+    return {holder: found[reference] for holder, reference in required.bases.items()}
 
 
 def check_node(node: str, there: NodeReport, here: Mapping[str, str | None]) -> None:
     """Refuse a node with other versions than the driver's, or without a client's file.
 
     Args:
-        node: in words.
-        there, here: what the node says, and the driver's versions.
+        node: its description.
+        there, here: the node's report, and the driver's versions.
 
     Raises:
-        InputError: names the node, what differs and what would be right.
+        InputError: names the node, the difference and the remedy.
     """
     for what, wanted in here.items():
         found = there.versions.get(what)
@@ -133,10 +133,10 @@ def check_node(node: str, there: NodeReport, here: Mapping[str, str | None]) -> 
 
 
 def check_bases(node: str, found: Mapping[str, FoundBase | str], fingerprint: str) -> None:
-    """Refuse a node where a holder would find no base model, or another one than the run's.
+    """Refuse a node where a holder would find no base model, or not the run's.
 
     Args:
-        node: in words.
+        node: its description.
         found: by holder, see :func:`find_bases`.
         fingerprint: the run's.
 
@@ -154,12 +154,12 @@ def check_bases(node: str, found: Mapping[str, FoundBase | str], fingerprint: st
 
 
 def memory_note(node: str, declared_bytes: Mapping[str, int], free_bytes: int) -> str:
-    """A sentence about a node with less free memory than those who compute on its CPUs declare; else empty.
+    """Describe a node with less free memory than the holders on its CPUs declare; empty if it has enough.
 
     Args:
-        node: in words.
+        node: its description.
         declared_bytes: by holder.
-        free_bytes: what the node has.
+        free_bytes: of the node.
     """
     declared = sum(declared_bytes.values())
     if declared <= free_bytes:
@@ -173,35 +173,35 @@ def memory_note(node: str, declared_bytes: Mapping[str, int], free_bytes: int) -
 
 
 def preflight(run: RunConfig, placement: Placement, directory: Path, fingerprint: str) -> list[str]:
-    """Look at every node that will host somebody, each by a task on it.
+    """Check every node that will host a holder, by a task on it.
 
-    Where that is the driver's own node alone, nothing is asked of Ray: what the driver has is there.
+    If only the driver's own node will, it is checked in this process.
 
     Args:
         run: resolved configuration.
-        placement: who runs where.
-        directory: where the driver found the base model.
-        fingerprint: the base model's there.
+        placement: the holders' nodes.
+        directory: of the driver's base model.
+        fingerprint: of that base model.
 
     Returns:
-        Sentences about what is no obstacle yet.
+        Warnings.
 
     Raises:
         InputError: a node has other versions, another base model, or lacks a file; one line about the first of these.
-        ActorFailure: a node could not be looked at.
+        ActorFailure: a node could not be inspected.
     """
     here = ray.get_runtime_context().get_node_id()
     nodes = list({node.id: node for node in placement.nodes.values()}.values())
-    questions = [_requirements(run, placement, node, directory, node.id == here) for node in nodes]
+    requirements = [_requirements(run, placement, node, directory, node.id == here) for node in nodes]
     if [node.id for node in nodes] == [here]:
-        check_node(str(nodes[0]), inspect_node(questions[0]), versions())
-        check_bases(str(nodes[0]), find_bases(questions[0]), fingerprint)
+        check_node(str(nodes[0]), inspect_node(requirements[0]), versions())
+        check_bases(str(nodes[0]), find_bases(requirements[0]), fingerprint)
         return []
-    answers: list[NodeReport] = _ask(nodes, inspect_node, questions)
+    answers: list[NodeReport] = _ask(nodes, inspect_node, requirements)
     for node, answer in zip(nodes, answers, strict=True):
         check_node(str(node), answer, versions())
-    # Last, since it may take minutes where a large base is read, or downloaded.
-    for node, found in zip(nodes, _ask(nodes, find_bases, questions), strict=True):
+    # Last, since reading or downloading a large base may take minutes.
+    for node, found in zip(nodes, _ask(nodes, find_bases, requirements), strict=True):
         check_bases(str(node), found, fingerprint)
     notes = []
     for node, answer in zip(nodes, answers, strict=True):
@@ -215,7 +215,7 @@ def preflight(run: RunConfig, placement: Placement, directory: Path, fingerprint
 
 
 def _requirements(run: RunConfig, placement: Placement, node: Node, directory: Path, here: bool) -> NodeRequirements:
-    """What to ask ``node``; the driver has read the base on its own node already."""
+    """Collect the requirements of ``node``; the driver has read the base on its own node already."""
     references: dict[str, ModelReference] = {}
     data: dict[str, str] = {}
     for name, holder in requests_of(run):
@@ -231,14 +231,14 @@ def _requirements(run: RunConfig, placement: Placement, node: Node, directory: P
 
 
 def _ask(
-    nodes: Sequence[Node], question: Callable[[NodeRequirements], Any], arguments: Sequence[NodeRequirements]
+    nodes: Sequence[Node], inspection: Callable[[NodeRequirements], Any], arguments: Sequence[NodeRequirements]
 ) -> list[Any]:
-    """Call ``question`` on every node, each with its own of ``arguments``."""
+    """Call ``inspection`` on every node, with the node's own requirements."""
     refs = []
-    for node, hosted in zip(nodes, arguments, strict=True):
+    for node, required in zip(nodes, arguments, strict=True):
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(question)
-        refs.append(task.remote(hosted))
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(inspection)
+        refs.append(task.remote(required))
     answers = []
     for node, ref in zip(nodes, refs, strict=True):
         try:

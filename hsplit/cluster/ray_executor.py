@@ -1,6 +1,6 @@
-"""The Ray executor: every client, the server and the scheduler is a named Ray actor around a plain object.
+"""The Ray executor: every client, server and scheduler is a named Ray actor around a plain object.
 
-Ray makes actors of one class, a shell around the object in a process whose threads are settled first.
+All actors are of one class, a shell around the object, which sets the process's threads first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure, Executor, R, Ref
 from hsplit.actors.factory import holder_class, make_holder, make_scheduler
 from hsplit.actors.replica import Replica
-from hsplit.cluster.placement import Node, Placement, alive_nodes, find_placement, left_by, requests_of, room_for
+from hsplit.cluster.placement import Node, Placement, alive_nodes, find_placement, remaining, requests_of, room_for
 from hsplit.cluster.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
 from hsplit.config import SCHEDULER, SERVER, HolderConfig, RunConfig
 from hsplit.config import ClientConfig as ClientConfig
@@ -32,11 +32,11 @@ from hsplit.streams import quieten_bitsandbytes
 
 
 def settle_process(threads: int | None, sharing: int = 1) -> None:
-    """Fix the number of threads, and keep libraries' chatter off the user's terminal.
+    """Set the number of threads, and silence libraries.
 
-    Processes with idle thread pools fight over cores. A client therefore runs as many threads as it reserved CPUs,
-    one by default, which needs no pool; the server computes while the clients wait and uses every core of its node,
-    of which several servers there have equal parts.
+    Processes with idle thread pools compete for cores. A client therefore has as many threads as it reserved CPUs, by
+    default one, which needs no pool. A server computes while the clients wait, and uses every core of its node, shared
+    equally among the servers there.
     """
     import torch
     import transformers
@@ -52,12 +52,12 @@ class ActorShell:
     Args:
         name: the actor's in the run.
         make: makes the object, in the actor's process.
-        threads: that it computes with; ``None``: every core of its node, shared by ``sharing`` servers.
-        sharing: how many servers the node has.
+        threads: number of threads; ``None``: every core of its node, shared by ``sharing`` servers.
+        sharing: number of servers on the node.
     """
 
     def __init__(self, name: str, make: Callable[[], Any], threads: int | None, sharing: int = 1) -> None:
-        # First: Ray asks for the representation of an actor whose making has failed, too.
+        # First: Ray calls __repr__ even if the actor could not be made.
         self._name = name
         self.actor: Any = None
         settle_process(threads, sharing)
@@ -65,40 +65,40 @@ class ActorShell:
         self._returned: dict[tuple[int, int], Any] = {}
 
     def __repr__(self) -> str:
-        # Shown by Ray's dashboard, and before each line that the process writes.
+        # Shown in Ray's dashboard, and before each line that the process prints.
         return f"{type(self.actor).__name__}({self._name})"
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Return what ``method`` of the object returns."""
+        """Call ``method`` of the object."""
         return getattr(self.actor, method)(*arguments)
 
-    # -- Ray Direct Transport, which moves one value a call ---------------------------------------------------------
+    # -- Ray Direct Transport, with one value for each call ---------------------------------------------------------
 
     def begin(self, ticket: int, method: str, *arguments: Any) -> Any:
-        """Call ``method`` and return the first of its values; :meth:`rest` has the others.
+        """Call ``method`` and return the first of its values; :meth:`rest` returns the others.
 
-        Their tensors stay on their device until the receiver takes them, or for good where that is the same device.
+        Their tensors stay on their device until a receiver on another device takes them.
         """
         report, *rest = self.call(method, *arguments)
         self._returned |= {(ticket, index): value for index, value in enumerate(rest)}
         return report
 
     def rest(self, ticket: int, index: int) -> Any:
-        """Return value ``index`` of those that :meth:`begin` has kept for ``ticket``, and forget it."""
+        """Return and drop value ``index`` of those that :meth:`begin` has kept for ``ticket``."""
         return self._returned.pop((ticket, index))
 
 
 NAMESPACE = "hsplit"
 
-# What is called in a step or a probe and returns activations or gradients behind its report.
+# Methods of a step or a probe that return activations or gradients after their report.
 _CLIENTS_STEPS = (Client.forward, Client.tail, Client.validation_forward, Client.probe_forward, Client.probe_tail)
 _SERVERS_STEPS = (Replica.train_step, Replica.forward, Replica.backward, Replica.evaluate_deep)
 _SERVERS_PROBES = (Replica.probe, Replica.probe_forward, Replica.probe_backward)
 STEP_METHODS = frozenset(method.__name__ for method in (*_CLIENTS_STEPS, *_SERVERS_STEPS, *_SERVERS_PROBES))
-# How long a look for dead actors waits for those that are busy.
+# Longest wait for busy actors when dead ones are looked for.
 _LOOK_S = 1.0
 _NAME_FREE_S = 30.0
-_PLACE_FREE_S = 5.0
+_NODE_FREE_S = 5.0
 
 
 class _RayRef(Ref[Any]):
@@ -115,18 +115,18 @@ class RayExecutor(Executor):
     Args:
         run_name: actors are named ``hsplit:RUN:client:NAME``, ``hsplit:RUN:server``, ``hsplit:RUN:scheduler``.
         run: resolved configuration.
-        model: where the driver found ``job.model``.
-        placement: where everybody runs; who has no place there is not begun before :meth:`restart`; ``None``: places
-            are found here.
-        fingerprint: the base's; who is begun where ``placement`` has nobody checks the base there against it.
+        model: directory of the driver's ``job.model``.
+        placement: the holders' nodes; holders without one are started by :meth:`restart` alone. ``None``: it is found
+            here.
+        fingerprint: the base's; actors on nodes that are not in ``placement`` compare their base with it.
 
     Raises:
-        InputError: not everybody has a place; no actor was started.
-        ActorFailure: Ray did not begin an actor; those begun before it have ended.
+        InputError: a holder has no node; no actor was started.
+        ActorFailure: Ray did not start an actor; those started before it have ended.
     """
 
-    # Everybody but clients and server.
-    _helpers: tuple[str, ...] = (SCHEDULER,)
+    # Actors without resources of their own, beside clients and servers.
+    _unplaced: tuple[str, ...] = (SCHEDULER,)
 
     def __init__(
         self,
@@ -140,17 +140,17 @@ class RayExecutor(Executor):
         self._run_name, self._run = run_name, run
         self._requests, self._nodes = dict(requests_of(run)), dict(placement.nodes)
         self._model, self._fingerprint = model, fingerprint
-        # On which nodes a base was found before the run started, and by which path of a client's own, if any.
-        self._looked_at = {(node.id, _own_model(self._requests[name])) for name, node in placement.nodes.items()}
+        # Nodes whose base was checked before the run started, each with a client's own path to it, if any.
+        self._checked = {(node.id, _own_model(self._requests[name])) for name, node in placement.nodes.items()}
         self._transport = run.job.transport
         self._tickets = count()
         self._handles: dict[str, Any] = {}
-        # Who had no place when it was looked for last.
+        # Actors without a node at the last attempt.
         self._away = set(placement.away)
-        # First, so that it plans while the others start.
         try:
-            for name in [*self._helpers, *(client.name for client in run.participants), *run.server.names]:
-                if name in self._helpers or name in placement.nodes:
+            # The scheduler first, so that it plans while the others start.
+            for name in [*self._unplaced, *(client.name for client in run.participants), *run.server.names]:
+                if name in self._unplaced or name in placement.nodes:
                     self._handles[name] = self._started(name)
             if self._collective:
                 self._join_directly()
@@ -163,7 +163,7 @@ class RayExecutor(Executor):
         return self._transport == "gloo"
 
     def _join_directly(self) -> None:
-        """Let everybody that moves tensors do so without the object store."""
+        """Form the group in which actors exchange tensors without the object store."""
         from ray.experimental.collective import create_collective_group
 
         moving = [handle for name, handle in self._handles.items() if name != SCHEDULER]
@@ -171,10 +171,10 @@ class RayExecutor(Executor):
             create_collective_group(moving, backend="torch_gloo")
 
     def _started(self, name: str) -> Any:
-        """As :meth:`_start`, as soon as Ray gives the name free, which it does a moment after an earlier actor's end.
+        """Start an actor as :meth:`_start`, waiting until Ray frees its name, a moment after an earlier actor's end.
 
         Raises:
-            ActorFailure: Ray does not begin it.
+            ActorFailure: Ray does not start it.
         """
         until = time.monotonic() + _NAME_FREE_S
         while True:
@@ -187,7 +187,7 @@ class RayExecutor(Executor):
                 time.sleep(0.05)
 
     def _start(self, name: str) -> Any:
-        """Ask Ray for actor ``name``; the call returns before the actor is there."""
+        """Have Ray start actor ``name``; returns before it runs."""
         run, full_name = self._run, self._rays_name(name)
         if name == SCHEDULER:
             # It reads the model's configuration, which the driver's node has.
@@ -196,25 +196,22 @@ class RayExecutor(Executor):
             make = partial(make_scheduler, run, ModelReference(run.job.model, self._model))
             return ray.remote(ActorShell).options(scheduling_strategy=here, **options).remote(name, make, 1)
         holder, node = self._requests[name], self._nodes[name]
-        # A server, and a single node, compute on every core of their machine; a client on what it reserved.
+        # A server and a single node use every core of their machine, a client those that it reserved.
         threads = None if name in (*run.server.names, CENTRAL) else max(1, int(holder.num_cpus))
-        sharing = self._servers_at(node) if name in run.server.names else 1
+        sharing = sum(self._nodes[server].id == node.id for server in run.server.names if server in self._nodes)
         shell = _remote(full_name, holder, node, run.job.transport)
-        return shell.remote(name, self._maker(name, _device(holder)), threads, sharing)
+        make_object = self._maker(name, "cuda" if holder.num_gpus > 0 else "cpu")
+        return shell.remote(name, make_object, threads, sharing)
 
     def _maker(self, name: str, device: str) -> Callable[[], Any]:
-        """What makes the object of a client or server, in its process."""
+        """Return the function that makes the object of a client or server, in its process."""
         run = self._run
         return partial(make_holder, holder_class(run, name), name, run.job, run.policy, self._base_of(name), device)
 
-    def _servers_at(self, node: Node) -> int:
-        """How many servers ``node`` has, which share its cores."""
-        return sum(self._nodes[name].id == node.id for name in self._run.server.names if name in self._nodes)
-
     def _base_of(self, name: str) -> ModelReference:
-        """Where ``name`` finds the base, to be checked there unless that was done before the run started."""
+        """Return the base of ``name``, to be checked on its node unless that was done before the run started."""
         own = _own_model(self._requests[name])
-        fingerprint = None if (self._nodes[name].id, own) in self._looked_at else self._fingerprint
+        fingerprint = None if (self._nodes[name].id, own) in self._checked else self._fingerprint
         if own is not None:
             return ModelReference(own, None, fingerprint)
         return ModelReference(self._run.job.model, self._model, fingerprint)
@@ -223,23 +220,22 @@ class RayExecutor(Executor):
         self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
     ) -> list[Ref[Any]]:
         name, shell = method.__name__, self._handles[actor]
-        given = [argument.ref if isinstance(argument, _RayRef) else argument for argument in arguments]
+        values = [argument.ref if isinstance(argument, _RayRef) else argument for argument in arguments]
         with failing_as(actor, name):
             if returns is not None and self._transport != "store" and name in STEP_METHODS:
-                refs = self._begin_directly(shell, name, given, returns)
+                refs = self._begin_directly(shell, name, values, returns)
             else:
+                unplaced = actor in self._unplaced
+                kind = SCHEDULER.title() if unplaced else holder_class(self._run, actor).__name__
                 # By this name Ray's dashboard and metrics show the call.
-                options = {"name": f"{self._kind(actor)}.{name}", "num_returns": 1 if returns is None else returns}
-                refs = shell.call.options(**options).remote(name, *given)
+                options = {"name": f"{kind}.{name}", "num_returns": 1 if returns is None else returns}
+                refs = shell.call.options(**options).remote(name, *values)
         return [_RayRef(actor, name, ref) for ref in (refs if isinstance(refs, list) else [refs])]
 
-    def _kind(self, actor: str) -> str:
-        return SCHEDULER.title() if actor in self._helpers else holder_class(self._run, actor).__name__
-
-    def _begin_directly(self, shell: Any, method: str, given: Sequence[Any], returns: int) -> list[Any]:
-        """Begin a call all whose values but the report travel by Ray Direct Transport."""
+    def _begin_directly(self, shell: Any, method: str, values: Sequence[Any], returns: int) -> list[Any]:
+        """Begin a call whose values, except the report, travel by Ray Direct Transport."""
         ticket = next(self._tickets)
-        report = shell.begin.remote(ticket, method, *given)
+        report = shell.begin.remote(ticket, method, *values)
         rest = shell.rest.options(tensor_transport=self._transport)
         return [report, *(rest.remote(ticket, index) for index in range(returns - 1))]
 
@@ -251,22 +247,22 @@ class RayExecutor(Executor):
         try:
             value: R = ray.get(ref.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
             return value
-        except Exception as error:  # also what cannot be unpickled here
+        except Exception as error:  # an error of unpickling may be of any class
             return failure_from(error, ref.actor, ref.method, self._names)
 
     @property
     def _names(self) -> dict[str, str]:
-        """The actors' names by Ray's ids and by Ray's names of them."""
+        """The actors' names in the run, by Ray's ids and by Ray's names."""
         by_id = {handle._actor_id.hex(): name for name, handle in self._handles.items()}
         return by_id | {self._rays_name(name): name for name in self._handles}
 
     def _rays_name(self, name: str) -> str:
-        """Ray's name of an actor, by which its dashboard shows it."""
-        alone = name in (*self._helpers, *self._run.server.names)
-        return f"hsplit:{self._run_name}:{'' if alone else 'client:'}{name}"
+        """Return Ray's name of an actor, which its dashboard shows."""
+        prefix = "" if name in (*self._unplaced, *self._run.server.names) else "client:"
+        return f"hsplit:{self._run_name}:{prefix}{name}"
 
     def lost(self) -> list[ActorFailure]:
-        # Answers at once where an actor is gone; one that is busy does not answer, but is there.
+        # Fails at once for an actor that is gone; a busy one does not answer in time.
         ready = [_RayRef(name, "the round", actor.__ray_ready__.remote()) for name, actor in self._handles.items()]
         with failing_as(RAY, "looking for its actors"):
             ray.wait([one.ref for one in ready], num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
@@ -278,7 +274,7 @@ class RayExecutor(Executor):
 
     def add(self, client: ClientConfig) -> None:
         if self._requests.get(client.name) != client:
-            # One that was refused may have had this name.
+            # A refused client may have had this name.
             self._requests[client.name] = client
             self._nodes.pop(client.name, None)
 
@@ -286,11 +282,11 @@ class RayExecutor(Executor):
         if self._collective:
             reason = f"with job.transport {self._transport} an actor cannot be replaced while others go on"
             raise ActorFailure(actor, "restart", reason, "hopeless")
-        # Else its name would not be free.
+        # To free its name.
         self._kill(actor)
-        # What it had reserved is free a moment after its end.
-        free_by = time.monotonic() + (0.0 if actor in self._away else _PLACE_FREE_S)
-        while not self._find_place(actor):
+        # Its resources are free a moment after its end.
+        free_by = time.monotonic() + (0.0 if actor in self._away else _NODE_FREE_S)
+        while not self._find_node(actor):
             if time.monotonic() > free_by:
                 self._away.add(actor)
                 return False
@@ -305,16 +301,16 @@ class RayExecutor(Executor):
 
     def _kill(self, actor: str) -> None:
         if actor in self._handles:
-            # Where Ray does not answer, it has no process left to end.
+            # Where Ray does not answer, no process is left.
             with suppress(*RAY_ERRORS):
                 ray.kill(self._handles[actor])
 
-    def _find_place(self, actor: str) -> bool:
-        """Whether a node that is there has room for ``actor`` now."""
+    def _find_node(self, actor: str) -> bool:
+        """Find a node with room for ``actor`` now; returns whether there is one."""
         if actor == SCHEDULER:
             return True
         there = [name for name in self._nodes if name in self._handles and name not in (actor, *self._away)]
-        nodes = left_by(alive_nodes(), [(self._nodes[name].id, self._requests[name]) for name in there])
+        nodes = remaining(alive_nodes(), [(self._nodes[name].id, self._requests[name]) for name in there])
         node = room_for(nodes, self._requests[actor], self._nodes.get(actor))
         if node is not None:
             self._nodes[actor] = node
@@ -342,7 +338,3 @@ def _remote(name: str, holder: HolderConfig, node: Node, transport: str) -> Any:
 
 def _own_model(holder: HolderConfig) -> str | None:
     return holder.model if isinstance(holder, ClientConfig) else None
-
-
-def _device(holder: HolderConfig) -> str:
-    return "cuda" if holder.num_gpus > 0 else "cpu"

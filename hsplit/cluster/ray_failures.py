@@ -1,4 +1,4 @@
-"""The one place where an exception that Ray raises becomes a failure of an actor, of the right kind."""
+"""Conversion of every exception that Ray raises into an actor's failure of the right kind."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hsplit.actors.executor import ActorFailure, FailureKind, failure_of
 from hsplit.errors import HsplitError
 
 RAY = "Ray"
-"""Named as the actor where Ray itself, and none of the run's actors, was asked."""
-# What Ray raises where it cannot be asked: its own errors, and those of the connections below it.
+"""Stands for the actor in failures of Ray itself."""
+# Ray's own errors, and those of the connections below it.
 RAY_ERRORS = (exceptions.RayError, ConnectionError, TimeoutError)
 
-# In the text about workers that the memory monitor has ended: Ray's names of the actors, and its ids of them.
+# In the text about workers that the memory monitor has killed: Ray's names and ids of the actors.
 _ENDED_NAME = re.compile(r"Selected to kill: .*?task name=(\S+?):\w+\.__init__")
 _ENDED_ID = re.compile(r"Selected to kill: \(Actor\(([0-9a-f]+)\)")
 _USE = re.compile(r"Memory usage (\d+)B exceeded threshold of (\d+)B")
-# Of an actor that has died, Ray tells the cause as text alone. (A list of what often ends a process, which Ray adds to
-# every sudden end, names the system's own killer too: that says nothing.)
+# Ray gives the cause of an actor's death only as text. (The list of common causes that Ray adds to every sudden end
+# names the system's OOM killer too, which says nothing.)
 _FOR_MEMORY = re.compile(r"running low on memory|memory monitor|OutOfMemoryError|MemoryError|allocate memory")
 _NODE_GONE = re.compile(r"node (?:has )?died|node was (?:dead|terminated|preempted)|node is dead")
 
 _MAX_REASON = 500
-# By exception, the first that fits: the kind, and the reason (empty: Ray's own text).
+# By exception, the first match: the kind, and the reason (empty: Ray's own text).
 _KINDS: tuple[tuple[type[Exception], FailureKind, str], ...] = (
     (exceptions.GetTimeoutError, "late", "it has not answered in time"),
     (exceptions.NodeDiedError, "node", "its node is gone"),
@@ -50,14 +50,14 @@ _KINDS: tuple[tuple[type[Exception], FailureKind, str], ...] = (
 
 
 def failure_from(error: BaseException, actor: str, method: str, names: Mapping[str, str] | None = None) -> HsplitError:
-    """The failure that ``error``, raised where ``actor`` was asked for ``method``, is.
+    """Turn ``error``, raised by a call of ``actor``, into a failure.
 
     Args:
-        error: whatever Ray raised; the cause inside of it where a call raised an error of its own.
-        actor: who was asked.
-        method: for what.
-        names: by Ray's id or Ray's name of an actor the run's name for it. A call that waits for the value of another
-            one fails with that: the failure is then of the actor that Ray tells of, not of the one that was asked.
+        error: raised by Ray; if it wraps an error of the call itself, that is used.
+        actor: name of the called actor.
+        method: name of the called method.
+        names: the run's names of actors by Ray's ids and names. A call fails with the failure of its argument: it is
+            then attributed to the actor that Ray names, not to the called one.
 
     Returns:
         An :class:`ActorFailure`, or the :class:`HsplitError` that the call itself raised.
@@ -81,7 +81,7 @@ def failure_from(error: BaseException, actor: str, method: str, names: Mapping[s
 
 @contextmanager
 def failing_as(actor: str, method: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turn what Ray raises in the block into the failure that it is.
+    """Turn Ray's errors inside into failures of ``actor``.
 
     Raises:
         HsplitError: see :func:`failure_from`.
@@ -97,7 +97,7 @@ def _named(error: BaseException, actor: str, names: Mapping[str, str]) -> str:
 
 
 def _ended(text: str, actor: str, names: Mapping[str, str]) -> str:
-    """Which of those that the memory monitor has ended a failure is of: ``actor`` if it is among them."""
+    """Attribute a failure to an actor that the memory monitor has killed: ``actor``, if it is among them."""
     ended = [names[found] for pattern in (_ENDED_NAME, _ENDED_ID) for found in pattern.findall(text) if found in names]
     return actor if actor in ended or not ended else ended[0]
 
@@ -117,7 +117,7 @@ def _gb(nbytes: str) -> str:
 
 
 def _dead(error: exceptions.RayActorError, actor: str, method: str) -> ActorFailure:
-    """The failure of an actor of which Ray tells as text why it is gone."""
+    """Make the failure of a dead actor, whose cause Ray gives as text."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kind: FailureKind = "died"

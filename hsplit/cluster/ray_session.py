@@ -1,4 +1,4 @@
-"""Ray for a session: the processes beside the driver, and a local Ray or the connection to a cluster."""
+"""Ray for a session: processes beside the driver, and a local Ray or the connection to a cluster."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hsplit.shadowing import shadowing_file, why_refused
 from hsplit.streams import quieten_bitsandbytes
 from hsplit.waiting import Waiting
 
-# A module in the working directory that has a name of Python's own, such as random.py, is not for Ray's processes.
+# Keeps Ray's processes from importing modules of the working directory that are named like Python's, such as random.py.
 OWN_MODULES_ONLY = {"PYTHONSAFEPATH": "1"}
 
 
-# For clients that join a local run, however little the others ask for.
+# For clients that join a local run, even if the others ask for little.
 _LEAST_SPARE_CPUS = 4
 
 
@@ -31,7 +31,7 @@ class Helpers:
     """Processes beside the driver.
 
     Attributes:
-        cleanup: tidies up when the driver is gone.
+        cleanup: cleans up when the driver is gone.
         fork_server: forks a local Ray's workers, or ``None``.
     """
 
@@ -41,20 +41,20 @@ class Helpers:
 
 @contextmanager
 def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
-    """Start what works beside the driver, while everything is checked.
+    """Start the processes beside the driver, which import while inputs are checked.
 
-    Workers of a local cluster are forked from a process that imports meanwhile; not where a holder has a GPU, which a
-    forked process may be unable to use, and not on systems whose own libraries do not bear a fork.
+    Workers of a local cluster are forked, except where a holder has a GPU, which a forked process may be unable to use,
+    and on systems whose libraries do not support a fork.
     """
     quieten_bitsandbytes()
-    # Read when Ray is imported. What the coordinator tells of a lost actor is enough.
+    # Read when Ray is imported. The coordinator reports lost actors itself.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
-    # A local one whose dashboard is not there by then is no Ray; its own 60 s are short on a machine with much to do.
+    # A local Ray fails if its dashboard is not up by then; the default of 60 s is short on a busy machine.
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
     if address is None:
         if (file := shadowing_file()) is not None:
             raise InputError(why_refused(file))
-        # Under `uv run` Ray would upload the whole working directory for workers that are on this machine anyway.
+        # Under `uv run` Ray would upload the working directory for workers that are on this machine anyway.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         try:
             keep_ray_token()
@@ -83,7 +83,7 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Give ``values`` to the processes that are started meanwhile."""
+    """Set environment variables for the processes that are started inside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -105,7 +105,7 @@ def ray_of(
     dashboard: bool = True,
     dashboard_host: str = LOCALHOST,
 ) -> Iterator[str | None]:
-    """Ray for ``run``'s actors, unless this process is connected already; yields the dashboard's address, if any."""
+    """Connect Ray for ``run``'s actors, unless it is connected already; yields the dashboard's address, if any."""
     import ray
 
     from hsplit.cluster.connection import connect
@@ -124,9 +124,9 @@ def ray_of(
 
 
 def local_cpus(run: RunConfig) -> float:
-    """How many logical CPUs a local Ray needs at least: with room for as many clients again, which may join.
+    """Count the logical CPUs that a local Ray needs, with room for as many clients again, which may join.
 
-    Ray only keeps account of them. Workers that it starts beforehand, where it does, are no more than there are cores.
+    They are figures of Ray's scheduling alone: where it starts workers in advance, it starts no more than one a core.
     """
     clients = sum(client.num_cpus for client in run.participants)
     return run.server.num_cpus * run.server.replicas + clients + max(clients, _LEAST_SPARE_CPUS)

@@ -1,4 +1,4 @@
-"""A temporary directory whose path is short enough for sockets in it: the system's own, or another one."""
+"""A temporary directory whose path is short enough for sockets: the system's own, or another one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Sequence
 
 from hsplit.errors import InputError
 
-# Of the systems that hsplit runs on, macOS has the shortest: 104 bytes with the one that ends it.
+# The shortest limit is that of macOS: 104 bytes with the terminating one.
 _LONGEST_SOCKET_PATH = 103
 # In a directory of hsplit's own, such as hsplit-a1b2c3d4, Ray makes the longest of its sockets' paths.
 _LONGEST_BELOW = len("/hsplit-a1b2c3d4/session_2026-11-22_09-54-12_123456_4194304/sockets/dash_MetricsHead")
 LONGEST = _LONGEST_SOCKET_PATH - _LONGEST_BELOW
-"""Bytes that the path of the directory may have."""
+"""Most bytes of the directory's path."""
 OTHERS = ("/tmp", "/var/tmp", "/dev/shm")
-# It becomes part of commands that Ray runs.
+# The path becomes part of commands that Ray runs.
 _PLAIN = re.compile(rb"[\w./+-]+", re.ASCII)
 
 
 def socket_directory(others: Sequence[str] = OTHERS) -> str:
-    """The directory for temporary files (``TMPDIR``) if its path is short and plain, else the first that will do.
+    """Find a directory for temporary files: ``TMPDIR`` if its path is short and plain, else the first usable other.
 
     Args:
-        others: what is tried instead.
+        others: directories to try instead.
 
     Raises:
-        InputError: no such directory can be written.
+        InputError: none of them can be written.
     """
     try:
         first = tempfile.gettempdir()

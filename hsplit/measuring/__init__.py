@@ -1,4 +1,4 @@
-"""What a machine really has, measured for a cluster file: compute on the model's layers, free memory, its link.
+"""Measurement of budgets for a cluster file (``hsplit probe``): compute on the model's layers, free memory, links.
 
-Ray-free, and apart from the importance probe (``hsplit.run.step``), which measures weights.
+Not to be confused with the importance probe, which scores weights. Only ``budgets.py`` knows Ray's actors.
 """

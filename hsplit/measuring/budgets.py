@@ -1,6 +1,6 @@
-"""``hsplit probe``: measure the budgets that clients and server really have; write a cluster file of them.
+"""``hsplit probe``: measure the budgets of clients and server, and write a cluster file of them.
 
-Each holder is measured by an actor in the place, and with the resources and threads, that a run would give it.
+Each holder is measured by an actor on the node, and with the resources and threads, that a run would give it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.run.inputs import check_model, resolved_config
 from hsplit.streams import is_terminal
 
-# Times that a message is passed on between client and server, by its least size: always there and back.
+# Hops of a message between client and server, by its least size: an even number, there and back.
 _HOPS = ((16 << 20, 2), (4 << 20, 4), (1 << 20, 8), (0, 32))
 _HEADINGS = {
     "memory_gb": "memory\nGB",
@@ -54,11 +54,11 @@ _HEADINGS = {
 
 @dataclass(frozen=True)
 class MeasuredBudgets:
-    """What was measured.
+    """Measured budgets of a cluster file.
 
     Attributes:
         path: the cluster file that was written.
-        machines: the host's name, by holder; the clients, then the servers.
+        machines: host name by holder; the clients, then the servers.
         figures: by holder and key of its budget.
     """
 
@@ -67,7 +67,7 @@ class MeasuredBudgets:
     figures: Figures
 
     def to_json(self) -> dict[str, Any]:
-        """For ``hsplit probe --json``."""
+        """Return the form that ``hsplit probe --json`` prints."""
         holders = [
             {"name": name, "machine": machine, **{key: asdict(figure) for key, figure in self.figures[name].items()}}
             for name, machine in self.machines.items()
@@ -86,7 +86,7 @@ def measure_budgets(
     seconds: float = 10.0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> MeasuredBudgets:
-    """Measure every holder of a cluster file where it would run, and write the file with what was found.
+    """Measure every holder of a cluster file where it would run, and write a cluster file with the figures.
 
     Args:
         cluster: path or name of a cluster file; its clients need no budgets.
@@ -95,18 +95,18 @@ def measure_budgets(
         address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
         cpu: measure a cluster file with GPUs on CPUs.
         repeats: samples of each figure.
-        seconds: that clients, and then the servers, compute in all.
-        progress: is told what is being measured.
+        seconds: computation time of the clients, and then of the servers, in all.
+        progress: called with a description of each measurement.
 
     Raises:
-        InputError: something given is wrong, or a holder has no place; no actor was started.
+        InputError: an argument is wrong, or a holder fits on no node; no actor was started.
         ActorFailure: a holder could not be measured; nothing was written.
-        RunError: a holder has no memory at all; likewise.
+        RunError: a holder has no memory at all; nothing was written.
     """
     to = Path(to)
     _check(to, repeats, seconds)
-    given = load_unmeasured(cluster, overrides, cpu=cpu)
-    run = _all_there(resolved_config(given))
+    config = load_unmeasured(cluster, overrides, cpu=cpu)
+    run = _as_measured(resolved_config(config))
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=is_terminal(sys.stderr))
         check_model(run, source)
@@ -117,40 +117,36 @@ def measure_budgets(
             ray_of(run, address, helpers, dashboard=False),
             closing(MeasuringExecutor(f"probe-{os.getpid()}", run, source.directory)) as executor,
         ):
-            probe = BudgetMeasurement(run, cost, executor, repeats, seconds, progress)
-            machines, figures = probe.machines(), probe.figures()
+            measurement = BudgetMeasurement(run, cost, executor, repeats, seconds, progress)
+            machines, figures = measurement.machines(), measurement.figures()
     for name, machine in machines.items():
         if figures[name]["memory_gb"].value <= 0:
             raise RunError(f"{name}: no memory is free on {machine}")
     try:
-        write_text_atomically(to, measured_file(given, figures, _header(run, cost, cluster, machines, seconds)))
+        write_text_atomically(to, measured_file(config, figures, _header(run, cost, cluster, machines, seconds)))
     except OSError as error:
         raise InputError(f"--to {displayed(to)}: cannot be written: {os_reason(error)}") from error
     return MeasuredBudgets(to, machines, figures)
 
 
-def _all_there(run: RunConfig) -> RunConfig:
-    """``run`` as it is measured.
-
-    Ray's object store is: a direct transport's group would only be in the way. Nobody may be away: what is not there
-    has no figures.
-    """
+def _as_measured(run: RunConfig) -> RunConfig:
+    """Return ``run`` with messages through Ray's object store, and without late clients, which could not be measured."""
     clients = tuple(client.model_copy(update={"late": False}) for client in run.clients)
     job = run.job.model_copy(update={"transport": "store"})
     return run.model_copy(update={"clients": clients, "job": job})
 
 
 class BudgetMeasurement:
-    """Asks the gauges in the places of a run's clients and servers; Ray-free.
+    """Measures a run's clients and servers through an executor; Ray-free.
 
     Args:
-        run: who there is, and the job.
-        cost: what its steps count.
-        executor: reaches a :class:`~hsplit.measuring.measuring_actor.MeasuringActor` by every holder's name.
+        run: the holders, and the job.
+        cost: counts the work of its steps.
+        executor: has a :class:`~hsplit.measuring.measuring_actor.MeasuringActor` under every holder's name.
         repeats: samples of each figure.
-        seconds: that clients, and then the servers, compute in all.
-        progress: is told what is being measured.
-        sizes: bytes of the messages that a link is measured with.
+        seconds: computation time of the clients, and then of the servers, in all.
+        progress: called with a description of each measurement.
+        sizes: bytes of the messages with which a link is measured.
         clock: seconds, for messages.
     """
 
@@ -172,13 +168,13 @@ class BudgetMeasurement:
         self._clients, self._servers = [client.name for client in run.clients], run.server.names
 
     def machines(self) -> dict[str, str]:
-        """The host's name by holder."""
+        """Return the host name by holder."""
         return {name: host for name, (host, _) in self._all(MeasuringActor.machine).items()}
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Measure everything, in the units of a cluster file.
 
-        Memory and links first, while nobody holds a layer.
+        Memory and links come first, before any holder has a layer.
         """
         memory, links = self._memory_and_links()
         self._progress("computing: the clients side by side")
@@ -202,17 +198,17 @@ class BudgetMeasurement:
         run = self._run
         gpus = {client.name: client.num_gpus for client in run.clients}
         gpus |= dict.fromkeys(self._servers, run.server.num_gpus)
-        places = {
+        locations = {
             name: Location(machine, gpus[name]) for name, (_, machine) in self._all(MeasuringActor.machine).items()
         }
-        # The first look at a GPU takes some of its memory, and the first messages some of the host's.
+        # The first use of a GPU takes some of its memory, and the first messages some of the host's.
         self._all(MeasuringActor.free_bytes)
         for name in self._clients:
             measure_link(partial(self._sent, name), self._sizes)
-        memory: dict[str, list[float]] = {name: [] for name in places}
+        memory: dict[str, list[float]] = {name: [] for name in locations}
         links: dict[str, list[Link]] = {name: [] for name in self._clients}
         for repeat in range(self._repeats):
-            for name, shared in shared_out(self._all(MeasuringActor.free_bytes), places).items():
+            for name, shared in shared_out(self._all(MeasuringActor.free_bytes), locations).items():
                 memory[name].append(shared)
             for name in self._clients:
                 self._progress(f"link of {name}, {repeat + 1} of {self._repeats}")
@@ -220,12 +216,12 @@ class BudgetMeasurement:
         return memory, links
 
     def _sent(self, client: str, size: int) -> tuple[int, float]:
-        """Pass a message of about ``size`` bytes on between ``client`` and the server, there and back.
+        """Pass a message of about ``size`` bytes between ``client`` and the server, there and back.
 
-        The driver asks for all of it at once and sees no tensor, as in a run.
+        The driver begins all calls at once and sees no tensor, as in a run.
 
         Returns:
-            Its exact size, and the mean seconds of one way.
+            The message's exact size, and the mean seconds of one hop.
         """
         begin, message = self._executor.call_pair(client, MeasuringActor.message, size)
         (nbytes,) = self._answers([begin])
@@ -247,7 +243,7 @@ class BudgetMeasurement:
         return {name: [server_flops(self._cost, together, took) for took in spells[name]] for name in self._servers}
 
     def _spells(self, holders: Sequence[str], clients: int) -> dict[str, list[StepSeconds]]:
-        """The seconds of local steps of ``holders``, all at the same time, of each spell."""
+        """Measure the seconds of local steps of ``holders``, all at the same time, in each of several spells."""
         model, job = self._cost.model, self._run.job
         codes = job.base if model.quantized and SERVER in holders else None
         setting = model.setting(model.top_rank, clients * job.batch_size, codes)
@@ -261,7 +257,7 @@ class BudgetMeasurement:
         return {name: [spell[name] for spell in spells] for name in holders}
 
     def _all(self, method: Callable[[MeasuringActor], R]) -> dict[str, R]:
-        """Values of ``method`` of every holder at the same time, by name."""
+        """Call ``method`` of every holder at the same time; returns the values by name."""
         names = [*self._clients, *self._servers]
         return dict(zip(names, self._answers([self._executor.call(name, method) for name in names]), strict=True))
 
@@ -305,10 +301,10 @@ def _header(
 
 
 def budget_table(machines: Mapping[str, str], figures: Figures) -> Table:
-    """Table of measured budgets, one row a holder: each figure, and below it the least and the greatest of its samples.
+    """Make a table of measured budgets with a row for each holder: the figures, and below each its samples' range.
 
     Args:
-        machines: the host's name by holder, in the order of the rows.
+        machines: host name by holder, in the order of the rows.
         figures: by holder and key of its budget.
     """
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -326,7 +322,7 @@ def budget_table(machines: Mapping[str, str], figures: Figures) -> Table:
 def make_measuring_actor(
     job: Job, policy: Policy, model: ModelReference, device: str, at_server: bool
 ) -> MeasuringActor:
-    """Make a gauge on the node of the holder whose place it takes.
+    """Make the measuring actor of a holder, on its node.
 
     Raises:
         InputError: the model is not there.
@@ -335,9 +331,9 @@ def make_measuring_actor(
 
 
 class MeasuringExecutor(RayExecutor):
-    """As the executor of a run, with gauges for clients and servers, and nobody to plan."""
+    """The executor of a run, with measuring actors in place of clients and servers, and no scheduler."""
 
-    _helpers = ()
+    _unplaced = ()
 
     def _maker(self, name: str, device: str) -> Callable[[], Any]:
         run, model = self._run, self._base_of(name)

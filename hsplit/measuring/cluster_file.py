@@ -1,4 +1,4 @@
-"""A cluster file with measured budgets: each figure, with its spread beside it, in place of the declared one."""
+"""A cluster file with measured budgets: each figure, with its spread beside it, instead of the declared one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Figure:
     """A measured figure in the unit of its key in a cluster file.
 
     Attributes:
-        value: what the file gets, four digits of it.
-        low, high: of all samples.
-        samples: how many there were.
-        kind: what ``value`` is of them: the median, or where a budget must hold throughout the least.
+        value: as the file has it, with four digits.
+        low, high: the least and the greatest sample.
+        samples: number of samples.
+        kind: ``value`` is their median, or the least where a budget must always hold.
     """
 
     value: float
@@ -35,12 +35,12 @@ class Figure:
 
     @staticmethod
     def median_of(samples: Sequence[float]) -> Figure:
-        """The median of ``samples``, of which there is at least one; none counts as more than a file may have."""
+        """Return the median of at least one sample; values are limited to what a file may have."""
         return Figure._of(statistics.median(samples), samples, "median")
 
     @staticmethod
     def least_of(samples: Sequence[float]) -> Figure:
-        """The least of ``samples``, likewise."""
+        """Return the least of at least one sample, limited likewise."""
         return Figure._of(min(samples), samples, "least")
 
     @staticmethod
@@ -49,7 +49,7 @@ class Figure:
 
     @property
     def spread(self) -> str:
-        """In words, as a file's comment has it."""
+        """Description for a comment of the file."""
         return f"{self.kind} of {self.samples}, {self.low:g}-{self.high:g}"
 
 
@@ -61,20 +61,20 @@ def _rounded(value: float) -> float:
     return float(f"{min(value, float(LARGEST)):.4g}")
 
 
-# Any would do: it is replaced by what is measured.
+# Any value will do: the measured one replaces it.
 _UNMEASURED = {"memory_gb": 1.0}
 
 
 def load_unmeasured(cluster: str | Path, overrides: Overrides = (), *, cpu: bool = False) -> RunConfig:
-    """The run of a cluster file whose clients need no budgets.
+    """Load the run of a cluster file whose clients need no budgets.
 
     Args:
         cluster: path or name of a cluster file.
         overrides: ``key=value`` strings, or a mapping of dotted keys.
-        cpu: reserve no GPU for anybody, whatever the file says.
+        cpu: reserve no GPUs, whatever the file says.
 
     Raises:
-        InputError: something in the file or the overrides is wrong.
+        InputError: the file or the overrides are wrong.
     """
     for override in parse_overrides(overrides):
         if override.key.partition(".")[0] == "policy":
@@ -83,16 +83,17 @@ def load_unmeasured(cluster: str | Path, overrides: Overrides = (), *, cpu: bool
 
 
 def measured_file(run: RunConfig, figures: Figures, header: Sequence[str]) -> str:
-    """The YAML text of a cluster file.
+    """Write the YAML text of a cluster file.
 
     Args:
-        run: who takes part, and the job; of the job, what was given is written, and defaults are left out.
-        figures: by holder and key, of every client and every server; of the servers, which have one entry, the least.
-        header: lines that stand above as a comment.
+        run: the holders and the job, of which only the given keys are written.
+        figures: by holder and key, of every client and server; the servers share one entry with the least of each.
+        header: lines of the comment at the top.
     """
     server = run.server.model_dump(exclude_unset=True, exclude=set(BUDGET_FIELDS))
     lines = [*(f"# {line}".rstrip() for line in header), "", "server:"]
-    least = _least([figures[name] for name in run.server.names])
+    servers = [figures[name] for name in run.server.names]
+    least = {key: min((each[key] for each in servers), key=lambda figure: figure.value) for key in servers[0]}
     lines += textwrap.indent(_entry({}, least, server), "  ").splitlines()
     lines += ["", "clients:"]
     for client in run.clients:
@@ -103,12 +104,7 @@ def measured_file(run: RunConfig, figures: Figures, header: Sequence[str]) -> st
     return "\n".join([*lines, ""]) + (f"\n{to_yaml({'job': job})}" if job else "")
 
 
-def _least(servers: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
-    """What every one of ``servers`` has."""
-    return {key: min((each[key] for each in servers), key=lambda figure: figure.value) for key in servers[0]}
-
-
 def _entry(names: Mapping[str, Any], figures: Mapping[str, Figure], rest: Mapping[str, Any]) -> str:
-    """A holder's keys, one a line, what was measured with its spread."""
+    """Write a holder's keys, one on a line, measured figures with their spread."""
     measured = [f"{to_yaml({key: figure.value}).rstrip()}  # {figure.spread}\n" for key, figure in figures.items()]
     return "".join([to_yaml(names) if names else "", *measured, to_yaml(rest) if rest else ""])

@@ -1,7 +1,6 @@
-"""How fast a holder computes: the model's own layers, timed as a local step runs them.
+"""Compute of a holder: a few of the model's layers, timed as a local step runs them.
 
-The times are divided by what the cost model counts for the same work, so that the step times which it predicts from the
-result are the holder's.
+The cost model's count of the same work is divided by the times, so that its predicted step times are the holder's.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from hsplit.planning.cost.fake_layer import LayerSetting
 from hsplit.planning.cost.model import CostModel
 
 LAYERS = 2
-"""Decoder layers that are timed: enough that one's weights leave the caches while another computes."""
+"""Decoder layers that are timed: enough that the weights of one leave the caches while another computes."""
 MOST_JOINED = 16
-"""Clients whose batches a server computes at once, at most: more would not make it faster, and take memory."""
+"""Most clients whose batches a server computes at once: more would not be faster, and take memory."""
 # The first step also makes the optimizer's moments and chooses kernels.
 _WARM_UP_STEPS = 2
 
@@ -48,7 +47,7 @@ class StepSeconds:
 
     Attributes:
         layers: forward, backward and optimizer of the timed layers.
-        tail: norm, head and loss, where the holder has them.
+        tail: norm, head and loss, if the holder has them.
     """
 
     layers: float
@@ -59,7 +58,7 @@ class StepWork:
     """The arithmetic of a local step on a few layers: forward, backward and the optimizer's step.
 
     Every example has ``max_length`` tokens, all of them supervised; adapters have the largest rank, and a quantized
-    base its residual at the cap: what plans count. The first layers stand for a client's, the last ones for the
+    base has its residual at the cap, as plans count. The first layers stand for a client's, the last ones for the
     server's.
 
     Args:
@@ -68,7 +67,7 @@ class StepWork:
         setting: ranks and residual as they are counted (``CountedModel.setting``).
         device: where it computes.
         at_server: the server's work: a quantized base stays as codes.
-        clients: whose batches are computed at once.
+        clients: number of clients whose batches are computed at once.
         clock: seconds.
     """
 
@@ -109,7 +108,7 @@ class StepWork:
             if self._first <= shape.layer < self._last
         ]
         ranks = {shape.name: setting.ranks for shape in shapes}
-        # However many steps are timed, the weights stay about what they are.
+        # So that the weights hardly change, however many steps are timed.
         still = self._job.model_copy(update={"lr": 1e-9})
         holder = Holder("probe", self.segment, shapes, ranks, still, policy, base.dtype, self._device)
         holder.adapters.restart({shape.name: shape.name for shape in shapes}, {})
@@ -122,12 +121,12 @@ class StepWork:
         return holder
 
     def warm_up(self) -> None:
-        """Do what only first steps take time for."""
+        """Make the first steps, which take longer than later ones."""
         for _ in range(_WARM_UP_STEPS):
             self.step()
 
     def seconds(self, at_least_s: float) -> StepSeconds:
-        """Mean seconds of the steps that are done until ``at_least_s`` have passed, at least one."""
+        """Measure the mean seconds of steps until ``at_least_s`` have passed, at least one."""
         begun, layers, tail, steps = self._clock(), 0.0, 0.0, 0
         while steps == 0 or self._clock() - begun < at_least_s:
             took = self.step()
@@ -135,7 +134,7 @@ class StepWork:
         return StepSeconds(layers / steps, tail / steps)
 
     def step(self) -> StepSeconds:
-        """Do one local step: all its accumulated batches in their parts, then the optimizer."""
+        """Make one local step: all its accumulated batches in their parts, then the optimizer's step."""
         layers = tail = 0.0
         self._holder.begin_phase(0, training=True)
         for _ in range(self._job.grad_accumulation):
@@ -166,18 +165,18 @@ class StepWork:
 
 
 def timed_layers(layers: int) -> int:
-    """How many of a model's ``layers`` are timed."""
+    """Return the number of a model's ``layers`` that are timed."""
     return min(LAYERS, layers)
 
 
 def joined_clients(model: CountedModel, clients: int) -> int:
-    """How many of a run's ``clients`` each server is timed with: as many as it serves in a round, up to a number."""
+    """Return the number of clients with which each server is timed: those that it serves in a round, up to a limit."""
     served = model.served(model.clients_at([0] * clients)[None])
     return min(int(served.sum()), MOST_JOINED)
 
 
 def _part_sizes(job: Job, clients: int) -> list[int]:
-    """Examples of each part that a batch is cut into, of all ``clients`` together."""
+    """Count the examples of each part of a batch, of all ``clients`` together."""
     parts = job.pipeline.microbatches
     borders = [job.batch_size * part // parts for part in range(parts + 1)]
     return [clients * (stop - start) for start, stop in pairwise(borders)]
@@ -185,7 +184,7 @@ def _part_sizes(job: Job, clients: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A holder of 1 FLOP/s with a perfect link: its predicted seconds are the FLOPs that are counted."""
+    """A holder of 1 FLOP/s with a perfect link: its predicted seconds are the counted FLOPs."""
 
     name: str = ""
     memory_bytes: int = 0
@@ -195,18 +194,18 @@ class _Unit:
 
 
 def client_flops(cost: CostModel, took: StepSeconds) -> float:
-    """A client's FLOP/s from the seconds of :class:`StepWork`: with its tail, where labels stay at home."""
+    """Compute a client's FLOP/s from the seconds of :class:`StepWork`, with its tail in the U-shape."""
     counted = cost.step_time_s(_Unit(), timed_layers(cost.model.layers)).total_s
     return counted / (took.layers + took.tail)
 
 
 def server_flops(cost: CostModel, clients: int, took: StepSeconds) -> float:
-    """A server's FLOP/s over a whole step: all layers, at the speed of the timed ones, and its tail once.
+    """Compute a server's FLOP/s over a whole step: all layers at the speed of the timed ones, and its tail once.
 
     Args:
-        cost: counts.
-        clients: whose batches were computed at once.
-        took: of that server's :class:`StepWork`.
+        cost: counts the work.
+        clients: number of clients whose batches were computed at once.
+        took: seconds of that server's :class:`StepWork`.
     """
     model = cost.model
     counted = float(cost.times.serving_times(_Unit(), model.clients_at([0] * clients)[None])[0])

@@ -1,4 +1,4 @@
-"""Free memory of a machine, and what of it is a holder's."""
+"""Free memory of a machine, and each holder's share of it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import psutil
 import torch
 
 HEADROOM = 0.1
-"""Part of the free memory that no budget gets: messages in Ray's object store, and what libraries take unseen."""
+"""Part of the free memory kept out of budgets, for messages in Ray's object store and untracked allocations."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
-# By version: limit, use, and the key in memory.stat of what is used but given back on demand.
+# By version: limit, use, and the key in memory.stat of memory that is used but reclaimable.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a holder computes.
+    """Machine and device of a holder.
 
     Attributes:
-        machine: an identity that holders on one machine have in common.
+        machine: its identity, the same for all holders on it.
         num_gpus: the share of a GPU that it reserved, 0 for a holder on the host.
     """
 
@@ -34,7 +34,7 @@ class Location:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the GPUs that this process sees, or for a CPU of its host."""
+    """Return the free memory of the GPUs that this process sees, or for a CPU of its host."""
     if device.type == "cuda":
         return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
     available = int(psutil.virtual_memory().available)
@@ -43,11 +43,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cgroup_free_bytes(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | None:
-    """What the control groups of this process still let it have; ``None`` where they set no limit.
+    """Return the memory that this process's control groups leave it; ``None`` where they set no limit.
 
     Args:
-        root: where the system shows control groups.
-        own: the file with those of this process.
+        root: directory of the control groups.
+        own: file that lists those of this process.
     """
     found: list[int] = []
     with suppress(OSError):
@@ -58,7 +58,7 @@ def cgroup_free_bytes(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | 
             names, top = (_VERSION_1, root / "memory") if controllers else (_VERSION_2, root)
             folder = top / path.lstrip("/")
             for inside in (folder, *folder.parents):
-                # In a container the path may be the host's: what there is of it, and the top, is its own.
+                # In a container the path may be the host's; the folders of it that exist are the container's.
                 if inside.is_relative_to(top):
                     found += _left_in(inside, *names)
     return min(found, default=None)
@@ -69,24 +69,24 @@ def _left_in(folder: Path, limit: str, used: str, reclaimable: str) -> list[int]
         most, now = int((folder / limit).read_text()), int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        # No such file, or no limit, which is written as a word.
+        # No such file, or no limit, which is written as "max".
         return []
     return [max(0, most - now + int(stat.get(reclaimable, 0)))]
 
 
-def shared_out(free: Mapping[str, int], places: Mapping[str, Location]) -> dict[str, float]:
-    """What of the free memory each holder may have, in bytes.
+def shared_out(free: Mapping[str, int], locations: Mapping[str, Location]) -> dict[str, float]:
+    """Compute each holder's share of the free memory, in bytes.
 
     Holders on the host of one machine have equal parts; one on GPUs has the share of them that it reserved.
 
     Args:
-        free: what each holder finds free where it is, see :func:`free_bytes`.
-        places: where that is, by the same names.
+        free: free memory as each holder measures it, see :func:`free_bytes`.
+        locations: of the holders, by the same names.
     """
     shares = {}
     for name, nbytes in free.items():
-        place = places[name]
-        beside = sum(other == place for other in places.values())
-        part = min(place.num_gpus, 1.0) if place.num_gpus else 1.0 / beside
+        location = locations[name]
+        sharing = sum(other == location for other in locations.values())
+        part = min(location.num_gpus, 1.0) if location.num_gpus else 1.0 / sharing
         shares[name] = (1.0 - HEADROOM) * nbytes * part
     return shares

@@ -1,4 +1,4 @@
-"""What stands in a holder's place while its budget is measured. Ray-free."""
+"""The actor that measures a holder's budget on its node. Ray-free."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hsplit.measuring.free_memory import free_bytes
 from hsplit.models.segment import BaseModel
 from hsplit.planning.cost.fake_layer import LayerSetting
 
-# Tokens of a message are this wide; what a row of the wire takes beside its entries hardly counts then.
+# Width of a message's tokens: large, so that a row's bytes beside its entries hardly count.
 _WIDTH = 1024
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class MeasuringActor:
-    """Measures what its process has: memory, compute, and its end of a link.
+    """Measures the memory and compute of its process, and its end of a link.
 
     Args:
         job, policy: the run's settings.
         base: the base model as the holder would read it.
         device: where the holder would compute.
-        at_server: it stands in the server's place.
+        at_server: the holder is a server.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MeasuringActor:
         self._work: StepWork | None = None
 
     def machine(self) -> tuple[str, str]:
-        """The host's name, and an identity of the machine: names may be alike."""
+        """Return the host's name, and a unique identity of the machine."""
         name = platform.node()
         boot = ""
         with suppress(OSError):
@@ -50,25 +50,25 @@ class MeasuringActor:
         return free_bytes(self._device)
 
     def message(self, nbytes: int) -> tuple[int, WireTensor]:
-        """A message of about ``nbytes`` at the run's wire dtype, and before it its exact size."""
+        """Make a message of about ``nbytes`` at the run's wire dtype; returns its exact size, then the message."""
         token = _WIDTH + 4 if self._job.wire == "int8" else _WIDTH * WIRE_DTYPES[self._job.wire].itemsize
         hidden = torch.ones(max(1, nbytes // token), _WIDTH, dtype=self._base.dtype, device=self._device)
         message = WireTensor.pack(hidden, self._job.wire)
         return message.nbytes, message
 
     def pass_on(self, message: WireTensor) -> tuple[int, WireTensor]:
-        """Take a message as activations are taken, and send it on; as :meth:`message`."""
+        """Unpack a message as activations are, and pack it again; returns as :meth:`message`."""
         again = WireTensor.pack(message.unpack(self._base.dtype, self._device), self._job.wire)
         return again.nbytes, again
 
     def prepare(self, setting: LayerSetting, clients: int) -> None:
-        """Read the layers that are timed, and warm up; see :class:`~hsplit.measuring.compute.StepWork`."""
+        """Read the timed layers, and warm up; see :class:`~hsplit.measuring.compute.StepWork`."""
         self._work = StepWork(
             self._base, self._job, self._policy, setting, self._device, at_server=self._at_server, clients=clients
         )
         self._work.warm_up()
 
     def step_seconds(self, at_least_s: float) -> StepSeconds:
-        """Mean seconds of local steps over ``at_least_s``; call it after :meth:`prepare`."""
+        """Measure the mean seconds of local steps over ``at_least_s``; call it after :meth:`prepare`."""
         assert self._work is not None, "prepare comes first"
         return self._work.seconds(at_least_s)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hsplit.cluster.placement import InUse, Node, Placement, Request, left_by, placement_of, requests_of, room_for
+from hsplit.cluster.placement import InUse, Node, Placement, Request, placement_of, remaining, requests_of, room_for
 from hsplit.config import ClientConfig, Policy, RunConfig, ServerConfig
 from hsplit.errors import InputError
 
@@ -159,7 +159,7 @@ def test_what_was_begun_a_moment_before_counts_as_taken_once() -> None:
     (_, one), (_, two) = client("one"), client("two", resources={"clinic": 1})
     nodes = [node("n1", 4, resources={"clinic": 1.0}), node("n2", 4, free={"CPU": 1.0})]
     # Of the three on the second node Ray has reserved what they ask for already.
-    n1, n2 = left_by(nodes, [("id-n1", one), ("id-n1", two), *[("id-n2", one)] * 3, ("id-n9", one)])
+    n1, n2 = remaining(nodes, [("id-n1", one), ("id-n1", two), *[("id-n2", one)] * 3, ("id-n9", one)])
     assert (n1.free["CPU"], n1.free["clinic"], n2.free["CPU"]) == (2, 0, 1)
 
 

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from hsplit.cluster.connection import connect, last_words, no_waiting_for_a_failed_dashboard
+from hsplit.cluster.connection import connect, ending_failed_dashboard, start_failure
 from hsplit.errors import RunError
 
 # As Ray quotes its dashboard's log, with the cause in another file.
@@ -34,7 +34,7 @@ def logs(tmp_path: Path) -> Path:
 
 def test_the_cause_in_its_logs_comes_before_what_was_raised(tmp_path: Path, logs: Path) -> None:
     (logs / "dashboard.err").write_text(CAUSE)
-    words = last_words(Exception(QUOTED), tmp_path)
+    words = start_failure(Exception(QUOTED), tmp_path)
     assert words == (
         "ImportError: cannot import name 'Random' from 'random' (/home/x/random.py); EOFError: unexpected EOF"
     )
@@ -42,17 +42,17 @@ def test_the_cause_in_its_logs_comes_before_what_was_raised(tmp_path: Path, logs
 
 def test_all_lines_of_what_was_raised_are_told() -> None:
     error = RuntimeError("Failed to set up runtime environment.\nPackage size 600 MiB exceeds the limit of 512 MiB.\n")
-    assert last_words(error, None) == (
+    assert start_failure(error, None) == (
         "RuntimeError: Failed to set up runtime environment. Package size 600 MiB exceeds the limit of 512 MiB."
     )
-    assert last_words(TimeoutError(), None) == "TimeoutError"
+    assert start_failure(TimeoutError(), None) == "TimeoutError"
 
 
 def test_many_and_long_words_stay_one_line(tmp_path: Path, logs: Path) -> None:
     (logs / "raylet.out").write_text("[2026 C 1 1] file.cc:1: Check failed: " + "x" * 10_000 + "\n")
     (logs / "agent.err").write_text("".join(f"ValueError: number {n}\n" for n in range(50)))
     (logs / "unreadable.err").mkdir()
-    words = last_words(Exception("\x1b[31mRuntimeError: the last\x1b[0m"), tmp_path)
+    words = start_failure(Exception("\x1b[31mRuntimeError: the last\x1b[0m"), tmp_path)
     assert "\n" not in words and "\x1b" not in words and len(words) < 1500
     assert words.startswith("ValueError: number 0; ") and words.endswith("; RuntimeError: the last")
 
@@ -72,7 +72,7 @@ def test_a_dashboard_that_has_failed_is_ended_and_no_other(tmp_path: Path, logs:
     (logs / "dashboard.err").write_text(CAUSE if failed else "a warning\n")
     command = [sys.executable, str(program), f"--temp-dir={tmp_path}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        with no_waiting_for_a_failed_dashboard(tmp_path):
+        with ending_failed_dashboard(tmp_path):
             if failed:
                 assert process.wait(timeout=60) < 0
             else:

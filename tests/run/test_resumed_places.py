@@ -13,7 +13,7 @@ import pytest
 from hsplit import api, session
 from hsplit.api import resume
 from hsplit.cluster import placement, preflight
-from hsplit.cluster.placement import Placement, left_by, placement_of, requests_of, room_for
+from hsplit.cluster.placement import Placement, placement_of, remaining, requests_of, room_for
 from hsplit.cluster.ray_session import local_cpus
 from hsplit.config import ClientConfig, Job, RunConfig, ServerConfig
 from hsplit.errors import InputError
@@ -79,4 +79,4 @@ def test_a_local_ray_has_room_for_who_joins(count: int, cpus: float) -> None:
     nodes = [node("n1", local_cpus(run))]
     placed = placement_of(nodes, requests_of(run)).nodes
     taken = [(placed[name].id, holder) for name, holder in requests_of(run)]
-    assert room_for(left_by(nodes, taken), a_client("tablet", num_cpus=max(cpus, 1.0)), None)
+    assert room_for(remaining(nodes, taken), a_client("tablet", num_cpus=max(cpus, 1.0)), None)
