@@ -29,9 +29,8 @@ from hsplit.actors.whole_client import WholeClient
 from hsplit.config import SERVER, Policy, RunConfig, load_run_config
 from hsplit.config.cluster import CENTRAL
 from hsplit.lora.holder import RoundUpdate
-from hsplit.lora.learned import learned
+from hsplit.lora.learned import WEIGHT, learned, of_kind
 from hsplit.lora.residual import ResidualUpdate
-from hsplit.lora.weight_holder import WEIGHT
 from hsplit.models.segment import layer_count, model_config
 from hsplit.models.source import ModelSource
 from hsplit.observe.observer import SilentDisplay
@@ -196,7 +195,7 @@ class Judge:
 
     def of_weights(self, node: Mapping[str, Tensor]) -> float:
         """Perplexity of the weights in the state of a single node that trains them."""
-        assert any(key.startswith(WEIGHT) for key in node)
+        assert of_kind(WEIGHT, node)
         self._whole.resume_state(dict(node), RoundUpdate(0, {}, {}))
         return self._perplexity()
 

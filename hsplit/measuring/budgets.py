@@ -130,7 +130,7 @@ def measure_budgets(
 
 
 def _as_measured(run: RunConfig) -> RunConfig:
-    """Return ``run`` with messages through Ray's object store, and without late clients, which could not be measured."""
+    """Return ``run`` with every client present, and with messages through Ray's object store."""
     clients = tuple(client.model_copy(update={"late": False}) for client in run.clients)
     job = run.job.model_copy(update={"transport": "store"})
     return run.model_copy(update={"clients": clients, "job": job})

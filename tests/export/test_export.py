@@ -23,7 +23,7 @@ from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.evaluation.targets import open_target
 from hsplit.export.export import ExportOptions, export, export_run
 from hsplit.export.merge import export_merged, truncated
-from hsplit.lora.learned import learned, learned_parts, trained_weights
+from hsplit.lora.learned import WEIGHT, learned, learned_parts, trained_weights, with_kind
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import linear_shapes, model_config
 from hsplit.models.weights import base_values
@@ -219,7 +219,7 @@ def test_a_run_that_trained_every_weight_exports_and_evaluates_those(
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
-    weights = {f"weight.{name}": p.detach().clone() for name, p in trained.named_parameters()}
+    weights = with_kind(WEIGHT, {name: p.detach().clone() for name, p in trained.named_parameters()})
     run.replace_checkpoint({"central": {**weights, "tokens": torch.zeros(1, 2)}, "server": {}})
     assert trained_weights(run.checkpoint()[1]).keys() == dict(trained.named_parameters()).keys()
 

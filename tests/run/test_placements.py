@@ -14,8 +14,7 @@ from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig, lo
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Batch
 from hsplit.errors import InputError
-from hsplit.lora.learned import learned
-from hsplit.lora.weight_holder import WEIGHT
+from hsplit.lora.learned import WEIGHT, learned, of_kind, trained_weights
 from hsplit.models.families import family_of
 from hsplit.models.segment import linear_shapes, model_config
 from hsplit.models.weights import base_values
@@ -139,10 +138,10 @@ def test_ft_is_plain_training_of_every_weight(models: dict[str, Path], tmp_path:
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         optimizer.step()
         assert recorder.losses[step][CENTRAL] == pytest.approx(float(loss.detach()), rel=1e-12), step
-    trained = actors(made)[CENTRAL].state()
+    trained = of_kind(WEIGHT, actors(made)[CENTRAL].state())
     for name, parameter in reference.named_parameters():
-        assert torch.allclose(trained[WEIGHT + name], parameter.detach(), rtol=1e-9, atol=1e-9), name
-    assert {key for key in trained if key.startswith(WEIGHT)} == {WEIGHT + n for n, _ in reference.named_parameters()}
+        assert torch.allclose(trained[name], parameter.detach(), rtol=1e-9, atol=1e-9), name
+    assert trained.keys() == {name for name, _ in reference.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def test_every_preset_runs(models: dict[str, Path], tmp_path: Path, preset: str)
     checkpoint, _ = latest_checkpoint(made.context.directory.checkpoints)
     _, tensors = read_checkpoint(checkpoint)
     if preset == "ft":
-        assert any(key.startswith(WEIGHT) for key in tensors[CENTRAL])
+        assert trained_weights(tensors)
     else:
         assert learned(tensors["server"])
     assert json.dumps(made.state.to_json())
