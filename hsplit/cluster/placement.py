@@ -140,24 +140,24 @@ def placement_of(nodes: Sequence[Node], requests: Sequence[Request], lost: Colle
         InUse: it would fit if the cluster had no other users.
     """
     late = [(name, holder) for name, holder in requests if _is_late(holder) or name in lost]
-    certain = [(name, holder) for name, holder in requests if not _is_late(holder) and name not in lost]
-    for name, holder in certain:
+    required = [(name, holder) for name, holder in requests if not _is_late(holder) and name not in lost]
+    for name, holder in required:
         _check_alone(nodes, name, holder)
     everything = _Assignment(nodes, {node.id: node.total for node in nodes})
-    left_out = everything.add_all(certain)
+    left_out = everything.add_all(required)
     if left_out is not None:
         name, holder = left_out
-        inall = _amounts(_sum(_asked(other) for _, other in certain))
+        together = _amounts(_sum(_resources(other) for _, other in required))
         raise InputError(
-            f"{name}: asks for {_amounts(_asked(holder))}, which no node that it fits has left beside the others of"
-            f" this run ({inall} in all); the nodes: {described(nodes)}"
+            f"{name}: asks for {_amounts(_resources(holder))}, which no node that it fits has left beside the others of"
+            f" this run ({together} in all); the nodes: {described(nodes)}"
         )
     now = _Assignment(nodes, {node.id: node.free for node in nodes})
-    left_out = now.add_all(certain)
+    left_out = now.add_all(required)
     if left_out is not None:
         name, holder = left_out
         raise InUse(
-            f"{name}: asks for {_amounts(_asked(holder))}, which others on the Ray cluster are using; the nodes:"
+            f"{name}: asks for {_amounts(_resources(holder))}, which others on the Ray cluster are using; the nodes:"
             f" {described(nodes)}"
         )
     away = {name: None for name, holder in late if not now.add(name, holder) or name in lost}
@@ -175,14 +175,14 @@ def remaining(nodes: Sequence[Node], taken: Iterable[tuple[str, HolderConfig]]) 
     """
     on: dict[str, list[Mapping[str, float]]] = {}
     for node_id, holder in taken:
-        on.setdefault(node_id, []).append(_asked(holder))
+        on.setdefault(node_id, []).append(_resources(holder))
     sums = {node.id: _sum(on.get(node.id, ())) for node in nodes}
     return [
         replace(
             node,
             free={
-                what: min(much, node.total.get(what, 0.0) - sums[node.id].get(what, 0.0))
-                for what, much in node.free.items()
+                resource: min(amount, node.total.get(resource, 0.0) - sums[node.id].get(resource, 0.0))
+                for resource, amount in node.free.items()
             },
         )
         for node in nodes
@@ -191,7 +191,7 @@ def remaining(nodes: Sequence[Node], taken: Iterable[tuple[str, HolderConfig]]) 
 
 def room_for(nodes: Sequence[Node], holder: HolderConfig, before: Node | None) -> Node | None:
     """Find a node for a holder that is restarted: the one ``before``, else that with the most CPUs free."""
-    fitting = [node for node in nodes if _matches(node, holder) and _suffices(node.free, _asked(holder))]
+    fitting = [node for node in nodes if _matches(node, holder) and _suffices(node.free, _resources(holder))]
     stay = [node for node in fitting if before is not None and node.id == before.id]
     return max(stay or fitting, key=lambda node: node.free.get("CPU", 0.0), default=None)
 
@@ -205,10 +205,10 @@ def described(nodes: Sequence[Node]) -> str:
 
 def _contents(node: Node) -> str:
     words = []
-    for what, much in sorted(node.total.items()):
-        if not what.startswith(_RAYS_OWN):
-            free = node.free.get(what, 0.0)
-            words.append(f"{much:g} {what}" if free >= much else f"{free:g} of {much:g} {what} free")
+    for resource, amount in sorted(node.total.items()):
+        if not resource.startswith(_RAYS_OWN):
+            free = node.free.get(resource, 0.0)
+            words.append(f"{amount:g} {resource}" if free >= amount else f"{free:g} of {amount:g} {resource} free")
     words += [f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith(_RAYS_LABELS)]
     return ", ".join(words) or "nothing"
 
@@ -217,25 +217,25 @@ def _is_late(holder: HolderConfig) -> bool:
     return isinstance(holder, ClientConfig) and holder.late
 
 
-def _asked(holder: HolderConfig) -> dict[str, float]:
-    wanted = {"CPU": holder.num_cpus, "GPU": holder.num_gpus, **holder.resources}
-    return {what: much for what, much in wanted.items() if much > 0}
+def _resources(holder: HolderConfig) -> dict[str, float]:
+    amounts = {"CPU": holder.num_cpus, "GPU": holder.num_gpus, **holder.resources}
+    return {resource: amount for resource, amount in amounts.items() if amount > 0}
 
 
-def _amounts(asked: Mapping[str, float]) -> str:
-    return ", ".join(f"{much:g} {what}" for what, much in asked.items()) or "nothing"
+def _amounts(request: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {resource}" for resource, amount in request.items()) or "nothing"
 
 
 def _sum(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for part in parts:
-        for what, much in part.items():
-            total[what] = total.get(what, 0.0) + much
+        for resource, amount in part.items():
+            total[resource] = total.get(resource, 0.0) + amount
     return total
 
 
-def _suffices(room: Mapping[str, float], asked: Mapping[str, float]) -> bool:
-    return all(room.get(what, 0.0) >= much - _ROUNDING for what, much in asked.items())
+def _suffices(room: Mapping[str, float], request: Mapping[str, float]) -> bool:
+    return all(room.get(resource, 0.0) >= amount - _ROUNDING for resource, amount in request.items())
 
 
 def _is_named(node: Node, holder: HolderConfig) -> bool:
@@ -256,18 +256,18 @@ def _check_alone(nodes: Sequence[Node], name: str, holder: HolderConfig) -> None
     if not fitting:
         wanted = ", ".join(f"{key}={value}" for key, value in holder.labels.items())
         raise InputError(f"{name}: labels: no node {_pinned(holder)}has {wanted}; {described(named)}")
-    for what, much in _asked(holder).items():
-        most = max(node.total.get(what, 0.0) for node in fitting)
-        if not _suffices({what: most}, {what: much}):
-            key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(what, f"resources.{what}")
-            hint = "; run on CPUs with --cpu" if what == "GPU" else ""
+    for resource, amount in _resources(holder).items():
+        most = max(node.total.get(resource, 0.0) for node in fitting)
+        if not _suffices({resource: most}, {resource: amount}):
+            key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, f"resources.{resource}")
+            hint = "; run on CPUs with --cpu" if resource == "GPU" else ""
             raise InputError(
-                f"{name}: {key}: {much:g} asked, no node {_pinned(holder)}has more than {most:g}{hint};"
+                f"{name}: {key}: {amount:g} asked, no node {_pinned(holder)}has more than {most:g}{hint};"
                 f" {described(fitting)}"
             )
-    if not any(_suffices(node.total, _asked(holder)) for node in fitting):
+    if not any(_suffices(node.total, _resources(holder)) for node in fitting):
         raise InputError(
-            f"{name}: asks for {_amounts(_asked(holder))}, and no node {_pinned(holder)}has all of it;"
+            f"{name}: asks for {_amounts(_resources(holder))}, and no node {_pinned(holder)}has all of it;"
             f" {described(fitting)}"
         )
 
@@ -290,7 +290,7 @@ class _Assignment:
     def __init__(self, nodes: Sequence[Node], room: Mapping[str, Mapping[str, float]]) -> None:
         self._nodes = nodes
         self._room = {node: dict(amounts) for node, amounts in room.items()}
-        self._asked: dict[str, dict[str, float]] = {}
+        self._requests: dict[str, dict[str, float]] = {}
         self._fitting: dict[str, list[Node]] = {}
         self._on: dict[str, list[str]] = {node.id: [] for node in nodes}
         self.node_of: dict[str, Node] = {}
@@ -300,14 +300,14 @@ class _Assignment:
 
         def order(request: Request) -> tuple[float, ...]:
             _, holder = request
-            fitting = sum(_matches(node, holder) and _suffices(node.total, _asked(holder)) for node in self._nodes)
+            fitting = sum(_matches(node, holder) and _suffices(node.total, _resources(holder)) for node in self._nodes)
             return fitting, -holder.num_gpus, -holder.num_cpus, -sum(holder.resources.values())
 
         return next((request for request in sorted(requests, key=order) if not self.add(*request)), None)
 
     def add(self, name: str, holder: HolderConfig) -> bool:
         """Assign a node to ``holder``, moving others if needed; returns whether there is one."""
-        self._asked[name] = _asked(holder)
+        self._requests[name] = _resources(holder)
         self._fitting[name] = [node for node in self._nodes if _matches(node, holder)]
         return self._assign(name, set())
 
@@ -333,7 +333,7 @@ class _Assignment:
         return False
 
     def _has_room(self, node: Node, name: str) -> bool:
-        return _suffices(self._room[node.id], self._asked[name])
+        return _suffices(self._room[node.id], self._requests[name])
 
     def _put(self, name: str, node: Node) -> None:
         self.node_of[name] = node
@@ -347,5 +347,5 @@ class _Assignment:
 
     def _change(self, node: Node, name: str, sign: int) -> None:
         room = self._room[node.id]
-        for what, much in self._asked[name].items():
-            room[what] = room.get(what, 0.0) + sign * much
+        for resource, amount in self._requests[name].items():
+            room[resource] = room.get(resource, 0.0) + sign * amount
