@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor
 from hsplit.actors.messages import Activations, ForwardReport, LossReport, WireTensor
 from hsplit.actors.participant import Participant
 from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
+from hsplit.config import Job, Policy
 from hsplit.data import Batch
 from hsplit.lora.holder import Holder
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import pack_rows
-from hsplit.models.segment import Segment, SegmentSpec
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec
 from hsplit.planning.importance import ImportanceReport
 from hsplit.seeds import hash_seed
 
@@ -59,12 +59,13 @@ class ActivationNoise:
 class Client(Participant):
     """Holds private data and the front segment; sends hidden states and adapters only."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
+    ) -> None:
+        super().__init__(name, job, policy, base, device, measure)
+        self._noise = ActivationNoise(job.privacy.noise, job.privacy.noise_clip)
         self._probed: tuple[ImportanceProbe, Batch, Tensor] | None = None
         self._sent: dict[tuple[int, int], Tensor] = {}
-        privacy = self._job.privacy
-        self._noise = ActivationNoise(privacy.noise, privacy.noise_clip)
 
     def _drop(self) -> None:
         super()._drop()

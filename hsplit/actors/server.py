@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hsplit.actors.profiling import measured, measured_always, measured_with_part
 from hsplit.actors.replica import Replica
+from hsplit.config import Job, Policy
 from hsplit.lora.aggregation import Aggregator
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
-from hsplit.models.segment import LinearShape, linear_shapes, model_config, targeted
+from hsplit.models.segment import BaseModel, LinearShape, linear_shapes, model_config, targeted
 from hsplit.models.weights import is_quantized
 from hsplit.planning.plan import Plan
 
@@ -53,8 +53,10 @@ class Server(Replica):
     Where clients hold the whole model (placement ``full`` or ``single``) it hosts no layer and only aggregates.
     """
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self, name: str, job: Job, policy: Policy, base: BaseModel, device: str = "cpu", measure: bool = True
+    ) -> None:
+        super().__init__(name, job, policy, base, device, measure)
         self._all_shapes: dict[str, LinearShape] = {}
         self._aggregator: Aggregator | None = None
 
