@@ -1,4 +1,4 @@
-"""The noise on activations: as large as it is said to be, and known to nobody but the client."""
+"""The noise on activations: as large as declared, and known to the client alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the type checker says of calls of actors: each ``type: ignore`` here is an error that it has to find.
+"""Calls of actors as the type checker sees them: each ``type: ignore`` here is an error that it has to find.
 
 Nothing of this runs. The check is ``mypy``, which calls an ignore that is not needed an error.
 """

@@ -31,7 +31,7 @@ def test_a_driver_that_ends_well_has_its_folder_removed(tmp_path: Path) -> None:
         (tmp_path / ".half.tmp").write_text("")
         cleanup.remove_at_end(tmp_path / ".*.tmp")
         root = cleanup.root
-        assert root.stat().st_mode & 0o077 == 0, "nobody else may enter"
+        assert root.stat().st_mode & 0o077 == 0, "for this user alone"
     assert not root.exists() and list(tmp_path.iterdir()) == []
 
 

@@ -51,7 +51,7 @@ def _started(command: str, program: Path, **settings: object) -> tuple[subproces
 
 
 def _ends(pid: int) -> bool:
-    """Whether process ``pid``, nobody's child here, is gone within half a minute."""
+    """Wait up to half a minute for process ``pid``, no child of this one, to end."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -88,7 +88,7 @@ def test_a_killed_program_ends_the_asking_process(server: ForkServer, program: P
 
 
 def test_without_a_server_the_program_runs_all_the_same(server: ForkServer, program: Path) -> None:
-    command = server.worker_command.replace(server.path, str(program.parent / "nobody"))
+    command = server.worker_command.replace(server.path, str(program.parent / "nothing"))
     process, (arguments, pid, _, imported, *_) = _started(command, program)
     assert arguments == ["an argument"] and pid == process.pid and not imported
     process.communicate("")

@@ -1,4 +1,4 @@
-"""What a node says of itself, and what of that is refused; no Ray is started."""
+"""Reports of nodes, and their refusal; no Ray is started."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def test_nothing_listens(init: Mock, host: str) -> None:
     address = f"{host}:{_closed_port()}"
     with pytest.raises(InputError) as refused:
         connect(address, 1)
-    told = str(refused.value)
-    assert told.startswith(f"--address {address}: nothing answers there (") and "\n" not in told
+    message = str(refused.value)
+    assert message.startswith(f"--address {address}: nothing answers there (") and "\n" not in message
     assert not init.called
 
 

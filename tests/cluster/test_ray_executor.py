@@ -15,7 +15,7 @@ from tests.cluster.test_placement import client, node
 
 
 class Idle(RayExecutor):
-    """Begins nobody; it only says where and from what it would."""
+    """Starts no actor; only reports where and from which base it would."""
 
     def _start(self, name: str) -> Any:
         return name
@@ -96,7 +96,7 @@ def test_a_base_counts_as_checked_only_where_and_as_it_was_looked_for(there: lis
     assert not any(map(executor.checks_base, ("server", "a", "own", "b")))
     executor.add(named("b", node="n2"))
     assert executor.restart("b") and executor.node_of("b") == "n2"
-    # The client there brings its own: nobody has looked for the base of the others.
+    # The client there has a base of its own: that of the others was not looked for.
     assert executor.checks_base("b")
     executor.add(named("own", node="n2", model="/srv/other"))
     assert executor.restart("own") and executor.checks_base("own")

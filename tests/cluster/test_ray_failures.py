@@ -142,8 +142,8 @@ def test_an_error_of_the_call_itself_is_what_it_is() -> None:
 
 
 def test_what_ray_raises_while_it_is_asked_is_a_failure_of_who_was_asked() -> None:
-    told = r"Ray failed in naming its nodes: RaySystemError: "
-    with pytest.raises(ActorFailure, match=told) as error, failing_as("Ray", "naming its nodes"):
+    message = r"Ray failed in naming its nodes: RaySystemError: "
+    with pytest.raises(ActorFailure, match=message) as error, failing_as("Ray", "naming its nodes"):
         raise exceptions.RaySystemError("the GCS does not answer")
     assert isinstance(error.value.__cause__, exceptions.RaySystemError)
     with pytest.raises(KeyError), failing_as("Ray", "naming its nodes"):

@@ -56,7 +56,7 @@ class Follower:
 
     @property
     def weight(self) -> torch.Tensor:
-        """What it computes with, apart from the base."""
+        """The weight with which it computes, without the base."""
         return self.beside.to(torch.float64).dense() + self.live.to(torch.float64).dense()
 
     def collect(self) -> HeldAdapters:
@@ -141,7 +141,7 @@ def _common(aggregator: Aggregator) -> torch.Tensor:
 
 
 def test_a_small_rank_costs_the_others_nothing() -> None:
-    """Directions that only the largest rank trains go on there, instead of starting afresh."""
+    """Directions that only the largest rank trains continue there, instead of starting fresh."""
     draw = torch.Generator().manual_seed(0)
     aggregator = Aggregator([WEIGHT], Job(), Policy(reinit="svd"), torch.float32, merges=False)
     followers = [Follower("small", 1, 10), Follower("large", 8, 10)]

@@ -99,7 +99,7 @@ def test_the_effective_weight_is_base_plus_residual_to_the_base_dtypes_rounding(
         factors = LowRank(1e-2 * torch.randn(d_out, 3, generator=draw), 1e-2 * torch.randn(3, d_in, generator=draw))
         pristine = linear.weight.dense(torch.float64).clone()
         for _ in range(3):
-            # Formed anew each time: three times over must be the same as once.
+            # Formed again each time: three times must give the same as once.
             linear.append_residual(0, factors)
         expected = pristine + factors.to(torch.float64).dense()
         assert (_effective(linear, d_in) - expected).norm() <= 1e-6 * expected.norm(), name

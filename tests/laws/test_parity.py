@@ -52,7 +52,7 @@ def _double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def _clipped() -> Iterator[list[bool]]:
-    """Whether each clipping of a holder's gradients has changed any, in the order of the steps."""
+    """Record for each clipping of a holder's gradients whether it changed any, in the order of the steps."""
     changed: list[bool] = []
     clip_each = holding.clip_each
 

@@ -29,7 +29,7 @@ def _dense(term: LowRank) -> torch.Tensor:
 
 
 def _known(state: dict[str, torch.Tensor], name: str, kind: str) -> torch.Tensor | float:
-    """What the aggregator keeps of a weight in fp64: its residual or its common restart."""
+    """The aggregator's state of a weight in fp64: its residual or its common restart."""
     term = learned_parts(state).get(name, LearnedTerm())
     if kind == "residual" and term.matrix is not None:
         return term.matrix.double()
@@ -38,7 +38,7 @@ def _known(state: dict[str, torch.Tensor], name: str, kind: str) -> torch.Tensor
 
 
 def _started(state: dict[str, torch.Tensor], name: str, rank: int) -> torch.Tensor | float:
-    """What an adapter of ``rank`` began the round with, in fp64."""
+    """The restart with which an adapter of ``rank`` began the round, in fp64."""
     common = learned_parts(state).get(name, LearnedTerm()).common
     return 0.0 if common is None else _dense(common.up_to_rank(rank))
 
@@ -171,7 +171,7 @@ def test_e3_the_residual_takes_up_what_every_server_has_learned(
 
 
 def test_without_one_of_the_servers_the_law_does_not_hold(models: dict[str, Path], tmp_path: Path) -> None:
-    """What a second server has learned is not small: leave it out, and the sum is another."""
+    """A second server's part is not small: without it, the sum is another."""
     job: dict[str, Any] = {"base": "fp32", "local_steps": 2, "lr": 0.01}
     plan = fixed_plan(models["llama"], Job.model_validate({"dtype": "fp32", **job}), [1, 1], [2, 2], 2, 2)
     shares = {f"c{i}": random_examples(12, i) for i in range(2)}

@@ -131,7 +131,7 @@ def test_flexlora_gives_each_rank_the_svd_of_the_mean_product(ranks: list[int], 
 def test_raflora_averages_each_slice_over_those_who_have_it(ranks: list[int], tokens: list[int], seed: int) -> None:
     given = contributions(ranks, tokens, seed)
     mean = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
-    # One direction at a time, which is the same: within a slice everybody's weights are.
+    # One direction at a time, which is the same: the weights are equal within a slice.
     for direction in range(max(ranks)):
         having = [c for c in given if c.term.rank > direction]
         total = sum(c.share for c in having)

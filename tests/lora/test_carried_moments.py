@@ -129,8 +129,8 @@ def test_ages_are_carried_over_and_where_nothing_stays_all_is_new() -> None:
     new = Adapted({Q0: 8, Q1: 1}).taking_the_place_of(old, {Q0: 3})
     assert new.steps.begun[Q0].tolist() == [0, 0, STEPS] + [2 * STEPS] * 5
     assert new.steps.begun[Q1].tolist() == [2 * STEPS]
-    afresh = Adapted({Q0: 8}).taking_the_place_of(old, {V0: 2})
-    assert not kept_state(afresh.optimizer) and not afresh.steps.begun[Q0].any()
+    fresh = Adapted({Q0: 8}).taking_the_place_of(old, {V0: 2})
+    assert not kept_state(fresh.optimizer) and not fresh.steps.begun[Q0].any()
 
 
 HOLDERS = ("server", "server-1", "c0", "c1", "c2")

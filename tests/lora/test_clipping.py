@@ -1,4 +1,4 @@
-"""Clipping by adapted weight: the same wherever the model is split, whoever holds a weight, at whatever rank."""
+"""Clipping by adapted weight: the same for every split, holder and rank."""
 
 from __future__ import annotations
 

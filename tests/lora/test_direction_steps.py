@@ -182,7 +182,7 @@ def test_directions_that_restart_in_a_run_begin_again_and_others_go_on(
 
 
 Ages = dict[str, dict[str, list[int]]]
-"""How many steps each direction has made, by holder and weight."""
+"""Steps of each direction, by holder and weight."""
 
 
 def _ages(holder: Holder) -> dict[str, list[int]]:

@@ -62,7 +62,7 @@ def _dense(total: LowRankSum) -> Tensor:
 
 
 def _size(total: LowRankSum) -> float:
-    """What rounding errors are relative to: the terms before anything cancels."""
+    """Scale of rounding errors: the terms before anything cancels."""
     return sum(
         abs(w) * float(t.B.double().norm() * t.A.double().norm())
         for t, w in zip(total.terms, total.weights, strict=True)

@@ -81,7 +81,7 @@ def test_an_optimizer_without_its_moments_is_a_new_one(slices: None, optimizer: 
     old = Buffer(job)
     start = old.steps(0, 7)
     before, old.optimizer = old.optimizer, without_moments(job, old.optimizer)
-    # What bitsandbytes pages it never frees: it must not be allocated anew each round.
+    # bitsandbytes never frees paged memory: none may be allocated in each round.
     assert (old.optimizer is before) == optimizer.startswith("paged")
     assert torch.equal(old.steps(7, 20), Buffer(job, start).steps(7, 20))
 
@@ -139,7 +139,7 @@ def test_a_round_that_restarts_a_direction_forgets_it_and_codes_forget_all(
     def made(holder: Holder) -> int:
         return int(holder.state().get("optimizer.step", 0))
 
-    # All directions go on; one begins again; all do.
+    # All directions continue; one begins again; all do.
     for stay, begins in (({n: 2 for n in names}, 0), ({n: 1 + (n != names[0]) for n in names}, 1), ({}, 2)):
         holder = stepped()
         common = {n: holder.adapters.live(n, rank) for n, rank in stay.items()}

@@ -16,7 +16,7 @@ from hsplit.models.factors import LowRank
 
 
 def _allocations(work: Callable[[], Any]) -> tuple[Any, int, int]:
-    """What ``work`` returns, the most bytes that it had allocated at once, and the largest single allocation."""
+    """Run ``work``; returns its result, the most bytes allocated at once, and the largest single allocation."""
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = work()
     live: dict[int, int] = {}

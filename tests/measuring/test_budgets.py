@@ -51,7 +51,7 @@ class KnownActor:
         return self.free
 
     def message(self, nbytes: int) -> tuple[int, Any]:
-        # Making it is nobody's journey.
+        # Made here, without a hop.
         self.world.now += 7.0
         return nbytes, (nbytes, self)
 
@@ -130,7 +130,7 @@ def test_clients_compute_together_and_the_server_when_they_are_done(models: dict
         ("prepare", "a", (None, 1)),
         ("prepare", "b", (None, 1)),
         *[("step_seconds", name, (3.0,)) for name in ("a", "b", "a", "b")],
-        # The server has everybody's batches, on codes.
+        # The server has the batches of all clients, on codes.
         ("prepare", "server", ("nf4", 2)),
         *[("step_seconds", "server", (3.0,))] * 2,
     ]
@@ -248,7 +248,7 @@ def test_a_holder_that_fails_is_named(models: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"repeats": 0}, "--repeats: must be at least 1 (got 0)"),
         ({"seconds": 0.0}, "--seconds: must be above 0"),
@@ -259,7 +259,7 @@ def test_a_holder_that_fails_is_named(models: dict[str, Path]) -> None:
     ],
 )
 def test_wrong_input_is_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     def starting(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
@@ -269,5 +269,5 @@ def test_wrong_input_is_refused_before_anything_starts(
     given = {"cluster": "hetero", "to": "out.yaml"} | changes
     with pytest.raises(InputError) as refused:
         measure_budgets(given.pop("cluster"), given.pop("to"), **given)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert not list(tmp_path.iterdir())

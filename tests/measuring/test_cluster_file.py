@@ -74,7 +74,7 @@ def test_every_figure_has_its_spread_beside_it(given: Path) -> None:
     # Four digits, and none in powers of ten.
     assert "bandwidth_mbps: 24690.0  # median of 1, 24690-24690" in lines
     assert sum("  # " in line for line in lines) == 4 * 3 + 2
-    # Neither what was replaced nor what nobody asked for.
+    # Neither replaced keys nor defaults.
     assert not any(word in text for word in ("uniform", "choice", "count", "num_gpus", "batch_size"))
 
 
@@ -104,7 +104,7 @@ def test_budgets_may_be_left_out_and_nothing_else(given: Path, tmp_path: Path) -
     assert [client.name for client in load_unmeasured(bare).clients] == ["a", "b-0", "b-1"]
     with pytest.raises(InputError, match=r"bare.yaml: clients\[0\].memory_gb: is required"):
         load_run_config(bare)
-    for text, told in [
+    for text, message in [
         ("clients: [{count: 2}]\n", r"clients\[0\].name: is required"),
         ("clients: [{name: a, memory_gb: -1}]\n", r"clients\[0\].memory_gb: must be greater than 0"),
         ("clients: [a]\n", r"clients\[0\]: must be a mapping"),
@@ -112,7 +112,7 @@ def test_budgets_may_be_left_out_and_nothing_else(given: Path, tmp_path: Path) -
         ("job: {}\n", "clients: is required"),
     ]:
         bare.write_text(text)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             load_unmeasured(bare)
 
 

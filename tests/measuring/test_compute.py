@@ -26,7 +26,7 @@ from tests.tiny import LAYERS as ALL_LAYERS
 
 
 class Ticks:
-    """A clock that goes on by a second whenever it is looked at."""
+    """A clock that advances by a second at each reading."""
 
     def __init__(self) -> None:
         self.now = 0.0
