@@ -36,7 +36,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     nodes: list[Node] = []
     monkeypatch.setattr(ray_executor, "alive_nodes", lambda: nodes)
     monkeypatch.setattr("ray.kill", lambda handle: None)
-    monkeypatch.setattr(ray_executor, "_PLACE_FREE_S", 0.0)
+    monkeypatch.setattr(ray_executor, "_NODE_FREE_S", 0.0)
     return nodes
 
 
