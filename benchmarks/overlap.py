@@ -117,7 +117,7 @@ def _measured(
     with common.on_ray(f"overlap-{balance.replace(' ', '-')}-{parts}", run, model, folder) as (coordinator, _):
         coordinator.start()
         coordinator.begin_round()
-        predicted = coordinator._step_times_s[-1]
+        predicted = coordinator.step_times_s[-1]
         # The first steps of a round are also measured for memory, which takes time.
         seconds = [common.seconds_of(coordinator.local_step, step) for step in range(2 + steps)]
     bound = max(wanted) + min(wanted) / parts

@@ -31,7 +31,7 @@ from hsplit.planning.scheduler import Scheduler
 from hsplit.report.report import write_report
 from hsplit.run.checkpoint import read_state
 from hsplit.run.coordinator import Coordinator, Inputs
-from hsplit.run.failure_text import asked_for
+from hsplit.run.failure_text import method_words
 from hsplit.run.inputs import own_code
 from hsplit.run.state import RunState, Status
 from hsplit.run_directory import RunDirectory
@@ -52,14 +52,34 @@ def drive(
     passed_over: Sequence[str] = (),
     changes: Sequence[str] = (),
 ) -> bool:
-    """Start Ray and the actors, run the coordinator, leave everything tidy."""
+    """Start Ray and the actors, run the coordinator, and tidy up.
+
+    Args:
+        run: resolved configuration.
+        source: the model.
+        inputs: data shares and fingerprints.
+        directory: the run's directory.
+        address: of a running Ray cluster; ``None``: start a local one.
+        dashboard_host: address that a local Ray's dashboard listens at.
+        display: shows the run; ``None``: the terminal.
+        helpers: processes beside Ray.
+        checkpoint: to resume from; ``None``: start the run.
+        passed_over: a sentence about each newer checkpoint that is damaged.
+        changes: a sentence about each setting that a resume changes.
+
+    Returns:
+        True if the run is complete; false if it was stopped.
+
+    Raises:
+        InputError, RunError: see :func:`report_failures`.
+    """
     from hsplit.cluster.placement import find_placement
     from hsplit.cluster.preflight import preflight
     from hsplit.cluster.ray_executor import RayExecutor
     from hsplit.cluster.ray_failures import RAY, failing_as
 
     own = own_code(run.policy)
-    with directory.driven(), report_failures(directory, address) as course:
+    with directory.driven(), report_failures(directory, address) as progress:
         begun_before = checkpoint is None and directory.events.exists()
         state = RunState() if checkpoint is None else read_state(checkpoint)
         others: list[Observer] = [
@@ -67,14 +87,14 @@ def drive(
             RayMetrics(),
             *logs_of(run, directory, state.step),
         ]
-        shown = Observers(display or display_for(sys.stdout), *others)
+        observers = Observers(display or display_for(sys.stdout), *others)
         announced = helpers.cleanup.root.name
         helpers.cleanup.remove_at_end(*directory.half_written, glob.escape(str(discovery_file(announced))))
         with ray_of(run, address, helpers, dashboard_host=dashboard_host) as dashboard:
-            # Who takes no part any more, or is lost, need not be there for the others to go on.
             with Waiting("checking the nodes and their base model"):
-                gone = state.with_status(Status.LEFT, Status.ASIDE)
-                placement = find_placement(run, without=gone, lost=state.to_return)
+                # The run can start without the clients that are lost or away.
+                without = state.with_status(Status.LEFT, Status.ASIDE)
+                placement = find_placement(run, without=without, lost=state.to_return)
                 notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             with failing_as(RAY, "naming its metrics endpoint"):
@@ -82,37 +102,39 @@ def drive(
             announce(announced, metrics)
             with Waiting("starting the actors"):
                 executor = RayExecutor(name, run, source.directory, placement, fingerprint)
-            with shown, closing(executor):
+            with observers, closing(executor):
                 headlines = _headlines(run, source, directory, dashboard, metrics)
-                shown.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
+                observers.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
                 clock_of = Scheduler(run, source.directory).clock
-                coordinator = Coordinator(run, executor, directory, inputs, shown, clock_of)
-                course.coordinator = coordinator
-                coordinator.loaded(own)
+                coordinator = Coordinator(run, executor, directory, inputs, observers, clock_of)
+                progress.coordinator, context = coordinator, coordinator.context
+                for text in own:
+                    context.events.write("code", text)
                 if changes:
                     run.save(directory.config)
-                    coordinator.changed(changes)
+                for text in changes:
+                    context.note("changed", text)
                 if begun_before:
-                    coordinator.begins_again()
-                with _stop_on_signal(coordinator, shown):
+                    context.note("resumed", "there is no checkpoint yet: the run begins again from round 0")
+                with _stop_on_signal(coordinator, observers):
                     complete = coordinator.run(checkpoint, passed_over)
                     if complete:
                         for line in export_run(directory.path, None, ExportOptions()).lines:
-                            shown.note(line)
+                            observers.note(line)
                     write_report([directory.path], directory.report)
                 if complete:
-                    coordinator.finish()
-                shown.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory, address)}"])
+                    context.events.write("finished", f"all {run.job.rounds} rounds are done")
+                observers.finished(results_lines(directory) if complete else [f"stopped; {way_on(directory, address)}"])
     return complete
 
 
 @contextmanager
 def remove_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """Leave no directory of a run that was refused, or of which nothing was begun: its name is free again."""
+    """Remove the directory of a run that was refused or has not begun, so that its name is free again."""
     try:
         yield
     except Exception as error:
-        # Input that only a client can read, or only the model itself shows to be wrong, is refused before round 0 ends.
+        # Before round 0 ends, input may be refused that only a client can read or only the model shows to be wrong.
         refused = isinstance(error, InputError) and not directory.has_checkpoints
         if refused or not directory.events.exists():
             shutil.rmtree(directory.path)
@@ -120,55 +142,59 @@ def remove_if_refused(directory: RunDirectory) -> Iterator[None]:
 
 
 @dataclass
-class _Course:
-    """What is under way, for who has to say where it ended.
+class _Progress:
+    """Progress of a session, for the report of a failure.
 
     Attributes:
-        coordinator: drives the run, as soon as there is one.
+        coordinator: drives the run; ``None`` before there is one.
     """
 
     coordinator: Coordinator | None = None
 
 
 @contextmanager
-def report_failures(directory: RunDirectory, address: str | None = None) -> Iterator[_Course]:
-    """Turn what ends a run into one line that says where, why and how to go on, on the terminal and in the log.
+def report_failures(directory: RunDirectory, address: str | None = None) -> Iterator[_Progress]:
+    """Turn a failure into one line that says where, why and how to continue, on the terminal and in the log.
 
-    The traceback of what nothing foresaw is kept in the run's directory. Of a run of which nothing was begun nothing is
-    said in its log, since it has none, nor of input that was refused before anything of this process was.
+    The traceback of an unexpected error is kept in the run's directory. The log has no line of a run that has not
+    begun, nor of input that was refused before the coordinator was made.
+
+    Raises:
+        InputError: input was refused.
+        RunError: the run failed.
+        KeyboardInterrupt: it was interrupted; with the way to continue.
     """
-    course = _Course()
+    progress = _Progress()
     try:
-        yield course
+        yield progress
     except KeyboardInterrupt:
         raise KeyboardInterrupt(way_on(directory, address)) from None
     except InputError as error:
-        if course.coordinator is not None:
-            _log_failure(directory, course, str(error))
+        if progress.coordinator is not None:
+            _log_failure(directory, progress, str(error))
         raise
     except Exception as error:
         if not directory.events.exists():
             raise
-        what = _describe(error, course, directory)
-        _log_failure(directory, course, what)
-        if isinstance(error, ActorFailure) and error.kind == "diverged" and course.coordinator is not None:
-            raise RunError(f"{what}; {_way_on_with_smaller_steps(directory, address, course.coordinator)}") from error
+        what = _describe(error, progress, directory)
+        _log_failure(directory, progress, what)
+        if isinstance(error, ActorFailure) and error.kind == "diverged" and progress.coordinator is not None:
+            raise RunError(f"{what}; {_way_on_with_smaller_steps(directory, address, progress.coordinator)}") from error
         raise RunError(f"{what}; {way_on(directory, address)}") from error
 
 
-def _describe(error: Exception, course: _Course, directory: RunDirectory) -> str:
-    """What ended a run, in one line."""
-    if course.coordinator is None:
+def _describe(error: Exception, progress: _Progress, directory: RunDirectory) -> str:
+    """Cause of a run's end, in one line."""
+    if progress.coordinator is None:
         return str(error if isinstance(error, HsplitError) else unexpected(error, directory.path))
-    round_ = course.coordinator.round
+    round_ = progress.coordinator.round
     if isinstance(error, ActorFailure) and error.kind == "diverged":
-        lr = course.coordinator.context.job.lr
+        lr = progress.coordinator.context.job.lr
         return f"training diverged in round {round_}: {error.reason}; job.lr = {lr:g} is too large"
     if isinstance(error, ActorFailure):
-        told = f"{error.actor} failed in {asked_for(error)} in round {round_}: {error.reason}"
-        # Else a run that has begun could only fail again of it.
-        waited = f" (waited for: job.faults.patience_s = {course.coordinator.context.job.faults.patience_s:g}, which"
-        return told + (f"{waited} `hsplit resume` changes with --set)" if error.kind == "late" else "")
+        text = f"{error.actor} failed in {method_words(error)} in round {round_}: {error.reason}"
+        waited = f" (waited for: job.faults.patience_s = {progress.coordinator.context.job.faults.patience_s:g}, which"
+        return text + (f"{waited} `hsplit resume` changes with --set)" if error.kind == "late" else "")
     if isinstance(error, HsplitError):
         return f"round {round_}: {error}"
     if isinstance(error, ConnectionError):
@@ -193,11 +219,11 @@ def _way_on_with_smaller_steps(directory: RunDirectory, address: str | None, coo
     return way
 
 
-def _log_failure(directory: RunDirectory, course: _Course, what: str) -> None:
+def _log_failure(directory: RunDirectory, progress: _Progress, what: str) -> None:
     # The log's own disk may be the full one.
     with suppress(OSError):
-        if course.coordinator is not None:
-            course.coordinator.fail(what)
+        if progress.coordinator is not None:
+            progress.coordinator.context.events.write("failed", what, round=progress.coordinator.round)
         else:
             with EventLog(directory.events) as events:
                 events.write("failed", what)
@@ -205,7 +231,7 @@ def _log_failure(directory: RunDirectory, course: _Course, what: str) -> None:
 
 @contextmanager
 def _stop_on_signal(coordinator: Coordinator, display: Observer) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks for an end after the current step; a second SIGINT ends at once."""
+    """Stop after the current step on the first SIGINT or SIGTERM, at once on a second SIGINT."""
 
     def stop(number: int, frame: Any) -> None:
         if coordinator.stopping:
@@ -236,7 +262,7 @@ def _headlines(
         f"run      {directory.path}",
     ]
     if dashboard:
-        # Ray has set it by now, where nobody else had.
+        # Ray has set it by now, unless it was set before.
         token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
         kept = os.environ.get("RAY_AUTH_TOKEN_PATH")
         where = f"the token in {kept}" if kept else "the output of: ray get-auth-token"

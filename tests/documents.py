@@ -49,8 +49,8 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in _COMMAND.findall(text.replace("\\\n", " "))]
 
 
-def told(page: Path) -> list[list[str]]:
-    """The words of every ``hsplit`` command that ``page`` tells its reader, in fenced and in indented blocks."""
+def commands_in(page: Path) -> list[list[str]]:
+    """The words of every ``hsplit`` command that ``page`` shows, in fenced and in indented blocks."""
     text = page.read_text()
     shell = [block.text for block in blocks(page, "bash")]
     return [words for block in (*shell, *_INDENTED.findall(_BLOCK.sub("", text))) for words in commands(block)]

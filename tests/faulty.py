@@ -35,7 +35,7 @@ class _Late(Ready[Any]):
 
     def seen(self, until: float | None) -> Any:
         if until is None or self.looked:
-            return self.settled
+            return self.outcome
         self.looked = True
         return ActorFailure(self.actor, self.method, "it has not answered in time", "late")
 
@@ -64,7 +64,7 @@ class FaultyInProcess(InProcess):
     ) -> list[Ref[Any]]:
         self._hanging = False
         refs = super().begin(actor, method, arguments, returns)
-        return [_Late(actor, ref.method, ref.settled) for ref in refs] if self._hanging else refs  # type: ignore[attr-defined]
+        return [_Late(actor, ref.method, ref.outcome) for ref in refs] if self._hanging else refs  # type: ignore[attr-defined]
 
     def perform(self, actor: str, method: str, *arguments: Any) -> Any:
         self.calls[actor, method] += 1
@@ -92,8 +92,8 @@ class FaultyInProcess(InProcess):
             return ActorFailure(actor, method, "the test says so", fault.kind)  # type: ignore[arg-type]
         return super().perform(actor, method, *arguments)
 
-    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
-        return [ref.seen(until) if isinstance(ref, _Late) else ref.settled for ref in refs]  # type: ignore[attr-defined]
+    def wait(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [ref.seen(until) if isinstance(ref, _Late) else ref.outcome for ref in refs]  # type: ignore[attr-defined]
 
     def lost(self) -> list[ActorFailure]:
         return [ActorFailure(name, "the round", "its process ended", "died") for name in sorted(self.dead)]

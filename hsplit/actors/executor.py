@@ -208,24 +208,24 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
-        """Wait for the values of ``refs``; a failed call has its :class:`HsplitError` as its value.
+    def wait(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        """Wait for the values of ``refs``; a call that failed gives its :class:`HsplitError` as its value.
 
         Args:
             refs: of calls.
-            until: deadline by ``time.monotonic``; calls without a value by then give a failure of kind ``late``, and
-                may be settled again later. ``None``: wait for all.
+            until: by ``time.monotonic``: a call without a value by then gives a failure of kind ``late``, and may be
+                waited for once more later; ``None``: wait for all.
         """
 
     def get(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R]:
-        """Wait for the values of ``refs``, as :meth:`settle`.
+        """Wait for the values of ``refs``, as :meth:`wait`.
 
         Raises:
             InputError: an actor rejected its input.
             ActorFailure: an actor failed, died or is late.
         """
         values: list[R] = []
-        for value in self.settle(refs, until):
+        for value in self.wait(refs, until):
             if isinstance(value, HsplitError):
                 raise value
             values.append(value)
@@ -274,7 +274,7 @@ class Ready(Ref[Value_co]):
 
     def __init__(self, actor: str, method: str, value: Value_co | HsplitError) -> None:
         super().__init__(actor, method)
-        self.settled = value
+        self.outcome = value
 
 
 class InProcess(Executor):
@@ -293,7 +293,7 @@ class InProcess(Executor):
         self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
     ) -> list[Ref[Any]]:
         name = method.__name__
-        value = self.perform(actor, name, *(_settled(argument) for argument in arguments))
+        value = self.perform(actor, name, *(_outcome(argument) for argument in arguments))
         if returns is None:
             return [Ready(actor, name, value)]
         values = [value] * returns if isinstance(value, HsplitError) else list(value)
@@ -314,8 +314,8 @@ class InProcess(Executor):
         except Exception as error:
             return failure_of(actor, method, error)
 
-    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
-        return [_settled(ref) for ref in refs]
+    def wait(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [_outcome(ref) for ref in refs]
 
     def lost(self) -> list[ActorFailure]:
         return []
@@ -338,8 +338,8 @@ class InProcess(Executor):
         self.actors.clear()
 
 
-def _settled(argument: Any) -> Any:
-    return argument.settled if isinstance(argument, Ready) else argument
+def _outcome(argument: Any) -> Any:
+    return argument.outcome if isinstance(argument, Ready) else argument
 
 
 def refusal(client: str, method: str, reason: str) -> ActorFailure:

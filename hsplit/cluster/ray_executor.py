@@ -239,10 +239,10 @@ class RayExecutor(Executor):
         rest = shell.rest.options(tensor_transport=self._transport)
         return [report, *(rest.remote(ticket, index) for index in range(returns - 1))]
 
-    def settle(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
-        return [self._settled(ref, until) for ref in refs]
+    def wait(self, refs: Sequence[Ref[R]], until: float | None = None) -> list[R | HsplitError]:
+        return [self._outcome(ref, until) for ref in refs]
 
-    def _settled(self, ref: Ref[R], until: float | None) -> R | HsplitError:
+    def _outcome(self, ref: Ref[R], until: float | None) -> R | HsplitError:
         assert isinstance(ref, _RayRef)
         try:
             value: R = ray.get(ref.ref, timeout=None if until is None else max(0.0, until - time.monotonic()))
@@ -266,7 +266,7 @@ class RayExecutor(Executor):
         ready = [_RayRef(name, "the round", actor.__ray_ready__.remote()) for name, actor in self._handles.items()]
         with failing_as(RAY, "looking for its actors"):
             ray.wait([one.ref for one in ready], num_returns=len(ready), timeout=_LOOK_S, fetch_local=False)
-        found = self.settle(ready, time.monotonic())
+        found = self.wait(ready, time.monotonic())
         return [value for value in found if isinstance(value, ActorFailure) and value.kind != "late"]
 
     def away(self) -> list[str]:
@@ -298,6 +298,7 @@ class RayExecutor(Executor):
     def end(self, actor: str) -> None:
         self._kill(actor)
         self._handles.pop(actor, None)
+        self._away.discard(actor)
 
     def _kill(self, actor: str) -> None:
         if actor in self._handles:

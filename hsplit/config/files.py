@@ -110,11 +110,11 @@ def _check_keys(node: yaml.MappingNode) -> None:
         lines[key.value] = key.start_mark.line + 1
 
 
-def parse_yaml(text: str, place: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """The value that ``text`` denotes.
 
     Raises:
-        InputError: ``text`` is no valid YAML; the line is ``place:LINE: what is wrong``.
+        InputError: ``text`` is no valid YAML; the line is ``where:LINE: what is wrong``.
     """
     try:
         loader = _Loader(text)
@@ -125,22 +125,22 @@ def parse_yaml(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise _not_yaml(f"{place}{line}", error.problem or error.context) from None
+        raise _not_yaml(f"{where}{line}", error.problem or error.context) from None
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
-        raise _not_yaml(f"{place}:{number}", f"character {_character(error)} is not allowed") from None
+        raise _not_yaml(f"{where}:{number}", f"character {_character(error)} is not allowed") from None
     except RecursionError:
-        raise _not_yaml(place, "it is nested too deeply") from None
+        raise _not_yaml(where, "it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", no code point
-        raise _not_yaml(place, str(error)) from None
+        raise _not_yaml(where, str(error)) from None
 
 
 def _character(error: yaml.reader.ReaderError) -> str:
     return shown(chr(error.character) if isinstance(error.character, int) else error.character)
 
 
-def _not_yaml(place: str, problem: str | None) -> InputError:
-    return InputError(f"{place}: not valid YAML: {' '.join((problem or 'it cannot be parsed').split())}")
+def _not_yaml(where: str, problem: str | None) -> InputError:
+    return InputError(f"{where}: not valid YAML: {' '.join((problem or 'it cannot be parsed').split())}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -149,24 +149,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it is not UTF-8, not YAML, empty, or no mapping at its top.
     """
-    place = displayed(path)
+    where = displayed(path)
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise InputError(f"{place}: is larger than {MAX_BYTES // 10**6} MB, so it is no file of hsplit's")
+            raise InputError(f"{where}: is larger than {MAX_BYTES // 10**6} MB, so it is no file of hsplit's")
         text = raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{place}: there is no such file") from None
+        raise InputError(f"{where}: there is no such file") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: must be UTF-8 text (byte {error.start} is not)") from None
+        raise InputError(f"{where}: must be UTF-8 text (byte {error.start} is not)") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{place}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    value = parse_yaml(text, place)
+        raise InputError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    value = parse_yaml(text, where)
     if value is None:
-        raise InputError(f"{place}: is empty; it must hold a mapping of keys")
+        raise InputError(f"{where}: is empty; it must hold a mapping of keys")
     if not isinstance(value, dict):
-        raise InputError(f"{place}: must hold a mapping of keys at its top (got {shown(value)})")
+        raise InputError(f"{where}: must hold a mapping of keys at its top (got {shown(value)})")
     return value
 
 
@@ -190,7 +190,7 @@ def json_value(text: str | bytes) -> Any:
     raise ValueError(reason)
 
 
-def from_json(text: str | bytes, type_: type[Value], place: str) -> Value:
+def from_json(text: str | bytes, type_: type[Value], where: str) -> Value:
     """The value of a type that ``text`` denotes, such as a dataclass or ``dict[str, int]``.
 
     Nothing is converted, a number in quotes is none; of a dataclass, if its ``__pydantic_config__`` is ``STRICT`` or
@@ -203,17 +203,17 @@ def from_json(text: str | bytes, type_: type[Value], place: str) -> Value:
         value: Value = _validator(type_).validate_json(text)  # type: ignore[arg-type]  # types are hashable
         return value
     except ValidationError as error:
-        found = first_of(place, refusals(error))
+        found = first_of(where, refusals(error))
     try:
         json_value(text)
     except ValueError as error:
-        raise InputError(f"{place}: not valid JSON: {error}") from None
+        raise InputError(f"{where}: not valid JSON: {error}") from None
     raise found
 
 
-def from_plain(data: Any, type_: type[Value], place: str) -> Value:
+def from_plain(data: Any, type_: type[Value], where: str) -> Value:
     """The value of a type that ``data`` denotes, which is part of a JSON document; see :func:`from_json`."""
-    return from_json(json.dumps(data), type_, place)
+    return from_json(json.dumps(data), type_, where)
 
 
 @cache

@@ -15,7 +15,7 @@ from hsplit.errors import InputError
 
 SECTIONS = ("server", "clients", "job", "policy")
 
-# sections that hold one key only: setting another one there takes the first one's place
+# Sections that hold one key only: another key replaces the first one.
 _ONE_KEY_SECTIONS = frozenset({"partition", *BUDGET_FIELDS})
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -29,7 +29,7 @@ class Override:
     value: Any
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """What an error names instead of a file."""
         return f"--set {self.key if self.key.isprintable() else shown(self.key)}"
 
@@ -41,14 +41,14 @@ class Override:
         """
         head, *rest = parts = self.key.split(".")
         if not all(parts):
-            raise InputError(f"{self.place}: must be keys joined by single dots, such as job.rounds")
+            raise InputError(f"{self.where}: must be keys joined by single dots, such as job.rounds")
         if head == "clients" and rest:
             return self._client_path(".".join(rest), document.get("clients"))
         if head in SECTIONS:
             return tuple(parts)
         if head in Job.model_fields:
             return ("job", *parts)
-        raise InputError(f"{self.place}: unknown key ({self._instead(head)})")
+        raise InputError(f"{self.where}: unknown key ({self._instead(head)})")
 
     def applied_to(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """``document`` with the key set; ``document`` itself stays as it is."""
@@ -63,7 +63,7 @@ class Override:
         if not fitting:
             known = [name for name in names if isinstance(name, str)]
             hint = allowed_instead(key.split(".")[0], known)
-            raise InputError(f"{self.place}: must be clients.NAME.KEY with the name of a group ({hint})")
+            raise InputError(f"{self.where}: must be clients.NAME.KEY with the name of a group ({hint})")
         name = max(fitting, key=len)
         return ("clients", names.index(name), *key[len(name) + 1 :].split("."))
 
@@ -91,7 +91,7 @@ def parse_overrides(given: Overrides) -> list[Override]:
         if not equals:
             raise InputError(f"--set {shown(text)}: must be KEY=VALUE, such as job.rounds=3")
         override = Override(key.strip(), None)
-        overrides.append(Override(override.key, parse_yaml(value, override.place)))
+        overrides.append(Override(override.key, parse_yaml(value, override.where)))
     return overrides
 
 
@@ -102,7 +102,7 @@ def below(path: KeyPath, refused: Refusal) -> Refusal:
 
 
 def _replaced(tree: Any, path: KeyPath, value: Any) -> Any:
-    """``tree`` with ``value`` at ``path``; a scalar in the way gives place to a mapping."""
+    """``tree`` with ``value`` at ``path``; a scalar on the way is replaced by a mapping."""
     if not path:
         return value
     head, rest = path[0], path[1:]

@@ -200,14 +200,14 @@ class RunConfig(Section):
             if path[0] != "job" or not (path[1:-1] == ("faults",) or (len(path) == 2 and path[1] in STEP_KEYS)):
                 keys = ", ".join(f"job.{key}" for key in (*STEP_KEYS, "faults.*"))
                 raise InputError(
-                    f"{step.place}: a run that has begun keeps it; {keys} can be changed. For anything else launch a"
+                    f"{step.where}: a run that has begun keeps it; {keys} can be changed. For anything else launch a"
                     " run of another name"
                 )
             try:
                 new = type(self).model_validate(step.applied_to(document))
             except ValidationError as error:
                 found = refusals(error)
-                raise input_error(step.place, below(path, found[0]), len(found) - 1) from None
+                raise input_error(step.where, below(path, found[0]), len(found) - 1) from None
             before, after = (_value(config.job, path[1:]) for config in (changed, new))
             if before != after:
                 told.append(f"{'.'.join(map(str, path))} is now {shown(after)} (was {shown(before)})")
@@ -252,10 +252,10 @@ class _Declared(Section):
         _check_late(self.job, self.clients)
         return self
 
-    def check_size(self, most: int, place: str) -> None:
+    def check_size(self, most: int, where: str) -> None:
         """Refuse more than ``most`` clients before they are counted out."""
         if (total := sum(group.count for group in self.clients)) > most:
-            raise InputError(f"{place}: clients: must be at most {most} clients in all (got {total})")
+            raise InputError(f"{where}: clients: must be at most {most} clients in all (got {total})")
 
     def resolved(self, *, cpu: bool) -> RunConfig:
         clients = tuple(client for group in self.clients for client in group.expanded(self.job.seed))
@@ -300,8 +300,8 @@ def load_run_config(
     policy_path = find_preset("policies", DEFAULT_POLICY if policy is None else policy)
     document = read_yaml(cluster_path)
     if "policy" in document:
-        place = displayed(cluster_path)
-        raise InputError(f"{place}: policy: unknown key (a policy is a file of its own, given with --policy)")
+        where = displayed(cluster_path)
+        raise InputError(f"{where}: policy: unknown key (a policy is a file of its own, given with --policy)")
     if client_defaults and isinstance(document.get("clients"), list):
         groups = [{**client_defaults, **g} if isinstance(g, Mapping) else g for g in document["clients"]]
         document = {**document, "clients": groups}
@@ -319,8 +319,8 @@ def load_run_config(
     if blamed:
         raise _override_error(steps[blamed - 1], documents[blamed - 1], refused, len(found) - 1)
     in_policy = refused.at[:1] == ("policy",)
-    place = displayed(policy_path if in_policy else cluster_path)
-    raise input_error(place, below(("policy",), refused), len(found) - 1)
+    where = displayed(policy_path if in_policy else cluster_path)
+    raise input_error(where, below(("policy",), refused), len(found) - 1)
 
 
 def _blamed(refused: Refusal, documents: list[dict[str, Any]], cpu: bool) -> int:
@@ -336,4 +336,4 @@ def _blamed(refused: Refusal, documents: list[dict[str, Any]], cpu: bool) -> int
 
 
 def _override_error(step: Override, before: dict[str, Any], refused: Refusal, more: int) -> InputError:
-    return input_error(step.place, below(step.path(before), refused), more)
+    return input_error(step.where, below(step.path(before), refused), more)

@@ -85,16 +85,16 @@ def written(path: KeyPath) -> str:
     return text
 
 
-def input_error(place: str, refused: Refusal, more: int = 0) -> InputError:
-    """The one line for ``refused``, found in ``place`` (a file or an option) with ``more`` others."""
+def input_error(where: str, refused: Refusal, more: int = 0) -> InputError:
+    """The one line for ``refused``, found in ``where`` (a file or an option) with ``more`` others."""
     key = f"{written(refused.at)}: " if refused.at else ""
     rest = f" (and {more} more)" if more else ""
-    return InputError(f"{place}: {key}{' '.join(refused.reason.split())}{rest}")
+    return InputError(f"{where}: {key}{' '.join(refused.reason.split())}{rest}")
 
 
-def first_of(place: str, found: Sequence[Refusal]) -> InputError:
-    """The error for everything ``found`` in one place."""
-    return input_error(place, found[0], len(found) - 1)
+def first_of(where: str, found: Sequence[Refusal]) -> InputError:
+    """The error for all refusals ``found`` in ``where``."""
+    return input_error(where, found[0], len(found) - 1)
 
 
 REFUSED = "refused"

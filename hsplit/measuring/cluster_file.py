@@ -78,7 +78,7 @@ def load_unmeasured(cluster: str | Path, overrides: Overrides = (), *, cpu: bool
     """
     for override in parse_overrides(overrides):
         if override.key.partition(".")[0] == "policy":
-            raise InputError(f"{override.place}: a cluster file has no policy: budgets are measured for any")
+            raise InputError(f"{override.where}: a cluster file has no policy: budgets are measured for any")
     return load_run_config(cluster, None, overrides, cpu=cpu, client_defaults=_UNMEASURED)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints: a complete state of a run in one directory, and the way back to the last one.
+"""Checkpoints: a complete state of a run in one directory, and going back to the last one.
 
-A checkpoint is written beside its final place, renamed, and checked when it is read. While there is none, the way back
-leads to the run's start.
+A checkpoint is written under another name, renamed, and checked when it is read. While there is none, going back leads
+to the run's start.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def checkpoint_name(state: RunState, local_steps: int) -> str:
 def save_checkpoint(
     folder: Path, name: str, state: RunState, tensors: Mapping[str, Mapping[str, Tensor]], keep: int
 ) -> Path:
-    """Write ``folder/name`` with ``state.json``, one safetensors file a holder, and a checksum of each.
+    """Write ``folder/name`` with ``state.json``, one safetensors file per holder, and a checksum of each file.
 
     The directory appears whole or not at all; afterwards only the newest ``keep`` checkpoints stay.
 
     Raises:
-        OSError: it cannot be written; the checkpoints that were there are as they were.
+        OSError: it cannot be written; earlier checkpoints are unchanged.
     """
     target = folder / name
     with directory_written_atomically(target) as partial:
@@ -87,7 +87,7 @@ def read_checkpoint(path: Path) -> tuple[RunState, dict[str, dict[str, Tensor]]]
     """The run's state and each holder's tensors, by holder name.
 
     Raises:
-        InputError: a file is none that :func:`save_checkpoint` writes.
+        InputError: a file is not one that :func:`save_checkpoint` writes.
     """
     return read_state(path), {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
 
@@ -96,15 +96,15 @@ def read_state(path: Path) -> RunState:
     """The run's state alone.
 
     Raises:
-        InputError: ``state.json`` is none that :func:`save_checkpoint` writes, or of another version.
+        InputError: ``state.json`` is not one that :func:`save_checkpoint` writes, or of another version.
     """
     file = path / STATE
-    # Checksums tell damage; who wrote a checkpoint that came from elsewhere they do not tell.
+    # Checksums show damage, but not that the checkpoint was written by this program.
     return RunState.from_json(read_bytes(file), displayed(file))
 
 
 def holder_state(path: Path, holder: str) -> dict[str, Tensor] | None:
-    """One holder's tensors, or ``None`` where the checkpoint has none of it, or a damaged file."""
+    """One holder's tensors; ``None`` if the checkpoint has none of it, or a damaged file."""
     file = path / f"{holder}.safetensors"
     if not file.is_file() or _sums(path).get(file.name) != sha256_of(file):
         return None
@@ -127,7 +127,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """True if a checkpoint was written to its end."""
     return (path / MANIFEST).is_file()
 
 
@@ -136,7 +136,7 @@ def _damage(path: Path) -> str | None:
         sums = _sums(path)
     except InputError:
         return f"{MANIFEST} is not readable"
-    # What the list leaves out would be read unchecked.
+    # A file that the manifest omits would be read unchecked.
     for name in sorted({STATE, *sums, *(file.name for file in path.glob("*.safetensors"))}):
         if "/" in name or not (path / name).is_file():
             return f"{name} is missing"
@@ -151,7 +151,7 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 class SavePoint:
-    """Makes checkpoints, and brings everybody back to where the last one was made.
+    """Makes checkpoints, and brings all actors back to the last one.
 
     Args:
         context: of the run.
@@ -159,7 +159,7 @@ class SavePoint:
 
     Attributes:
         path: the last checkpoint; ``None``: there is none yet.
-        membership: takes note of the clients without a place.
+        membership: of the run.
     """
 
     def __init__(self, context: RunContext, records: Records) -> None:
@@ -167,20 +167,18 @@ class SavePoint:
         self.membership = Membership(context, self.kept)
         self.path: Path | None = None
         self._plan: Plan | None = None
-        # Clients without a place to be begun, or to be begun again when a round is repeated.
-        self._without_place = context.executor.away()
-        # Clients without data yet, when a round is repeated; None: this process has just begun.
+        # Clients restarted since the last checkpoint, without data yet; None: this process has just begun.
         self._fresh: set[str] | None = None
 
     @property
     def name(self) -> str:
-        """What a round is repeated from, in words."""
+        """The state that a round is repeated from, in words."""
         return "from the start" if self.path is None else f"from checkpoint {self.path.name}"
 
     # -- making one -------------------------------------------------------------------------------------------------
 
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of everybody, as a checkpoint keeps them; of clients that are lost, as it kept them last.
+        """Tensors of all holders for a checkpoint; for clients that are lost or away, those of the last checkpoint.
 
         Raises:
             ActorFailure: an actor failed.
@@ -197,13 +195,13 @@ class SavePoint:
         return states
 
     def make(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write a checkpoint of where the run stands.
+        """Write a checkpoint of the run's present state.
 
         Args:
             states: what :meth:`states` returned.
 
         Raises:
-            ActorFailure: a tensor has entries that are no numbers, which no checkpoint may have.
+            ActorFailure: a tensor has entries that are NaN or infinite, which no checkpoint may have.
             OSError: it cannot be written; the last checkpoint is complete.
         """
         context, state = self._context, self._context.state
@@ -217,13 +215,13 @@ class SavePoint:
         folder, keep = context.directory.checkpoints, context.job.keep_checkpoints
         self.path = save_checkpoint(folder, name, state, states, keep)
         self._fresh, self._plan = set(), context.plan
-        for gone in state.with_status(Status.LEFT):
-            # No round can be repeated any more that it had a part in.
-            context.executor.end(gone)
+        for client in state.with_status(Status.LEFT):
+            # No round that it took part in can be repeated any more.
+            context.executor.end(client)
         context.events.write("checkpoint", f"checkpoint {name} written")
 
     def kept(self, client: str) -> dict[str, Tensor] | None:
-        """A client's tensors by the last checkpoint, where they are of the part that it has now."""
+        """A client's tensors in the last checkpoint; ``None`` if they are not of the part that it has now."""
         saved, now = self._plan, self._context.plan.client(client)
         then = [] if saved is None else [(c.split, c.ranks) for c in saved.clients if c.name == client]
         same = then == [(now.split, now.ranks)]
@@ -232,40 +230,38 @@ class SavePoint:
     # -- going back to it -------------------------------------------------------------------------------------------
 
     def go_back(self) -> None:
-        """Bring everybody to where the last checkpoint was made.
+        """Bring all actors back to the last checkpoint.
 
         Raises:
-            InputError: it is none of this run, its model or its data.
+            InputError: it is not of this run, its model or its data.
             ActorFailure: an actor failed.
         """
         if self._fresh is None:
             self._resume()
-        else:
-            self._repeat(self._fresh)
+            return
+        self.path, passed_over = latest_checkpoint(self._context.directory.checkpoints)
+        self.report_damage(passed_over)
+        self._restore(*read_checkpoint(self.path), self._fresh)
 
     def go_back_to_the_start(self) -> None:
-        """Nothing is done: no plan, no layers, no data."""
+        """Bring the run back to its start: no plan, no layers, no data."""
         self._context.go_back_to(self._context.new_state())
         self._records.clear()
         self._mark_away()
 
     def mark_fresh(self, client: str) -> None:
-        """Take note that a client was begun again and has no data, for the next time that a round is repeated."""
+        """Record that a client was restarted, so that it reads its data when the round is repeated."""
         if self._fresh is not None:
             self._fresh.add(client)
 
-    def mark_without_place(self, clients: list[str]) -> None:
-        """Take note of all the clients that could not be begun again, for the same."""
-        self._without_place = clients
-
     def _mark_away(self) -> None:
-        """Have the clients without a place return when they have one; those lost are looked at when they return."""
-        for name in self._without_place:
+        """Set the active clients without a node to ``AWAY``; lost ones may have a node when they return."""
+        for name in self._context.executor.away():
             if self._context.state.status(name) is Status.ACTIVE:
                 self.membership.mark_away(name)
 
     def _resume(self) -> None:
-        """From a checkpoint, with actors that know nothing."""
+        """Go back to a checkpoint of an earlier process, with fresh actors."""
         assert self.path is not None
         context = self._context
         state, tensors = read_checkpoint(self.path)
@@ -281,25 +277,19 @@ class SavePoint:
                     " started: put that back, or launch a run of another name"
                 )
         for name in state.with_status(Status.AWAY):
-            # There may be a place by now.
+            # A node may have room by now.
             state.member(name).status = Status.LOST
         self._records.count_wall_time_from(state.wall_time_s)
         self._restore(state, tensors, None)
         context.note("resumed", f"resumed from {self.path.name}")
 
     def _incomplete(self, lacks: str) -> InputError:
-        """Make the refusal of the last checkpoint, which has ``lacks``."""
+        """Refusal of the last checkpoint, which has ``lacks``."""
         where = displayed(str(self.path))
         return InputError(f"{where}: has {lacks} to resume with; remove it, and the one before is resumed from")
 
-    def _repeat(self, fresh: Collection[str]) -> None:
-        """With the actors that are there; those in ``fresh`` know nothing."""
-        self.path, passed_over = latest_checkpoint(self._context.directory.checkpoints)
-        self.report_damage(passed_over)
-        self._restore(*read_checkpoint(self.path), fresh)
-
     def report_damage(self, passed_over: Collection[str]) -> None:
-        """Say which checkpoints are newer than the one that is gone back to, and why they are not.
+        """Report the newer checkpoints that were passed over.
 
         Args:
             passed_over: a sentence about each.
@@ -310,16 +300,16 @@ class SavePoint:
     def _restore(
         self, state: RunState, tensors: Mapping[str, dict[str, Tensor]], fresh: Collection[str] | None
     ) -> None:
-        """Put everybody where ``state`` and ``tensors`` are; ``fresh`` have no data yet (``None``: no client has)."""
+        """Bring all actors to ``state`` and ``tensors``; clients in ``fresh`` have no data yet (``None``: all)."""
         context, executor = self._context, self._context.executor
         context.go_back_to(state)
         self._records.restore()
         if fresh is None:
-            self._begin_as_in(state)
+            self._apply_joins_and_leaves(state)
         self._mark_away()
         context.adopt(context.plan)
-        named = [part.name for part in context.plan.clients if state.status(part.name) is Status.ACTIVE]
-        reading = [name for name in named if fresh is None or name in fresh]
+        active = [part.name for part in context.plan.clients if state.status(part.name) is Status.ACTIVE]
+        reading = [name for name in active if fresh is None or name in fresh]
         context.data.finish(context.data.begin(context.named(reading)), context.unavailable)
         context.configure()
         holders = [*context.clients, *context.servers[1:]]
@@ -327,21 +317,21 @@ class SavePoint:
             if name not in tensors:
                 raise self._incomplete(f"nothing of {name}")
         _, updates = executor.call_each(SERVER, Server.load_state, tensors[SERVER], holders)
-        following = zip(holders, updates, strict=True)
         executor.get(
-            [executor.call(name, HolderActor.resume_state, tensors[name], update) for name, update in following]
+            [
+                executor.call(name, HolderActor.resume_state, tensors[name], update)
+                for name, update in zip(holders, updates, strict=True)
+            ]
         )
-        self._fresh, self._without_place, self._plan = set(), [], context.plan
+        self._fresh, self._plan = set(), context.plan
 
-    def _begin_as_in(self, state: RunState) -> None:
-        """Begin the clients that had joined by then beside those of the cluster file, and end those that had left."""
+    def _apply_joins_and_leaves(self, state: RunState) -> None:
+        """Start the clients that had joined by ``state``, and end those that had left."""
         executor = self._context.executor
-        # First, so that there is room for those who came.
+        # Ended first, so that there is room for the others.
         for name in state.with_status(Status.LEFT):
             executor.end(name)
         for client in state.joined:
             executor.add(client)
-            if state.status(client.name) in (Status.LEFT, Status.ASIDE):
-                continue
-            if not executor.restart(client.name):
-                self._without_place.append(client.name)
+            if state.status(client.name) not in (Status.LEFT, Status.ASIDE):
+                executor.restart(client.name)

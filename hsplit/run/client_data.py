@@ -1,4 +1,4 @@
-"""The clients' data: who is asked to read it, how much each has found, and what is lost with those without a part."""
+"""Data of the clients: reading it, its sizes, and the part of it that is not trained on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from hsplit.planning.plan import Plan
 
 
 class ClientData:
-    """Has clients read their data, and keeps count of it.
+    """Has clients read their data, and keeps its sizes.
 
     Args:
         executor: reaches the clients.
         shares: each client's part of the shared data, ``None`` for a client with its own.
         job: the run's.
         events: the run's log.
-        note: tells of an event to log and user: kind, text, fields.
+        note: writes an event to the log and shows it to the user: kind, text, fields.
 
     Attributes:
-        validation_batches: by client how many it has held out.
+        validation_batches: number of held-out batches by client.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class ClientData:
         self._executor, self._shares, self._job = executor, shares, job
         self._events, self._note = events, note
         self._examples: dict[str, int] = {}
-        # By client the tokens that it can train and validate on.
+        # Supervised tokens for training and validation, by client.
         self._supervised: dict[str, tuple[int, int]] = {}
         self._sources: dict[str, str] = {}
         self.validation_batches: dict[str, int] = {}
 
     def begin(self, clients: Sequence[ClientConfig]) -> dict[str, Ref[DataReport]]:
-        """Ask ``clients`` to read their data; returns the calls by client."""
+        """Have ``clients`` begin to read their data; returns the calls by client."""
         every: Mapping[str, list[Example] | None] = self._shares
         calls = {}
         for client in clients:
-            # A single node has everybody's data.
+            # A single node has all clients' data.
             own = client.data
             self._sources[client.name] = f"job.data.source {self._job.data.source}" if own is None else f"data {own}"
             shares = every if client.name == CENTRAL else {client.name: every.get(client.name)}
@@ -60,14 +60,14 @@ class ClientData:
         return calls
 
     def finish(self, calls: Mapping[str, Ref[DataReport]], unavailable: Collection[str]) -> None:
-        """Wait for what :meth:`begin` returned, and say what was found.
+        """Wait for the calls of :meth:`begin`, and report the sizes.
 
         Args:
             calls: by client.
-            unavailable: who has no part in the run, and so cannot fail it.
+            unavailable: the clients that the plan has no part for, whose data cannot fail the run.
 
         Raises:
-            InputError: a client that has a part cannot read its data, or no such client has a supervised token.
+            InputError: an available client cannot read its data, or none has a supervised token.
             ActorFailure: a client failed.
         """
         for name, call in calls.items():
@@ -95,7 +95,7 @@ class ClientData:
                 self._note("unsupervised", text, client=name)
 
     def _refuse_without_supervised(self, unavailable: Collection[str]) -> None:
-        """Refuse data that nobody could learn from, or whose validation would measure nothing."""
+        """Refuse data without a token to train on, or without one to validate on."""
         known = {name: tokens for name, tokens in self._supervised.items() if name not in unavailable}
         where = ", ".join(dict.fromkeys(self._sources[name] for name in known))
         for what, tokens in (("training", 0), ("validation", 1)):
@@ -103,19 +103,19 @@ class ClientData:
                 raise nothing_supervised(where, what, self._job.model, self._job.max_length)
 
     def count(self, report: DataReport) -> None:
-        """Take note of what a client has found."""
+        """Keep the sizes that a client has reported."""
         self._examples[report.client] = report.train + report.validation
         self._supervised[report.client] = (report.supervised, report.validation_supervised)
         self.validation_batches[report.client] = report.validation_batches
 
-    def say_what_is_lost(self, plan: Plan) -> None:
-        """Say how many clients, and how much of the data, ``plan`` has no place for, if any."""
-        lost = [client.name for client in plan.clients if not client.available]
-        if not lost:
+    def note_unavailable(self, plan: Plan) -> None:
+        """Report how many clients, and how much of the data, ``plan`` has no part for, if any."""
+        unavailable = [client.name for client in plan.clients if not client.available]
+        if not unavailable:
             return
-        examples, total = sum(self._examples.get(name, 0) for name in lost), sum(self._examples.values())
+        examples, total = sum(self._examples.get(name, 0) for name in unavailable), sum(self._examples.values())
         text = (
-            f"{len(lost)} of {len(plan.clients)} clients are unavailable, and with them {examples} of {total}"
+            f"{len(unavailable)} of {len(plan.clients)} clients are unavailable, and with them {examples} of {total}"
             f" examples ({examples / total:.1%}) are not trained on"
         )
-        self._note("data_lost", text, clients=lost, examples=examples, of_examples=total)
+        self._note("data_lost", text, clients=unavailable, examples=examples, of_examples=total)

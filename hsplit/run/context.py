@@ -1,4 +1,4 @@
-"""The context that the parts of a run share: its configuration and state, its actors, and its log and display."""
+"""Context that the parts of a run share: configuration and state, actors, log and display."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ClockOf = Callable[[Fleet, PlanningState], VirtualClock]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the driver found before anything started.
+    """Data shares and fingerprints, read before anything starts.
 
     Attributes:
         shares: each client's part of the shared data, ``None`` for a client with its own.
@@ -40,24 +40,24 @@ class Inputs:
 
 
 class RunContext:
-    """Shared by all that drives a run.
+    """Configuration, state, actors, log and display of one run.
 
     Args:
         run: resolved configuration.
         executor: reaches the actors.
         directory: the run's directory.
         inputs: data shares and fingerprints.
-        display: what the user watches.
+        display: shows the run to the user.
         clock_of: makes the virtual clock.
 
     Attributes:
-        declared: the configuration that the run was begun with.
+        declared: the configuration that the run began with.
         state: plan, progress and membership.
         round: the round under way, counted from 1, or the one just ended until the next begins.
-        data: what the clients have to train on.
-        training: how a step, a validation and a probe go.
+        data: of the clients.
+        training: steps, validation and probe.
         servers: their names; the first of them aggregates.
-        single: true if one node has everything, so that nothing travels.
+        single: true if one node holds everything, so that nothing travels.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class RunContext:
         self.servers = run.server.names
         self.single = run.policy.placement == "single"
         self._clock_of = clock_of
-        self._said_unavailable: set[str] = set()
+        self._noted_unavailable: set[str] = set()
 
-    # -- what follows from the state --------------------------------------------------------------------------------
+    # -- derived from the state -------------------------------------------------------------------------------------
 
     @property
     def run(self) -> RunConfig:
@@ -89,7 +89,11 @@ class RunContext:
 
     @property
     def plan(self) -> Plan:
-        """The plan in force; an error before the first."""
+        """The plan in force.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
         if self.state.plan is None:
             raise RuntimeError("there is no plan yet")
         return self.state.plan
@@ -115,7 +119,7 @@ class RunContext:
         return {client.name for client in self.plan.clients if not client.available}
 
     def named(self, names: Collection[str]) -> list[ClientConfig]:
-        """The participants of these names, as the run has them."""
+        """Configuration of the participants of these names."""
         return [client for client in self.run.participants if client.name in names]
 
     def cohort(self, round_: int) -> list[str]:
@@ -125,7 +129,7 @@ class RunContext:
     # -- log, display, scheduler ------------------------------------------------------------------------------------
 
     def note(self, event: str, text: str, **fields: Any) -> None:
-        """Tell log and user."""
+        """Write an event to the log and show it to the user."""
         self.events.write(event, text, **fields)
         self.display.note(text, event, **fields)
 
@@ -144,32 +148,31 @@ class RunContext:
         return RunState(model_fingerprint=self.inputs.model_fingerprint, data_sha256=self.inputs.data_sha256)
 
     def go_back_to(self, state: RunState) -> None:
-        """Take ``state`` for the run's; failures since then are not forgotten."""
+        """Replace the run's state by an earlier one; failures since then are kept."""
         state.remember(self.state)
         self.state, self.round = state, state.round
 
     def adopt(self, plan: Plan) -> None:
-        """Put ``plan`` in force and say which clients cannot take part any more."""
+        """Put ``plan`` in force, and report the clients that it newly has no part for."""
         self.state.plan = plan
         for name in self.state.with_status(Status.JOINING):
             self.state.member(name).status = Status.ACTIVE
-        self.training.adopt(plan)
         self.events.write("planned", f"plan by {plan.importance}", round=self.state.round, plan=plan.to_json())
         self.display.plan(plan)
         for client in plan.clients:
-            if not client.available and client.name not in self._said_unavailable:
+            if not client.available and client.name not in self._noted_unavailable:
                 text = (
                     f"{client.name} is unavailable: it lacks {client.lacking_bytes / 1e6:.1f} MB of memory "
                     "for the smallest part of the model"
                 )
                 self.note("unavailable", text, client=client.name, lacking_bytes=client.lacking_bytes)
-        self._said_unavailable = self.unavailable
+        self._noted_unavailable = self.unavailable
 
     def configure(self) -> None:
-        """Have everybody read the layers that the plan gives them.
+        """Have servers and clients read the layers that the plan gives them.
 
         Raises:
-            ActorFailure: an actor failed, or no client is there.
+            ActorFailure: an actor failed, or no client takes part.
         """
         if not self.clients:
             waiting = self.state.to_return
@@ -180,7 +183,7 @@ class RunContext:
         self.executor.get(calls)
 
     def fail_without_clients(self, last: str) -> NoReturn:
-        """Say by the failure of ``last`` that the run cannot go on."""
+        """End the run for want of clients, as a failure of ``last``."""
         reason = self.state.member(last).reason
         why = f" ({last} failed last: {reason})" if reason else ""
         raise ActorFailure(last, "the round", f"no client is left to train with{why}")

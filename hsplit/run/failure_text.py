@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hsplit.actors.executor import ActorFailure
 
-# What an actor was asked for, in the words of an event.
-_ASKED_FOR = {
+# Methods of actors in a user's words.
+_WORDS = {
     "load_data": "reading its data",
     "configure": "reading its layers",
     "restart": "beginning the round",
@@ -36,11 +36,11 @@ _ASKED_FOR = {
 }
 
 
-def asked_for(failure: ActorFailure) -> str:
-    """What an actor was asked for when it failed, in a user's words: ``its forward``."""
-    return _ASKED_FOR.get(failure.method, failure.method)
+def method_words(failure: ActorFailure) -> str:
+    """The method that failed, in a user's words: ``its forward``."""
+    return _WORDS.get(failure.method, failure.method)
 
 
 def describe(failure: ActorFailure) -> str:
     """A failure in a user's words: ``phone-0 failed in its forward (its process ended)``."""
-    return f"{failure.actor} failed in {asked_for(failure)} ({failure.reason})"
+    return f"{failure.actor} failed in {method_words(failure)} ({failure.reason})"

@@ -1,4 +1,4 @@
-"""A run in this process, without Ray: the same coordinator and the same actors' classes, for experiments and tests."""
+"""A run in this process, without Ray: the same coordinator and actors' classes, for experiments and tests."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def local_run(
 ) -> Coordinator:
     """A coordinator over plain objects, ready to run.
 
-    Everybody's memory is in one process, so that a measured peak is one holder's only as far as it works alone.
+    All holders' memory is in one process, so a measured peak is one holder's only while no other works.
 
     Args:
-        run: resolved configuration, with ``job.dtype`` settled.
+        run: resolved configuration, with a concrete ``job.dtype``.
         model: model directory.
         directory: the run's directory.
         inputs: data shares and fingerprints.
-        display: what to show.
-        device: where everybody computes.
-        measure: follow each holder's peak of allocated memory, which takes time.
+        display: shows the run.
+        device: of all holders.
+        measure: record each holder's peak of allocated memory, which takes time.
         scheduler: makes the plans; the run's own by default.
     """
 

@@ -1,4 +1,4 @@
-"""Requests to a run that is under way: written into its inbox, taken at a round's end, replayed when it is resumed."""
+"""Requests to a run under way: written into its inbox, taken at a round's end, replayed when the run is resumed."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class _Document(RootModel[Annotated[_Budget | _Join | _Leave, Field(discriminato
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """A client that is to take part from now on.
+    """Request that a client join.
 
     Attributes:
-        client: with concrete budgets; one that was there before comes back as it was.
-        file: name of the request's.
+        client: with concrete budgets; one that has left or was set aside has those that it had.
+        file: name of the request's file.
     """
 
     client: ClientConfig
@@ -63,11 +63,11 @@ class JoinRequest:
 
 @dataclass(frozen=True)
 class LeaveRequest:
-    """A client that is to take no part any more.
+    """Request that a client leave.
 
     Attributes:
         client: its name.
-        file: name of the request's.
+        file: name of the request's file.
     """
 
     client: str
@@ -78,7 +78,7 @@ Request = BudgetRequest | JoinRequest | LeaveRequest
 
 
 def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float]) -> Path:
-    """Ask the run in ``directory`` to go on with a new budget of ``holder`` from the next round's end.
+    """Request a new budget of ``holder`` from the next round's end on.
 
     Args:
         directory: the run's.
@@ -92,7 +92,7 @@ def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float
         InputError: the run has no such holder, its budget no such field, or a value is out of range.
     """
     run = RunConfig.load(directory.config)
-    # A single node has the server's budget; the clients only lend their data.
+    # A single node has the server's budget; the clients only bring their data.
     clients = () if run.policy.placement == "single" else _clients(run, directory)
     known = [*clients, SERVER]
     if holder not in known:
@@ -108,52 +108,52 @@ def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float
 
 
 def post_join(directory: RunDirectory, client: str | Mapping[str, Any]) -> tuple[str, ...]:
-    """Ask the run in ``directory`` to let clients take part from the next round's end on.
+    """Request that clients join the run in ``directory`` at the next round's end.
 
     Args:
         directory: the run's.
-        client: what a cluster file has for a client or a group of them, with data of its own; or the name of a client
+        client: an entry of a cluster file, a client or a group of them, with data of its own; or the name of a client
             that has left or was set aside.
 
     Returns:
-        The names of who is to join.
+        The names of the clients that are to join.
 
     Raises:
-        InputError: nobody can join such a run, it is no client, its name is taken, or it has no data.
+        InputError: the run takes no clients, the entry is no client, its name is taken, or it has no data.
     """
     run = RunConfig.load(directory.config)
     _refuse_fixed(run, directory)
-    known, place = _clients(run, directory), "--client"
+    known, where = _clients(run, directory), "--client"
     if isinstance(client, str):
         if client not in known:
-            raise InputError(f"{place}: the run has no client {client!r} to come back; it has: {', '.join(known)}")
+            raise InputError(f"{where}: the run has no client {client!r} to come back; it has: {', '.join(known)}")
         _post(directory, {"request": "join", "client": known[client].model_dump()})
         return (client,)
     try:
         group = ClientGroup.model_validate(dict(client))
     except ValidationError as error:
-        raise first_of(place, refusals(error)) from None
+        raise first_of(where, refusals(error)) from None
     if group.data is None:
-        raise InputError(f"{place}: data: must be a file on its node: the shared data is dealt out already")
+        raise InputError(f"{where}: data: must be a file on its node: the shared data is dealt out already")
     joining = group.expanded(run.job.seed)
     for one in joining:
         if one.name in known:
-            raise InputError(f"{place}: name: {one.name} is a client of the run already; join it by its name alone")
+            raise InputError(f"{where}: name: {one.name} is a client of the run already; join it by its name alone")
     try:
-        # Whatever the run asks of its clients, it asks of these.
+        # The run's rules for its clients hold for these too.
         RunConfig.model_validate({**run.model_dump(), "clients": [c.model_dump() for c in (*run.clients, *joining)]})
     except ValidationError as error:
-        raise first_of(place, refusals(error)) from None
+        raise first_of(where, refusals(error)) from None
     for one in joining:
         _post(directory, {"request": "join", "client": one.model_dump()})
     return tuple(one.name for one in joining)
 
 
 def post_leave(directory: RunDirectory, client: str) -> None:
-    """Ask the run in ``directory`` to go on without ``client`` from the next round's end on.
+    """Request that ``client`` leave the run in ``directory`` at the next round's end.
 
     Raises:
-        InputError: the run has no such client, or nobody can leave it.
+        InputError: the run has no such client, or its group is fixed.
     """
     run = RunConfig.load(directory.config)
     _refuse_fixed(run, directory)
@@ -173,7 +173,7 @@ def _refuse_fixed(run: RunConfig, directory: RunDirectory) -> None:
 
 
 def _clients(run: RunConfig, directory: RunDirectory) -> dict[str, ClientConfig]:
-    """Every client that the run has had, or will have by the requests in its inbox, by name."""
+    """All clients that the run has had, or will have by the requests in its inbox, by name."""
     clients = {client.name: client for client in run.clients}
     for path in sorted([*directory.inbox.glob("taken/*/*.json"), *directory.inbox.glob("*.json")]):
         try:
@@ -193,10 +193,10 @@ def _post(directory: RunDirectory, request: Mapping[str, Any]) -> Path:
 
 
 def take_requests(inbox: Path, round_: int) -> tuple[list[Request], list[str]]:
-    """The requests for the end of round ``round_``, oldest first, and a sentence about each file that is none.
+    """The requests for the end of round ``round_``, oldest first, and a sentence about each file that is no request.
 
-    Taken files move to ``taken/round-NNNN/``: a run that is resumed from an earlier checkpoint finds them there at
-    the same round's end again.
+    Files move to ``taken/round-NNNN/``: a run that is resumed from an earlier checkpoint finds them there at the same
+    round's end again.
     """
     taken = inbox / "taken" / f"round-{round_:04d}"
     new = sorted(path for path in inbox.glob("*.json") if path.is_file())
@@ -214,7 +214,7 @@ def take_requests(inbox: Path, round_: int) -> tuple[list[Request], list[str]]:
 
 
 def refuse_request(inbox: Path, file: str) -> None:
-    """Put a request out of the way that cannot be met: it is asked for no more, and its name may be asked for anew."""
+    """Move a request that cannot be met to ``refused/``: it is not replayed, and its client's name is free again."""
     refused = inbox / "refused"
     refused.mkdir(exist_ok=True)
     for path in inbox.glob("taken/*/*.json"):

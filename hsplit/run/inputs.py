@@ -1,4 +1,4 @@
-"""What is settled, checked and read before anything of a run starts: in the driver, without Ray."""
+"""Configuration, checks and data of a run before it starts: in the driver, without Ray."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def resolved_config(run: RunConfig) -> RunConfig:
-    """``run`` without anything that a resume from elsewhere could read differently.
+    """``run`` with a concrete ``job.dtype`` for all holders, and absolute paths of the job.
 
-    ``job.dtype: auto`` is resolved once for all holders, and paths of the job are made absolute.
+    A resume from another directory or machine then reads it the same.
     """
     device = "cuda" if run.server.num_gpus > 0 else "cpu"
     job, source = run.job, Path(os.path.expanduser(run.job.data.source))
@@ -42,8 +42,11 @@ def resolved_config(run: RunConfig) -> RunConfig:
 
 
 def check_model(run: RunConfig, source: ModelSource) -> None:
-    """Refuse a model without a family, targets that match nothing, a split past the last layer, texts longer than the
-    model's learned positions, and a user's own part of the policy that cannot be found.
+    """Refuse a run that does not fit its model.
+
+    Raises:
+        InputError: the model has no family, targets match nothing, the split is past the last layer, texts are longer
+            than the model's learned positions, or a user's own part of the policy cannot be found.
     """
     own_code(run.policy)
     config = model_config(source.directory)
@@ -63,7 +66,10 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
 
 
 def own_code(policy: Policy) -> list[str]:
-    """Find the parts that a policy names, and say of each that is the user's own which file's code it runs.
+    """Find the parts that a policy names.
+
+    Returns:
+        A sentence about each that is the user's own: the file of its code.
 
     Raises:
         InputError: one of them cannot be found.
@@ -78,12 +84,12 @@ def own_code(policy: Policy) -> list[str]:
 
 
 def read_shared(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> tuple[list[Example], list[Example]]:
-    """The shared data: what the clients get, and the test part (``data.test``) that none of them ever sees.
+    """The shared data: the clients' examples, and the test part (``data.test``), which no client ever gets.
 
     Args:
         run: resolved configuration.
         source: the model.
-        tokenizer: the model's, where it is loaded already.
+        tokenizer: the model's, if it is loaded already.
     """
     from hsplit.actors.training_data import chat_template
     from hsplit.data import read_examples, split_off_test
@@ -102,7 +108,7 @@ def read_shared(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> t
 
 
 def shared_sha256(run: RunConfig) -> str:
-    """What the shared data are recognised by: the file's SHA-256, or what generates them."""
+    """Fingerprint of the shared data: the file's SHA-256, or the generator's name and arguments."""
     from hsplit.data import file_sha256
 
     data, path = run.job.data, os.path.expanduser(run.job.data.source)
@@ -110,16 +116,16 @@ def shared_sha256(run: RunConfig) -> str:
 
 
 def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> Inputs:
-    """Check the weights, read the shared data, and share it out over the clients that bring none of their own.
+    """Check the weights, read the shared data, and partition it over the clients without data of their own.
 
     Args:
         run: resolved configuration.
         source: the model.
-        tokenizer: the model's, where it is loaded already.
+        tokenizer: the model's, if it is loaded already.
 
     Raises:
-        InputError: the weights are not those of the configuration, the data are unusable or too few, hold tokens that
-            the model has no embedding for, or no token that could be learned or tested.
+        InputError: the weights are not those of the configuration; or the data are unusable or too few, hold tokens
+            that the model has no embedding for, or no token that could be learned or tested.
     """
     from hsplit.data import partition
 
@@ -178,7 +184,7 @@ def _check_supervised(shares: dict[str, list[Example]], test: list[Example], run
 
 
 def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, tokenizer: Any) -> None:
-    """Refuse a tokenizer, and what it makes of ``examples``, with ids that the model has no embedding for."""
+    """Refuse ids of the tokenizer's, in its special tokens or ``examples``, that the model has no embedding for."""
     from hsplit.data import check_ids, check_special_tokens, largest_id, tokenize
 
     vocab_size = int(model_config(source.directory).vocab_size)

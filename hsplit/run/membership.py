@@ -1,4 +1,4 @@
-"""Membership of a run: clients that fail and return, are set aside, join or leave."""
+"""Membership of a run: clients that are lost and return, are set aside, join or leave."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _Part = tuple[int | None, Mapping[str, int]]
 
 
 class Membership:
-    """Changes who takes part, in the run's state, which alone knows it.
+    """Changes the status of clients in the run's state, and starts and ends their processes.
 
     Args:
         context: of the run.
-        kept: gives a client's tensors by the last checkpoint, where they are of the part that it has now.
+        kept: gives a client's tensors in the last checkpoint, if they are of the part that it has now.
     """
 
     def __init__(self, context: RunContext, kept: Callable[[str], dict[str, Tensor] | None]) -> None:
         self._context, self._kept = context, kept
-        # Calls by which a client that returns reads its data and its part, by name; with that part.
+        # Of clients that are to return, by name: their part, and the calls by which they read it and their data.
         self._preparing: dict[str, tuple[_Part, list[Ref[Any]]]] = {}
 
     # -- clients that fail ------------------------------------------------------------------------------------------
 
     def lose(self, failure: ActorFailure) -> None:
-        """Continue without a client that failed, and begin it again meanwhile.
+        """Continue without a client that failed, and restart it meanwhile.
 
         Raises:
-            ActorFailure: ``failure``, where the round is to be repeated instead.
+            ActorFailure: ``failure``, if the round is to be repeated instead.
         """
         context, name = self._context, failure.actor
-        # A single node has all that was learned in the round: without it nobody can continue.
+        # A single node holds all that was learned in the round: the run cannot continue without it.
         if context.job.faults.recovery == "repeat" or context.single or name not in context.clients:
             raise failure
         context.training.forget(name)
@@ -61,8 +61,8 @@ class Membership:
         member = context.state.member(name)
         failed = member.failures + 1
         again = ", and it is begun anew" if failed <= most else ""
-        borne = f"failure {failed}; more than {most} set a client aside"
-        text = f"round {round_}: {describe(failure)}; the others go on{again} ({borne})"
+        limit = f"failure {failed}; more than {most} set a client aside"
+        text = f"round {round_}: {describe(failure)}; the others go on{again} ({limit})"
         context.note("lost", text, client=name, round=round_, kind=failure.kind, reason=failure.reason, failures=failed)
         self._preparing.pop(name, None)
         self.count(failure, round_)
@@ -71,7 +71,7 @@ class Membership:
             self._begin_return(name)
 
     def count(self, failure: ActorFailure, round_: int) -> None:
-        """Count a client's failure; one too many sets it aside."""
+        """Count a failure of a client; more than ``max_failures`` set it aside."""
         context, name = self._context, failure.actor
         member = context.state.member(name)
         member.failures += 1
@@ -88,7 +88,10 @@ class Membership:
             context.note("set_aside", text, client=name, round=round_, failures=failed)
 
     def await_calls(self, calls: Mapping[str, Ref[_Value]]) -> dict[str, _Value]:
-        """Wait for calls by client; returns the values of those that did not fail, and loses the others.
+        """Wait for one call of each client; those that fail are lost.
+
+        Returns:
+            The values of the others, by client.
 
         Raises:
             ActorFailure: no client is left, or the round is to be repeated.
@@ -97,7 +100,7 @@ class Membership:
         until = time.monotonic() + context.job.faults.patience_s
         values = {}
         for name, call in calls.items():
-            (value,) = context.executor.settle([call], until)
+            (value,) = context.executor.wait([call], until)
             if isinstance(value, ActorFailure):
                 self.lose(value)
             elif isinstance(value, HsplitError):
@@ -109,14 +112,14 @@ class Membership:
         return values
 
     def retry(self, what: Callable[[], _Value]) -> _Value:
-        """Do ``what`` between two rounds. A client that fails meanwhile is brought back first, and it is done again."""
+        """Call ``what`` between two rounds; each time that a client fails, bring it back and call ``what`` again."""
         not_finite: set[str] = set()
         while True:
             try:
                 return what()
             except ActorFailure as failure:
                 if isinstance(failure, NotFinite) and failure.actor in not_finite:
-                    # It had begun again with what all have learned, so that it is that.
+                    # It had restarted from the common state, so the cause is that state and not the client.
                     raise failure.of_all() from failure
                 if isinstance(failure, NotFinite):
                     not_finite.add(failure.actor)
@@ -130,12 +133,12 @@ class Membership:
     # -- clients that return ----------------------------------------------------------------------------------------
 
     def bring_back(self) -> None:
-        """Have the lost clients that have a place and a part begin the round that follows with the others.
+        """Have clients that are lost or away start the next round with the others, if they have a node and a part.
 
-        Each is tried once; one that fails again may be there a round later.
+        Each is tried once; one that fails again may return a round later.
 
         Raises:
-            ActorFailure: no client is there then, or an actor failed that they wait for.
+            ActorFailure: no client takes part, or an actor failed that the clients wait for.
         """
         context, state = self._context, self._context.state
         waiting = state.to_return
@@ -163,7 +166,7 @@ class Membership:
             context.fail_without_clients(still[0] if still else state.with_status(Status.ASIDE)[-1])
 
     def _begin_return(self, name: str) -> bool:
-        """Begin a lost client again, unless that is done; false if there is no place for it."""
+        """Restart a client that is lost or away, unless that is done; false if no node has room for it."""
         context = self._context
         part = self._part(name)
         if name in self._preparing and self._preparing[name][0] == part:
@@ -179,23 +182,23 @@ class Membership:
         return True
 
     def _rejoin(self, names: list[str], round_: int) -> list[Ref[None]]:
-        """Ask clients that have their data and layers to begin round ``round_``; returns the calls."""
+        """Have clients that hold their data and layers begin round ``round_``; returns the calls."""
         context = self._context
         sent, updates = context.executor.call_each(SERVER, Server.full_updates, round_, names)
-        following = zip(names, updates, strict=True)
         calls = [
-            context.executor.call(name, Participant.rejoin, self._kept(name), update) for name, update in following
+            context.executor.call(name, Participant.rejoin, self._kept(name), update)
+            for name, update in zip(names, updates, strict=True)
         ]
         context.state.bytes_down += context.executor.value(sent)
         return calls
 
     def _succeeds(self, name: str, calls: Sequence[Ref[Any]], until: float, round_: int) -> bool:
-        """True if the calls of a client that returns come to their end; else it is lost once more.
+        """Wait for the calls of a client that returns; false if one failed, so that the client is lost once more.
 
         Raises:
-            ActorFailure: of another actor, for which the calls wait.
+            ActorFailure: another actor failed, which the calls depend on.
         """
-        values = self._context.executor.settle(calls, until)
+        values = self._context.executor.wait(calls, until)
         for value in values:
             if isinstance(value, HsplitError):
                 own = value if isinstance(value, ActorFailure) else ActorFailure(name, "load_data", str(value))
@@ -209,7 +212,7 @@ class Membership:
         return True
 
     def mark_away(self, name: str) -> None:
-        """Take note that a client has no place to return to yet."""
+        """Set a client to ``AWAY``: no node has room for it yet."""
         member = self._context.state.member(name)
         self._preparing.pop(name, None)
         if member.status is not Status.AWAY:
@@ -218,24 +221,24 @@ class Membership:
             self._context.note("away", text, client=name)
 
     def forget_calls(self) -> None:
-        """Forget the calls of clients that return: the round is repeated, and they are begun again."""
+        """Forget the calls of clients that are to return: they are restarted, since the round is repeated."""
         self._preparing.clear()
 
     def _part(self, name: str) -> _Part:
-        """What a client holds by the plan in force: split point and ranks."""
+        """A client's part of the plan in force: split point and ranks."""
         part = self._context.plan.client(name)
         return part.split, part.ranks
 
     # -- clients that join and leave --------------------------------------------------------------------------------
 
     def requests(self) -> list[BudgetRequest]:
-        """Let clients join and leave as the inbox asks; what cannot be is refused, and said.
+        """Carry out the joins and leaves in the inbox; those that cannot be are refused with an event.
 
         Returns:
-            The changes of budgets that the cluster file foresees for the round that begins, then the inbox's.
+            The changes of budgets that the cluster file schedules for the round that begins, then the inbox's.
 
         Raises:
-            ActorFailure: another than a client that was to join failed.
+            ActorFailure: an actor failed that was not about to join.
         """
         context, done, inbox = self._context, self._context.state.round, self._context.directory.inbox
         requests = [
@@ -244,34 +247,34 @@ class Membership:
             for change in holder.schedule
             if change.round == done + 1
         ]
-        asked, refused = take_requests(inbox, done)
+        taken, refused = take_requests(inbox, done)
         for text in refused:
             context.note("refused", text, round=done)
-        for request in asked:
+        for request in taken:
             if isinstance(request, BudgetRequest):
-                asked_for = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
-                text = f"{request.holder}: {asked_for} asked for"
+                values = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+                text = f"{request.holder}: {values} asked for"
                 context.events.write("budget", text, round=done, **asdict(request))
                 requests.append(request)
-        for change in asked:
-            if isinstance(change, BudgetRequest):
+        for request in taken:
+            if isinstance(request, BudgetRequest):
                 continue
             try:
-                if isinstance(change, JoinRequest):
-                    self._join(change.client, requests)
+                if isinstance(request, JoinRequest):
+                    self._join(request.client, requests)
                 else:
-                    self._leave(change.client, requests)
+                    self._leave(request.client, requests)
             except InputError as error:
-                # Nothing has changed, and the run goes on as it is.
-                refuse_request(inbox, change.file)
+                # Nothing has changed: the run continues.
+                refuse_request(inbox, request.file)
                 context.note("refused", f"inbox: {error}", round=done)
         return [request for request in requests if context.state.status(request.holder) is not Status.LEFT]
 
     def _join(self, client: ClientConfig, requests: Sequence[BudgetRequest]) -> None:
-        """Have a client begin and read its data; the plan that follows gives it a part.
+        """Start a client and have it read its data; the next plan gives it a part.
 
         Raises:
-            InputError: it is there already, has no usable data, or there is no plan with it.
+            InputError: it takes part already, has no usable data, or no plan with it exists.
         """
         context, state, executor = self._context, self._context.state, self._context.executor
         name, known = client.name, [c.name for c in context.run.clients]
@@ -293,7 +296,7 @@ class Membership:
                 raise
             executor.end(name)
             raise InputError(f"{name} cannot join: {error}") from error
-        # What it did before is forgiven.
+        # Its earlier failures count no more.
         member = state.member(name)
         member.status, member.failures = Status.JOINING, 0
         if not begun:
@@ -304,10 +307,10 @@ class Membership:
         context.note("joined", text, client=name, round=state.round, declared=declared)
 
     def _leave(self, name: str, requests: Sequence[BudgetRequest]) -> None:
-        """Continue without a client that leaves: all that it has learned is aggregated.
+        """Continue without a client that leaves; all that it has learned is aggregated already.
 
         Raises:
-            InputError: it is not there, or the others could not continue without it.
+            InputError: it does not take part, or the others could not continue without it.
         """
         context, state = self._context, self._context.state
         if all(name != client.name for client in context.run.clients) or state.status(name) is Status.LEFT:
@@ -320,7 +323,7 @@ class Membership:
         except InputError as error:
             raise InputError(f"{name} cannot leave: {error}") from error
         if name in context.clients:
-            # Its process ends when the round can no longer be repeated with it.
+            # Its process ends with the next checkpoint: until then the round may be repeated with it.
             context.executor.call(name, Participant.release)
         state.member(name).status = Status.LEFT
         self._preparing.pop(name, None)

@@ -1,4 +1,4 @@
-"""What a run writes down of its rounds: metrics.csv, plan.csv, timing.csv, and what is counted on the way to them."""
+"""Tables of a run's rounds (metrics.csv, plan.csv, timing.csv), and the counts that their rows are made of."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hsplit.actors.messages import LossReport
 from hsplit.errors import HsplitError
 from hsplit.observe.tables import FIELD, MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
 from hsplit.run.context import RunContext
-from hsplit.run.step import Done
+from hsplit.run.step import StepOutcome
 
 
 class Records:
-    """Counts what the steps of a round come to, and writes its rows when it ends.
+    """Counts the results of a round's steps, and writes its rows when it ends.
 
     Args:
-        context: of the run; its state is what is counted in.
+        context: of the run; most counts are in its state.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -32,12 +32,12 @@ class Records:
         self._begun = time.monotonic()
         self._losses: dict[str, float] = {}
         self._probe_peaks: dict[str, int] = {}
-        # Of the round under way: seconds by holder and phase, of the whole steps; who was late (clock: emulated), and
-        # who not in time.
+        # Of the round under way: seconds by holder and phase, seconds of its steps, holders that took longer than
+        # declared (clock: emulated), and clients left out of a step.
         self._spent_s: dict[str, dict[str, float]] = {}
         self._steps_s = 0.0
-        self._late: set[str] = set()
-        self._slow: set[str] = set()
+        self._overran: set[str] = set()
+        self._left_out: set[str] = set()
 
     @property
     def rows(self) -> tuple[MetricsRow, ...]:
@@ -50,14 +50,14 @@ class Records:
         return time.monotonic() - self._begun
 
     def count_wall_time_from(self, wall_time_s: float) -> None:
-        """Go on counting where an earlier launch ended."""
+        """Continue to count from the end of an earlier launch."""
         self._begun = time.monotonic() - wall_time_s
 
     def restore(self) -> None:
         """Cut the tables to the rounds that the state has completed, and forget the round under way.
 
         Raises:
-            InputError: a table is not as it was written, so that its rounds so far would be lost.
+            InputError: a table was changed since, so that its rounds so far would be lost.
         """
         for table in self._tables:
             table.cut(self._context.state.round)
@@ -71,25 +71,25 @@ class Records:
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
-    def step(self, done: Done, wall_s: float, virtual_s: float) -> None:
+    def step(self, outcome: StepOutcome, wall_s: float, virtual_s: float) -> None:
         """Count one local step.
 
         Args:
-            done: what it came to.
-            wall_s: what it took.
-            virtual_s: what it would have taken at the declared speeds.
+            outcome: of the step.
+            wall_s: seconds that it took.
+            virtual_s: seconds that it would have taken at the declared speeds.
         """
         state = self._context.state
-        self._say_who_is_left_out(done.left_out)
+        self._note_left_out(outcome.left_out)
         self._steps_s += wall_s
-        state.bytes_up += done.bytes_up
-        state.bytes_down += done.bytes_down
-        for name, phases in done.seconds.items():
+        state.bytes_up += outcome.bytes_up
+        state.bytes_down += outcome.bytes_down
+        for name, phases in outcome.seconds.items():
             spent = self._spent_s.setdefault(name, {})
             for phase, seconds in phases.items():
                 spent[phase] = spent.get(phase, 0.0) + seconds
-        self._late |= done.late
-        training = self._count_losses(done.losses)
+        self._overran |= outcome.overran
+        training = self._count_losses(outcome.losses)
         state.step += 1
         state.virtual_time_s += virtual_s
         job = self._context.job
@@ -102,18 +102,18 @@ class Records:
             {client: "training" if client in training else "waiting" for client in self._context.clients},
         )
 
-    def _say_who_is_left_out(self, clients: Collection[str]) -> None:
-        """Every step's in the log; on the terminal once a round."""
+    def _note_left_out(self, clients: Collection[str]) -> None:
+        """Report clients that were left out of a step: in the log each time, on the terminal once a round."""
         step = self._context.state.step + 1
         for name in sorted(clients):
             text = f"step {step}: {name} is not in time, and the others go on without it in this step"
             self._context.events.write("left_out", text, client=name, step=step)
-            if name not in self._slow:
+            if name not in self._left_out:
                 self._context.display.note(text)
-        self._slow |= set(clients)
+        self._left_out |= set(clients)
 
     def _count_losses(self, losses: Sequence[LossReport]) -> list[str]:
-        """Count what was trained on; returns the clients that took part."""
+        """Count losses and tokens; returns the clients that took part."""
         state = self._context.state
         training = [client for client in self._context.clients if any(loss.client == client for loss in losses)]
         for client in training:
@@ -129,34 +129,31 @@ class Records:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def peaks(self, holders: Sequence[str]) -> dict[str, int]:
-        """Most memory that each of ``holders`` took since the last call, by name, where it was measured."""
+        """Peak memory of each of ``holders`` since the last call, by name, where it was measured."""
         executor = self._context.executor
         until = time.monotonic() + self._context.job.faults.patience_s
-        peaks = executor.settle([executor.call(name, HolderActor.peak_bytes) for name in holders], until)
-        # Whoever is gone is found by the next call that matters.
+        peaks = executor.wait([executor.call(name, HolderActor.peak_bytes) for name in holders], until)
+        # A failure here is found again by the next call that matters.
         found = zip(holders, peaks, strict=True)
         return {name: peak for name, peak in found if peak and not isinstance(peak, HsplitError)}
 
     def peaks_with_probe(self) -> dict[str, int]:
-        """The same of everybody over the last round and the probe that followed it.
-
-        The probe runs under the plan that is being looked at, so it counts with the round before.
-        """
+        """Peak memory of all holders over the last round and the probe after it, which ran by the same plan."""
         self._probe_peaks = self.peaks([*self._context.clients, *self._context.servers])
         return _larger(self._context.state.measured_bytes, self._probe_peaks)
 
     def forget_peaks(self, holders: Sequence[str]) -> None:
-        """What the old plan took of ``holders`` is over; from here on the new one is measured."""
+        """Measure ``holders`` from here on by the new plan alone."""
         for name in self.peaks(holders):
             self._probe_peaks.pop(name, None)
 
     # -- a round's end ----------------------------------------------------------------------------------------------
 
     def cut(self, relative_norm: float) -> None:
-        """Keep and report what a full residual lost, if anything (METHOD 6).
+        """Record and report how much a full residual lost, if anything (METHOD 6).
 
         Args:
-            relative_norm: Frobenius norm of what was cut, relative to the residual; of the weight that lost most.
+            relative_norm: Frobenius norm of the part cut off, relative to the residual; of the weight that lost most.
         """
         if relative_norm:
             state = self._context.state
@@ -168,11 +165,11 @@ class Records:
             self._context.note("residual_cut", text, relative_norm=relative_norm)
 
     def close_round(self, loss_sum: float, tokens: int) -> None:
-        """Write the round's rows and begin counting anew.
+        """Write the round's rows and reset the counts.
 
         Args:
             loss_sum: of the validation: cross-entropy in nats.
-            tokens: supervised tokens that it is over.
+            tokens: supervised tokens of the validation.
         """
         context = self._context
         state, plan = context.state, context.plan
@@ -201,7 +198,7 @@ class Records:
         timing = timing_rows(state.round, self._spent_s, self._steps_s)
         self._plans.append(*holders)
         self._timing.append(*timing)
-        self._say_who_is_late()
+        self._note_overran()
         closed = {**asdict(row), FIELD: state.residual_cut}
         state.bytes_up = state.bytes_down = state.round_tokens = 0
         state.round_loss_sum = state.residual_cut = 0.0
@@ -210,22 +207,22 @@ class Records:
         context.events.write("round", text, **closed, client_tokens=state.client_tokens)
         context.display.round_done(row, holders, timing)
 
-    def _say_who_is_late(self) -> None:
-        if self._late and self._context.job.clock == "emulated":
+    def _note_overran(self) -> None:
+        if self._overran and self._context.job.clock == "emulated":
             text = (
-                f"round {self._context.state.round}: {', '.join(sorted(self._late))} computed longer than declared,"
+                f"round {self._context.state.round}: {', '.join(sorted(self._overran))} computed longer than declared,"
                 " so the emulated clock is late; a smaller job.clock_speedup gives more time"
             )
-            self._context.note("late", text, holders=sorted(self._late))
+            self._context.note("late", text, holders=sorted(self._overran))
 
     def _clear_round(self) -> None:
-        """Forget what is kept of a round beside its state."""
+        """Reset the counts of a round that are not in its state."""
         self._spent_s.clear()
         self._steps_s = 0.0
-        self._late.clear()
-        self._slow.clear()
+        self._overran.clear()
+        self._left_out.clear()
 
 
 def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    """By name the larger of two numbers."""
+    """The larger of two numbers, by name."""
     return {name: max(one.get(name, 0), other.get(name, 0)) for name in {**one, **other}}

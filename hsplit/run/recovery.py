@@ -1,4 +1,4 @@
-"""Repeating a round from the last checkpoint, after a failure that the others cannot continue without."""
+"""Repeating a round from the last checkpoint, after a failure that the run cannot continue from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hsplit.run.state import Status
 
 
 class Recovery:
-    """Replaces actors, as often as ``job.faults`` has it.
+    """Replaces failed actors, as often as ``job.faults`` allows.
 
     Args:
         context: of the run.
         membership: counts clients' failures.
-        save_point: what a round is repeated from.
+        save_point: the last checkpoint.
     """
 
     def __init__(self, context: RunContext, membership: Membership, save_point: SavePoint) -> None:
@@ -27,10 +27,10 @@ class Recovery:
         self._repeats = 0
 
     def repair(self, failure: ActorFailure) -> None:
-        """Replace the actors that are gone, so that the round can be repeated from the last checkpoint.
+        """Replace the actors that have failed, so that the round can be repeated from the last checkpoint.
 
         Raises:
-            ActorFailure: ``failure``, where that would not help, or has been tried often enough.
+            ActorFailure: ``failure``, where a repetition would not help, or too many have failed.
         """
         context, state, executor = self._context, self._context.state, self._context.executor
         most, round_ = context.job.faults.max_failures, context.round
@@ -38,7 +38,7 @@ class Recovery:
         if isinstance(failure, NotFinite) and self._repeats > most:
             raise failure.of_all()
         if failure.kind in ("hopeless", "diverged") or self._repeats > most:
-            raise self._with_what_it_lacked(failure)
+            raise self._with_memory_needed(failure)
         waiting = state.to_return
         known = {failure.actor, *waiting, *state.with_status(Status.ASIDE)}
         others = {lost.actor: lost for lost in executor.lost() if lost.actor not in known}
@@ -49,12 +49,11 @@ class Recovery:
         context.note(
             "repeated", text, round=round_, actor=failure.actor, kind=failure.kind, reason=failure.reason, gone=gone
         )
-        without_place = []
         failures = {failure.actor: failure, **others}
         for name in dict.fromkeys([*failures, *waiting]):
             if name in (*context.servers, SCHEDULER):
                 if name != SCHEDULER and failures[name].kind == "memory":
-                    # Whichever of several servers it was: all have the same part.
+                    # All servers have the same part.
                     state.count_shortage(SERVER)
                 self._replace(name)
                 continue
@@ -64,20 +63,15 @@ class Recovery:
                 continue
             if executor.restart(name):
                 self._save_point.mark_fresh(name)
-            else:
-                without_place.append(name)
-        for name in without_place:
-            self._membership.mark_away(name)
-        self._save_point.mark_without_place(without_place)
         self._membership.forget_calls()
         context.training.forget()
 
     def round_is_done(self) -> None:
-        """Allow the round that follows to be repeated as often as any."""
+        """Count the repetitions of the next round from 0."""
         self._repeats = 0
 
-    def _with_what_it_lacked(self, failure: ActorFailure) -> ActorFailure:
-        """``failure`` as the end of the run: where memory was short, with how much its part takes."""
+    def _with_memory_needed(self, failure: ActorFailure) -> ActorFailure:
+        """``failure`` as the run's last word; where memory was short, with the bytes that the actor's part takes."""
         if failure.kind != "memory":
             return failure
         holder = SERVER if failure.actor in self._context.servers else failure.actor
@@ -87,7 +81,7 @@ class Recovery:
         return ActorFailure(failure.actor, failure.method, reason, failure.kind)
 
     def _replace(self, name: str) -> None:
-        """Begin server or scheduler again, on whatever node has room for it or comes to have."""
+        """Restart a server or the scheduler, on any node that has room for it within ``patience_s``."""
         until = time.monotonic() + self._context.job.faults.patience_s
         while not self._context.executor.restart(name):
             if time.monotonic() > until:

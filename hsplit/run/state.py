@@ -1,4 +1,4 @@
-"""The state of a run: plan, progress and membership, all that a checkpoint keeps beside tensors."""
+"""State of a run: plan, progress and membership, all that a checkpoint keeps beside tensors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from hsplit.planning.plan import Plan
 from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
 
 FORM = 2
-"""Of ``state.json``; another one is refused."""
+"""Version of the form of ``state.json``; a file of another one is refused."""
 
 
 class Status(StrEnum):
     """Membership of a client.
 
-    ``ACTIVE`` clients take part wherever the plan has a part for them; ``JOINING`` ones from the next plan on. ``LOST``
-    ones have failed, are begun again and return. ``AWAY`` ones have no node with room for them, and take part when one
-    has. Those set ``ASIDE`` have failed too often; those that have ``LEFT`` went of their own will. Neither takes part
-    any more, unless it joins again.
+    * ``ACTIVE``: takes part wherever the plan has a part for it.
+    * ``JOINING``: takes part from the next plan on.
+    * ``LOST``: has failed, is started again and returns.
+    * ``AWAY``: no node has room for it; it takes part when one has.
+    * ``ASIDE``: has failed too often; takes part no more, unless it joins again.
+    * ``LEFT``: was asked to leave; takes part no more, unless it joins again.
+
+    Two words are no status: a client that the plan has no part for is *unavailable*, and an active client that is not
+    in time for a local step is *left out* of that step.
     """
 
     ACTIVE = "active"
@@ -39,14 +44,14 @@ class Status(StrEnum):
 
 @dataclass
 class Member:
-    """One client's standing in the run, or that of the servers, which all have the same part.
+    """Record of one client, or of the servers, which all have the same part.
 
     Attributes:
-        status: whether it takes part; always ``ACTIVE`` for the servers.
-        failures: how often it failed.
-        shortages: how often it ran out of memory.
-        held_bytes: what it held by the plan in force when it ran out of memory last.
-        reason: why it failed last.
+        status: of the client; always ``ACTIVE`` for the servers.
+        failures: number of failures.
+        shortages: number of times that it ran out of memory.
+        held_bytes: memory that it took by the plan in force when it ran out last.
+        reason: cause of the last failure.
     """
 
     status: Status = Status.ACTIVE
@@ -59,24 +64,24 @@ class Member:
 
 @dataclass
 class RunState:
-    """Plan, progress and membership of a run; everything here survives a resume exactly.
+    """Plan, progress and membership of a run; all of it survives a resume exactly.
 
     Attributes:
         round: completed rounds.
-        step: local steps done over the whole run; between two rounds' ends it tells how far the round is.
+        step: completed local steps of the whole run, those of the round under way included.
         tokens: supervised tokens trained on.
         client_tokens: the same by client.
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
-        bytes_up, bytes_down: wire bytes of the round under way, client to server and back.
+        bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
         plan: the plan in force; ``None`` before the first.
-        planning: what later plans go by.
-        members: by client name; clients of whom there is nothing to tell are not in it.
-        servers: the servers.
-        joined: clients that came while the run was under way, in the order in which they came.
-        measured_bytes: most memory that each holder took in the last round, by name.
-        model_fingerprint, data_sha256: what the run was started with.
+        planning: input to later plans.
+        members: records by client name; an active client that has never failed may have none.
+        servers: record of the servers.
+        joined: clients that joined while the run was under way, in that order.
+        measured_bytes: peak memory of each holder in the last round, by name.
+        model_fingerprint, data_sha256: of the model and the shared data that the run was started with.
     """
 
     round: Whole = 0
@@ -122,24 +127,24 @@ class RunState:
 
     @property
     def to_return(self) -> list[str]:
-        """The clients that are lost or away, and take part when they are back."""
+        """The clients that are lost or away, and will return."""
         return self.with_status(Status.LOST, Status.AWAY)
 
     def cohort(self, seed: int, round_: int, count: int | None) -> list[str]:
         """The clients that train in round ``round_``: ``count`` of those present, drawn again each round.
 
-        Each client's place in a round's draw depends on seed, round and name alone. So a run that is resumed draws the
-        same, and for a client that is lost the next in the draw steps in.
+        Each client's position in a round's draw depends on seed, round and name alone. So a resumed run draws the
+        same clients, and the next in the draw takes the position of a lost one.
         """
         return drawn_cohort(self.present, seed, round_, count)
 
     def held_bytes(self, name: str) -> int:
-        """Bytes that the plan in force says a client or ``server`` takes; 0 where there is no plan, or no part."""
+        """Predicted bytes of a client or ``server`` by the plan in force; 0 without a plan or a part in it."""
         parts = () if self.plan is None else (self.plan.server, *self.plan.clients)
         return next((part.predicted_bytes for part in parts if part.name == name), 0)
 
     def count_shortage(self, name: str) -> None:
-        """Count that a client or ``server`` ran out of memory: by the next plan it holds less."""
+        """Record that a client or ``server`` ran out of memory; the next plan gives it less."""
         member = self.member(name)
         member.shortages += 1
         member.held_bytes = self.held_bytes(name)
@@ -165,7 +170,11 @@ class RunState:
         )
 
     def remember(self, since: RunState) -> None:
-        """Keep what is not undone by going back to this state: failures, shortages and who was set aside ``since``."""
+        """Keep what going back to this state does not undo: failures, shortages and clients set aside.
+
+        Args:
+            since: the later state, which is given up.
+        """
         for name, now in (*since.members.items(), (SERVER, since.servers)):
             then = self.member(name)
             then.failures = max(then.failures, now.failures)
@@ -191,35 +200,35 @@ class RunState:
         return {"form": FORM, "written_by": __version__, **plain}
 
     @staticmethod
-    def from_json(text: str | bytes, place: str) -> RunState:
+    def from_json(text: str | bytes, where: str) -> RunState:
         """The state that :meth:`to_json` gave.
 
         Args:
             text: JSON.
-            place: the file, for messages.
+            where: the file, for messages.
 
         Raises:
-            InputError: it is none, or one of another form; the line names the key, or the version that wrote it.
+            InputError: it is no state, or one of another form; the line names the key, or the version that wrote it.
         """
-        origin = from_json(text, _Origin, place)
+        origin = from_json(text, _Origin, where)
         if origin.form != FORM:
             raise InputError(
-                f"{place}: was written by hsplit {origin.written_by}, whose checkpoints this version"
+                f"{where}: was written by hsplit {origin.written_by}, whose checkpoints this version"
                 f" ({__version__}) does not read; finish the run with that version"
             )
-        written = from_json(text, _Written, place)
+        written = from_json(text, _Written, where)
         state = RunState(**{one.name: getattr(written, one.name) for one in fields(RunState)})
         if state.plan is not None:
             try:
                 state.plan.check()
             except ValueError as error:
-                raise InputError(f"{place}: plan: {error}") from None
+                raise InputError(f"{where}: plan: {error}") from None
         return state
 
 
 @dataclass
 class _Origin:
-    """What tells who wrote a state; the first form had neither key."""
+    """Version keys of a state; the first form had neither."""
 
     form: int = 1
     written_by: str = "of an earlier version"
@@ -227,7 +236,7 @@ class _Origin:
 
 @dataclass(kw_only=True)
 class _Written(RunState):
-    """A state as it stands in the file."""
+    """State with its version keys, as in the file."""
 
     form: int
     written_by: str

@@ -83,7 +83,7 @@ def simulated(
     equal, since nothing is learned: a plan that would follow it is not made.
 
     Args:
-        run: resolved configuration, with ``job.dtype`` settled.
+        run: resolved configuration, with a concrete ``job.dtype``.
         scheduler: of this run, fresh.
         rounds: how many.
         traffic: who comes and goes, and the links; by default everything is as declared.

@@ -149,7 +149,7 @@ class Drill:
     path: Path
     complete: bool
 
-    def told(self, *kinds: str) -> list[dict[str, Any]]:
+    def events_of(self, *kinds: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.path / "events.jsonl") if event["event"] in kinds]
 
     @property

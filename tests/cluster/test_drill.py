@@ -58,7 +58,7 @@ def test_a_client_killed_in_any_phase(
     method, nth = PHASES[phase]
     run = drill(cluster_file, tmp_path, Kill("large-0", "large-0", method, nth))
     check(run, faultless, record_property)
-    lost, returned = run.told("lost", "returned")
+    lost, returned = run.events_of("lost", "returned")
     assert lost["client"] == returned["client"] == "large-0" and lost["kind"] == "died"
     assert run.metrics[-1]["available_clients"] == 3
 
@@ -68,7 +68,7 @@ def test_a_client_killed_while_the_server_computes(
 ) -> None:
     run = drill(cluster_file, tmp_path, Kill("small", SERVER, "train_step", 6))
     check(run, faultless, record_property)
-    assert [event["client"] for event in run.told("lost")] == ["small"]
+    assert [event["client"] for event in run.events_of("lost")] == ["small"]
 
 
 def test_a_client_killed_while_the_server_aggregates(
@@ -76,7 +76,7 @@ def test_a_client_killed_while_the_server_aggregates(
 ) -> None:
     run = drill(cluster_file, tmp_path, Kill("small", SERVER, "aggregate", 2))
     check(run, faultless, record_property)
-    assert [event["client"] for event in run.told("lost")] == ["small"]
+    assert [event["client"] for event in run.events_of("lost")] == ["small"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_is_rolled_back_changes_no_number(
     run = drill(cluster_file, tmp_path, Kill(actor, actor, method, nth))
     check(run, faultless, record_property)
     assert run.metrics == faultless.metrics
-    assert [event["actor"] for event in run.told("repeated")] == [actor]
+    assert [event["actor"] for event in run.events_of("repeated")] == [actor]
 
 
 def test_twenty_random_kills(cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record) -> None:
@@ -129,7 +129,7 @@ def test_ten_random_kills_repeated_change_no_number(cluster_file: Path, tmp_path
     whole = drill(cluster_file, tmp_path / "whole", overrides=overrides)
     kills = RandomKills(2, 10, ["small", "large-0", "large-1", SERVER, SCHEDULER])
     run = drill(cluster_file, tmp_path / "killed", overrides=overrides, beside=kills)
-    assert len(kills.killed) == 10 and run.told("repeated")
+    assert len(kills.killed) == 10 and run.events_of("repeated")
     assert without_wall_time(run.path / "metrics.csv") == without_wall_time(whole.path / "metrics.csv")
 
 
@@ -146,8 +146,8 @@ def test_a_straggler_is_left_out_of_steps_and_not_of_the_round(
     happening = Happening("large-1", "forward", 6, stop_for_a_while)
     run = drill(cluster_file, tmp_path, happening, overrides={"faults.deadline": 8.0})
     check(run, faultless, record_property)
-    assert {event["client"] for event in run.told("left_out")} == {"large-1"}
-    assert not run.told("lost", "repeated")
+    assert {event["client"] for event in run.events_of("left_out")} == {"large-1"}
+    assert not run.events_of("lost", "repeated")
 
 
 def test_a_client_that_sends_nan_is_refused_by_name(
@@ -156,7 +156,7 @@ def test_a_client_that_sends_nan_is_refused_by_name(
     happening = Happening("small", "forward", 6, lambda executor: executor.within("small", _poisoned))
     run = drill(cluster_file, tmp_path, happening)
     check(run, faultless, record_property)
-    (lost,) = run.told("lost")
+    (lost,) = run.events_of("lost")
     assert lost["client"] == "small" and "values that are no numbers" in lost["text"]
 
 
@@ -171,9 +171,9 @@ def test_a_client_out_of_memory_gets_a_smaller_plan(
     happening = Happening("large-0", "forward", 6, lambda executor: executor.within("large-0", _starved))
     run = drill(cluster_file, tmp_path, happening)
     check(run, faultless, record_property)
-    (lost,) = run.told("lost")
+    (lost,) = run.events_of("lost")
     assert lost["client"] == "large-0" and lost["kind"] == "memory"
-    assert any("large-0 ran out of memory" in event["text"] for event in run.told("replanned"))
+    assert any("large-0 ran out of memory" in event["text"] for event in run.events_of("replanned"))
     parts = {row["round"]: row for row in holders_of(run.coordinator) if row["name"] == "large-0"}
     assert parts[3]["predicted_bytes"] < parts[2]["predicted_bytes"]
 
@@ -245,5 +245,5 @@ def test_a_damaged_checkpoint_is_passed_over(
     )
     check(run, faultless, record_property)
     assert run.metrics == faultless.metrics
-    (damaged,) = run.told("damaged")
+    (damaged,) = run.events_of("damaged")
     assert "checkpoint round-0002 is damaged (server.safetensors does not match its checksum)" in damaged["text"]

@@ -26,7 +26,7 @@ from hsplit.cluster.placement import InUse, find_placement
 from hsplit.cluster.ray_executor import RayExecutor
 from hsplit.config import load_run_config
 from hsplit.errors import InputError
-from hsplit.run.inputs import settled
+from hsplit.run.inputs import resolved_config
 from hsplit.models.checkpoint_reader import model_fingerprint
 from tests.in_process import Recorder
 
@@ -42,7 +42,7 @@ class Other:
 
 
 def run_of(**overrides):
-    return settled(load_run_config(cluster_file, None, overrides))
+    return resolved_config(load_run_config(cluster_file, None, overrides))
 
 
 # Four holders of one CPU each are all that fits.
@@ -74,7 +74,7 @@ def of(fingerprint, name):
 
 
 def look(executor):
-    return executor.settle([executor.call("small", HolderActor.peak_bytes)])[0]
+    return executor.wait([executor.call("small", HolderActor.peak_bytes)])[0]
 
 
 executor = of(model_fingerprint(model), "late")

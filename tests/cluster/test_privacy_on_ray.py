@@ -39,7 +39,7 @@ class RecordingOnRay(RayExecutor):
         return refs
 
     def close(self) -> None:
-        for ref, value in zip(self._kept, self.settle(self._kept), strict=True):
+        for ref, value in zip(self._kept, self.wait(self._kept), strict=True):
             self.passed.append(Passed(ref.actor, ref.method, "returned", value))
         self._kept.clear()
         super().close()

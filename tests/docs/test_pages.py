@@ -16,7 +16,7 @@ from hsplit.config import load_run_config
 from hsplit.config.cluster import ClientGroup, ServerConfig
 from hsplit.config.job import Job
 from hsplit.config.policy import Policy
-from tests.documents import DOCS, PAGES, ROOT, told
+from tests.documents import DOCS, PAGES, ROOT, commands_in
 
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -39,7 +39,7 @@ def test_relative_links_lead_to_files_of_the_repository(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
 def test_every_command_is_one_that_hsplit_has_with_options_that_it_knows(page: Path) -> None:
-    for words in told(page):
+    for words in commands_in(page):
         # `[runs/OTHER ...]` says that there may be more.
         words = [word for word in words if not re.fullmatch(r"\[\S*|\.\.\.\]", word)]
         command: click.Command = main
@@ -56,8 +56,8 @@ def test_every_command_is_one_that_hsplit_has_with_options_that_it_knows(page: P
 
 
 def test_the_documents_tell_commands() -> None:
-    assert len(told(ROOT / "README.md")) == 10
-    assert {words[0] for page in PAGES for words in told(page)} == set(main.commands)
+    assert len(commands_in(ROOT / "README.md")) == 10
+    assert {words[0] for page in PAGES for words in commands_in(page)} == set(main.commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)

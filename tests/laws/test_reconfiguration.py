@@ -150,7 +150,7 @@ def test_e4_another_plan_changes_no_output(
         trained = any(term.dense().norm() > 0 for term in learned(actors["server"].state()).values())
         assert trained or not any(any(part.ranks.values()) for part in (before.server, *before.clients))
         recorder.notes.clear()
-        run._reconfigure(plan)
+        run.reconfigure(plan)
         # What a cap cuts it cuts, and records; the law is about the rest.
         cut = any("was cut" in note for note in recorder.notes)
         assert not (cut and max_rank == "full")

@@ -172,7 +172,7 @@ def test_a_change_of_plan_leaves_holders_their_moments(models: dict[str, Path], 
         with pytest.MonkeyPatch.context() as patch:
             for name in HOLDERS:
                 patch.setattr(actors[name], "_hold", _looking(actors[name], gone))
-            run._reconfigure(gets)
+            run.reconfigure(gets)
         # Old adapters take no memory beside new layers and adapters.
         assert len(gone) == len(HOLDERS) and all(gone)
         for name in HOLDERS:

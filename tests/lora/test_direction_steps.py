@@ -175,7 +175,7 @@ def test_directions_that_restart_in_a_run_begin_again_and_others_go_on(
         run.aggregate()
         run.state.round += 1
         between = _checked(actors, moments, held)
-        run._reconfigure(plan)
+        run.reconfigure(plan)
         _checked(actors, moments, between)
     for name in ("server", "c0", "c1"):
         _assert_fresh_ones_step_as_in_a_first_step(actors[name].holder)

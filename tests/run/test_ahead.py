@@ -92,10 +92,10 @@ def test_a_failure_ahead_of_the_others_is_found_in_its_step(
     run = reached_by(FaultyInProcess(inside._executor, [fault]), inside)  # type: ignore[arg-type]
     assert run.run()
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
-    told = [e for e in read_events(run.context.directory.events) if e["event"] in ("lost", "left_out")]
+    events = [e for e in read_events(run.context.directory.events) if e["event"] in ("lost", "left_out")]
     # With one deadline's worth of measurements a late one is waited for.
-    assert len(told) <= 1 and (told or kind == "hang")
-    assert all(event["client"] == "c0" for event in told)
+    assert len(events) <= 1 and (events or kind == "hang")
+    assert all(event["client"] == "c0" for event in events)
     assert [row["available_clients"] for row in rows_of(run)][-1] == 3
     actor = run._executor.actors["c0"]  # type: ignore[attr-defined]
     assert not actor._sent and not actor.data._begun

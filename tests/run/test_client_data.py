@@ -45,10 +45,10 @@ def test_a_client_without_a_token_to_learn_is_named_and_the_others_learn(wordles
     made = a_run(wordless, tmp_path, {"a": "w5 w6", "b": "zz", "c": "w7"})
     assert made.run()
     directory = made.context.directory
-    (told,) = [event for event in read_events(directory.events) if event["event"] == "unsupervised"]
+    (unsupervised,) = [event for event in read_events(directory.events) if event["event"] == "unsupervised"]
     file = tmp_path / "b.csv"
-    assert told["client"] == "b"
-    assert told["text"] == f"b: no training example has a token to predict, so it learns nothing: data {file}"
+    assert unsupervised["client"] == "b"
+    assert unsupervised["text"] == f"b: no training example has a token to predict, so it learns nothing: data {file}"
     losses = read_metrics(directory.metrics)["val_loss"]
     assert losses.iloc[-1] < losses.iloc[0]
 

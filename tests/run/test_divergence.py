@@ -73,8 +73,8 @@ def test_a_rate_that_is_too_large_ends_the_run_at_once_and_leaves_a_finite_check
     assert failure.value.kind == "diverged"
     assert made.last_checkpoint is not None and made.last_checkpoint.name == f"round-{made.round - 1:04d}"
     assert every_tensor_is_finite(directory)
-    told = [event["event"] for event in read_events(directory.events)]
-    assert "repeated" not in told and "set_aside" not in told
+    kinds = [event["event"] for event in read_events(directory.events)]
+    assert "repeated" not in kinds and "set_aside" not in kinds
 
 
 def test_one_line_names_the_rate_the_round_the_checkpoint_and_a_command_that_works(
@@ -83,10 +83,10 @@ def test_one_line_names_the_rate_the_round_the_checkpoint_and_a_command_that_wor
     monkeypatch.chdir(tmp_path)
     made = a_run(models["llama"], Path("my runs"), lr=1e6)
     directory = made.context.directory
-    with pytest.raises(RunError) as told, report_failures(directory) as course:
-        course.coordinator = made
+    with pytest.raises(RunError) as failed, report_failures(directory) as progress:
+        progress.coordinator = made
         made.run()
-    assert str(told.value) == (
+    assert str(failed.value) == (
         "training diverged in round 1: the loss of small is not finite; job.lr = 1e+06 is too large; go on from the"
         " last finite checkpoint, round-0000, with a smaller one, such as:"
         " hsplit resume 'my runs/run' --set job.lr=0.001"
@@ -118,12 +118,12 @@ def test_a_checkpoint_worse_than_the_start_is_not_advised(models: dict[str, Path
     with (
         pytest.raises(
             RunError, match=r"round-0001, .*--set job\.lr=0\.001 \(its validation loss is above that"
-        ) as told,
-        report_failures(directory) as course,
+        ) as failed,
+        report_failures(directory) as progress,
     ):
-        course.coordinator = made
+        progress.coordinator = made
         made.run()
-    assert diverged and "better launch a new run with --set job.lr=0.001" in str(told.value)
+    assert diverged and "better launch a new run with --set job.lr=0.001" in str(failed.value)
 
 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
@@ -228,8 +228,8 @@ def test_how_far_a_step_goes_may_change_in_a_run_that_has_begun(
 ) -> None:
     run = RunConfig.load(a_run(models["llama"], tmp_path).context.directory.config)
     value = {"schedule": "cosine", "warmup": 1}.get(key, 0.25)
-    changed, told = run.resumed_with([f"{key}={value}"])
-    assert getattr(changed.job, key) == value and told[0].startswith(f"job.{key} is now ")
+    changed, changes = run.resumed_with([f"{key}={value}"])
+    assert getattr(changed.job, key) == value and changes[0].startswith(f"job.{key} is now ")
     assert changed.model_copy(update={"job": run.job}) == run
     assert changed.resumed_with([f"job.{key}={value}"]) == (changed, [])
 
@@ -240,11 +240,11 @@ def test_patience_may_change_in_a_run_that_has_begun_and_is_named_where_it_ended
     made = a_run(models["llama"], tmp_path)
     directory = made.context.directory
     (directory.checkpoints / "round-0000").mkdir()
-    with pytest.raises(RunError) as told, report_failures(directory) as course:
-        course.coordinator = made
+    with pytest.raises(RunError) as failed, report_failures(directory) as progress:
+        progress.coordinator = made
         raise ActorFailure("server", "train_step", "it has not answered in time", "late")
     waited = "waited for: job.faults.patience_s = 600, which `hsplit resume` changes with --set"
-    assert f"it has not answered in time ({waited}); go on" in str(told.value)
+    assert f"it has not answered in time ({waited}); go on" in str(failed.value)
     changed, changes = made.context.run.resumed_with(["job.faults.patience_s=900", "faults.max_failures=5"])
     assert (changed.job.faults.patience_s, changed.job.faults.max_failures) == (900, 5)
     assert changes == ["job.faults.patience_s is now 900.0 (was 600.0)", "job.faults.max_failures is now 5 (was 3)"]

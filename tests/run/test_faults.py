@@ -49,7 +49,7 @@ def run_with(
     return made
 
 
-def told(run: Coordinator, *kinds: str) -> list[dict[str, Any]]:
+def events_of(run: Coordinator, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in read_events(run.context.directory.events) if event["event"] in kinds]
 
 
@@ -73,9 +73,9 @@ def test_a_client_that_dies_in_any_phase_is_back_for_the_next_round(
     fault = Fault("c1", phase, nth, kind)
     run = run_with(models["llama"], tmp_path, fault)
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
-    lost, returned = told(run, "lost", "returned")
+    lost, returned = events_of(run, "lost", "returned")
     assert (lost["client"], returned["client"]) == ("c1", "c1") and lost["round"] == 2
-    assert not told(run, "repeated", "set_aside")
+    assert not events_of(run, "repeated", "set_aside")
     found = metrics(run)
     assert [row["available_clients"] for row in found] == [3] * 4
     assert found[:2] == undisturbed[:2], "nothing changes before the fault"
@@ -125,7 +125,7 @@ def test_server_and_scheduler_may_die_and_no_number_changes(
 ) -> None:
     run = run_with(models["llama"], tmp_path, Fault(actor, method, nth))
     assert metrics(run) == undisturbed
-    (repeated,) = told(run, "repeated")
+    (repeated,) = events_of(run, "repeated")
     assert repeated["actor"] == actor and "is repeated from" in repeated["text"]
 
 
@@ -158,7 +158,7 @@ def test_any_of_several_servers_may_die_and_no_number_changes(
     assert undisturbed_servers != undisturbed, "two servers train apart"
     run = run_with(models["llama"], tmp_path, Fault(actor, method, nth), servers=2)
     assert metrics(run) == undisturbed_servers
-    (repeated,) = told(run, "repeated")
+    (repeated,) = events_of(run, "repeated")
     assert repeated["actor"] == actor
 
 
@@ -166,7 +166,7 @@ def test_any_of_several_servers_may_die_and_no_number_changes(
 def test_a_client_of_the_second_server_may_die(models: dict[str, Path], tmp_path: Path, labels: str) -> None:
     # Dealt out by split: c0 and c2 are the first server's, c1 is all that the second has.
     run = run_with(models["llama"], tmp_path, Fault("c1", "backward", 5), servers=2, privacy={"labels": labels})
-    lost, returned = told(run, "lost", "returned")
+    lost, returned = events_of(run, "lost", "returned")
     assert (lost["client"], returned["client"]) == ("c1", "c1")
     assert [row["available_clients"] for row in metrics(run)] == [3] * 4
 
@@ -187,7 +187,7 @@ def test_a_server_that_loses_its_last_client_in_mid_step_takes_the_step(
             stepped.append(instance.holder.tokens.by_layer())
 
     run = run_with(models["llama"], tmp_path, Fault("c1", "forward", 2), before=watch, servers=2, **settings)
-    assert [event["client"] for event in told(run, "lost")] == ["c1"]
+    assert [event["client"] for event in events_of(run, "lost")] == ["c1"]
     (left, gradient), trained = stepped
     assert (left, gradient) == ({}, 0.0)
     if labels == "server" or accumulation == 2:
@@ -203,9 +203,9 @@ def test_the_only_client_of_a_round_may_be_lost_in_mid_step(models: dict[str, Pa
             kept.append(dict(instance._step_tokens))
 
     drawn = run_with(models["llama"], tmp_path / "undisturbed", **settings)
-    (first, *_) = [event["clients"][0] for event in told(drawn, "cohort")]
+    (first, *_) = [event["clients"][0] for event in events_of(drawn, "cohort")]
     run = run_with(models["llama"], tmp_path / "lost", Fault(first, "forward", 2), before=watch, **settings)
-    assert [event["client"] for event in told(run, "lost")] == [first]
+    assert [event["client"] for event in events_of(run, "lost")] == [first]
     assert kept == [{}, {}]
     assert [row["available_clients"] for row in metrics(run)] == [3, 3, 3]
 
@@ -217,18 +217,18 @@ def test_with_recovery_by_repeating_a_dead_client_changes_no_number(
     nth = 2 if phase == "collect" else 3
     run = run_with(models["llama"], tmp_path, Fault("c1", phase, nth), faults={"recovery": "repeat"})
     assert metrics(run) == undisturbed
-    assert len(told(run, "repeated")) == 1 and not told(run, "lost")
+    assert len(events_of(run, "repeated")) == 1 and not events_of(run, "lost")
 
 
 def test_a_client_that_fails_too_often_is_set_aside_and_named(models: dict[str, Path], tmp_path: Path) -> None:
     fault = Fault("c1", "forward", 1, times=3)
     run = run_with(models["llama"], tmp_path, fault, rounds=4, faults={"max_failures": 2})
-    lost = told(run, "lost")
+    lost = events_of(run, "lost")
     assert [event["failures"] for event in lost] == [1, 2, 3]
     ends = [event["text"].partition("; the others go on")[2] for event in lost]
     assert ends[1] == ", and it is begun anew (failure 2; more than 2 set a client aside)"
     assert ends[2] == " (failure 3; more than 2 set a client aside)"
-    (aside,) = told(run, "set_aside")
+    (aside,) = events_of(run, "set_aside")
     assert "c1 has failed 3 times and is set aside" in aside["text"]
     assert [row["available_clients"] for row in rows_of(run)] == [3, 3, 3, 2, 2]
     assert run.state.with_status(Status.ASIDE) == ["c1"]
@@ -255,7 +255,7 @@ def test_what_cannot_be_right_is_refused_by_name(models: dict[str, Path], tmp_pa
 
     run_calls = {"n": 0}
     run = run_with(models["llama"], tmp_path, before=poison, privacy={"labels": labels})
-    (lost,) = told(run, "lost")
+    (lost,) = events_of(run, "lost")
     assert (lost["client"], lost["kind"], lost["round"]) == ("c1", "refused", 2)
     assert "values that are no numbers (NaN or infinite)" in lost["text"]
     assert all(row["val_loss"] < 10 for row in rows_of(run))
@@ -271,7 +271,7 @@ def test_adapters_that_are_no_numbers_are_not_aggregated(models: dict[str, Path]
 
     poisoned: list[bool] = []
     run = run_with(models["llama"], tmp_path, before=poison)
-    (lost,) = told(run, "lost")
+    (lost,) = events_of(run, "lost")
     assert (lost["client"], lost["kind"]) == ("c0", "refused") and "it handed in an adapter of" in lost["text"]
     assert rows_of(run)[-1]["val_loss"] < rows_of(run)[0]["val_loss"]
 
@@ -282,8 +282,8 @@ def test_a_wrong_shape_is_refused_by_name(models: dict[str, Path], tmp_path: Pat
             client._message = lambda *given: _without_a_row(type(client)._message(client, *given))
 
     run = run_with(models["llama"], tmp_path, before=cut, rounds=1, faults={"max_failures": 1})
-    assert [event["kind"] for event in told(run, "lost")] == ["refused"]
-    assert "it sent activations of shape" in told(run, "lost")[0]["text"]
+    assert [event["kind"] for event in events_of(run, "lost")] == ["refused"]
+    assert "it sent activations of shape" in events_of(run, "lost")[0]["text"]
 
 
 def _without_a_row(message: Activations) -> Activations:
@@ -300,8 +300,8 @@ def test_a_straggler_is_left_out_of_the_step_not_of_the_round(
     fault = Fault("c1", method, 5, "hang")
     run = run_with(models["llama"], tmp_path, fault, privacy={"labels": labels})
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
-    assert [(event["client"], event["step"]) for event in told(run, "left_out")] == [("c1", 5)]
-    assert not told(run, "lost", "repeated")
+    assert [(event["client"], event["step"]) for event in events_of(run, "left_out")] == [("c1", 5)]
+    assert not events_of(run, "lost", "repeated")
     assert [row["available_clients"] for row in rows_of(run)] == [3] * 4
     assert rows_of(run)[-1]["val_loss"] < rows_of(run)[0]["val_loss"]
 
@@ -310,12 +310,12 @@ def test_if_everybody_is_late_nobody_is_left_out(models: dict[str, Path], tmp_pa
     faults = [Fault(f"c{i}", "forward", 5, "hang") for i in range(CLIENTS)]
     run = run_with(models["llama"], tmp_path, *faults)
     assert run._executor.happened == faults  # type: ignore[attr-defined]
-    assert not told(run, "left_out", "lost")
+    assert not events_of(run, "left_out", "lost")
 
 
 def test_a_client_that_never_answers_is_lost_after_a_while(models: dict[str, Path], tmp_path: Path) -> None:
     run = run_with(models["llama"], tmp_path, Fault("c1", "collect", 2, "hang"))
-    (lost,) = told(run, "lost")
+    (lost,) = events_of(run, "lost")
     assert (lost["client"], lost["kind"]) == ("c1", "late")
 
 
@@ -325,7 +325,7 @@ def test_deadlines_follow_the_measured_median() -> None:
     deadlines = Deadlines(4.0)
     for seconds in (0.5, 9.0, 0.5):
         assert deadlines.until("c0", "forward", 1) is None, "not before there is something to go by"
-        deadlines.took("c0", "forward", seconds)
+        deadlines.record("c0", "forward", seconds)
     before = time.monotonic()
     until = deadlines.until("c0", "forward", 2)
     assert until is not None
@@ -333,7 +333,7 @@ def test_deadlines_follow_the_measured_median() -> None:
     assert deadlines.until("c1", "forward", 1) is None
     never = Deadlines(None)
     for _ in range(5):
-        never.took("c0", "forward", 1.0)
+        never.record("c0", "forward", 1.0)
     assert never.until("c0", "forward", 1) is None
 
 
@@ -409,14 +409,16 @@ def test_who_is_short_of_much_less_than_it_declared_holds_less_than_before(
     run = short_run(models["llama"], tmp_path, Fault(name, method, nth, "memory"), server, client_gb)
     assert run.run()
     held = [row["predicted_bytes"] for row in holders_of(run) if row["name"] == name]
-    (planned, *_) = told(run, "planned")
+    (planned, *_) = events_of(run, "planned")
     first = planned["plan"]["server"] if name == "server" else planned["plan"]["clients"][1]
     for round_, held_bytes in enumerate(held):
         if round_ >= smaller_from:
             assert held_bytes < first["predicted_bytes"]
         else:
             assert held_bytes == first["predicted_bytes"]
-    assert any(f"{name} ran out of memory" in reason for event in told(run, "replanned") for reason in event["reasons"])
+    assert any(
+        f"{name} ran out of memory" in reason for event in events_of(run, "replanned") for reason in event["reasons"]
+    )
     assert run.state.member(name).shortages == 1 and rows_of(run)[-1]["available_clients"] == 2
 
 
@@ -427,13 +429,13 @@ def test_a_server_that_could_hold_no_less_is_tried_again_and_the_run_says_what_i
     run = short_run(models["llama"], tmp_path, fault, (4.0, 20.0), max_failures=8)
     with pytest.raises(ActorFailure) as failure:
         run.run()
-    assert [event["kind"] for event in told(run, "repeated")] == ["memory"] * 8
-    last = told(run, "planned")[-1]["plan"]["server"]["predicted_bytes"]
+    assert [event["kind"] for event in events_of(run, "repeated")] == ["memory"] * 8
+    last = events_of(run, "planned")[-1]["plan"]["server"]["predicted_bytes"]
     assert failure.value.reason == (
         f"the test says so; its part of the plan takes {last / 1e6:.1f} MB, and its node lacks them; free memory there,"
         " or give it less to do"
     )
-    reasons = [reason for event in told(run, "replanned") for reason in event["reasons"]]
+    reasons = [reason for event in events_of(run, "replanned") for reason in event["reasons"]]
     assert any("there is no plan with so little (server: memory_gb: " in reason for reason in reasons)
 
 
@@ -441,13 +443,13 @@ def test_a_client_that_could_hold_no_less_keeps_its_part(models: dict[str, Path]
     run = short_run(models["llama"], tmp_path, Fault("c1", "forward", 2, "memory", times=3), (1.0, 20.0))
     assert run.run()
     assert [row["available_clients"] for row in rows_of(run)] == [2] * 4
-    assert not told(run, "unavailable", "set_aside") and run.state.member("c1").shortages == 3
+    assert not events_of(run, "unavailable", "set_aside") and run.state.member("c1").shortages == 3
 
 
-def test_when_nobody_is_left_the_last_ones_reason_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+def test_when_nobody_is_left_the_last_ones_reason_is_given(models: dict[str, Path], tmp_path: Path) -> None:
     faults = [Fault(f"c{i}", "validation_forward", 2, "error", times=20) for i in range(CLIENTS)]
-    told_ = r"no client is left to train with \(c\d failed last: the test says so\)"
-    with pytest.raises(ActorFailure, match=told_):
+    reason = r"no client is left to train with \(c\d failed last: the test says so\)"
+    with pytest.raises(ActorFailure, match=reason):
         run_with(models["llama"], tmp_path, *faults, faults={"max_failures": 1})
 
 
@@ -464,7 +466,7 @@ def test_a_lost_clients_rank_counts_for_what_all_restart_with(models: dict[str, 
     for step in range(3):
         made.local_step(step)
     made.aggregate()
-    assert told(made, "returned")
+    assert events_of(made, "returned")
     # Everybody computes with the same weights: the same layers, whoever holds them.
     weights: dict[str, list[torch.Tensor]] = {}
     for name in ("c0", "c1"):
@@ -481,7 +483,11 @@ def test_if_nobody_is_left_the_round_is_repeated(
 ) -> None:
     run = run_with(models["llama"], tmp_path, *[Fault(f"c{i}", phase, 4) for i in range(CLIENTS)])
     assert metrics(run) == undisturbed
-    assert len(told(run, "repeated")) == 1 and {event["client"] for event in told(run, "lost")} <= {"c0", "c1", "c2"}
+    assert len(events_of(run, "repeated")) == 1 and {event["client"] for event in events_of(run, "lost")} <= {
+        "c0",
+        "c1",
+        "c2",
+    }
 
 
 def test_a_client_lost_when_the_run_is_stopped_is_back_after_the_resume(
@@ -523,4 +529,4 @@ def test_a_single_node_that_dies_after_its_round_repeats_it(models: dict[str, Pa
         made = reached_by(faulty, made)
         made.run()
         found.append(metrics(made))
-    assert found[0] == found[1] and len(told(made, "repeated")) == 1
+    assert found[0] == found[1] and len(events_of(made, "repeated")) == 1

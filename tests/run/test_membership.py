@@ -17,6 +17,7 @@ from hsplit.lora.holder import Holder
 from hsplit.models.segment import model_config
 from hsplit.observe.events import read_events
 from hsplit.planning.cost.model import CostModel
+from hsplit.planning.plan import Plan
 from hsplit.run.coordinator import Coordinator
 from hsplit.run.inbox import post_budget
 from hsplit.run.state import Status
@@ -77,8 +78,8 @@ def test_a_client_joins_and_trains_from_the_next_round_on(
     assert [row.available_clients for row in recorder.rows] == [3, 3, 3, 4, 4]
     assert part(plans_by_round(directory)[2], "tablet")["available"]
     assert "tablet" not in recorder.losses[3] and recorder.losses[4]["tablet"] > 0
-    (told,) = events(directory, "joined")
-    assert (told["client"], told["round"]) == ("tablet", 2)
+    (joined,) = events(directory, "joined")
+    assert (joined["client"], joined["round"]) == ("tablet", 2)
     # What it trained is aggregated like anybody's: it handed in adapters for its tokens.
     assert going._executor.actors["tablet"].holder.tokens.by_layer() == {}  # type: ignore[attr-defined]
     assert recorder.rows[-1].tokens > recorder.rows[0].tokens
@@ -462,9 +463,9 @@ def test_so_many_clients_train_in_a_round_and_all_follow(model: Path, tmp_path: 
     trained: list[set[str]] = []
     step = going.context.training.step
 
-    def watched(number: int, clients: list[str]) -> Any:
+    def watched(plan: Plan, number: int, clients: list[str]) -> Any:
         trained.append({*clients})
-        return step(number, clients)
+        return step(plan, number, clients)
 
     going.context.training.step = watched  # type: ignore[method-assign]
     assert going.run()

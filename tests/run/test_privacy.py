@@ -216,7 +216,7 @@ def test_of_data_of_its_own_a_client_is_given_the_path_alone(
 def test_all_that_leaves_a_client_is_known_by_name(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every field of every message; a new one must be looked at, and told in docs/PRIVACY.md."""
+    """Every field of every message; a new one must be looked at, and documented in docs/PRIVACY.md."""
     run = recorded_run(models["llama"], tmp_path, monkeypatch, microbatches=2, labels="client")
     assert fields_of(run.returned()) == LEAVES
     # The integers of a checkpoint: a row a layer that was trained, its index and its number of tokens.
