@@ -1,6 +1,6 @@
-"""The configuration of a run: who takes part, what is trained and how, read from YAML and checked.
+"""Configuration of a run, read from YAML and checked.
 
-Light on purpose: nothing here imports torch, Ray or transformers, so that wrong input is refused at once.
+Nothing here imports torch, Ray or transformers, so that wrong input is refused at once.
 """
 
 from hsplit.config.cluster import (

@@ -1,6 +1,6 @@
-"""Who takes part: the server, the client groups as a file declares them, and each client they come to.
+"""The ``server`` and ``clients`` sections of a cluster file: the server, client groups, and the clients of a group.
 
-A budget is a number, or a distribution that each client draws its own from.
+A budget is a number, or a distribution that each client's budget is drawn from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Bounds = Annotated[tuple[float, float], LIST]
 
 
 class Distribution(OneKey):
-    """What a client's budget is drawn from, in the unit of the field that it stands for."""
+    """Distribution of a client's budget, in the unit of its field."""
 
     uniform: _Bounds | None = Field(default=None, description="[lowest, highest] value, equally likely between")
     lognormal: _Bounds | None = Field(
@@ -65,13 +65,13 @@ class Distribution(OneKey):
         return self
 
     def bounds(self) -> tuple[float, ...]:
-        """The values that must be in range for every draw to be (a lognormal's draws are clipped)."""
+        """Values that are in range only if every draw is (a lognormal's draws are clipped)."""
         if self.lognormal is not None:
             return self.lognormal[:1]
         return self.uniform or self.choice or ()
 
     def draw(self, source: random.Random) -> float:
-        """One value, taken from ``source``."""
+        """Draw one value with ``source``."""
         if self.uniform is not None:
             return source.uniform(*self.uniform)
         if self.choice is not None:
@@ -110,11 +110,11 @@ _Either = Annotated[
 Budget = Annotated[_Either, AfterValidator(_positive)]
 """A positive number or a distribution of positive numbers."""
 BudgetOrZero = Annotated[_Either, AfterValidator(_non_negative)]
-"""The same where zero makes sense too, as for a latency."""
+"""A non-negative number or a distribution of non-negative numbers, such as a latency."""
 
 
 def drawn(budget: float | Distribution, seed: int, client: str, field: str) -> float:
-    """The number that ``budget`` comes to for one field of one client.
+    """The number drawn from ``budget`` for one field of one client.
 
     A draw depends on ``seed``, ``client`` and ``field`` only: adding a client changes no other's budget.
     """
@@ -125,26 +125,26 @@ def drawn(budget: float | Distribution, seed: int, client: str, field: str) -> f
 
 
 SERVER = "server"
-"""Name of the server; its replicas are called after it."""
+"""Name of the server; its replicas are ``server-1`` and so on."""
 SCHEDULER = "scheduler"
 """Name of the scheduler."""
 CENTRAL = "central"
-"""The one node of a policy with ``placement: single``."""
+"""Name of the one node of a policy with ``placement: single``."""
 RESERVED_NAMES = frozenset({SERVER, SCHEDULER, "driver", CENTRAL})
-"""Names of hsplit's own actors and processes, which no client may bear."""
+"""Names of hsplit's own actors and processes, which no client may have."""
 MAX_COUNT = 200_000
-"""Clients of one group, and of all, that a simulation takes."""
+"""Most clients of one group, and of a simulation."""
 MAX_TAKING_PART = 10_000
-"""Clients of a run."""
+"""Most clients of a run."""
 BUDGET_FIELDS = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms")
-"""The fields of a client that may be drawn, and that may change during a run."""
+"""Fields of a client that may be drawn, and that may change during a run."""
 _REPLICA_NAME = re.compile(r"server-\d+")
 SERVER_BUDGET_FIELDS = ("memory_gb", "tflops")
-"""Those that the server has."""
+"""The same of the server."""
 
 
 def _not_reserved(name: str) -> str:
-    # In any case: there are file systems for which `Server.safetensors` is the server's file.
+    # Upper and lower case alike: on some file systems `Server.safetensors` is the server's file.
     if name.lower() in RESERVED_NAMES or _REPLICA_NAME.fullmatch(name.lower()):
         reserved = ", ".join([*sorted(RESERVED_NAMES), "server-1 and so on"])
         raise refuse(f"{shown(name)} is reserved (so are {reserved}); choose another name")
@@ -152,27 +152,27 @@ def _not_reserved(name: str) -> str:
 
 
 def server_names(replicas: int) -> tuple[str, ...]:
-    """The names of so many servers, the first being the one that aggregates: ``server``, ``server-1`` and so on."""
+    """Names of ``replicas`` servers, the first of which aggregates: ``server``, ``server-1`` and so on."""
     return (SERVER, *(f"server-{number}" for number in range(1, replicas)))
 
 
 def is_server(name: str) -> bool:
-    """Whether ``name`` is a server's, one of :func:`server_names`."""
+    """True if ``name`` is one of :func:`server_names`."""
     return name == SERVER or _REPLICA_NAME.fullmatch(name) is not None
 
 
 def _absolute(path: str) -> str:
-    """``path`` from the working directory; as text, since the file is on the client's node."""
+    """Absolute ``path``; not resolved further, since the file is on the client's node."""
     return path if path.startswith("~") or os.path.isabs(path) else os.path.abspath(path)
 
 
 def _absolute_if_dotted(model: str) -> str:
-    # without the dot, `org/name` is a hub id
+    # Without a leading dot, `org/name` is a hub id.
     return _absolute(model) if model.startswith(".") else model
 
 
 _KEYS_OF_THEIR_OWN = {"CPU": "num_cpus", "GPU": "num_gpus"}
-# What Ray counts by itself on every node.
+# Resources that Ray counts by itself on every node.
 _RAYS_OWN = frozenset({"memory", "object_store_memory"})
 _LABEL_PART = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = re.compile(rf"([A-Za-z0-9]([A-Za-z0-9.-]{{0,251}}[A-Za-z0-9])?/)?{_LABEL_PART}")
@@ -231,7 +231,7 @@ _ModelPath = Annotated[
 
 
 class BudgetChange(Section):
-    """New values of a holder's budget, in the units of the cluster file; what is not given stays."""
+    """New values of a holder's budget, in the units of the cluster file; ``None``: unchanged."""
 
     memory_gb: Positive | None = Field(default=None, description="memory for the model's work, in GB (1e9 bytes)")
     tflops: Positive | None = Field(default=None, description="compute, in TFLOP/s (1e12 operations a second)")
@@ -250,7 +250,7 @@ class BudgetChange(Section):
 
 
 class ScheduledChange(BudgetChange):
-    """A change of budget that the cluster file foresees."""
+    """A change of budget that the cluster file schedules."""
 
     round: int = Field(ge=2, le=10**9, description="the first round, counted from 1, that the new budget holds for")
 
@@ -269,7 +269,7 @@ _Schedule = Annotated[
 
 
 class HolderConfig(Section):
-    """A machine with a budget of memory and compute, as METHOD.md section 1 has it."""
+    """A machine with a budget of memory and compute (METHOD.md section 1)."""
 
     memory_gb: Positive = Field(description="memory for the model's work, in GB (1e9 bytes)")
     tflops: Positive = Field(description="compute, in TFLOP/s (1e12 operations a second)")
@@ -281,7 +281,11 @@ class HolderConfig(Section):
     schedule: _Schedule = ()
 
     def changed(self, values: Mapping[str, float]) -> Self:
-        """The same holder with new budget ``values`` by field name, which must be its fields."""
+        """A copy with new budget ``values`` by field name.
+
+        Raises:
+            ValueError: the holder has no such field.
+        """
         unknown = values.keys() - type(self).model_fields.keys()
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such field")
@@ -299,7 +303,7 @@ class HolderConfig(Section):
 
 
 class ServerConfig(HolderConfig):
-    """The server: the layers that the clients do not hold run here."""
+    """The server, which runs the layers that the clients do not hold."""
 
     memory_gb: Positive = Field(default=8.0, description="memory for the model's work, in GB (1e9 bytes)")
     tflops: Positive = Field(default=20.0, description="compute, in TFLOP/s (1e12 operations a second)")
@@ -316,7 +320,7 @@ class ServerConfig(HolderConfig):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all replicas; the first is the one that aggregates."""
+        """Names of all replicas; the first aggregates."""
         return server_names(self.replicas)
 
     @model_validator(mode="after")
@@ -336,7 +340,7 @@ class ServerConfig(HolderConfig):
 
 
 class ClientConfig(HolderConfig):
-    """One client with concrete budgets, in the units of the cluster file; properties give SI units."""
+    """One client with concrete budgets, in the units of the cluster file; properties have SI units."""
 
     name: _ClientName = Field(description="the client's name, unique in the run")
     kind: _ClientName = Field(description="name of the group it came from")
@@ -359,7 +363,7 @@ class ClientConfig(HolderConfig):
 
 
 class ClientGroup(Section):
-    """A group of ``count`` clients alike, or drawn alike, as a cluster file declares it."""
+    """A group of ``count`` clients with equal budgets, or budgets drawn from the same distributions."""
 
     name: _ClientName = Field(description="the client's name; with `count` above 1, NAME-0, NAME-1, ...")
     count: int = Field(default=1, ge=1, le=MAX_COUNT, description="number of clients of this kind")
@@ -413,12 +417,12 @@ class ClientGroup(Section):
 
 
 def unique_names(groups: tuple[ClientGroup, ...]) -> tuple[ClientGroup, ...]:
-    """``groups`` unchanged; a validator's refusal names both if two of them make the same client name."""
+    """Validate that no two ``groups`` make the same client name; returns them unchanged."""
     if (total := sum(group.count for group in groups)) > MAX_COUNT:
         raise refuse(f"must be at most {MAX_COUNT} clients in all (got {total})")
     owners: dict[str, int] = {}
     for index, group in enumerate(groups):
-        # Names that differ in case alone are the same file's on some file systems.
+        # On some file systems, names that differ in case alone are one file.
         for name, as_given in {name.lower(): name for name in (group.name, *group.names())}.items():
             if name in owners:
                 other = groups[owners[name]]

@@ -13,24 +13,24 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from hsplit.config.section import STRICT, allowed_instead, first_of, refusals, shown
+from hsplit.config.section import STRICT, allowed_instead, shown, validation_error
 from hsplit.errors import InputError
 
 MAX_DEPTH = 20
-"""Levels of nesting that a document may have; hsplit's own files need six."""
+"""Most levels of nesting in a document; hsplit's own files need six."""
 MAX_NODES = 200_000
-"""Values that a document may have once its aliases are written out."""
+"""Most values in a document, aliases expanded."""
 MAX_BYTES = 8_000_000
-"""Size of a file; the resolved configuration of ten thousand clients has about half of it."""
+"""Largest size of a file; the resolved configuration of ten thousand clients has about half of it."""
 MAX_DIGITS = 100
-"""Characters of a number: YAML has forms, such as 1:30:00, that take ever longer to read."""
+"""Most characters of a number: forms such as 1:30:00 take time that grows faster than their length."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 PresetKind = Literal["cluster", "policies"]
 Value = TypeVar("Value")
 
-# YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point; a learning rate is a number
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text, since it has no point; a learning rate is a number.
 _EXPONENT = (re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 _NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
@@ -50,11 +50,11 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
-            # PyYAML lets these through for a month 13, `!!int x`, `!!bool maybe` and their like
+            # PyYAML raises these for a month 13, `!!int x`, `!!bool maybe` and the like.
             raise _refused(node, f"{shown(getattr(node, 'value', ''))} is no valid {node.tag[-20:]}") from None
 
     def _check(self, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
-        """Number of values under ``node`` with aliases written out; each node is walked once."""
+        """Count the values under ``node``, aliases expanded; each node is walked once."""
         if id(node) in above:
             raise _refused(node, "an alias refers to what it is part of")
         if len(above) >= MAX_DEPTH:
@@ -77,14 +77,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper that quotes whatever ``_Loader`` would take for something else than text."""
+    """Dumper that quotes all text that ``_Loader`` would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # only in double quotes does PyYAML write U+0085 and its like so that it does not read back a space
+    # Only in double quotes does PyYAML escape U+0085 and the like, which it would read back as a space.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -111,10 +111,10 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that ``text`` denotes.
+    """Parse YAML.
 
     Raises:
-        InputError: ``text`` is no valid YAML; the line is ``where:LINE: what is wrong``.
+        InputError: ``text`` is not valid YAML; the line is ``where:LINE: what is wrong``.
     """
     try:
         loader = _Loader(text)
@@ -144,10 +144,10 @@ def _not_yaml(where: str, problem: str | None) -> InputError:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in the YAML file ``path``.
+    """Read the mapping in the YAML file ``path``.
 
     Raises:
-        InputError: there is no such file, or it is not UTF-8, not YAML, empty, or no mapping at its top.
+        InputError: there is no such file, or it is not UTF-8, not YAML, empty, or not a mapping.
     """
     where = displayed(path)
     try:
@@ -171,10 +171,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def json_value(text: str | bytes) -> Any:
-    """The value that ``text`` denotes, whatever its type.
+    """Parse JSON of any type.
 
     Raises:
-        ValueError: ``text`` is no JSON, or nested too deeply; its text is the reason.
+        ValueError: ``text`` is not JSON, or nested too deeply; the error's text is the reason.
     """
     try:
         return json.loads(text)
@@ -185,25 +185,25 @@ def json_value(text: str | bytes) -> Any:
     except RecursionError:
         reason = "nested too deeply"
     except ValueError:
-        # Python reads no integer of more than some thousand digits.
+        # Python reads no integer of more than a few thousand digits.
         reason = "a number is too long"
     raise ValueError(reason)
 
 
 def from_json(text: str | bytes, type_: type[Value], where: str) -> Value:
-    """The value of a type that ``text`` denotes, such as a dataclass or ``dict[str, int]``.
+    """Parse JSON as a type, such as a dataclass or ``dict[str, int]``.
 
-    Nothing is converted, a number in quotes is none; of a dataclass, if its ``__pydantic_config__`` is ``STRICT`` or
-    ``EXACT``.
+    Nothing is converted: a number in quotes is text. For a dataclass this needs ``STRICT`` or ``EXACT`` as its
+    ``__pydantic_config__``.
 
     Raises:
-        InputError: ``text`` is no JSON, or denotes no such value; the line names the key.
+        InputError: ``text`` is not JSON, or not of the type; the line names the key.
     """
     try:
         value: Value = _validator(type_).validate_json(text)  # type: ignore[arg-type]  # types are hashable
         return value
     except ValidationError as error:
-        found = first_of(where, refusals(error))
+        found = validation_error(where, error)
     try:
         json_value(text)
     except ValueError as error:
@@ -212,28 +212,28 @@ def from_json(text: str | bytes, type_: type[Value], where: str) -> Value:
 
 
 def from_plain(data: Any, type_: type[Value], where: str) -> Value:
-    """The value of a type that ``data`` denotes, which is part of a JSON document; see :func:`from_json`."""
+    """Read plain data, part of a JSON document, as a type; see :func:`from_json`."""
     return from_json(json.dumps(data), type_, where)
 
 
 @cache
 def _validator(type_: Any) -> TypeAdapter[Any]:
-    # Classes have a configuration of their own: a section takes lists for tuples.
+    # These classes have their own configuration: a section takes lists for tuples.
     has_own = isinstance(type_, type) and (is_dataclass(type_) or issubclass(type_, BaseModel))
     return TypeAdapter(type_, config=None if has_own else STRICT)
 
 
 def read_json(path: str | Path, type_: type[Value]) -> Value:
-    """The value of a type in the JSON file ``path``; see :func:`from_json`.
+    """Read the JSON file ``path`` as a type; see :func:`from_json`.
 
     Raises:
-        InputError: there is no such file, or it holds no such value.
+        InputError: there is no such file, or it is not of the type.
     """
     return from_json(read_bytes(path), type_, displayed(path))
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file.
+    """Read a file.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
@@ -252,7 +252,7 @@ def to_yaml(value: Any) -> str:
 
 
 def displayed(path: str | Path) -> str:
-    """``path`` as messages show it: relative where it lies under the working directory."""
+    """``path`` as messages show it: relative if it is under the working directory."""
     path = Path(path)
     try:
         return str(path.relative_to(Path.cwd()))
@@ -261,32 +261,32 @@ def displayed(path: str | Path) -> str:
 
 
 def preset_directory(kind: PresetKind) -> Path:
-    """Where the presets are: inside the package (a wheel) or beside it (a checkout)."""
+    """The folder of the presets: inside the package (a wheel) or beside it (a checkout)."""
     inside = _PACKAGE / "presets" / kind
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 
 
 def find_preset(kind: PresetKind, name: str | Path) -> Path:
-    """The file that ``name`` means: a file that exists, or a preset by its name.
+    """Find a file by its path, or a preset by its name.
 
     Args:
-        kind: which presets to look among, ``cluster`` or ``policies``.
+        kind: of the presets, ``cluster`` or ``policies``.
         name: a path, or a preset's name, as ``hetero``, ``hetero.yaml`` or ``cluster/hetero.yaml``.
 
     Raises:
-        InputError: it is neither; the text lists the presets there are.
+        InputError: it is neither; the text lists the presets.
     """
-    given = Path(name)
+    path = Path(name)
     try:
-        if given.exists() and not given.is_dir():
-            return given
+        if path.exists() and not path.is_dir():
+            return path
     except OSError:  # such as a name too long for the file system
         pass
-    presets = {path.stem: path for path in sorted(preset_directory(kind).glob("*.yaml"))}
-    parts = given.parts[1:] if given.parts[:1] == (kind,) else given.parts
+    presets = {preset.stem: preset for preset in sorted(preset_directory(kind).glob("*.yaml"))}
+    parts = path.parts[1:] if path.parts[:1] == (kind,) else path.parts
     if len(parts) == 1 and parts[0].removesuffix(".yaml") in presets:
         return presets[parts[0].removesuffix(".yaml")]
     what = "cluster file" if kind == "cluster" else "policy file"
-    hint = allowed_instead(given.stem, presets).replace("allowed:", "presets:")
+    hint = allowed_instead(path.stem, presets).replace("allowed:", "presets:")
     every = "" if hint.startswith("presets") else f" presets: {', '.join(presets)}"
     raise InputError(f"{shown(str(name), 200)}: no such {what}, and no preset of that name ({hint}{every})")

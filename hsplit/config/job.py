@@ -1,4 +1,4 @@
-"""What is trained: the ``job`` section of a cluster file."""
+"""The ``job`` section of a cluster file: model, data and training."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from hsplit.config.section import (
 
 MAX_SEED = 2**32 - 1
 MAX_EXAMPLES = 1_000_000
-"""Examples that are made: all of them are in memory at once."""
+"""Most examples of a generator: all of them are in memory at once."""
 TORCH_OPTIMIZERS = frozenset({"adamw", "sgd"})
-"""The optimizers that are torch's own; the others are bitsandbytes', which step in fp32."""
+"""Torch's own optimizers; the others are of bitsandbytes and step in fp32."""
 
 
 class Partition(OneKey):
-    """An uneven way to share the data out over the clients."""
+    """An uneven partition of the data over the clients."""
 
     dirichlet: Positive | None = Field(
         default=None, description="concentration alpha of each label's split over the clients; small = uneven"
@@ -58,7 +58,7 @@ _PartitionChoice = Annotated[
 
 
 class DataSpec(Section):
-    """The data that is shared out over the clients that bring none of their own."""
+    """The shared data, which is partitioned over the clients without data of their own."""
 
     source: PathText = Field(default="restaurants", description="a built-in source's name, or a file")
     examples: int = Field(
@@ -85,14 +85,14 @@ class DataSpec(Section):
 
 
 class Validation(Section):
-    """The data that each client holds out to measure the model on."""
+    """Held-out data of each client, to measure the model on."""
 
     share: float = Field(default=0.1, gt=0, lt=1, description="part of each client's examples held out (0 to 1)")
     max_examples: Count = Field(default=16, description="most examples held out by one client")
 
 
 class Privacy(Section):
-    """What the server gets to see."""
+    """Limits on the information that the server gets."""
 
     labels: Literal["server", "client"] = Field(
         default="server", description="where final norm, head and loss run; `client` keeps the labels there"
@@ -109,7 +109,7 @@ class Privacy(Section):
 
 
 class ResidualConfig(Section):
-    """How the sum of all aggregated updates is kept (METHOD.md section 6)."""
+    """Storage of the sum of all aggregated updates (METHOD.md section 6)."""
 
     max_rank: Annotated[Count | Literal["full"], meaning("a whole number of at least 1, or 'full'")] = Field(
         default=128, description="most directions of a residual: what is beyond is cut, and reported; `full` = no cut"
@@ -117,7 +117,7 @@ class ResidualConfig(Section):
 
 
 class Pipeline(Section):
-    """How a step's work is cut so that clients compute while the server does."""
+    """Splitting of a step's work, so that clients and server compute at the same time."""
 
     microbatches: Count = Field(
         default=1,
@@ -131,7 +131,7 @@ class Pipeline(Section):
 
 
 class FastPaths(Section):
-    """Ways of computing the same thing faster; each can be switched off, for comparison."""
+    """Faster ways to compute the same; each can be switched off, for comparison."""
 
     packed: bool = Field(default=True, description="no padding tokens in linears, norms and messages")
     loss_rows: bool = Field(default=True, description="head and loss at supervised positions only")
@@ -142,7 +142,7 @@ class FastPaths(Section):
 
 
 class Faults(Section):
-    """What a run does about actors that fail, are slow or send what cannot be right."""
+    """Handling of actors that fail, are slow or send invalid values."""
 
     recovery: Literal["go_on", "repeat"] = Field(
         default="go_on",
@@ -274,7 +274,7 @@ class Job(Section):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether clients that only compute forward are a step ahead of the others within a round."""
+        """True if clients that only compute forward are a step ahead of the others within a round."""
         return self.pipeline.ahead and self.privacy.labels == "server" and self.local_steps > 1
 
     @model_validator(mode="after")

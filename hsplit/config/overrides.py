@@ -23,21 +23,21 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Override:
-    """One key as the user wrote it and the value that it gets."""
+    """One key as the user wrote it, with its new value."""
 
     key: str
     value: Any
 
     @property
     def where(self) -> str:
-        """What an error names instead of a file."""
+        """The option that an error names instead of a file."""
         return f"--set {self.key if self.key.isprintable() else shown(self.key)}"
 
     def path(self, document: Mapping[str, Any]) -> KeyPath:
-        """Where the key is in ``document``; a client group's name becomes its index.
+        """Path of the key in ``document``; a client group's name becomes its index.
 
         Raises:
-            InputError: the key names nothing that there is.
+            InputError: there is no such key.
         """
         head, *rest = parts = self.key.split(".")
         if not all(parts):
@@ -51,14 +51,14 @@ class Override:
         raise InputError(f"{self.where}: unknown key ({self._instead(head)})")
 
     def applied_to(self, document: Mapping[str, Any]) -> dict[str, Any]:
-        """``document`` with the key set; ``document`` itself stays as it is."""
+        """A copy of ``document`` with the key set."""
         changed: dict[str, Any] = _replaced(document, self.path(document), self.value)
         return changed
 
     def _client_path(self, key: str, groups: Any) -> KeyPath:
         entries = groups if isinstance(groups, list | tuple) else ()
         names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in entries]
-        # a name may hold dots itself, so the longest name that fits is the one meant
+        # A name may have dots itself, so the longest name that fits is meant.
         fitting = [name for name in names if isinstance(name, str) and key.startswith(f"{name}.")]
         if not fitting:
             known = [name for name in names if isinstance(name, str)]
@@ -74,35 +74,35 @@ class Override:
         return allowed_instead(head, (*Job.model_fields, *SECTIONS))
 
 
-def parse_overrides(given: Overrides) -> list[Override]:
-    """The overrides in ``given``: ``key=value`` strings, whose values are YAML, or a mapping of dotted keys.
+def parse_overrides(overrides: Overrides) -> list[Override]:
+    """Parse ``key=value`` strings, whose values are YAML, or a mapping of dotted keys.
 
     Raises:
-        InputError: a string has no ``=``, or its value is no YAML, or a mapping's key is no text.
+        InputError: a string has no ``=``, its value is not YAML, or a mapping's key is not text.
     """
-    if isinstance(given, Mapping):
-        for key in given:
+    if isinstance(overrides, Mapping):
+        for key in overrides:
             if not isinstance(key, str):
                 raise InputError(f"overrides: a key must be text (got {shown(key)})")
-        return [Override(key, value) for key, value in given.items()]
-    overrides = []
-    for text in [given] if isinstance(given, str) else given:
+        return [Override(key, value) for key, value in overrides.items()]
+    parsed = []
+    for text in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set {shown(text)}: must be KEY=VALUE, such as job.rounds=3")
         override = Override(key.strip(), None)
-        overrides.append(Override(override.key, parse_yaml(value, override.where)))
-    return overrides
+        parsed.append(Override(override.key, parse_yaml(value, override.where)))
+    return parsed
 
 
 def below(path: KeyPath, refused: Refusal) -> Refusal:
-    """``refused`` with its key cut to what is below ``path``, or whole if it is elsewhere."""
+    """``refused`` with its key relative to ``path``, or unchanged if it is not below ``path``."""
     inside = refused.at[: len(path)] == path
     return Refusal(refused.at[len(path) :], refused.reason) if inside else refused
 
 
 def _replaced(tree: Any, path: KeyPath, value: Any) -> Any:
-    """``tree`` with ``value`` at ``path``; a scalar on the way is replaced by a mapping."""
+    """A copy of ``tree`` with ``value`` at ``path``; a scalar on the way is replaced by a mapping."""
     if not path:
         return value
     head, rest = path[0], path[1:]

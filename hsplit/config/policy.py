@@ -1,4 +1,4 @@
-"""How the method runs: a policy file, one row of METHOD.md section 7."""
+"""A policy file: the variant of the method, one row of METHOD.md section 7."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Importance(Section):
-    """How it is found out which weights matter (METHOD.md section 3)."""
+    """Measuring the importance of weights (METHOD.md section 3)."""
 
     metric: _Metric = Field(
         default="rngwp",
@@ -61,7 +61,7 @@ class Importance(Section):
 
 
 class Replan(Section):
-    """When a new plan is made at a round's end (METHOD.md section 5)."""
+    """Conditions for a new plan at a round's end (METHOD.md section 5)."""
 
     tau: Annotated[float | None, meaning("a number from 0 to 2, or null")] = Field(
         default=0.1, ge=0, le=2, description="L1 distance that normalized importance must have moved; null = never"
@@ -73,14 +73,14 @@ class Replan(Section):
 
 
 class SelfPruning(Section):
-    """How holders give up directions that they do not need, as HetLoRA does, until another plan gives ranks anew."""
+    """Removal of directions that a holder does not need, as in HetLoRA, until the next plan sets ranks again."""
 
     decay: float = Field(default=0.99, gt=0, lt=1, description="part of its rank that a holder keeps when it prunes")
     penalty: NonNegative = Field(default=5e-3, description="weight of the trailing directions' size in the loss")
 
 
 class Policy(Section):
-    """The choices that tell one published method from another; the defaults are HSplitLoRA's."""
+    """The choices by which published methods differ; the defaults are HSplitLoRA's."""
 
     name: Name = Field(default=DEFAULT_POLICY, description="the policy's name; by default the file's, less .yaml")
     description: AnyText = Field(default="", description="what it is, in a sentence")
@@ -142,14 +142,14 @@ class Policy(Section):
 
     @property
     def freezes(self) -> bool:
-        """Whether plans may leave the layers of clients untrained."""
+        """True if plans may leave the layers of clients untrained."""
         return self.freeze == "planned" and self.placement == "split" and self.aggregation == "concat"
 
     @property
     def probes(self) -> bool:
-        """Whether a run has to measure importance: some plan depends on it."""
+        """True if a run has to measure importance, since some plan depends on it."""
         by_importance = self.ranks in ("importance", "budget") or is_reference(self.ranks)
-        # One rank for all captures the same at every split, whatever matters.
+        # One rank for all captures the same at every split.
         searched = self.placement == "split" and self.split == "planned" and by_importance
         by_importance = self.ranks == "importance" or is_reference(self.ranks)
         split_by_importance = searched or (self.placement == "split" and is_reference(self.split))
@@ -162,7 +162,7 @@ class Policy(Section):
         return self
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        """What cannot be combined: key and reason."""
+        """Combinations that are not allowed: key and reason."""
         one_rank = self.ranks == "uniform" or isinstance(self.ranks, int)
         if self.aggregation == "fedavg" and not one_rank:
             yield (

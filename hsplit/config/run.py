@@ -1,4 +1,4 @@
-"""The resolved configuration of a run: files, overrides and draws made one."""
+"""Resolved configuration of a run: files, overrides and draws combined."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hsplit.config.section import (
     NOT_EMPTY,
     Refusal,
     Section,
-    first_of,
     input_error,
     refusals,
     refuse,
     shown,
+    validation_error,
 )
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 
 STEP_KEYS = ("lr", "schedule", "warmup", "clip", "weight_decay")
-"""Keys of ``job`` that say how far a step goes, and nothing else: like ``faults``, they may change in a resumed run."""
+"""Keys of ``job`` that decide the size of a step and nothing else: like ``faults``, they may change on a resume."""
 
 _HEADER = "# The configuration of this run with every default, override and draw written out; made by hsplit.\n"
 
@@ -55,7 +55,7 @@ def _check_shares(job: Job, sharing: int) -> None:
 
 
 def _check_gpus(job: Job, policy: Policy, server: ServerConfig, clients: Sequence[ClientConfig | ClientGroup]) -> None:
-    """Refuse GPUs that nothing would run on, and an optimizer that needs one where there is none."""
+    """Refuse GPUs that nothing would run on, and a paged optimizer without a GPU."""
     if server.num_gpus > 1 and policy.placement != "split":
         raise refuse(
             f"must be at most 1 with placement {policy.placement!r}, which leaves the server no layers to spread over"
@@ -77,7 +77,7 @@ def _check_gpus(job: Job, policy: Policy, server: ServerConfig, clients: Sequenc
 
 
 def _check_late(job: Job, clients: Sequence[ClientConfig | ClientGroup]) -> None:
-    """Refuse clients that come later where nobody can."""
+    """Refuse ``late`` clients with a transport that none can join later."""
     if job.transport != "gloo":
         return
     for index, client in enumerate(clients):
@@ -90,7 +90,7 @@ def _check_late(job: Job, clients: Sequence[ClientConfig | ClientGroup]) -> None
 
 
 def _check_placement(job: Job, policy: Policy, server: ServerConfig, own_data: list[str]) -> None:
-    """Refuse settings of the job that a policy's placement gives no meaning to."""
+    """Refuse settings of the job that have no meaning with the policy's placement."""
     if policy.train == "weights" and (job.dropout or job.targets != "all-linear"):
         key = "dropout" if job.dropout else "targets"
         raise refuse("is of adapters, and this policy trains every weight: leave it out", "job", key)
@@ -133,7 +133,7 @@ def _check_placement(job: Job, policy: Policy, server: ServerConfig, own_data: l
 
 
 class RunConfig(Section):
-    """All that decides a run: who takes part, what is trained, and how."""
+    """Complete configuration of a run: server and clients, job and policy."""
 
     server: ServerConfig = Field(default=ServerConfig(), description="the server")
     clients: Annotated[tuple[ClientConfig, ...], LIST, NOT_EMPTY, AfterValidator(_distinct)] = Field(
@@ -153,11 +153,11 @@ class RunConfig(Section):
 
     @property
     def participants(self) -> tuple[ClientConfig, ...]:
-        """Who trains: the clients, or with placement ``single`` the one node, which has the server's budget."""
+        """The holders that train: the clients, or with placement ``single`` the one node with the server's budget."""
         if self.policy.placement != "single":
             return self.clients
         server = self.server
-        # Its name is reserved, so that no client of a file may bear it.
+        # Its name is reserved, which only construction without validation allows.
         central = ClientConfig.model_construct(
             name=CENTRAL,
             kind=CENTRAL,
@@ -168,7 +168,7 @@ class RunConfig(Section):
             node=server.node,
             resources=server.resources,
             labels=server.labels,
-            # It talks to nobody: its link is no limit.
+            # It sends nothing: its link is no limit.
             bandwidth_mbps=float(LARGEST),
             latency_ms=0.0,
         )
@@ -176,24 +176,24 @@ class RunConfig(Section):
 
     @property
     def scales_lr(self) -> bool:
-        """Whether those who are averaged step farther than ``job.lr`` says (``policy.lr_scaling``)."""
+        """True if holders whose updates are averaged train at more than ``job.lr`` (``policy.lr_scaling``)."""
         policy = self.policy
         return policy.lr_scaling != "none" and policy.placement != "single" and self.job.optimizer != "sgd"
 
     def resumed_with(self, overrides: Overrides) -> tuple[Self, list[str]]:
-        """The configuration of a run that has begun, with other settings of how far its steps go, and of faults.
+        """The configuration of a run that has begun, with other settings of its steps and of faults.
 
         Args:
             overrides: as for :func:`load_run_config`, of the keys in :data:`STEP_KEYS` and ``faults`` alone:
-                everything else decides what data, plan or state there is by then.
+                data, plan and state of the run already depend on all others.
 
         Returns:
-            The configuration, and what has changed: ``job.lr is now 0.001 (was 1.0)``.
+            The configuration, and a sentence about each change: ``job.lr is now 0.001 (was 1.0)``.
 
         Raises:
             InputError: another key is named, or a value is out of range.
         """
-        changed, told = self, []
+        changed, changes = self, []
         for step in parse_overrides(overrides):
             document = changed.model_dump()
             path = step.path(document)
@@ -210,33 +210,33 @@ class RunConfig(Section):
                 raise input_error(step.where, below(path, found[0]), len(found) - 1) from None
             before, after = (_value(config.job, path[1:]) for config in (changed, new))
             if before != after:
-                told.append(f"{'.'.join(map(str, path))} is now {shown(after)} (was {shown(before)})")
+                changes.append(f"{'.'.join(map(str, path))} is now {shown(after)} (was {shown(before)})")
             changed = new
-        return changed, told
+        return changed, changes
 
     def save(self, path: str | Path) -> None:
-        """Write the configuration as YAML; the file is there whole or not at all."""
+        """Write the configuration as YAML, atomically."""
         document = self.model_dump()
-        # a reader looks for the name first; pydantic puts what Client inherits before what it adds
+        # The name first, for readers; pydantic puts inherited fields before it.
         document["clients"] = [{"name": client["name"], **client} for client in document["clients"]]
         write_text_atomically(path, _HEADER + to_yaml(document))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """What ``save`` wrote.
+        """Read a configuration that :meth:`save` wrote.
 
         Raises:
-            InputError: the file is missing or is no resolved configuration.
+            InputError: the file is missing or is not a resolved configuration.
         """
         document = read_yaml(path)
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            raise first_of(displayed(path), refusals(error)) from None
+            raise validation_error(displayed(path), error) from None
 
 
 class _Declared(Section):
-    """A cluster file and a policy file as given, before clients are counted out and budgets drawn."""
+    """A cluster file and a policy file before groups are expanded and budgets drawn."""
 
     server: ServerConfig = ServerConfig()
     clients: Annotated[tuple[ClientGroup, ...], LIST, NOT_EMPTY, AfterValidator(unique_names)]
@@ -253,7 +253,7 @@ class _Declared(Section):
         return self
 
     def check_size(self, most: int, where: str) -> None:
-        """Refuse more than ``most`` clients before they are counted out."""
+        """Refuse more than ``most`` clients before groups are expanded."""
         if (total := sum(group.count for group in self.clients)) > most:
             raise InputError(f"{where}: clients: must be at most {most} clients in all (got {total})")
 
@@ -281,16 +281,16 @@ def load_run_config(
     client_defaults: Mapping[str, Any] | None = None,
     most_clients: int = MAX_TAKING_PART,
 ) -> RunConfig:
-    """The configuration that a cluster file, a policy file and overrides come to.
+    """Resolve a cluster file, a policy file and overrides.
 
     Args:
         cluster: a path or a preset's name.
-        policy: the same for the policy; None is ``hsplitlora``.
+        policy: the same for the policy; ``None``: ``hsplitlora``.
         overrides: ``key=value`` strings or a mapping of dotted keys. A key starts with ``server``,
             ``clients.GROUP``, ``job`` or ``policy``; any other is a key of ``job``. Later ones win.
-        cpu: reserve no GPU for anybody, whatever the file says.
+        cpu: reserve no GPUs, whatever the file says.
         client_defaults: values of keys that an entry of ``clients`` may then leave out.
-        most_clients: how many there may be in all.
+        most_clients: largest number of clients.
 
     Raises:
         InputError: anything is wrong with the files or the overrides; the text names the file or
@@ -324,7 +324,7 @@ def load_run_config(
 
 
 def _blamed(refused: Refusal, documents: list[dict[str, Any]], cpu: bool) -> int:
-    """Index of the document since which ``refused`` is wrong: 0 for the files, n for the nth override."""
+    """Index of the document that first has the error: 0 for the files, n for the nth override."""
     for index in range(len(documents) - 1, 0, -1):
         try:
             _Declared.model_validate(documents[index - 1]).resolved(cpu=cpu)

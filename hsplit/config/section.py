@@ -1,13 +1,13 @@
-"""What all sections of a configuration file share: strict types, known keys, no later change, errors in one form.
+"""Base of all sections of a configuration file: strict types, known keys, no later change, errors in one form.
 
-pydantic's validation errors are put into the project's words here: ``key: what is wrong / what is right``.
+pydantic's validation errors get the project's words here: ``key: what is wrong / what is right``.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -29,7 +29,7 @@ KeyPath = tuple[str | int, ...]
 
 _PLAIN_KEY = re.compile(r"[\w-]+")
 
-# pydantic names Python types; a YAML file has none, so these say what to write instead
+# pydantic names Python types, which a YAML file does not have.
 _WORDS = {
     "missing": "is required",
     "int_type": "must be a whole number",
@@ -52,19 +52,19 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing that is wrong: the key it is at, from the top of the document, and the reason."""
+    """One error in a document: the path of its key from the top, and the reason."""
 
     at: KeyPath
     reason: str
 
 
 def refusals(error: ValidationError) -> list[Refusal]:
-    """What ``error`` holds, in its order."""
+    """The errors of a validation, in its order."""
     return [_refusal(details) for details in error.errors(include_url=False)]
 
 
 def _refusal(details: ErrorDetails) -> Refusal:
-    # "<...>" are tags of union branches, which are no keys of the file
+    # "<...>" are tags of union branches, which are not keys of the file.
     at = tuple(part for part in details["loc"] if not (isinstance(part, str) and part.startswith("<")))
     context = details.get("ctx", {})
     if details["type"] == REFUSED:
@@ -74,7 +74,7 @@ def _refusal(details: ErrorDetails) -> Refusal:
     return Refusal(at, reason if details["type"] == "missing" else f"{reason} (got {shown(details['input'])})")
 
 
-def written(path: KeyPath) -> str:
+def key_text(path: KeyPath) -> str:
     """A key path as errors show it: ``clients[0].memory_gb``."""
     text = ""
     for part in path:
@@ -86,19 +86,20 @@ def written(path: KeyPath) -> str:
 
 
 def input_error(where: str, refused: Refusal, more: int = 0) -> InputError:
-    """The one line for ``refused``, found in ``where`` (a file or an option) with ``more`` others."""
-    key = f"{written(refused.at)}: " if refused.at else ""
+    """The error line for ``refused``, found in ``where`` (a file or an option) with ``more`` others."""
+    key = f"{key_text(refused.at)}: " if refused.at else ""
     rest = f" (and {more} more)" if more else ""
     return InputError(f"{where}: {key}{' '.join(refused.reason.split())}{rest}")
 
 
-def first_of(where: str, found: Sequence[Refusal]) -> InputError:
-    """The error for all refusals ``found`` in ``where``."""
+def validation_error(where: str, error: ValidationError) -> InputError:
+    """The error line for a failed validation of ``where`` (a file or an option)."""
+    found = refusals(error)
     return input_error(where, found[0], len(found) - 1)
 
 
 REFUSED = "refused"
-"""Type of the errors that ``refuse`` makes; their text is complete as it stands."""
+"""Type of the errors that ``refuse`` makes; their text is complete."""
 
 
 def refuse(reason: str, *at: str | int) -> PydanticCustomError:
@@ -107,7 +108,7 @@ def refuse(reason: str, *at: str | int) -> PydanticCustomError:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """``value`` as an error quotes it: one line of at most ``limit`` characters, whatever it is."""
+    """``value`` as an error quotes it: one line of at most ``limit`` characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -122,7 +123,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def allowed_instead(key: object, allowed: Iterable[str]) -> str:
-    """What to put in an error on an unknown ``key``: the closest allowed one, else all of them."""
+    """Hint for an error on an unknown ``key``: the closest allowed one, else all of them."""
     names = sorted(allowed)
     close = difflib.get_close_matches(str(key), names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(names)}"
@@ -136,7 +137,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _only_known_keys(cls, given: Any) -> Any:
-        # pydantic's own extra="forbid" knows the wrong key only; here the allowed ones are at hand too
+        # pydantic's own extra="forbid" names the wrong key only, not the allowed ones.
         if isinstance(given, Mapping):
             for key in given:
                 if key not in cls.model_fields:
@@ -156,17 +157,17 @@ class OneKey(Section):
 
     @model_serializer
     def given(self) -> dict[str, Any]:
-        """The one key with its value, as it is written in a file."""
+        """The one key with its value, as in a file."""
         return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
 
 
 def shape(value: Any) -> str:
-    """Tells a mapping from anything else, for unions of a plain value and a ``OneKey`` section."""
+    """Discriminate a mapping from anything else, in unions of a plain value and a ``OneKey`` section."""
     return "<mapping>" if isinstance(value, Mapping | BaseModel) else "<plain>"
 
 
 def meaning(words: str) -> WrapValidator:
-    """Replaces all that pydantic says of a union of plain values by ``must be {words}``."""
+    """Replace pydantic's errors for a union of plain values by ``must be {words}``."""
 
     def validate(value: Any, inner: Any) -> Any:
         try:
@@ -181,7 +182,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # bytes of the command line that are no UTF-8 arrive as lone surrogates, which no file can hold
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates, which no file can hold.
         raise refuse(f"must be valid Unicode text (got {shown(text)})") from None
     return text
 
@@ -193,9 +194,9 @@ def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 NOT_EMPTY = AfterValidator(_not_empty)
-"""For tuples, instead of pydantic's min_length, which also complains when an entry is wrong itself."""
+"""For tuples, instead of pydantic's min_length, which also reports a tuple with a wrong entry."""
 STRICT, EXACT = ConfigDict(strict=True), ConfigDict(strict=True, extra="forbid")
-"""``__pydantic_config__`` of a dataclass that is read from JSON: nothing is converted; nor is another key taken."""
+"""``__pydantic_config__`` of a dataclass that is read from JSON: nothing is converted; ``EXACT``: no other key."""
 LIST = Field(strict=False)
 """For tuples: YAML has lists, which pydantic's strict mode would refuse."""
 
@@ -204,10 +205,10 @@ MAX_NAME = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-# Files that bear such a name, whatever its ending, cannot be copied to Windows.
+# Files of such a name, with any ending, cannot be copied to Windows.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 MAX_PATH_BYTES, MAX_PART_BYTES = 4096, 255
-"""What file systems bear, of a path and of one name in it."""
+"""Limits of file systems, for a path and for one name in it."""
 
 
 def _well_formed(name: str) -> str:
@@ -227,14 +228,14 @@ def _usable_path(path: str) -> str:
     return path
 
 
-# No part of it is private: what has two underscores before it is Python's own machinery.
+# No part of it is private: names with two leading underscores are Python's own.
 _IDENTIFIER = "[A-Za-z][A-Za-z0-9_]*"
 REFERENCE = rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*:{_IDENTIFIER}$"
 """The form ``package.module:name`` of a user's own function."""
 
 
 def is_reference(word: object) -> bool:
-    """Whether ``word`` has the form ``package.module:name``."""
+    """True if ``word`` has the form ``package.module:name``."""
     return isinstance(word, str) and re.fullmatch(REFERENCE, word) is not None
 
 
@@ -248,7 +249,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
 PathText = Annotated[Text, AfterValidator(_usable_path)]
 Name = Annotated[str, AfterValidator(_well_formed)]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
-"""A count of anything that a file has room for."""
+"""A count that fits 64 bits."""
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]

@@ -15,7 +15,7 @@ from pydantic import Field, RootModel, ValidationError
 from hsplit.config import SERVER, BudgetChange, RunConfig
 from hsplit.config.cluster import SERVER_BUDGET_FIELDS, ClientConfig, ClientGroup
 from hsplit.config.files import displayed, read_json
-from hsplit.config.section import STRICT, first_of, refusals
+from hsplit.config.section import STRICT, validation_error
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.planning.budgets import BudgetRequest
@@ -100,7 +100,7 @@ def post_budget(directory: RunDirectory, holder: str, values: Mapping[str, float
     try:
         change = BudgetChange.model_validate(dict(values)).values()
     except ValidationError as error:
-        raise first_of(f"the budget of {holder}", refusals(error)) from None
+        raise validation_error(f"the budget of {holder}", error) from None
     for field in change:
         if holder == SERVER and field not in SERVER_BUDGET_FIELDS:
             raise InputError(f"the budget of server: {field}: it has only {', '.join(SERVER_BUDGET_FIELDS)}")
@@ -132,7 +132,7 @@ def post_join(directory: RunDirectory, client: str | Mapping[str, Any]) -> tuple
     try:
         group = ClientGroup.model_validate(dict(client))
     except ValidationError as error:
-        raise first_of(where, refusals(error)) from None
+        raise validation_error(where, error) from None
     if group.data is None:
         raise InputError(f"{where}: data: must be a file on its node: the shared data is dealt out already")
     joining = group.expanded(run.job.seed)
@@ -143,7 +143,7 @@ def post_join(directory: RunDirectory, client: str | Mapping[str, Any]) -> tuple
         # The run's rules for its clients hold for these too.
         RunConfig.model_validate({**run.model_dump(), "clients": [c.model_dump() for c in (*run.clients, *joining)]})
     except ValidationError as error:
-        raise first_of(where, refusals(error)) from None
+        raise validation_error(where, error) from None
     for one in joining:
         _post(directory, {"request": "join", "client": one.model_dump()})
     return tuple(one.name for one in joining)
