@@ -11,7 +11,7 @@ from hsplit.home import make_home_usable
 
 __version__ = "0.1.0"
 
-# Before any library looks where it may write, in workers on other nodes too.
+# Before any library reads these variables, in workers on other nodes too.
 make_home_usable()
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use: the command line must answer --help without importing torch and Ray.
+    # Imported on first use, so that the command line shows --help without importing torch and Ray.
     if name in ("Run", "change_budget", "join", "launch", "leave", "plan", "resume"):
         from hsplit import api
 

@@ -82,15 +82,15 @@ def launch(
         cluster: path or name of a cluster file.
         policy: path or name of a policy file; ``hsplitlora`` by default.
         overrides: ``key=value`` strings, or a mapping of dotted keys.
-        runs_dir: where the run's directory goes.
-        name: the run's name, made up from the time by default.
+        runs_dir: folder of the run's directory.
+        name: the run's name, made from the time by default.
         address: a running Ray cluster (``auto`` for the one on this machine); by default a local one is started.
         cpu: run a cluster file with GPUs on CPUs.
-        dashboard_host: where a local Ray's dashboard listens; by default only this machine reaches it.
-        display: what to show; the terminal by default.
+        dashboard_host: address that a local Ray's dashboard listens at; by default only this machine reaches it.
+        display: shows the run; the terminal by default.
 
     Raises:
-        InputError: something given is wrong; nothing was started.
+        InputError: an argument or a file is wrong; nothing was started.
         RunError: the run failed; its last checkpoint is complete and the text says how to resume.
     """
     run = resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu))
@@ -103,7 +103,7 @@ def launch(
             waiting.update("reading model and data")
             inputs = read_inputs(run, source)
             waiting.update("making a plan")
-            # Made again by the scheduler: that nobody fits is said before anything starts.
+            # The scheduler makes it again; here a fleet that does not fit is refused before anything starts.
             Scheduler(run, source.directory).plan()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
@@ -120,13 +120,13 @@ def resume(
     dashboard_host: str = LOCALHOST,
     display: Observer | None = None,
 ) -> Run:
-    """Go on with a run from its last complete checkpoint, or from its start while it has none.
+    """Continue a run from its last complete checkpoint, or from its start while it has none.
 
-    Of a run that is complete already it is told where the results are, and nothing is started.
+    For a run that is complete, only its results are shown.
 
     Args:
         path: the run's directory.
-        overrides: ``key=value`` strings or a mapping, of the keys that say how far a step goes (``job.lr``,
+        overrides: ``key=value`` strings or a mapping, of the keys that set the size of a step (``job.lr``,
             ``job.schedule``, ``job.warmup``, ``job.clip``, ``job.weight_decay``) and of ``job.faults``. They hold from
             here on.
         address, dashboard_host, display: see :func:`launch`.
@@ -140,8 +140,8 @@ def resume(
     found, passed_over = latest_checkpoint(directory.checkpoints) if directory.has_checkpoints else (None, [])
     done = found is None or read_state(found).round >= run.job.rounds
     if done and run_state(directory).state == "complete":
-        with display or display_for(sys.stdout) as shown:
-            shown.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
+        with display or display_for(sys.stdout) as observer:
+            observer.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
         return Run(directory.path, True)
     with helpers_of(run, address) as helpers:
         with Waiting("reading model and data"):
@@ -167,7 +167,7 @@ def plan(
 def explained_plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> tuple[Plan, Insight]:
-    """:func:`plan`, with whom it waits for most and what one more GB of memory would buy."""
+    """:func:`plan` with its bottleneck, and the gain of one more GB of memory at each holder."""
     with Waiting("reading the model, making a plan"):
         run, scheduler = _planning(cluster, policy, overrides, cpu)
         made, cost = scheduler.plan(), scheduler.cost
@@ -187,7 +187,7 @@ def _planning(
 
 
 def change_budget(path: str | Path, holder: str, values: Overrides) -> None:
-    """Change a budget of a run that is under way, from its next round's end on.
+    """Change a budget of a run under way, from its next round's end on.
 
     Args:
         path: the run's directory.
@@ -208,15 +208,16 @@ def change_budget(path: str | Path, holder: str, values: Overrides) -> None:
 
 
 def join(path: str | Path, client: str | Mapping[str, Any]) -> tuple[str, ...]:
-    """Let clients join a run that is under way, from its next round's end on.
+    """Let clients join a run under way at its next round's end.
 
     Args:
         path: the run's directory.
-        client: as a cluster file has it, a mapping or YAML text (``{name: tablet, memory_gb: 0.2, data: /srv/a.csv}``);
-            or the name of a client that has left or was set aside, which comes back.
+        client: an entry of a cluster file, a mapping or YAML text
+            (``{name: tablet, memory_gb: 0.2, data: /srv/a.csv}``); or the name of a client that has left or was set
+            aside, which comes back.
 
     Returns:
-        The names of who is to join.
+        The names of the clients that are to join.
 
     Raises:
         InputError: there is no such run, or the client cannot join it.
@@ -229,7 +230,7 @@ def join(path: str | Path, client: str | Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def leave(path: str | Path, client: str) -> None:
-    """Have a run that is under way go on without ``client`` from its next round's end on.
+    """Let ``client`` leave a run under way at its next round's end.
 
     Args:
         path: the run's directory.

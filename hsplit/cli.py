@@ -1,10 +1,10 @@
-"""The command line: parse, call, print. Everything it does can be done from Python (``hsplit.launch`` and friends)."""
+"""The command line: parse, call, print. All of it can be done from Python (``hsplit.launch`` and others)."""
 
 from __future__ import annotations
 
 from hsplit.shadowing import refuse_shadowed_modules
 
-# Before whatever else is imported, which might come from the wrong place.
+# Before any other import, which might find the wrong file.
 refuse_shadowed_modules()
 # ruff: noqa: E402
 
@@ -24,12 +24,12 @@ from hsplit.waiting import status
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-# What a shell reports for a process that ended on SIGINT.
 INTERRUPTED = 130
+"""Exit code that shells report for a process ended by SIGINT."""
 
 
 class _Group(click.Group):
-    """Turns every error into one line on stderr and an exit code; the traceback of one that nothing foresaw is kept."""
+    """Group that turns errors into one line on stderr and an exit code; tracebacks of unexpected ones are kept."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -41,19 +41,19 @@ class _Group(click.Group):
             click.echo("; ".join(["interrupted", *map(str, error.args)]), err=True)
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            # click's own way to end, and a reader that has gone away.
+            # Click handles these, and a closed pipe, itself.
             raise
         except Exception as error:
             from hsplit.tracebacks import unexpected
 
-            told = unexpected(error)
-            click.echo(f"error: {told}", err=True)
-            ctx.exit(told.exit_code)
+            failure = unexpected(error)
+            click.echo(f"error: {failure}", err=True)
+            ctx.exit(failure.exit_code)
 
 
 def run() -> None:
-    """The console command."""
-    # Imports alone make a million objects that all live on; looking for garbage among them every 700 takes a second.
+    """Run the console command."""
+    # Imports make a million lasting objects; collecting garbage after every 700 new ones would take a second.
     gc.set_threshold(100_000)
     outputs.protect()
     try:
@@ -61,7 +61,7 @@ def run() -> None:
     except SystemExit as end:
         if (loss := outputs.loss()) is not None:
             click.echo(f"error: standard output could not be written: {loss}", err=True)
-            # A run's exit code says how the run ended.
+            # For a run, the exit code is that of the training.
             end.code = end.code or (0 if outputs.runs else RunError.exit_code)
         raise
 
@@ -444,7 +444,7 @@ _EXPERIMENTS = {
 
 
 def _experiment(name: str, about: str) -> click.Command:
-    # The experiment reads its flags itself, --help included.
+    # The experiment parses its own flags, --help included.
     @click.command(
         name,
         help=f"{about} (--help for its flags).",

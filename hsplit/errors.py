@@ -1,18 +1,18 @@
-"""The two ways in which hsplit fails, and the exit code of each."""
+"""The two kinds of errors of hsplit, with their exit codes."""
 
 from __future__ import annotations
 
 NO_NUMBERS = "that are no numbers"
-"""In every text about a tensor with entries that are NaN or infinite, by which such texts are told from others."""
+"""Part of every error text about NaN or infinite entries of a tensor, by which such texts are recognised."""
 
 MAX_TEXT = 4000
-"""Characters of an error's text; what is longer quotes a file that nobody wants to read in a terminal."""
+"""Most characters of an error's text; a longer one quotes a file."""
 
 
 class HsplitError(Exception):
-    """Base of every error that hsplit raises on purpose; its text is one line, made for the user.
+    """Base of all errors that hsplit raises on purpose; the text is one line for the user.
 
-    Whatever it quotes of a file, no character of it breaks the line or steers a terminal.
+    Characters that would break the line or control a terminal are replaced, also in quoted files.
     """
 
     exit_code = 1
@@ -23,13 +23,13 @@ class HsplitError(Exception):
 
 
 class InputError(HsplitError):
-    """Something that the user gave is wrong: ``where: what is wrong and what would be right``.
+    """Wrong input of the user: ``where: what is wrong and what would be right``.
 
     Raised before anything starts; the command line prints it without a traceback and exits with 2.
 
     Args:
         text: the line.
-        discreet: the same without a word of the data, where ``text`` quotes them: for those who may not see them.
+        discreet: the line without data, where ``text`` quotes some: for readers that may not see them.
     """
 
     exit_code = 2
@@ -40,11 +40,11 @@ class InputError(HsplitError):
 
 
 class RunError(HsplitError):
-    """A run failed while it was going on; the text names the actor and the round."""
+    """Failure of a run under way; the text names the actor and the round."""
 
     exit_code = 1
 
 
 def os_reason(error: OSError) -> str:
-    """Why the system refused, with the file where it is known: ``No space left on device: runs/x/metrics.csv``."""
+    """The system's reason, with the file if it is known: ``No space left on device: runs/x/metrics.csv``."""
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")

@@ -46,7 +46,7 @@ def load_experiment(name: str) -> ModuleType:
     """Import the module ``benchmarks.NAME``, an experiment or a part of one.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no experiment of that name.
     """
     directory = experiment_directory()
     if not (directory / f"{name}.py").is_file():
@@ -56,7 +56,7 @@ def load_experiment(name: str) -> ModuleType:
 
 
 def _import_package(directory: Path) -> None:
-    """Import ``benchmarks`` from ``directory``, whatever else of that name the path of imports leads to."""
+    """Import ``benchmarks`` from ``directory``, even if ``sys.path`` leads to another package of that name."""
     known = sys.modules.get(_NAME)
     if known is not None and [Path(path).resolve() for path in known.__path__] == [directory]:
         return

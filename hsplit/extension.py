@@ -14,16 +14,16 @@ Part = TypeVar("Part")
 
 
 def find_part(word: str, built_in: Mapping[str, Part], key: str, kind: type | tuple[type, ...] = ()) -> Part | Any:
-    """What a policy's ``key`` means: a built-in part by its name, or a user's own.
+    """Find a part that a policy names: a built-in one, or a user's own.
 
     A user's module must be importable on every node: installed there, or on its ``PYTHONPATH``. It is not looked for
-    in the working directory, whose files may be somebody else's. Importing it runs its code.
+    in the working directory, whose files may be from others. Importing it runs its code.
 
     Args:
         word: a name in ``built_in``, or ``package.module:name``.
         built_in: the registry.
-        key: for messages, such as ``policy: aggregation``.
-        kind: what a user's own may be instead of a function.
+        key: of the policy, for messages, such as ``policy: aggregation``.
+        kind: types that a user's own part may have instead of a function.
 
     Raises:
         InputError: there is no such module or name, it is Python's own, cannot be imported, or cannot be called.

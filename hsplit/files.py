@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, files of tensors, and the SHA-256 of a file."""
+"""Atomic writes of files and folders, files of tensors, and the SHA-256 of a file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 def write_text_atomically(path: str | Path, text: str, durable: bool = True) -> None:
-    """Write ``text`` as UTF-8, without translating line ends, like :func:`write_bytes_atomically`."""
+    """Write ``text`` as UTF-8 with its line ends unchanged, like :func:`write_bytes_atomically`."""
     write_bytes_atomically(path, text.encode(), durable)
 
 
 def write_bytes_atomically(path: str | Path, content: bytes, durable: bool = True) -> None:
     """Write ``content`` into a file beside ``path`` and rename it to ``path``.
 
-    At any moment ``path`` holds the old content or the new one, whole; where ``durable``, also after a loss of power.
+    At any moment ``path`` holds the whole old content or the whole new one; if ``durable``, also after a loss of power.
 
     Raises:
-        OSError: the file cannot be written; ``path`` is as it was.
+        OSError: the file cannot be written; ``path`` is unchanged.
     """
     path = Path(path)
-    # Threads that write the same file at once have a file each.
+    # One for each thread that writes the same path.
     beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        # Made new, so that no link of that name is followed.
+        # Created new, so that no link of that name is followed.
         beside.unlink(missing_ok=True)
         with beside.open("xb") as file:
             file.write(content)
@@ -49,13 +49,13 @@ def write_bytes_atomically(path: str | Path, content: bytes, durable: bool = Tru
 
 @contextmanager
 def directory_written_atomically(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield a new folder beside ``path``, which takes its place once the block has ended without an error.
+    """Yield a new folder beside ``path``, which replaces ``path`` when the block ends without an error.
 
-    The old folder is there, whole, until the new one is; one process at a time may write ``path``. Where ``durable``,
-    the new one's files outlast a loss of power.
+    The whole old folder stays until then. One process at a time may write ``path``. If ``durable``, the new files
+    survive a loss of power.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written; ``path`` is unchanged.
     """
     partial, old = path.with_name(f".partial-{path.name}"), path.with_name(f".partial-old-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -82,13 +82,13 @@ def directory_written_atomically(path: Path, durable: bool = True) -> Iterator[P
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write ``tensors`` to ``file``, with the mode that any new file gets there.
+    """Write ``tensors`` to ``file`` with the usual mode of a new file.
 
-    safetensors writes a temporary file for the owner alone and renames it, whatever the umask is.
+    safetensors alone would leave a file that only the owner can read, whatever the umask is.
 
     Args:
         tensors: by name; no two share memory.
-        file: to write; one that is there is replaced and its mode kept.
+        file: to write; an existing one is replaced and its mode kept.
 
     Raises:
         OSError: it cannot be written.
@@ -96,26 +96,25 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # The umask is asked for by making a file: to read it is to set it, for every thread of the process.
+    # A new file shows the umask, which could be read only by setting it for all threads.
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        # What the system says is in its text alone.
+        # It has the system's reason in its text only.
         raise OSError(f"{error}: {file}") from error
     if stat.S_IMODE(file.stat().st_mode) != mode:
         file.chmod(mode)
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a directory, outlast a loss of power, where the system can.
+    """Flush a file, or the names in a directory, to disk; does nothing on Windows, which opens no directories.
 
     Raises:
         OSError: the system refuses it.
     """
     if os.name != "posix":
-        # Windows opens no directories.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

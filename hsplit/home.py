@@ -1,8 +1,7 @@
-"""A home directory for those who have none that can be written, such as a container's user that is only a number.
+"""A home directory for users without a writable one, such as a container's user without a name.
 
-Ray's token, the hub's cache, matplotlib and hsplit's own caches all write below the home directory. Where that is not
-there, another one takes its place; where it is there and cannot be written, each of them is given another place, but
-for what can be read there.
+Ray's token, the hub's cache, matplotlib and hsplit's own caches are all below the home directory. If there is none,
+another one replaces it; if it cannot be written, each of these is redirected, except for caches that can be read there.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
-"""What ``getpass.getuser`` looks at before it asks the system for a user's name."""
+"""Variables that ``getpass.getuser`` reads before it asks the system for the user's name."""
 _PREFIX = "hsplit-home-"
 
 
 def make_home_usable(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is needed in ``environ`` for programs that write below the home directory; nothing where they can.
+    """Set variables in ``environ`` so that programs need not write below an unusable home directory.
 
-    Variables that are set already stay as they are. Nothing is raised: where no directory can be made, whoever needs
-    one says so.
+    Variables that are set already stay as they are. Nothing is raised: if no directory can be made, the program that
+    needs one fails.
     """
     if os.name != "posix":
         return
     if not any(environ.get(name) for name in _NAMES) and not _has_name():
         environ["LOGNAME"] = str(os.getuid())
-    # Without HOME and without a name it stays as it is.
+    # Without HOME and a user's name this stays "~", which is not absolute.
     home = Path(environ.get("HOME") or os.path.expanduser("~"))
     there = home.is_absolute() and home.is_dir()
     if there and _writable(home):
@@ -41,7 +40,7 @@ def make_home_usable(environ: MutableMapping[str, str] = os.environ) -> None:
         return
     cache = home / ".cache"
     if not _writable(cache):
-        # What was put there for this user is read there.
+        # Existing caches are still read.
         for variable, folder in (("HF_HOME", cache / "huggingface"), ("HSPLIT_CACHE", cache / "hsplit")):
             if folder.is_dir() and "XDG_CACHE_HOME" not in environ:
                 environ.setdefault(variable, str(folder))
@@ -51,9 +50,9 @@ def make_home_usable(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def keep_ray_token(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Have Ray find its token in a file of this user's own where it cannot write one below the home directory.
+    """Set the path of Ray's token to a file of this user if Ray cannot write one below the home directory.
 
-    Call it before Ray is imported.
+    Call this before Ray is imported.
 
     Raises:
         OSError: no such file can be written.
@@ -62,7 +61,7 @@ def keep_ray_token(environ: MutableMapping[str, str] = os.environ) -> None:
         return
     home = Path(environ.get("HOME") or os.path.expanduser("~"))
     rays = home / ".ray"
-    # In a home of this process's own making `ray get-auth-token` would not look for it.
+    # In a home made above, `ray get-auth-token` would not find it.
     if not home.name.startswith(_PREFIX) and (_writable(rays) or os.access(rays / "auth_token", os.R_OK)):
         return
     path = _directory_instead() / "ray_auth_token"
@@ -86,14 +85,14 @@ def _has_name() -> bool:
 
 
 def _writable(directory: Path) -> bool:
-    """Whether files can be put into ``directory``, or it can be made."""
+    """True if ``directory`` can be written or made."""
     while not os.path.lexists(directory) and directory != directory.parent:
         directory = directory.parent
     return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
 
 
 def _directory_instead() -> Path:
-    """A directory of this user's alone below the temporary one, the same for every command."""
+    """A directory of this user alone below the temporary one, the same for every command."""
     import tempfile
 
     path = Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getuid()}"
@@ -102,6 +101,6 @@ def _directory_instead() -> Path:
     except FileExistsError:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            # Somebody else's, who could put something there.
+            # Another user could write there.
             return Path(tempfile.mkdtemp(prefix=_PREFIX))
     return path

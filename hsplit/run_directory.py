@@ -1,6 +1,6 @@
-"""The files and folders of a run, its lock, and the heartbeat file of the process that drives it.
+"""Files and folders of a run, its lock, and the heartbeat file of its driver, the process that runs it.
 
-The heartbeat is a file because machines that share a run's directory may not see each other's locks on it.
+The heartbeat is a file because machines that share a run's directory may not see each other's locks.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hsplit.config.section import EXACT, Name, refusals
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 
-_LOOKED_AT_S = 0.5
+_LISTING_S = 0.5
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The layout of ``runs/NAME``; the properties name files and folders whether or not they exist yet.
+    """Layout of ``runs/NAME``; the files and folders need not exist yet.
 
     Attributes:
         path: the run's directory.
@@ -43,7 +43,7 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
-        """The run's name, which the directory bears."""
+        """The run's name, which is the directory's."""
         return self.path.resolve().name
 
     @property
@@ -78,27 +78,27 @@ class RunDirectory:
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there is a checkpoint, be it a damaged one."""
+        """True if there is a checkpoint, even a damaged one."""
         return any(self.checkpoints.glob("round-*"))
 
     @property
     def adapter(self) -> Path:
-        """The folder of the trained adapter, there once a run is complete."""
+        """The folder of the trained adapter, once the run is complete."""
         return self.path / "adapter"
 
     @property
     def model(self) -> Path:
-        """The merged model of a run that trained every weight, there once it is complete."""
+        """The merged model of a run that trained every weight, once it is complete."""
         return self.path / "model"
 
     @property
     def tensorboard(self) -> Path:
-        """What TensorBoard shows, where ``job.log`` names it."""
+        """TensorBoard's files, if ``job.log`` names it."""
         return self.path / "tensorboard"
 
     @property
     def wandb(self) -> Path:
-        """What Weights & Biases is told, where ``job.log`` names it."""
+        """Weights & Biases' files, if ``job.log`` names it."""
         return self.path / "wandb"
 
     @property
@@ -108,48 +108,48 @@ class RunDirectory:
 
     @property
     def inbox(self) -> Path:
-        """Requests of ``budget``, ``join`` and ``leave``, taken at a round boundary."""
+        """Requests of ``budget``, ``join`` and ``leave``, taken at a round's end."""
         return self.path / "inbox"
 
     @property
     def progress(self) -> Path:
-        """The last local step of the newest driver, for who watches."""
+        """The last local step of the newest driver, for ``hsplit watch``."""
         return self.path / "progress.json"
 
     @property
     def driver(self) -> Path:
-        """Who drives the run, while somebody does."""
+        """The driver's heartbeat file, while there is a driver."""
         return self.path / "driver.json"
 
     @property
     def half_written(self) -> list[Path]:
-        """Patterns of what a driver that was killed may have left half-written."""
+        """Patterns of files that a killed driver may have left half-written."""
         run = type(self)(Path(glob.escape(str(self.path))))
         partial = [folder / ".partial-*" for folder in (run.checkpoints, run.adapter, run.model)]
         return [*partial, run.path / ".*.tmp", run.inbox / ".*.tmp"]
 
     def resume_command(self, address: str | None = None, *options: str) -> str:
-        """The command that resumes the run, as a shell takes it.
+        """The shell command that resumes the run.
 
         Args:
-            address: of the Ray cluster that the run is on; ``None``: a local one.
-            options: further words.
+            address: of the run's Ray cluster; ``None``: a local one.
+            options: further words of the command.
         """
         at = () if address is None else ("--address", address)
         return shlex.join(["hsplit", "resume", displayed(self.path), *at, *options])
 
     @contextmanager
     def driven(self) -> Iterator[None]:
-        """Keep other drivers out of the run while this one is at it, however it ends.
+        """Lock the run for this driver until the block ends.
 
         Raises:
-            InputError: another one is.
+            InputError: another driver has locked it.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            until = time.monotonic() + _LOOKED_AT_S
-            while not (free := _locks(descriptor)) and time.monotonic() < until:
-                # Whoever lists the runs holds it for a moment.
+            until = time.monotonic() + _LISTING_S
+            while not (free := _lock(descriptor)) and time.monotonic() < until:
+                # A listing of the runs holds the lock for a moment.
                 time.sleep(0.02)
             if not free:
                 raise InputError(f"{displayed(self.path)}: is running; watch it, or stop it with Ctrl-C where it runs")
@@ -160,23 +160,23 @@ class RunDirectory:
 
     @property
     def is_driven(self) -> bool:
-        """Whether a driver is at the run now, on this machine or one that shares its files."""
+        """True if a driver runs now, on this machine or one that shares its files."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return not _locks(descriptor, shared=True) or drives_elsewhere(self.driver)
+            return not _lock(descriptor, shared=True) or drives_elsewhere(self.driver)
         finally:
             os.close(descriptor)
 
     @classmethod
     def create(cls, runs_dir: str | Path, name: str | None = None) -> Self:
-        """Makes the directory of a new run, with empty ``checkpoints/`` and ``inbox/``.
+        """Make the directory of a new run, with empty ``checkpoints/`` and ``inbox/``.
 
         Args:
-            runs_dir: where runs are kept; made if it is missing.
-            name: the run's name; None makes one of the local time, such as ``2026-11-22_09-54-12``.
+            runs_dir: folder of the runs; made if it is missing.
+            name: the run's name; ``None``: the local time, such as ``2026-11-22_09-54-12``.
 
         Raises:
-            InputError: the name is not well-formed or taken, or ``runs_dir`` cannot be written.
+            InputError: the name is not well-formed or is taken, or ``runs_dir`` cannot be written.
         """
         runs_dir = Path(runs_dir)
         try:
@@ -193,33 +193,32 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The run at ``path``.
+        """Open the run at ``path``.
 
         Raises:
-            InputError: there is no such directory, it is no run's, or a link in it leads out of it.
+            InputError: there is no such directory, it is not a run, or a link in it leads out of it.
         """
         run = cls(Path(path))
         if not os.path.isdir(path):
             raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME")
         if not os.path.isfile(run.config):
             raise InputError(f"{displayed(path)}: has no config.yaml, so it is not a run; give one, as runs/NAME")
-        run._refuse_ways_out()
+        run._refuse_links_out()
         return run
 
-    def _refuse_ways_out(self) -> None:
-        """Refuse a directory that is no tree of plain files: it may be from somebody else.
+    def _refuse_links_out(self) -> None:
+        """Refuse links out of the directory and files that are not plain: the run may be from another user.
 
-        What is written into a run would follow a link to files that have nothing to do with it, and a pipe would be
-        waited for.
+        Writing into the run would follow a link to unrelated files, and reading a pipe would block.
         """
         inside = self.path.resolve()
         for folder, folders, files in os.walk(inside):
             if Path(folder).parent == inside / "wandb":
-                # Weights & Biases' own, which links its logs; nothing in there is looked at or written here.
+                # Weights & Biases links its logs; hsplit reads and writes nothing in there.
                 folders.clear()
                 continue
             for entry in (Path(folder, name) for name in (*folders, *files)):
-                # Half-written files of a run that goes on come and go meanwhile.
+                # Half-written files of a run under way come and go.
                 with suppress(FileNotFoundError):
                     mode = entry.lstat().st_mode
                     where = f"{displayed(self.path)}: {entry.relative_to(inside)}"
@@ -236,12 +235,12 @@ def _target(link: Path) -> Path:
     try:
         return link.resolve()
     except (OSError, RuntimeError):
-        # A link to itself leads nowhere, and so not out.
+        # A link to itself does not lead out.
         return link
 
 
-def _locks(descriptor: int, shared: bool = False) -> bool:
-    """Lock what is open as ``descriptor`` until that is closed; whether nobody else has."""
+def _lock(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open directory until ``descriptor`` is closed; false if another process holds the lock."""
     try:
         import fcntl
 
@@ -249,7 +248,7 @@ def _locks(descriptor: int, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        # Nothing to lock with here; then nobody is kept out.
+        # Without locks on this system, other drivers are not kept out.
         pass
     return True
 
@@ -276,7 +275,7 @@ def _named_directory(runs_dir: Path, name: str) -> Path:
 def _new_directory(runs_dir: Path) -> Path:
     stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     number = 1
-    while True:  # mkdir decides, so that runs started in the same second get names of their own
+    while True:  # mkdir decides, so that runs started in the same second get different names
         path = runs_dir / (stem if number == 1 else f"{stem}-{number}")
         try:
             path.mkdir()
@@ -285,14 +284,15 @@ def _new_directory(runs_dir: Path) -> Path:
             number += 1
 
 
-_TOUCHED_S = 5.0
+_TOUCH_S = 5.0
+"""Seconds between two heartbeats of a driver."""
 _SILENT_S = 30.0
-"""A driver that has not touched its file for so long is gone; much more than ``_TOUCHED_S``, for clocks that differ."""
+"""Seconds without a heartbeat after which a driver has ended; much more than ``_TOUCH_S``, for clocks that differ."""
 
 
 @dataclass(frozen=True)
 class Driver:
-    """A process that drives a run, or has.
+    """Process that drives a run, or did.
 
     Attributes:
         host: the name of its machine.
@@ -311,15 +311,15 @@ class Driver:
 
 @contextmanager
 def announced(path: Path) -> Iterator[None]:
-    """Have the file ``path`` say who drives the run, and be touched now and then, until the end of the block."""
+    """Name this process as the driver in the file ``path`` and touch it regularly, until the end of the block."""
     ended = threading.Event()
 
     def touch() -> None:
-        while not ended.wait(_TOUCHED_S):
+        while not ended.wait(_TOUCH_S):
             with suppress(OSError):
                 os.utime(path)
 
-    # Who cannot write it drives all the same: it matters to those who watch from elsewhere only.
+    # A run without it goes on: only watchers on other machines need it.
     with suppress(OSError):
         write_text_atomically(path, json.dumps(asdict(Driver.here())), durable=False)
     thread = threading.Thread(target=touch, name="announces the driver", daemon=True)
@@ -334,7 +334,7 @@ def announced(path: Path) -> Iterator[None]:
 
 
 def read_driver(path: Path) -> Driver | None:
-    """Who announced itself in ``path`` last and did not end well since; ``None`` if nobody did."""
+    """The last driver that announced itself in ``path`` and has not ended properly; ``None``: there is none."""
     try:
         return read_json(path, Driver)
     except InputError:
@@ -342,7 +342,7 @@ def read_driver(path: Path) -> Driver | None:
 
 
 def drives_elsewhere(path: Path) -> bool:
-    """Whether a process of another machine keeps touching the file ``path``."""
+    """True if a process of another machine keeps touching the file ``path``."""
     driver = read_driver(path)
     if driver is None or driver.host == socket.gethostname():
         return False

@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for alone, so that a resumed run repeats every draw."""
+"""Seeds that depend on their purpose alone, so that a resumed run repeats every draw."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES, BuiltinImporter, FrozenImporter
 
-# Modules of Python that neither hsplit nor a library of its own imports, nor any process of Ray.
+# Modules of Python that neither hsplit, its libraries nor Ray's processes import.
 UNUSED = frozenset(
     # ruff: noqa: SIM905 - a list of so many words fills the screen
     "aifc antigravity asynchat asyncore audioop cgi cgitb chunk compileall crypt curses dbm distutils doctest ensurepip"
@@ -20,7 +20,11 @@ UNUSED = frozenset(
 
 
 def shadowing_file(path: Sequence[str] | None = None) -> str | None:
-    """The first file or folder that stands before one of Python's own modules in ``path``, ``sys.path`` by default."""
+    """The first file or folder in ``path`` that shadows one of Python's own modules.
+
+    Args:
+        path: as ``sys.path``, which is the default.
+    """
     own = os.path.dirname(os.path.realpath(os.__file__))
     for directory in sys.path if path is None else path:
         if os.path.realpath(directory or os.curdir) == own:
@@ -36,8 +40,8 @@ def shadowing_file(path: Sequence[str] | None = None) -> str | None:
     return None
 
 
-def why_refused(file: str) -> str:
-    """The line that says what ``file`` of :func:`shadowing_file` does, and what would be right."""
+def refusal_text(file: str) -> str:
+    """Error line for ``file`` of :func:`shadowing_file`: what is wrong, and what would be right."""
     return (
         f"PYTHONPATH: {file} would be imported instead of Python's own module {_module_of(file)}, which hsplit and Ray"
         " need: rename it, or leave its directory out of PYTHONPATH"
@@ -45,16 +49,16 @@ def why_refused(file: str) -> str:
 
 
 def refuse_shadowed_modules() -> None:
-    """End the command line with one line and exit code 2 before anything is imported from the wrong place."""
+    """Exit with one line and code 2 if a file shadows one of Python's own modules."""
     if (file := shadowing_file()) is not None:
         try:
-            os.write(2, f"error: {why_refused(file)}\n".encode(errors="backslashreplace"))
+            os.write(2, f"error: {refusal_text(file)}\n".encode(errors="backslashreplace"))
         finally:
             sys.exit(2)
 
 
 def _module_of(path: str) -> str:
-    """The name of the module that the file or folder ``path`` is, empty if it is none."""
+    """Module name of the file or folder ``path``; empty if it is no module."""
     name = os.path.basename(path)
     for suffix in (".py", *EXTENSION_SUFFIXES):
         if name.endswith(suffix):
@@ -65,5 +69,5 @@ def _module_of(path: str) -> str:
 def _shadows(name: str) -> bool:
     if name not in sys.stdlib_module_names or name in UNUSED:
         return False
-    # Those are part of Python's program, and are looked for there first.
+    # Built-in and frozen modules are found before any file.
     return BuiltinImporter.find_spec(name) is None and FrozenImporter.find_spec(name) is None

@@ -1,8 +1,7 @@
-"""Standard output and error that cannot end a command: what is shown decides nothing.
+"""Standard output and error whose failures cannot end a command.
 
-A reader that goes away, a full disk, a closed descriptor, a terminal that is stopped, an encoding without a character:
-each is met here, below everything that writes, so that nothing above has to think of it. Messages that dependencies
-print for nobody are quietened here too.
+A reader that closes the pipe, a full disk, a closed descriptor, a stopped terminal, an encoding without a character:
+each is handled here, so that no code above has to. Useless messages of dependencies are silenced here too.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from typing import Any, TextIO
 
 
 def quieten_bitsandbytes() -> None:
-    """Keep back what bitsandbytes says when it is imported on a CPU: of an optional kernel for inference.
+    """Silence bitsandbytes' warning on a CPU about an optional inference kernel; errors are still shown.
 
-    Call it before whatever imports it, as PEFT does. Errors are still said.
+    Call this before bitsandbytes is imported, as PEFT does.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 READABLE = "hsplit-readable"
-"""Name of the error handler for encoding: what an encoding lacks is written in ASCII, as well as that can be done."""
+"""Name of the encoding error handler that replaces characters by similar ASCII."""
 HELD_UP_S = 5.0
-"""How long a run waits for a reader that takes nothing, before it leaves out what it would have written."""
+"""Seconds that a run waits for a blocked reader before it drops output."""
 
 _ASCII = {"–": "-", "—": "-", "Σ": "sum", "→": "->", "…": "...", "✓": "done", "━": "-", "─": "-", "│": "|"}
 
@@ -44,13 +43,13 @@ codecs.register_error(READABLE, _in_ascii)
 
 
 def encodable(text: str, encoding: str | None) -> str:
-    """``text`` with whatever ``encoding`` lacks written in ASCII."""
+    """``text`` with the characters that ``encoding`` lacks replaced by ASCII."""
     encoding = encoding or "utf-8"
     return text.encode(encoding, READABLE).decode(encoding)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether ``stream`` is a terminal; one that is closed or not there is none."""
+    """True if ``stream`` is an open terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:
@@ -58,11 +57,11 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 class _Unfailing(io.FileIO):
-    """Bytes to a descriptor; once it cannot be written, to nowhere.
+    """Raw output to a descriptor that discards all bytes once writing has failed.
 
     Attributes:
-        failure: why it could not be written, if so.
-        patience_s: how long a reader that takes nothing is waited for; ``None``: as long as it takes.
+        failure: error of the first failed write; ``None``: there was none.
+        patience_s: seconds to wait for a blocked reader before output is dropped; ``None``: forever.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -74,15 +73,15 @@ class _Unfailing(io.FileIO):
     def write(self, data: Any, /) -> int:
         rest = memoryview(data).cast("B")
         if self.patience_s is not None:
-            # One that was held up is looked at again, but not waited for.
+            # A reader that was blocked before is checked again, but not waited for.
             self._held_up = not self._takes_some(0.0 if self._held_up else self.patience_s)
             if self._held_up:
                 return len(rest)
-            # So much is taken at once, or nothing would be said to be taken.
+            # Selected as writable, a pipe takes this many bytes at once.
             rest = rest[: select.PIPE_BUF]
         try:
             while (written := super().write(rest)) is None:
-                # A descriptor that does not wait by itself.
+                # A non-blocking descriptor.
                 self._takes_some(None)
         except OSError as error:
             self.failure = error
@@ -94,21 +93,21 @@ class _Unfailing(io.FileIO):
         try:
             return bool(select.select([], [self.fileno()], [], timeout_s)[1])
         except (OSError, ValueError):
-            # Writing to it tells more.
+            # Writing raises the actual error.
             return True
 
     def _to_nowhere(self) -> None:
-        # In place of the descriptor, for whoever writes past this, and for processes that are started later.
+        # Replaces the descriptor, also for code that writes to it directly and for later subprocesses.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
 
 
 class Outputs:
-    """This process's standard streams, made unfailing; for the command line, which owns them.
+    """Unfailing standard streams of this process, for the command line.
 
     Attributes:
-        runs: the command trains, which goes on whatever becomes of its output.
+        runs: true if the command trains, which continues without its output.
     """
 
     def __init__(self) -> None:
@@ -116,11 +115,11 @@ class Outputs:
         self._raw: dict[str, _Unfailing] = {}
 
     def protect(self) -> None:
-        """Put unfailing streams in the place of ``sys.stdout`` and ``sys.stderr``, of closed ones too."""
+        """Replace ``sys.stdout`` and ``sys.stderr``, closed ones too, by unfailing streams."""
         if os.name != "posix":
             return
         for descriptor in (0, 1, 2):
-            # Otherwise a file of the run's could have its number, and be printed into.
+            # Otherwise a file of the run could get its number, and be printed into.
             _open_if_closed(descriptor)
         if sys.stdin is None:
             sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - it is open until the end
@@ -135,18 +134,18 @@ class Outputs:
             setattr(sys, f"__{name}__", stream)
 
     def never_wait(self) -> None:
-        """From now on leave out what a reader does not take: a run goes on behind one that has stopped reading."""
+        """Drop output from now on that a blocked reader does not take, so that a run continues."""
         self.runs = True
         for raw in self._raw.values():
             raw.patience_s = HELD_UP_S
 
     @property
     def reader_is_gone(self) -> bool:
-        """Whether nobody reads standard output any more."""
+        """True if the reader has closed standard output."""
         return self._failure is not None and self._failure.errno == errno.EPIPE
 
     def loss(self) -> str | None:
-        """Why standard output has not all that was written; ``None`` if it has, or its reader wanted no more."""
+        """Error that standard output was cut short by; ``None`` if it is whole, or the reader closed it."""
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         failure = self._failure
@@ -159,7 +158,7 @@ class Outputs:
 
 
 outputs = Outputs()
-"""Of this process."""
+"""Standard streams of this process."""
 
 
 def _open_if_closed(descriptor: int) -> None:

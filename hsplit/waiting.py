@@ -1,4 +1,4 @@
-"""Lines that say what a command waits for, and the stages of long work on a model."""
+"""Progress lines of a command that waits, and of the stages of long work on a model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from hsplit.streams import encodable, is_terminal
 
 EVERY_S = 8.0
-"""Seconds without a word before one is said; with the time that a look and a busy machine take, below ten."""
-_LOOK_S = 0.25
+"""Seconds without output before a line is printed; below ten, polling and a busy machine included."""
+_POLL_S = 0.25
 
 
 class Waiting:
-    """Says what is waited for, in every ``every_s`` seconds of its ``with`` block; nothing in a shorter one.
+    """Context that prints what a command waits for, every ``every_s`` seconds.
 
-    Of several that are nested only the innermost speaks.
+    Of nested contexts only the innermost prints.
 
     Args:
-        what: is waited for.
-        every_s: seconds between two lines.
-        growing: each time twice as long as before, until :meth:`heard`.
-        stream: where to; stderr as it is now by default, whatever takes its place meanwhile.
+        what: cause of the wait, for the line.
+        every_s: seconds between two lines, and before the first.
+        growing: double the time after each line, until :meth:`heard`.
+        stream: to print to; by default the present stderr, even if it is redirected later.
     """
 
     _nested: list[Waiting] = []  # noqa: RUF012 - of the process, which has one stderr
@@ -40,27 +40,27 @@ class Waiting:
         self._what, self._every_s, self._growing = what, every_s, growing
         self._stream = stream or sys.stderr
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._speak, name="says what is waited for", daemon=True)
-        self._begun = self._spoken = time.monotonic()
+        self._thread = threading.Thread(target=self._print_lines, name="waiting", daemon=True)
+        self._begun = self._printed = time.monotonic()
         self._gap_s = every_s
 
     def update(self, what: str) -> None:
-        """Wait for ``what`` from now on."""
+        """Print ``what`` from now on."""
         if what != self._what:
             self._what, self._begun = what, time.monotonic()
 
     def heard(self) -> None:
-        """Something else was shown: nothing need be said for a while."""
-        self._spoken, self._gap_s = time.monotonic(), self._every_s
+        """Start the time to the next line again, since other output was shown."""
+        self._printed, self._gap_s = time.monotonic(), self._every_s
 
     def end(self) -> None:
-        """Say nothing more."""
+        """Print no more lines."""
         self._ended.set()
         if self in self._nested:
             self._nested.remove(self)
 
     def __enter__(self) -> Self:
-        self._begun = self._spoken = time.monotonic()
+        self._begun = self._printed = time.monotonic()
         self._nested.append(self)
         self._thread.start()
         return self
@@ -73,15 +73,15 @@ class Waiting:
         for outer in self._nested[-1:]:
             outer.heard()
 
-    def _speak(self) -> None:
-        while not self._ended.wait(min(_LOOK_S, self._every_s)):
+    def _print_lines(self) -> None:
+        while not self._ended.wait(min(_POLL_S, self._every_s)):
             now = time.monotonic()
-            if now - self._spoken < self._gap_s or self._nested[-1:] != [self]:
+            if now - self._printed < self._gap_s or self._nested[-1:] != [self]:
                 continue
-            self._spoken = now
+            self._printed = now
             if self._growing:
                 self._gap_s *= 2
-            # Whoever closed stderr does not want to know.
+            # A closed stderr is no error.
             with suppress(OSError, ValueError, AttributeError):
                 text = f"waiting: {self._what} ({now - self._begun:.0f} s)"
                 print(encodable(text, self._stream.encoding), file=self._stream, flush=True)
@@ -89,16 +89,16 @@ class Waiting:
 
 @contextmanager
 def status(what: str) -> Iterator[Callable[[str], None]]:
-    """Show what is under way, as a line that turns in a terminal and as :class:`Waiting` elsewhere.
+    """Show ``what`` with a spinner in a terminal, and as :class:`Waiting` elsewhere.
 
     Yields:
-        What changes the text.
+        A function that changes the text.
     """
     if is_terminal(sys.stderr):
         from rich.console import Console
 
-        with Console(stderr=True).status(what) as shown:
-            yield shown.update
+        with Console(stderr=True).status(what) as spinner:
+            yield spinner.update
     else:
         with Waiting(what) as waiting:
             yield waiting.update
@@ -111,14 +111,13 @@ Stage = Callable[[str], AbstractContextManager[None]]
 def stages(progress: bool) -> Iterator[Stage]:
     """Yield ``stage``, used as ``with stage("converting"): ...``; each shows a line with its elapsed time.
 
-    Written to stderr, because stdout belongs to what a command was asked for. When ``progress`` is False, only a
-    stage that takes long is told of; where stderr is no terminal only the finished lines appear.
+    Lines go to stderr, since stdout is for a command's result. Without ``progress``, only stages that take long are
+    shown; without a terminal, only the finished lines appear.
     """
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
-    # Bound to today's stderr on purpose: a stage may redirect sys.stderr to hush a library without hushing
-    # this.
-    said = sys.stderr
-    console = Console(file=said)
+    # The present stderr: a stage may redirect sys.stderr to silence a library.
+    stderr = sys.stderr
+    console = Console(file=stderr)
     with Progress(*columns, console=console, disable=not progress) as bar:
 
         @contextmanager
@@ -127,9 +126,9 @@ def stages(progress: bool) -> Iterator[Stage]:
             if progress:
                 yield
             else:
-                with Waiting(description, stream=said):
+                with Waiting(description, stream=stderr):
                     yield
-            # Only a stage that ended well is ticked off; one that raised keeps its spinner's last frame.
+            # Only a stage without an error is ticked off.
             bar.update(task, total=1, completed=1)
 
         yield stage

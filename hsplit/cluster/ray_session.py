@@ -14,7 +14,7 @@ from hsplit.cluster.fork_server import ForkServer
 from hsplit.config import RunConfig
 from hsplit.errors import InputError, os_reason
 from hsplit.home import keep_ray_token
-from hsplit.shadowing import shadowing_file, why_refused
+from hsplit.shadowing import refusal_text, shadowing_file
 from hsplit.streams import quieten_bitsandbytes
 from hsplit.waiting import Waiting
 
@@ -53,7 +53,7 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
     if address is None:
         if (file := shadowing_file()) is not None:
-            raise InputError(why_refused(file))
+            raise InputError(refusal_text(file))
         # Under `uv run` Ray would upload the working directory for workers that are on this machine anyway.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         try:

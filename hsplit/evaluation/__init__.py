@@ -1,1 +1,1 @@
-"""Measuring what a run has learned: perplexity, generation, and the scores of generated text."""
+"""Evaluation of what a run has learned: perplexity, generation, and the scores of generated text."""

@@ -1,4 +1,4 @@
-"""``hsplit eval``: perplexity and the scores of generated text, of a run or of what was exported from one."""
+"""``hsplit eval``: perplexity and the scores of generated text, of a run or of an export."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class TestInput:
     """One input with its references.
 
     Attributes:
-        prompt: what the model is given, separator included.
-        responses: each answer that the data has for it, as training takes them.
-        turns: as `Example` has them.
+        prompt: the model's input, separator included.
+        responses: the data's answers to it, as in training.
+        turns: see `Example`.
     """
 
-    # pytest would take the name for a test class.
+    # Not a test class, despite its name.
     __test__ = False
 
     prompt: str
@@ -45,11 +45,11 @@ class TestInput:
 
     @property
     def examples(self) -> list[Example]:
-        """One example a response, as training has them."""
+        """One example for each response, as in training."""
         return [Example(self.prompt, response, None, self.turns) for response in self.responses]
 
     def references(self, special_tokens: Iterable[str]) -> list[str]:
-        """The responses as texts to compare with: without special tokens and surrounding blanks."""
+        """The responses as references: without special tokens and surrounding blanks."""
         texts = []
         for text in self.responses:
             for token in special_tokens:
@@ -59,7 +59,7 @@ class TestInput:
 
 
 def grouped(examples: Iterable[Example]) -> list[TestInput]:
-    """Examples of one prompt as one input, worded as in its first; prompts and responses in their given order."""
+    """Group the examples of a prompt into one input, with the prompt of the first; all orders are kept."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.input_key, []).append(example)
@@ -70,12 +70,12 @@ def grouped(examples: Iterable[Example]) -> list[TestInput]:
 
 
 def without(inputs: Sequence[TestInput], keys: Collection[str]) -> list[TestInput]:
-    """The inputs whose ``input_key``, as `Example` has it, is none of ``keys``."""
+    """The inputs whose ``input_key`` (see `Example`) is not in ``keys``."""
     return [one for one in inputs if one.examples[0].input_key not in keys]
 
 
 def limited(inputs: Sequence[TestInput], limit: int | None, seed: int) -> list[TestInput]:
-    """At most ``limit`` inputs in their order, chosen by the seed from all of them, since files are often sorted."""
+    """At most ``limit`` inputs in their order, drawn by the seed from all of them, since files are often sorted."""
     if limit is None or limit >= len(inputs):
         return list(inputs)
     return [inputs[index] for index in sorted(random.Random(seed).sample(range(len(inputs)), limit))]
@@ -93,25 +93,25 @@ def evaluate(
     client: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """Measure what a run has learned by its last checkpoint, or an exported directory.
+    """Evaluate a run at its last checkpoint, or an exported directory.
 
-    A run is measured through its split model, computing as its holders do; ``eval.json`` and ``generations.jsonl`` are
-    written into its directory.
+    A run is evaluated through its split model, which computes as its holders do; ``eval.json`` and
+    ``generations.jsonl`` are written into its directory.
 
     Args:
-        target: a run's directory, a PEFT adapter's, or a merged model's.
-        data: a file of examples, as ``data.source`` takes them; by default the test part of the run's own data. Inputs
-            that the run trained on are left out.
-        limit: evaluate at most so many inputs, chosen by the run's seed.
-        beams: 1 is greedy.
+        target: directory of a run, a PEFT adapter or a merged model.
+        data: a file of examples, as for ``data.source``; by default the test part of the run's own data. Inputs that
+            the run trained on are skipped.
+        limit: largest number of inputs, drawn by the run's seed.
+        beams: of the search; 1 is greedy.
         max_new_tokens: most tokens of an answer.
-        batch_size: how many examples, or prompts, are computed at once.
+        batch_size: examples or prompts computed at once.
         metrics: ``all``, or some of ``ppl``, ``bleu``, ``nist``, ``meteor``, ``rouge_l`` and ``cider``.
-        client: of a run: whose split the model is cut at; by default the deepest.
-        progress: told what is under way.
+        client: of a run: the client whose split the model is cut at; by default the deepest split.
+        progress: called with a line about each stage.
 
     Raises:
-        InputError: something given is wrong, a library is missing, or nothing is left to evaluate on.
+        InputError: an argument is wrong, a library is missing, or no input is left.
     """
     for name, value in (
         ("--limit", limit),
@@ -122,7 +122,7 @@ def evaluate(
         if value is not None and value < 1:
             raise InputError(f"{name}: {value} is too few; must be at least 1")
     if data is None:
-        # Before anything is loaded, which takes a while.
+        # Checked before loading, which takes a while.
         _refuse_without_test_part(Path(target), client)
     else:
         kind_of(Path(target), client)
@@ -130,7 +130,7 @@ def evaluate(
     opened = open_target(Path(target), client)
     notes = list(opened.notes)
     if depends_on_length(opened.model.config):
-        # A batch would have the frequencies of its longest text; training gives each text its own.
+        # In a batch all texts would get the frequencies of the longest; in training each has its own.
         batch_size = 1
     inputs, described = _inputs(opened, data, notes)
     inputs = limited(inputs, limit, opened.seed)
@@ -165,9 +165,9 @@ def evaluate(
             for one, output in zip(inputs, outputs, strict=True)
         )
         progress("scores")
-        found, left_out = text_scores(of_text, outputs, [one.references for one in generations])
+        found, skipped = text_scores(of_text, outputs, [one.references for one in generations])
         scores |= found
-        notes += left_out
+        notes += skipped
     evaluation = Evaluation(
         target=str(target),
         model=opened.how,
@@ -187,11 +187,11 @@ def evaluate(
     return evaluation
 
 
-# -- what to evaluate on ------------------------------------------------------------------------------------------
+# -- inputs -------------------------------------------------------------------------------------------------------
 
 
 def _inputs(opened: Target, data: str | Path | None, notes: list[str]) -> tuple[list[TestInput], str]:
-    """The inputs, and in words what they are."""
+    """The inputs, and their origin in words."""
     if data is None:
         return _test_part(opened)
     examples = read_examples(
@@ -245,7 +245,7 @@ def _test_part(opened: Target) -> tuple[list[TestInput], str]:
 
 
 def _same_data(opened: Target, data_sha256: str) -> None:
-    """Refuse data that has changed since the run began: what was trained on could not be told from it."""
+    """Refuse data that has changed since the run began: it does not show what was trained on."""
     assert opened.run is not None and opened.state is not None
     if data_sha256 != opened.state.data_sha256:
         raise InputError(
@@ -272,24 +272,24 @@ def _trained_on(opened: Target, notes: list[str]) -> set[str]:
     keys: set[str] = set()
     for name, share in inputs.shares.items():
         if share is not None:
-            # As each client's data is held out from, on whatever node it lies.
+            # The same held-out part as on the client.
             train, _ = hold_out(share, validation.share, validation.max_examples, hash_seed(run.job.seed, name))
             keys.update(example.input_key for example in train)
     return keys
 
 
 def _context(model: Any) -> int:
-    """Tokens that the model has positions for."""
+    """Number of tokens that the model has positions for."""
     return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
 
 
 def _fitting(
     opened: Target, inputs: Sequence[TestInput], described: str, notes: list[str]
 ) -> tuple[list[TestInput], list[list[TokenizedExample]]]:
-    """The inputs whose every example fits the model's context, and the examples of each.
+    """The inputs whose examples all fit the model's context, and the examples of each.
 
     Raises:
-        InputError: none does, or one has a token that the model has no embedding for.
+        InputError: no input fits, or a token has no embedding.
     """
     context = _context(opened.model)
     every = iter(tokenize([example for one in inputs for example in one.examples], opened.tokenizer, sys.maxsize)[0])
@@ -307,7 +307,7 @@ def _fitting(
 
 
 def _room(opened: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, notes: list[str]) -> int:
-    """How many tokens an answer to the longest prompt has room for, at most ``max_new_tokens``."""
+    """Tokens that an answer to the longest prompt has room for, at most ``max_new_tokens``."""
     context = _context(opened.model)
     room = min(max_new_tokens, context - max(map(len, prompts)))
     if room < max_new_tokens:

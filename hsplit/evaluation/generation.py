@@ -1,4 +1,4 @@
-"""Generating an answer to each prompt, greedily or by beam search, with transformers' KV cache."""
+"""Generation of an answer to each prompt, greedy or by beam search, with transformers' KV cache."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def generate(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """An answer to each prompt, up to the tokenizer's eos, without special tokens and surrounding blanks.
+    """Generate an answer to each prompt, up to the tokenizer's eos, without special tokens and surrounding blanks.
 
-    Nothing is sampled: the model's own generation settings are not used.
+    Nothing is sampled, and the model's own generation settings are ignored.
 
     Args:
         model: a causal LM in eval mode.
         tokenizer: its tokenizer.
-        prompts: token ids, at least one each: those that training puts before a response.
-        beams: 1 is greedy.
+        prompts: token ids, at least one each: those before a response in training.
+        beams: of the search; 1 is greedy.
         max_new_tokens: most tokens of an answer.
         batch_size: prompts at once; each is padded on the left to the longest of its batch.
-        progress: told how many prompts are done.
+        progress: called with the number of finished prompts.
     """
     from transformers import GenerationConfig
 
@@ -45,7 +45,7 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    # What a model directory brings along (sampling, penalties) is not what is measured here.
+    # Replaces the model directory's settings, such as sampling and penalties.
     model.generation_config = settings
     texts: dict[int, str] = {}
     # Prompts of like length share a batch, so that little is padded.

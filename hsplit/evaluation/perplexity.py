@@ -1,4 +1,4 @@
-"""Perplexity over the supervised tokens, those that training has its loss on."""
+"""Perplexity over the supervised tokens, those of the training loss."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class CrossEntropy:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the mean; infinite where that has no double."""
+        """Exponential of the mean; infinite if a double cannot hold it."""
         mean = self.total / max(self.tokens, 1)
         return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
 def cross_entropy(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample], batch_size: int) -> CrossEntropy:
-    """Cross-entropy with log-softmax in fp32 (fp64 for an fp64 model), every supervised token counting alike.
+    """Cross-entropy with log-softmax in fp32 (fp64 for an fp64 model), with equal weight of all supervised tokens.
 
     Args:
         model: a causal LM in eval mode.
-        tokenizer: for the id to pad with, which no result depends on.
-        examples: as training tokenizes them.
+        tokenizer: for the padding id, which does not affect the result.
+        examples: tokenized as for training.
         batch_size: examples at once.
     """
     total, count = 0.0, 0

@@ -1,4 +1,4 @@
-"""What an evaluation found: as a table, as JSON, and as files in the run's directory."""
+"""Results of an evaluation: as a table, as JSON, and as files in the run's directory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Generation:
     """One generated answer.
 
     Attributes:
-        prompt: what the model was given.
+        prompt: the model's input.
         output: its answer.
-        references: what it is compared with.
+        references: answers in the data.
     """
 
     prompt: str
@@ -32,19 +32,19 @@ class Generation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``hsplit eval`` found.
+    """Result of ``hsplit eval``.
 
     Attributes:
-        target: what was evaluated, as it was given.
-        model: in words, how it computes: split and where, or as one model.
-        data: in words, what it was evaluated on.
-        inputs, references: how many of each.
-        supervised_tokens: that perplexity is over; ``None`` where it was not asked for.
+        target: directory that was evaluated.
+        model: its computation in words: split and where, or as one model.
+        data: its data in words.
+        inputs, references: their numbers.
+        supervised_tokens: number of tokens of the perplexity; ``None`` without perplexity.
         beams, max_new_tokens: of the generation.
         scores: by name: ``ppl``, ``bleu`` (0 to 100), ``nist``, ``meteor``, ``rouge_l`` (0 to 1), ``cider``.
-        round: rounds that the run had done; ``None`` for an exported directory.
-        notes: what was left out and why, and other things to know.
-        generations: one an input; empty where only perplexity was asked for.
+        round: completed rounds of the run; ``None`` for an exported directory.
+        notes: skipped inputs and scores with the reasons, and other remarks.
+        generations: one for each input; empty without scores of text.
     """
 
     target: str
@@ -61,11 +61,11 @@ class Evaluation:
     generations: tuple[Generation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """All but the generations."""
+        """All fields but the generations."""
         return {name: value for name, value in asdict(self).items() if name != "generations"}
 
     def write(self, directory: Path) -> Sequence[Path]:
-        """Write ``eval.json`` and, where there are generations, ``generations.jsonl`` into ``directory``."""
+        """Write ``eval.json`` and, if there are generations, ``generations.jsonl`` into ``directory``."""
         files = [directory / "eval.json"]
         if self.generations:
             lines = [json.dumps(asdict(one), ensure_ascii=False) for one in self.generations]
@@ -75,7 +75,7 @@ class Evaluation:
         return files
 
     def table(self) -> Group:
-        """The scores as a table, and below it what they were measured on."""
+        """The scores as a table, with data and model below it."""
         from rich.box import SIMPLE_HEAD
         from rich.console import Group
         from rich.table import Table

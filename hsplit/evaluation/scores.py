@@ -1,4 +1,4 @@
-"""Scores of generated text against its references, on the field's own implementations.
+"""Scores of generated text against its references, by the field's usual implementations.
 
 A new score is one function and one line of ``SCORES``. METEOR is its authors' Java program, from pycocoevalcap.
 """
@@ -19,7 +19,7 @@ from hsplit.errors import InputError
 
 
 class Undefined(Exception):
-    """A score has no value here; the text says why, and the score is left out rather than the evaluation failed."""
+    """Raised by a score that has no value here, for the reason in its text; the evaluation continues without it."""
 
 
 _ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
@@ -29,11 +29,11 @@ _HEAP = "-Xmx2G"
 def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus METEOR 1.5 for English, 0 to 1 (Denkowski and Lavie 2014), with its own tokenizer and lower-casing.
 
-    Takes about ten seconds to start and up to 2 GB of memory, both the Java program's. pycocoevalcap's own driver of it
-    hangs for good where the program dies, so it is driven from here.
+    The Java program takes about ten seconds to start and up to 2 GB of memory. pycocoevalcap's own driver of it hangs
+    forever if the program dies, so it is driven from here.
 
     Args:
-        outputs: one text an input, each on one line.
+        outputs: one text for each input, each on one line.
         references: of each output, likewise.
 
     Raises:
@@ -45,7 +45,7 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
     jar = _jar()
     command = [java, _HEAP, "-jar", jar.name, *_ARGUMENTS]
     try:
-        # It finds its tables beside itself.
+        # The program looks for its tables in the working directory.
         with subprocess.Popen(
             command,
             cwd=jar.parent,
@@ -56,7 +56,7 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
             encoding="utf-8",
         ) as program:
             try:
-                return _asked(program, outputs, references)
+                return _corpus_score(program, outputs, references)
             finally:
                 program.kill()
     except (OSError, ValueError) as error:
@@ -64,24 +64,24 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float
         raise Undefined(f"its Java program does not run here ({reason})") from None
 
 
-def _asked(program: subprocess.Popen[str], outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Statistics of each output, one line asked and one answered; then the score of all of them together."""
+def _corpus_score(program: subprocess.Popen[str], outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Get the statistics of each output, a line sent and a line received, then the score of all of them together."""
     statistics = []
     for output, own in zip(outputs, references, strict=True):
-        _say(program, "SCORE", *map(_field, own), _field(output))
-        statistics.append(_answer(program))
-    _say(program, "EVAL", *statistics)
-    # One score an output, then the corpus's.
-    return [float(_answer(program)) for _ in range(len(outputs) + 1)][-1]
+        _send(program, "SCORE", *map(_field, own), _field(output))
+        statistics.append(_receive(program))
+    _send(program, "EVAL", *statistics)
+    # One score for each output, then the corpus's.
+    return [float(_receive(program)) for _ in range(len(outputs) + 1)][-1]
 
 
-def _say(program: subprocess.Popen[str], *fields: str) -> None:
+def _send(program: subprocess.Popen[str], *fields: str) -> None:
     assert program.stdin is not None
     program.stdin.write(" ||| ".join(fields) + "\n")
     program.stdin.flush()
 
 
-def _answer(program: subprocess.Popen[str]) -> str:
+def _receive(program: subprocess.Popen[str]) -> str:
     assert program.stdout is not None
     line = program.stdout.readline()
     if not line:
@@ -90,7 +90,7 @@ def _answer(program: subprocess.Popen[str]) -> str:
 
 
 def _field(text: str) -> str:
-    """The text as a field of a line of fields that ``|||`` parts, none of which may be empty."""
+    """The text as a non-empty field of a line, whose fields ``|||`` separates."""
     return " ".join(text.replace("|||", " ").split()) or "-"
 
 
@@ -106,7 +106,7 @@ def _jar() -> Path:
 PERPLEXITY = "ppl"
 
 References = Sequence[Sequence[str]]
-"""The references of each input: at least one each, not equally many."""
+"""References of each input: at least one each; their numbers may differ."""
 
 
 @cache
@@ -119,27 +119,27 @@ def _tokenizer() -> Any:
 def tokens(text: str) -> list[str]:
     """Lower-cased tokens by sacrebleu's 13a (mteval-v13a's), for NIST and CIDEr.
 
-    The scripts that published these scores lower-case too; CIDEr's own tokenizer (Penn Treebank, in Java) also drops
-    punctuation, which stays here, so figures are comparable with one another and only nearly with published ones.
+    The scripts of published scores lower-case too. CIDEr's own tokenizer (Penn Treebank, in Java) also drops
+    punctuation, which is kept here: scores are comparable with one another, and nearly with published ones.
     """
     return str(_tokenizer()(text.lower())).split()
 
 
 def bleu(outputs: Sequence[str], references: References) -> float:
-    """Corpus BLEU, 0 to 100 (Papineni et al. 2002) as sacrebleu has it: case kept, 13a tokens, every reference.
+    """Corpus BLEU, 0 to 100 (Papineni et al. 2002), by sacrebleu: case kept, 13a tokens, all references.
 
-    Inputs with fewer references than others are padded with ``None``, which sacrebleu leaves out.
+    Inputs with fewer references than others are padded with ``None``, which sacrebleu ignores.
     """
     from sacrebleu.metrics import BLEU
 
     width = max(map(len, references))
-    # sacrebleu's own type forgets the None that its documentation allows.
+    # sacrebleu's type lacks the None that its documentation allows.
     streams: Any = [[own[i] if i < len(own) else None for own in references] for i in range(width)]
     return float(BLEU().corpus_score(list(outputs), streams).score)
 
 
 def nist(outputs: Sequence[str], references: References) -> float:
-    """Corpus NIST of order 5 (Doddington 2002), nltk's, over :func:`tokens`; 0 upwards.
+    """Corpus NIST of order 5 (Doddington 2002), by nltk, over :func:`tokens`; at least 0.
 
     Raises:
         Undefined: no output has five tokens, so that there is no 5-gram precision.
@@ -153,7 +153,7 @@ def nist(outputs: Sequence[str], references: References) -> float:
 
 
 def rouge_l(outputs: Sequence[str], references: References) -> float:
-    """ROUGE-L F1, 0 to 1 (Lin 2004), without stemming: of each output against its best reference, mean of all."""
+    """ROUGE-L F1, 0 to 1 (Lin 2004), without stemming: mean over outputs, each against its best reference."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
@@ -165,10 +165,10 @@ def rouge_l(outputs: Sequence[str], references: References) -> float:
 
 
 def cider(outputs: Sequence[str], references: References) -> float:
-    """CIDEr-D, 0 to 10 (Vedantam et al. 2015), pycocoevalcap's, over :func:`tokens`.
+    """CIDEr-D, 0 to 10 (Vedantam et al. 2015), by pycocoevalcap, over :func:`tokens`.
 
     Raises:
-        Undefined: with one input alone, where every n-gram's inverse document frequency is zero.
+        Undefined: there is only one input, so every n-gram's inverse document frequency is zero.
     """
     from pycocoevalcap.cider.cider import Cider
 
@@ -185,10 +185,10 @@ class Score:
     """A score of generated text.
 
     Attributes:
-        name: as ``--metrics`` and ``eval.json`` have it.
-        title: as tables have it.
+        name: in ``--metrics`` and ``eval.json``.
+        title: in tables.
         libraries: modules that it needs.
-        compute: from outputs and the references of each; may raise ``Undefined``.
+        compute: function of outputs and the references of each; may raise ``Undefined``.
     """
 
     name: str
@@ -210,7 +210,7 @@ SCORES: Mapping[str, Score] = {
 
 
 def chosen_metrics(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """The metrics that ``--metrics`` names: ``all``, or names separated by commas, perplexity (``ppl``) among them.
+    """Parse ``--metrics``: ``all``, or names separated by commas, perplexity (``ppl``) among them.
 
     Raises:
         InputError: a name is unknown, or a library that a score needs is not installed.
@@ -236,11 +236,11 @@ def chosen_metrics(wanted: str | Sequence[str]) -> tuple[str, ...]:
 def text_scores(
     names: Sequence[str], outputs: Sequence[str], references: References
 ) -> tuple[dict[str, float], list[str]]:
-    """The scores by name, and a sentence for each that cannot be had for these texts or on this machine.
+    """Compute scores by name, with a sentence about each that has no value for these texts or on this machine.
 
     Args:
         names: of ``SCORES``.
-        outputs: one text an input, at least one; line ends count as spaces.
+        outputs: one text for each input, at least one; line ends count as spaces.
         references: the references of each output.
     """
     flat = [" ".join(output.split()) for output in outputs]

@@ -1,6 +1,6 @@
-"""The split model as one transformers causal LM: the holders' own segments, with the wire between them.
+"""The split model as one transformers causal LM: the holders' segments, with the wire between them.
 
-So perplexity is what the run's holders compute, and generation, greedy or by beams, comes with transformers' KV cache.
+So perplexity is computed as by the run's holders, and generation, greedy or by beams, uses transformers' KV cache.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hsplit.models.tail import Tail
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the model is cut, and what crosses there.
+    """Position of the split, and the wire there.
 
     Attributes:
         split: layers ``[0, split)`` are the client's.
-        wire: ``job.wire``, the type in which hidden states travel.
-        labels: ``job.privacy.labels``: ``client`` has the tail at home, so that hidden states travel back to it.
+        wire: ``job.wire``, the type of hidden states on the wire.
+        labels: ``job.privacy.labels``: with ``client`` the client has the tail, so that hidden states return to it.
     """
 
     split: int
@@ -38,16 +38,16 @@ class Cut:
 def split_model(
     base: BaseModel, learned: Mapping[str, LearnedTerm], cut: Cut | None, device: torch.device | str = "cpu"
 ) -> Any:
-    """The run's model in eval mode, computing as its holders do.
+    """The run's model in eval mode, which computes as its holders do.
 
-    The client's part stores the base dense, the server's an int8 or NF4 base as its codes with the residual beside it,
-    and every hidden state that passes a cut is packed for the wire and unpacked. ``privacy.noise`` is not added.
+    The client's part stores the base dense, the server's part an int8 or NF4 base as codes with the residual beside it;
+    every hidden state at a cut is packed for the wire and unpacked. ``privacy.noise`` is not added.
 
     Args:
         base: the run's base model.
-        learned: what each weight has learned.
-        cut: where the model is cut; ``None`` for a model that one holder has whole.
-        device: where to compute.
+        learned: update of each weight.
+        cut: position of the split; ``None`` for a model that one holder has whole.
+        device: to compute on.
 
     Returns:
         A transformers causal LM whose decoder layers are the segments' own modules, with SDPA attention.
@@ -101,7 +101,7 @@ def _assembled(config: Any, front: Segment, deep: Segment) -> Any:
     head.weight = nn.Parameter(tail.head, requires_grad=False)
     _replace(model, family.head, head)
     model.eval()
-    # The segments ran packed rows; here a KV cache and left padding are wanted, which transformers' own attention has.
+    # Segments compute packed rows; generation needs a KV cache and left padding, as transformers' attention has.
     model.set_attn_implementation("sdpa")
     for module in model.modules():
         if isinstance(getattr(module, "config", None), type(model.config)):
@@ -115,7 +115,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _module_after(model: nn.Module, segment: Segment, layers: int) -> nn.Module:
-    """What takes the hidden states that come out of the first ``layers`` layers."""
+    """The module whose input are the hidden states after the first ``layers`` layers."""
     family, all_layers = segment.family, layer_count(segment.config)
     return model.get_submodule(family.layer_name(layers) if layers < all_layers else family.norm)
 

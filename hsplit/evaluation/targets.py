@@ -1,4 +1,4 @@
-"""What can be evaluated: a run, through its split model, or an exported directory, with transformers and PEFT alone."""
+"""Targets of an evaluation: a run, by its split model, or an exported directory, by transformers and PEFT alone."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Target:
     Attributes:
         model: a causal LM in eval mode.
         tokenizer: its tokenizer.
-        how: in words, how it computes.
-        separator: ``job.data.separator`` of the run that it is from, where that is known.
-        seed: the run's, 0 for an exported directory.
-        run, source, state: the run's configuration, base and last checkpoint, ``None`` for an exported directory.
-        notes: what else there is to say.
+        how: its computation in words.
+        separator: ``job.data.separator`` of its run, if that is known.
+        seed: the run's; 0 for an exported directory.
+        run, source, state: the run's configuration, base and last checkpoint; ``None`` for an exported directory.
+        notes: further remarks.
     """
 
     model: Any
@@ -65,10 +65,10 @@ class Target:
 
 
 def kind_of(path: Path, client: str | None = None) -> Literal["run", "adapter", "model"]:
-    """What there is to evaluate in ``path``, by the names of its files: nothing is loaded.
+    """Kind of the target in ``path``, by the names of its files; nothing is loaded.
 
     Raises:
-        InputError: there is nothing, or ``client`` is given for what is not split.
+        InputError: it is no target, or ``client`` is given for one that is not split.
     """
     if not path.is_dir():
         raise InputError(f"{displayed(path)}: there is no such directory; give a run, as runs/NAME, or an export")
@@ -86,11 +86,11 @@ def kind_of(path: Path, client: str | None = None) -> Literal["run", "adapter", 
 
 
 def open_target(path: Path, client: str | None = None) -> Target:
-    """The model in ``path``: a run's directory, a PEFT adapter, or a merged model.
+    """Load the model in ``path``: a run's directory, a PEFT adapter, or a merged model.
 
     Args:
         path: the directory.
-        client: of a run with a split model: whose split to cut at; by default that of the deepest one.
+        client: of a run with a split model: the client whose split to cut at; by default the deepest split.
 
     Raises:
         InputError: it is none of these, cannot be read, or has no such client.
@@ -125,8 +125,8 @@ def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
     return Target(model, tokenizer, how, run.job.data.separator, run.job.seed, run, source, state, list(notes))
 
 
-def _global(run: RunConfig) -> str:
-    """Where holders of smaller ranks compute with a part of it only."""
+def _global_remark(run: RunConfig) -> str:
+    """Remark for aggregations where holders of smaller ranks compute with a part of the model."""
     truncates = find_aggregation(run.policy.aggregation).truncates
     return " (the global one: holders of smaller ranks have its leading directions)" if truncates else ""
 
@@ -134,7 +134,7 @@ def _global(run: RunConfig) -> str:
 def _cut(run: RunConfig, state: RunState, client: str | None, where: str) -> tuple[Cut | None, str]:
     if run.policy.placement != "split":
         _refuse_client(client, f"policy {run.policy.name} splits nothing (placement {run.policy.placement!r})")
-        return None, f"as one model, which each holder has whole{_global(run)}"
+        return None, f"as one model, which each holder has whole{_global_remark(run)}"
     if state.plan is None:
         raise InputError(f"{where}: it has no plan to cut the model by")
     plan = state.plan
@@ -152,7 +152,7 @@ def _cut(run: RunConfig, state: RunState, client: str | None, where: str) -> tup
     job = run.job
     how = (
         f"through the split model, cut at layer {chosen.split} of {plan.layers} as {chosen.name} is, wire {job.wire}"
-        f"{_global(run)}"
+        f"{_global_remark(run)}"
     )
     return Cut(chosen.split, job.wire, job.privacy.labels), how
 
@@ -179,7 +179,7 @@ def _trained_model(run: RunConfig, source: ModelSource, trained: Mapping[str, Te
 
 
 def _adapter(path: Path, device: str) -> Target:
-    """The adapter on its base, whose linears get the values that ``job.base`` gives them (METHOD 1)."""
+    """Load the adapter on its base, with linears of ``job.base``'s values (METHOD 1)."""
     quieten_bitsandbytes()
     from peft import PeftModel
 
@@ -190,7 +190,7 @@ def _adapter(path: Path, device: str) -> Target:
         )
     directory = find_model(named).directory
     if not (path / "adapter_model.safetensors").is_file():
-        # PEFT would take a pickled one, and ask the hub for what is not there.
+        # PEFT would load a pickled one, or ask the hub for a missing one.
         raise InputError(f"{displayed(path)}: has no adapter_model.safetensors, and only safetensors are read")
     known = _metadata(path)
     model = _loaded(directory, torch.float32)
@@ -201,7 +201,7 @@ def _adapter(path: Path, device: str) -> Target:
         [] if base is not None else ["its card does not say which base values it was trained on; the base's own are"]
     )
     with warnings.catch_warnings():
-        # PEFT asks transformers by a name that is about to change: nothing for users.
+        # PEFT uses a deprecated name of transformers, which is no concern of users.
         warnings.simplefilter("ignore", FutureWarning)
         try:
             model = PeftModel.from_pretrained(model, path).to(device).eval()
@@ -224,7 +224,7 @@ def _give_base_values(model: Any, directory: Path, base: str) -> None:
 def _merged(path: Path, device: str) -> Target:
     check_directory(path)
     known = _metadata(path)
-    # In the files' own type where the device computes with it, and with the files' values in any case.
+    # In the files' type if the device supports it; with the files' values in any case.
     config = read_json(path / "config.json", dict[str, Any])
     stored = config.get("dtype", config.get("torch_dtype"))
     own = "bf16" if stored == "bfloat16" else "fp32"
@@ -255,13 +255,13 @@ def _loaded(directory: Path, dtype: torch.dtype) -> Any:
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(found["missing_keys"]):
-        # transformers would draw their values.
+        # transformers would initialize it at random.
         raise InputError(f"{displayed(directory)}: cannot be loaded: the checkpoint has no tensor {missing[0]}")
     return model
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What an export's card says of its run; empty for a directory that hsplit did not write."""
+    """Facts of the run in an export's card; empty for a directory that hsplit did not write."""
     from huggingface_hub import ModelCard
 
     card = path / "README.md"

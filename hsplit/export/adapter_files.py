@@ -1,4 +1,4 @@
-"""Taking the result away: everything that a run keeps of what it learned, as a PEFT adapter."""
+"""The learned update of a run, from a checkpoint's tensors, and its export as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hsplit.models.segment import LinearShape
 from hsplit.streams import quieten_bitsandbytes
 
 PREFIX = "base_model.model."
-# What one rank for all modules may add to an adapter's file, however small that is.
 MOST_PADDING_BYTES = 1 << 30
+"""Bytes that one rank for all modules may always add to an adapter's file."""
 _FP32_BYTES = 4
 
 
@@ -31,21 +31,21 @@ def export_peft(
 
     Scales are folded into the factors, in fp32, and ``lora_alpha`` is ``r``. All modules get one rank, the largest:
     then PEFT, and tools that know one ``lora_alpha`` and divide by ``r`` or by the rank that they find in a tensor,
-    scale every module by 1. What is added are rows of ``A`` as a new adapter has them and zeros in ``B``, so that the
-    product stays and further training moves every direction. Directions whose product is zero give way to such.
+    scale every module by 1. Padding is rows of ``A`` as in a new adapter and zeros in ``B``, so that the product stays
+    and further training moves every direction. It also replaces directions whose product is zero.
 
-    Where one rank would add more than :data:`MOST_PADDING_BYTES` and more than double the file, modules keep their own
-    ranks, and PEFT's rank and alpha patterns carry them, by each module's whole name.
+    If one rank would add more than :data:`MOST_PADDING_BYTES` and more than double the file, modules keep their own
+    ranks, in PEFT's rank and alpha patterns, by each module's whole name.
 
     Args:
-        terms: ``R_w`` plus the common live part by weight name; a weight that learned nothing may be absent.
+        terms: ``R_w`` plus the common live part by weight name; a weight without an update may be absent.
         shapes: the adapted weights.
-        base: what to write as the adapter's base model: a hub id or a directory.
-        fan_in_fan_out: the family stores linears transposed (GPT-2).
+        base: the adapter's base model: a hub id or a directory.
+        fan_in_fan_out: true if the family stores linears transposed (GPT-2).
         to: directory, made if needed.
 
     Returns:
-        ``None`` if all modules have one rank; else how many times as large that would have made the file.
+        ``None`` if all modules have one rank; else the factor by which that would have enlarged the file.
     """
     quieten_bitsandbytes()
     from peft import LoraConfig
@@ -64,7 +64,7 @@ def export_peft(
         padded = _padded(whole.pop(name), rank, name)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = padded.A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = padded.B
-    # A whole name is matched by itself alone: its dots stand for one character each, so it fits no longer number.
+    # As a pattern, a whole name matches itself alone: its dots stand for one character each.
     pattern = {name: rank for name, rank in ranks.items() if rank != largest}
     config = LoraConfig(
         r=largest,
@@ -84,14 +84,14 @@ def export_peft(
 
 
 def _without_zeros(term: LowRank) -> LowRank:
-    """``term`` in fp32 without the directions whose product is zero: some of them would never learn."""
+    """``term`` in fp32 without the directions whose product is zero, some of which would never learn."""
     B, A = term.B.float(), term.A.float()
     kept = (B != 0).any(dim=0) & (A != 0).any(dim=1)
     return LowRank(B[:, kept], A[kept])
 
 
 def _padded(term: LowRank, rank: int, name: str) -> LowRank:
-    """The same matrix with ``rank`` directions; the same bytes whenever it is exported."""
+    """The same matrix with ``rank`` directions, deterministic for ``name``."""
     missing = rank - term.rank
     if missing == 0:
         return term

@@ -1,4 +1,4 @@
-"""Taking a run's result away: a PEFT adapter or one merged model, with a model card."""
+"""Export of a run's result: a PEFT adapter or one merged model, with a model card."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from hsplit.streams import is_terminal
 PEFT, MERGED = "peft", "merged"
 RUN, ORIGINAL = "run", "original"
 FILE_DTYPES = ("fp32", "bf16")
-# What tells that a directory holds the format, and so must not be mixed with the other one.
+# Files that mark a directory's format, which must not be mixed with the other one.
 _MARKS = {PEFT: "adapter_config.json", MERGED: "config.json"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """Result of an export.
 
     Attributes:
         path: the directory.
         format: ``peft`` or ``merged``.
-        lines: what to know of it: errors of truncation, base and rounding, in words.
+        lines: remarks for the user: errors of truncation, base and rounding, in words.
     """
 
     path: Path
@@ -55,16 +55,16 @@ class Export:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write.
+    """Options of an export.
 
     Attributes:
-        format: ``peft``, ``merged``, or ``None``: an adapter, but a merged model where every weight was trained.
-        rank: cut every weight's update to its leading directions; ``None`` for all of it. Adapters only.
-        base: ``run`` or ``original``: what a merged model is formed on.
+        format: ``peft``, ``merged``, or ``None``: an adapter, or a merged model if every weight was trained.
+        rank: cut every weight's update to its leading directions; ``None``: do not cut. Adapters only.
+        base: weights that a merged model is formed on: ``run`` or ``original``.
         dtype: of a merged model's files, ``fp32`` or ``bf16``.
 
     Raises:
-        InputError: a value is unknown, or does not go with the others.
+        InputError: a value is unknown, or contradicts another.
     """
 
     format: str | None = None
@@ -89,11 +89,11 @@ class ExportOptions:
 
 
 def export(path: str | Path, to: str | Path | None = None, **options: object) -> Path:
-    """Write what a run had learned at its last aggregation.
+    """Export what a run had learned at its last aggregation.
 
     Args:
         path: the run's directory.
-        to: directory to write; in the run's, ``adapter/`` for an adapter and ``model/`` for a merged model by default.
+        to: directory to write; by default ``adapter/`` or, for a merged model, ``model/`` in the run's directory.
         options: those of :class:`ExportOptions`.
 
     Returns:
@@ -106,7 +106,7 @@ def export(path: str | Path, to: str | Path | None = None, **options: object) ->
 
 
 def export_run(path: str | Path, to: str | Path | None, options: ExportOptions) -> Export:
-    """As :func:`export`, with what there is to say about what was written."""
+    """Do :func:`export`, and return remarks for the user too."""
     directory = RunDirectory.open(Path(path))
     run = RunConfig.load(directory.config)
     checkpoint, passed_over = latest_checkpoint(directory.checkpoints)
@@ -168,9 +168,9 @@ def _write_adapter(
 
 
 def base_name(run: RunConfig, source: ModelSource) -> str:
-    """What an adapter names as its base: the hub id where the weights are the hub's, else the directory.
+    """The base that an adapter names: the hub id if the weights are the hub's, else the directory.
 
-    A packaged twin has values of its own, so its directory is named although the hub knows the model's id.
+    A packaged twin has other values than the hub's model, so its directory is named.
     """
     from_hub = is_hub_id(run.job.model) and f" {run.job.model} in {source.directory}" in source.origin
     return run.job.model if from_hub else str(source.directory)
@@ -208,7 +208,7 @@ def _write_merged(
 
 @contextmanager
 def _written_beside(target: Path, format_: str) -> Iterator[Path]:
-    """A folder to write into, whose files are moved to ``target`` once all are there; other files there stay.
+    """Yield a folder whose files are moved to ``target`` at the end; other files in ``target`` stay.
 
     Raises:
         InputError: ``target`` holds an export of the other format, or cannot be written.
@@ -225,11 +225,11 @@ def _written_beside(target: Path, format_: str) -> Iterator[Path]:
     try:
         yield partial
         written = {file.name for file in partial.iterdir()}
-        # Shards of an earlier export with other sizes would be loaded along with the new ones.
+        # Shards of an earlier export, of other sizes, would be loaded together with the new ones.
         for old in (*target.glob("model*.safetensors"), target / "model.safetensors.index.json"):
             if old.name not in written and format_ == MERGED:
                 old.unlink(missing_ok=True)
-        # The mark comes last: a directory has it once all the rest is there.
+        # The marking file comes last, so that a directory with it is complete.
         for file in sorted(partial.iterdir(), key=lambda file: file.name == _MARKS[format_]):
             os.replace(file, target / file.name)
     finally:

@@ -1,4 +1,4 @@
-"""One merged model as an export: what was learned, cut to fewer directions if asked, added onto base weights.
+"""Export of one merged model: the learned update, cut to fewer directions on request, added to base weights.
 
 Weights are written tensor by tensor. Errors are relative Frobenius norms, by weight and of all weights together.
 """
@@ -41,7 +41,7 @@ class RelativeError:
 
     @staticmethod
     def of(norms: Mapping[str, tuple[float, float]]) -> RelativeError | None:
-        """From the Frobenius norms of error and reference by weight; ``None`` where every reference is zero."""
+        """Make it from Frobenius norms of error and reference by weight; ``None`` if all references are zero."""
         relative = {name: error / reference for name, (error, reference) in norms.items() if reference}
         if not relative:
             return None
@@ -55,16 +55,16 @@ class RelativeError:
 
 
 def truncated(terms: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRank], RelativeError | None]:
-    """Each term cut to its ``rank`` leading singular directions, the best of that rank (Eckart and Young 1936).
+    """Cut each term to its ``rank`` leading singular directions, the best of that rank (Eckart and Young 1936).
 
-    A term of no more than ``rank`` directions stays as it is.
+    A term of at most ``rank`` directions is unchanged.
 
     Args:
         terms: ``(d_out, d_in)`` matrices as factors, by weight name.
         rank: at least 1.
 
     Returns:
-        The terms, and the relative Frobenius error against the whole ones; ``None`` where nothing was learned.
+        The terms, and their relative Frobenius error; ``None`` if nothing was learned.
     """
     cut: dict[str, LowRank] = {}
     norms: dict[str, tuple[float, float]] = {}
@@ -83,12 +83,12 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class MergeErrors:
-    """What a merge differs in from the run.
+    """Differences of a merged model from the run.
 
     Attributes:
-        base: the run's base against the one that was merged onto, relative to the latter; ``None`` where they are one.
-        rounding: the update as the file has it, what was written less the rounded base, against the update that was
-            learned; ``None`` for fp32 files and where nothing was learned.
+        base: difference of the run's base from the merged one, relative to the latter; ``None`` if they are the same.
+        rounding: difference of the update in the file (the written weight less the rounded base) from the learned
+            update; ``None`` for fp32 files and if nothing was learned.
     """
 
     base: RelativeError | None
@@ -117,7 +117,7 @@ class _Merge:
         self.rounding_norms: dict[str, tuple[float, float]] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter ``name`` as the file is to have it, in the checkpoint's own layout."""
+        """The parameter ``name`` for the file, in the checkpoint's layout."""
         if name in self._trained:
             return self._trained[name].to(self._dtype).contiguous()
         if name in self._linears:
@@ -157,20 +157,20 @@ def export_merged(
 ) -> MergeErrors:
     """Write config, tokenizer and safetensors for ``AutoModelForCausalLM.from_pretrained``.
 
-    In memory are the tensors of one shard and, beside them, one weight with its update.
+    The tensors of one shard and one more weight with its update are in memory at once.
 
     Args:
         directory: the run's base model.
-        base: ``job.base``: which values ``W_0`` has.
-        learned: ``(d_out, d_in)`` by weight name; a weight that learned nothing may be absent.
+        base: ``job.base``: the values of ``W_0``.
+        learned: ``(d_out, d_in)`` by weight name; a weight without an update may be absent.
         to: an existing directory.
-        trained: weights that take the place of the base's, by parameter name in the causal LM.
-        original: add onto the checkpoint's own values instead of ``base``'s.
+        trained: weights that replace the base's, by parameter name in the causal LM.
+        original: add to the checkpoint's own values instead of ``base``'s.
         dtype: of every tensor in the files, fp32 or bf16.
         shard_bytes: most bytes of one file, unless one tensor alone is larger.
 
     Raises:
-        InputError: a trained weight is none of this model's.
+        InputError: the model has no parameter of a trained weight's name.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -179,7 +179,7 @@ def export_merged(
     model = skeleton(config)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if config.tie_word_embeddings:
-        # One tensor serves as embedding and as head; it is written once and tied again when it is loaded.
+        # The tensor of embedding and head is written once, and tied again when it is loaded.
         parameters.pop(family.head_weight, None)
     unknown = sorted(set(trained or {}) - parameters.keys())
     if unknown:

@@ -1,4 +1,4 @@
-"""The model card of an exported directory: where it comes from, how it was trained, how good it is, how to load it."""
+"""Model card of an exported directory: origin, training, quality, and loading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 METADATA = "hsplit"
-"""Key of the front matter under which an export says what ``hsplit eval`` needs to know of its run."""
+"""Key of the front matter with the facts of the run that ``hsplit eval`` needs."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ def model_card(
     dtype: str,
     lines: Sequence[str],
 ) -> str:
-    """``README.md`` of an export, with front matter that the hub understands.
+    """``README.md`` of an export, with front matter for the hub.
 
     Args:
-        directory: the run's; its ``eval.json`` is quoted if it is there.
+        directory: the run's; its ``eval.json`` is quoted if it exists.
         run: its configuration.
-        source: where its base model was found.
-        state: of the checkpoint that is exported.
+        source: of its base model.
+        state: of the exported checkpoint.
         format_: ``peft`` or ``merged``.
         dtype: of a merged model's files.
-        lines: what else there is to say: errors of truncation, base and rounding.
+        lines: further remarks: errors of truncation, base and rounding.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -85,7 +85,7 @@ def model_card(
         model_name=directory.name,
         eval_results=_eval_results(evaluation, job.data.source),
     )
-    # A key of our own: what `hsplit eval` needs to know of the run.
+    # A key of hsplit's own, for `hsplit eval`.
     setattr(data, METADATA, {"version": __version__, "base": job.base, "separator": job.data.separator})
     sections = [
         f"# {directory.name}",
@@ -105,17 +105,17 @@ def model_card(
 
 def _tags(run: RunConfig) -> list[str]:
     policy = run.policy
-    given = {
+    tags = {
         METADATA: True,
         "lora": policy.train == "adapters",
         "split-learning": policy.placement == "split",
         "federated-learning": policy.placement != "single",
     }
-    return [tag for tag, holds in given.items() if holds]
+    return [tag for tag, holds in tags.items() if holds]
 
 
 def _named(model: str) -> str:
-    """A model or file as the card may name it: no path of the machine where the run was."""
+    """Name of a model or file for the card, without a path of the run's machine."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
@@ -128,9 +128,9 @@ def _introduction(run: RunConfig, source: ModelSource, format_: str) -> str:
 
 
 def _origin(source: ModelSource) -> str:
-    place = str(source.directory)
-    text = source.origin.replace(f", converted to {place}", ", converted to safetensors").replace(f" in {place}", "")
-    return text.replace(place, f"`{source.directory.name}`")
+    path = str(source.directory)
+    text = source.origin.replace(f", converted to {path}", ", converted to safetensors").replace(f" in {path}", "")
+    return text.replace(path, f"`{source.directory.name}`")
 
 
 def _snippet(run: RunConfig, source: ModelSource, format_: str, dtype: str) -> str:
@@ -229,7 +229,7 @@ def _plan(state: RunState) -> str:
 def _results(directory: RunDirectory, state: RunState, evaluation: _Evaluation | None) -> str:
     parts = []
     with suppress(InputError):
-        # Of a table that is not there, or was changed, there is nothing to quote.
+        # A table that is missing or was changed is not quoted.
         rows = [row for row in read_rows(directory.metrics, MetricsRow) if row.round <= state.round]
         if rows:
             parts.append(
@@ -253,7 +253,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _evaluation(directory: RunDirectory, round_: int) -> _Evaluation | None:
-    """What ``hsplit eval`` left in the run's directory, if that is of this round."""
+    """Result of ``hsplit eval`` in the run's directory, if it is of this round."""
     file = directory.path / "eval.json"
     if not file.is_file():
         return None

@@ -1,5 +1,5 @@
 """Simulation: the planner, the cost model and the virtual clock over many clients, without training.
 
-All times are virtual: what declared budgets come to. Nothing here has a cost model of its own; every second is told by
-:class:`~hsplit.planning.cost.clock.VirtualClock`, which a run asks too. Ray-free.
+All times are virtual: computed from declared budgets by the :class:`~hsplit.planning.cost.clock.VirtualClock` that runs
+use too. Ray-free.
 """

@@ -1,4 +1,4 @@
-"""The simulated fleet: who is there in each round, how fast links are, by a seed or from a trace, and the model."""
+"""The simulated fleet: clients present in each round, their links, by a seed or from a trace, and the model."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
-"""Published shapes of models that are too large, or too closed, to be fetched for their configuration."""
+"""Published shapes of models whose configuration cannot be fetched freely."""
 
 
 @contextmanager
 def shape_directory(model: str) -> Iterator[Path]:
-    """A directory with the ``config.json`` of ``model``, for as long as it is needed; no weights are looked for.
+    """Yield a directory with the ``config.json`` of ``model``; no weights are needed.
 
     Args:
-        model: the value of ``job.model``; a name in :data:`SHAPES` is not looked up anywhere.
+        model: the value of ``job.model``; a name in :data:`SHAPES` is not searched for.
 
     Raises:
-        InputError: it is not found.
+        InputError: the model is not found.
     """
     if model in SHAPES:
         with tempfile.TemporaryDirectory() as name:
@@ -71,19 +71,19 @@ def shape_directory(model: str) -> Iterator[Path]:
 
 
 LINK_MEMORY = 0.8
-"""Correlation of a drawn link's logarithm from one round to the next."""
+"""Correlation of the logarithm of a drawn link from one round to the next."""
 _COLUMNS = ["round", "client", "bandwidth_mbps"]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What happens to the fleet in a simulation.
+    """Changes of the fleet in a simulation.
 
     Attributes:
-        leave: probability that a client that is there is gone in the next round.
-        back: probability that one that is gone is back in the next.
+        leave: probability that a present client is lost in the next round.
+        back: probability that a lost client is back in the next round.
         variation: coefficient of variation of a link's bandwidth about its declared value, over the rounds.
-        trace: bandwidth in bit/s by round and client, each until the client's next; 0 means that it is not there.
+        trace: bandwidth in bit/s by round and client, each until the client's next; 0: the client is lost.
     """
 
     leave: float = 0.0
@@ -112,12 +112,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Links:
-    """The fleet in one round.
+    """Presence and links of the fleet in one round.
 
     Attributes:
-        present: who is there, ``(N,)``.
-        factor: each link's bandwidth now, in parts of the declared one, ``(N,)``.
-        traced_bps: its bandwidth by the trace instead, where that has one; otherwise NaN, ``(N,)``.
+        present: true for the clients that are present, ``(N,)``.
+        factor: each link's bandwidth as a multiple of the declared one, ``(N,)``.
+        traced_bps: each link's bandwidth by the trace, which replaces the drawn one; NaN: not in the trace, ``(N,)``.
     """
 
     present: NDArray[np.bool_]
@@ -125,7 +125,7 @@ class Links:
     traced_bps: Floats
 
     def budgets(self, clients: Sequence[ClientBudget]) -> list[Budget]:
-        """``clients`` with their links as they are in this round."""
+        """Budgets of ``clients`` with this round's links."""
         drawn = np.isnan(self.traced_bps) | (self.traced_bps == 0)
         now = np.where(drawn, np.array([c.bandwidth_bps for c in clients]) * self.factor, self.traced_bps)
         return [
@@ -135,37 +135,37 @@ class Links:
 
 
 def links(clients: Sequence[ClientBudget], traffic: Traffic, seed: int) -> Iterator[Links]:
-    """The fleet in round 1, 2 and so on; the same for the same seed.
+    """Yield the fleet of round 1, 2 and so on; the same for the same seed.
 
-    Everybody is there in the first round, as far as a trace does not say otherwise.
+    All clients are present in the first round, except for those that the trace excludes.
     """
     draw = np.random.default_rng(seed)
-    place = {client.name: index for index, client in enumerate(clients)}
+    index_of = {client.name: index for index, client in enumerate(clients)}
     count, spread = len(clients), math.sqrt(math.log1p(traffic.variation**2))
-    here = np.ones(count, dtype=bool)
+    present = np.ones(count, dtype=bool)
     swing = draw.standard_normal(count)
     traced = np.full(count, np.nan)
     round_ = 1
     while True:
         for name, bps in (traffic.trace or {}).get(round_, {}).items():
-            traced[place[name]] = bps
-        # Of mean 1, so that a link has its declared bandwidth on average.
+            traced[index_of[name]] = bps
+        # Mean 1: a link has its declared bandwidth on average.
         factor = np.exp(spread * swing - spread**2 / 2)
-        yield Links(here & (traced != 0), factor, traced.copy())
+        yield Links(present & (traced != 0), factor, traced.copy())
         chance = draw.random(count)
-        here = np.where(here, chance >= traffic.leave, chance < traffic.back)
+        present = np.where(present, chance >= traffic.leave, chance < traffic.back)
         swing = LINK_MEMORY * swing + math.sqrt(1 - LINK_MEMORY**2) * draw.standard_normal(count)
         round_ += 1
 
 
 def read_trace(path: Path, clients: Sequence[ClientBudget]) -> dict[int, dict[str, float]]:
-    """A CSV file with the columns ``round,client,bandwidth_mbps``.
+    """Read a CSV file with the columns ``round,client,bandwidth_mbps``.
 
     Returns:
         Bit/s by round and client.
 
     Raises:
-        InputError: it cannot be read, or a line is wrong; the text names it.
+        InputError: the file cannot be read, or a line is wrong; the text names it.
     """
     known = {client.name for client in clients}
     found: dict[int, dict[str, float]] = {}
@@ -184,15 +184,15 @@ def read_trace(path: Path, clients: Sequence[ClientBudget]) -> dict[int, dict[st
     return found
 
 
-def _entry(row: Mapping[str, str | None], place: str, known: set[str]) -> tuple[int, str, float]:
+def _entry(row: Mapping[str, str | None], where: str, known: set[str]) -> tuple[int, str, float]:
     name = row["client"]
     if name not in known:
-        raise InputError(f"{place}: client: there is none of the name {name!r} in the cluster")
+        raise InputError(f"{where}: client: there is none of the name {name!r} in the cluster")
     try:
         round_, mbps = int(row["round"] or ""), float(row["bandwidth_mbps"] or "")
     except ValueError:
-        raise InputError(f"{place}: round and bandwidth_mbps must be numbers") from None
+        raise InputError(f"{where}: round and bandwidth_mbps must be numbers") from None
     if round_ < 1 or not 0 <= mbps <= 1e9:
-        raise InputError(f"{place}: round must be from 1, and bandwidth_mbps from 0 (not there) to 1e9")
+        raise InputError(f"{where}: round must be from 1, and bandwidth_mbps from 0 (not there) to 1e9")
     assert name is not None
     return round_, name, mbps * 1e6

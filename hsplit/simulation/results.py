@@ -1,4 +1,4 @@
-"""The files of a simulation, CSV and one self-contained HTML page, and its table for a terminal."""
+"""Results of a simulation: CSV files, one self-contained HTML page, and a table for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hsplit.report.figures import COLOURS, drawing_style, inline_svg
 from hsplit.report.page import PageSection, Plot, page
 from hsplit.simulation.sweep import Setting, Sweep
 
-# Two lines a heading, with the unit, so that a fleet of 100,000 still fits into 80 columns.
+# Headings of two lines, with the unit, so that a fleet of 100,000 fits into 80 columns.
 COLUMNS = (
     "clients",
     "servers",
@@ -33,11 +33,11 @@ COLUMNS = (
 )
 
 HEADINGS = tuple(column.replace("-\n", "").replace("\n", " ") for column in COLUMNS)
-"""The same in one line each, for a page."""
+"""Headings of one line each, for a page."""
 
 
 def cells(setting: Setting) -> list[str]:
-    """One line, in the order of :data:`COLUMNS`."""
+    """Cells of one row, in the order of :data:`COLUMNS`."""
     head = [f"{setting.clients:,}", str(setting.servers)]
     if setting.refused:
         return [*head, *[NOTHING] * 4, "memory", *[NOTHING] * 4]
@@ -56,7 +56,7 @@ def cells(setting: Setting) -> list[str]:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """One line for every fleet and number of servers."""
+    """Table with one row for every fleet and number of servers."""
     title = (
         f"simulation of {sweep.about['model']}:\nnothing is trained, all seconds are virtual; up and down are a round's"
     )
@@ -77,7 +77,7 @@ def write_simulation(sweep: Sweep, to: Path) -> None:
     """Write ``settings.csv``, ``rounds.csv`` and ``report.html`` into ``to``.
 
     Raises:
-        InputError: they cannot be written.
+        InputError: a file cannot be written.
     """
     rounds = [
         {"clients": s.clients, "servers": s.servers, **asdict(round_)} for s in sweep.settings for round_ in s.rounds
@@ -102,12 +102,12 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) ->
 
 
 def simulation_page(sweep: Sweep) -> str:
-    """The whole page."""
+    """The HTML page of a simulation."""
     fitting = [s for s in sweep.settings if not s.refused]
-    facts = {key: NOTHING if value is None else value for key, value in sweep.about.items()}
+    settings = {key: NOTHING if value is None else value for key, value in sweep.about.items()}
     unit = "Seconds are virtual; figures are of a round."
     sections = [
-        PageSection("What it comes to", lines=sweep.findings(), facts=facts),
+        PageSection("What it comes to", lines=sweep.findings(), facts=settings),
         PageSection("Fleets and servers", [unit], columns=HEADINGS, rows=map(cells, sweep.settings)),
     ]
     if fitting:
@@ -136,11 +136,11 @@ def _growth(settings: Sequence[Setting]) -> list[Plot]:
 def _rounds(setting: Setting) -> list[Plot]:
     trained = setting.rounds[1:]
     numbers = [r.round for r in trained]
-    whose = f"{setting.clients:,} clients, {setting.servers} servers"
+    label = f"{setting.clients:,} clients, {setting.servers} servers"
     seconds, present = [r.round_s for r in trained], [r.present for r in trained]
     return [
-        _curves("seconds", "virtual seconds a round (simulation)", "round", {whose: (numbers, seconds)}),
-        _curves("present", "clients there (simulation)", "round", {whose: (numbers, present)}),
+        _curves("seconds", "virtual seconds a round (simulation)", "round", {label: (numbers, seconds)}),
+        _curves("present", "clients there (simulation)", "round", {label: (numbers, present)}),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The rounds of a simulated run, in the order of :mod:`hsplit.run.coordinator`, each timed by the virtual clock."""
+"""Rounds of a simulated run, in the order of :mod:`hsplit.run.coordinator`, timed by the virtual clock."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Round:
 
     Attributes:
         round: counted from 1; 0 is the validation before training.
-        present, training: clients that are there, and those of them that train.
+        present, training: number of present clients, and of those that train.
         virtual_time_s: since the run's start.
-        round_s: of the round, which the following come to.
+        round_s: of the whole round.
         step_s: of one local step.
-        steps_s, aggregation_s, validation_s, probe_s, replanning_s: of the round's local steps, and so on.
+        steps_s, aggregation_s, validation_s, probe_s, replanning_s: parts of ``round_s``.
         server_share: the server's part of a local step, 0 to 1.
-        bottleneck: what takes most of a local step: ``server``, or ``compute`` or ``link`` of the slowest clients.
-        holder: whose that is.
+        bottleneck: largest part of a local step: ``server``, or ``compute`` or ``link`` of the slowest clients.
+        holder: the bottleneck's holder.
         bytes_up, bytes_down: from and to all clients.
     """
 
@@ -61,7 +61,7 @@ class Simulated:
     Attributes:
         plan: the first plan.
         rounds: from round 0 on.
-        plans: how many plans were made.
+        plans: number of plans made.
     """
 
     plan: Plan
@@ -76,21 +76,21 @@ def simulated(
     traffic: Traffic | None = None,
     validation_batches: Mapping[str, int] | None = None,
 ) -> Simulated:
-    """Go through a run's rounds without training.
+    """Simulate the rounds of a run without training.
 
-    A client that is gone is one that a run has lost: the plan stays, the others go on, and it is back with its part.
-    Budgets change as the cluster file's ``schedule`` says, and the scheduler plans anew for them. Importance stays
-    equal, since nothing is learned: a plan that would follow it is not made.
+    Absent clients are lost, as in a run: the plan stays, the others continue, and they return with their part. Budgets
+    change by the cluster file's ``schedule``, and the scheduler replans for them. Importance stays equal, since nothing
+    is learned, so it causes no new plan.
 
     Args:
         run: resolved configuration, with a concrete ``job.dtype``.
         scheduler: of this run, fresh.
-        rounds: how many.
-        traffic: who comes and goes, and the links; by default everything is as declared.
-        validation_batches: of each client; by default those of ``job.validation.max_examples`` examples.
+        rounds: number of rounds.
+        traffic: lost clients and links; by default all are present, with declared links.
+        validation_batches: number by client; by default those of ``job.validation.max_examples`` examples.
 
     Raises:
-        InputError: there is no plan, or a round without any client.
+        InputError: there is no plan, or a round has no client.
     """
     if run.policy.placement == "single":
         raise InputError("policy: placement: 'single' has one node and nothing to simulate; choose another policy")
@@ -176,7 +176,7 @@ class _Simulation:
         validation_s = clock.validation_s(plan, self._validated(present))
         wire, batches = self._scheduler.cost.wire_bytes(1), job.local_steps * job.grad_accumulation
         training = set(cohort)
-        # No gradient comes back to who only computes forward.
+        # No gradient comes back to forward-only clients.
         trained = sum(part.name in training and not part.forward_only for part in plan.available)
         return self._row(
             round_,
@@ -209,7 +209,7 @@ class _Simulation:
         bytes_up: int = 0,
         bytes_down: int = 0,
     ) -> Round:
-        # Added up as a run does, one thing after the other.
+        # Added in the order of a run, for the same rounding.
         for seconds in (probe_s, replanning_s, *each_s):
             self._time_s += seconds
         self._time_s += aggregation_s
@@ -242,16 +242,16 @@ class _Simulation:
 
 
 class _Exchange:
-    """Bytes of a round's end: exact for adapters, and with the residual at its cap, where it is in a few rounds."""
+    """Bytes of a round's end: exact for adapters, with the residual at its cap, which it reaches in a few rounds."""
 
     def __init__(self, run: RunConfig, scheduler: Scheduler) -> None:
         model = scheduler.cost.model
         self._model = model
-        # Fresh restarts are drawn by each holder for itself.
+        # Random restarts are drawn by each holder itself.
         self._restarts = run.policy.reinit != "random" or not model.keeps_residual
         self._residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries)).tolist()
         self._adapters: dict[int, int] = {}
-        # Kept, so that no other mapping comes to have the identity of one that is gone.
+        # Kept, so that no later mapping gets the id() of a freed one.
         self._kept: list[Mapping[str, int]] = []
         self._parts: dict[str, HolderPlan] = {}
         self._of: Plan | None = None
@@ -259,18 +259,18 @@ class _Exchange:
     def aggregated(
         self, plan: Plan, cohort: Iterable[str], present: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Up from those who train, and down to all who are there, by client name."""
+        """Bytes up from the training clients, and down to all present ones, by client name."""
         return {n: self._up(plan, n) for n in cohort}, {n: self._down(plan, n) for n in present}
 
     def moved(self, before: Plan, after: Plan, present: Iterable[str]) -> dict[str, int]:
-        """Down to those whose part is another after a change of plan."""
+        """Bytes down to the clients whose part a new plan changes."""
         had = {c.name: (c.split, c.ranks) for c in before.available}
         here = set(present)
         changed = [c.name for c in after.available if c.name in here and had.get(c.name) != (c.split, c.ranks)]
         return {name: self._down(after, name) for name in changed}
 
     def whole(self, plan: Plan, names: Iterable[str]) -> int:
-        """Down to clients that are back."""
+        """Bytes down to clients that return."""
         return sum(self._down(plan, name) for name in names)
 
     def _up(self, plan: Plan, name: str) -> int:

@@ -1,4 +1,4 @@
-"""A fleet at several sizes and with several numbers of servers, each simulated; and where one server is enough."""
+"""Simulations of a fleet at several sizes and with several numbers of servers, and the need for more than one."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Setting:
     """One fleet with one number of servers. All seconds are virtual.
 
     Attributes:
-        clients, servers: how many there are.
-        unavailable: clients that have no memory for the smallest part of the model.
+        clients, servers: their numbers.
+        unavailable: number of clients without memory for the smallest part of the model.
         training: clients that train in a round, on average.
-        refused: why there is no plan, in words; empty where there is one, and everything that follows is 0 without.
-        step_s: of the last round's local steps, one of them.
+        refused: reason that there is no plan; empty if there is one. All that follows is 0 without a plan.
+        step_s: of one local step of the last round.
         round_s: of a round, on average.
         makespan_s: of all rounds.
         server_share: the server's part of a local step, 0 to 1, on average.
-        bottleneck: what takes most of a local step, in most rounds.
+        bottleneck: largest part of a local step in most rounds.
         server_gb: memory that the plan reserves for each server.
-        bytes_up, bytes_down: a round, on average.
-        server_gbps: what that comes to over a round, in Gbit/s of all servers' links together, which have no limit.
-        rounds: every round.
+        bytes_up, bytes_down: per round, on average.
+        server_gbps: these bytes over a round's time, in Gbit/s of all servers' links together, which have no limit.
+        rounds: all rounds.
     """
 
     clients: int
@@ -60,16 +60,16 @@ class Setting:
     rounds: tuple[Round, ...]
 
     def row(self) -> dict[str, Any]:
-        """All but the rounds, as written into a file."""
+        """All fields but the rounds, for a file."""
         return {key: value for key, value in asdict(self).items() if key != "rounds"}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was simulated.
+    """Results of several simulations.
 
     Attributes:
-        about: what decides it: cluster, model, policy, seed, churn.
+        about: their common settings: cluster, model, policy, seed, churn.
         settings: by fleet, then by servers.
     """
 
@@ -77,7 +77,7 @@ class Sweep:
     settings: tuple[Setting, ...]
 
     def findings(self) -> list[str]:
-        """Where one server stops being enough, and what more of them give, in sentences."""
+        """Sentences about the fleet size that one server is enough for, and the gain of more servers."""
         lines, enough = [], 0
         for size in sorted({s.clients for s in self.settings if s.servers == 1}):
             if why := self._falls_short(size):
@@ -102,7 +102,7 @@ class Sweep:
         return lines
 
     def _falls_short(self, size: int) -> str:
-        """Why one server is not enough for so many clients, in words; empty where it is."""
+        """Reason that one server is not enough for ``size`` clients; empty if it is enough."""
         own = [s for s in self.settings if s.clients == size]
         one = next(s for s in own if s.servers == 1)
         if one.refused or one.server_share >= LARGE_SHARE:
@@ -110,11 +110,11 @@ class Sweep:
         best = min((s for s in own if not s.refused), key=lambda s: s.round_s)
         if one.round_s < FASTER * best.round_s:
             return ""
-        # With little room at the server clients hold layers that they are slow at.
+        # With little memory at the server, clients hold layers that they are slow at.
         return f"{best.servers} do a round {one.round_s / best.round_s:.1f} times as fast (virtual)"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: what ``hsplit simulate --json`` prints."""
+        """Plain data, as ``hsplit simulate --json`` prints it."""
         settings = [{**s.row(), "rounds": [asdict(r) for r in s.rounds]} for s in self.settings]
         return {"simulation": True, **self.about, "settings": settings, "findings": self.findings()}
 
@@ -140,13 +140,13 @@ def sweep(
         cluster, policy, overrides, cpu: as for :func:`hsplit.api.launch`.
         sizes: numbers of clients to scale the fleet to, in the proportions of the file; by default the file's own.
         servers: numbers of servers; by default the file's own.
-        rounds: how many; ``job.rounds`` by default.
-        leave, back, variation: as :class:`~hsplit.simulation.fleet.Traffic` has them.
-        trace: file that :func:`~hsplit.simulation.fleet.read_trace` reads.
-        progress: told what is simulated.
+        rounds: their number; ``job.rounds`` by default.
+        leave, back, variation: see :class:`~hsplit.simulation.fleet.Traffic`.
+        trace: file for :func:`~hsplit.simulation.fleet.read_trace`.
+        progress: called with a line before each simulation.
 
     Raises:
-        InputError: something given is wrong.
+        InputError: an argument or a file is wrong.
     """
     for option, values, most in (("--clients", sizes, MAX_COUNT), ("--servers", servers, MAX_SERVERS)):
         for value in values:
@@ -187,7 +187,7 @@ def sweep(
 def _fleet(
     cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool, size: int | None
 ) -> RunConfig:
-    """The run with the file's fleet, or with one of ``size`` clients in its proportions."""
+    """The run with the file's fleet, or with ``size`` clients in its proportions."""
     if size is None:
         return resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
     declared = read_yaml(find_preset("cluster", cluster)).get("clients")
@@ -195,15 +195,15 @@ def _fleet(
     counts: dict[str, int] = {str(g.get("name")): g.get("count", 1) for g in groups}
     named = all(isinstance(g.get("name"), str) for g in groups)
     if not counts or not named or not all(type(n) is int and n > 0 for n in counts.values()):
-        # Whatever is wrong with the file is said as always.
+        # The file is wrong: reading it raises the usual error.
         return resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu, most_clients=MAX_COUNT))
     if size < len(counts):
         raise InputError(
             f"--clients: must be at least {len(counts)}, one of each kind of the cluster file (got {size})"
         )
     scaled = [f"clients.{name}.count={n}" for name, n in scaled_counts(counts, size).items()]
-    given = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, dict) else list(overrides)
-    return resolved_config(load_run_config(cluster, policy, [*given, *scaled], cpu=cpu, most_clients=MAX_COUNT))
+    own = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, dict) else list(overrides)
+    return resolved_config(load_run_config(cluster, policy, [*own, *scaled], cpu=cpu, most_clients=MAX_COUNT))
 
 
 def scaled_counts(counts: dict[str, int], size: int) -> dict[str, int]:
@@ -211,7 +211,7 @@ def scaled_counts(counts: dict[str, int], size: int) -> dict[str, int]:
     total = sum(counts.values())
     exact = {name: size * count / total for name, count in counts.items()}
     made = {name: max(1, int(share)) for name, share in exact.items()}
-    # One at a time to the kind that is furthest from its share; from it where there are too many.
+    # One client at a time is added to, or taken from, the kind that is furthest from its share.
     while (lacking := size - sum(made.values())) != 0:
         step = 1 if lacking > 0 else -1
         open_ = [name for name in made if made[name] + step >= 1]
