@@ -1,4 +1,4 @@
-"""What tests share: tiny random models of both families, a tiny tokenizer, and runs in this process."""
+"""Shared fixtures: tiny random models of both families, a tiny tokenizer, and runs in this process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # own, so that nothing is written under the home directory.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "t" * 64
-# How long an example takes says how busy the machine is. One tree has one verdict: examples are drawn anew only where
-# that was asked for, with HSPLIT_FUZZ.
+# The time of an example depends on the machine's load, so it is no criterion. The same examples are drawn every time,
+# unless HSPLIT_FUZZ is set.
 settings.register_profile("hsplit", deadline=None, derandomize="HSPLIT_FUZZ" not in os.environ)
 settings.load_profile("hsplit")
 FAMILIES = ("llama", "gpt2")
@@ -35,7 +35,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quantized_anew() -> None:
-    """Nothing that was kept in the user's cache changes what a test measures, and tests leave nothing there."""
+    """Separate tests from the user's cache, in both directions."""
     from hsplit.models import weights
 
     weights.SMALLEST_ENTRIES = sys.maxsize
@@ -43,7 +43,7 @@ def _quantized_anew() -> None:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of this test's own: nothing is taken from what was kept before."""
+    """An empty cache of this test's own."""
     monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
 
 

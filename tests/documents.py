@@ -1,4 +1,4 @@
-"""The project's documents as tests read them: their code blocks, and the commands that they tell users."""
+"""The project's documents for tests: their code blocks and the commands in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGES = (
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
 )
-"""Everything that a reader of the project is given."""
+"""All pages for readers of the project."""
 
 _BLOCK = re.compile(
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.DOTALL | re.MULTILINE
@@ -45,12 +45,12 @@ def blocks(page: Path, language: str = "") -> list[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every ``hsplit`` command in a block of shell lines, ``hsplit`` itself left out."""
+    """Words of every ``hsplit`` command in a block of shell lines, without ``hsplit`` itself."""
     return [shlex.split(line, comments=True) for line in _COMMAND.findall(text.replace("\\\n", " "))]
 
 
 def commands_in(page: Path) -> list[list[str]]:
-    """The words of every ``hsplit`` command that ``page`` shows, in fenced and in indented blocks."""
+    """Words of every ``hsplit`` command in ``page``, in fenced and in indented blocks."""
     text = page.read_text()
     shell = [block.text for block in blocks(page, "bash")]
     return [words for block in (*shell, *_INDENTED.findall(_BLOCK.sub("", text))) for words in commands(block)]

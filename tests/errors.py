@@ -1,8 +1,8 @@
-"""The error lines that a command wrote, apart from what a slow machine adds to them."""
+"""Error lines of a command, without those that depend on the machine's speed."""
 
 from __future__ import annotations
 
 
 def error_lines(stderr: str) -> list[str]:
-    """Return the lines of ``stderr``, without those that say what is waited for: a slow machine has more of these."""
+    """Lines of ``stderr`` without those about waiting, of which a slow machine prints more."""
     return [line for line in stderr.strip().splitlines() if not line.startswith("waiting: ")]

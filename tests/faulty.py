@@ -1,4 +1,4 @@
-"""Actors in this process that die, fail, hang or send what cannot be right at a moment that the test chooses."""
+"""Actors in this process that die, fail, hang or send invalid values at a moment that the test chooses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hsplit.errors import HsplitError
 
 @dataclass
 class Fault:
-    """What happens to ``actor`` in its ``nth`` call of ``method`` (counted from 1).
+    """Fault of ``actor`` in its ``nth`` call of ``method`` (counted from 1).
 
     Attributes:
         kind: ``died``: it is gone with its state; ``after``: it did the call and is gone with the answer; ``hang``:
@@ -29,7 +29,7 @@ class Fault:
 
 
 class _Late(Ready[Any]):
-    """An answer that is not there when it is first looked for in time."""
+    """An answer that is late when it is first waited for."""
 
     looked = False
 

@@ -13,7 +13,7 @@ UMASKS = [0o022, 0o077, 0o002]
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    """The process's umask while it lasts."""
+    """Set the process's umask within the block."""
     before = os.umask(mask)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A small complete run on disk, made in this process: what evaluation and export start from."""
+"""A small complete run on disk, made in this process, for tests of evaluation and export."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS, REFERENCES = 20, 3
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's directory and what it came from."""
+    """A run's directory, and its inputs."""
 
     directory: RunDirectory
     config: RunConfig

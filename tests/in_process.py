@@ -25,7 +25,7 @@ from tests.tiny import WORDS
 
 
 class Recorder(SilentDisplay):
-    """A display that keeps what it is told."""
+    """A display that records its calls."""
 
     def __init__(self, after_step: Any = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Recorder(SilentDisplay):
 
 
 class FixedClock:
-    """Virtual seconds that a test can count with."""
+    """A virtual clock with seconds that are easy to add up."""
 
     def steps_s(self, plan: Plan, clients: Sequence[str]) -> list[float]:
         return [plan.makespan_s]
@@ -69,7 +69,7 @@ class FixedClock:
 
 
 class FixedScheduler:
-    """Gives the plans that a test made: the first one, and then by rounds done; probes in every round.
+    """Scheduler with the test's plans: the first one, and later ones by completed rounds; probes in every round.
 
     Args:
         plan: the first plan.
@@ -108,7 +108,7 @@ def holders_of(run: Coordinator) -> list[dict[str, Any]]:
 
 
 def reached_by(executor: Executor, made: Coordinator) -> Coordinator:
-    """The run of ``made``, which has not begun, with its actors reached through ``executor``."""
+    """The run of ``made``, which has not begun, with ``executor`` in place of its own."""
     context = made.context
     return Coordinator(
         context.declared, executor, context.directory, context.inputs, context.display, context._clock_of
@@ -128,7 +128,7 @@ def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
 def fixed_plan(
     model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int, servers: int = 1
 ) -> Plan:
-    """A plan with one rank a holder: client ``c{i}`` holds ``[0, splits[i])``."""
+    """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``."""
     config = model_config(model)
     shapes = targeted(linear_shapes(config), job.targets)
     clients = tuple(
@@ -152,7 +152,7 @@ def coordinator(
     data_sha256: str = "data",
     **job: Any,
 ) -> Coordinator:
-    """A coordinator over plain objects, ready to run; ``later`` as :class:`FixedScheduler` has it.
+    """A coordinator over plain objects, ready to run; for ``later`` see :class:`FixedScheduler`.
 
     Without a ``policy`` nothing is probed.
     """

@@ -1,4 +1,4 @@
-"""Actors ready to be probed, with live adapters and residuals that are no zeros, and the same scores by autograd."""
+"""Actors ready for a probe, with non-zero live adapters and residuals, and the same scores by autograd."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _drawn(shape: LinearShape, dtype: torch.dtype, kind: str) -> LowRank:
 
 
 def effective_model(model: Path, job: Job, dtype: torch.dtype) -> Any:
-    """The unsplit model with ``W_0 + R + s B A`` in the place of each adapted weight, these weights trainable."""
+    """The unsplit model with trainable ``W_0 + R + s B A`` in place of each adapted weight."""
     from transformers import AutoModelForCausalLM
 
     unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().requires_grad_(False)

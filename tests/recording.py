@@ -1,4 +1,4 @@
-"""What passes between actors, byte by byte, and whether token ids or texts are in it."""
+"""Recording of all values that pass between actors, byte by byte, and search for token ids and texts in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from hsplit.actors.executor import InProcess
 from tests.tiny import WORDS
 
-# A run of so many ids in their order is taken for a leak; the tiny tokenizer's ids of words begin with 2.
+# Number of consecutive ids that count as a leak; the tiny tokenizer's ids of words begin with 2.
 WINDOW, FIRST_WORD = 6, 2
 PACKED = ("uint8", "int16", "int32", "int64", ">i4", ">i8", "float16", "float32", "float64")
 _TEXT = re.compile(rb"w\d+ +w\d+")
@@ -40,7 +40,7 @@ class Passed:
 
     @property
     def blob(self) -> bytes:
-        """As it is serialized, nested attributes and whole storages of tensors included."""
+        """Its serialized bytes, nested attributes and whole storages of tensors included."""
         return pickle.dumps(self.value, protocol=5)
 
     def leaves(self) -> list[Leaf]:
@@ -90,7 +90,7 @@ def _leaves(value: Any, path: str) -> Iterator[Leaf]:
 
 
 class Recording(InProcess):
-    """Keeps everything that actors are given and return."""
+    """Executor that keeps all arguments and results of actors."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -106,7 +106,7 @@ class Recording(InProcess):
 
 
 class Secrets:
-    """The data of clients, to be looked for.
+    """The data of clients, to search for.
 
     Args:
         rows: the token ids of each example.
@@ -122,11 +122,11 @@ class Secrets:
         assert len(self.windows) > 100
 
     def ids_in(self, value: Passed) -> bool:
-        """Whether a run of ids is in it: in an array, in a list of numbers, or anywhere in its bytes."""
+        """True if a run of ids is in it: in an array, in a list of numbers, or anywhere in its bytes."""
         return any(self._in_leaf(leaf) for leaf in value.leaves()) or self.ids_in_bytes(value.blob)
 
     def ids_in_bytes(self, blob: bytes) -> bool:
-        """Whether a run of ids is anywhere in ``blob``, in any of :data:`PACKED`."""
+        """True if a run of ids is anywhere in ``blob``, in any of :data:`PACKED`."""
         return any(
             self._in_array(np.frombuffer(blob, packed, (len(blob) - offset) // np.dtype(packed).itemsize, offset))
             for packed in PACKED
@@ -155,12 +155,12 @@ class Secrets:
 
 
 def text_in(blob: bytes) -> bool:
-    """Whether two words of the tiny tokenizer follow each other in ``blob``, in UTF-8 or UTF-16."""
+    """True if two words of the tiny tokenizer follow each other in ``blob``, in UTF-8 or UTF-16."""
     return _TEXT.search(blob) is not None or _WIDE_TEXT.search(blob) is not None
 
 
 def fields_of(passed: Iterable[Passed]) -> dict[str, set[str]]:
-    """By method the fields of what it returned, as ``Message.field: type``; what a dictionary holds is under ``{}``."""
+    """Fields of returned values by method, as ``Message.field: type``; a dictionary's content is under ``{}``."""
     found: dict[str, set[str]] = {}
     for value in passed:
         root = type(value.value).__name__

@@ -1,4 +1,4 @@
-"""Whoever has no home directory that can be written gets other places, and reads what is there."""
+"""Users without a writable home directory get other folders, and still read existing caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOBODY = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of what is temporary."""
+    """The directory for temporary files."""
     directory = tmp_path / "temporary"
     directory.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
@@ -27,7 +27,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home directory that is there and cannot be written, whoever runs the tests."""
+    """An existing home directory that no user can write."""
     directory = tmp_path / "home"
     (directory / ".cache" / "huggingface").mkdir(parents=True)
     writes = os.access
@@ -60,7 +60,7 @@ def test_of_a_home_that_can_only_be_read_caches_go_elsewhere_and_are_read(tempor
     home.make_home_usable(environ)
     assert environ["HOME"] == str(read_only) and environ["MPLCONFIGDIR"] == "/own"
     assert Path(environ["XDG_CACHE_HOME"]).is_relative_to(temporary)
-    # Only what is there is read there.
+    # Only existing caches are read there.
     assert environ["HF_HOME"] == str(read_only / ".cache" / "huggingface") and "HSPLIT_CACHE" not in environ
 
 

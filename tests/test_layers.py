@@ -50,7 +50,7 @@ def files() -> dict[str, Path]:
 
 
 def imported(source: str) -> Iterator[str]:
-    """Every module that ``source`` imports, wherever in it, for its types too.
+    """Every module that ``source`` imports, at any level and for types too.
 
     For ``from a import b`` both ``a`` and ``a.b``.
     """
@@ -64,7 +64,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def own_imports(source: str, modules: dict[str, Path]) -> set[str]:
-    """The modules of the package that ``source`` imports; its version and name, which it itself holds, are none."""
+    """Modules of the package that ``source`` imports, without the package itself."""
     names = {name.removeprefix("hsplit.") for name in imported(source) if name.startswith("hsplit.")}
     return names & modules.keys()
 

@@ -1,4 +1,4 @@
-"""What holds of the code as a whole: nothing unpickles, evaluates or runs what a file says."""
+"""The code as a whole unpickles, evaluates and runs no content of files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ RUN_CODE = {
     *("pandas.read_pickle", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"),
     *("load_module", "run_module", "tarfile.open", "shutil.unpack_archive", "extractall"),
 }
-# What makes a call that is harmless otherwise run code, and the value that it must have where it is given.
+# Arguments that make an otherwise harmless call run code, and the value that they must have.
 SAFE_VALUES = {"shell": False, "allow_pickle": False, "trust_remote_code": False, "weights_only": True}
-# transformers' own readers of a directory, which ask on the terminal whether to run code unless they are told not to.
+# transformers' readers of a directory, which ask on the terminal whether to run code, without trust_remote_code=False.
 READERS = {"from_pretrained", "from_config"}
 UNASKED = {("hsplit/evaluation/targets.py", "PeftModel.from_pretrained")}
 
@@ -115,7 +115,7 @@ def test_a_file_in_the_working_directory_is_not_loaded(tmp_path: Path) -> None:
         "from hsplit.lora.aggregation import find_aggregation; from hsplit.config import load_run_config;"
         "find_aggregation(load_run_config('cluster.yaml', 'mine.yaml').policy.aggregation)"
     )
-    # As the console command has it: without the working directory in the path.
+    # As for the console command: without the working directory in the path.
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         cwd=tmp_path,

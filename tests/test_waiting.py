@@ -1,4 +1,4 @@
-"""Whatever takes long says what is waited for; whatever does not says nothing."""
+"""Long waits print their cause; short ones print nothing."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def tiny_tokenizer() -> Any:
 
 
 def wordless_tokenizer() -> Any:
-    """A tokenizer of the letters of ``w1 w2 …`` that drops any other, and has no special token."""
+    """A tokenizer of the letters of ``w1 w2 …`` that drops all others and has no special token."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

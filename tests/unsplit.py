@@ -44,7 +44,7 @@ def unsplit(directory: Path, text: Sequence[int], dtype: torch.dtype, scratch: P
 
 
 def joined(directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
-    """The same of the segments, one layer at a time, for all texts in one packed batch: ``(n, ...)`` each.
+    """The same by the segments, one layer at a time, for all texts in one packed batch: ``(n, ...)`` each.
 
     The losses are there twice: of a tail on a holder without the embedding (the server), and on one that has it too.
     """

@@ -106,8 +106,8 @@ class PlanningState:
             return []
         now = fleet.planned
         came = [f"{name} has joined" for name in now if name not in self.planned or name in fleet.joining]
-        gone = [name for name in self.planned if name not in now]
-        return came + [f"{name} is set aside" if name in fleet.aside else f"{name} has left" for name in gone]
+        removed = [name for name in self.planned if name not in now]
+        return came + [f"{name} is set aside" if name in fleet.aside else f"{name} has left" for name in removed]
 
 
 def in_force(clients: Sequence[ClientConfig], state: PlanningState) -> list[ClientConfig]:

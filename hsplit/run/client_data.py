@@ -79,7 +79,7 @@ class ClientData:
                 self._examples[name] = 0
                 self._note("data", f"{name}, which is unavailable: {error}", client=name)
                 continue
-            self.count(report)
+            self.record(report)
             text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
             self._events.write("data", text, **asdict(report))
             if report.too_long:
@@ -102,7 +102,7 @@ class ClientData:
             if known and not any(counts[tokens] for counts in known.values()):
                 raise nothing_supervised(where, what, self._job.model, self._job.max_length)
 
-    def count(self, report: DataReport) -> None:
+    def record(self, report: DataReport) -> None:
         """Keep the sizes that a client has reported."""
         self._examples[report.client] = report.train + report.validation
         self._supervised[report.client] = (report.supervised, report.validation_supervised)

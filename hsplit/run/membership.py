@@ -65,12 +65,12 @@ class Membership:
         text = f"round {round_}: {describe(failure)}; the others go on{again} ({limit})"
         context.note("lost", text, client=name, round=round_, kind=failure.kind, reason=failure.reason, failures=failed)
         self._preparing.pop(name, None)
-        self.count(failure, round_)
+        self.count_failure(failure, round_)
         if member.status is not Status.ASIDE:
             member.status = Status.LOST
             self._begin_return(name)
 
-    def count(self, failure: ActorFailure, round_: int) -> None:
+    def count_failure(self, failure: ActorFailure, round_: int) -> None:
         """Count a failure of a client; more than ``max_failures`` set it aside."""
         context, name = self._context, failure.actor
         member = context.state.member(name)
@@ -208,7 +208,7 @@ class Membership:
                 return False
         for value in values:
             if isinstance(value, DataReport):
-                self._context.data.count(value)
+                self._context.data.record(value)
         return True
 
     def mark_away(self, name: str) -> None:
@@ -286,7 +286,7 @@ class Membership:
             if begun:
                 until = time.monotonic() + context.job.faults.patience_s
                 (report,) = executor.get(list(context.data.begin([client]).values()), until)
-                context.data.count(report)
+                context.data.record(report)
             fleet = context.fleet
             clients = fleet.clients if name in known else (*fleet.clients, client)
             with_it = replace(fleet, clients=clients, aside=fleet.aside - {name}, left=fleet.left - {name})

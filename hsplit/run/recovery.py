@@ -58,7 +58,7 @@ class Recovery:
                 self._replace(name)
                 continue
             if name not in waiting:
-                self._membership.count(failures[name], round_)
+                self._membership.count_failure(failures[name], round_)
             if state.status(name) is Status.ASIDE:
                 continue
             if executor.restart(name):

@@ -1,4 +1,4 @@
-"""Experiments by name, and what ``hsplit plan`` says beside the plan."""
+"""Experiments by name, and the lines of ``hsplit plan`` beside the plan."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ job: {{model: {models["llama"]}, max_length: 32, rank_set: [1, 2, 4]}}
 
 
 def _bench(experiment: str, *flags: str) -> str:
-    """What ``hsplit bench`` prints, from a process of its own: an experiment may keep itself to one core."""
+    """Output of ``hsplit bench`` in its own process, since an experiment may keep itself to one core."""
     code = "from hsplit.cli import main; main()"
     command = [sys.executable, "-c", code, "bench", experiment, *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -134,7 +134,7 @@ job:
     assert rows.steps.tolist() == [2, 4, 2]
     assert rows.data_lost.tolist() == [0, 0.5, 0]
     assert (rows.bytes_up_mb > 0).tolist() == [True, True, False]
-    # Everybody's data is judged alike; what the run says of itself is of those who took part.
+    # The score is over all clients' data; the run's own figures are over the clients that took part.
     assert rows.ppl["hsplitlora"] == pytest.approx(rows.val_ppl["hsplitlora"], rel=1e-2)
     assert rows.ppl["ft"] == pytest.approx(rows.val_ppl["ft"], rel=1e-5)
     assert "| flexlora |" in (tmp_path / "results" / "policies.md").read_text()
@@ -149,7 +149,7 @@ def test_experiments_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monk
     (package / "benchmarks" / "common.py").write_text("def end(code):\n    raise SystemExit(code)\n")
     hello = "from benchmarks.common import end\ndef main(arguments):\n    end(len(arguments))\n"
     (package / "benchmarks" / "hello.py").write_text(hello)
-    # What is imported of this name already, as a package of the user's could be, is not taken for it.
+    # A package of this name that is imported already, such as a user's, is not used.
     known = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "benchmarks"}
     monkeypatch.setattr(experiments, "_PACKAGE", package)
     assert experiments.results_directory("hello") == Path("benchmarks/results/hello")

@@ -1,4 +1,4 @@
-"""``hsplit bench clock``: what it is made of, without quotas and without Ray."""
+"""Parts of ``hsplit bench clock``, without quotas and without Ray."""
 
 from __future__ import annotations
 

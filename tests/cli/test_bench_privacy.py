@@ -1,4 +1,4 @@
-"""`hsplit bench privacy`: attacks that read what can be read, fail where noise drowns it, and a run that goes on."""
+"""`hsplit bench privacy`: attacks that succeed without noise and fail with much of it, and a run under noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hsplit bench replicas`: what its table says of what was measured, and that its run of several servers learns."""
+"""`hsplit bench replicas`: its table, and learning with several servers."""
 
 from __future__ import annotations
 

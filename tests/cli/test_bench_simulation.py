@@ -1,4 +1,4 @@
-"""`hsplit bench simulation`: what its tables say, and that its clusters have the speeds that were wanted."""
+"""`hsplit bench simulation`: its tables, and the speeds of its clusters."""
 
 from __future__ import annotations
 

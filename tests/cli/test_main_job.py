@@ -1,4 +1,4 @@
-"""The README's main job on real SmolLM2-135M, and what users do with its result."""
+"""The README's main job on real SmolLM2-135M, and uses of its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No error leaves the command line as a traceback: one line, exit code 1, and the traceback in a file that it names."""
+"""No error leaves the command line as a traceback: it is one line, exit code 1, and names a file with the traceback."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BENCHES = list(main.commands["bench"].commands)  # type: ignore[attr-defined]
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go."""
+    """The folder for temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

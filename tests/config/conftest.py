@@ -12,7 +12,7 @@ Write = Callable[[str, str], str]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a file of the given name in an empty working directory and returns the name."""
+    """A function that writes a file in an empty working directory and returns its name."""
     monkeypatch.chdir(tmp_path)
 
     def write_file(name: str, text: str) -> str:

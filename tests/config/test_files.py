@@ -1,4 +1,4 @@
-"""Reading YAML: what is refused and where, whatever the bytes; finding presets."""
+"""Reading YAML, refusals with their line for any bytes; finding presets."""
 
 from __future__ import annotations
 

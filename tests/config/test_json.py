@@ -1,4 +1,4 @@
-"""JSON becomes a value of the type that it should have, or one line that names the key; in one way everywhere."""
+"""JSON becomes a value of its type, or an error line that names the key; in one way everywhere."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_sections_in_a_document_take_lists_as_in_a_configuration() -> None:
 
 
 def test_nothing_that_is_read_from_json_is_converted() -> None:
-    """Every dataclass of which a document is made, or a part of one."""
+    """All dataclasses that a document, or a part of one, is read as."""
     read: list[Any] = [
         MetricsRow,
         PlanRow,

@@ -1,4 +1,4 @@
-"""The files for Ray's own tools are what those tools read, and none of hsplit's presets."""
+"""The files for Ray's own tools fit those tools, and are not presets of hsplit."""
 
 from __future__ import annotations
 

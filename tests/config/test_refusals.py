@@ -472,7 +472,7 @@ def test_a_paged_optimizer_needs_a_gpu_wherever_adapters_are_trained(write: Any)
     # Where it does not train it needs none.
     for path, policy in ((all_, None), (clients, "hetlora"), (server, "cenlora")):
         assert load_run_config(path, policy, [paged]).job.optimizer == "paged_adamw8bit"
-    # --cpu takes away what the file gives; the override that asks for pages is named, whatever came after it.
+    # --cpu removes the file's GPU; the override of the paged optimizer is named, even if others follow.
     with pytest.raises(InputError, match=r"--set job\.optimizer: .* 'a' trains without one \(num_gpus 0, or --cpu\)"):
         load_run_config(all_, None, [paged, "rounds=3"], cpu=True)
     assert load_run_config(none, None, ["optimizer=adamw8bit"]).job.optimizer == "adamw8bit"

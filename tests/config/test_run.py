@@ -1,4 +1,4 @@
-"""What files and overrides come to, and that it is read back as it was saved."""
+"""Resolving files and overrides, and reading a configuration back as it was saved."""
 
 from __future__ import annotations
 

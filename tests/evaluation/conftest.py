@@ -1,4 +1,4 @@
-"""One finished run a family, shared by the tests that only read it."""
+"""One finished run for each family, shared by tests that only read it."""
 
 from __future__ import annotations
 

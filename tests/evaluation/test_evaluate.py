@@ -1,4 +1,4 @@
-"""``hsplit eval``: what it evaluates on, what it writes, and what it refuses."""
+"""``hsplit eval``: its inputs, files and refusals."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_a_model_that_lacks_a_weight_is_refused_and_not_drawn(runs: dict[str, Fi
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    told = _call("eval", model, "--data", write_data(tmp_path / "unseen.csv"), "--metrics", "ppl")
-    assert told.exit_code == 2 and "the checkpoint has no tensor model.layers.1.mlp.up_proj.weight" in told.output
+    result = _call("eval", model, "--data", write_data(tmp_path / "unseen.csv"), "--metrics", "ppl")
+    assert result.exit_code == 2 and "the checkpoint has no tensor model.layers.1.mlp.up_proj.weight" in result.output
 
 
 def test_perplexity_does_not_depend_on_the_batch_where_frequencies_depend_on_the_length(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[told for _, told in REFUSED])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_wrong_input_is_one_line_and_exit_code_2(
-    runs: dict[str, FinishedRun], tmp_path: Path, arguments: list[object], told: str
+    runs: dict[str, FinishedRun], tmp_path: Path, arguments: list[object], message: str
 ) -> None:
     run = runs["llama"]
     (tmp_path / "adapter").mkdir()
@@ -198,7 +198,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     result = _call("eval", "--metrics", "ppl", *filled)
     assert result.exit_code == 2, result.output
     lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
     assert not (run.path / "eval.json").exists()
 
 
@@ -229,7 +229,7 @@ def test_a_run_without_a_test_part_says_what_to_do(models: dict[str, Path], tmp_
 
 
 def test_data_that_changed_since_the_run_began_is_refused(runs: dict[str, FinishedRun]) -> None:
-    """A test part of other data could hold what was trained on."""
+    """A test part of other data could contain training examples."""
     run = runs["llama"]
     before = run.data.read_text()
     try:

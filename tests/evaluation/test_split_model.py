@@ -1,4 +1,4 @@
-"""The split model computes what the run's holders compute, and generates what the merged export generates."""
+"""The split model computes as the run's holders do, and generates as the merged export does."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_its_loss_is_the_coordinators_own_validation_loss(
 
 
 def prompt_ids(tokenizer: Any, prompts: list[str]) -> list[tuple[int, ...]]:
-    """The tokens that training puts before a response, for each prompt."""
+    """The tokens before a response in training, for each prompt."""
     tokenized, _ = tokenize([Example(prompt, " w2", None) for prompt in prompts], tokenizer, 99)
     return [example.ids[: example.prompt_length] for example in tokenized]
 

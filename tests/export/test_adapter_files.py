@@ -1,4 +1,4 @@
-"""Adapters of unequal ranks, as tools of every sort scale them, and as training goes on from them."""
+"""Adapters of unequal ranks, as different tools scale them, and as training continues from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _term(shape: LinearShape, rank: int, draw: torch.Generator) -> LowRank:
 
 
 def _with_zeros(term: LowRank, kind: str) -> LowRank:
-    """``term`` with a direction more, whose product is zero."""
+    """``term`` with one more direction, of product zero."""
     B = torch.cat([term.B, (torch.ones if kind == "A" else torch.zeros)(len(term.B), 1)], dim=1)
     A = torch.cat([term.A, (torch.ones if kind == "B" else torch.zeros)(1, term.A.shape[1])], dim=0)
     return LowRank(B, A)
@@ -50,7 +50,7 @@ def _with_zeros(term: LowRank, kind: str) -> LowRank:
 
 @st.composite
 def learned_terms(draw: st.DrawFn) -> tuple[str, dict[str, LowRank]]:
-    """A family, and what its weights have learned: nothing, more directions than they have sides, some of them zero."""
+    """A family with learned updates: none, more directions than the weight has sides, some of them zero."""
     family = draw(st.sampled_from(FAMILIES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     by_layer = draw(st.lists(st.integers(0, 9), min_size=DEEP, max_size=DEEP))
@@ -79,7 +79,7 @@ def _as_peft_reads(family: str, path: Path) -> dict[str, Tensor]:
 
 
 def _as_others_read(path: Path, rank_of: str) -> dict[str, Tensor]:
-    """As tools that know one ``lora_alpha`` do: ``lora_alpha / rank B A``.
+    """The product as tools with one ``lora_alpha`` form it: ``lora_alpha / rank B A``.
 
     Args:
         rank_of: ``config``, where they divide by its ``r``, or ``tensor``, where by that of the factors.

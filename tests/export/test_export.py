@@ -1,4 +1,4 @@
-"""Exports: plain PEFT and transformers load them and compute what the split model computes; errors told are true."""
+"""Exports: plain PEFT and transformers load them and compute the same as the split model; reported errors are true."""
 
 from __future__ import annotations
 
@@ -201,8 +201,8 @@ def test_bf16_files_tell_how_much_of_the_update_rounding_took(
         error += float((model.get_submodule(name).weight.data.double() - exact).norm()) ** 2
         size += float(term.to(torch.float64).dense().norm()) ** 2
     # On a bf16 base only the update has digits to lose.
-    told = float(written.lines[0].split("learned update ")[1].split()[0])
-    assert told == pytest.approx((error / size) ** 0.5, rel=1e-2) and told > 1e-4
+    reported = float(written.lines[0].split("learned update ")[1].split()[0])
+    assert reported == pytest.approx((error / size) ** 0.5, rel=1e-2) and reported > 1e-4
 
 
 # -- full fine-tuning ---------------------------------------------------------------------------------------------
@@ -223,16 +223,16 @@ def test_a_run_that_trained_every_weight_exports_and_evaluates_those(
     run.replace_checkpoint({"central": {**weights, "tokens": torch.zeros(1, 2)}, "server": {}})
     assert trained_weights(run.checkpoint()[1]).keys() == dict(trained.named_parameters()).keys()
 
-    # As at a run's end, where nothing is asked for: a merged model in place of the adapter.
+    # As at a run's end, without options: a merged model instead of the adapter.
     exported = export(path)
     assert exported == path / "model"
     assert torch.equal(logits_of(_load(exported)), logits_of(trained))
     assert torch.equal(logits_of(open_target(path).model), logits_of(trained))
-    for options, told in (
+    for options, message in (
         ({"format": "peft"}, "every weight was trained"),
         ({"format": "merged", "base": "original"}, "no other base"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             export(path, tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
 
@@ -257,11 +257,11 @@ def test_the_card_has_front_matter_for_the_hub_and_tells_where_the_model_comes_f
     assert {(r.metric_type, r.metric_value) for r in data.eval_results or []} == {("ppl", 12.5), ("bleu", 33.25)}
     # A directory of this machine is no base that the hub could know.
     assert data.base_model is None and str(runs["llama", "nf4"].model) not in card.content
-    for told in (
+    for text in (
         *("from_pretrained", "nf4", "hsplitlora: for tests", "data.csv", "0.2 of the distinct prompts"),
         *("| c1 | client | 3 |", "Validation perplexity", "33.25", "2 beams", "(virtual: computed, not measured)"),
     ):
-        assert told in card.text, told
+        assert text in card.text, text
 
 
 def test_a_hub_model_is_named_by_its_id(
@@ -282,7 +282,7 @@ def test_a_hub_model_is_named_by_its_id(
     assert str(run.model) not in card.content and str(tmp_path) not in card.content
 
 
-# -- what is refused, and what stays ------------------------------------------------------------------------------
+# -- refusals -----------------------------------------------------------------------------------------------------
 
 
 REFUSED = [
@@ -295,16 +295,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[told for _, told in REFUSED])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_wrong_input_is_one_line_and_exit_code_2(
-    runs: dict[tuple[str, str], FinishedRun], arguments: list[str], told: str
+    runs: dict[tuple[str, str], FinishedRun], arguments: list[str], message: str
 ) -> None:
     run = runs["llama", "nf4"]
     filled = [a.format(model=run.model, file=run.path / "config.yaml" / "x") for a in arguments]
     result = CliRunner().invoke(main, ["export", str(run.path), *filled])
     assert result.exit_code == 2, result.output
     lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
 
 
 def test_an_export_over_an_older_one_leaves_no_shard_of_it_and_nothing_of_others_is_touched(

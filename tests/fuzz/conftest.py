@@ -17,7 +17,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) 
 
 @pytest.fixture
 def run_copy(pristine: FinishedRun, tmp_path: Path) -> Path:
-    """A copy of the run with something around it that nobody may touch."""
+    """A copy of the run with files around it that must not be touched."""
     around = tmp_path / "around"
     around.mkdir()
     (around / "precious.txt").write_text("keep me")

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: damaged documents and bytes, and the property that every reader has.
+"""Helpers of the fuzz tests: damaged documents and bytes, and the property of every reader.
 
 ``HSPLIT_FUZZ=100 pytest tests/fuzz`` tries a hundred times as many inputs as the default tier does.
 """
@@ -36,7 +36,7 @@ NASTY = st.sampled_from(
 
 
 def examples(count: int) -> settings:
-    """So many inputs, times the scale; nothing is kept of earlier runs, so that one run says what it tried."""
+    """Hypothesis settings for a number of inputs, times the scale, without memory of earlier runs."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(max_examples=count * SCALE, deadline=None, suppress_health_check=slow, database=None)
 
@@ -117,7 +117,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def read_or_refused(call: Callable[[], Any], *named: str) -> Any:
-    """What ``call`` returns, or ``None`` where it refuses its input with one line that has one of ``named`` in it."""
+    """Result of ``call``, or ``None`` if it refuses its input with one line that has one of ``named`` in it."""
     try:
         with _alarm():
             return call()

@@ -1,4 +1,4 @@
-"""Whatever a cluster file, a policy file or an override holds, it is read or refused in one line."""
+"""A cluster file, policy file or override of any content is read or refused in one line."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _load(path: Path, content: bytes, *named: str, **arguments: Any) -> RunConfi
 
 
 def _stays_inside(run: RunConfig, folder: Path) -> None:
-    """Whoever takes part has files of its own in the folders where such files are written, and only there."""
+    """Each holder has its own files, in the folders for such files only."""
     names = [client.name for client in run.clients]
     files = {str((folder / f"{name}.safetensors").resolve()) for name in (*names, *run.server.names)}
     assert len({file.lower() for file in files}) == len(names) + run.server.replicas
@@ -118,7 +118,7 @@ _folders: list[Path] = []
 
 
 def _folder(factory: pytest.TempPathFactory) -> Path:
-    """One folder for all inputs of this file: a folder an input would be thousands."""
+    """One folder for all inputs of this file, instead of thousands."""
     if not _folders:
         _folders.append(factory.mktemp("fuzz"))
     return _folders[0]

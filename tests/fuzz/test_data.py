@@ -1,4 +1,4 @@
-"""Whatever a data file holds, it gives examples or is refused in one line that names it."""
+"""A data file of any content gives examples or is refused in one line that names it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_damaged_data_file(folder: Path, content: tuple[str, bytes], label: st
     options: dict[str, Any] = {"examples": 1, "seed": 0, "label": label, "separator": None, "limit": 2, "chat": _chat}
     found = read_or_refused(lambda: read_examples(str(path), **options), path.name)
     for example in found or ():
-        # What the tokenizer gets is text that can be encoded, and never nothing.
+        # The tokenizer gets encodable, non-empty text.
         assert example.prompt.encode() and example.response.strip().encode()
 
 

@@ -1,4 +1,4 @@
-"""Whatever a model directory, a wheel or a GGUF file holds, it is read or refused in one line; nothing is unpickled."""
+"""A model directory, wheel or GGUF file of any content is read or refused in one line; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_a_damaged_gguf_file_is_refused_before_its_reader_would_believe_it(
     def read() -> None:
         try:
             GGUFReader(path)
-        except Exception as error:  # what the conversion turns into one line
+        except Exception as error:  # which the conversion turns into one line
             assert not isinstance(error, MemoryError | RecursionError), error
 
     read_or_refused(read)

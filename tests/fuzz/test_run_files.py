@@ -1,4 +1,4 @@
-"""Whatever lies in a run's directory, it is read or refused in one line, and nothing around the run is touched."""
+"""A run's directory of any content is read or refused in one line, and nothing around the run is touched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CELLS = (
 
 
 class Scratch:
-    """A copy of the run to damage, which is as it was before every input."""
+    """A copy of the run to damage, restored before every input."""
 
     def __init__(self, run: FinishedRun, folder: Path) -> None:
         self.around = folder
@@ -69,7 +69,7 @@ def scratch(pristine: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _sign(checkpoint: Path) -> None:
-    """Checksums that hold, as somebody who means harm would write them."""
+    """Valid checksums, as an attacker would write them."""
     files = [file for file in sorted(checkpoint.iterdir()) if file.name != MANIFEST]
     (checkpoint / MANIFEST).write_text(json.dumps({file.name: sha256_of(file) for file in files}))
 
@@ -115,7 +115,7 @@ def test_a_forged_checkpoint_is_read_or_refused(scratch: Scratch, data: st.DataO
 
 @dataclass(frozen=True)
 class Halfway:
-    """A run whose plans are a real scheduler's, and the state of the first of its two rounds."""
+    """A run with a real scheduler's plans, and the state of the first of its two rounds."""
 
     run: RunConfig
     directory: RunDirectory
@@ -203,7 +203,7 @@ def test_what_is_no_request_is_left_out(scratch: Scratch, content: bytes) -> Non
     directory = RunDirectory(scratch.path)
     (directory.inbox / "00-1.json").write_bytes(content)
     (directory.inbox / "99-1.json").write_bytes(as_json(REQUESTS[2]))
-    # Who looks at the inbox to ask for something is not in its way either.
+    # A command that reads the inbox to post a request is not stopped by it either.
     read_or_refused(lambda: inbox.post_leave(RunDirectory.open(scratch.path), "c1"))
     requests, refused = inbox.take_requests(directory.inbox, 3)
     assert len(requests) + len(refused) == 3 and all("00-1.json" in text for text in refused)

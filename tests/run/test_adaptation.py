@@ -1,4 +1,4 @@
-"""Runs whose plans change on the way: budgets by schedule and by request, importance, clients that come and go."""
+"""Runs whose plans change: by scheduled and requested budgets, importance, clients that join or leave."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shares(run: RunConfig) -> dict[str, Any]:
 
 
 def plans_by_round(directory: RunDirectory) -> dict[int, dict[str, Any]]:
-    """The plan in force from the end of each round on that made one."""
+    """Plans by the round at whose end they were made."""
     return {e["round"]: e["plan"] for e in read_events(directory.events) if e["event"] == "planned"}
 
 
@@ -168,7 +168,7 @@ def test_when_nobody_fits_the_run_fails_and_names_the_round(model: Path, tmp_pat
     assert failing.state.round == 2
     last, _ = latest_checkpoint(directory.checkpoints)
     assert last.name == "round-0002"
-    # What is advised works: the run goes on.
+    # The advised command works: the run continues.
     assert f"hsplit budget {directory.path} NAME memory_gb=GB" in str(failure.value)
     change_budget(directory.path, "large", [f"memory_gb={run.clients[2].memory_gb}"])
     assert planned_run(run, model, directory, shares(run), Recorder()).run(last)

@@ -1,4 +1,4 @@
-"""Clients that only compute forward are a step ahead: nothing changes but when they are asked."""
+"""Clients that only compute forward are a step ahead: only the order of calls changes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _asked(run: Coordinator, steps: int) -> list[tuple[str, str, int]]:
 def test_the_next_front_is_asked_for_before_the_server_computes(models: dict[str, Path], tmp_path: Path) -> None:
     asked = _asked(made(models["llama"], tmp_path / "run"), 4)
     steps = range(4)
-    # Its own calls come in the order of everybody's.
+    # Its own calls have the order of any client's.
     own = [(method, step) for actor, method, step in asked if actor == "c0"]
     assert own == [(method, step) for step in steps for method in ("forward", "backward")]
     assert own == [(method, step) for actor, method, step in asked if actor == "c1"]
@@ -93,7 +93,7 @@ def test_a_failure_ahead_of_the_others_is_found_in_its_step(
     assert run.run()
     assert run._executor.happened == [fault]  # type: ignore[attr-defined]
     events = [e for e in read_events(run.context.directory.events) if e["event"] in ("lost", "left_out")]
-    # With one deadline's worth of measurements a late one is waited for.
+    # Without enough measurements for a deadline, a late client is waited for.
     assert len(events) <= 1 and (events or kind == "hang")
     assert all(event["client"] == "c0" for event in events)
     assert [row["available_clients"] for row in rows_of(run)][-1] == 3

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and a damaged one is passed over by name."""
+"""Checkpoints are written atomically, and a damaged one is passed over by name."""
 
 from __future__ import annotations
 

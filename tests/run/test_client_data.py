@@ -1,4 +1,4 @@
-"""Clients whose data have nothing to learn from: said by name, and refused where it is so with all of them."""
+"""Clients without a token to learn from are reported by name, and refused if all are so."""
 
 from __future__ import annotations
 

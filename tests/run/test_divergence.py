@@ -1,4 +1,4 @@
-"""Training that diverges: no checkpoint is lost to it, and the run says what to do about it."""
+"""Training that diverges: no checkpoint is lost, and the error says how to continue."""
 
 from __future__ import annotations
 

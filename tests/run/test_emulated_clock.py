@@ -1,4 +1,4 @@
-"""``clock: emulated``: everybody takes at least the time that its budget declares (METHOD 8)."""
+"""``clock: emulated``: each holder takes at least the time that its budget declares (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_holder_takes_its_declared_time(
         for method, what in methods.items():
             seconds = took[name, method]
             assert len(seconds) == STEPS * microbatches
-            # Nobody is early. Who computes longer than declared is late, and named in a note.
+            # No holder is early. One that computes longer than declared is named in a note.
             assert min(seconds) >= declared[name][what] > 0
     # All of a round is paced: steps, aggregation, validation.
     (start, last) = recorder.rows

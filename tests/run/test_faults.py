@@ -1,4 +1,4 @@
-"""What the coordinator does about actors that fail, in this process; on Ray it is tests/cluster/test_drill.py."""
+"""The coordinator's handling of actors that fail, in this process; for Ray see tests/cluster/test_drill.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def events_of(run: Coordinator, *kinds: str) -> list[dict[str, Any]]:
 
 
 def metrics(run: Coordinator) -> list[dict[str, Any]]:
-    """The rows of metrics.csv without the wall's clock."""
+    """Rows of metrics.csv without wall times."""
     return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in rows_of(run)]
 
 
@@ -68,7 +68,7 @@ def undisturbed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def test_a_client_that_dies_in_any_phase_is_back_for_the_next_round(
     models: dict[str, Path], tmp_path: Path, undisturbed: list[dict[str, Any]], phase: str, kind: str
 ) -> None:
-    # In the second round, where each phase has been gone through before.
+    # In the second round, after each phase has happened once.
     nth = {"forward": 5, "backward": 5, "collect": 2, "restart": 3, "validation_forward": 3, "state": 3}[phase]
     fault = Fault("c1", phase, nth, kind)
     run = run_with(models["llama"], tmp_path, fault)
@@ -79,14 +79,14 @@ def test_a_client_that_dies_in_any_phase_is_back_for_the_next_round(
     found = metrics(run)
     assert [row["available_clients"] for row in found] == [3] * 4
     assert found[:2] == undisturbed[:2], "nothing changes before the fault"
-    # Rounds that a client has missed a part of are trained on less, and learn nearly the same.
+    # Rounds that a client misses a part of have fewer tokens, and learn nearly the same.
     assert found[-1]["val_ppl"] == pytest.approx(undisturbed[-1]["val_ppl"], rel=0.05)
     assert found[-1]["val_ppl"] < undisturbed[0]["val_ppl"]
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_the_others_train_on_without_the_lost_one(models: dict[str, Path], tmp_path: Path, labels: str) -> None:
-    """What is left of a round with a client lost is the round of the others alone, with weights of their own."""
+    """A round with a lost client equals the round of the others alone, with their own weights."""
     settings = {"rounds": 1, "privacy": {"labels": labels}}
     method = "tail" if labels == "client" else "forward"
     run = run_with(models["llama"], tmp_path / "lost", Fault("c2", method, 1), **settings)
@@ -176,7 +176,7 @@ def test_a_client_of_the_second_server_may_die(models: dict[str, Path], tmp_path
 def test_a_server_that_loses_its_last_client_in_mid_step_takes_the_step(
     models: dict[str, Path], tmp_path: Path, labels: str, accumulation: int
 ) -> None:
-    """Else what it gathered would count in a later step, and in a later round."""
+    """Else its gradients would count in a later step and a later round."""
     parts = {"grad_accumulation": 2} if accumulation == 2 else {"pipeline": {"microbatches": 2}}
     settings: dict[str, Any] = {"rounds": 1, "local_steps": 1, "privacy": {"labels": labels}, **parts}
     stepped = []
@@ -245,7 +245,7 @@ def test_a_round_that_fails_again_and_again_ends_the_run(models: dict[str, Path]
 
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_what_cannot_be_right_is_refused_by_name(models: dict[str, Path], tmp_path: Path, labels: str) -> None:
-    """A client whose adapters have turned into NaN harms nobody: neither the others' steps nor the aggregation."""
+    """A client with NaN in its adapters harms neither the others' steps nor the aggregation."""
 
     def poison(actor: str, method: str, client: Any) -> None:
         if (actor, method) == ("c1", "forward") and run_calls["n"] == 4:
@@ -342,7 +342,7 @@ def test_deadlines_follow_the_measured_median() -> None:
     [
         (Fault("c1", "forward", 2, "memory"), "go_on", 2),
         (Fault("c1", "forward", 2, "memory"), "repeat", 1),
-        # The first validation of all is before any checkpoint, so that the run begins anew.
+        # The very first validation is before any checkpoint, so the run starts again.
         (Fault("c1", "validation_forward", 1, "memory"), "go_on", 0),
         (Fault("c1", "validation_forward", 2, "memory"), "go_on", 2),
         (Fault("c1", "configure", 1, "memory"), "go_on", 0),
@@ -351,7 +351,7 @@ def test_deadlines_follow_the_measured_median() -> None:
 def test_out_of_memory_gives_a_smaller_plan(
     models: dict[str, Path], tmp_path: Path, fault: Fault, recovery: str, smaller_from: int
 ) -> None:
-    """The run's own scheduler: less for who ran out of memory, from the next plan on."""
+    """The run's own scheduler: less for a holder that ran out of memory, from the next plan on."""
     from hsplit.config import ClientConfig, RunConfig
     from tests.in_process import planned_run
 
@@ -403,7 +403,7 @@ def short_run(
 def test_who_is_short_of_much_less_than_it_declared_holds_less_than_before(
     models: dict[str, Path], tmp_path: Path, name: str, method: str, nth: int, smaller_from: int
 ) -> None:
-    """A budget of a thousand times of what the plan takes says nothing of the machine that it is on."""
+    """A budget of a thousand times the plan's memory says nothing about the machine."""
     # A fast server has most layers; a slow one leaves them to clients that have room.
     server, client_gb = ((4.0, 20.0), 0.0014) if name == "server" else ((4.0, 0.001), 0.004)
     run = short_run(models["llama"], tmp_path, Fault(name, method, nth, "memory"), server, client_gb)
@@ -454,7 +454,7 @@ def test_when_nobody_is_left_the_last_ones_reason_is_given(models: dict[str, Pat
 
 
 def test_a_lost_clients_rank_counts_for_what_all_restart_with(models: dict[str, Path], tmp_path: Path) -> None:
-    """With unequal ranks the common restart must have room with the one who is missing too (law E4)."""
+    """With unequal ranks the common restart must also fit the missing client (law E4)."""
     settings = {**SETTINGS, "rounds": 2, "dtype": "fp32"}
     plan = fixed_plan(models["llama"], Job.model_validate(settings), [2, 2, 3], [4, 1, 4], 4)
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(CLIENTS)}
@@ -467,7 +467,7 @@ def test_a_lost_clients_rank_counts_for_what_all_restart_with(models: dict[str, 
         made.local_step(step)
     made.aggregate()
     assert events_of(made, "returned")
-    # Everybody computes with the same weights: the same layers, whoever holds them.
+    # All holders compute with the same weights.
     weights: dict[str, list[torch.Tensor]] = {}
     for name in ("c0", "c1"):
         for weight, linear in faulty.actors[name].holder.segment.linears.items():
@@ -514,7 +514,7 @@ def test_a_client_lost_when_the_run_is_stopped_is_back_after_the_resume(
 
 
 def test_a_single_node_that_dies_after_its_round_repeats_it(models: dict[str, Path], tmp_path: Path) -> None:
-    """It alone has what was learned: a round without it would be one that has trained nothing."""
+    """It alone holds what was learned: a round without it would have trained nothing."""
     from hsplit.config import ClientConfig, RunConfig
     from tests.in_process import planned_run
 

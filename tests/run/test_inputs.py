@@ -1,4 +1,4 @@
-"""Refusals before anything starts: ids and lengths that the model has no embedding for; and what is read once."""
+"""Refusals before anything starts: ids and lengths that the model has no embedding for; reading inputs once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_token_of_the_shared_data_that_the_model_lacks_is_named(models: dict[s
     held = rows(tmp_path / "held.csv", *plain, "w4 <tool> w5")
     with pytest.raises(InputError, match=rf"held\.csv: token '<tool>' \(id {WORDS}\) is beyond .* vocab_size {WORDS}"):
         read_inputs(run_of(held), source)
-    # What is left out for its length is never embedded.
+    # Examples left out for their length are never embedded.
     long = rows(tmp_path / "long.csv", *plain, "w4 <tool> " + "w5 " * 200)
     assert read_inputs(run_of(long), source).shares["a"]
 

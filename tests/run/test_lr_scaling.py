@@ -1,4 +1,4 @@
-"""Clients that train apart step as far as their mean is shortened by."""
+"""Clients' learning rates make up for the shorter mean of their steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def made(model: Path, to: Path, scaling: str, ranks: tuple[int, ...] = (2, 2, 2)
 
 
 def rates(run: Coordinator) -> dict[str, float]:
-    """The rate that everybody's optimizer has stepped with last."""
+    """The last learning rate of each holder's optimizer."""
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
     names = [*run.context.clients, *run.context.servers]
     return {name: actors[name].holder._optimizer.param_groups[0]["lr"] for name in names}

@@ -1,4 +1,4 @@
-"""Clients that come and go while a run is under way, and those drawn for a round."""
+"""Clients that join, leave, are lost or away, and clients drawn for a round."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_client_joins_and_trains_from_the_next_round_on(
     assert "tablet" not in recorder.losses[3] and recorder.losses[4]["tablet"] > 0
     (joined,) = events(directory, "joined")
     assert (joined["client"], joined["round"]) == ("tablet", 2)
-    # What it trained is aggregated like anybody's: it handed in adapters for its tokens.
+    # Its training is aggregated like any client's: it handed in adapters for its tokens.
     assert going._executor.actors["tablet"].holder.tokens.by_layer() == {}  # type: ignore[attr-defined]
     assert recorder.rows[-1].tokens > recorder.rows[0].tokens
 
@@ -143,7 +143,7 @@ def test_a_run_broken_off_after_a_join_and_a_leave_goes_on_as_if_it_had_not(
             continue
         with pytest.raises(KeyboardInterrupt):
             going.run()
-        # From before the requests were taken, with processes that know nothing: they are taken once more.
+        # From before the requests were taken, with fresh processes: they are taken once more.
         again, seen = asking(run, model, directory, {})
         assert again.run(directory.checkpoints / "round-0001")
         rows.append(recorder.rows[:2] + seen.rows)
@@ -157,7 +157,7 @@ def test_a_run_broken_off_after_a_join_and_a_leave_goes_on_as_if_it_had_not(
 def test_a_round_is_repeated_with_and_without_those_who_came_and_went(
     model: Path, tmp_path: Path, own_data: Path, actor: str
 ) -> None:
-    """A failure right after the requests were taken: back to a checkpoint that knows nothing of them."""
+    """A failure right after the requests were taken: back to a checkpoint from before them."""
     run = a_run(model)
     run = run.model_copy(update={"job": Job.model_validate({**run.job.model_dump(), "faults": {"recovery": "repeat"}})})
     rows = []
@@ -282,7 +282,7 @@ def test_a_plan_is_made_for_who_comes_whatever_min_rounds_says(model: Path, tmp_
 
 
 def _same_weights(run: Coordinator, one: str, other: str) -> None:
-    """Two clients go on from the same weight wherever both hold it: what a small rank has no room for is frozen."""
+    """Two clients continue from the same weight where both hold it: directions beyond a small rank are frozen."""
     actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
     ours, theirs = (_learned(actors[name].holder) for name in (one, other))
     both = ours.keys() & theirs.keys()
@@ -292,7 +292,7 @@ def _same_weights(run: Coordinator, one: str, other: str) -> None:
 
 
 def _learned(holder: Holder) -> dict[str, Tensor]:
-    """Residual, what is frozen beside the adapter, and the adapter, by weight; in fp64."""
+    """Sum of residual, directions frozen beside the adapter, and adapter, by weight; in fp64."""
     learned = {}
     for name in holder.adapters.names:
         residual = holder.segment.linears[name]._residual
@@ -305,7 +305,7 @@ def _learned(holder: Holder) -> dict[str, Tensor]:
 
 
 class Homeless(InProcess):
-    """Actors of which some have no place, until they are let in."""
+    """Actors of which some have no node until they are let in."""
 
     def __init__(self, inside: InProcess, homeless: set[str]) -> None:
         rest = {name: actor for name, actor in inside.actors.items() if name not in homeless}
@@ -422,7 +422,7 @@ def test_wrong_requests_are_refused_with_what_is_right(model: Path, tmp_path: Pa
     with pytest.raises(InputError, match="has no client 'nobody'; it has: small, middle, large"):
         leave(directory.path, "nobody")
     assert list(directory.inbox.iterdir()) == []
-    # Who is to join may leave again, even before the run has taken notice.
+    # A client that is to join may leave again, even before the run has read the request.
     join(directory.path, newcomer(model, own_data))
     leave(directory.path, "tablet")
 
@@ -444,7 +444,7 @@ def test_nobody_joins_or_leaves_what_is_fixed(model: Path, tmp_path: Path, fixed
 
 
 def drawing(model: Path, to: Path, count: int | None, **job: Any) -> tuple[Coordinator, Recorder, RunDirectory]:
-    # Everybody trains, whatever its link.
+    # All train, also those with slow links.
     run = a_run(model, EQUAL.model_copy(update={"freeze": "never"}))
     links = (1.0, 10.0, 100.0)
     clients = tuple(c.changed({"bandwidth_mbps": mbps}) for c, mbps in zip(run.clients, links, strict=True))
@@ -470,7 +470,7 @@ def test_so_many_clients_train_in_a_round_and_all_follow(model: Path, tmp_path: 
     going.context.training.step = watched  # type: ignore[method-assign]
     assert going.run()
     assert {len(clients) for clients in trained} == {2}
-    # The same in all of a round's steps, and others in other rounds; everybody has a turn.
+    # The same in all of a round's steps, and others in other rounds; each client has a turn.
     assert all(one == two for one, two in zip(trained[::2], trained[1::2], strict=True))
     assert len({frozenset(clients) for clients in trained}) > 1 and set().union(*trained) == {
         "small",
@@ -480,7 +480,7 @@ def test_so_many_clients_train_in_a_round_and_all_follow(model: Path, tmp_path: 
     cohorts = [set(event["clients"]) for event in events(directory, "cohort")]
     assert cohorts == trained[::2]
     assert {row.available_clients for row in recorder.rows} == {3}
-    # Nobody falls behind: all compute with the same weights at the end.
+    # All compute with the same weights at the end.
     _same_weights(going, "small", "middle")
     _same_weights(going, "middle", "large")
 
@@ -502,7 +502,7 @@ def test_a_round_of_few_takes_their_virtual_time(model: Path, tmp_path: Path) ->
     assert len(set(alone.values())) > 1
     drawn = [event["clients"][0] for event in events(directory, "cohort")]
     spent = [b.virtual_time_s - a.virtual_time_s for a, b in zip(recorder.rows, recorder.rows[1:], strict=False)]
-    # Rounds of the same client take alike, and no less than its steps.
+    # Rounds of the same client take equally long, and no less than its steps.
     for client, seconds in zip(drawn, spent, strict=True):
         assert seconds > 2 * alone[client]
 

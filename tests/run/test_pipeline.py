@@ -1,4 +1,4 @@
-"""Microbatches: what is learned does not change, and clients have work while the server computes."""
+"""Microbatches do not change the result, and clients have work while the server computes."""
 
 from __future__ import annotations
 

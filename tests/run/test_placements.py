@@ -60,7 +60,7 @@ def actors(run: Coordinator) -> dict[str, Any]:
 
 
 def batches_of(run: Coordinator, steps: int) -> list[list[Batch]]:
-    """What everybody trains on, by step."""
+    """The rows of all clients, by step."""
     holders = [actor for name, actor in actors(run).items() if hasattr(actor, "data")]
     return [[batch for holder in holders for batch in holder.data.step_batches(step)] for step in range(steps)]
 
@@ -202,7 +202,7 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
     assert [row.available_clients for row in recorder.rows] == [2, 2]
     plans = pandas.read_csv(made.context.directory.plan)
     assert not plans[plans["name"] == "c1"]["available"].any()
-    # Nothing of a step travels: only adapters do, once.
+    # Nothing of a step travels: only adapters do, once a round.
     assert recorder.rows[0].bytes_up == 0
     sent = sum(actors(made)[name].collect()[1].nbytes for name in ("c0", "c2"))
     assert recorder.rows[1].bytes_up == sent
@@ -318,7 +318,7 @@ def test_holders_of_smaller_ranks_go_on_with_the_leading_directions_and_a_resume
 def test_e4_holds_for_rules_without_a_residual_when_ranks_fall(
     models: dict[str, Path], tmp_path: Path, policy: dict[str, Any]
 ) -> None:
-    """One rank for all falls between two rounds: what no longer fits the adapters joins the residual."""
+    """The common rank falls between two rounds: the part beyond the adapters' rank joins the residual."""
     from hsplit.lora.aggregation import Aggregator
     from hsplit.lora.holder import HeldAdapters
     from hsplit.models.factors import LowRank

@@ -1,4 +1,4 @@
-"""What leaves a client: with labels at home neither labels nor token ids nor text, in any message of a whole run."""
+"""With labels at home neither labels nor token ids nor text leave a client, in any message of a whole run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny import LAYERS, WORDS
 
 CLIENTS = ("c0", "c1")
 
-# Every field of what a client returns, labels at home. Activations and gradients are the bytes of floats.
+# Every field of a client's results, labels at home. Activations and gradients are the bytes of floats.
 _FLOATS = {"WireTensor.data: array uint8", "WireTensor.shape[]: int", "WireTensor.wire: str"}
 _SECONDS = {"seconds{}.key: str", "seconds{}: float"}
 _ACTIVATIONS = {
@@ -83,23 +83,23 @@ LEAVES = {
 
 @dataclass
 class Recorded:
-    """A whole run: what passed, what may not be in it, and where the run left its files."""
+    """A whole run: recorded messages, the clients' data, and the run's directory."""
 
     passed: list[Passed]
     secrets: Secrets
     folder: Path
 
     def returned(self) -> list[Passed]:
-        """What clients returned."""
+        """Values that clients returned."""
         return [p for p in self.passed if p.actor in CLIENTS and p.way == "returned"]
 
     def outside(self) -> list[Passed]:
-        """What left a client or came to anybody, but for the texts that a client is given to begin with."""
+        """All recorded values but the texts that a client gets at the start."""
         return [p for p in self.passed if not (p.method == "load_data" and p.way == "given")]
 
 
 def long_examples(count: int, seed: int) -> list[Example]:
-    """Examples long enough that a row of their ids in some bytes is no accident."""
+    """Examples so long that a run of their ids in some bytes is no coincidence."""
     draw = random.Random(seed)
 
     def words(number: int) -> str:
@@ -188,7 +188,7 @@ def _files_tell_nothing(run: Recorded) -> None:
 def test_the_recorder_finds_the_labels_that_a_server_is_given(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, microbatches: int
 ) -> None:
-    """Otherwise that it finds none in the U-shape would say nothing."""
+    """Otherwise finding none in the U-shape would prove nothing."""
     run = recorded_run(models["llama"], tmp_path, monkeypatch, microbatches=microbatches, labels="server")
     found = {(p.actor, p.method, p.way) for p in run.outside() if run.secrets.ids_in(p)}
     sent = {(c, m, "returned") for c in CLIENTS for m in ("forward", "probe_forward", "validation_forward")}
@@ -216,7 +216,7 @@ def test_of_data_of_its_own_a_client_is_given_the_path_alone(
 def test_all_that_leaves_a_client_is_known_by_name(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every field of every message; a new one must be looked at, and documented in docs/PRIVACY.md."""
+    """Every field of every message; a new one must be reviewed, and documented in docs/PRIVACY.md."""
     run = recorded_run(models["llama"], tmp_path, monkeypatch, microbatches=2, labels="client")
     assert fields_of(run.returned()) == LEAVES
     # The integers of a checkpoint: a row a layer that was trained, its index and its number of tokens.
@@ -225,7 +225,7 @@ def test_all_that_leaves_a_client_is_known_by_name(
         assert [name for name, tensor in state.items() if tensor.dtype == torch.int64] == ["tokens", "begun"]
         counted = state["tokens"].tolist()
         assert all(0 <= layer < LAYERS and count >= 0 for layer, count in counted)
-    # Of a probe's gradients nothing leaves but a number a weight.
+    # Of a probe's gradients only one number for each weight leaves.
     assert all(isinstance(s, float) for p in run.returned() if p.method == "probe_backward"
                for s in p.value.scores.values())  # fmt: skip
     server = recorded_run(models["llama"], tmp_path / "server", monkeypatch, microbatches=2, labels="server")

@@ -1,4 +1,4 @@
-"""Who needs a place when a run is resumed, and the room that a local Ray has for who joins; no Ray is started."""
+"""Clients that need a node when a run is resumed, and a local Ray's room for clients that join; without Ray."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def a_client(name: str, **fields: Any) -> ClientConfig:
 
 
 class LookedAt(Exception):
-    """Carries the placement that the nodes were to be looked at with."""
+    """Carries the placement for which the nodes were to be checked."""
 
 
 @pytest.fixture
 def stopped(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A run of four clients with files of their own, of whose nodes one is there."""
+    """A run of four clients with files of their own, and one node."""
 
     @contextmanager
     def nothing(*arguments: Any, **more: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A simulation's rounds: those of a run by its virtual clock, deterministic, with clients that come and go."""
+"""Rounds of a simulation equal a run's by the virtual clock, are deterministic, and have lost and returning clients."""
 
 from __future__ import annotations
 

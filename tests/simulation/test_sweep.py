@@ -1,4 +1,4 @@
-"""`hsplit simulate`: fleets of many sizes, what is written, and what is refused."""
+"""`hsplit simulate`: fleets of many sizes, its files, and its refusals."""
 
 from __future__ import annotations
 
