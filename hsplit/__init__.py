@@ -17,7 +17,7 @@ make_home_usable()
 if TYPE_CHECKING:
     from hsplit.api import Run, change_budget, join, launch, leave, plan, resume
     from hsplit.evaluation.evaluate import evaluate
-    from hsplit.export.export import export
+    from hsplit.exporting.export import export
     from hsplit.measuring.budgets import measure_budgets
     from hsplit.observe.watch import watch
 
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
 
         return budgets.measure_budgets
     if name == "export":
-        from hsplit.export.export import export
+        from hsplit.exporting.export import export
 
         return export
     if name == "evaluate":

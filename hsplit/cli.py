@@ -386,7 +386,7 @@ def evaluate(target: Path, data: str | None, as_json: bool, **options: Any) -> N
 )
 def export(run: Path, to: Path | None, **options: Any) -> None:
     """Write what a run has learned by its last checkpoint, for PeftModel or AutoModelForCausalLM.from_pretrained."""
-    from hsplit.export.export import ExportOptions, export_run
+    from hsplit.exporting.export import ExportOptions, export_run
 
     with status("exporting"):
         written = export_run(run, to, ExportOptions(**options))

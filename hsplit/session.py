@@ -17,7 +17,7 @@ from hsplit.actors.executor import ActorFailure
 from hsplit.cluster.ray_session import Helpers, ray_of
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
-from hsplit.export.export import ExportOptions, export_run
+from hsplit.exporting.export import ExportOptions, export_run
 from hsplit.models.source import ModelSource
 from hsplit.observe.displays import display_for
 from hsplit.observe.events import EventLog

@@ -166,7 +166,7 @@ def test_nothing_else_writes_tensors() -> None:
 
 
 # Files that are whole move into a folder where others stay; a name that nobody has yet.
-OF_THEIR_OWN = {"hsplit/export/export.py": "os.replace", "hsplit/tracebacks.py": "tempfile.mkstemp"}
+OF_THEIR_OWN = {"hsplit/exporting/export.py": "os.replace", "hsplit/tracebacks.py": "tempfile.mkstemp"}
 WAYS = {"os.replace", "os.rename", "shutil.move", "tempfile.mkstemp", "tempfile.NamedTemporaryFile"}
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("__init__", "cli"),
     ("api", "evaluation", "experiments", "measuring", "simulation"),
     ("session",),
-    ("export", "report", "run"),
+    ("exporting", "report", "run"),
     ("cluster",),
     ("actors", "observe"),
     # The method.

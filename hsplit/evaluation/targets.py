@@ -19,7 +19,7 @@ from hsplit.config.files import displayed, read_json
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
-from hsplit.export.model_card import METADATA
+from hsplit.exporting.model_card import METADATA
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.lora.learned import learned_parts, trained_weights
 from hsplit.models.dtype import DTYPES, resolve_dtype

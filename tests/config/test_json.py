@@ -19,7 +19,7 @@ from hsplit.config.files import from_json, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.evaluation import targets
-from hsplit.export import model_card
+from hsplit.exporting import model_card
 from hsplit.models import checkpoint_reader, packaged
 from hsplit.observe.progress_file import StepRecord
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow

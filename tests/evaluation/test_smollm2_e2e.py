@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from hsplit.cli import main
-from hsplit.export.export import export
+from hsplit.exporting.export import export
 from hsplit.models.source import find_model
 from tests.finished_run import finished_run
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hsplit.errors import InputError
 from hsplit.evaluation.targets import open_target
-from hsplit.export.export import export
+from hsplit.exporting.export import export
 from hsplit.models.checkpoint_reader import CheckpointReader, model_fingerprint
 from hsplit.models.gguf import check_gguf
 from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, load_tokenizer, model_config

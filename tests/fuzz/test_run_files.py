@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hsplit.config import ClientConfig, Importance, Job, Policy, RunConfig
 from hsplit.errors import InputError
-from hsplit.export.export import export
+from hsplit.exporting.export import export
 from hsplit.files import sha256_of, write_text_atomically
 from hsplit.observe.events import read_events
 from hsplit.observe.run_list import list_runs, runs_table

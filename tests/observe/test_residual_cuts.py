@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.export.export import export
+from hsplit.exporting.export import export
 from hsplit.observe.events import EventLog, read_events
 from hsplit.observe.run_list import results_lines
 from hsplit.observe.tables import cut_text, residual_cuts

@@ -21,8 +21,8 @@ from hsplit.cli import main
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.evaluation.targets import open_target
-from hsplit.export.export import ExportOptions, export, export_run
-from hsplit.export.merge import export_merged, truncated
+from hsplit.exporting.export import ExportOptions, export, export_run
+from hsplit.exporting.merge import export_merged, truncated
 from hsplit.lora.learned import WEIGHT, learned, learned_parts, trained_weights, with_kind
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import linear_shapes, model_config
@@ -274,7 +274,7 @@ def test_a_hub_model_is_named_by_its_id(
     named = run.config.model_copy(update={"job": run.config.job.model_copy(update={"model": "org/some-model"})})
     named.save(path / "config.yaml")
     found = ModelSource(run.model, f"the hub: org/some-model in {run.model}")
-    monkeypatch.setattr("hsplit.export.export.find_model", lambda *_, **__: found)
+    monkeypatch.setattr("hsplit.exporting.export.find_model", lambda *_, **__: found)
     card = ModelCard.load(export(path) / "README.md")
     settings = json.loads((path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "org/some-model"
@@ -367,7 +367,7 @@ def test_an_adapter_whose_modules_keep_their_own_ranks_says_who_scales_it_rightl
     }
     copy.replace_checkpoint({**tensors, "server": server})
     assert export_run(path, tmp_path / "one", ExportOptions()).lines == ()
-    monkeypatch.setattr("hsplit.export.adapter_files.MOST_PADDING_BYTES", 0)
+    monkeypatch.setattr("hsplit.exporting.adapter_files.MOST_PADDING_BYTES", 0)
     result = CliRunner().invoke(main, ["export", str(path), "--to", str(tmp_path / "own")])
     assert result.exit_code == 0, result.output
     (line,) = result.stderr.strip().splitlines()

@@ -16,9 +16,9 @@ from hsplit.actors.executor import one_line
 from hsplit.config import RunConfig
 from hsplit.config.files import displayed
 from hsplit.errors import InputError
-from hsplit.export.adapter_files import export_peft
-from hsplit.export.merge import export_merged, truncated
-from hsplit.export.model_card import model_card
+from hsplit.exporting.adapter_files import export_peft
+from hsplit.exporting.merge import export_merged, truncated
+from hsplit.exporting.model_card import model_card
 from hsplit.lora.learned import learned, trained_weights
 from hsplit.models.dtype import DTYPES
 from hsplit.models.factors import LowRank

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hsplit.export.adapter_files import PREFIX, export_peft
+from hsplit.exporting.adapter_files import PREFIX, export_peft
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import LinearShape, linear_shapes
 from tests.conftest import FAMILIES
@@ -135,7 +135,7 @@ def test_where_one_rank_would_cost_too_much_peft_reads_each_modules_own(
     }
     terms = {shape.name: _term(shape, ranks[shape.name], draw) for shape in SHAPES[family]}
     assert _export(family, terms, tmp_path / "one") is None
-    monkeypatch.setattr("hsplit.export.adapter_files.MOST_PADDING_BYTES", 0)
+    monkeypatch.setattr("hsplit.exporting.adapter_files.MOST_PADDING_BYTES", 0)
     growth = _export(family, terms, tmp_path / "own")
     sizes = {
         name: sum(t.nbytes for t in load_file(tmp_path / name / "adapter_model.safetensors").values())
