@@ -37,7 +37,7 @@ _TYPES = {
 
 
 def keys_of(name: str) -> str:
-    """The Markdown table of a section's keys: what each may be, its default and its meaning."""
+    """The Markdown table of a section's keys: allowed values, default and meaning of each."""
     model = SECTIONS[name]
     schema = model.model_json_schema()
     rows = ["| key | what it may be | default | meaning |", "|---|---|---|---|"]
@@ -68,7 +68,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[str]:
-    """What a value may be, each alternative in words."""
+    """Yield the alternatives of a value, in words."""
     if reference := schema.get("$ref"):
         name = reference.rpartition("/")[2]
         yield f"[{name_of(name)}](#{anchor_of(name)})"
@@ -100,7 +100,7 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Itera
 def _bounds(schema: Mapping[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = {key: schema[key] for key in signs if key in schema}
-    # What every number keeps to is said once, above the tables.
+    # The bound of every number is stated once, above the tables.
     if bounds.get("maximum") == LARGEST:
         del bounds["maximum"]
     return ",".join(f" {signs[key]} {_figure(bound)}" for key, bound in bounds.items())
@@ -111,7 +111,7 @@ def _figure(value: float) -> str:
 
 
 def _lower_bound(model: type[BaseModel], key: str, schema: Mapping[str, Any]) -> str:
-    """The bound of a budget, which its schema does not tell: it is that of a number and of all that may be drawn."""
+    """The bound of a budget, which its schema lacks: it holds for a number and for every draw."""
     if "oneOf" not in schema or "#/$defs/Distribution" not in json.dumps(schema):
         return ""
     field = model.model_fields[key]
@@ -123,12 +123,12 @@ def _lower_bound(model: type[BaseModel], key: str, schema: Mapping[str, Any]) ->
 
 
 def name_of(model: str) -> str:
-    """What a section is called in the reference."""
+    """Return the name of a section in the reference."""
     return _NAMES[model]
 
 
 def anchor_of(model: str) -> str:
-    """Where a section is in the reference, within its page."""
+    """Return the anchor of a section within its page of the reference."""
     return name_of(model).replace(" ", "-")
 
 

@@ -89,7 +89,7 @@ class Sheet:
 
 
 def _layers(sheet: Sheet, x: float, y: float, labels: list[str], fill: str, width: float = 5.4) -> float:
-    """A row of layers; where it ends."""
+    """Draw a row of layers; returns the x of its end."""
     for label in labels:
         sheet.cell(x, y, width, 8, fill)
         sheet.text(x + width / 2, y + 4, label, PAPER, 8.5)
@@ -101,7 +101,7 @@ def _layers(sheet: Sheet, x: float, y: float, labels: list[str], fill: str, widt
 
 
 def overview() -> Sheet:
-    """Who holds what: clients of unequal depth, the server, and the scheduler that decides."""
+    """Layers of each holder: clients of unequal depth, the server, and the scheduler that decides."""
     sheet = Sheet(47)
     clients = [("phone", 1), ("phone", 1), ("laptop", 3), ("laptop", 3), ("workstation", 6)]
     for row, (name, split) in enumerate(clients):
@@ -137,7 +137,7 @@ def overview() -> Sheet:
 
 
 def split_and_tail() -> Sheet:
-    """Where the three segments are, with the labels at the server and at the client."""
+    """Places of the three segments, with the labels at the server and at the client."""
     sheet = Sheet(62)
     sheet.text(3, 5, "labels: server   (the default, as in the papers)", align="left", bold=True)
     sheet.box(3, 9, 37, 18, CLIENT_PALE, CLIENT)
@@ -180,7 +180,7 @@ def split_and_tail() -> Sheet:
 
 
 def depth_joined_batch() -> Sheet:
-    """How the rows of clients with unequal splits become one batch at the server."""
+    """Rows of clients with unequal splits become one batch at the server."""
     sheet = Sheet(56)
     left, width, layers = 24.0, 8.0, 8
     # The deepest first, so that no arrow crosses another client's layers.
@@ -256,7 +256,7 @@ def importance_to_ranks() -> Sheet:
 
 
 def aggregation_and_residual() -> Sheet:
-    """The sum of unequal adapters, what restarts and what joins the residual."""
+    """The sum of unequal adapters, the restart, and the part that joins the residual."""
     sheet = Sheet(66)
     sheet.text(14, 5, "1  adapters of a round", bold=True)
     holders = [("phone", 1, CLIENT), ("laptop", 2, CLIENT), ("server", 4, SERVER)]
@@ -289,7 +289,7 @@ def aggregation_and_residual() -> Sheet:
     sheet.arrow(58.5, 30, 63.5, 51, MUTED)
 
     sheet.text(81, 5, "3  svd: leading part restarts", bold=True)
-    sheet.text(81, 9, "the same weight for everybody", MUTED, 8)
+    sheet.text(81, 9, "the same weight for all holders", MUTED, 8)
     for row, (name, rank, color) in enumerate(holders):
         y = 13.0 + 9 * row
         sheet.text(65, y + 3, name, color, 9, "left", bold=True)
@@ -299,16 +299,16 @@ def aggregation_and_residual() -> Sheet:
     sheet.box(65, 46, 32, 12, LEARNED_PALE, LEARNED)
     sheet.text(81, 49.5, "the rest joins the residual R", LEARNED, 9, bold=True)
     sheet.text(81, 53.5, "fp32 factors up to a cap; W0 stays as it is", MUTED, 8)
-    law = "everybody computes with  W0 + R + s B A;  until the cap cuts, a restart changes no output"
+    law = "all holders compute with  W0 + R + s B A;  until the cap cuts, a restart changes no output"
     sheet.text(50, 62, law, INK, 9)
     return sheet
 
 
 def clocks() -> Sheet:
-    """What the real, the virtual and the emulated clock follow."""
+    """Sources of the real, the virtual and the emulated clock."""
     sheet = Sheet(58)
     rows = [
-        ("real", "clock: real", "what the wall says: this machine's seconds", [9.0, 9.0, 9.0], 15.0),
+        ("real", "clock: real", "wall time: this machine's seconds", [9.0, 9.0, 9.0], 15.0),
         ("virtual", "beside every run", "an account: declared FLOP/s, bandwidth and latency", [30.0, 16.0, 6.0], 12.0),
         ("emulated", "clock: emulated", "actors wait until their declared time has passed", [30.0, 16.0, 6.0], 12.0),
     ]

@@ -50,7 +50,7 @@ _LOOKED_AT_STEP = 4
 _HSPLIT = (sys.executable, "-c", "from hsplit.cli import run; run()")
 
 
-# -- a run, and who watches it ------------------------------------------------------------------------------------
+# -- a run, and its observers --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def launched(runs: Path, token: str, *arguments: str) -> Iterator[subprocess.Pop
 
 
 def once_trained(runs: Path, run: subprocess.Popen[bytes], step: int) -> StepRecord:
-    """How far ``run`` is once it has done ``step`` local steps.
+    """Wait until ``run`` has done ``step`` local steps, and return its record.
 
     Raises:
         RuntimeError: it has ended before, or takes too long.
@@ -94,7 +94,7 @@ def once_trained(runs: Path, run: subprocess.Popen[bytes], step: int) -> StepRec
 
 
 def dashboard_url(record: StepRecord) -> str:
-    """Where Ray's dashboard is, by what ``hsplit launch`` prints."""
+    """Return the address of Ray's dashboard, as ``hsplit launch`` prints it."""
     return next(found[0] for line in record.lines if (found := re.search(r"http://\S+", line)) and line[:3] == "ray")
 
 
@@ -111,7 +111,7 @@ def _awaited(what: Callable[[], Any]) -> Any:
 
 
 def chromium() -> str | None:
-    """The program, ``None`` where there is none."""
+    """Return the path of the program, ``None`` without one."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -148,7 +148,7 @@ class _Recorded(LiveDisplay):
     """The live table on a console that is no terminal, where nothing ends the table's last line."""
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
-        # Whose home it is matters to nobody else.
+        # The home directory is private.
         super().started(run_name, [line.replace(str(Path.home()), "~") for line in lines])
 
     def finished(self, lines: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ class _Recorded(LiveDisplay):
 
 
 def picture_of_actors(page: Page, url: str, token: str, run: str = RUN) -> bytes:
-    """Ray's list of actors, with those of a run that goes on."""
+    """Picture of Ray's list of actors, with those of a running run."""
     page.set_viewport_size({"width": 1500, "height": 1060})
     sign_in(page, url, token, "/actors")
     page.get_by_text(f"hsplit:{run}:server", exact=True).first.wait_for()
@@ -174,7 +174,7 @@ def picture_of_report(page: Page, report: Path) -> bytes:
 
 
 def picture_of_terminal(page: Page, run: Path) -> bytes:
-    """What ``hsplit watch`` shows of a run at its end."""
+    """Picture of ``hsplit watch`` at the end of a run."""
     record = read_step_record(RunDirectory(run).progress)
     assert record is not None
     # The time that the run took until its last step, as a terminal shows it then.
@@ -229,7 +229,7 @@ def _draw(panel: Panel, axes: Axes, prometheus: str, run: str, begun: float, end
         known = [dict(zip(times, values, strict=True)) for _, _, _, times, values in found]
         axes.stackplot(moments, [[own.get(moment, 0.0) for moment in moments] for own in known], labels=legends)
     else:
-        # A holder has one colour, and what is known of it one style of line each.
+        # One colour a holder, one style of line a figure of it.
         keys = [tuple(sorted(set(labels.items()) - {("run", run)})) or (number,) for _, number, labels, _, _ in found]
         colours = {key: f"C{index}" for index, key in enumerate(dict.fromkeys(keys))}
         for (query, number, labels, times, values), key, legend in zip(found, keys, legends, strict=True):
@@ -273,7 +273,7 @@ def main() -> None:
     to.mkdir(parents=True, exist_ok=True)
     # A preset's name otherwise.
     cluster = Path(arguments.cluster).resolve() if Path(arguments.cluster).is_file() else arguments.cluster
-    # What was started is ended as well.
+    # End the started processes too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("ended by a signal"))
     token, overrides = secrets.token_hex(32), [word for given in arguments.set for word in ("--set", given)]
     # Short, since Ray's sockets have paths of at most 107 bytes.
@@ -288,7 +288,7 @@ def main() -> None:
             try:
                 run.wait(arguments.seconds)
             except subprocess.TimeoutExpired:
-                # As Ctrl-C does: what it has come to by then is shown.
+                # As Ctrl-C does: the run is shown as far as it came.
                 run.send_signal(signal.SIGINT)
                 run.wait(_PATIENCE_S)
             ended = time.time()
@@ -298,7 +298,7 @@ def main() -> None:
 
 
 def _scraping(folder: Path, stack: ExitStack) -> str:
-    """Start a Prometheus with the configuration that ``hsplit monitoring`` writes; where it answers."""
+    """Start a Prometheus with the configuration that ``hsplit monitoring`` writes; returns its address."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What the site has beside the pages of ``docs/``: MkDocs calls these functions as it builds (``hooks`` in mkdocs.yml).
+"""Additions of the site to the pages of ``docs/``: MkDocs calls these functions as it builds (``hooks`` in mkdocs.yml).
 
 Files of the repository that lie outside of ``docs/`` become pages or files under ``repository/``, so that links to
 them, which are those that a code host follows, lead there in the site too. ``<!-- keys: NAME -->`` in a page becomes
@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = "repository"
-"""The site's folder for what lies outside of ``docs/``."""
+"""The site's folder for files outside of ``docs/``."""
 SHOWN = (
     *("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "benchmarks/README.md"),
     *("cluster/*.yaml", "cluster/ray/*.yaml", "policies/*.yaml", "benchmarks/*.py", "benchmarks/results/*/*"),
@@ -35,7 +35,7 @@ _ROLE = re.compile(r":(?:func|class|meth|attr|data|mod):(?=<code>)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside of ``docs/``."""
+    """Add the files outside of ``docs/``."""
     for path in sorted({found for pattern in SHOWN for found in ROOT.glob(pattern) if found.is_file()}):
         uri = f"{OUTSIDE}/{path.relative_to(ROOT).as_posix()}"
         # Some of the pages are in no menu, and need not be.
@@ -56,15 +56,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take the roles out of docstrings, which Markdown knows nothing of."""
+    """Remove the roles of docstrings, which Markdown does not know."""
     return _ROLE.sub("", html)
 
 
 def _site_link(source: Path, target: str, src_uri: str) -> str:
-    """``target``, a link in ``source``, from where that page is in the site."""
+    """Return ``target``, a link in ``source``, relative to that page of the site."""
     path = (source.parent / target).resolve()
     if not path.exists() or not path.is_relative_to(ROOT):
-        # MkDocs says so.
+        # MkDocs reports it.
         return target
     place = path.relative_to(ROOT)
     uri = place.relative_to("docs") if place.parts[0] == "docs" else OUTSIDE / place
