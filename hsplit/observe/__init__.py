@@ -1,4 +1,4 @@
-"""A run as seen from outside: events and tables in files, displays in the terminal, logs, Prometheus.
+"""Observation of a run: events and tables in files, displays in the terminal, logs, Prometheus.
 
-Light on purpose: importing any of it imports neither torch nor Ray.
+Light on purpose: importing any module of it imports neither torch nor Ray.
 """

@@ -33,9 +33,9 @@ from hsplit.waiting import Waiting
 
 
 class Pace:
-    """Local steps done out of all, with the time per step measured over all that this process did.
+    """Progress in local steps, with the time per step averaged over all steps of this process.
 
-    The mean since the start, unlike that of the last seconds, has aggregation and validation in it.
+    The mean since the start, unlike that of the last seconds, includes aggregation and validation.
 
     Args:
         clock: seconds, increasing.
@@ -49,7 +49,7 @@ class Pace:
         self.begin()
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Start counting now."""
         self._begun = self._first_time = self._last_time = self._clock()
 
     def step(self, step: int, steps: int) -> None:
@@ -57,65 +57,64 @@ class Pace:
         self.done, self.total = step, steps
         self._last_time = self._clock()
         if self._first is None:
-            # the first has warm-up in it, and what a resumed run did earlier took none of this time
+            # the first step includes warm-up, and earlier steps of a resumed run took none of this time
             self._first, self._first_time = step, self._last_time
 
     @property
     def share(self) -> float:
-        """Of all steps, from 0 to 1."""
+        """Share of all steps done, from 0 to 1."""
         return self.done / self.total if self.total else 0.0
 
     @property
     def elapsed_s(self) -> float:
-        """Since this process began."""
+        """Seconds since this process began."""
         return self._clock() - self._begun
 
     @property
     def left_s(self) -> float | None:
-        """Predicted time left; None until two steps are done."""
+        """Predicted seconds left; None until two steps are done."""
         if self._first is None or self.done <= self._first:
             return None
         per_step = (self._last_time - self._first_time) / (self.done - self._first)
-        # What ends a round may take longer than a step; the steps that come after it are still to be done.
+        # The end of a round may take longer than a step, while all later steps are still to be done.
         since_last = min(self._clock() - self._last_time, per_step)
         return max(0.0, (self.total - self.done) * per_step - since_last)
 
     def __str__(self) -> str:
         left = self.left_s
-        rest = "" if not left else f", about {duration_text(left)} left"
-        return f"{self.share:.0%}, {duration_text(round(self.elapsed_s))} elapsed{rest}"
+        remaining = "" if not left else f", about {duration_text(left)} left"
+        return f"{self.share:.0%}, {duration_text(round(self.elapsed_s))} elapsed{remaining}"
 
 
 REFRESH_PER_S = 4
 _ROUNDS_SHOWN = 8
 _BAR_WIDTH = 60
 _LINES_BESIDE_ROWS = 11
-"""Lines that the live part needs besides its rows: the table's frame, server, progress, history, prompt."""
+"""Lines of the live part besides the clients' rows: the table's frame, server, progress, history, prompt."""
 
 
 class LiveDisplay(Observer):
     """A table with one row a client and the server's, redrawn at most ``REFRESH_PER_S`` times a second.
 
-    A terminal too low for all clients shows the first, and says how many are left out.
+    A terminal too low for all clients shows the first ones and the number of the others.
 
     Args:
         stream: a terminal.
-        console: what to draw on instead, in tests.
-        pace: how far the run is.
+        console: console to draw on instead, in tests.
+        pace: progress of the run.
     """
 
     def __init__(self, stream: TextIO | None = None, console: Console | None = None, pace: Pace | None = None) -> None:
         self._console = console or Console(file=stream, highlight=False)
         self._pace = pace or Pace()
-        # Drawn by rich's own thread: what it reads is replaced as a whole here, never changed in place.
+        # rich's own thread draws these: they are replaced as a whole, never changed in place.
         self._plan: Plan | None = None
-        # What is under way, until there is a step to tell of: on a busy machine that may take minutes.
+        # Shown until the first step, which may take minutes on a busy machine.
         self._waits_for = "preparing: layers, data, and a validation before any training"
         self._round = ""
         self._losses: Mapping[str, float] = {}
         self._states: Mapping[str, str] = {}
         self._perplexities: tuple[tuple[int, float], ...] = ()
-        # Until there is something to redraw.
         self._waiting = Waiting("the actors are reading their data")
         self._live = Live(
             get_renderable=self._frame,
@@ -125,52 +124,40 @@ class LiveDisplay(Observer):
         )
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
-        """Print the run's name and what it runs on."""
         self._console.print(Text(f"Run {printable(run_name)}", style="bold"))
         for line in lines:
             self._console.print(Text(printable(line)))
 
     def plan(self, plan: Plan) -> None:
-        """Show the plan, and begin to redraw; one that replaces another is shown in its place."""
         for line in plan_lines(plan):
             self._console.print(Text(printable(line)))
         if self._plan is not None:
             self._reset_returned(self._plan, plan)
         self._plan = plan
-        if not self._live.is_started:  # not earlier: until there is a plan there is nothing to redraw
+        if not self._live.is_started:  # before the first plan there is nothing to redraw
             self._waiting.end()
             self._live.start()
 
     def step(
-        self,
-        round: int,
-        rounds: int,
-        step: int,
-        steps: int,
-        losses: Mapping[str, float],
-        states: Mapping[str, str],
+        self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]
     ) -> None:
-        """Show the step's losses and states."""
         self._pace.step(step, steps)
         self._round = f"round {round}/{rounds}, step {step}/{steps}"
         self._losses = {**self._losses, **losses}
         self._states = {**self._states, **states}
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
-        """Add the round to the perplexities."""
-        # A round that is repeated from a checkpoint takes the place of those that it undoes.
+        # A round repeated from a checkpoint replaces those that it undoes.
         kept = tuple(done for done in self._perplexities if done[0] < row.round)
         self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
         self._waits_for = "training begins"
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
-        """Print ``text`` above the table."""
         if event == "resumed":
             self._waits_for = "training goes on"
         self._console.print(Text(printable(text), style="yellow"))
 
     def finished(self, lines: Sequence[str]) -> None:
-        """Stop redrawing and print where the results are."""
         self._live.stop()
         for line in lines:
             self._console.print(Text(printable(line)))
@@ -186,7 +173,7 @@ class LiveDisplay(Observer):
         self._live.stop()
 
     def _reset_returned(self, before: Plan, after: Plan) -> None:
-        """Drop the stale loss and state of clients that take part again."""
+        """Remove the stale loss and state of clients that take part again."""
         back = {client.name for client in after.available} - {client.name for client in before.available}
         self._losses = {name: loss for name, loss in self._losses.items() if name not in back}
         self._states = {**self._states, **dict.fromkeys(back, "training")}
@@ -204,8 +191,7 @@ class LiveDisplay(Observer):
         table.add_column("memory", no_wrap=True)
         table.add_column("loss", justify="right", no_wrap=True)
         table.add_column("state", overflow="fold")
-        room = max(1, self._console.height - _LINES_BESIDE_ROWS)
-        shown = plan.clients[:room]
+        shown = plan.clients[: max(1, self._console.height - _LINES_BESIDE_ROWS)]
         for client in shown:
             self._add_row(table, client, plan.layers)
         if len(shown) < len(plan.clients):
@@ -240,22 +226,16 @@ class LiveDisplay(Observer):
 
 
 class PlainDisplay(Observer):
-    """Prints a line at the start, one a holder that a plan concerns, one every few steps, and one a round.
+    """Prints lines: at the start, for each holder that a plan changes, every few steps, and for each round.
 
     Args:
-        stream: where to; each line is flushed.
-        every_steps: how many steps of a round go by between two lines.
-        names_shown: up to how many clients the losses are given by name.
-        pace: how far the run is.
+        stream: output; each line is flushed.
+        every_steps: steps between two lines.
+        names_shown: largest number of clients whose losses are given by name.
+        pace: progress of the run.
     """
 
-    def __init__(
-        self,
-        stream: TextIO,
-        every_steps: int = 5,
-        names_shown: int = 8,
-        pace: Pace | None = None,
-    ) -> None:
+    def __init__(self, stream: TextIO, every_steps: int = 5, names_shown: int = 8, pace: Pace | None = None) -> None:
         self._stream = stream
         self._every_steps = every_steps
         self._names_shown = names_shown
@@ -265,13 +245,12 @@ class PlainDisplay(Observer):
         self._waiting = Waiting("the actors are reading their data and layers", growing=True)
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
-        """Print the run's name and what it runs on."""
         self._print(f"run {run_name}")
         for line in lines:
             self._print(f"  {line}")
 
     def plan(self, plan: Plan) -> None:
-        """Print who holds what; of a plan that replaces another, only what it changes."""
+        """Print every holder's part; for a plan that replaces another, only its changes."""
         if self._plan is None:
             self._print("plan:")
             lines = [holder_line(holder, plan.layers) for holder in (*plan.clients, plan.server)]
@@ -284,18 +263,11 @@ class PlainDisplay(Observer):
         self._waiting.update("loading the layers of the plan")
 
     def step(
-        self,
-        round: int,
-        rounds: int,
-        step: int,
-        steps: int,
-        losses: Mapping[str, float],
-        states: Mapping[str, str],
+        self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]
     ) -> None:
-        """Print one line every few steps."""
         self._pace.step(step, steps)
         self._waiting.update(f"round {round}/{rounds}, after step {step}/{steps}")
-        # the first one at once: it tells that the run has begun to train; who watches may not see every step
+        # the first step at once, to show that training has begun; `hsplit watch` may skip steps
         passed = step // self._every_steps - self._printed_step // self._every_steps
         if self._printed_step and passed == 0:
             return
@@ -305,7 +277,6 @@ class PlainDisplay(Observer):
         self._print(f"{', '.join(parts)} ({self._pace})")
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
-        """Print the round's figures."""
         trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
         parts = [
             f"round {row.round} done: {trained}validation loss {number_text(row.val_loss)}",
@@ -319,11 +290,9 @@ class PlainDisplay(Observer):
         self._waiting.update(f"after round {row.round}: checkpoint, plan, next round")
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
-        """Print ``text`` as a note."""
         self._print(f"note: {text}")
 
     def finished(self, lines: Sequence[str]) -> None:
-        """Print where the results are."""
         for line in lines:
             self._print(line)
 
@@ -350,11 +319,11 @@ class PlainDisplay(Observer):
 
 
 def display_for(stream: TextIO | None, pace: Pace | None = None) -> Observer:
-    """The live table if ``stream`` is a terminal that can show it, plain lines otherwise; nothing without a stream.
+    """Return the live table if ``stream`` is a terminal that can show it, plain lines otherwise; nothing without one.
 
     Args:
-        stream: where to.
-        pace: how far the run is; by default counted from now on.
+        stream: output.
+        pace: progress of the run; by default counted from now on.
     """
     if stream is None or stream.closed:
         return SilentDisplay()

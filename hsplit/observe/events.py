@@ -1,4 +1,4 @@
-"""The log of what happened in a run: one JSON object a line, each whole or not there."""
+"""The event log of a run: one JSON object a line, each line complete or absent."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from pydantic import BeforeValidator
 from hsplit.planning.plan import Plan
 
 ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validated", "round", "checkpoint", "finished"})
-"""Kinds that are the normal course of a run; a report lists the events of every other kind, ``replanned`` and
-``budget`` among them."""
+"""Kinds of events in the normal course of a run; a report lists all others, such as ``replanned`` and ``budget``."""
 
 RESERVED = ("time", "event", "text")
 """Fields of every event; the rest are its own."""
@@ -27,11 +26,10 @@ _BLOCK_BYTES = 1 << 16
 class EventLog:
     """Appends to ``events.jsonl``: ``{"time": ISO 8601 in UTC, "event": kind, "text": ..., ...fields}``.
 
-    A line goes to the system in one write, so a kill can only cut the last one; opening the file again takes
-    such a half line away.
+    Each line is one write, so a kill can only cut the last one; opening the file again removes such a half line.
 
     Args:
-        path: the file; made if it is missing.
+        path: the file; created if missing.
 
     Raises:
         OSError: the file cannot be opened.
@@ -42,13 +40,12 @@ class EventLog:
         _drop_half_line(self._file.fileno())
 
     def write(self, kind: str, text: str, /, **fields: Any) -> None:
-        """Adds one event.
+        """Append one event.
 
         Args:
-            kind: what happened, one word, such as ``failure`` (see ``ROUTINE_EVENTS``).
+            kind: one word, such as ``failure`` (see ``ROUTINE_EVENTS``).
             text: a sentence for the user.
-            fields: figures and names; what JSON does not know is written as text, infinite and
-                undefined numbers too.
+            fields: figures and names; values unknown to JSON are written as text, infinite and undefined numbers too.
 
         Raises:
             ValueError: a field is named ``time``, ``event`` or ``text``, or the log is closed.
@@ -60,13 +57,13 @@ class EventLog:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = {"time": now, "event": kind, "text": text, **finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-        # bytes of a path that are no UTF-8 arrive as lone surrogates; JSON has an escape for them
-        left = memoryview(line.encode("utf-8", "backslashreplace"))
-        while left:
-            left = left[self._file.write(left) :]
+        # bytes of a path that are not UTF-8 arrive as lone surrogates; JSON has an escape for them
+        rest = memoryview(line.encode("utf-8", "backslashreplace"))
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
-        """Closes the file; nothing can be written after it."""
+        """Close the file; no event can be written afterwards."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -79,10 +76,10 @@ class EventLog:
 
 
 class EventReader:
-    """Reads a log that grows, each whole line once; a line that is being written is left for later.
+    """Reads a growing log, each complete line once; a line that is being written is left for the next call.
 
     Args:
-        path: the file, which need not be there yet.
+        path: the file, which may not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -90,7 +87,7 @@ class EventReader:
         self._read = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The events that have come since the last call, oldest first; lines that are no event are left out."""
+        """Return the events since the last call, oldest first; invalid lines are left out."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read)
@@ -103,16 +100,15 @@ class EventReader:
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """The events in ``path``, oldest first; none if there is no such file.
+    """Read the events in ``path``, oldest first; none if there is no such file.
 
-    Lines that are no event, as :meth:`EventLog.write` makes them, are left out, a half one of a run that was killed or
-    is writing it now too.
+    Lines not written by :meth:`EventLog.write` are left out, and so is an incomplete last line.
     """
     return EventReader(path).new()
 
 
 def plan_of(event: Mapping[str, Any]) -> Plan | None:
-    """The plan in a ``planned`` event, ``None`` if it holds no complete one."""
+    """Return the plan in a ``planned`` event, ``None`` without a complete one."""
     try:
         plan: Any = event.get("plan")
         return Plan.from_json(plan)
@@ -121,7 +117,7 @@ def plan_of(event: Mapping[str, Any]) -> Plan | None:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with ``nan`` and infinities as text, since strict JSON has no word for them."""
+    """Return ``value`` with NaN and infinities as text, since strict JSON cannot express them."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, Mapping):
@@ -136,7 +132,7 @@ def _number(value: Any) -> Any:
 
 
 MaybeInfinite = Annotated[float, BeforeValidator(_number)]
-"""A number in the form that :func:`finite` gives it."""
+"""A number as :func:`finite` writes it."""
 
 
 def _events(lines: bytes) -> list[dict[str, Any]]:
@@ -159,7 +155,7 @@ def _is_time(event: Mapping[str, Any]) -> bool:
 
 
 def _drop_half_line(descriptor: int) -> None:
-    """Truncates the file after its last newline."""
+    """Truncate the file after its last newline."""
     end = os.lseek(descriptor, 0, os.SEEK_END)
     keep = 0
     start = end

@@ -1,4 +1,4 @@
-"""Metrics of a run in Prometheus: the one list, which exporter, dashboard and documentation share."""
+"""Metrics of a run in Prometheus: the list that exporter, dashboard and documentation share."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExportedMetric:
-    """A metric of a run; every one is a gauge and has the tag ``run``.
+    """A metric of a run: a gauge with the tag ``run``.
 
-    Gauges, sums and counts among them: Ray forgets a gauge soon after its run, and a counter only with the node.
+    Sums and counts are gauges too: Ray drops a gauge soon after its run, but a counter only with the node.
 
     Attributes:
-        name: as Ray is told it.
+        name: its name in Ray.
         unit: of its value, as Grafana calls it.
-        meaning: what it is, for users.
-        tags: what its series of one run are told apart by.
+        meaning: description for users.
+        tags: labels that distinguish its series of one run.
     """
 
     name: str
@@ -25,7 +25,7 @@ class ExportedMetric:
 
     @property
     def in_prometheus(self) -> str:
-        """Its name there."""
+        """Name of the metric in Prometheus."""
         return f"ray_{self.name}"
 
 
@@ -61,17 +61,11 @@ VIRTUAL_SECONDS = ExportedMetric(
     "Virtual seconds that the run would have taken by its last round at the declared budgets.",
 )
 WIRE_BYTES = ExportedMetric(
-    "hsplit_wire_bytes",
-    "bytes",
-    "Bytes that clients sent (up) and received (down) in the last round.",
-    ("direction",),
+    "hsplit_wire_bytes", "bytes", "Bytes that clients sent (up) and received (down) in the last round.", ("direction",)
 )
 MEMORY_DECLARED = ExportedMetric("hsplit_memory_declared_bytes", "bytes", "Memory that a holder declares.", ("holder",))
 MEMORY_PREDICTED = ExportedMetric(
-    "hsplit_memory_predicted_bytes",
-    "bytes",
-    "Memory that the plan in force needs of a holder at most.",
-    ("holder",),
+    "hsplit_memory_predicted_bytes", "bytes", "Memory that the plan in force needs of a holder at most.", ("holder",)
 )
 MEMORY_MEASURED = ExportedMetric(
     "hsplit_memory_measured_bytes",
@@ -116,4 +110,4 @@ METRICS = (
     CAPTURED_IMPORTANCE,
     FAILURES,
 )
-"""All of them."""
+"""All metrics."""

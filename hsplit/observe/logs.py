@@ -1,6 +1,6 @@
 """Logs of a run in TensorBoard and Weights & Biases: figures by name, over local steps.
 
-Both libraries are optional, and imported once ``job.log`` names them.
+Both libraries are optional, and imported only if ``job.log`` names them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 MOST_HOLDERS = 100
-"""Holders that have figures of their own; where there are more, only the run's figures are logged."""
+"""Largest number of holders with figures of their own; with more, only the run's figures are logged."""
 
 
 class RunLog(Observer, ABC):
     """Observer that writes a run's figures to a logging library.
 
-    Steps are local steps over the whole run. A round that is repeated has steps again that were logged before.
+    Steps are local steps over the whole run. A repeated round logs its steps a second time.
 
     Args:
-        step: the last step that the run has done so far; 0 before any.
+        step: the last local step done so far; 0 before any.
     """
 
     def __init__(self, step: int) -> None:
@@ -57,11 +57,11 @@ class RunLog(Observer, ABC):
 
     @abstractmethod
     def _close(self, failed: bool) -> None:
-        """Write out what is buffered, and close."""
+        """Flush and close."""
 
     @abstractmethod
     def _rewind(self) -> None:
-        """Prepare for step ``self._step`` and later ones to be logged again."""
+        """Prepare to log step ``self._step`` and later ones again."""
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
         self._open(run_name)
@@ -73,13 +73,7 @@ class RunLog(Observer, ABC):
         self._log_text("plan", [*(holder_line(holder, plan.layers) for holder in holders), *plan_lines(plan)])
 
     def step(
-        self,
-        round: int,
-        rounds: int,
-        step: int,
-        steps: int,
-        losses: Mapping[str, float],
-        states: Mapping[str, str],
+        self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]
     ) -> None:
         back, self._step = step <= self._step, step
         if back:
@@ -107,7 +101,7 @@ class RunLog(Observer, ABC):
 
 
 def round_figures(row: MetricsRow, holders: Sequence[PlanRow]) -> dict[str, float]:
-    """The figures of a round by the names under which they are logged."""
+    """Return the figures of a round by the names that they are logged under."""
     figures: dict[str, float] = {
         "validation/loss": row.val_loss,
         "validation/perplexity": row.val_ppl,
@@ -140,11 +134,11 @@ def round_figures(row: MetricsRow, holders: Sequence[PlanRow]) -> dict[str, floa
 class TensorBoardLog(RunLog):
     """Writes ``runs/NAME/tensorboard/``, for ``tensorboard --logdir runs``.
 
-    Steps that come again, in a round that is repeated or after a resume, take the place of those logged before.
+    Steps that are repeated, in a repeated round or after a resume, replace those logged before.
 
     Args:
         directory: the run's directory.
-        step: the last step that the run has done so far; 0 before any.
+        step: the last local step done so far; 0 before any.
     """
 
     def __init__(self, directory: RunDirectory, step: int) -> None:
@@ -153,11 +147,11 @@ class TensorBoardLog(RunLog):
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         super().round_done(row, holders, timing)
-        # What a checkpoint follows on must not be lost with the driver.
+        # A checkpoint follows: the figures before it must not be lost with the driver.
         self._writer.flush()
 
     def _open(self, run_name: str) -> None:
-        # Of a run that was killed, there may be steps after its last checkpoint.
+        # A killed run may have logged steps after its last checkpoint.
         self._writer = self._writer_from(self._step + 1)
 
     def _log_text(self, name: str, lines: Sequence[str]) -> None:
@@ -176,7 +170,7 @@ class TensorBoardLog(RunLog):
         self._writer.close()
 
     def _writer_from(self, first: int) -> SummaryWriter:
-        """A writer whose steps, from ``first`` on, take the place of those that are there."""
+        """Return a writer whose steps from ``first`` on replace those on disk."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(self._folder, purge_step=first)
@@ -185,14 +179,14 @@ class TensorBoardLog(RunLog):
 class WandbLog(RunLog):
     """Log in Weights & Biases.
 
-    Its own environment variables (``WANDB_MODE``, ``WANDB_PROJECT``, ``WANDB_DIR`` …) come before what is set here: the
+    Its own environment variables (``WANDB_MODE``, ``WANDB_PROJECT``, ``WANDB_DIR`` …) override the defaults here: the
     project ``hsplit``, the run's name, its files in ``runs/NAME/wandb``, nothing printed. A resumed run
     continues the same W&B run.
 
     Args:
-        run: its configuration, which is shown beside the figures.
+        run: the configuration, shown beside the figures.
         directory: the run's directory.
-        step: the last step that the run has done so far; 0 before any.
+        step: the last local step done so far; 0 before any.
     """
 
     def __init__(self, run: RunConfig, directory: RunDirectory, step: int) -> None:
@@ -209,13 +203,13 @@ class WandbLog(RunLog):
             "WANDB_RUN_ID": ("run_id", self._id()),
             "WANDB_RESUME": ("resume", "allow"),
             "WANDB_DIR": ("root_dir", str(self._directory.path)),
-            # Its lines would go through the live table.
+            # Its output would break the live table.
             "WANDB_SILENT": ("silent", True),
             "WANDB_CONSOLE": ("console", "off"),
         }
         settings = dict(setting for variable, setting in own.items() if variable not in os.environ)
         self._run = wandb.init(config=self._config, settings=wandb.Settings(**settings))
-        # Its own steps only grow; a round that is repeated has steps again.
+        # W&B's own steps can only grow, and a repeated round repeats its steps.
         self._run.define_metric("*", step_metric="step")
 
     def _id(self) -> str:
@@ -233,43 +227,35 @@ class WandbLog(RunLog):
         self._run.log({"step": self._step, **figures})
 
     def _rewind(self) -> None:
-        """Both are shown: what was logged cannot be taken back."""
+        """Do nothing: logged steps cannot be removed, and both are shown."""
 
     def _close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
 
 def logs_of(run: RunConfig, directory: RunDirectory, step: int) -> list[Observer]:
-    """The logs that ``job.log`` names, of a run that has done ``step`` local steps."""
-    made: list[Observer] = []
+    """Return the logs that ``job.log`` names, of a run that has done ``step`` local steps."""
+    logs: list[Observer] = []
     if "tensorboard" in run.job.log:
-        made.append(TensorBoardLog(directory, step))
+        logs.append(TensorBoardLog(directory, step))
     if "wandb" in run.job.log:
-        made.append(WandbLog(run, directory, step))
-    return made
+        logs.append(WandbLog(run, directory, step))
+    return logs
 
 
 def check_logs(run: RunConfig) -> None:
-    """Check that the libraries of ``job.log`` are installed and, where they need one, have an account's key.
+    """Check that the libraries of ``job.log`` are installed and have the account key that they may need.
 
     Raises:
         InputError: one is missing.
     """
     for name in run.job.log:
         found = importlib.util.find_spec(name)
-        # A mere folder of that name, such as W&B leaves in a working directory, has no file.
+        # A folder of that name without a file, such as W&B leaves in a working directory, is no module.
         if found is None or found.origin is None:
             raise InputError(f"job.log: {name} is not installed; run: pip install 'hsplit[{name}]', or leave it out")
-    if "wandb" in run.job.log:
-        _check_wandb_key()
-
-
-def _check_wandb_key() -> None:
-    """Refuse to begin where a key is needed that is not there; in a terminal it is asked for.
-
-    Raises:
-        InputError: there is none.
-    """
+    if "wandb" not in run.job.log:
+        return
     import wandb
 
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):

@@ -1,4 +1,4 @@
-"""Observers of a run: one base class with a method for each thing that happens, and a fan-out to several of them."""
+"""Observers of a run: one base class with a no-op method for each kind of event, and a fan-out to several observers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,13 @@ class Observer:
         """The first plan is in force, or one that replaces it."""
 
     def step(
-        self,
-        round: int,
-        rounds: int,
-        step: int,
-        steps: int,
-        losses: Mapping[str, float],
-        states: Mapping[str, str],
+        self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]
     ) -> None:
         """Step ``step`` of the run's ``steps`` is done, in round ``round`` of ``rounds``; all count from 1.
 
         Args:
             losses: mean loss of each client that took part.
-            states: one word for what each holder does; a holder left out keeps its state.
+            states: a word for the activity of each holder; a holder left out keeps its state.
         """
 
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
@@ -48,7 +42,7 @@ class Observer:
         """
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
-        """Something happened that the user should know of now.
+        """Something happened that the user should know now.
 
         Args:
             text: a sentence.
@@ -68,10 +62,10 @@ class Observer:
 
 
 class SilentDisplay(Observer):
-    """Display of a run that nobody watches: it shows nothing, for experiments and tests.
+    """Display that shows nothing, for experiments and tests.
 
     Attributes:
-        rows: the row that each round has added to ``metrics.csv``.
+        rows: the rows of ``metrics.csv`` so far.
     """
 
     def __init__(self) -> None:
@@ -84,8 +78,8 @@ class SilentDisplay(Observer):
 class Observers(Observer):
     """Fan-out of a run's events to a display and to further observers.
 
-    An observer that raises, the display too, is removed, and the display notes each of the others: a run does not end
-    because it cannot be watched.
+    An observer that raises is removed, the display too; the display notes the removal of any other. A failing observer
+    never ends a run.
 
     Args:
         display: shows the run to the user.
@@ -103,13 +97,7 @@ class Observers(Observer):
         self._each(lambda observer: observer.plan(plan))
 
     def step(
-        self,
-        round: int,
-        rounds: int,
-        step: int,
-        steps: int,
-        losses: Mapping[str, float],
-        states: Mapping[str, str],
+        self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]
     ) -> None:
         self._each(lambda observer: observer.step(round, rounds, step, steps, losses, states))
 

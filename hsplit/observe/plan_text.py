@@ -1,4 +1,4 @@
-"""A plan in words: as a table, a line a holder, and the changes that another plan makes."""
+"""Text of a plan: a table, a line for each holder, and the changes to the next plan."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from hsplit.observe.wording import NOTHING, bytes_text, number_text, of_budget, printable, weight_kind
+from hsplit.observe.wording import NOTHING, bytes_text, kind_labels, number_text, of_budget, printable, weight_kind
 from hsplit.planning.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
     from hsplit.planning.insight import Insight
 
 SHOWN_GAINS = 3
-"""How many holders are named that one more GB of memory would bring most."""
+"""Number of holders listed with their gain from one more GB of memory."""
 
 
 def plan_table(plan: Plan, insight: Insight | None = None) -> Group:
-    """One row a client, then the server's; below it makespan, captured importance and where that came from.
+    """Return a table of the clients and the server; below it makespan, captured importance and its source.
 
-    With an insight, also who the bottleneck is and what one more GB of memory would buy.
+    With an insight, also the bottleneck and the gain from one more GB of memory.
 
-    Made to be read at 80 columns too, where the ranks by weight kind take several lines.
+    Readable at 80 columns too, where the ranks by weight kind take several lines.
     """
     lines = plan_lines(plan) + ([] if insight is None else insight_lines(insight, plan))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -40,12 +40,12 @@ def plan_table(plan: Plan, insight: Insight | None = None) -> Group:
         _add_row(table, client, plan.layers)
     table.add_section()
     _add_row(table, plan.server, plan.layers)
-    # Not as the table's caption, which would be broken at the table's width.
+    # Not as the table's caption, which would be wrapped at the table's width.
     return Group(table, Text("\n".join(map(printable, lines))))
 
 
 def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:
-    # two lines, so that the column is narrow without rich having to break it
+    # two lines, so that the column stays narrow
     ranks = ranks_by_kind(holder.ranks) if holder.available else lacking_text(holder).replace(", ", ",\n")
     cells = (
         printable(holder.name),
@@ -60,7 +60,7 @@ def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:
 
 
 def holder_line(holder: HolderPlan, layers: int) -> str:
-    """A holder's whole part of a plan."""
+    """Describe a holder's whole part of a plan in one line."""
     if not holder.available:
         return f"{_label(holder)}: {lacking_text(holder)} (declared {bytes_text(holder.declared_bytes)})"
     parts = [
@@ -74,10 +74,10 @@ def holder_line(holder: HolderPlan, layers: int) -> str:
 
 
 def plan_changes(before: Plan, after: Plan) -> list[str]:
-    """A line for each holder of ``after`` whose state, split, ranks or memory are not those of ``before``.
+    """Return a line for each holder with another state, split, ranks or memory in ``after`` than in ``before``.
 
-    Who comes is described whole; of the others only what is another as a reader sees it, and ranks that were moved
-    from weight to weight are said to be moved.
+    New holders are described completely, others by the differences visible to a reader; ranks moved between weights
+    are reported as moved.
     """
     known = {holder.name: holder for holder in (*before.clients, before.server)}
     lines = []
@@ -138,18 +138,18 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def insight_lines(insight: Insight, plan: Plan) -> list[str]:
-    """Whom the step waits for most, and what one more GB of memory would buy, for the few to whom it brings most."""
-    waits = insight.bottleneck
-    part = waits.shortens_s / plan.makespan_s
+    """Describe the bottleneck, and the gain from one more GB of memory at the few holders with the largest gain."""
+    bottleneck = insight.bottleneck
+    part = bottleneck.shortens_s / plan.makespan_s
     lines = [
-        f"Bottleneck: {_holders(waits.name, waits.alike)}; infinitely fast, it would make a step"
-        f" {number_text(waits.shortens_s, 's')} ({part:.0%}) shorter.",
+        f"Bottleneck: {_holders(bottleneck.name, bottleneck.alike)}; infinitely fast, it would make a step"
+        f" {number_text(bottleneck.shortens_s, 's')} ({part:.0%}) shorter.",
     ]
     objective = plan.objective
-    buys = [gain for gain in insight.one_more_gb if gain.joins or gain.objective_change > 1e-9 * objective]
-    if not buys:
+    gains = [gain for gain in insight.one_more_gb if gain.joins or gain.objective_change > 1e-9 * objective]
+    if not gains:
         lines.append("One more GB of memory would buy nothing, at no holder.")
-    for gain in buys[:SHOWN_GAINS]:
+    for gain in gains[:SHOWN_GAINS]:
         more = gain.objective_change / objective
         captured = gain.captured_importance_change / plan.captured_importance
         joins = " It would take part." if gain.joins else ""
@@ -170,24 +170,24 @@ def _holders(name: str, alike: int, which: str = "") -> str:
 
 
 def memory_text(holder: HolderPlan) -> str:
-    """Predicted against declared memory of a holder; an unavailable one has no prediction."""
+    """Format predicted and declared memory of a holder; an unavailable one has no prediction."""
     if holder.available:
         return of_budget(holder.predicted_bytes, holder.declared_bytes)
     return f"{NOTHING} / {bytes_text(holder.declared_bytes)}"
 
 
 def lacking_text(holder: HolderPlan) -> str:
-    """Why an unavailable client takes no part."""
+    """Return the reason why a client is unavailable."""
     return f"unavailable, lacks {bytes_text(holder.lacking_bytes)}"
 
 
 def share_text(holder: HolderPlan) -> str:
-    """A holder's part of the captured importance: ``12.3 %``."""
+    """Format a holder's part of the captured importance: ``12.3 %``."""
     return f"{100 * holder.captured_share:.1f} %" if holder.available else NOTHING
 
 
 def layers_held(holder: HolderPlan, layers: int) -> str:
-    """The decoder layers of a holder: ``0–2``, ``29``, or a dash for none."""
+    """Format the decoder layers of a holder: ``0–2``, ``29``, or a dash for none."""
     if not holder.available or holder.split is None:
         return NOTHING
     first, last = (holder.split, layers - 1) if holder.kind == "server" else (0, holder.split - 1)
@@ -197,20 +197,20 @@ def layers_held(holder: HolderPlan, layers: int) -> str:
 
 
 def split_text(holder: HolderPlan, layers: int) -> str:
-    """A client's split point out of all layers, or the server's first layer."""
+    """Format a client's split point out of all layers, or the server's first layer."""
     if not holder.available or holder.split is None:
         return NOTHING
     return f"from {holder.split}" if holder.kind == "server" else f"{holder.split} of {layers}"
 
 
 def ranks_range(ranks: Mapping[str, int]) -> str:
-    """Least and greatest rank and their sum: ``1–8 (Σ 112)``; ``frozen`` where nothing that is held is trained."""
+    """Format smallest and largest rank and the sum: ``1–8 (Σ 112)``; ``frozen`` if no held weight is trained."""
     held = [rank for rank in ranks.values() if rank > 0]
     return f"{_span(held)} (Σ {sum(held)})" if held else _untrained(ranks)
 
 
 def ranks_by_kind(ranks: Mapping[str, int]) -> str:
-    """Ranks by weight kind over all layers: ``all 8``, or ``q:8 k:2–4 down:1``; ``frozen`` as above."""
+    """Format ranks by weight kind over all layers: ``all 8``, or ``q:8 k:2–4 down:1``; ``frozen`` as above."""
     kinds: dict[str, list[int]] = {}
     for weight, rank in ranks.items():
         if rank > 0:
@@ -220,12 +220,8 @@ def ranks_by_kind(ranks: Mapping[str, int]) -> str:
     spans = {kind: _span(held) for kind, held in kinds.items()}
     if len(set(spans.values())) == 1:
         return f"all {next(iter(spans.values()))}"
-    last = [kind.rpartition(".")[2] for kind in spans]
-    # GPT-2 has a c_proj in its attention and one in its MLP: those keep their module's name
-    labels = [kind if last.count(short) > 1 else short for kind, short in zip(spans, last, strict=True)]
-    named = zip(labels, spans.values(), strict=True)
     # no space within a pair, where a narrow table would break the line
-    return " ".join(f"{label.removesuffix('_proj')}:{span}" for label, span in named)
+    return " ".join(f"{label}:{span}" for label, span in zip(kind_labels([*spans]), spans.values(), strict=True))
 
 
 def _span(ranks: list[int]) -> str:

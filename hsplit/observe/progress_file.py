@@ -1,4 +1,4 @@
-"""How far a run is within its round, in a file: what ``hsplit watch`` shows between two rounds' ends."""
+"""Progress of a run within its round, in a file that ``hsplit watch`` shows between the ends of rounds."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class StepRecord:
 
     Attributes:
         driver: the process that wrote it.
-        begun: when it began.
+        begun: start of that process.
         lines: as passed to :meth:`~hsplit.observe.observer.Observer.started`.
         round, rounds, step, steps, losses, states: as last passed to :meth:`~hsplit.observe.observer.Observer.step`,
-            losses and states of every holder so far; 0 and empty before any step.
-        first_step, first_time: the first step that was reported, and when.
-        time: when ``step`` was reported.
+            with the losses and states of every holder so far; 0 and empty before any step.
+        first_step, first_time: the first reported step, and the time of its report.
+        time: time of the report of ``step``.
     """
 
     driver: Driver
@@ -54,7 +54,7 @@ class StepRecord:
 
 
 def read_step_record(path: Path) -> StepRecord | None:
-    """The record in the file ``path``; ``None`` where there is none that can be read."""
+    """Read the record in the file ``path``; ``None`` without a readable one."""
     try:
         return read_json(path, StepRecord)
     except InputError:
@@ -64,7 +64,7 @@ def read_step_record(path: Path) -> StepRecord | None:
 class ProgressFile(Observer):
     """Keeps ``progress.json`` up to date.
 
-    It is written at most once in ``WRITTEN_EVERY_S``, and at the end of a round and of the run.
+    The file is written at most once in ``WRITTEN_EVERY_S``, and at the end of a round and of the run.
 
     Args:
         path: the file.
@@ -81,13 +81,7 @@ class ProgressFile(Observer):
         self._write()
 
     def step(
-        self,
-        round: int,
-        rounds: int,
-        step: int,
-        steps: int,
-        losses: Mapping[str, float],
-        states: Mapping[str, str],
+        self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]
     ) -> None:
         now, last = self._clock(), self._record
         first = (last.first_step, last.first_time) if last.first_step else (step, now)
@@ -115,5 +109,5 @@ class ProgressFile(Observer):
 
     def _write(self) -> None:
         self._written = self._clock()
-        # Training need not wait until it is safe on the disk: nothing is resumed from it.
+        # Not durable: training need not wait for the disk, since no run resumes from this file.
         write_text_atomically(self._path, json.dumps(finite(asdict(self._record))) + "\n", durable=False)

@@ -30,19 +30,19 @@ BEGINNINGS = frozenset({"training", "resumed"})
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How far a run is.
+    """State and progress of a run.
 
     Attributes:
         name: its name.
         path: its directory.
-        state: ``running``: a driver is at it; ``complete``: all rounds are done; ``stopped`` on request, ``failed``
-            with an error, ``interrupted`` without a word (killed, or the machine went down): these can be resumed.
-        policy: the name of its policy, or ``None`` where the configuration cannot be read.
-        round, rounds: done, and asked for; ``rounds`` is ``None`` where the configuration cannot be read.
+        state: ``running``: it has a driver; ``complete``: all rounds are done; ``stopped`` on request, ``failed``
+            with an error, ``interrupted`` without a message (killed, or the machine went down): these can be resumed.
+        policy: the name of its policy, or ``None`` if the configuration cannot be read.
+        round, rounds: rounds done, and rounds requested; ``rounds`` is ``None`` if the configuration cannot be read.
         val_ppl: validation perplexity after the last round done, or ``None`` before any.
-        clients: that took part in it.
-        changed: when something last happened, or ``None``.
-        reason: why it failed; empty otherwise.
+        clients: number of clients that took part in that round.
+        changed: time of the last event, or ``None``.
+        reason: cause of a failure; empty otherwise.
     """
 
     name: str
@@ -57,13 +57,13 @@ class RunSummary:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """For ``hsplit runs --json``."""
+        """Return the fields for ``hsplit runs --json``."""
         changed = None if self.changed is None else self.changed.isoformat()
         return {**vars(self), "path": str(self.path), "changed": changed}
 
 
 def list_runs(runs_dir: str | Path) -> list[RunSummary]:
-    """The runs kept in ``runs_dir``, the last changed at the end; none where there is no such directory."""
+    """Return the runs in ``runs_dir``, the last changed at the end; none if there is no such directory."""
     folder = Path(runs_dir)
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [run_state(RunDirectory(path)) for path in paths if os.path.isfile(path / "config.yaml")]
@@ -71,7 +71,7 @@ def list_runs(runs_dir: str | Path) -> list[RunSummary]:
 
 
 def run_state(directory: RunDirectory) -> RunSummary:
-    """How far the run in ``directory`` is."""
+    """Return state and progress of the run in ``directory``."""
     try:
         config = RunConfig.load(RunDirectory.open(directory.path).config)
     except HsplitError as error:
@@ -83,8 +83,7 @@ def run_state(directory: RunDirectory) -> RunSummary:
     try:
         rows = read_rows(directory.metrics, MetricsRow)
     except HsplitError:
-        # None yet.
-        rows = []
+        rows = []  # none yet
     last = rows[-1] if rows else None
     return RunSummary(
         name=directory.name,
@@ -101,7 +100,7 @@ def run_state(directory: RunDirectory) -> RunSummary:
 
 
 def last_state(events: Iterable[Mapping[str, Any]]) -> tuple[State, str]:
-    """The state that ``events`` leave a run in that no driver is at, and the reason where it is ``failed``."""
+    """Return the state of a run without a driver by its ``events``, and the reason if it is ``failed``."""
     state: State = "interrupted"
     reason = ""
     for event in events:
@@ -113,18 +112,18 @@ def last_state(events: Iterable[Mapping[str, Any]]) -> tuple[State, str]:
 
 
 def results_lines(directory: RunDirectory) -> list[str]:
-    """Where the results of a complete run are, and what they lack, if the residual's cap has cut."""
+    """Return lines with the paths of a complete run's results, and with the loss if the residual's cap has cut."""
     exported = directory.model if directory.model.is_dir() else directory.adapter
     cut = cut_text(residual_cuts(read_events(directory.events)), None)
     return [f"{exported.name:<8} {exported}", f"report   {directory.report}", *([f"cut      {cut}"] if cut else [])]
 
 
 def way_on(directory: RunDirectory, address: str | None = None) -> str:
-    """How to go on with a run that is not complete.
+    """Return the advice on continuing a run that is not complete.
 
     Args:
-        directory: the run's.
-        address: of the Ray cluster that it is on; ``None``: a local one.
+        directory: of the run.
+        address: of its Ray cluster; ``None`` for a local one.
     """
     command = directory.resume_command(address)
     if directory.has_checkpoints:
@@ -133,9 +132,9 @@ def way_on(directory: RunDirectory, address: str | None = None) -> str:
 
 
 def runs_table(runs: Sequence[RunSummary], now: datetime | None = None) -> Table:
-    """``runs`` for the terminal; ``now`` is what their age is counted to."""
+    """Return ``runs`` as a table for the terminal, with their age at ``now``."""
     now = now or datetime.now(UTC)
-    # A name made of the time and all the rest fit into 80 columns.
+    # A default name and the other columns fit into 80 characters.
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("run", "policy", "state", "rounds", "ppl", "clients", "changed"):
         figures = heading in ("rounds", "ppl", "clients")

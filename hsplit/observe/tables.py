@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 FIELD = "residual_cut"
 """Name of the cut in the event that closes a round; events of older versions lack it."""
-# Factors are kept in fp32, whose own rounding errors come near this: what is smaller is none of the cap's loss.
+# Rounding errors of the fp32 factors come near this; a smaller loss is not due to the cap.
 _ROUNDING = 1e-6
 
 
 def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None) -> dict[int, float]:
-    """Largest part of a weight's residual that was cut, by round; a round that was repeated counts as it ended.
+    """Return the largest part of a weight's residual that was cut, by round; the last result counts.
 
     Args:
         events: of a run, oldest first.
         rounds: the last round that counts; by default all.
 
     Returns:
-        Frobenius norms relative to the residual, 0.0 for a round in which nothing was cut; rounds of older versions,
-        whose events do not tell, and the state before training are absent.
+        Frobenius norms relative to the residual, 0.0 for a round without a cut; rounds of older versions, whose events
+        lack the field, and the state before training are absent.
     """
     closed = {event.get("round"): event.get(FIELD) for event in events if event["event"] == "round"}
     return {
@@ -46,12 +46,14 @@ def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None
 
 
 def cut_text(cuts: Mapping[int, float], aggregation: object) -> str:
-    """One sentence on what was cut, or on that nothing was; empty where the events do not tell.
+    """Return one sentence on the cuts, or on their absence; empty if the events lack the field.
+
+    A cut no larger than the rounding of fp32 counts as none.
 
     Args:
         cuts: as :func:`residual_cuts` returns them.
-        aggregation: the policy's. Only of ``concat`` it says that nothing was cut: the others may lose something that
-            is no cut of the residual. A cut no larger than the rounding of fp32 counts as none.
+        aggregation: the policy's. The absence of cuts is reported for ``concat`` only: others may lose more than the
+            residual's cuts.
     """
     cutting = [cut for cut in cuts.values() if cut > _ROUNDING]
     if cutting:
@@ -65,11 +67,11 @@ def cut_text(cuts: Mapping[int, float], aggregation: object) -> str:
 
 
 def share_cut(cuts: Mapping[int, float]) -> str:
-    """The largest of ``cuts`` in percent, such as ``27 %``."""
+    """Format the largest of ``cuts`` in percent, such as ``27 %``."""
     return f"{100 * max(cuts.values()):.2g} %"
 
 
-# What pandas has a type for.
+# The largest integer of pandas.
 _LARGEST = 2**63 - 1
 
 
@@ -85,11 +87,11 @@ class MetricsRow:
         train_loss: mean over the round's supervised tokens; None in round 0.
         val_loss, val_ppl: mean over the held-out supervised tokens, and its exponential.
         tokens: supervised tokens trained on.
-        wall_time_s: time that the run took, pauses between kill and resume left out.
-        virtual_time_s: time that it would have taken at the declared budgets (METHOD 8).
+        wall_time_s: wall time of the run, without pauses between a kill and a resume.
+        virtual_time_s: time that the run would have taken at the declared budgets (METHOD 8).
         bytes_up, bytes_down: sent and received by the clients in this round, validation included.
-        captured_importance: of the plan that the round ran with (METHOD 5).
-        available_clients: how many clients that plan gives a part.
+        captured_importance: of the round's plan (METHOD 5).
+        available_clients: number of clients with a part in that plan.
     """
 
     round: Whole
@@ -134,7 +136,7 @@ class PlanRow:
 
 
 PHASES = ("data", "unpack", "forward", "tail", "backward", "optimizer", "pack", "paced", "waiting")
-"""Phases of a holder's time, in the order of a step; ``TimingRow`` says what each is."""
+"""Phases of a holder's time, in the order of a step; ``TimingRow`` describes each."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class TimingRow:
         name: a client's name, or ``server``.
         phase: one of ``PHASES``: ``data`` (drawing and collating batches), ``unpack`` (from the wire's bytes),
             ``forward``, ``tail`` (norm, head, loss and its gradient), ``backward``, ``optimizer``, ``pack`` (to the
-            wire's dtype and bytes), ``paced`` (slept so that the wall follows the declared speed) and ``waiting``
+            wire's dtype and bytes), ``paced`` (slept so that wall time follows the declared speed) and ``waiting``
             (the rest: for others, for messages, for a core).
         seconds: wall seconds, summed over the round's local steps.
 
@@ -172,7 +174,7 @@ def plan_rows(
     measured_bytes: Mapping[str, int] | None = None,
     measured_time_s: Mapping[str, float] | None = None,
 ) -> list[PlanRow]:
-    """The rows of ``plan`` in ``round``, the servers first; what was measured is given by holder name."""
+    """Return the rows of ``plan`` in ``round``, the servers first; measurements are by holder name."""
     sizes, times = measured_bytes or {}, measured_time_s or {}
 
     def row(holder: HolderPlan) -> PlanRow:
@@ -195,10 +197,10 @@ def plan_rows(
 
 
 def timing_rows(round: int, spent: Mapping[str, Mapping[str, float]], steps_s: float) -> list[TimingRow]:
-    """The rows of a round.
+    """Return the rows of a round.
 
     Args:
-        round: which.
+        round: number of the round.
         spent: wall seconds by holder and phase, without ``waiting``, summed over the round's local steps.
         steps_s: wall seconds of those steps.
     """
@@ -213,10 +215,10 @@ Row = TypeVar("Row", bound=MetricsRow | PlanRow | TimingRow)
 
 
 class MetricsTable(Generic[Row]):
-    """A CSV file that is its rows in memory, rewritten whole at each change.
+    """A CSV file with its rows in memory, rewritten completely at each change.
 
-    Tables are short (a row a round, or some a round and holder), so rewriting is cheap, and a kill at any
-    moment leaves the last complete file. A run that is resumed cuts it to the rounds that its checkpoint has.
+    Tables are short (a row a round, or a few for each round and holder), so rewriting is cheap, and a kill at any
+    moment leaves the last complete file. A resumed run cuts it to the rounds of its checkpoint.
 
     Args:
         path: the file; written at the first change.
@@ -237,16 +239,16 @@ class MetricsTable(Generic[Row]):
         """Add ``rows`` and write the file once.
 
         Raises:
-            OSError: it cannot be written; the file and the rows are as they were.
+            OSError: the file cannot be written; file and rows stay as they were.
         """
         self._write((*self._rows, *rows))
 
     def cut(self, last: int) -> None:
-        """Keep the rows up to round ``last``: those in memory, or at the first call those in the file, if there is one.
+        """Keep the rows up to round ``last``: those in memory or, at the first call, those in the file.
 
         Raises:
-            InputError: the file is not as it was written.
-            OSError: it cannot be written; the file and the rows are as they were.
+            InputError: the file is not a table of these rows.
+            OSError: the file cannot be written; file and rows stay as they were.
         """
         rows = self._rows if self._rows or not self.path.exists() else tuple(self._read())
         self._write(tuple(row for row in rows if row.round <= last))
@@ -255,7 +257,7 @@ class MetricsTable(Generic[Row]):
         """Remove every row.
 
         Raises:
-            OSError: the file cannot be written; the file and the rows are as they were.
+            OSError: the file cannot be written; file and rows stay as they were.
         """
         self._write(())
 
@@ -271,10 +273,10 @@ class MetricsTable(Generic[Row]):
 
 
 def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
-    """The rows in ``path``, equal to those that were written, every float to its last digit.
+    """Read the rows in ``path``, equal to the written ones, every float to its last digit.
 
     Raises:
-        InputError: there is no such file, or it is not such a table; the text names the line.
+        InputError: there is no such file, or it is not such a table; the message names the line.
     """
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
@@ -298,7 +300,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
-    """``metrics.csv`` as a frame with the columns of ``MetricsRow``; round 0's train_loss is NaN.
+    """Read ``metrics.csv`` as a frame with the columns of ``MetricsRow``; round 0's train_loss is NaN.
 
     Raises:
         InputError: there is no such file, or it is not such a table.
@@ -307,7 +309,7 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
 
 
 def read_plan(path: str | Path) -> pd.DataFrame:
-    """``plan.csv`` as a frame with the columns of ``PlanRow``; what is empty is missing (``NA``).
+    """Read ``plan.csv`` as a frame with the columns of ``PlanRow``; empty cells are missing (``NA``).
 
     Raises:
         InputError: there is no such file, or it is not such a table.
@@ -337,7 +339,7 @@ def _csv(rows: Sequence[Row], row_type: type[Row]) -> str:
 def _cell(value: Any, type_: Any) -> str:
     if value is None:
         return ""
-    # repr of Python's own float has the digits to be read back equal; numpy's and torch's have not
+    # only the repr of Python's own float, not of numpy's or torch's, reads back equal
     return repr(float(value)) if type_ in (float, float | None) else str(value)
 
 
@@ -349,10 +351,6 @@ def _value(cell: str, type_: Any) -> Any:
             raise ValueError(f"{cell!r} is neither True nor False")
         return cell == "True"
     value = type_(cell)
-    _check_size(value)
-    return value
-
-
-def _check_size(value: Any) -> None:
     if isinstance(value, int) and abs(value) > _LARGEST:
         raise ValueError("a number is too large")
+    return value

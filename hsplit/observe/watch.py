@@ -1,4 +1,4 @@
-"""``hsplit watch``: follows a run from its directory alone, wherever that can be read."""
+"""``hsplit watch``: follows a run from its directory alone, on any machine that can read it."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory, read_driver
 from hsplit.streams import outputs
 
-LOOKED_EVERY_S = 0.5
+POLL_INTERVAL_S = 0.5
 _RESOLUTION_S = 0.001
-"""Of the times in a log."""
-_NO_NOTES = ROUTINE_EVENTS | {"data", "training", "cohort", "budget", "failed"}
-"""Kinds of events that ``hsplit launch`` does not print either, or, as a failure, at the end."""
+"""Resolution of the times in a log."""
+_SILENT_EVENTS = ROUTINE_EVENTS | {"data", "training", "cohort", "budget", "failed"}
+"""Kinds of events without a note: ``hsplit launch`` prints none either, or, for a failure, prints it at the end."""
 
 
 def watch(path: str | Path, *, display: Observer | None = None) -> RunSummary:
-    """Follow a run until it ends, as ``launch`` shows it; of one that has ended, show what it came to.
+    """Follow a run until it ends, as ``launch`` shows it; for a run that has ended, show the outcome.
 
-    Nothing but the run's directory is looked at, so a machine that shares it can watch too.
+    Only the run's directory is read, so a machine that shares it can watch too.
 
     Args:
         path: the run's directory.
-        display: what to show it on; the terminal by default.
+        display: display for the run; the terminal by default.
 
     Returns:
-        What the run came to: ``complete``, ``stopped``, ``failed`` or ``interrupted``; its state by then if nobody
-        reads the command line's output any more.
+        The run's final state (``complete``, ``stopped``, ``failed`` or ``interrupted``), or its current one if the
+        command line's output is no longer read.
 
     Raises:
         InputError: there is no such run, or no longer, or its configuration cannot be read.
@@ -53,25 +53,25 @@ def watch(path: str | Path, *, display: Observer | None = None) -> RunSummary:
         raise InputError(state.reason)
     with _Follower(directory, display) as follower:
         while True:
-            # First of all: whatever a driver writes before it is gone is read after this.
+            # First, so that everything that a driver writes before it ends is read afterwards.
             driven = RunDirectory.open(path).is_driven
             follower.update(driven)
             if follower.complete or not driven:
                 return follower.end()
             if outputs.reader_is_gone:
                 return run_state(directory)
-            time.sleep(LOOKED_EVERY_S)
+            time.sleep(POLL_INTERVAL_S)
 
 
 class _Follower:
-    """Tells a display of what is new in a run's directory.
+    """Shows the news of a run's directory on a display.
 
     Args:
-        directory: the run's.
-        display: whom to tell; the terminal by default.
+        directory: of the run.
+        display: display for the run; the terminal by default.
 
     Attributes:
-        complete: the run has said that it is.
+        complete: the log has the run's completion.
     """
 
     def __init__(self, directory: RunDirectory, display: Observer | None) -> None:
@@ -80,11 +80,11 @@ class _Follower:
         self._pace = Pace(self._clock)
         self._display = display or display_for(sys.stdout, self._pace)
         self._events = EventReader(directory.events)
-        self._shown: StepRecord | None = None
+        self._last_record: StepRecord | None = None
         self._started = False
         self._plan: Plan | None = None
         self._left_out: set[str] = set()
-        # Rows by table and round, as read since the last look.
+        # Rows by table and round, as read since the last update.
         self._tables: dict[Path, dict[int, list[Any]]] = {}
         self.complete = False
 
@@ -98,32 +98,31 @@ class _Follower:
         self._display.__exit__(kind, error, trace)
 
     def update(self, driven: bool) -> None:
-        """Tell of all that has come since the last call; ``driven``: a driver is at the run."""
+        """Show all events since the last call; ``driven``: the run has a driver."""
         record, events = read_step_record(self._directory.progress), self._events.new()
         self._tables.clear()
         if driven and record is not None and read_driver(self._directory.driver) not in (None, record.driver):
-            # Left by a driver before the one that is there.
-            record = None
-        if record is not None and (self._shown is None or record.begun != self._shown.begun):
+            record = None  # of an earlier driver
+        if record is not None and (self._last_record is None or record.begun != self._last_record.begun):
             self._start(record.lines)
             with self._clock.set_to(record.begun):
                 self._pace.begin()
-            self._shown = replace(record, step=0, time=record.begun)
+            self._last_record = replace(record, step=0, time=record.begun)
         elif not self._started and (events or not driven):
             self._start([f"run      {self._directory.path}"])
         for event in events:
             if record is not None and record.time < _seconds(event) + _RESOLUTION_S:
-                self._tell_step(record)
-            self._tell(event)
+                self._show_step(record)
+            self._show_event(event)
         if record is not None:
-            self._tell_step(record)
+            self._show_step(record)
 
     def end(self) -> RunSummary:
-        """Tell where the results are, or how to go on."""
+        """Show the paths of the results, or how to continue."""
         state = run_state(self._directory)
         changed = 0.0 if state.changed is None else state.changed.timestamp()
         lines = results_lines(self._directory) if state.state == "complete" else _way_on_lines(self._directory, state)
-        with self._clock.set_to(max(changed, 0.0 if self._shown is None else self._shown.time)):
+        with self._clock.set_to(max(changed, 0.0 if self._last_record is None else self._last_record.time)):
             self._display.finished(lines)
         return state
 
@@ -131,43 +130,43 @@ class _Follower:
         self._display.started(self._directory.name, lines)
         self._started = True
 
-    def _tell_step(self, record: StepRecord) -> None:
-        assert self._shown is not None
-        if record.step == 0 or record.time == self._shown.time:
+    def _show_step(self, record: StepRecord) -> None:
+        assert self._last_record is not None
+        if record.step == 0 or record.time == self._last_record.time:
             return
-        if self._shown.step == 0:
-            # So that the time left is known at once.
+        if self._last_record.step == 0:
+            # Makes the time left known at once.
             with self._clock.set_to(record.first_time):
                 self._pace.step(record.first_step, record.steps)
         with self._clock.set_to(record.time):
             self._display.step(record.round, record.rounds, record.step, record.steps, record.losses, record.states)
-        self._shown = record
+        self._last_record = record
 
-    def _tell(self, event: Mapping[str, Any]) -> None:
+    def _show_event(self, event: Mapping[str, Any]) -> None:
         kind, text = event["event"], str(event["text"])
         fields = {name: value for name, value in event.items() if name not in RESERVED}
         if kind == "planned":
             plan = plan_of(event)
             if plan is not None and plan != self._plan:
-                # A repeated or resumed round has the plan that was there before.
+                # A repeated or resumed round repeats its plan.
                 self._plan = plan
                 self._display.plan(plan)
         elif kind == "round":
             self._left_out.clear()
-            self._tell_round(fields)
+            self._show_round(fields)
         elif kind == "left_out":
-            # The log has it for each step.
+            # The log has this event for each step.
             client = str(fields.get("client"))
             if client not in self._left_out:
                 self._left_out.add(client)
                 self._display.note(text, kind, **fields)
-        elif kind not in _NO_NOTES:
+        elif kind not in _SILENT_EVENTS:
             self._display.note(text, kind, **fields)
         self.complete = kind == "finished" or (self.complete and kind not in BEGINNINGS)
 
-    def _tell_round(self, fields: Mapping[str, Any]) -> None:
+    def _show_round(self, fields: Mapping[str, Any]) -> None:
         try:
-            # The event says more than the row.
+            # The event has more fields than the row.
             columns = [field.name for field in dataclasses.fields(MetricsRow) if field.name in fields]
             row = MetricsRow(**{name: _figure(fields[name], name) for name in columns})
         except (TypeError, ValueError):
@@ -176,7 +175,7 @@ class _Follower:
         self._display.round_done(row, holders, self._rows(self._directory.timing, TimingRow, row.round))
 
     def _rows(self, table: Path, row_type: type[Row], round: int) -> list[Row]:
-        """A round's rows of a table; none where it cannot be read."""
+        """Return a round's rows of a table; none if it cannot be read."""
         if table not in self._tables:
             by_round = self._tables[table] = {}
             with suppress(InputError):
@@ -194,7 +193,7 @@ def _way_on_lines(directory: RunDirectory, state: RunSummary) -> list[str]:
 
 
 def _seconds(event: Mapping[str, Any]) -> float:
-    """When ``event`` happened, in seconds since 1970."""
+    """Return the time of ``event``, in seconds since 1970."""
     try:
         return datetime.fromisoformat(event["time"]).timestamp()
     except (TypeError, ValueError):
@@ -202,13 +201,13 @@ def _seconds(event: Mapping[str, Any]) -> float:
 
 
 def _figure(value: Any, column: str) -> Any:
-    """A value of a row of ``metrics.csv``, from the log, where what is not finite stands as text."""
+    """Return a value of ``metrics.csv`` from the log, which has non-finite numbers as text."""
     known = isinstance(value, int | float) or (value is None and column == "train_loss")
     return value if known else float(value)
 
 
 class _RecordedClock:
-    """The time of what is being shown: a recorded one, or now.
+    """Clock of the events being shown: a recorded time, or now.
 
     Attributes:
         at: the recorded time, ``None`` for now, both in seconds since 1970.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_HOLDERS = 40
-"""Holders in one figure; more would not be legible."""
+"""Most holders in one figure; more would not be legible."""
 COLOURS = ("#3b82c4", "#d9772b", "#2f9e6e", "#c94f7c", "#8b6cc4", "#a0803c", "#4aa3b5", "#7d8590")
 """Colours of the runs in order, legible on a light and on a dark page."""
 INK = "#010203"
@@ -35,8 +35,8 @@ GRID = "#040506"
 WARNING = "▲"
 """Marks memory above its limit."""
 
-_WIDE_IN, _NARROW_IN = 9.5, 5.6
-# Layers that a screen of a phone has room for.
+_WIDE_IN, _NARROW_IN = 9.5, 4.9
+# Most layers that fit the screen of a phone.
 _FEW_LAYERS = 12
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", ":", "-.")
@@ -44,7 +44,7 @@ _MAX_ANNOTATED_LAYERS = 48
 # Shade, from 0 to 1, of a layer that is held at a rank not known.
 _HELD = 0.5
 _MEMORY_SERIES = (("declared", COLOURS[7]), ("predicted", COLOURS[0]), ("measured", COLOURS[1]))
-# Okabe and Ito's palette, which colour-blind readers can tell apart; what is no work is grey, or hatched.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; idle phases are grey, or hatched.
 _PHASE_COLOURS = {
     "data": "#cc79a7",
     "unpack": "#e69f00",
@@ -75,8 +75,8 @@ class Curve:
     y: str
 
     def points(self, rows: Iterable[MetricsRow]) -> list[tuple[float, float]]:
-        """The known points; NaN where a figure is not finite."""
-        # a validation loss of exactly 0 is one over no token
+        """Return the known points; NaN for figures that are not finite."""
+        # a validation loss of exactly 0 is one over no tokens
         known = [row for row in rows if (row.val_loss if self.y == "val_ppl" else row.train_loss is not None)]
         pairs = [(getattr(row, self.x), getattr(row, self.y)) for row in known]
         return [(x, y if math.isfinite(y) else math.nan) for x, y in pairs]
@@ -98,7 +98,7 @@ CURVES = tuple(
 
 
 def curve_svg(curve: Curve, runs: Sequence[RunRecord], large: bool = False) -> str:
-    """``curve`` of every run, overlaid, with a legend for several; a large one of one run names its ends' values."""
+    """Draw ``curve`` of every run, with a legend for several; a large one of one run shows the values at its ends."""
     from matplotlib.figure import Figure
 
     drawn = False
@@ -132,7 +132,7 @@ def curve_svg(curve: Curve, runs: Sequence[RunRecord], large: bool = False) -> s
 
 
 def _name_ends(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Write the first and the last value beside their points, where the curve does not go."""
+    """Write the first and the last value beside their points, off the curve."""
     first, last = points[0], points[-1]
     places = ((first, (0, 7 if first[1] > last[1] else -7), "center"), (last, (8, 0), "left"))
     axes.margins(x=0.14, y=0.12)
@@ -144,7 +144,7 @@ def _name_ends(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
 
 
 def traffic_svg(rows: Sequence[MetricsRow], key: str) -> str:
-    """Bytes that the clients sent and received, by round."""
+    """Draw the bytes sent and received by the clients, by round."""
     with drawing_style():
         figure, axes = _bars(2.6)
         rounds = [row.round for row in rows]
@@ -163,7 +163,7 @@ def traffic_svg(rows: Sequence[MetricsRow], key: str) -> str:
 
 
 def holdings_svg(holdings: Sequence[Holding], key: str) -> str:
-    """A heat map of total rank, a row a holder and a column a layer; layers not held are left blank."""
+    """Draw a heat map of total rank, a row a holder and a column a layer; layers not held stay blank."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -186,7 +186,7 @@ def holdings_svg(holdings: Sequence[Holding], key: str) -> str:
 
 
 def shallow(holdings: Sequence[Holding]) -> bool:
-    """True if the figure of ``holdings`` may shrink to a small screen, False if it is to be scrolled there."""
+    """True if the figure of ``holdings`` may shrink on a small screen, False if it should be scrolled."""
     return _layers(holdings) <= _FEW_LAYERS
 
 
@@ -195,7 +195,7 @@ def _layers(holdings: Sequence[Holding]) -> int:
 
 
 def memory_svg(record: Sequence[HolderMemory], key: str) -> str:
-    """Bars of every holder's worst and last round; the server, often far larger, has a scale of its own."""
+    """Draw bars of every holder's worst and last round; the server, often far larger, has a scale of its own."""
     from matplotlib.figure import Figure
 
     clients = capped([holder for holder in record if holder.last.kind == "client"])
@@ -236,7 +236,7 @@ def _memory_bars(axes: Axes, rows: Sequence[PlanRow]) -> None:
 
 
 def memory_sizes(row: PlanRow) -> tuple[int | None, ...]:
-    """Declared, predicted and measured bytes; None where there are none."""
+    """Return declared, predicted and measured bytes; None for missing ones."""
     return row.declared_bytes, row.predicted_bytes if row.available else None, row.measured_bytes
 
 
@@ -248,7 +248,7 @@ def _exceeded(row: PlanRow) -> str:
 
 
 def timing_svg(holders: Sequence[HolderSteps], key: str) -> str:
-    """A bar a holder, stacked by phase in the order of ``PHASES``; phases without any time are left out."""
+    """Draw a bar a holder, stacked by phase in the order of ``PHASES``; phases without any time are left out."""
     shown = capped(holders)
     with drawing_style():
         figure, axes = _bars(1.3 + 0.3 * len(shown), [holder.name for holder in shown])
@@ -286,10 +286,9 @@ class Piece:
 
 
 def split_pieces(history: PlanHistory, client: str, rounds: int) -> list[Piece]:
-    """The split points of ``client`` in rounds 1 to ``rounds``, neighbours that are equal made one.
+    """Return the split points of ``client`` in rounds 1 to ``rounds``, with equal neighbours merged.
 
-    A plan put in force when ``r`` rounds were done holds from round ``r + 1`` on. Rounds before the first known plan
-    are left out.
+    A plan made after ``r`` rounds holds from round ``r + 1`` on. Rounds before the first known plan are left out.
     """
     plans = [(done + 1, plan) for done in range(rounds) if (plan := history.plan_after(done)) is not None]
     splits = [(round, {holder.name: holder.split for holder in plan.available}.get(client)) for round, plan in plans]
@@ -298,7 +297,7 @@ def split_pieces(history: PlanHistory, client: str, rounds: int) -> list[Piece]:
 
 
 def splits_svg(history: PlanHistory, clients: Sequence[str], rounds: int, key: str) -> str:
-    """A bar for each of ``clients`` over rounds 1 to ``rounds``, with the split points written into it."""
+    """Draw a bar for each of ``clients`` over rounds 1 to ``rounds``, with the split points written into it."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -330,8 +329,8 @@ _REFERENCE = re.compile(r"url\(#")
 _FINE_DIGITS = re.compile(r"(\.\d\d)\d+")
 
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: to be selected, searched and read aloud
-    "font.family": "DejaVu Sans",  # measured with what matplotlib brings, shown in the page's own font
+    "svg.fonttype": "none",  # text can be selected, searched and read aloud
+    "font.family": "DejaVu Sans",  # measured with matplotlib's font, shown in the page's own
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": GRID,
@@ -355,7 +354,7 @@ _STYLE = {
 
 @contextmanager
 def drawing_style() -> Iterator[None]:
-    """Context in which matplotlib draws in the report's style; its own settings are restored afterwards."""
+    """Draw in the report's style within the block; matplotlib's settings are restored afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # wants its own literals of the keys
@@ -363,7 +362,7 @@ def drawing_style() -> Iterator[None]:
 
 
 def inline_svg(figure: Figure, key: str, label: str) -> str:
-    """``figure`` as an ``<svg>`` element that scales with the page and refers to nothing outside it.
+    """Return ``figure`` as an ``<svg>`` element that scales with the page and refers to nothing outside it.
 
     Args:
         figure: drawn in ``drawing_style``, with ``INK`` and ``GRID`` for the page's colours.
@@ -379,7 +378,7 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     for parent in root.iter():
-        # a style sheet inside would hold for the whole page
+        # a style sheet inside would apply to the whole page
         for style in parent.findall(f"{{{_SVG}}}style"):
             parent.remove(style)
     for element in root.iter():
@@ -394,14 +393,14 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
 
 
 def _adapt(element: ElementTree.Element, key: str) -> None:
-    """Give the element ids of its own, the page's colours, and no digits finer than can be seen."""
+    """Give the element unique ids, the page's colours, and only visible digits."""
     for name, value in element.attrib.items():
         if name == "id":
             value = f"{key}-{value}"
         elif name == _XLINK:
             value = value.replace("#", f"#{key}-", 1)
         elif name == "d":
-            # most of a heat map's bytes would be digits finer than a hundredth of a point
+            # most of a heat map's bytes would be digits below a hundredth of a point
             value = _FINE_DIGITS.sub(r"\1", value)
         else:
             value = _REFERENCE.sub(f"url(#{key}-", value)
@@ -412,17 +411,17 @@ def _adapt(element: ElementTree.Element, key: str) -> None:
 
 
 def literal(name: str) -> str:
-    """``name`` without what matplotlib takes for mathematics, or for a label to leave out of a legend."""
+    """Escape ``name``, which matplotlib would take for mathematics, or leave out of a legend."""
     return f"\u200b{name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
 
 
 def capped(holders: Sequence[T]) -> list[T]:
-    """At most ``MAX_HOLDERS``, of which the last, the server where there is one, stays."""
+    """Return at most ``MAX_HOLDERS`` holders, always with the last, which may be the server."""
     return list(holders) if len(holders) <= MAX_HOLDERS else [*holders[: MAX_HOLDERS - 1], holders[-1]]
 
 
 def _bars(height_in: float, names: Sequence[str] = (), width_in: float = _WIDE_IN) -> tuple[Figure, Any]:
-    """A figure without grid lines, with a named row for each of ``names``."""
+    """Return a figure without grid lines, with a named row for each of ``names``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
@@ -445,6 +444,6 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def _centred(axes: Axes, x: float, y: float, text: str, dark: bool | None) -> None:
-    """``text`` on a dark or a light cell, or (``None``) on the page itself."""
+    """Write ``text`` on a dark or a light cell, or (``None``) on the page itself."""
     colour = INK if dark is None else "#ffffff" if dark else "#102030"
     axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)

@@ -1,4 +1,4 @@
-"""HTML pages by jinja2: everything is escaped, and a page needs no file but itself."""
+"""HTML pages by jinja2: all text is escaped, and a page is a single file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure; ``svg`` is an element as :func:`~hsplit.report.figures.inline_svg` makes it, the one thing not escaped.
+    """A figure; ``svg`` is an element of :func:`~hsplit.report.figures.inline_svg`, the only part that is not escaped.
 
     Attributes:
-        wide: it is scrolled on a narrow screen, instead of made too small to read.
+        wide: scrolled on a narrow screen instead of shrunk.
     """
 
     svg: str
@@ -36,15 +36,15 @@ class PageSection:
 
 
 def page(title: str, subtitle: str, sections: Sequence[PageSection]) -> str:
-    """A document of ``sections`` below one another."""
+    """Return a document of ``sections`` below one another."""
     return render("page.html.j2", {"title": title, "subtitle": subtitle, "sections": sections})
 
 
 def render(template: str, context: Mapping[str, Any], **filters: Callable[..., Any]) -> str:
-    """The document that ``template``, a file of this folder, makes of ``context`` with ``filters`` of its own.
+    """Render ``template``, a file of this folder, with ``context`` and further ``filters``.
 
     Raises:
-        jinja2.TemplateError: a name that the template uses is missing.
+        jinja2.TemplateError: a name used by the template is missing.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -56,5 +56,5 @@ def render(template: str, context: Mapping[str, Any], **filters: Callable[..., A
     )
     environment.filters |= filters
     html = environment.get_template(template).render(context)
-    # bytes of a path that are no UTF-8 arrive as lone surrogates
+    # bytes of a path that are not UTF-8 arrive as lone surrogates
     return html.encode("utf-8", "replace").decode("utf-8")

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_MAPS = 8
-"""Maps beside one another; more would not be legible."""
+"""Most maps beside one another; more would not be legible."""
 SHADES = 32
-"""Number of shades of a scale; finer ones would not be told apart."""
+"""Number of shades of a scale; finer ones could not be distinguished."""
 _NO_PROBE = "equal: no probe yet"
-# From the largest share down to this part of it, shares have different shades.
+# Shares have distinct shades from the largest down to this fraction of it.
 _SPAN = 100.0
 _LEAST_COLUMNS = 4
 _WIDTH_IN = 9.5
@@ -37,20 +37,20 @@ Cells = Mapping[tuple[int, int], float]
 
 @dataclass(frozen=True)
 class HolderGroup:
-    """Holders that share a heat map: the mean of the ranks of those that hold a weight is drawn."""
+    """Holders that share a heat map of the mean rank over those that hold a weight."""
 
     label: str
     names: frozenset[str]
 
     def of(self, plan: Plan) -> list[HolderPlan]:
-        """The group's holders that take part in ``plan``."""
+        """Return the group's holders that take part in ``plan``."""
         return [holder for holder in (plan.server, *plan.available) if holder.name in self.names]
 
 
 def rounds_shown(history: PlanHistory, limit: int = MAX_MAPS) -> tuple[int, ...]:
-    """The rounds of ``history.changed`` to draw: all, or at most ``limit``, the first, the last and others between.
+    """Return the rounds of ``history.changed`` to draw: at most ``limit``, with the first, the last and others between.
 
-    Those between are spread evenly; where one with a new plan is about as near as a mere probe, it is the one.
+    Those between are spread evenly; a new plan is preferred to a mere probe nearby.
     """
     changed = history.changed
     if len(changed) <= limit:
@@ -66,12 +66,12 @@ def rounds_shown(history: PlanHistory, limit: int = MAX_MAPS) -> tuple[int, ...]
 
 
 def after_text(done: int) -> str:
-    """When a plan came into force or a probe was made: ``at the start``, ``after round 3``."""
+    """Format the time of a plan or a probe: ``at the start``, ``after round 3``."""
     return f"after round {done}" if done else "at the start"
 
 
 def mean_ranks(holders: Iterable[HolderPlan]) -> dict[str, float]:
-    """By weight name, the mean rank over those of ``holders`` that train the weight, at least one."""
+    """Return the mean rank by weight name, over those of ``holders`` that train the weight."""
     held: dict[str, list[int]] = {}
     for holder in holders:
         for weight, rank in holder.ranks.items():
@@ -81,7 +81,7 @@ def mean_ranks(holders: Iterable[HolderPlan]) -> dict[str, float]:
 
 
 class RankMaps:
-    """The heat maps of a run; all on the same scales, so that they can be compared.
+    """The heat maps of a run, all on the same scales for comparison.
 
     Args:
         history: at least one plan in it.
@@ -106,7 +106,7 @@ class RankMaps:
         self._importance = _share_scale(min(shares), max(shares)) if shares else None
 
     def svg(self, groups: Sequence[HolderGroup], key: str, importance: bool = False) -> str:
-        """A strip of maps over the rounds for each of ``groups``, below the importance if it is asked for and known."""
+        """Draw a strip of maps over the rounds for each of ``groups``, below the importance if requested and known."""
         strips, named = [], []
         if importance and self._importance:
             shares = [(done, self._history.importance_after(done) or {}) for done in self.shown]
@@ -128,7 +128,7 @@ class RankMaps:
         return Strip(f"ranks, {group.label}", maps, self._ranks)
 
     def _since(self, done: int) -> str:
-        """The round since which the plan drawn at ``done`` has been in force; empty for the first one at the start."""
+        """Format the age of the plan drawn at ``done``; empty for the first one at the start."""
         made = max((other for other in self._history.plans if other <= done), default=None)
         if made is None or done == 0:
             return ""
@@ -141,7 +141,7 @@ class RankMaps:
 
 
 def _kinds(plans: Iterable[Plan], history: PlanHistory) -> list[str]:
-    """The weight kinds in the order in which a layer has them."""
+    """Return the weight kinds in their order within a layer."""
     held = [holder.ranks for plan in plans for holder in (plan.server, *plan.clients)]
     weights = chain.from_iterable((*history.importance.values(), *held))
     return list(dict.fromkeys(place[1] for place in map(weight_place, weights) if place))
@@ -170,7 +170,7 @@ class Scale:
 def _rank_scale(top: float) -> Scale:
     """Shades in proportion to ``g(r) = log2(1 + r)``, what a rank captures (METHOD 5)."""
     highest = max(math.ceil(top), 1)
-    # a power of two next to the highest rank would be written over it
+    # the label of a power of two next to the highest rank would overlap it
     powers = [2**n for n in range(highest.bit_length()) if 2**n * 1.3 < highest]
     ticks = [(float(rank), str(rank)) for rank in (*powers, highest)]
     span = math.log2(1 + highest) - 1 or 1.0  # rank 1, the lowest there is, has g = 1
@@ -198,7 +198,7 @@ def _share_scale(lowest: float, highest: float) -> Scale:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One map: the title above it, and its cells; ``note`` is written across a map without any."""
+    """One map with a title and cells; ``note`` is written across a map without any."""
 
     title: str
     cells: Cells
@@ -215,7 +215,7 @@ class Strip:
 
 
 def heat_maps_svg(strips: Sequence[Strip], rows: int, columns: Sequence[str], key: str, label: str) -> str:
-    """``strips`` below one another; a map has ``rows`` rows, the decoder layers from 0, and the named columns.
+    """Draw ``strips`` below one another; a map has ``rows`` rows, the decoder layers from 0, and the named columns.
 
     Args:
         strips: each with as many maps as the others.
@@ -226,7 +226,7 @@ def heat_maps_svg(strips: Sequence[Strip], rows: int, columns: Sequence[str], ke
     from matplotlib.figure import Figure
 
     used = len(strips[0].maps)
-    # a few maps are not drawn wider than more would be: what is left stays empty, right of the colour bar
+    # a few maps are not drawn wider than many would be: the space right of the colour bar stays empty
     widths = [*[1.0] * used, 0.12, *[1.0] * (_LEAST_COLUMNS - used)]
     height = min(max(_LAYER_IN * rows, _LEAST_IN), _MOST_IN)
     with drawing_style():
@@ -262,7 +262,7 @@ def _draw_map(axes: Axes, each: HeatMap, scale: Scale, rows: int, columns: Seque
 
 
 def _draw_bar(axes: Axes, scale: Scale) -> None:
-    """A colour bar: a column of ``SHADES`` cells, the highest on top."""
+    """Draw a colour bar: a column of ``SHADES`` cells, the highest on top."""
     _frame(axes)
     _fill(axes, {(row, 0): (row + 0.5) / SHADES for row in range(SHADES)}, scale)
     axes.set_xlim(-0.5, 0.5)
@@ -283,7 +283,7 @@ def _frame(axes: Axes) -> None:
 
 
 def _fill(axes: Axes, shades: Cells, scale: Scale) -> None:
-    """Fill the cells, with one path for all of a shade: a map of 80 layers would else weigh a megabyte."""
+    """Fill the cells with one path for each shade: a map of 80 layers would otherwise weigh a megabyte."""
     from matplotlib import colormaps
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -296,5 +296,5 @@ def _fill(axes: Axes, shades: Cells, scale: Scale) -> None:
         squares = [Path.unit_rectangle().transformed(Affine2D().translate(*corner)) for corner in corners]
         outline = Path.make_compound_path(*squares)
         colour = colours((step + 0.5) / SHADES)
-        # the thin edge covers the seam at which the page would else shine through between neighbours
+        # the thin edge covers the seam between neighbours, through which the page would show
         axes.add_patch(PathPatch(outline, facecolor=colour, edgecolor=colour, linewidth=0.3, clip_on=False))

@@ -1,6 +1,6 @@
 """``hsplit report``: one self-contained HTML page about one run, or several beside one another.
 
-``report.html.j2`` is the page; this module gives it the runs' records, their figures, and sentences about them.
+``report.html.j2`` is the page; this module provides the runs' records, their figures, and sentences about them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hsplit.report.run_record import RunRecord, load_runs
 from hsplit.report.usage import HolderMemory, StepShares, holder_steps, memory_record, step_shares
 
 MAX_KINDS = 12
-"""Kinds of clients with heat maps of their own; with more, only their clients' mean is drawn."""
+"""Largest number of client kinds with heat maps of their own; with more, only the mean of all clients is drawn."""
 _MAX_EVENTS = 200
 _MAX_PLANS = 40
-# Names in a sentence, and parts of a step that are not arithmetic.
+# Most names in a sentence, and most parts of a step named beside the arithmetic.
 _NAMED, _PARTS_NAMED = 6, 3
 _JOB = ("model", "base", "rounds", "local_steps", "batch_size", "max_length", "lr", "seed")
 _BUDGET = ("memory_gb", "tflops", "bandwidth_mbps", "latency_ms", "num_gpus")
@@ -41,11 +41,11 @@ _AGGREGATED = {
 
 
 def write_report(runs: Sequence[Path], to: Path) -> Path:
-    """Write the report on ``runs`` as one HTML file that loads nothing from anywhere.
+    """Write the report on ``runs`` as one HTML file that loads nothing.
 
     Args:
         runs: directories of runs; each needs its ``config.yaml``, any other file may be missing.
-        to: the file; its folder is made if it is missing.
+        to: the file; its folder is created if missing.
 
     Returns:
         ``to``.
@@ -63,7 +63,7 @@ def write_report(runs: Sequence[Path], to: Path) -> Path:
 
 
 def report_page(records: Sequence[RunRecord]) -> str:
-    """The HTML document about ``records``, at least one."""
+    """Return the HTML document about ``records``, at least one."""
     several = len(records) > 1
     opening = "perplexity" if any(record.validated for record in records) else "train loss"
     main = next(curve for curve in figures.CURVES if curve.title.endswith(f"{opening} against virtual time"))
@@ -92,17 +92,17 @@ def report_page(records: Sequence[RunRecord]) -> str:
         largest_cut=lambda cuts: share_cut(cuts) if cuts else NOTHING,
         sizes=figures.memory_sizes,
         of_budget=of_budget,
-        shown=_shown,
+        setting=_setting_text,
         few=_first,
-        capped=lambda shown, what: (
-            f" The first {MAX_HOLDERS - 1} and the last {what} are shown." if len(shown) > MAX_HOLDERS else ""
+        capped=lambda items, what: (
+            f" The first {MAX_HOLDERS - 1} and the last {what} are shown." if len(items) > MAX_HOLDERS else ""
         ),
         in_words=shares_text,
     )
 
 
 def _run(record: RunRecord, key: str) -> dict[str, Any]:
-    """All that the template says of one run; ``key`` is unique in the page and starts the ids of its figures."""
+    """Return the template's values for one run; ``key`` is unique in the page and starts the ids of its figures."""
     memory = memory_record(record.plan_rows)
     steps, shares = holder_steps(record.timing, record.metrics), step_shares(record.timing)
     holdings, history = record.holdings(), record.history
@@ -141,8 +141,8 @@ def _run(record: RunRecord, key: str) -> dict[str, Any]:
 
 
 def outcome_text(record: RunRecord) -> str:
-    """One sentence: perplexity before and after, rounds, times, clients, and how exactly it was aggregated."""
-    asked = record.setting("job", "rounds")
+    """Return one sentence: perplexity before and after, rounds, times, clients, and exactness of the aggregation."""
+    rounds = record.setting("job", "rounds")
     endings = {"complete": "", "running": "still running", "failed": f"failed: {record.reason.rstrip('.')}"}
     ending = endings.get(record.state, record.state)
     if not record.metrics:
@@ -155,7 +155,7 @@ def outcome_text(record: RunRecord) -> str:
         losses = [row.train_loss for row in record.metrics if row.train_loss is not None]
         change = "Nothing was held out to validate on; "
         change += _change("train loss", losses[0], losses[-1]) if losses else "nothing was trained"
-    of = "" if last.round == asked or not isinstance(asked, int) else f" of {asked}"
+    of = "" if last.round == rounds or not isinstance(rounds, int) else f" of {rounds}"
     parts = [
         f"{change} in {last.round}{of} round{'s' if of or last.round != 1 else ''}"
         + (f" ({ending})" if ending else ""),
@@ -169,7 +169,7 @@ def outcome_text(record: RunRecord) -> str:
     aggregation = record.setting("policy", "aggregation")
     cut = cut_text(record.cuts, aggregation)
     if aggregation and not (aggregation == "concat" and cut):
-        parts.append(_AGGREGATED.get(str(aggregation), f"adapters aggregated by {_shown(aggregation)}"))
+        parts.append(_AGGREGATED.get(str(aggregation), f"adapters aggregated by {_setting_text(aggregation)}"))
     return f"{', '.join(parts)}{'; ' * bool(cut)}{cut}."
 
 
@@ -181,7 +181,7 @@ def _change(what: str, before: float, after: float) -> str:
 
 
 def shares_text(shares: StepShares) -> str:
-    """``shares`` in words: the arithmetic, and the largest parts of the rest."""
+    """Describe ``shares``: the arithmetic, and the largest parts of the rest."""
     parts = {
         f"{phase} at {'the server' if server else 'the busiest client'}": share
         for (server, phase), share in shares.overhead.items()
@@ -198,7 +198,7 @@ def shares_text(shares: StepShares) -> str:
 
 
 def _memory_warnings(record: Sequence[HolderMemory]) -> list[str]:
-    """Sentences on the holders that took more than declared or predicted, those not drawn in the figure too."""
+    """Return sentences on all holders that took more memory than declared or predicted, drawn or not."""
     lines = []
     for limit in ("declared", "predicted"):
         over = [(holder.name, rounds) for holder in record if (rounds := getattr(holder, f"over_{limit}"))]
@@ -209,7 +209,7 @@ def _memory_warnings(record: Sequence[HolderMemory]) -> list[str]:
 
 
 def _first(words: Sequence[str]) -> str:
-    """The first of ``words``, and how many more there are."""
+    """Return the first of ``words``, and the number of the others."""
     more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
     return ", ".join(words[:_NAMED]) + more
 
@@ -220,23 +220,23 @@ def _first(words: Sequence[str]) -> str:
 def _maps(record: RunRecord, names: Sequence[str], key: str) -> dict[str, Any]:
     history = record.history
     server = HolderGroup("server", frozenset({history.plans[max(history.plans)].server.name}))
-    everybody = HolderGroup(f"mean of {len(names)} clients" if len(names) > 1 else "client", frozenset(names))
+    clients = HolderGroup(f"mean of {len(names)} clients" if len(names) > 1 else "client", frozenset(names))
     kinds = _kinds(names, record.clients())
     drawn = kinds if 1 < len(kinds) <= MAX_KINDS else []
-    maps = RankMaps(history, [server, everybody, *drawn])
+    maps = RankMaps(history, [server, clients, *drawn])
     changes = len(history.changed) - 1
     times = {1: "once", 2: "twice"}.get(changes, f"{changes} times")
     return {
         "changed": f"changed {times} after the start" if changes else "never changed",
         "shown": maps.shown,
         "layers": maps.layers,
-        "svg": maps.svg([server, everybody], key, importance=True),
+        "svg": maps.svg([server, clients], key, importance=True),
         "kinds": [(kind.label, maps.svg([kind], f"{key}-kind-{number}")) for number, kind in enumerate(drawn)],
     }
 
 
 def _kinds(names: Sequence[str], clients: Sequence[Mapping[str, Any]]) -> list[HolderGroup]:
-    """``names`` by the kind that the configuration gives them; one that it does not have is a kind of its own."""
+    """Group ``names`` by their kind in the configuration; a name without one is a kind of its own."""
     known = {client.get("name"): client.get("kind") for client in clients}
     members: dict[str, list[str]] = {}
     for name in names:
@@ -251,10 +251,10 @@ def _kinds(names: Sequence[str], clients: Sequence[Mapping[str, Any]]) -> list[H
 
 
 def _cluster(record: RunRecord) -> list[list[object]]:
-    """A row a kind of client, then the server: its name, how many, and their budgets."""
+    """Return a row for each kind of client, then the server: name, count, and budgets."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for client in record.clients():
-        kinds.setdefault(_shown(client.get("kind", client.get("name"))), []).append(client)
+        kinds.setdefault(_setting_text(client.get("kind", client.get("name"))), []).append(client)
     rows = [(kind, len(members), members) for kind, members in kinds.items()]
     if isinstance(server := record.setting("server"), Mapping):
         rows.append(("server", server.get("replicas", 1), [server]))
@@ -269,15 +269,15 @@ def _span(members: Sequence[Mapping[str, Any]], key: str) -> str:
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
-def _shown(value: object) -> str:
-    """A setting in words: a choice such as ``{dirichlet: 0.5}`` without its braces."""
+def _setting_text(value: object) -> str:
+    """Format a setting: a choice such as ``{dirichlet: 0.5}`` without its braces."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_setting_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(item) for item in value)
+        return ", ".join(_setting_text(item) for item in value)
     return NOTHING if value is None else str(value)
 
 
 def _known(text: Callable[[Any], str]) -> Callable[[Any], str]:
-    """``text``, and a dash for None."""
+    """Extend the format ``text`` by a dash for None."""
     return lambda value: NOTHING if value is None else text(value)

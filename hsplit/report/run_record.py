@@ -1,4 +1,4 @@
-"""The record of a run: the files of its directory, read as far as they are there."""
+"""The record of a run: the files of its directory, as far as they exist."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hsplit.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class PlanHistory:
-    """The scheduler's decisions, each by the number of rounds done when it was made (0: before any training).
+    """The scheduler's decisions, by the number of rounds done at that time (0: before any training).
 
     Attributes:
-        plans: every plan that was put in force, oldest first; what only repeats the plan before it is left out.
+        plans: every plan put in force, oldest first, without mere repetitions of the plan before.
         importance: share of each weight in the sum of ``H_w`` (METHOD 3), by weight name; empty before any probe.
-        reasons: why the plan of that round was made; the first plan has none.
+        reasons: for the plan of that round; the first plan has none.
     """
 
     plans: Mapping[int, Plan] = field(default_factory=dict)
@@ -35,16 +35,16 @@ class PlanHistory:
 
     @property
     def changed(self) -> tuple[int, ...]:
-        """Every number of rounds done at which the plan or the importance became another one, in order."""
+        """Numbers of rounds done at which the plan or the importance changed, in order."""
         return tuple(sorted(self.plans.keys() | self.importance.keys()))
 
     def plan_after(self, done: int) -> Plan | None:
-        """The plan in force once ``done`` rounds are done, ``None`` where none is known."""
+        """Return the plan in force after ``done`` rounds, ``None`` if none is known."""
         made = [round for round in self.plans if round <= done]
         return self.plans[max(made)] if made else None
 
     def importance_after(self, done: int) -> Mapping[str, float] | None:
-        """The shares known once ``done`` rounds are done, ``None`` before the first probe."""
+        """Return the shares known after ``done`` rounds, ``None`` before the first probe."""
         probed = [round for round in self.importance if round <= done]
         return self.importance[max(probed)] if probed else None
 
@@ -55,7 +55,7 @@ class Holding:
 
     Attributes:
         name: the holder's name.
-        ranks: total LoRA rank by layer it holds; None where only the split is known.
+        ranks: total LoRA rank of each layer it holds; None if only the split is known.
     """
 
     name: str
@@ -67,18 +67,18 @@ class RunRecord:
     """A run, as read from its directory.
 
     Attributes:
-        name: the run's name; told apart from others' by its path where two runs have the same.
-        config: the resolved configuration as plain mappings, of whichever version wrote it.
+        name: the run's name, or its path if two runs have the same name.
+        config: the resolved configuration as plain mappings, of any version.
         metrics: rows of ``metrics.csv``, round 0 first.
         plan_rows: rows of ``plan.csv``, of all its rounds.
         timing: rows of ``timing.csv``, of all its rounds; runs of older versions have none.
-        history: every plan and every importance that the events tell of.
+        history: every plan and every importance in the events.
         plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
         events: all but the routine ones, oldest first.
-        cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events tell.
-        client_tokens: supervised tokens that each client has trained on; empty of runs of older versions.
+        cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events have it.
+        client_tokens: supervised tokens that each client has trained on; empty for runs of older versions.
         state: ``complete``, ``running``, ``stopped``, ``failed`` or ``interrupted``.
-        reason: why it failed; empty otherwise.
+        reason: cause of a failure; empty otherwise.
     """
 
     name: str
@@ -95,7 +95,7 @@ class RunRecord:
     reason: str = ""
 
     def setting(self, *keys: str) -> Any:
-        """The value at ``keys`` of the configuration, None if there is none."""
+        """Return the value at ``keys`` of the configuration, None if there is none."""
         value: Any = self.config
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -119,11 +119,11 @@ class RunRecord:
 
     @property
     def rounds_done(self) -> int:
-        """How many rounds of training the tables know of."""
+        """Number of training rounds in the tables."""
         return max([row.round for row in self.metrics] + [row.round for row in self.plan_rows], default=0)
 
     def clients(self) -> list[Mapping[str, Any]]:
-        """The clients of the configuration, and those that joined later."""
+        """Return the clients of the configuration, and those that joined later."""
         declared = self.setting("clients")
         clients = [c for c in declared if isinstance(c, Mapping)] if isinstance(declared, list) else []
         known = {client.get("name") for client in clients}
@@ -140,7 +140,7 @@ class RunRecord:
         return list(dict.fromkeys([*planned, *tabled, *newest]))
 
     def holdings(self) -> list[Holding]:
-        """The layers of every holder that takes part, the server last; without a plan, from the splits."""
+        """Return the layers of every holder that takes part, the server last; without a plan, from the splits."""
         if (plan := self.plan) is not None:
             held = [(client, range(client.split or 0)) for client in plan.available]
             held.append((plan.server, range(plan.server.split or 0, plan.layers)))
@@ -149,17 +149,17 @@ class RunRecord:
         splits = {r.name: r.split for r in self.last_plan_rows if r.split is not None and r.kind == "client"}
         deepest = max(splits.values(), default=0)
         unknown = [Holding(name, dict.fromkeys(range(split))) for name, split in splits.items()]
-        # how many layers the model has is not in the table: the server's are shown as far as the deepest client's
+        # the table lacks the model's number of layers: the server's are shown up to the deepest client's
         first = [r for r in self.last_plan_rows if r.kind == "server" and r.split is not None]
         unknown += [Holding(r.name, dict.fromkeys(range(r.split or 0, deepest))) for r in first]
         return unknown
 
 
 def load_run(path: str | Path) -> RunRecord:
-    """Reads a run's directory; files that are not there yet count as empty.
+    """Read a run's directory; files that do not exist yet count as empty.
 
     Raises:
-        InputError: it is no run, or one of its files is not what a run writes.
+        InputError: the directory is not a run, or one of its files is invalid.
     """
     directory = RunDirectory.open(path)
     config = read_yaml(directory.config)
@@ -169,9 +169,9 @@ def load_run(path: str | Path) -> RunRecord:
     events = read_events(directory.events)
     history = plan_history(events)
     state, reason = last_state(events)
-    asked = config.get("job", {}).get("rounds") if isinstance(config.get("job"), Mapping) else None
-    if metrics and metrics[-1].round == asked:
-        # the report of a complete run is written just before its last event
+    rounds = config.get("job", {}).get("rounds") if isinstance(config.get("job"), Mapping) else None
+    if metrics and metrics[-1].round == rounds:
+        # a complete run writes its report just before its last event
         state, reason = "complete", ""
     elif state == "interrupted" and directory.is_driven:
         state = "running"
@@ -192,10 +192,10 @@ def load_run(path: str | Path) -> RunRecord:
 
 
 def load_runs(paths: list[Path]) -> list[RunRecord]:
-    """The runs at ``paths``, in that order, with names that differ.
+    """Read the runs at ``paths``, in that order, with distinct names.
 
     Raises:
-        InputError: a path is no run, or none is given.
+        InputError: a path is not a run, or there is no path.
     """
     if not paths:
         raise InputError("hsplit report: give at least one run's directory, as runs/NAME")
@@ -208,7 +208,7 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
 
 
 def _client_tokens(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """The counts of the last round that ended; empty where the events have none."""
+    """Return the counts of the last round that ended; empty if the events have none."""
     counts = [event.get("client_tokens") for event in events if event["event"] == "round"]
     last = counts[-1] if counts and isinstance(counts[-1], Mapping) else {}
     return {str(name): tokens for name, tokens in last.items() if isinstance(tokens, int)}
@@ -216,14 +216,14 @@ def _client_tokens(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _State:
-    """The part of a checkpoint's state that a report shows."""
+    """The part of a checkpoint's state that a report uses."""
 
     plan: dict[str, Any] | None = None
     __pydantic_config__ = STRICT
 
 
 def _newest_plan(checkpoints: Path) -> Plan | None:
-    """The plan in the last checkpoint that has a readable one; a damaged one costs only its detail."""
+    """Return the plan of the last checkpoint with a readable one; damaged ones are skipped."""
     for state in sorted(checkpoints.glob("round-*/state.json"), reverse=True):
         try:
             plan = plan_of({"plan": read_json(state, _State).plan})
@@ -247,10 +247,10 @@ def _ranks(ranks: Mapping[str, int], layers: range) -> dict[int, int | None]:
 
 
 def plan_history(events: Iterable[Mapping[str, Any]]) -> PlanHistory:
-    """The decisions in ``events`` (``planned``, ``importance``, ``replanned``), oldest first.
+    """Return the decisions in ``events`` (``planned``, ``importance``, ``replanned``), oldest first.
 
-    A resumed run does the rounds since its checkpoint again: an event takes the place of those of its round and of
-    later ones that stand before it. Events that are not what a coordinator writes are left out.
+    A resumed run repeats the rounds since its checkpoint: an event replaces earlier events of its round and of later
+    rounds. Invalid events are left out.
     """
     decided: dict[int, dict[str, Any]] = {}
     for event in events:
@@ -276,11 +276,11 @@ def _reasons(event: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _shares(event: Mapping[str, Any]) -> dict[str, float]:
-    """The scores of ``event`` as shares of their sum; empty if they are no scores or all 0."""
+    """Return the scores of ``event`` as shares of their sum; empty if they are invalid or all 0."""
     scores = event.get("scores")
     if not isinstance(scores, Mapping):
         return {}
-    # infinite and undefined scores stand in the file as text
+    # infinite and undefined scores are text in the file
     known = {str(name): float(score) for name, score in scores.items() if isinstance(score, int | float)}
     total = math.fsum(score for score in known.values() if score > 0)
     return {name: max(score, 0.0) / total for name, score in known.items()} if 0 < total < math.inf else {}

@@ -1,4 +1,4 @@
-"""Memory and time that each holder used: peaks against its budget, and the phases of a local step."""
+"""Memory and time used by each holder: peaks against its budget, and the phases of a local step."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class StepShares:
     """Shares, from 0 to 1, of a local step's wall time, each the mean over rounds.
 
     Attributes:
-        arithmetic: the model's arithmetic on the path that everybody waits for.
+        arithmetic: the model's arithmetic on the critical path.
         overhead: the phases that are neither arithmetic nor waiting, by holder (True: the server; False: the client
-            that is busy longest) and phase; the largest first, those of no time left out.
-        idle: neither that client nor the server is busy: messages on their way, waiting for a core.
+            that is busy longest) and phase; the largest first, without those of no time.
+        idle: neither that client nor the server is busy: messages in transit, waiting for a core.
     """
 
     arithmetic: float
@@ -46,11 +46,11 @@ class StepShares:
 
 
 def holder_steps(timing: Iterable[TimingRow], metrics: Sequence[MetricsRow]) -> list[HolderSteps]:
-    """Every holder's mean step, clients first, in the order in which they appear.
+    """Return every holder's mean step, clients first, in the order of their appearance.
 
     Args:
         timing: rows of ``timing.csv``.
-        metrics: rows of ``metrics.csv``, oldest first; a round whose number of steps they do not tell is left out.
+        metrics: rows of ``metrics.csv``, oldest first; rounds without a known number of steps are left out.
     """
     steps = {row.round: row.step - before.step for before, row in pairwise(metrics) if row.round == before.round + 1}
     seconds: dict[str, dict[str, float]] = {}
@@ -67,23 +67,23 @@ def holder_steps(timing: Iterable[TimingRow], metrics: Sequence[MetricsRow]) -> 
 
 
 def step_shares(timing: Iterable[TimingRow]) -> StepShares | None:
-    """Shares of arithmetic, overhead and idle time in a local step's wall time; None without any time.
+    """Return shares of arithmetic, overhead and idle time in a local step's wall time; None without any time.
 
-    In each round the arithmetic on the path that everybody waits for is that of the client that has most of it, plus
-    the server's; its share of the round's wall time is averaged over rounds, each of which counts the same.
+    The critical path of a round has the arithmetic of the client with the most arithmetic, plus the server's; its share
+    of the round's wall time is averaged over rounds, with equal weights.
 
-    What that leaves out:
+    Limits:
 
-    - Times are summed over a round before the slowest client is found: where another is the slowest in each step, the
-      path is longer than counted.
-    - Client and server count as working one after the other. What they do at the same time (on different parts of a
-      batch, or one's optimizer during the other's backward pass) counts twice, so that the shares, and even the
-      arithmetic's alone, may come to more than 1; ``idle`` is never below 0.
-    - The client with most arithmetic need not be the one that is busy longest, whose overhead is counted: one that is
-      paced, or that packs slowly, may keep the others waiting with less arithmetic.
-    - A phase's seconds are those of the wall: arithmetic that waits for a core within its phase, because holders share
-      a machine, counts as arithmetic.
-    - Validation, the importance probe, aggregation and moves are no part of a local step.
+    - Times are summed over a round before the slowest client is found: if another client is the slowest in each step,
+      the path is longer than counted.
+    - Client and server count as working in turn. Simultaneous work (on different parts of a batch, or an optimizer
+      during the other's backward pass) counts twice, so the shares, and even the arithmetic's alone, may exceed 1;
+      ``idle`` is never below 0.
+    - The client with the most arithmetic may differ from the one that is busy longest, which provides the overhead: a
+      client that is paced, or packs slowly, may keep the others waiting with less arithmetic.
+    - Seconds are wall time: arithmetic that waits for a core within its phase, on a shared machine, counts as
+      arithmetic.
+    - Validation, the importance probe, aggregation and moves are not part of a local step.
     """
     by_round: dict[int, dict[str, dict[str, float]]] = {}
     for row in timing:
@@ -92,18 +92,18 @@ def step_shares(timing: Iterable[TimingRow]) -> StepShares | None:
     rounds = [shares for holders in by_round.values() if (shares := _shares(holders)) is not None]
     if not rounds:
         return None
-    overhead = {whose: fmean(shares.overhead[whose] for shares in rounds) for whose in rounds[0].overhead}
+    overhead = {part: fmean(shares.overhead[part] for shares in rounds) for part in rounds[0].overhead}
     largest_first = sorted(overhead.items(), key=lambda item: item[1], reverse=True)
     return StepShares(
         arithmetic=fmean(shares.arithmetic for shares in rounds),
-        overhead={whose: share for whose, share in largest_first if share > 0},
+        overhead={part: share for part, share in largest_first if share > 0},
         idle=fmean(shares.idle for shares in rounds),
     )
 
 
 def _shares(holders: Mapping[str, Mapping[str, float]]) -> StepShares | None:
-    """The shares of one round, whose seconds are given by holder and phase."""
-    # everybody's rows sum to the same wall time, except of a holder that was lost under way
+    """Return the shares of one round, from its seconds by holder and phase."""
+    # all holders' rows sum to the same wall time, except a holder's that was lost during the round
     wall_s = max(sum(own.values()) for own in holders.values())
     if wall_s <= 0:
         return None
@@ -137,9 +137,9 @@ class HolderMemory:
 
     Attributes:
         last: its row of the last round in the table.
-        worst: its row of the round in which the measured peak was the largest part of what was declared for that
-            round; of the predictions, where nothing was measured.
-        over_predicted, over_declared: the rounds whose measured peak exceeded the prediction, the declared budget.
+        worst: its row of the round with the largest measured peak relative to the budget declared for that round; by
+            the predictions, if nothing was measured.
+        over_predicted, over_declared: rounds with a measured peak above the prediction, or above the declared budget.
     """
 
     last: PlanRow
@@ -154,16 +154,16 @@ class HolderMemory:
 
     @property
     def mark(self) -> str:
-        """Name of the limit that a measured peak exceeded; empty where all kept to both."""
+        """Name of the limit that a measured peak exceeded; empty if none did."""
         if self.over_declared:
             return "over declared"
         return "over predicted" if self.over_predicted else ""
 
 
 def memory_record(rows: Iterable[PlanRow]) -> list[HolderMemory]:
-    """The record of every holder in the last round of ``rows`` (all of ``plan.csv``), clients first.
+    """Return the record of every holder in the last round of ``rows`` (all of ``plan.csv``), clients first.
 
-    A client that takes no part in a round has nothing predicted or measured in it, and keeps to its budget.
+    A client that takes no part in a round has no prediction or measurement in it, and keeps to its budget.
     """
     by_name: dict[str, list[PlanRow]] = {}
     for row in rows:
@@ -182,7 +182,7 @@ def _record(rows: list[PlanRow]) -> HolderMemory:
 
     return HolderMemory(
         last=rows[-1],
-        # of equals the later one, so that a run without change shows its last round
+        # the latest of equals, so that a run without change shows its last round
         worst=max(reversed(measured or rows), key=part),
         over_predicted=tuple(row.round for row in measured if (row.measured_bytes or 0) > row.predicted_bytes),
         over_declared=tuple(row.round for row in measured if (row.measured_bytes or 0) > row.declared_bytes),
