@@ -1,1 +1,1 @@
-"""Experiments: a script each, which runs alone or through ``hsplit bench``; ``common.py`` has what they share."""
+"""Experiments: a script each, which runs alone or through ``hsplit bench``; ``common.py`` has their shared parts."""

@@ -1,12 +1,12 @@
-"""Aggregation by the sum of products at size against the dense way, and what merging an update would lose (METHOD 6).
+"""Aggregation by the sum of products at size against the dense way, and the loss from merging an update (METHOD 6).
 
     python benchmarks/aggregation.py [--run runs/NAME]       # or: hsplit bench aggregation
 
 First part: holders of unequal ranks share one weight; their adapters are drawn, and go through several rounds. The
-residual has no cap, so that nothing is cut; with ``--cap`` it has one, and the rows say what that cut. Beside it the
+residual has no cap, so that nothing is cut; with ``--cap`` it has one, and the rows have its cut. Beside it the
 dense way: the sum as one fp32 matrix and, for a cap, an SVD of it all.
-Second part (``merging.py``): a real update, merged into bases of four kinds, beside what hsplit keeps; and the noise of
-averaging A and B apart.
+Second part (``merging.py``): a real update, merged into bases of four kinds, beside the update that hsplit keeps; and
+the noise of averaging A and B apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hsplit.lora.residual import Residual
 from hsplit.models.factors import LowRank
 
 RANKS = (1, 32)
-# What a holder's B learns in a round; with it, alpha / r folded in.
+# Size of a holder's update of B in a round; with it, alpha / r folded in.
 LEARNED = 1e-2
 
 
@@ -51,8 +51,8 @@ class Measured:
         peak_bytes: most that torch allocated above them.
         peak_over_factors, peak_over_dense: the same, in units of the factors and of one fp32 matrix.
         cut: the largest part of the residual that the cap cut in a round (relative Frobenius norm).
-        error: of law E3: what the residual lacks besides the recorded cut, relative to the update; of the dense way
-            what its fp32 sum errs by.
+        error: of law E3: the residual's error besides the recorded cut, relative to the update; for the dense way the
+            error of its fp32 sum.
     """
 
     way: str
@@ -158,7 +158,7 @@ def _summed(side: int, ranks: list[int], reinit: str, options: argparse.Namespac
         (common, cut), peak, wall = _metered(aggregate)
         total = _sum(held, side)
         update = float((total - (started if started is not None else 0)).norm())
-        # In place, since fp64 matrices of this size are large: what should have joined, then what is missing of it.
+        # In place, since fp64 matrices of this size are large: first the expected sum, then the difference to it.
         for part, sign in ((before, 1), (_dense(common), -1)):
             if part is not None:
                 total.add_(part, alpha=sign)
@@ -184,7 +184,7 @@ def _dense_way(side: int, ranks: list[int], options: argparse.Namespace) -> Meas
         if cap is None or sum(ranks) <= cap:
             return total, 0.0
         U, S, V = torch.linalg.svd(total)
-        # What a run would keep; the sum itself is returned, since the question is what it errs by.
+        # The result that a run would keep; the sum itself is returned, since its error is measured.
         _ = (U[:, :cap] * S[:cap]) @ V[:cap]
         return total, float(S[cap:].norm() / S.norm())
 
@@ -213,7 +213,7 @@ def _row(
 
 
 def _metered(work: Callable[[], Any]) -> tuple[Any, int, float]:
-    """What ``work`` returns, the most bytes that torch had allocated meanwhile, and its wall seconds."""
+    """Return the result of ``work``, torch's peak of allocated bytes meanwhile, and the wall seconds."""
     memory = PeakMemory(torch.device("cpu"))
     with memory.window():
         begun = time.perf_counter()
@@ -223,7 +223,7 @@ def _metered(work: Callable[[], Any]) -> tuple[Any, int, float]:
 
 
 def _contributions(side: int, ranks: list[int], common: LowRank | None, seed: int) -> list[Contribution]:
-    """Holders' adapters at a round's end: a restart, and what was learned since."""
+    """Return holders' adapters at a round's end: a restart, and the updates since."""
     draw = torch.Generator().manual_seed(seed)
     made = []
     for rank in ranks:

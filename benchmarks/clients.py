@@ -1,9 +1,9 @@
-"""What many clients cost: time of a round, and memory of driver, scheduler and server, against the number of clients.
+"""Cost of many clients: time of a round, and memory of driver, scheduler and server, against the number of clients.
 
     python -m benchmarks.clients [--clients 10 30 100] [--rounds 30]        # or: hsplit bench clients
 
-A tiny random model and real actors, one process each, on this machine. So what is measured is what an orchestrator
-adds: calls, messages, aggregation, checkpoints. Memory is what a process has to itself (unique set size).
+A tiny random model and real actors, one process each, on this machine. So it measures the orchestrator's
+overhead: calls, messages, aggregation, checkpoints. Memory is what a process has to itself (unique set size).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Round:
         round: counted from 1.
         seconds: of the wall, its aggregation, validation and checkpoint included.
         driver_mb, scheduler_mb, server_mb: memory at its end.
-        virtual_s: what it would have taken at the declared budgets.
+        virtual_s: its time at the declared budgets.
     """
 
     clients: int

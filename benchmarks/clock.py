@@ -1,4 +1,4 @@
-"""How far the time of a round agrees as it is predicted, emulated and measured (METHOD 8).
+"""Agreement of a round's time as predicted, emulated and measured (METHOD 8).
 
     python -m benchmarks.clock [--quick]        # or: hsplit bench clock (as root, on Linux)
 
@@ -10,10 +10,10 @@ coefficient of variation around a fixed mean. The time of a round by three route
 - emulated: the wall of a run with ``clock: emulated``, whose actors wait until their declared time has passed, times
   the speed-up. They compute at the machine's full speed meanwhile;
 - measured: the wall of a run with the real clock, in which the kernel holds every client and the server to their share
-  of a core (a quota of CPU time, by control groups), and nobody waits for a declared time.
+  of a core (a quota of CPU time, by control groups), and no actor waits for a declared time.
 
-What is declared is what such processes have. Right before each measured run clients under these quotas are timed, all
-at once, at a front of two layers, forward and backward: its counted FLOPs by its seconds are their FLOP/s. One of
+The declared budgets are those of such processes. Right before each measured run clients under these quotas are timed,
+all at once, at a front of two layers, forward and backward: its counted FLOPs by its seconds are their FLOP/s. One of
 them has the server's quota, and stands for it. They are timed right after it too: where the machine's pace has changed
 by more than 5 % the run is repeated, whatever it took. Latency and bandwidth are those of messages between two of these
 processes: all are on one machine, so that no network is part of this.
@@ -95,10 +95,10 @@ WORDS = 512
 # The first round that counts: the one before it has no probe, and whatever is done for the first time.
 FIRST = 2
 SMALLEST_SHARE = 0.05
-# What calibration runs: layers of a front, and bytes of a large message.
+# Work of the calibration: layers of a front, and bytes of a large message.
 FRONT = 2
 LARGE = 1 << 24
-# How far a machine's pace may be another after a run than before it, and how often a run is repeated for that.
+# Largest change of the machine's pace during a run, and largest number of runs repeated for it.
 STEADY = 0.05
 ATTEMPTS = 4
 
@@ -108,12 +108,12 @@ _Calls = tuple[Ref[ForwardReport], Ref[Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of the benchmark.
 
     Attributes:
         hidden, layers: of the model.
         batch, length: examples of a client's batch, tokens of each.
-        clients: how many.
+        clients: their number.
         mean_share, server_share: of one core; together below the cores of the machine.
         steps, rounds: local steps of a round; rounds measured.
         calibration_s: seconds of the wall that speeds are measured for.
@@ -140,7 +140,7 @@ QUICK = Scale(hidden=256, clients=2, steps=1, rounds=1, calibration_s=2.0, heter
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the processes have, and so declare.
+    """Budgets of the processes, as measured and declared.
 
     Attributes:
         flops: FLOP/s by holder.
@@ -152,7 +152,7 @@ class Budgets:
     bandwidth_bps: float
 
     def pace_of(self, later: Budgets) -> float:
-        """How much faster the same processes were ``later``: geometric mean over them."""
+        """Return the speed of the same processes ``later``, relative to before: geometric mean over them."""
         return math.exp(mean(math.log(later.flops[name] / flops) for name, flops in self.flops.items()))
 
 
@@ -163,7 +163,7 @@ class Row:
     Attributes:
         heterogeneity: coefficient of variation that the shares were drawn with.
         microbatches: of a batch.
-        labels: where they are.
+        labels: their place.
         splits: layers of each client, by the plan.
         predicted_s: a round, before anything runs (virtual).
         accounted_s: a round by the virtual clock of the run itself (virtual).
@@ -171,7 +171,7 @@ class Row:
         measured_s: a round, of the wall, under quotas.
         step_*: the same of one local step.
         pace: speed of the same processes right after the measured run, relative to right before it, when they were
-            timed for what is declared.
+            timed for the declared budgets.
         attempts: measured runs that it took until the pace held.
     """
 
@@ -223,7 +223,7 @@ class HolderRow:
 
 
 def shares_of(scale: Scale, variation: float, seed: int) -> dict[str, float]:
-    """Each client's share of a core: drawn, and then scaled so that the mean is what it should be."""
+    """Draw each client's share of a core, scaled to the exact mean."""
     spread = Distribution(lognormal=(scale.mean_share, variation))
     draws = {name: drawn(spread, seed, name, "tflops") for name in (f"client-{i}" for i in range(scale.clients))}
     factor = scale.mean_share / mean(draws.values())
@@ -233,7 +233,7 @@ def shares_of(scale: Scale, variation: float, seed: int) -> dict[str, float]:
 def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     """Virtual seconds of a round and of one local step, from the configuration alone.
 
-    What an aggregation sends is reckoned with the residual at its cap, which is where a run soon is.
+    The messages of an aggregation count the residual at its cap, which a run soon reaches.
     """
     scheduler = Scheduler(run, model)
     plan = scheduler.plan()
@@ -300,7 +300,7 @@ class Experiment:
         return common.configured(self._folder, cluster, POLICY.format(split=split, tokens=2 * (scale.length - 1)))
 
     def calibrated(self, shares: Mapping[str, float]) -> Budgets:
-        """What processes with these shares have: FLOP/s at a front of two layers, and messages between them."""
+        """Measure processes with these shares: FLOP/s at a front of two layers, and messages between them."""
         scale = self._scale
         # The server's share is given to a client too, so that all do the same work.
         names = {name if name != "server" else "as-server": share for name, share in shares.items()}
@@ -332,7 +332,7 @@ class Experiment:
                 return [sum(up.seconds.values()) + sum(down.values()) for up, down in values]
 
             _without_profiler(executor)
-            # How many fill the time.
+            # Number of repeats that fill the time.
             warm = {name: seconds(calls) for name, calls in asked(dict.fromkeys(names, range(3))).items()}
             with ExitStack() as stack:
                 self._hold(stack, executor, names)
@@ -354,14 +354,14 @@ class Experiment:
             stack.enter_context(self._quotas.applied(pids))
 
     def _measured(self, shares: Mapping[str, float], parts: int, labels: str) -> tuple[Budgets, _Trained, float, int]:
-        """What is declared, and a run under quotas while that held: the first at a steady pace, or the steadiest.
+        """Measure a run under quotas at a steady pace, or the steadiest of several.
 
-        What a process of a given share has changes with the machine's pace, by up to a third within minutes where
-        others use the same hardware. So the same processes are timed before and after; what the run itself took has no
-        say in whether it counts.
+        The speed of a process of a given share changes with the machine's pace, by up to a third within minutes where
+        others use the same hardware. So the same processes are timed before and after; the run's own time does not
+        decide whether it counts.
 
         Returns:
-            Budgets, the run, the pace after it relative to before, and how many runs there were.
+            Declared budgets, the run, the pace after it relative to before, and the number of runs.
         """
         found = []
         before = self.calibrated(shares)
@@ -406,7 +406,7 @@ class Experiment:
         return row, holders
 
     def _trained(self, run: RunConfig, shares: Mapping[str, float] | None) -> _Trained:
-        """Train; with ``shares`` everybody is held to its own once the rounds that are measured begin."""
+        """Train; with ``shares`` every process is held to its own once the measured rounds begin."""
         name = f"clock-{time.monotonic_ns()}"
         with ExitStack() as stack:
 
@@ -469,7 +469,7 @@ class _Watch(SilentDisplay):
 
 
 def _without_profiler(executor: RayExecutor) -> None:
-    """Have nobody follow its memory: small operations are slowed down by that more than by anything else."""
+    """Switch off memory profiling, which slows small operations more than anything else."""
 
     def stop(shell: ActorShell) -> None:
         shell.actor._memory = PeakMemory(shell.actor._device, enabled=False)

@@ -33,7 +33,7 @@ from hsplit.run.in_process import local_run
 from hsplit.run.inputs import check_model, read_inputs, resolved_config
 from hsplit.run_directory import RunDirectory
 
-# Ray and matplotlib are imported by what needs them: most experiments use neither to the end.
+# Ray and matplotlib are imported where needed: most experiments do not use both.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ Table = tuple[list[str], list[list[str]]]
 """Columns, and cells row by row."""
 
 
-# -- flags and what was measured on -------------------------------------------------------------------------------
+# -- flags and the description of the machine ---------------------------------------------------------------------
 
 
 def flags_of(name: str, about: str | None) -> argparse.ArgumentParser:
@@ -186,14 +186,14 @@ def texts(to: Path, count: int = 200, words: int = WORDS, length: int = 12, prom
 
 @contextmanager
 def local_ray(cpus: float, more_modules: Sequence[str] = ()) -> Iterator[Path]:
-    """A Ray with so many CPUs (of which it only keeps count) on this machine, whose workers are forked.
+    """Start a Ray with ``cpus`` nominal CPUs on this machine, with forked workers.
 
     Args:
         cpus: at least.
         more_modules: for the process that workers are forked from to import.
 
     Yields:
-        A folder, gone afterwards, for everything that is written on the way.
+        A temporary folder for all output on the way.
     """
     import ray
 

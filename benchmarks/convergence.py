@@ -2,13 +2,13 @@
 
     hsplit bench convergence --data devset.csv          # or: python -m benchmarks.convergence
     hsplit bench convergence --quick                    # 15 minutes, built-in texts
-    hsplit bench convergence --list                     # what would run, and how long that takes here
+    hsplit bench convergence --list                     # the cells to run, and their time here
 
 Clients draw memory, compute and bandwidth with a fixed mean and a coefficient of variation ``h``. Every **cell** is one
 policy (or a variant of one), one ``h``, one seed and one learning rate, run in this process by the product's own
-coordinator, clients, server and scheduler on SmolLM2-135M. Validation perplexity is that of everybody's held-out texts
-after every round, also where a policy has no use for some clients. Finished cells stay in ``cells/``: a run that was
-stopped goes on with the next one, and ``--report`` makes tables, plots and the page of what is there.
+coordinator, clients, server and scheduler on SmolLM2-135M. Validation perplexity is that of all clients' held-out texts
+after every round, even if a policy leaves out some clients. Finished cells stay in ``cells/``: a stopped run continues
+with the next one, and ``--report`` makes tables, plots and the page of the finished cells.
 
 The same in every cell (``benchmarks/README.md`` says when each of these was settled, some of it after trial runs):
 
@@ -17,10 +17,10 @@ The same in every cell (``benchmarks/README.md`` says when each of these was set
   places in it are the same at every ``h`` of a seed;
 - 2 TFLOP/s at the server and 0.5 at the mean client, 200 Mbit/s, 5 ms: for the compute and messages of a 7B model that
   would be 80 and 20 TFLOP/s and 1 Gbit/s;
-- ranks up to 8, and a residual of at most 8 directions; one base in bf16 for everybody;
+- ranks up to 8, and a residual of at most 8 directions; one base in bf16 for all;
 - ``cenlora`` and ``ft`` are shown at the server's speed, and at the mean client's;
 - each policy's learning rate is the best of the same four factors around its usual one, after half the rounds, at one
-  ``h`` and on a seed that nothing else uses;
+  ``h`` and on a seed used for nothing else;
 - a policy under which clients are unavailable gets as many more rounds as make up for their tokens;
 - the target is the mean perplexity that ``cenlora`` has after two thirds of its rounds; the time to it is interpolated
   between rounds.
@@ -117,7 +117,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     ", ranks uniform": _OFF["ranks uniform"],
 }
 ABLATIONS = {
-    # The same again: on another device than the headline's, what rounding does.
+    # The same again, on another device than the headline's: the effect of rounding.
     NOTHING_OFF: Variant("hsplitlora", (), "hsplitlora"),
     **{name: Variant("hsplitlora", own, "hsplitlora") for name, own in _OFF.items()},
     "all four": Variant("hsplitlora", tuple(dict.fromkeys(o for own in _OFF.values() for o in own)), "hsplitlora"),
@@ -164,12 +164,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run.
+    """Extent of the grid.
 
     Attributes:
         rounds, local_steps: of a run in which all clients take part.
         levels, seeds: of the headline cells.
-        policies, ablations: which.
+        policies, ablations: their names.
         ablation_levels: of the ablations.
         factors: of the learning rates that are tried.
     """
@@ -184,7 +184,7 @@ class Scale:
     factors: tuple[float, ...] = LR_FACTORS
 
     def rounds_of(self, cell: Cell) -> int:
-        """Rounds of one cell; learning rates are told apart after half of them."""
+        """Return the rounds of one cell; learning rates are compared after half of them."""
         return math.ceil(self.rounds / 2) if cell.seed == TUNING_SEED else self.rounds
 
 
@@ -195,7 +195,7 @@ QUICK = Scale(rounds=3, local_steps=4, levels=(0.0, 0.9), seeds=(0,), policies=H
 
 
 def draws(count: int, h: float, seed: int, field: str) -> list[float]:
-    """Lognormal draws whose mean is 1 and whose coefficient of variation is ``h``, both in the sample itself.
+    """Draw lognormal values with mean 1 and coefficient of variation ``h``, both exact in the sample.
 
     The same standard normal numbers serve every ``h``, so that a client keeps its place.
     """
@@ -232,14 +232,14 @@ def mean_memory_gb(parameters: int) -> float:
 
 
 def usual_lr(variant: str) -> float:
-    """What tuning goes around."""
+    """Return the centre of the tuned learning rates."""
     return FT_LR if VARIANTS[variant].policy == "ft" else USUAL_LR
 
 
 def run_cell(
     cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train, and what it came to: what the cell is, budgets, plan, a row a round, and what the cap cut in each."""
+    """Train, and return the result: the cell, budgets, plan, a row a round, and the cap's cut in each."""
     variant = VARIANTS[cell.variant]
     planned_rounds = scale.rounds_of(cell)
     settings = [f"job.rounds={planned_rounds}", f"job.local_steps={scale.local_steps}"]
@@ -369,9 +369,9 @@ def tuning_cells(scale: Scale) -> list[Cell]:
 
 
 def chosen_lr(cells: Cells, scale: Scale, variant: str) -> float | None:
-    """The learning rate that ended best in tuning; ``None`` where not all have run.
+    """Return the learning rate that ended best in tuning; ``None`` if not all have run.
 
-    One that nobody could run, for want of memory, is the usual one.
+    Where no client could run, for lack of memory, it is the usual one.
     """
     name = VARIANTS[variant].lr_of or variant
     if len(scale.factors) == 1:
@@ -389,7 +389,7 @@ def main_cells(cells: Cells, scale: Scale) -> list[Cell]:
     """The grid, as far as learning rates are known: headline policies first, then the others, then ablations."""
     wanted: list[tuple[str, float, int]] = []
     for name in (p for p in HEADLINE if p in scale.policies):
-        # One node has everybody's data whatever they declare.
+        # One node has all clients' data whatever they declare.
         levels = scale.levels[:1] if name == "cenlora" else scale.levels
         wanted += [(name, h, seed) for seed in scale.seeds for h in levels]
     for name in (p for p in scale.policies if p not in HEADLINE):
@@ -408,7 +408,7 @@ def pending(cells: Cells, scale: Scale) -> Iterable[Cell]:
 
 
 def cost_line(cells: Cells, scale: Scale) -> str:
-    """What is left, and how long that takes at the pace of what has run."""
+    """Describe the remaining cells, and their time at the pace of the finished ones."""
     tuned = len(tuning_cells(scale)) if len(scale.factors) > 1 else 0
     single = [p for p in scale.policies if p in ("cenlora", "ft")]
     headline = sum(
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(cost_line(cells, scale))
     if not options.list and not options.report:
         begun = time.monotonic()
-        # Asked anew after each: what has run decides on learning rates.
+        # Computed again after each: finished cells decide on learning rates.
         while (cell := next(iter(pending(cells, scale)), None)) is not None:
             if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
                 console.print("time is up; the same command goes on from here")

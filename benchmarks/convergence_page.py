@@ -1,4 +1,4 @@
-"""What ``convergence.py`` shows of its cells: CSV, tables, plots, and one page."""
+"""Results of ``convergence.py``'s cells: CSV, tables, plots, and one page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAPERS_TIMES = {
 # Perplexity lost with unequal budgets against equal ones, and above HSplitLoRA's end (LLaMA-2-7B).
 PAPERS_LOSSES = {"hetlora": ("0.38", "0.47"), "splitlora": ("0.10", "0.15")}
 AT_THE_CLIENT = ", mean client"
-# One node with everybody's data, whatever clients have.
+# One node with all clients' data, whatever clients have.
 SINGLE = ("cenlora", "ft")
 
 
@@ -40,9 +40,9 @@ class Line:
     Attributes:
         name: of the policy or variant.
         h: coefficient of variation.
-        seeds: how many.
+        seeds: their number.
         available, data_lost: clients that take part, part of the examples that others have; means.
-        ppl, ppl_spread: at the end, mean and standard deviation over seeds; NaN where nobody could take part.
+        ppl, ppl_spread: at the end, mean and standard deviation over seeds; NaN if no client could take part.
         lost: above its own end at ``h = 0`` with the same seeds; NaN where there is none.
         target_s: virtual seconds to the target, mean; infinite where a seed does not reach it.
         rounds: to the target, likewise.
@@ -67,7 +67,7 @@ class Line:
 
 
 def reached(rows: Sequence[Mapping[str, Any]], target: float, column: str) -> float:
-    """Where in ``column`` the perplexity first is at ``target``, interpolated between rounds; infinite if never."""
+    """Return the value of ``column`` at which perplexity first reaches ``target``, interpolated; infinite if never."""
     for before, after in pairwise(rows):
         if after["ppl"] <= target:
             if before["ppl"] <= target:
@@ -269,7 +269,7 @@ def _paired(cells: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]
 
 
 def ratio_text(pairs: Sequence[tuple[Any, Any]], target: float | Mapping[int, float]) -> str:
-    """How many times as long the first of each pair takes to the target as the second: ``1.24 (1.52, 1.10, 1.15)``.
+    """Format the time of the first of each pair to the target over the second's: ``1.24 (1.52, 1.10, 1.15)``.
 
     Args:
         pairs: two cells of one seed each.
@@ -302,7 +302,7 @@ class Ablation:
     """A variant against the whole method, on one seed and computed on the same device.
 
     Attributes:
-        name, h, device: which, at which coefficient of variation, and what computed it.
+        name, h, device: the variant, the coefficient of variation, and the computing device.
         ppl, against: at the end, and above the whole method's; NaN where that has not run on this device.
         target_s: virtual seconds to the target; infinite where it is not reached.
         sent_mb, captured: as of :class:`Line`.
@@ -390,7 +390,7 @@ def _curve_rows(grid: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _budget_rows(grid: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What every client drew, once for each level and seed."""
+    """Return every client's drawn budgets, once for each level and seed."""
     drawn = {(cell["h"], cell["seed"]): cell["budgets"] for cell in grid}
     return [
         {"h": h, "seed": seed, "client": index, **budget}
@@ -403,7 +403,7 @@ def _curves(grid: Sequence[Mapping[str, Any]], column: str, label: str, target: 
     """Perplexity against ``column``, a panel for each ``h``; thin lines are seeds."""
     levels = sorted({cell["h"] for cell in grid})
     names = [n for n in protocol.POLICIES if any(c["variant"] == n for c in grid)]
-    # What does not depend on h is in every panel.
+    # Results independent of h are in every panel.
     everywhere = {*SINGLE, *(name + AT_THE_CLIENT for name in SINGLE)}
     if column == "virtual_time_s":
         names += [name for name in sorted(everywhere) if name.endswith(AT_THE_CLIENT)]

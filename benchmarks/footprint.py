@@ -68,7 +68,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that somebody's tensors took in two local steps; with hsplit's client, loading included.
+    """Peak memory of a client's tensors in two local steps; for hsplit's client, loading included.
 
     Attributes:
         who: hsplit's client, or a client of plain federated LoRA (``rivals.py``).
@@ -106,7 +106,7 @@ class Setting:
     """Clients and a server in this process, all computing in fp32.
 
     Attributes:
-        run, source, inputs: what they are made of.
+        run, source, inputs: their configuration, model and data.
         base: the model that they share.
         plan: the plan of all.
         server: one that has its layers and its first adapters.

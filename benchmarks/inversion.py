@@ -1,13 +1,13 @@
-"""Attacks of an honest but curious server on what clients send, for `privacy.py`.
+"""Attacks of an honest but curious server on the clients' messages, for `privacy.py`.
 
 The server knows the base model, the split point, the size of the noise and public texts of the same kind. Every attack
 ends in a vector a position that is held against the embeddings of the whole vocabulary by their cosine.
 
-- **nearest**: the activation against what each token alone comes to at that depth (at depth 0 its embedding).
+- **nearest**: the activation against that of each token alone at that depth (at depth 0 its embedding).
 - **linear**: ridge regression from the activation to the token's embedding, fitted on public texts.
 - **inverter**: that regression with one bidirectional transformer layer beside it, trained on public texts: it sees the
-  neighbours, and learns what is likely.
-- **labels**: the gradient that a client's tail returns (U-shape) against what each label would have made of it.
+  neighbours, and learns likely sequences.
+- **labels**: the gradient that a client's tail returns (U-shape) against the one that each label would give.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Observed:
-    """Activations, with what the server would like to know of them.
+    """Activations, with the tokens that the server wants to recover.
 
     Attributes:
         hidden: ``(n, d)``, activations, in fp32 where they have arrived.
@@ -74,13 +74,13 @@ def activations(front: Segment, examples: Sequence[TokenizedExample]) -> Observe
 
 
 def received(sent: Observed, noise: ActivationNoise, wire: str) -> Observed:
-    """What arrives of activations: noised, packed for the wire and unpacked."""
+    """Return activations as received: noised, packed for the wire and unpacked."""
     arrived = WireTensor.pack(noise.added_to(sent.hidden), wire).unpack(torch.float32, "cpu")
     return Observed(arrived, sent.ids, sent.lengths)
 
 
 def scrambled(examples: Sequence[TokenizedExample], vocabulary: int, seed: int) -> list[TokenizedExample]:
-    """Public texts with every other token replaced by any of the vocabulary: whoever has the model can make them."""
+    """Return public texts with every other token replaced by any of the vocabulary; they need only the model."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for example in examples:
@@ -93,7 +93,7 @@ def scrambled(examples: Sequence[TokenizedExample], vocabulary: int, seed: int) 
 
 @torch.no_grad()
 def alone(front: Segment, first: int, vocabulary: int) -> Tensor:
-    """What every token comes to at the split behind ``first`` alone, ``(V, d)``; at depth 0 the embedding."""
+    """Return each token's activation at the split, alone behind ``first``, ``(V, d)``; at depth 0 the embedding."""
     rows = []
     for start in range(0, vocabulary, ALONE_AT_ONCE):
         tokens = torch.arange(start, min(start + ALONE_AT_ONCE, vocabulary))
@@ -114,7 +114,7 @@ class Linear:
     """Ridge regression from activations to embeddings.
 
     Args:
-        public: what the server made of public texts.
+        public: the server's activations of public texts.
         embeddings: ``(V, d)``.
     """
 
@@ -218,7 +218,7 @@ def trained_inverter(
 
 
 def labels_from_gradients(tail: Tail, deep: Tensor, slope: Tensor) -> Tensor:
-    """The label that each returned gradient tells of: ``(n,)``.
+    """Return the label that each returned gradient reveals: ``(n,)``.
 
     The gradient at the last layer's output is ``J^T W^T (p - e_label)`` with the norm's Jacobian ``J`` and the head
     ``W``, which is frozen and public; the server computed ``deep`` itself, so it knows all but the label.
@@ -226,7 +226,7 @@ def labels_from_gradients(tail: Tail, deep: Tensor, slope: Tensor) -> Tensor:
     Args:
         tail: final norm and head, in fp32.
         deep: ``(n, d)``, the last layer's output as the server sent it.
-        slope: ``(n, d)``, what came back for the sum of losses.
+        slope: ``(n, d)``, the returned gradient of the sum of losses.
     """
     head = tail.head
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory [--to FOLDER] [--only PART_OF_A_NAME]        # or: hsplit bench memory
 
-A real ``Client`` (or ``Server``) goes through what a run asks of it, under what a plan reserves for: batches of the
-greatest length with every token supervised, residuals at their cap, an importance probe, a resumption. What the other
-side would send is random numbers of the right shape, so that only one holder's memory is in the process. Every
-combination runs in a process of its own.
+A real ``Client`` (or ``Server``) executes all calls of a run, at the sizes that a plan reserves for: batches of the
+greatest length with every token supervised, residuals at their cap, an importance probe, a resumption. The other side's
+messages are random numbers of the right shape, so that only one holder's memory is in the process. Every combination
+runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Case:
         return Policy.model_validate({"placement": placement, "ranks": self.rank, "aggregation": self.aggregation})
 
     def cost(self, config: Any) -> CostModel:
-        """What a run of this job under this policy would count."""
+        """Return the cost model of a run of this job under this policy."""
         one = ClientConfig(name="one", kind="one", memory_gb=1.0, tflops=1.0)
         return CostModel.of_run(config, RunConfig(clients=(one,), job=self.job, policy=self.policy))
 
@@ -128,7 +128,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a holder did with memory, in bytes above its start.
+    """Memory of a holder, in bytes above its start.
 
     Attributes:
         rest: held when nothing runs: weights, adapters with gradients, moments, and the residual at its cap.
@@ -144,7 +144,7 @@ class Measured:
 
     @property
     def error(self) -> float:
-        """How much more was predicted than measured, of what is above the start."""
+        """Excess of the prediction over the measurement, relative to the bytes above the start."""
         return self.predicted / self.peak - 1
 
     @property
@@ -260,7 +260,7 @@ def measured_server(directory: Path, case: Case) -> Measured:
             tensors |= LearnedTerm(_factors(s, _cap(s, case), case)).tensors(s.name)
     holder.call("round", Server.load_state, tensors, *(c.name for c in plan.clients))
     del tensors
-    # What this replaces was made here, outside the allocator's sight, so that its end is not seen.
+    # The replaced tensors were made here, outside the allocator's log, so their end is not recorded.
     holder.call("filling", Server.aggregate, 2, *[_held(c, shapes, case) for c in plan.clients])
     _server_steps(holder, case, messages, gradients, 1)
     _server_checks(holder, case, messages, gradients)
@@ -301,7 +301,7 @@ def _server_checks(
         holder.call("probe", Server.probe_backward, *gradients)
 
 
-# -- what the other side would send -------------------------------------------------------------------------------
+# -- messages of the other side -----------------------------------------------------------------------------------
 
 
 def _random(shape: tuple[int, int], wire: str) -> WireTensor:
@@ -412,7 +412,7 @@ def row_of(directory: Path, case: Case) -> dict[str, Any]:
     measured = (measured_server if server else measured_client)(directory, case)
     row = asdict(case) | {"holder": "server" if server else "client", "splits": " ".join(map(str, case.splits))}
     row |= {f"{part}_bytes": measured.parts.get(part, 0) for part in ("load", "step", "probe", "round", "validation")}
-    # A budget below the prediction is refused, so this is what has to be declared at least.
+    # A budget below the prediction is refused, so this is the least to declare.
     row |= {"declared_bytes": measured.predicted, "predicted_bytes": measured.predicted}
     row |= {"measured_bytes": measured.peak, "rest_bytes": measured.rest, "error": measured.error}
     return row | {"error_at_work": measured.error_at_work, "wall_time_s": time.perf_counter() - begun}

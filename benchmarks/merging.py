@@ -1,4 +1,4 @@
-"""What merging an update into a base would lose, and the noise of averaging factors: a part of ``aggregation.py``."""
+"""Loss from merging an update into a base, and the noise of averaging factors: a part of ``aggregation.py``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Terms = dict[str, list[Contribution]]
 
 @dataclass(frozen=True)
 class Merged:
-    """One weight's update, merged into one store, beside what hsplit keeps; errors relative to the update (Frobenius).
+    """One weight's update, merged into one store, beside hsplit's residual; errors relative to the update (Frobenius).
 
     Attributes:
         update: after how many steps, or of which run.
@@ -213,7 +213,7 @@ def _merging(
                     kept = residual.factors.to(torch.float64).dense()
                     linear.append_residual(0, residual.factors)
                     working = linear.weight.dense(torch.float64)
-                    # What is not merged stays beside the base as it is.
+                    # Without a merge the update stays beside the base.
                     expected = own + kept if linear.merges else own
                     figures = _merged_naively(_STORES[base], pristine, delta)
                     rows.append(

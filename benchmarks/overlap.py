@@ -1,10 +1,10 @@
-"""What cutting batches into microbatches gives, on declared speeds that everybody waits for (``clock: emulated``).
+"""Gain from cutting batches into microbatches, on emulated speeds (``clock: emulated``).
 
     python -m benchmarks.overlap            # a part of: hsplit bench throughput
 
 A tiny random model, so that computing takes next to nothing of the declared time; real actors, messages and waiting.
 Seconds are of the wall. Three balances of clients and server are declared; in each, a step is measured with some of 1
-to 8 microbatches and held against what the virtual clock predicts and against the slower side plus one fill: the time
+to 8 microbatches and compared with the virtual clock's prediction and with the slower side plus one fill: the time
 of one part at the other side, which cannot be hidden.
 """
 
@@ -24,7 +24,7 @@ from hsplit.config import SERVER, RunConfig
 
 # Declared seconds of the clients' and the server's phase of a whole batch.
 BALANCES = {"clients slower": (1.6, 0.8), "even": (1.2, 1.2), "server slower": (0.8, 1.6)}
-# Microbatches that each is measured with: every setting starts its actors anew.
+# Numbers of microbatches of each setting; every setting starts new actors.
 PARTS = {"clients slower": (1, 2, 4), "even": (2, 8), "server slower": (4,)}
 CLUSTER = """
 server: {{memory_gb: 1, tflops: {server_tflops}}}

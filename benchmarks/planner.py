@@ -1,12 +1,12 @@
-"""How long planning takes as clients grow in number, and what planning is worth.
+"""Time of planning as the number of clients grows, and the gain from planning.
 
     python benchmarks/planner.py                    # or: hsplit bench planner
 
 First part: clients of as many different budgets, drawn, plan for a Llama-2-7B that is built as its configuration
 alone. All seconds are processor time of ``planner.plan`` on one core, so that other work on the machine counts as
-little as it can. The first plan is timed apart, since the cost model counts on its way what it has not met yet, and
-keeps it. A server with ample memory gives every adapter the largest rank; one that is short of it has 80 % of what the
-ample one's plan takes, so that splits and ranks must be traded against its memory.
+little as it can. The first plan is timed apart, since the cost model counts new shapes as it meets them, and keeps
+the results. A server with ample memory gives every adapter the largest rank; a short one has 80 % of the memory of that
+plan, so that splits and ranks compete for its memory.
 
 Second part: captured importance per second, as plans maximize it (of a step with its part of the round's end), on a
 cluster file by the default policy; against the same policy with every client training, against uniform splits and
@@ -63,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     }
 }
-# Of what the plan takes at a server with ample memory.
+# Share of the plan's memory at a server with ample memory.
 SHORT = 0.8
 
 
@@ -84,8 +84,8 @@ class Timing:
 
     Attributes:
         server_memory: ``ample`` or ``short``.
-        clients, distinct_budgets: how many, and how many of them differ.
-        first_s: processor seconds of the first plan, with what the cost model counts on its way.
+        clients, distinct_budgets: their number, and the number of different ones.
+        first_s: processor seconds of the first plan, counting of the cost model included.
         seconds_min, seconds_median: processor seconds of planning once that is known, over the repeats.
         seconds_per_client: of the median.
         growth_exponent: of the median seconds against the next smaller number of clients.
@@ -165,7 +165,7 @@ def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
     timings: list[Timing] = []
     for count in options.clients:
         clients = _drawn(count, options.seed)
-        # Without a limit first, to know what that takes; compute grows with the clients.
+        # Without a limit first, to find the memory needed; compute grows with the clients.
         server = Budget("server", 10**18, 3e14 * max(1.0, count / 100))
         ample, seconds = _timed(clients, server, cost, options.repeat)
         timings.append(_timing("ample", clients, seconds, ample, timings))
@@ -256,7 +256,7 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
     common.save_figure(figure, path)
 
 
-# -- what planning is worth ---------------------------------------------------------------------------------------
+# -- the gain from planning ---------------------------------------------------------------------------------------
 
 
 def _worths(cluster: str) -> list[Worth]:

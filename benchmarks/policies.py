@@ -4,9 +4,9 @@
 
 Runs in this process, without Ray, with the product's coordinator, clients, server and scheduler. A policy under which
 clients are unavailable trains fewer clients a step; it gets as many more local steps a round as make up for that, so
-that all policies see about the same number of tokens, which the table shows. What clients find in their own
-validation data depends on who is available; the perplexity to compare is the last column's: the final model on
-everybody's held-out examples, computed on the run's base without a split.
+that all policies see about the same number of tokens, which the table shows. The clients' own validation depends on
+their availability; compare the last column's perplexity: the final model on all clients' held-out examples, computed
+on the run's base without a split.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Row:
         virtual_time_s: at the declared budgets (virtual).
         wall_time_s: in this process.
         val_ppl: final perplexity as the run itself reports it, on the available clients' held-out examples.
-        ppl: perplexity of the final model on everybody's held-out examples.
+        ppl: perplexity of the final model on all clients' held-out examples.
     """
 
     policy: str
@@ -87,7 +87,7 @@ class Row:
 
 
 class _Quiet(SilentDisplay):
-    """A display that says what a run notes, and nothing else."""
+    """A display of a run's notes, and nothing else."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -118,13 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.policies:
         console.print(name)
         rows.append(measured(given.cluster, name, given.overrides, given.ft_lr, console))
-        # After each, so that a long experiment leaves what it has.
+        # After each, so that a long experiment keeps its finished rows.
         _write(given.to, rows, [given.cluster, *given.overrides])
     common.show_table(console, *_table(rows))
 
 
 def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, console: Console) -> Row:
-    """Run one policy and measure what it came to."""
+    """Run one policy and measure its result."""
     run = resolved_config(load_run_config(cluster, policy, overrides))
     source, inputs = common.read(run)
     if run.policy.train == "weights":
@@ -163,7 +163,7 @@ def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, 
 
 
 def final_perplexity(run: RunConfig, source: ModelSource, inputs: Inputs, directory: RunDirectory) -> float:
-    """Perplexity of what the run's last checkpoint has learned, on every client's held-out examples."""
+    """Return the perplexity of the run's last checkpoint on every client's held-out examples."""
     checkpoint, _ = latest_checkpoint(directory.checkpoints)
     _, tensors = read_checkpoint(checkpoint)
     judge = Judge(run, source, inputs)
@@ -188,7 +188,7 @@ class Judge:
         self._whole.configure(layer_count(model_config(source.directory)), {})
 
     def of_adapters(self, server: Mapping[str, Tensor]) -> float:
-        """Perplexity of what adapters have learned, by the server's state after an aggregation."""
+        """Return the perplexity of adapters, from the server's state after an aggregation."""
         terms = {name: ResidualUpdate(0, term) for name, term in learned(server).items()}
         self._whole.restart(RoundUpdate(0, terms, {}))
         return self._perplexity()

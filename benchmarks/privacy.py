@@ -1,15 +1,15 @@
-"""What a curious server reads out of activations, and what noise against it costs.
+"""Tokens that a curious server reads from activations, and the cost of noise against it.
 
     python -m benchmarks.privacy [--data FILE] [--quick]        # or: hsplit bench privacy
 
 For every split depth and noise: clients fine-tune on private texts with the product's own code, in this process, and
-the server attacks what they send (``inversion.py``), before and after the training. The server is honest but curious:
+the server attacks their messages (``inversion.py``), before and after the training. The server is honest but curious:
 it follows the protocol and knows the base model, the split, the size of the noise, and public texts of the same kind
 whose restaurants (the ``name`` of a meaning representation) are none of the private ones.
 
 The noise is given in units of ``privacy.noise_clip``, which is set to the median norm of a token's activations at that
 depth: without noise nothing is clipped either. A cell is written down as soon as it is done, and a call with the same
-settings goes on where the last one was ended; ``--cells N`` ends it after so many.
+settings continues where the last one ended; ``--cells N`` ends it after N.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ replan: {{measured: false}}
 # Of the most frequent tokens of public texts so many are no content: they are guessed anyway.
 FREQUENT = 100
 SCOPES = ("all", "content", "names")
-# To find what every token of the vocabulary comes to takes long in deep layers.
+# Computing the activation of every token of the vocabulary takes long in deep layers.
 NEAREST_TO = 4
 TOP = 5
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """How much of the private texts one attack reads.
+    """Share of the private texts that one attack recovers.
 
     Attributes:
         split, noise: layers on the client; noise in units of the clip.
         trained: whether the activations were sent by clients that have trained.
         attack: ``nearest``, ``linear`` or ``inverter``.
-        knows: what the attack takes the clients' front for: the ``base`` model's, or with the clients' ``adapters``
+        knows: the attack's model of the clients' front: the ``base`` model's, or with the clients' ``adapters``
             (a server knows them: it aggregates them).
         scope: ``all`` tokens, those with ``content`` (not among the most frequent of public texts), or the ``names``
             in the prompts.
-        positions: how many of these there are.
+        positions: their number.
         top1, top5: share of them whose token is the first guess, or among the first five.
     """
 
@@ -96,7 +96,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Learned:
-    """What the clients' training came to.
+    """Result of the clients' training.
 
     Attributes:
         split, noise: as in :class:`Attacked`.
@@ -115,11 +115,11 @@ class Learned:
 
 @dataclass(frozen=True)
 class Texts:
-    """Who has which texts.
+    """Texts of the clients and of the server.
 
     Attributes:
         private: the clients' examples, in four shares.
-        public: what the server has.
+        public: the server's examples.
         attacked: private examples whose activations are attacked.
         names: for each of those its positions in which a name of the prompt stands.
         frequent: the most frequent tokens of ``public``, in their order.
@@ -132,7 +132,7 @@ class Texts:
     frequent: list[int]
 
     def scope(self, name: str, ids: Tensor) -> Tensor:
-        """Which of the attacked positions ``(n,)`` count."""
+        """Return the mask of the attacked positions ``(n,)`` that count."""
         if name == "all":
             return torch.ones_like(ids, dtype=torch.bool)
         if name == "content":
@@ -199,7 +199,7 @@ def _short(perplexity: float) -> str:
 
 
 class _Benchmark:
-    """The cells that are done, and what it takes to do the others."""
+    """The finished cells, and the inputs of the others."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -251,7 +251,7 @@ class _Benchmark:
     def _write(self) -> None:
         to, in_order = self.options.to, sorted(self.learned, key=lambda row: (row.split, row.noise))
         common.write_rows(to / "labels.csv", self.labels, self.header)
-        # What was attacked first: a cell counts as done when its training is written.
+        # The attacked texts first: a cell counts as done when its training is written.
         attacked = sorted(self.attacked, key=lambda row: (row.split, row.noise, row.trained))
         common.write_rows(to / "attacks.csv", attacked, self.header)
         common.write_rows(to / "utility.csv", in_order, self.header)
@@ -319,7 +319,7 @@ class _Benchmark:
         Args:
             front: of the base model.
             known: activations of the public texts, of made ones, and of those that are attacked.
-            alone: what each token alone comes to; ``None``: the nearest is not looked for.
+            alone: activation of each token alone; ``None`` skips the *nearest* attack.
             noise, clip: the job's.
         """
         split = front.spec.last
@@ -353,7 +353,7 @@ class _Benchmark:
         linear = fitted(public, made)
         inverter = inversion.trained_inverter(linear, public, made, embeddings, options.inverter_steps, options.seed)
         if alone is not None:
-            # Deep in the model all have much in common: what the public texts' tokens have, in either form.
+            # Deep in the model all activations have a large part in common: the mean of the public texts' tokens.
             centred, table = before.hidden - public.hidden.mean(dim=0), alone - alone[public.ids].mean(dim=0)
             count(False, "nearest", "base", inversion.guesses(centred, table, TOP), before.ids)
         count(False, "linear", "base", inversion.guesses(linear.vectors(before), embeddings, TOP), before.ids)
@@ -396,7 +396,7 @@ class _Benchmark:
         layers = layer_count(model_config(self.source.directory))
         whole = load_segment(self.base, SegmentSpec(0, layers, embedding=True, tail=True))
         tail = whole.tail
-        # The server computes what it wants to know in more digits than the run does.
+        # The server attacks in a higher precision than the run's.
         exact = load_segment(replace(self.base, dtype=torch.float32), SegmentSpec(layers, layers, tail=True)).tail
         assert tail is not None and exact is not None
         deep, targets = [], []
@@ -525,7 +525,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-# A larger grid goes on from a smaller one.
+# A larger grid continues a smaller one.
 _NOT_OF_A_CELL = ("to", "cells", "quick", "splits", "noises")
 # In full, and with --quick.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {

@@ -1,16 +1,16 @@
-"""What several servers give and cost, at 4, 16 and 64 clients.
+"""Gain and cost of several servers, at 4, 16 and 64 clients.
 
     python -m benchmarks.replicas [--clients 4 16 64] [--servers 1 2 4]        # or: hsplit bench replicas
 
-**Speed**: a tiny random model and real actors, one process each, on emulated speeds: everybody waits until its declared
-time has passed (``clock: emulated``), so that the wall shows what the declared machines would take. The server takes
+**Speed**: a tiny random model and real actors, one process each, on emulated speeds: every actor waits until its
+declared time has passed (``clock: emulated``), so that wall time is that of the declared machines. The server takes
 0.25 declared seconds for the rows of one client, a client about one second for its own. A step is measured and held
-against the plan's prediction. This machine has to run all the processes all the same, which takes the more time the
-more of them there are.
+against the plan's prediction. This machine still has to run all the processes, which takes more time the more of them
+there are.
 
-**Cost**: memory that a plan reserves for each server, what the servers hand in to the first at a round's end, and what
-the same number of tokens comes to: adapters of several servers are trained apart for a round and then aggregated. That
-is a run in this process on the default model, by validation perplexity, with and without ``lr_scaling: sqrt``.
+**Cost**: memory that a plan reserves for each server, the adapters that the servers hand in to the first at a round's
+end, and learning at equal tokens: adapters of several servers are trained separately for a round and then aggregated.
+That is a run in this process on the default model, by validation perplexity, with and without ``lr_scaling: sqrt``.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Speed:
     """A step on emulated speeds.
 
     Attributes:
-        clients, servers: how many there are.
+        clients, servers: their numbers.
         predicted_s: of a step, by the plan (virtual).
         measured_s: of a step, seconds of the wall, the median.
         server_mb: memory that the plan reserves for each server.
         handed_in_mb: adapters of the other servers that go to the first at a round's end.
-        start_s: of the wall, until everybody is there and has its layers.
+        start_s: of the wall, until every actor has started and has its layers.
     """
 
     clients: int
@@ -82,7 +82,7 @@ class Learned:
     """A run of the default model.
 
     Attributes:
-        clients, servers: how many there are.
+        clients, servers: their numbers.
         lr_scaling: the policy's, of clients and of servers.
         tokens: supervised tokens trained on.
         val_ppl: validation perplexity at the end.
@@ -178,7 +178,7 @@ def _speed(folder: Path, model: Path, data: Path, clients: int, servers: int, op
         seconds = [common.seconds_of(coordinator.local_step, step) for step in range(options.steps)]
         handed = executor.get([executor.call_pair(name, Replica.collect)[0] for name in run.server.names[1:]])
         plan = coordinator.context.plan
-    # The first step also takes what is only once.
+    # The first step also includes one-time work.
     measured_s, server_mb = median(seconds[2:]), plan.server.predicted_bytes / 1e6
     return Speed(clients, servers, plan.makespan_s, measured_s, server_mb, sum(handed) / 1e6, start_s)
 

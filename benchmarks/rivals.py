@@ -1,4 +1,4 @@
-"""What people would write instead of hsplit, plainly: the loops that ``throughput.py`` compares with.
+"""Plain training loops in place of hsplit, for comparison in ``throughput.py``.
 
 Each trains LoRA on the same model, tokenized examples, rank and dtype, with transformers and PEFT as they come: AdamW
 over the adapters' parameters, the model's own loss. Each is one process; the threads are torch's default. None clips
@@ -104,7 +104,7 @@ def _arguments(batch: Batch, width: int | None = None) -> dict[str, Tensor]:
 
 
 class Unsplit(Rival):
-    """One model, everybody's examples in one batch padded to its longest."""
+    """One model, all clients' examples in one batch padded to its longest."""
 
     def set_up(self) -> None:
         self.model = get_peft_model(self.load(), self.lora()).train()
@@ -184,5 +184,5 @@ RIVALS: dict[str, type[Rival]] = {"unsplit": Unsplit, "splitlora": PublicSplitLo
 
 
 def meanings(rivals: Sequence[str]) -> dict[str, str]:
-    """What each rival is, in its own first line."""
+    """Return the first line of each rival's docstring."""
     return {name: " ".join((RIVALS[name].__doc__ or "").split("\n\n")[0].split()) for name in rivals}

@@ -1,10 +1,10 @@
-"""Whether a simulation tells what emulated runs take, at 5, 16 and 100 clients; and what simulating itself costs.
+"""Simulated against emulated rounds, at 5, 16 and 100 clients; and the cost of simulating.
 
     python -m benchmarks.simulation [--quick]        # or: hsplit bench simulation
 
-**Cross-check**: a tiny random model and real actors, one process each, on emulated speeds: everybody waits until its
+**Cross-check**: a tiny random model and real actors, one process each, on emulated speeds: every actor waits until its
 declared time has passed (``clock: emulated``). Clients of two kinds with drawn budgets. A local step, the aggregation,
-the validation and a whole round are measured by the wall, and held against what ``hsplit simulate`` tells of the same
+the validation and a whole round are measured by the wall, and compared with ``hsplit simulate`` on the same
 cluster file (virtual). ``--quick``: 5 clients only.
 
 **Growth**: ``hsplit simulate`` as a process of its own for 10 to 100,000 clients of ``cluster/fleet-10k.yaml``: seconds
@@ -53,10 +53,10 @@ job:
   clock: emulated
 """
 POLICY = "split: 4\nranks: 4\nimportance: {metric: equal}\nreinit: random\nfreeze: never\n"
-# Declared seconds of the slowest client's part of a step and of the server's, which are long against what this machine
-# takes to run all the processes.
+# Declared seconds of the slowest client's part of a step and of the server's, which are long against this machine's
+# time to run all the processes.
 SECONDS = {5: (2.0, 1.0), 16: (3.0, 2.0), 100: (12.0, 8.0)}
-# What simulating 20 rounds is to take at most, by the number of clients.
+# Longest allowed time to simulate 20 rounds, by the number of clients.
 WANTED_S = {10_000: 60.0, 100_000: 600.0}
 PHASES = ("step", "aggregation", "validation", "round")
 
@@ -82,7 +82,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a simulation takes: seconds of the wall and peak memory of its process, imports included."""
+    """Cost of a simulation: seconds of the wall and peak memory of its process, imports included."""
 
     clients: int
     rounds: int
@@ -144,7 +144,7 @@ def _checked(folder: Path, model: Path, data: Path, clients: int, options: argpa
     told = simulated(run, Scheduler(run, model), 2).rounds[-1]
     with common.on_ray(f"simulation-{clients}", run, model, folder) as (coordinator, _):
         coordinator.start()
-        # The first round also takes what is only once.
+        # The first round also includes one-time work.
         rounds = [_timed_round(coordinator, options.steps) for _ in range(options.check_rounds + 1)][1:]
     simulated_s = dict(zip(PHASES, (told.step_s, told.aggregation_s, told.validation_s, told.round_s), strict=True))
     measured_s = {phase: median(row[phase] for row in rounds) for phase in PHASES}
@@ -204,7 +204,7 @@ def _plot(costs: Sequence[Cost], to: Path) -> None:
     common.save_figure(figure, to)
 
 
-# What a process has reserved at most, itself: what waiting for it tells begins with its parent's.
+# The process's own peak: the figure from waiting for it starts with its parent's.
 TELLING_ITS_PEAK = """
 import atexit, sys
 from pathlib import Path
@@ -217,7 +217,7 @@ run()
 def _cost(clients: int, rounds: int, console: Console) -> Cost:
     command = [sys.executable, "-c", TELLING_ITS_PEAK, "simulate", "--cluster", "fleet-10k"]
     command += ["--clients", str(clients), "--rounds", str(rounds), "--leave", "0.02", "--return", "0.2"]
-    # With room for everybody, so that there is a plan for every size.
+    # With room for all clients, so that there is a plan for every size.
     command += ["--link-variation", "0.3", "--set", "server.memory_gb=1e8"]
     begun = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
-"""How long a user waits before anything is learned: ``hsplit --help``, ``hsplit plan``, and launch to the first step.
+"""Time before training begins: ``hsplit --help``, ``hsplit plan``, and launch to the first step.
 
     python -m benchmarks.startup [--repeat 3]            # a part of: hsplit bench throughput
 
-Whole processes, on the wall; the model is in the cache. A launch ends here as soon as its ``events.jsonl`` says that
+Whole processes, on the wall; the model is in the cache. A launch ends here as soon as its ``events.jsonl`` reports that
 training begins: Ray, the actors, the model's parts, the data and the validation before any training are behind it.
 """
 
@@ -34,7 +34,7 @@ class Start:
     """One command in one repeat.
 
     Attributes:
-        command: what a user types.
+        command: as a user types it.
         repeat: counted from 0.
         seconds: of the wall; for a launch until training begins.
     """

@@ -1,11 +1,11 @@
-"""Examples a second: hsplit on Ray against what people would write instead, interleaved in one run.
+"""Examples a second: hsplit on Ray against plain training loops, interleaved in one run.
 
     hsplit bench throughput [--data devset.csv] [--parts step ...] [--dtypes fp32 bf16] [--repeat 5] [--steps 2]
 
 Every contender trains the same model on the same examples at the same rank, and is given the same steps in turn: while
-one computes, the others wait. What counts are the ratios of seconds within one repeat. hsplit is the product: actors,
+one computes, the others wait. Read the ratios of seconds within one repeat. hsplit is the product: actors,
 messages, optimizers. The rivals are in ``rivals.py``. Further parts serve an NF4 base to 4 and to 16 clients, joined by
-depth and one client after another; hold what travels and what a client takes of memory against the tensors and against
+depth and one client after another; compare messages and a client's memory with the tensors and with
 a federated client (``footprint.py``); cut batches into microbatches on emulated speeds (``overlap.py``); and time the
 start (``startup.py``).
 """
@@ -53,8 +53,8 @@ class Timing:
         seconds: of the wall, a step.
         examples_per_s: examples of all clients a second.
         loss: mean loss of the last step.
-        overhead: hsplit only: part of the time that was not the model's arithmetic, on the way that everybody waits
-            for: the slowest client's and the server's.
+        overhead: hsplit only: part of the time that was not the model's arithmetic, on the critical path: the slowest
+            client's and the server's.
     """
 
     dtype: str
@@ -268,7 +268,7 @@ def server_phases(options: argparse.Namespace, clients: int) -> list[Phase]:
     """The server phase of one step with an NF4 base, joined and apart, in this process."""
     setting = footprint.Setting.of(options, "nf4", clients)
     server, parts = setting.server, setting.plan.available
-    # One client's layers serve for all, who have the same; only its messages matter here.
+    # One client's layers serve for all clients, which have the same; only messages matter here.
     client = setting.client(parts[0], measure=False)
     messages: list[Activations] = []
     for part in parts:

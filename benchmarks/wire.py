@@ -1,4 +1,4 @@
-"""What a narrower wire costs: the same short run with activations and gradients in fp32, bf16 and int8.
+"""Cost of a narrower wire: the same short run with activations and gradients in fp32, bf16 and int8.
 
     python -m benchmarks.wire [--rounds N] [--steps N]        # or: hsplit bench wire
 
@@ -39,8 +39,8 @@ class Narrowed:
         val_loss_difference: of the final validation loss to the first wire's, in nats.
         bytes_up, bytes_down: sent and received by all clients in the whole run, adapters and validation included.
         bytes_of_first: both together, relative to the first wire.
-        virtual_time_s: what the run would have taken at the declared budgets.
-        wall_time_s: what it took here, on a machine that may have been busy.
+        virtual_time_s: time of the run at the declared budgets.
+        wall_time_s: time of the run here, on a machine that may have been busy.
     """
 
     wire: str
@@ -109,7 +109,7 @@ class _Rows(PlainDisplay):
 
 
 class _PlannedAsFirst:
-    """Plans as if the wire were the first one's, and tells times of the run's own."""
+    """Plans as if the wire were the first one's, with the times of the run's own."""
 
     def __init__(self, run: RunConfig, first: RunConfig, model: Path) -> None:
         self._own, self._first = Scheduler(run, model), Scheduler(first, model)
