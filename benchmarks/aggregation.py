@@ -145,10 +145,10 @@ def _summed(side: int, ranks: list[int], reinit: str, options: argparse.Namespac
     """Rounds of the product's own aggregation."""
     residual, restart = Residual(side, side, options.cap), Restart(reinit, tuple(ranks))
     common: LowRank | None = None
-    seconds, peaks, errors, cuts, given = [], [], [], [], 0
+    seconds, peaks, errors, cuts, factors = [], [], [], [], 0
     for round_ in range(options.rounds):
         held = _contributions(side, ranks, common, options.seed + round_)
-        given = sum(c.term.nbytes for c in held) + residual.nbytes
+        factors = sum(c.term.nbytes for c in held) + residual.nbytes
         before, started = _held(residual), _dense(common)
 
         def aggregate(held: list[Contribution] = held) -> tuple[LowRank | None, float]:
@@ -168,7 +168,7 @@ def _summed(side: int, ranks: list[int], reinit: str, options: argparse.Namespac
         peaks.append(peak)
         cuts.append(cut)
         errors.append(_beside(missing, cut * joined) / update)
-    row = seconds, given, max(peaks), max(cuts), max(errors)
+    row = seconds, factors, max(peaks), max(cuts), max(errors)
     return _row(f"concat, {reinit}", options.cap, side, ranks, *row)
 
 
@@ -201,14 +201,14 @@ def _row(
     side: int,
     ranks: list[int],
     seconds: list[float],
-    given: int,
+    factors: int,
     peak: int,
     cut: float,
     error: float,
 ) -> Measured:
     median, over = statistics.median(seconds), peak / (4 * side * side)
     return Measured(
-        way, cap, side, len(ranks), sum(ranks), len(seconds), median, given, peak, peak / given, over, cut, error
+        way, cap, side, len(ranks), sum(ranks), len(seconds), median, factors, peak, peak / factors, over, cut, error
     )
 
 
@@ -242,7 +242,7 @@ def _sum(held: list[Contribution], side: int) -> Tensor:
 
 
 def _beside(missing: float, cut: float) -> float:
-    """Norm of what is missing beside a cut, to which it is orthogonal; fp64 resolves 1e-8 of the cut."""
+    """Return the norm of the error beside a cut, to which it is orthogonal; fp64 resolves 1e-8 of the cut."""
     return abs(missing**2 - cut**2) ** 0.5
 
 

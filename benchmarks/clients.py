@@ -3,7 +3,7 @@
     python -m benchmarks.clients [--clients 10 30 100] [--rounds 30]        # or: hsplit bench clients
 
 A tiny random model and real actors, one process each, on this machine. So it measures the orchestrator's
-overhead: calls, messages, aggregation, checkpoints. Memory is what a process has to itself (unique set size).
+overhead: calls, messages, aggregation, checkpoints. Memory is the unique set size of a process.
 """
 
 from __future__ import annotations

@@ -140,11 +140,11 @@ def write_results(
         (name, h): own for (name, h), own in by.items() if name.removesuffix(AT_THE_CLIENT) in protocol.POLICIES
     }
     devices = ", ".join(sorted({c["device"] for c in grid}))
-    told = {**header, "cells computed on": devices, "target perplexity": f"{target:.3f}"}
-    told |= {"rounds": scale.rounds, "local_steps": scale.local_steps}
-    common.write_rows(to / "curves.csv", list(_curve_rows(grid)), told)
-    common.write_rows(to / "budgets.csv", _budget_rows(grid), told)
-    common.write_rows(to / "headline.csv", policies, told)
+    facts = {**header, "cells computed on": devices, "target perplexity": f"{target:.3f}"}
+    facts |= {"rounds": scale.rounds, "local_steps": scale.local_steps}
+    common.write_rows(to / "curves.csv", list(_curve_rows(grid)), facts)
+    common.write_rows(to / "budgets.csv", _budget_rows(grid), facts)
+    common.write_rows(to / "headline.csv", policies, facts)
     single = [c for c in grid if c["variant"] == "cenlora"]
     own_targets = {c["seed"]: target_of([c], protocol.TARGET_PART) for c in single}
     own_aim = "Times as long as hsplitlora, each seed to its own cenlora's perplexity"
@@ -160,13 +160,13 @@ def write_results(
         wholes = [c for c in grid if c["variant"] in (protocol.NOTHING_OFF, "hsplitlora")]
         held = ablation_rows(ablations, wholes, target)
         tables["Ablations"] = ablation_table(held)
-        common.write_rows(to / "ablations.csv", held, told)
+        common.write_rows(to / "ablations.csv", held, facts)
     tables["Learning rates"] = rate_table(done, scale)
     for title, (columns, rows) in tables.items():
         common.show_table(console, columns, rows, title=title)
     body = [common.titled(title, content) for title, content in tables.items()]
-    common.write_markdown(to / "convergence.md", told, body)
-    (to / "convergence.html").write_text(_page(grid, policies, tables, told, target))
+    common.write_markdown(to / "convergence.md", facts, body)
+    (to / "convergence.html").write_text(_page(grid, policies, tables, facts, target))
     with drawing_style():
         figure = _curves(grid, "virtual_time_s", "seconds (virtual)", target)
         common.save_figure(figure, to / "convergence.svg")
@@ -451,7 +451,7 @@ def _page(
     grid: Sequence[Any],
     policies: Sequence[Line],
     tables: Mapping[str, Table],
-    told: Mapping[str, Any],
+    facts: Mapping[str, Any],
     target: float,
 ) -> str:
     seeds = len({cell["seed"] for cell in grid})
@@ -474,6 +474,6 @@ def _page(
             svg = inline_svg(_against_h(policies, attribute, label), key, caption)
             plots.append(PageSection(label.capitalize(), plots=[Plot(svg, caption)]))
     shown = [PageSection(title, columns=columns, rows=rows) for title, (columns, rows) in tables.items()]
-    setting = PageSection("Setting", facts=told)
+    setting = PageSection("Setting", facts=facts)
     subtitle = "Times are virtual: at the declared budgets. Perplexity is of everybody's held-out texts."
     return page("Convergence against budget heterogeneity", subtitle, [*plots, *shown, setting])

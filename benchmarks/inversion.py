@@ -243,8 +243,8 @@ def labels_from_gradients(tail: Tail, deep: Tensor, slope: Tensor) -> Tensor:
             gram = jacobians @ jacobians.transpose(1, 2)
             gram.diagonal(dim1=1, dim2=2).add_(1e-6 * gram.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True))
             at_norm = torch.linalg.solve(gram, jacobians @ slopes[..., None])[..., 0]
-            told = expected - at_norm
-            found.append((2 * told @ head.T - head.square().sum(dim=1)).argmax(dim=1))
+            difference = expected - at_norm
+            found.append((2 * difference @ head.T - head.square().sum(dim=1)).argmax(dim=1))
     return torch.cat(found)
 
 

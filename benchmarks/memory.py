@@ -149,7 +149,7 @@ class Measured:
 
     @property
     def error_at_work(self) -> float:
-        """The same of what is above the holder at rest."""
+        """The same, relative to the bytes above the holder at rest."""
         return (self.predicted - self.peak) / max(self.peak - self.rest, 1)
 
 

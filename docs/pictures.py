@@ -246,8 +246,8 @@ def _series(
     prometheus: str, expr: str, begun: float, ended: float
 ) -> list[tuple[Mapping[str, str], list[float], list[float]]]:
     """Labels, seconds since ``begun`` and values of each series that ``expr`` has."""
-    asked = urllib.parse.urlencode({"query": expr, "start": begun, "end": ended, "step": _SCRAPED_S})
-    with urllib.request.urlopen(f"{prometheus}/api/v1/query_range?{asked}") as answer:
+    query = urllib.parse.urlencode({"query": expr, "start": begun, "end": ended, "step": _SCRAPED_S})
+    with urllib.request.urlopen(f"{prometheus}/api/v1/query_range?{query}") as answer:
         found = json.load(answer)["data"]["result"]
     return [
         (one["metric"], [float(t) - begun for t, _ in one["values"]], [float(value) for _, value in one["values"]])

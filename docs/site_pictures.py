@@ -24,17 +24,17 @@ def main() -> None:
     parser.add_argument("--pages", nargs="+", default=PAGES, help="which, without .html")
     parser.add_argument("--dark", action="store_true", help="in the dark scheme")
     parser.add_argument("--to", type=Path, required=True, help="folder of the pictures")
-    given = parser.parse_args()
-    given.to.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args()
+    arguments.to.mkdir(parents=True, exist_ok=True)
     with browser() as started:
         page = started.new_page(
-            viewport={"width": 1280, "height": 1400}, color_scheme="dark" if given.dark else "light"
+            viewport={"width": 1280, "height": 1400}, color_scheme="dark" if arguments.dark else "light"
         )
         # A busy machine takes its time.
         page.set_default_timeout(_PATIENCE_MS)
-        for name in given.pages:
-            page.goto((given.site / f"{name}.html").resolve().as_uri())
-            path = given.to / f"{name.replace('/', '-')}{'-dark' if given.dark else ''}.png"
+        for name in arguments.pages:
+            page.goto((arguments.site / f"{name}.html").resolve().as_uri())
+            path = arguments.to / f"{name.replace('/', '-')}{'-dark' if arguments.dark else ''}.png"
             page.screenshot(path=path)
             print(path)
 

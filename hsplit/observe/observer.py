@@ -19,7 +19,7 @@ class Observer:
     """
 
     def started(self, run_name: str, lines: Sequence[str]) -> None:
-        """The run has a directory and a name; ``lines`` describe what it runs on."""
+        """The run has a directory and a name; ``lines`` describe its machines."""
 
     def plan(self, plan: Plan) -> None:
         """The first plan is in force, or one that replaces it."""

@@ -127,9 +127,9 @@ def plan_lines(plan: Plan) -> list[str]:
     if available < len(plan.clients):
         lines.append(f"{available} of {len(plan.clients)} clients take part.")
     if frozen := [part.name for part in plan.available if part.forward_only]:
-        whose = frozen[0] if len(frozen) == 1 else f"{frozen[0]} and {len(frozen) - 1} more"
+        names = frozen[0] if len(frozen) == 1 else f"{frozen[0]} and {len(frozen) - 1} more"
         lines.append(
-            f"{whose} only compute{'s' if len(frozen) == 1 else ''} forward: training there would hold everybody up for"
+            f"{names} only compute{'s' if len(frozen) == 1 else ''} forward: training there would hold everybody up for"
             " longer than it is worth (policy.freeze)."
         )
     if plan.servers > 1:

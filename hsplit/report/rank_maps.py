@@ -168,7 +168,7 @@ class Scale:
 
 
 def _rank_scale(top: float) -> Scale:
-    """Shades in proportion to ``g(r) = log2(1 + r)``, what a rank captures (METHOD 5)."""
+    """Shades in proportion to ``g(r) = log2(1 + r)``, the value of a rank (METHOD 5)."""
     highest = max(math.ceil(top), 1)
     # the label of a power of two next to the highest rank would overlap it
     powers = [2**n for n in range(highest.bit_length()) if 2**n * 1.3 < highest]
