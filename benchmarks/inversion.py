@@ -1,7 +1,7 @@
 """Attacks of an honest but curious server on the clients' messages, for `privacy.py`.
 
 The server knows the base model, the split point, the size of the noise and public texts of the same kind. Every attack
-ends in a vector a position that is held against the embeddings of the whole vocabulary by their cosine.
+ends in a vector a position that is compared with the embeddings of the whole vocabulary by cosine.
 
 - **nearest**: the activation against that of each token alone at that depth (at depth 0 its embedding).
 - **linear**: ridge regression from the activation to the token's embedding, fitted on public texts.
