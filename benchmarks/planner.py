@@ -41,12 +41,13 @@ from hsplit.config import Job, Policy, load_run_config  # noqa: E402
 from hsplit.models.segment import model_config  # noqa: E402
 from hsplit.models.source import find_model  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
+from hsplit.planning.budgets import Budget, budget_of  # noqa: E402
 from hsplit.planning.cost.model import CostModel  # noqa: E402
 from hsplit.planning.holder_plans import planned  # noqa: E402
 from hsplit.planning.importance import equal_importance  # noqa: E402
 from hsplit.planning.plan import Plan  # noqa: E402
 from hsplit.planning.planner import EQUAL, make_plan  # noqa: E402
-from hsplit.planning.problem import Problem, budget_of  # noqa: E402
+from hsplit.planning.problem import Problem  # noqa: E402
 from hsplit.planning.rank_rules import RANK_RULES  # noqa: E402
 from hsplit.run.inputs import resolved_config  # noqa: E402
 
@@ -65,17 +66,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Share of the plan's memory at a server with ample memory.
 SHORT = 0.8
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A drawn client, or the server: bytes, FLOP/s, bit/s, seconds."""
-
-    name: str
-    memory_bytes: int
-    flops: float
-    bandwidth_bps: float = 1.0
-    latency_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What planning needs to know of a holder; the clients and the server of ``hsplit.config`` fit."""
+"""Budgets of holders, as planning needs them; the clients and the server of ``hsplit.config`` have them too."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class ClientBudget(Protocol):
-    """What the cost model and the planner need of a client."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the cluster file."""
+class ServerBudget(Protocol):
+    """A holder's memory and compute: all that planning needs of the server."""
 
     @property
     def memory_bytes(self) -> int:
@@ -20,6 +16,14 @@ class ClientBudget(Protocol):
     @property
     def flops(self) -> float:
         """Declared compute, FLOP/s."""
+
+
+class ClientBudget(ServerBudget, Protocol):
+    """A client's memory, compute and link."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the cluster file."""
 
     @property
     def bandwidth_bps(self) -> float:
@@ -30,16 +34,20 @@ class ClientBudget(Protocol):
         """Declared seconds of a message one way."""
 
 
-class ServerBudget(Protocol):
-    """What they need of the server: ``config.ServerSpec`` is one."""
+@dataclass(frozen=True)
+class Budget:
+    """A client's budget, or the server's, whose link does not count: bytes, FLOP/s, bit/s, seconds."""
 
-    @property
-    def memory_bytes(self) -> int:
-        """Declared memory."""
+    name: str
+    memory_bytes: int
+    flops: float
+    bandwidth_bps: float = 1.0
+    latency_s: float = 0.0
 
-    @property
-    def flops(self) -> float:
-        """Declared compute, FLOP/s."""
+
+def budget_of(client: ClientBudget) -> tuple[float, float, float, float]:
+    """Memory, compute, bandwidth and latency: clients with the same ones are the same to the planner."""
+    return client.memory_bytes, client.flops, client.bandwidth_bps, client.latency_s
 
 
 @dataclass(frozen=True)

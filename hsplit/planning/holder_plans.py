@@ -18,8 +18,8 @@ from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.plan import HolderPlan, Plan
-from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, PHASES, TURN, UP, Problem
-from hsplit.planning.ranks import Flags, Levels, captured_by
+from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, PHASES, TURN, UP, Problem, State
+from hsplit.planning.ranks import Flags, captured_by
 
 FREEZABLE = 0.1
 """The most of what a plan captures that may be given up for time: what is never trained is missing at the end too."""
@@ -41,7 +41,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
         # A residual without a cap has no room set aside for what a frozen client would keep of the restarts.
         return none
     state = problem.state(splits)
-    phases, gains = problem.times[kind, splits], _gains(problem, splits)
+    phases, gains = problem.times[kind, splits], problem.client_captured(splits)
     idle = problem.frozen_exchange(everybody=False)[kind, splits]
     ahead = cost.model.job.runs_ahead
     left = (UP, DOWN, EXCHANGE) if ahead else (DOWN, EXCHANGE)
@@ -69,16 +69,6 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
     return none
 
 
-def _gains(problem: Problem, splits: Ints) -> Floats:
-    """What each client's own layers capture of its own tokens, ``(N,)``."""
-    if not problem.coupled:
-        gains: Floats = problem.client_gains[problem.kind, splits]
-        return gains
-    level = problem.uniform_levels(problem.state(splits))[0]
-    held: Floats = (problem.held @ problem.worth)[splits]
-    return held * captured_by(problem.rank_set)[level]
-
-
 @dataclass(frozen=True)
 class _Held:
     """What a client holds: ranks by weight name, its predicted bytes, and what it captures of its own tokens."""
@@ -101,9 +91,8 @@ def planned(
         importance: where the scores came from, in words.
     """
     state = problem.state(splits)
-    level = int(min(state.level[0], problem.server_level(state.counts)[0])) if problem.coupled else None
     captured = float(problem.captured(state)[0])
-    held = _held_by_clients(problem, splits, level)
+    held = _held_by_clients(problem, state, splits)
     seconds = problem.times[:, :, :-1].sum(axis=2)[problem.kind, splits].tolist()
     placed = {c.name: i for i, c in enumerate(problem.clients)}
     parts = []
@@ -125,7 +114,7 @@ def planned(
             captured_share=held[i].gain / len(problem.clients) / captured if captured > 0 else 0.0,
         )
         parts.append(part)
-    deep = _server_part(problem, splits, level, 1.0 - sum(part.captured_share for part in parts))
+    deep = _server_part(problem, state, splits, 1.0 - sum(part.captured_share for part in parts))
     makespan = float(problem.makespan(state)[0])
     model = problem.cost.model
     exchange = float(state.slowest[0, -1])
@@ -158,7 +147,7 @@ def whole_model(
     return Plan(layers, deep, (part,), seconds, captured, "every weight at its full rank")
 
 
-def _held_by_clients(problem: Problem, splits: Ints, level: int | None) -> list[_Held]:
+def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held]:
     """Each client's part, ``N`` of them; what is equal is made once."""
     names = np.array([w.name for w in problem.cost.model.weights], dtype=object)
     made: dict[tuple[int, bytes], _Held] = {}
@@ -166,9 +155,8 @@ def _held_by_clients(problem: Problem, splits: Ints, level: int | None) -> list[
     for split in np.unique(splits).tolist():
         at_split = np.flatnonzero(splits == split)
         kinds, of_client = np.unique(problem.kind[at_split], return_inverse=True)
-        levels = _levels(problem, kinds, split, level)
         flags = problem.held[split]
-        ranks = problem.rank_set[levels[:, flags]] * ~problem.frozen[kinds][:, None]
+        ranks = problem.rank_set[problem.client_levels(state, kinds, split)] * ~problem.frozen[kinds][:, None]
         gains = (captured_by(ranks) @ problem.worth[flags]).tolist()
         held = list(map(str, names[flags]))
         of_kind = []
@@ -183,16 +171,9 @@ def _held_by_clients(problem: Problem, splits: Ints, level: int | None) -> list[
     return parts
 
 
-def _levels(problem: Problem, kinds: Ints, split: int, level: int | None) -> Levels:
-    if level is None:
-        return problem.client_ranks_at(kinds, split)
-    return np.full((len(kinds), len(problem.worth)), level, dtype=np.int8)
-
-
-def _server_part(problem: Problem, splits: Ints, level: int | None, share: float) -> HolderPlan:
-    cost, counts = problem.cost, problem.state(splits).counts
-    held: Flags = cost.model.joined_clients(counts)[0][cost.model.weight_layer] > 0
-    levels = problem.server_levels(counts)[0] if level is None else np.full(len(held), level)
+def _server_part(problem: Problem, state: State, splits: Ints, share: float) -> HolderPlan:
+    cost, levels = problem.cost, problem.server_levels(state)[0]
+    held: Flags = cost.model.joined_clients(state.counts)[0][cost.model.weight_layer] > 0
     ranks = {cost.model.weights[w].name: int(problem.rank_set[levels[w]]) for w in np.flatnonzero(held)}
     return HolderPlan(
         "server",
@@ -202,6 +183,6 @@ def _server_part(problem: Problem, splits: Ints, level: int | None, share: float
         ranks=ranks,
         declared_bytes=problem.server.memory_bytes,
         predicted_bytes=cost.server_bytes(splits.tolist(), ranks),
-        step_time_s=float(cost.times.server_times(problem.server, counts)[0]),
+        step_time_s=float(cost.times.server_times(problem.server, state.counts)[0]),
         captured_share=max(share, 0.0),
     )

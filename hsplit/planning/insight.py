@@ -9,13 +9,13 @@ import numpy as np
 
 from hsplit.config import Policy
 from hsplit.errors import InputError
-from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget, budget_of
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.moves import largest_of_others, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan, rank_choices
-from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, UP, Problem, budget_of
+from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, UP, Problem
 from hsplit.planning.rank_rules import RANK_RULES
 
 GIGABYTE = 10**9
@@ -80,25 +80,6 @@ class Insight:
     kinds_left_out: int
 
 
-@dataclass(frozen=True)
-class _Grown:
-    """A client's budget with other memory."""
-
-    name: str
-    memory_bytes: int
-    flops: float
-    bandwidth_bps: float
-    latency_s: float
-
-
-@dataclass(frozen=True)
-class _GrownServer:
-    """A server's budget with other memory."""
-
-    memory_bytes: int
-    flops: float
-
-
 def explained(
     made: Plan,
     clients: Sequence[ClientBudget],
@@ -125,7 +106,7 @@ def explained(
             gains.append(gain)
     if policy.placement != "single":
         # A single node is the server's, and has been looked at.
-        more = _GrownServer(server.memory_bytes + GIGABYTE, server.flops)
+        more = Budget("server", server.memory_bytes + GIGABYTE, server.flops)
         gain = _gain(made, clients, more, cost, importance, policy, "server", 1, False)
         if gain is not None:
             gains.append(gain)
@@ -179,9 +160,9 @@ def _first_of_kind(clients: Sequence[ClientBudget]) -> dict[int, int]:
     return sizes
 
 
-def _grown(client: ClientBudget) -> _Grown:
-    memory, flops, bandwidth, latency = budget_of(client)
-    return _Grown(client.name, int(memory) + GIGABYTE, flops, bandwidth, latency)
+def _grown(client: ClientBudget) -> Budget:
+    memory_bytes = client.memory_bytes + GIGABYTE
+    return Budget(client.name, memory_bytes, client.flops, client.bandwidth_bps, client.latency_s)
 
 
 def _gain(

@@ -121,10 +121,9 @@ class Moves:
         self.alone: NDArray[np.bool_] = np.arange(len(self.group)) >= count
         self._kind, self._now = self._groups.kind[self.group], self._groups.split[self.group]
         self._size: Ints = np.where(self.alone, 1, self._groups.size[self.group])
-        counts, coupled = self.state.counts, problem.coupled
-        levels = problem.uniform_levels(self.state) if coupled else problem.server_levels(counts)[0].astype(np.int64)
-        self._prices = server_prices(problem, counts[0], levels)
-        self._per_byte = 0.0 if coupled else next_byte(problem, counts[0], levels)
+        levels, counts = problem.server_levels(self.state)[0], self.state.counts[0]
+        self._prices = server_prices(problem, counts, levels)
+        self._per_byte = next_byte(problem, counts, levels)
 
     @property
     def pairs(self) -> int:
@@ -136,7 +135,7 @@ class Moves:
         """The objective after each move, estimated, ``(groups, splits)``; minus infinity where one does not fit."""
         problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
         size = self._size[:, None]
-        lacking = float(problem.server_minimal(self.state.counts)[0]) - problem.server.memory_bytes
+        lacking = float(problem.server_lacking(self.state.counts)[0])
         if lacking > 0:
             score = -(lacking + size * (prices.bytes - prices.bytes[now][:, None]))
         else:
@@ -150,14 +149,11 @@ class Moves:
 
     def _captured(self) -> Floats:
         problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
-        if problem.coupled:
-            server = int(problem.server_level(self.state.counts)[0])
-            level = np.minimum(self._others_level[:, None], problem.client_levels[kind])
-            return captured_by(problem.rank_set)[np.clip(level, 0, max(server, 0))] * problem.worth.sum()
         clients = len(problem.clients)
-        gain = problem.client_gains[kind] + prices.captured - clients * self._per_byte * prices.bytes
+        gain = problem.joint_gains(prices.captured - clients * self._per_byte * prices.bytes)[kind]
         before = gain[np.arange(len(now)), now]
-        return float(problem.captured(self.state)[0]) + (self._size / clients)[:, None] * (gain - before[:, None])
+        level = np.minimum(self._others_level[:, None], problem.common_levels[kind])
+        return problem.captured_at(self.state, level) + (self._size / clients)[:, None] * (gain - before[:, None])
 
     @cached_property
     def _others_slowest(self) -> Floats:
@@ -168,8 +164,8 @@ class Moves:
 
     @cached_property
     def _others_level(self) -> Ints:
-        """With one rank for all: the largest that the clients fit which each row does not move, ``(V,)``."""
-        levels = self._problem.client_levels[self._groups.kind, self._groups.split]
+        """Least common level of the clients that each row does not move, ``(V,)``."""
+        levels = self._problem.common_levels[self._groups.kind, self._groups.split]
         rest = -largest_of_others(-levels, -len(self._problem.rank_set))
         return np.where(self.alone, self.state.level, rest[self.group])
 
@@ -185,9 +181,7 @@ class Moves:
             counts,
             self.state.gain + size * (gain[kind, targets] - gain[kind, now]),
             np.maximum(self._others_slowest[rows], problem.times[kind, targets]),
-            np.minimum(self._others_level[rows], problem.client_levels[kind, targets])
-            if problem.coupled
-            else np.zeros(len(rows), dtype=np.int64),
+            np.minimum(self._others_level[rows], problem.common_levels[kind, targets]),
         )
 
     def together(self, rows: Ints, targets: Ints) -> Ints:

@@ -16,6 +16,7 @@ from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.holder_plans import FREEZABLE, planned, whole_model, worth_freezing
+from hsplit.planning.one_rank import OneRankProblem
 from hsplit.planning.plan import Plan
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule
@@ -64,7 +65,8 @@ def make_plan(
     rule = find_rank_rule(policy.ranks)
 
     def problem_of(frozen: Collection[str]) -> Problem:
-        return Problem(available, server, cost, importance, ranks, rule, frozen)
+        kind = OneRankProblem if rule.one_for_all else Problem
+        return kind(available, server, cost, importance, ranks, rule, frozen)
 
     # Whoever holds the full model holds every layer.
     split_rule = find_split_rule(policy.split if policy.placement == "split" else layers)
@@ -157,8 +159,7 @@ def _no_client(clients: Sequence[ClientBudget], needed: float, split: int, rank:
 
 
 def _check_server(problem: Problem, splits: Ints) -> None:
-    needed = float(problem.server_minimal(problem.state(splits).counts)[0])
-    lacking = needed - problem.server.memory_bytes
+    lacking = float(problem.server_lacking(problem.state(splits).counts)[0])
     if lacking > 0:
         raise InputError(
             f"server: memory_gb: {problem.server.memory_bytes / 1e9:.3f} is {lacking / 1e9:.3f} GB too little"

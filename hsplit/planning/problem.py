@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.budgets import ClientBudget, ServerBudget, budget_of
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.rank_rules import RankRule
-from hsplit.planning.ranks import Ladder, Levels, captured_by
+from hsplit.planning.rank_rules import Holders, RankRule
+from hsplit.planning.ranks import Levels, captured_by
 
 
 def minimal_bytes(cost: CostModel, rank: int) -> Floats:
-    """What each split needs of a client with every weight at ``rank``: ``(L + 1,)``."""
+    """Bytes of a client at each split with every weight at ``rank``: ``(L + 1,)``."""
     held = np.arange(cost.model.layers + 1)[:, None] > cost.model.weight_layer
     needed: Floats = cost.client.constant + rank * (held @ cost.client.per_rank)
     return needed
@@ -25,19 +26,19 @@ def minimal_bytes(cost: CostModel, rank: int) -> Floats:
 
 UP, TURN, DOWN, AHEAD, EXCHANGE = range(5)
 PHASES = 5
-"""Up, turn and down of a local step, up of those who are a step ahead, and the part of the exchange at the round's end.
-"""
+"""Up, turn and down of a local step, up of clients that are a step ahead, and a step's part of the exchange at the
+round's end."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the objective of some splits depends on, one row a variant.
+    """All that the objective of some splits depends on, one row a variant.
 
     Attributes:
         counts: clients at each split, ``(M, L + 1)``.
         gain: importance that the clients capture, summed over them, ``(M,)``.
         slowest: largest time of a client in each phase, ``(M, PHASES)``.
-        level: with one rank for all, the largest that every client fits, as index, ``(M,)``.
+        level: least :attr:`Problem.common_levels` of the clients, ``(M,)``.
     """
 
     counts: Ints
@@ -49,26 +50,29 @@ class State:
 class Problem:
     """One planning problem over the available clients, with all that can be computed before searching.
 
-    Clients of equal budgets are one **kind**; every table is over kinds.
+    Clients of equal budgets are one **kind**; every table is over kinds. Each holder has ranks of its own;
+    :class:`~hsplit.planning.one_rank.OneRankProblem` is the one with a single rank for all.
 
     Args:
         clients: the available clients, ``N`` of them.
-        server, cost, importance: as for :func:`plan`.
+        server, cost, importance: as for :func:`~hsplit.planning.planner.make_plan`.
         rank_set: ranks to choose from, ``(Q,)``.
-        rule: how ranks are chosen.
+        rule: chooses the ranks of each holder.
         frozen: names of clients that only compute forward.
 
     Attributes:
+        one_rank: all holders and weights have one rank.
         frozen: which kinds only compute forward, ``(K,)``.
-        coupled: one rank for all weights and holders.
         kind: each client's kind, ``(N,)``.
         members: how many clients each kind has, ``(K,)``.
         memory: their bytes, ``(K,)``.
         times: seconds of their phases at each split, ``(K, L + 1, PHASES)``; they never fall with the split.
         needed: bytes that each split takes at the smallest rank, ``(L + 1,)``.
         deepest_of_kind: the deepest split that each kind fits, ``(K,)``.
-        worth: importance of each weight, ``(W,)``.
+        worth: importance of each weight, as a share of the whole model's, ``(W,)``.
     """
+
+    one_rank = False
 
     def __init__(
         self,
@@ -81,22 +85,22 @@ class Problem:
         frozen: Collection[str] = (),
     ) -> None:
         self.clients, self.server, self.cost = clients, server, cost
-        self.rank_set, self.coupled, self._rule = rank_set, rule.coupled, rule
+        self.rank_set, self._rule = rank_set, rule
         scores = np.array([importance[w.name] for w in cost.model.weights], dtype=np.float64)
         # Only proportions matter; shares make what plans capture comparable, whatever the scores' unit.
         self.worth: Floats = scores / scores.sum()
-        self._ladders: dict[int, Ladder] = {}
+        self._names = tuple(w.name for w in cost.model.weights)
         kinds: dict[tuple[float, ...], int] = {}
         keys = [(*budget_of(c), c.name in frozen) for c in clients]
         self.kind: Ints = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
         first = np.unique(self.kind, return_index=True)[1].tolist()
+        self._distinct = [clients[i] for i in first]
         self.members: Ints = np.bincount(self.kind)
-        self.memory: Floats = np.array([clients[i].memory_bytes for i in first], dtype=np.float64)
-        distinct = [clients[i] for i in first]
-        self.frozen: NDArray[np.bool_] = np.array([clients[i].name in frozen for i in first], dtype=bool)
-        self.times: Floats = np.zeros((len(distinct), cost.model.layers + 1, PHASES))
-        self.times[:, :, [UP, TURN, DOWN]] = cost.times.all_client_times(distinct)
-        self.times[:, :, EXCHANGE] = cost.times.exchange_times(distinct)
+        self.memory: Floats = np.array([c.memory_bytes for c in self._distinct], dtype=np.float64)
+        self.frozen: NDArray[np.bool_] = np.array([c.name in frozen for c in self._distinct], dtype=bool)
+        self.times: Floats = np.zeros((len(self._distinct), cost.model.layers + 1, PHASES))
+        self.times[:, :, [UP, TURN, DOWN]] = cost.times.all_client_times(self._distinct)
+        self.times[:, :, EXCHANGE] = cost.times.exchange_times(self._distinct)
         self.times[self.frozen, :, DOWN] = 0.0
         if cost.model.job.runs_ahead:
             self.times[self.frozen, :, AHEAD] = self.times[self.frozen, :, UP]
@@ -126,23 +130,19 @@ class Problem:
         return held
 
     @cached_property
-    def client_levels(self) -> Ints:
-        """With one rank for all: index of the largest that each kind fits at each split, ``(K, L + 1)``."""
-        unit = self.held @ self.cost.client.per_rank
-        needed = self.cost.client.constant[:, None] + unit[:, None] * self.rank_set
-        levels: Ints = (needed[None] <= self.memory[:, None, None]).sum(axis=2) - 1
-        return levels
+    def common_levels(self) -> Ints:
+        """Level that the memory of each kind sets at each split to all holders, ``(K, L + 1)``: here none, the top."""
+        return np.full(self.fits.shape, len(self.rank_set) - 1)
 
     @cached_property
     def client_gains(self) -> Floats:
-        """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``.
-
-        With one rank for all, which captures the same wherever the model is split: what is lost where layers are
-        frozen, at ``g`` of 1.
-        """
-        if self.coupled:
-            return np.where(self.frozen[:, None], -(self.held @ self.worth), 0.0)
-        return np.where(self.frozen[:, None], 0.0, self._rule.client_gains(self))
+        """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``."""
+        gains: Floats = np.zeros(self.fits.shape)
+        for split in range(1, self.cost.model.layers + 1):
+            fitting = np.flatnonzero((self.deepest_of_kind >= split) & ~self.frozen)
+            if len(fitting):
+                gains[fitting, split] = self._rule.captured(self.clients_as_holders(fitting, split))
+        return gains
 
     def frozen_exchange(self, everybody: bool) -> Floats:
         """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``.
@@ -150,20 +150,24 @@ class Problem:
         Args:
             everybody: all clients do, so that nobody learns layer 0, which all of them have.
         """
-        first = np.unique(self.kind, return_index=True)[1].tolist()
-        kinds = [self.clients[i] for i in first]
-        return self.cost.times.exchange_times(kinds, forward_only=True, learned_from=int(everybody))
+        return self.cost.times.exchange_times(self._distinct, forward_only=True, learned_from=int(everybody))
 
-    def client_ranks_at(self, kinds: Ints, split: int) -> Levels:
-        """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""
-        return self._rule.client_levels(self, kinds, split)
+    def clients_as_holders(self, kinds: Ints, split: int) -> Holders:
+        """Clients of ``kinds`` at ``split``, with the weights that they hold there."""
+        held = self.held[split]
+        names = tuple(compress(self._names, held))
+        slack = self.memory[kinds] - self.needed[split]
+        tokens = np.ones(len(names), dtype=np.int64)
+        prices = self.cost.client.per_rank[held]
+        return Holders("client", names, self.worth[held], tokens, prices, slack, self.rank_set)
 
-    def ladder(self, split: int) -> Ladder:
-        """What memory captures of the weights that a client holds at ``split``."""
-        if split not in self._ladders:
-            held = self.held[split]
-            self._ladders[split] = Ladder(self.cost.client.per_rank[held], self.worth[held], self.rank_set)
-        return self._ladders[split]
+    def servers_as_holders(self, counts: Ints) -> Holders:
+        """The server beside clients at ``counts`` ``(M, L + 1)``, with all weights of the model."""
+        prices = self.cost.server.per_rank(counts)
+        minimal = self.cost.server.constant(counts) + self.rank_set[0] * prices.sum(axis=1)
+        joined = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer]
+        slack = self.server.memory_bytes - minimal
+        return Holders("server", self._names, self.worth, joined, prices, slack, self.rank_set)
 
     def state(self, splits: Ints) -> State:
         """The state of one assignment ``(N,)`` as a single row, or of several ``(M, N)``."""
@@ -176,14 +180,12 @@ class Problem:
             self.client_gains[self.kind, splits].sum(axis=1),
             # Phase by phase takes less memory.
             np.stack([self.times[self.kind, splits, phase].max(axis=1) for phase in range(PHASES)], axis=1),
-            self.client_levels[self.kind, splits].min(axis=1)
-            if self.coupled
-            else np.zeros(len(splits), dtype=np.int64),
+            self.common_levels[self.kind, splits].min(axis=1),
         )
 
     def objective(self, state: State) -> Floats:
         """Captured importance per second, ``(M,)``; without room at the server, minus the bytes lacking."""
-        lacking = self.server_minimal(state.counts) - self.server.memory_bytes
+        lacking = self.server_lacking(state.counts)
         server_s = self.cost.times.server_times(self.server, state.counts)
         return np.where(lacking > 0, -lacking, self.captured(state) / self.pace(state.slowest, server_s))
 
@@ -202,43 +204,50 @@ class Problem:
         return self.cost.times.makespan(state.slowest[:, :-1], server_s)
 
     def captured(self, state: State) -> Floats:
-        """METHOD 5's ``captured(K, r)``."""
-        if self.coupled:
-            level = np.maximum(np.minimum(state.level, self.server_level(state.counts)), 0)
-            captured: Floats = captured_by(self.rank_set)[level] * (self.worth.sum() + state.gain / len(self.clients))
-            return captured
-        total: Floats = state.gain / len(self.clients) + self.server_captured(state.counts)
+        """METHOD 5's ``captured(K, r)``, ``(M,)``."""
+        share = self.cost.model.joined_clients(state.counts)[:, self.cost.model.weight_layer] / len(self.clients)
+        by_server = (captured_by(self.rank_set)[self.server_levels(state)] * share) @ self.worth
+        total: Floats = state.gain / len(self.clients) + by_server
         return total
 
-    def uniform_levels(self, state: State) -> Ints:
-        """With one rank for all: the level of every weight under the first row of ``state``, ``(W,)``."""
-        level = min(int(state.level[0]), int(self.server_level(state.counts)[0]))
-        return np.full(len(self.worth), max(level, 0), dtype=np.int64)
+    def client_captured(self, splits: Ints) -> Floats:
+        """Importance that each client's own layers capture of its own tokens, ``(N,)`` for ``splits`` ``(N,)``."""
+        captured: Floats = self.client_gains[self.kind, splits]
+        return captured
 
-    def server_captured(self, counts: Ints) -> Floats:
-        """The server's part of the captured importance, ``(M,)``."""
-        share = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer] / len(self.clients)
-        own: Floats = (captured_by(self.rank_set)[self.server_levels(counts)] * share) @ self.worth
-        return own
+    def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
+        """Levels of the weights that clients of ``kinds`` hold at ``split``, ``(len(kinds), W held)``.
 
-    def server_minimal(self, counts: Ints) -> Floats:
-        """Bytes of the server with every weight at the smallest rank, ``(M,)``."""
-        unit = self.cost.server.per_rank(counts).sum(axis=1)
-        total: Floats = self.cost.server.constant(counts) + self.rank_set[0] * unit
-        return total
+        Args:
+            state: of everybody's splits, a single row.
+            kinds: which kinds.
+            split: theirs.
+        """
+        return self._rule.levels(self.clients_as_holders(kinds, split))
 
-    def server_levels(self, counts: Ints) -> Levels:
+    def server_levels(self, state: State) -> Levels:
         """Levels of the server, ``(M, W)``."""
-        return self._rule.server_levels(self, counts)
+        return self._rule.levels(self.servers_as_holders(state.counts))
 
-    def server_level(self, counts: Ints) -> Ints:
-        """With one rank for all: index of the largest that the server fits, ``(M,)``."""
-        unit = self.cost.server.per_rank(counts).sum(axis=1)
-        needed = self.cost.server.constant(counts)[:, None] + unit[:, None] * self.rank_set
-        levels: Ints = (needed <= self.server.memory_bytes).sum(axis=1) - 1
-        return levels
+    def server_lacking(self, counts: Ints) -> Floats:
+        """Bytes that the server lacks with every weight at the smallest rank, ``(M,)``; below 0 those that are left."""
+        lacking: Floats = -self.servers_as_holders(counts).slack_bytes
+        return lacking
 
+    # -- estimates of the search, with the server's ranks held ------------------------------------------------------
 
-def budget_of(client: ClientBudget) -> tuple[float, float, float, float]:
-    """What makes two clients the same to the planner: memory, compute, bandwidth and latency."""
-    return client.memory_bytes, client.flops, client.bandwidth_bps, client.latency_s
+    def joint_gains(self, by_server: Floats) -> Floats:
+        """Importance that a client's tokens bring at each split, at all holders, ``(K, L + 1)``.
+
+        Args:
+            by_server: at the server, ``(L + 1,)``.
+        """
+        return self.client_gains + by_server
+
+    def common_gain(self, level: Ints | int) -> Floats | float:
+        """Importance that is captured by a common ``level`` of all holders: here nothing."""
+        return 0.0
+
+    def captured_at(self, state: State, level: Ints) -> Floats:
+        """Importance that the only row of ``state`` captures if the clients' common level were ``level``."""
+        return self.captured(state)

@@ -1,110 +1,108 @@
-"""Which rank each weight of a holder gets from the memory that is left. A new rule is one class and one registry line.
+"""Ranks of each weight of a holder, from the memory that is left. A new rule is one class and one registry line.
 
 A user's own rule is a function from a :class:`RankRequest` to ranks, given as ``package.module:name``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from hsplit.errors import InputError
 from hsplit.extension import find_part
-from hsplit.planning.ranks import Levels, captured_by, greedy_levels
-
-if TYPE_CHECKING:
-    from hsplit.planning.cost.counted_model import Floats, Ints
-    from hsplit.planning.problem import Problem
+from hsplit.planning.cost.counted_model import Floats, Ints
+from hsplit.planning.ranks import Ladder, Levels, captured_by, greedy_levels
 
 
-class RankRule(Protocol):
-    """How a planning problem gives ranks, as indices into its rank set (**levels**).
+@dataclass(frozen=True)
+class Holders:
+    """Clients at one split, or variants of the server, as a rank rule sees them.
+
+    The clients hold the same weights, which cost all of them the same: then arrays over weights are ``(W,)``, and
+    ``(M, W)`` otherwise.
 
     Attributes:
-        coupled: all holders and weights have one rank, so that nobody's can be chosen alone.
+        kind: ``client`` or ``server``.
+        weights: names of the weights, in layer order, ``W`` of them.
+        importance: of each weight, as a share of the whole model's, ``(W,)``.
+        tokens: clients whose tokens pass through each weight here, 0 where it is not held, ``(W,)`` or ``(M, W)``.
+        bytes_per_rank: of each weight for one more unit of rank, ``(W,)`` or ``(M, W)``.
+        slack_bytes: memory left when every weight has the smallest rank, ``(M,)``.
+        rank_set: ranks to choose from, increasing, ``(Q,)``.
     """
 
-    coupled: bool
+    kind: str
+    weights: tuple[str, ...]
+    importance: Floats
+    tokens: Ints
+    bytes_per_rank: Floats
+    slack_bytes: Floats
+    rank_set: Ints
 
-    def client_gains(self, problem: Problem) -> Floats:
-        """Importance that each kind of client captures at each split if all tokens were its own, ``(K, L + 1)``."""
-
-    def client_levels(self, problem: Problem, kinds: Ints, split: int) -> Levels:
-        """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held."""
-
-    def server_levels(self, problem: Problem, counts: Ints) -> Levels:
-        """Levels of the server beside clients at ``counts`` ``(M, L + 1)``: ``(M, W)``."""
-
-
-class ByImportance:
-    """Each weight its own: where the memory that is left captures most importance (METHOD 5)."""
-
-    coupled = False
-
-    def client_gains(self, problem: Problem) -> Floats:
-        table: Floats = np.zeros(problem.fits.shape)
-        for split in range(1, problem.cost.model.layers + 1):
-            fitting = np.flatnonzero(problem.deepest_of_kind >= split)
-            if len(fitting):
-                slack = problem.memory[fitting] - problem.needed[split]
-                table[fitting, split] = problem.ladder(split).captured(slack)
-        return table
-
-    def client_levels(self, problem: Problem, kinds: Ints, split: int) -> Levels:
-        levels = np.zeros((len(kinds), len(problem.worth)), dtype=np.int8)
-        slack = problem.memory[kinds] - problem.needed[split]
-        levels[:, problem.held[split]] = problem.ladder(split).levels(slack)
-        return levels
-
-    def server_levels(self, problem: Problem, counts: Ints) -> Levels:
-        unit = problem.cost.server.per_rank(counts)
-        joined = problem.cost.model.joined_clients(counts)[:, problem.cost.model.weight_layer]
-        slack = problem.server.memory_bytes - problem.server_minimal(counts)
-        return greedy_levels(slack, joined > 0, unit, problem.worth * joined, problem.rank_set)
-
-
-class ByBudget:
-    """Each holder one rank for all its weights: the largest that it fits."""
-
-    coupled = False
-
-    def client_gains(self, problem: Problem) -> Floats:
-        gains: Floats = captured_by(problem.rank_set)[np.maximum(problem.client_levels, 0)]
-        return gains * (problem.held @ problem.worth) * problem.fits
-
-    def client_levels(self, problem: Problem, kinds: Ints, split: int) -> Levels:
-        own = np.maximum(problem.client_levels[kinds, split], 0)
-        levels: Levels = (own[:, None] * problem.held[split]).astype(np.int8)
-        return levels
-
-    def server_levels(self, problem: Problem, counts: Ints) -> Levels:
-        joined = problem.cost.model.joined_clients(counts)[:, problem.cost.model.weight_layer]
-        levels: Levels = (np.maximum(problem.server_level(counts), 0)[:, None] * (joined > 0)).astype(np.int8)
+    def largest_common_levels(self) -> Ints:
+        """Level of the largest rank that each holder fits for all its weights, ``(M,)``; -1 where none fits."""
+        more_bytes = np.multiply.outer(self.bytes_per_rank.sum(axis=-1), self.rank_set - self.rank_set[0])
+        levels: Ints = (more_bytes <= self.slack_bytes[:, None]).sum(axis=1) - 1
         return levels
 
 
-class OneForAll:
-    """One rank for all weights and holders: the largest that everybody fits."""
+class RankRule(ABC):
+    """A rule for ranks, which it gives as indices into the rank set (**levels**).
 
-    coupled = True
+    Attributes:
+        one_for_all: all holders get the smallest of their ranks.
+    """
 
-    def client_gains(self, problem: Problem) -> Floats:
-        # What is captured depends on the common level alone.
-        return np.zeros(problem.fits.shape)
+    one_for_all = False
 
-    def client_levels(self, problem: Problem, kinds: Ints, split: int) -> Levels:
-        raise NotImplementedError("the level is everybody's, see Problem.uniform_levels")
+    @abstractmethod
+    def levels(self, holders: Holders) -> Levels:
+        """Level of each weight, ``(M, W)``; 0 where it is not held, or nothing is left."""
 
-    def server_levels(self, problem: Problem, counts: Ints) -> Levels:
-        raise NotImplementedError("the level is everybody's, see Problem.uniform_levels")
+    def captured(self, holders: Holders) -> Floats:
+        """Importance that each holder captures with these levels, ``(M,)``."""
+        captured: Floats = (captured_by(holders.rank_set)[self.levels(holders)] * holders.tokens) @ holders.importance
+        return captured
+
+
+class ByImportance(RankRule):
+    """Each weight its own rank: where the memory that is left captures most importance (METHOD 5)."""
+
+    def levels(self, holders: Holders) -> Levels:
+        if holders.bytes_per_rank.ndim == 1:
+            return self._ladder(holders).levels(holders.slack_bytes)
+        worth = holders.importance * holders.tokens
+        return greedy_levels(holders.slack_bytes, holders.tokens > 0, holders.bytes_per_rank, worth, holders.rank_set)
+
+    def captured(self, holders: Holders) -> Floats:
+        if holders.bytes_per_rank.ndim == 1:
+            # Without the levels of thousands of clients.
+            return self._ladder(holders).captured(holders.slack_bytes)
+        return super().captured(holders)
+
+    def _ladder(self, holders: Holders) -> Ladder:
+        return Ladder(holders.bytes_per_rank, holders.importance * holders.tokens, holders.rank_set)
+
+
+@dataclass(frozen=True)
+class ByBudget(RankRule):
+    """Each holder one rank for all its weights: the largest that it fits, or that all holders fit."""
+
+    one_for_all: bool = False
+
+    def levels(self, holders: Holders) -> Levels:
+        own = np.maximum(holders.largest_common_levels(), 0)
+        levels: Levels = (own[:, None] * (holders.tokens > 0)).astype(np.int8)
+        return levels
 
 
 @dataclass(frozen=True)
 class RankRequest:
-    """What a user's own rank rule decides on: the weights of one holder.
+    """One holder's weights, on which a user's own rank rule decides.
 
     Attributes:
         holder: ``client`` or ``server``.
@@ -129,86 +127,64 @@ OwnRule = Callable[[RankRequest], Mapping[str, int]]
 """Gives a rank out of ``rank_set`` by weight name, for every weight, within ``slack_bytes``."""
 
 
-class Own:
-    """A user's own rule, asked once for each kind of holder that could be; what it gives is checked.
+@dataclass(frozen=True)
+class Own(RankRule):
+    """A user's own rule, called once for each kind of holder that could be; its ranks are checked.
 
-    Args:
+    Attributes:
         name: as the policy gives it.
         rule: the function.
     """
 
-    coupled = False
+    name: str
+    rule: OwnRule
 
-    def __init__(self, name: str, rule: OwnRule) -> None:
-        self._name, self._rule = name, rule
-
-    def client_gains(self, problem: Problem) -> Floats:
-        table: Floats = np.zeros(problem.fits.shape)
-        gained = captured_by(problem.rank_set)
-        for split in range(1, problem.cost.model.layers + 1):
-            fitting = np.flatnonzero(problem.deepest_of_kind >= split)
-            levels = self.client_levels(problem, fitting, split)
-            table[fitting, split] = (gained[levels] * problem.held[split]) @ problem.worth
-        return table
-
-    def client_levels(self, problem: Problem, kinds: Ints, split: int) -> Levels:
-        held, unit = problem.held[split], problem.cost.client.per_rank
-        levels = np.zeros((len(kinds), len(held)), dtype=np.int8)
-        for row, kind in enumerate(kinds.tolist()):
-            slack = float(problem.memory[kind] - problem.needed[split])
-            levels[row] = self._asked(problem, "client", held.astype(np.int64), unit, slack)
+    def levels(self, holders: Holders) -> Levels:
+        levels = np.zeros((len(holders.slack_bytes), len(holders.weights)), dtype=np.int8)
+        tokens, prices = (np.broadcast_to(a, levels.shape) for a in (holders.tokens, holders.bytes_per_rank))
+        for row, slack in enumerate(holders.slack_bytes.tolist()):
+            # A server without room for the smallest ranks is refused later, with the bytes that it lacks.
+            if slack >= 0:
+                at = np.flatnonzero(tokens[row])
+                request = RankRequest(
+                    holders.kind,
+                    tuple(holders.weights[w] for w in at),
+                    tuple(holders.importance[at].tolist()),
+                    tuple(tokens[row, at].tolist()),
+                    tuple(prices[row, at].tolist()),
+                    slack,
+                    tuple(holders.rank_set.tolist()),
+                )
+                levels[row, at] = self._checked_levels(request)
         return levels
 
-    def server_levels(self, problem: Problem, counts: Ints) -> Levels:
-        unit = problem.cost.server.per_rank(counts)
-        joined = problem.cost.model.joined_clients(counts)[:, problem.cost.model.weight_layer]
-        slack = problem.server.memory_bytes - problem.server_minimal(counts)
-        rows = [
-            self._asked(problem, "server", tokens, prices, float(left))
-            # A server without room for the smallest ranks is refused later, with the bytes that it lacks.
-            if left >= 0
-            else np.zeros(len(tokens), dtype=np.int8)
-            for tokens, prices, left in zip(joined, unit, slack, strict=True)
-        ]
-        return np.stack(rows)
-
-    def _asked(self, problem: Problem, holder: str, tokens: Ints, unit: Floats, slack: float) -> Levels:
-        at = np.flatnonzero(tokens > 0)
-        names = tuple(problem.cost.model.weights[w].name for w in at)
-        request = RankRequest(
-            holder,
-            names,
-            tuple(problem.worth[at].tolist()),
-            tuple(tokens[at].tolist()),
-            tuple(unit[at].tolist()),
-            slack,
-            tuple(problem.rank_set.tolist()),
-        )
+    def _checked_levels(self, request: RankRequest) -> list[int]:
+        level_of = {rank: level for level, rank in enumerate(request.rank_set)}
         try:
-            given = dict(self._rule(request))
-            ranks = [int(given[name]) for name in names]
-            level_of = {rank: level for level, rank in enumerate(request.rank_set)}
-            levels = [level_of[rank] for rank in ranks]
+            ranks = dict(self.rule(request))
+            levels = [level_of[int(ranks[name])] for name in request.weights]
         except Exception as error:
             raise InputError(
-                f"policy: ranks: {self._name} must give every weight a rank out of {list(request.rank_set)}"
+                f"policy: ranks: {self.name} must give every weight a rank out of {list(request.rank_set)}"
                 f" ({type(error).__name__}: {error})"
             ) from error
-        spent = sum((rank - request.rank_set[0]) * price for rank, price in zip(ranks, unit[at], strict=True))
-        if spent > slack:
+        smallest = request.rank_set[0]
+        spent = sum(
+            (request.rank_set[level] - smallest) * price
+            for level, price in zip(levels, request.bytes_per_rank, strict=True)
+        )
+        if spent > request.slack_bytes:
             raise InputError(
-                f"policy: ranks: {self._name} gives a {holder} ranks that take {spent / 1e6:.1f} MB more than the"
-                f" smallest, {slack / 1e6:.1f} are left"
+                f"policy: ranks: {self.name} gives a {request.holder} ranks that take {spent / 1e6:.1f} MB more than"
+                f" the smallest, {request.slack_bytes / 1e6:.1f} are left"
             )
-        found = np.zeros(len(tokens), dtype=np.int8)
-        found[at] = levels
-        return found
+        return levels
 
 
 RANK_RULES: dict[str, RankRule] = {
     "importance": ByImportance(),
     "budget": ByBudget(),
-    "uniform": OneForAll(),
+    "uniform": ByBudget(one_for_all=True),
 }
 
 

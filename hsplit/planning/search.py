@@ -12,7 +12,6 @@ from hsplit.planning.deadlines import TOTAL, DeadlineScan, Worth
 from hsplit.planning.moves import Moves, Prices, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.problem import Problem, State
-from hsplit.planning.ranks import captured_by
 
 # The most deadlines that are scanned for starts; beyond it, evenly spread ones among the distinct client times.
 MAX_DEADLINES = 256
@@ -177,7 +176,8 @@ class Search:
             top = int(scores.argmax())
             if best.beaten_by(float(scores[top])):
                 best, best_level, best_price = Found(splits[top], float(scores[top])), level, proposals[top][0]
-            if not problem.coupled and (not short or scores[top] <= last):
+            # One rank for all is a choice of its own at each level.
+            if not problem.one_rank and (not short or scores[top] <= last):
                 break
             last = float(scores[top])
         return best, best_level, best_price or 1.0
@@ -191,12 +191,10 @@ class Search:
             The prices and splits ``(N,)``; and whether the server's memory had a part in them.
         """
         problem, scan = self._problem, self.scan
-        captured, fixed, allowed = problem.client_gains + prices.captured, 0.0, problem.fits
-        if problem.coupled:
-            captured, fixed = np.zeros(allowed.shape), float(captured_by(problem.rank_set)[level] * problem.worth.sum())
-            allowed = allowed & (problem.client_levels >= level)
-            if not allowed[:, 1].all():
-                return [], False
+        captured, fixed = problem.joint_gains(prices.captured), float(problem.common_gain(level))
+        allowed = problem.fits & (problem.common_levels >= level)
+        if not allowed[:, 1].all():
+            return [], False
         within = allowed & (problem.times <= state.slowest[0]).all(axis=2)
         per_second, room = max(found.objective, 0.0), float(problem.server.memory_bytes)
         proposals, short = [], False

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hsplit.errors import InputError, os_reason
 from hsplit.models.source import find_model
-from hsplit.planning.budgets import ClientBudget
+from hsplit.planning.budgets import Budget, ClientBudget
 from hsplit.planning.cost.counted_model import Floats
 
 _LLAMA: dict[str, Any] = {
@@ -97,17 +97,6 @@ class Traffic:
                 raise InputError(f"{option}: must be a probability from 0 to 1 (got {value:g})")
         if not 0 <= self.variation <= 100:
             raise InputError(f"--link-variation: must be from 0 to 100 (got {self.variation:g})")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A client's budget in a round: bytes, FLOP/s, bit/s, seconds."""
-
-    name: str
-    memory_bytes: int
-    flops: float
-    bandwidth_bps: float
-    latency_s: float
 
 
 @dataclass(frozen=True)

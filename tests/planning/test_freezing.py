@@ -18,8 +18,7 @@ from hsplit.planning.importance import equal_importance
 from hsplit.planning.insight import bottleneck
 from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
-from hsplit.planning.rank_rules import RANK_RULES
-from tests.planning.test_planner import JOB, client, cost, server
+from tests.planning.test_planner import JOB, client, cost, problem_of, server
 from tests.tiny import tiny_config
 
 NEVER = Policy(freeze="never")
@@ -153,7 +152,7 @@ def test_whom_it_freezes_is_the_best_choice(
 
     def problem(frozen: tuple[str, ...]) -> Problem:
         model = AHEAD if ahead else MODEL
-        return Problem(clients, server(), model, scores, np.array([1, 2, 4, 8]), RANK_RULES[ranks], frozen)
+        return problem_of(ranks, clients, server(), model, scores, np.array([1, 2, 4, 8]), frozen=frozen)
 
     base = problem(())
     captured = float(base.captured(base.state(chosen))[0])

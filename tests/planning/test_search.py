@@ -10,7 +10,7 @@ from hsplit.planning.moves import Moves, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
-from hsplit.planning.rank_rules import RANK_RULES
+from tests.planning import test_planner
 from tests.planning.test_planner import JOB, LARGEST, SMALLEST, client, cost, importance, objective, server
 
 RANKS = np.array(JOB.rank_set)
@@ -30,10 +30,8 @@ def many_clients(count: int, seed: int = 0) -> list:
     ]
 
 
-def problem_of(clients: list, deep: ServerConfig = AMPLE, labels: str = "server", coupled: bool = False) -> Problem:
-    return Problem(
-        clients, deep, cost(labels), importance(0), RANKS, RANK_RULES["uniform" if coupled else "importance"]
-    )
+def problem_of(clients: list, deep: ServerConfig = AMPLE, labels: str = "server", ranks: str = "importance") -> Problem:
+    return test_planner.problem_of(ranks, clients, deep, cost(labels), importance(0), RANKS)
 
 
 def short_of_memory(clients: list, made: Plan) -> ServerConfig:
@@ -72,12 +70,12 @@ def test_a_scan_is_no_worse_than_any_deepest_start(labels: str) -> None:
         assert float(problem.objective(problem.state(splits[problem.kind]))[0]) >= reached * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_estimates_are_exact_where_the_server_has_room_for_all_ranks(coupled: bool) -> None:
+@pytest.mark.parametrize("ranks", ["importance", "uniform"])
+def test_estimates_are_exact_where_the_server_has_room_for_all_ranks(ranks: str) -> None:
     clients = many_clients(9)
     # Classes of equal clients too.
     clients += [c.model_copy(update={"name": f"{c.name}-twin"}) for c in clients[:4]]
-    problem = problem_of(clients, coupled=coupled)
+    problem = problem_of(clients, ranks=ranks)
     moves = Moves(problem, np.minimum(2, problem.deepest))
     rows, targets = np.nonzero(np.isfinite(moves.estimate))
     exact = problem.objective(moves.states(rows, targets))
@@ -91,7 +89,7 @@ def test_estimates_are_exact_where_the_server_has_room_for_all_ranks(coupled: bo
 def test_no_single_move_improves_a_large_plan(ranks: str) -> None:
     clients = many_clients(150)
     made = make_plan(clients, AMPLE, cost(), importance(0), Policy(ranks=ranks))
-    problem = problem_of(clients, coupled=ranks == "uniform")
+    problem = problem_of(clients, ranks=ranks)
     moves = Moves(problem, np.array([c.split for c in made.clients]))
     rows, targets = np.nonzero(np.isfinite(moves.estimate))
     assert len(rows) > search.VERIFIED_MOVES

@@ -1,0 +1,74 @@
+"""Planning with one rank for all weights and holders: the largest that every holder fits (SplitLoRA, FedLoRA)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from hsplit.planning.cost.counted_model import Floats, Ints
+from hsplit.planning.problem import Problem, State
+from hsplit.planning.ranks import Levels, captured_by
+
+
+class OneRankProblem(Problem):
+    """A planning problem whose holders all have one rank.
+
+    The common rank alone decides what is captured, wherever the model is split. So no client gains anything by its
+    split; ``client_gains`` is what is lost where layers are frozen, at ``g`` of 1.
+    """
+
+    one_rank = True
+
+    @cached_property
+    def common_levels(self) -> Ints:
+        """Level of the largest rank that each kind fits at each split, ``(K, L + 1)``; -1 where none fits."""
+        kinds = np.arange(len(self.members))
+        by_split = [self.clients_as_holders(kinds, split) for split in range(self.cost.model.layers + 1)]
+        return np.stack([clients.largest_common_levels() for clients in by_split], axis=1)
+
+    @cached_property
+    def client_gains(self) -> Floats:
+        """Importance lost at each split where a kind is frozen, at ``g`` of 1, ``(K, L + 1)``."""
+        return np.where(self.frozen[:, None], -(self.held @ self.worth), 0.0)
+
+    def captured(self, state: State) -> Floats:
+        """METHOD 5's ``captured(K, r)``, ``(M,)``."""
+        captured: Floats = captured_by(self.rank_set)[self._level(state)] * (
+            self.worth.sum() + state.gain / len(self.clients)
+        )
+        return captured
+
+    def client_captured(self, splits: Ints) -> Floats:
+        """Importance that each client's own layers capture of its own tokens, ``(N,)`` for ``splits`` ``(N,)``."""
+        level = self._level(self.state(splits))
+        captured: Floats = (self.held @ self.worth)[splits] * captured_by(self.rank_set)[level]
+        return captured
+
+    def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
+        """The common level for each weight that clients of ``kinds`` hold at ``split``, ``(len(kinds), W held)``."""
+        return np.full((len(kinds), int(self.held[split].sum())), self._level(state)[0], dtype=np.int8)
+
+    def server_levels(self, state: State) -> Levels:
+        """The common level for each weight, ``(M, W)``."""
+        return np.repeat(self._level(state)[:, None], len(self.worth), axis=1).astype(np.int8)
+
+    def joint_gains(self, by_server: Floats) -> Floats:
+        """No gain by a split, ``(K, L + 1)``."""
+        return np.zeros(self.fits.shape)
+
+    def common_gain(self, level: Ints | int) -> Floats:
+        """Importance that is captured by a common ``level``, were no layers frozen."""
+        gain: Floats = captured_by(self.rank_set)[level] * self.worth.sum()
+        return gain
+
+    def captured_at(self, state: State, level: Ints) -> Floats:
+        """:meth:`common_gain` of ``level``, or of what the server fits where that is less."""
+        return self.common_gain(np.clip(level, 0, max(int(self._server_level(state)[0]), 0)))
+
+    def _server_level(self, state: State) -> Ints:
+        return self.servers_as_holders(state.counts).largest_common_levels()
+
+    def _level(self, state: State) -> Ints:
+        """The common level, ``(M,)``; 0 where no rank fits."""
+        return np.maximum(np.minimum(state.level, self._server_level(state)), 0)
