@@ -1,9 +1,8 @@
-"""Everybody's best split by a deadline, for all deadlines at once (METHOD 5).
+"""The best split of every client by a deadline, for all deadlines at once (METHOD 5).
 
-The deeper a split, the longer a client's phases take. Going through all (client, split) pairs by their time
-therefore brings each client's splits in increasing order, and what the clients choose by a deadline changes from
-one deadline to the next only where a pair is better than all of its client's before. Sums and maxima over the
-choices are then running ones.
+The deeper a split, the longer a client's phases take. So (client, split) pairs in the order of their time have each
+client's splits in increasing order, and a client's choice changes from one deadline to the next only at a pair that is
+better than all of its client's before. Sums and maxima over the choices are then running ones.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ TOTAL = PHASES
 
 @dataclass(frozen=True)
 class Worth:
-    """What choosing a split is worth to the search.
+    """Value of each split to the search.
 
     Attributes:
-        captured: what a client of each kind captures at each split, its own and the server's part, per token
-            of its own, ``(K, L + 1)``.
-        fixed: captured importance that no choice of this kind changes.
+        captured: importance that a client's tokens bring at each split, at itself and at the server, ``(K, L + 1)``.
+        fixed: captured importance that no choice of splits changes.
         per_second: captured importance that a second of makespan must bring.
         per_byte: captured importance that a byte at the server must bring.
-        room: bytes at the server; choices that need more are passed over where others do not.
+        room: bytes at the server; choices that need more are passed over while others fit.
         allowed: splits to choose from, ``(K, L + 1)``, split 1 always among them.
     """
 
@@ -47,7 +45,7 @@ class DeadlineScan:
     """Chooses splits by deadlines on one phase, or on all together.
 
     Args:
-        problem: the clients, and what their splits take and capture.
+        problem: the clients, with the times and gains of their splits.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -57,14 +55,14 @@ class DeadlineScan:
 
     @property
     def clocks(self) -> list[int]:
-        """What a deadline can be on: the phases there are (by their index in ``Problem.times``), or ``TOTAL``."""
+        """Phases that a deadline can be on: those that take time, as indices into ``Problem.times``, and ``TOTAL``."""
         return [*self._phases, TOTAL]
 
     def splits(self, clock: int, worth: Worth, prices: Prices) -> tuple[Ints, bool]:
-        """For the best deadline on ``clock``: each kind's split of most worth that ends by it.
+        """Choose each kind's split of most worth that ends by the best deadline on ``clock``.
 
         Returns:
-            The splits, ``(K,)``; and whether the best deadline was passed over for want of bytes at the server.
+            The splits, ``(K,)``; and True if the best deadline was passed over for want of bytes at the server.
         """
         problem = self._problem
         order, place = self._order(clock)
@@ -75,7 +73,7 @@ class DeadlineScan:
         # A pair counts where it is better than all shallower ones of its kind.
         counts = np.empty(value.shape, dtype=bool)
         counts[:, 1:] = value[:, 1:] > np.maximum.accumulate(value, axis=1)[:, :-1]
-        # Everybody begins at split 1, whatever its time.
+        # Every kind begins at split 1, whatever its time.
         counts[:, 0] = False
         events = order[counts.reshape(-1)[order]]
         if not len(events):
@@ -90,7 +88,7 @@ class DeadlineScan:
         for phase in self._phases:
             running = np.maximum.accumulate(problem.times[kinds, now + 1, phase])
             seconds += np.maximum(running, problem.times[:, 1, phase].max())
-        # Prices are differences: seconds are against all clients at split 1, whose server phase is added.
+        # Prices are differences: seconds so far are relative to the server's phase with all clients at split 1.
         seconds += self._server_seconds()
         more_bytes = np.cumsum(members * (prices.bytes[1:][now] - prices.bytes[1:][before]))
         lacking = prices.fixed_bytes + clients * prices.bytes[1] + more_bytes - worth.room
@@ -107,7 +105,7 @@ class DeadlineScan:
         """METHOD 5's ``k_i(D)``: the deepest split of each kind that fits and ends by ``D``, at least 1.
 
         Args:
-            deadlines: the most distinct client times that are taken for ``D``; evenly spread ones if there are more.
+            deadlines: most distinct client times that are tried as ``D``; evenly spread ones if there are more.
 
         Returns:
             The distinct results, ``(M, K)``, by rising deadline.
@@ -116,7 +114,7 @@ class DeadlineScan:
         times = np.unique(totals[self._problem.fits])
         if len(times) > deadlines:
             times = times[np.linspace(0, len(times) - 1, deadlines).round().astype(np.int64)]
-        # Times grow with the split, so a kind is as deep as the pairs of it that end in time are many.
+        # Times grow with the split, so a kind's deepest split is the number of its pairs that end in time.
         kinds, splits = np.nonzero(self._problem.fits[:, 2:])
         since = np.searchsorted(times, totals[kinds, splits + 2])
         deeper = np.bincount(since * len(totals) + kinds, minlength=(len(times) + 1) * len(totals))

@@ -1,4 +1,4 @@
-"""How much each weight matters (METHOD 3): from the sums that probes report to scores, and their history."""
+"""Importance of each weight (METHOD 3): scores from the sums that probes report, and their history."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ RELATIVE_EPS = 1e-8
 
 @dataclass(frozen=True)
 class ImportanceReport:
-    """What one holder's layers are worth to one client: the scalars that leave it (METHOD 3).
+    """Importance of one holder's weights for one client: the scalars that leave the holder (METHOD 3).
 
     Attributes:
-        client: whose probe batch and whose mean loss.
+        client: the client that the probe batch and its mean loss belong to.
         tokens: supervised tokens of that batch, the weight of these sums in the mean over clients.
         scores: ``sum_ij |W_ij G_ij|`` by weight name, not yet divided by ``cost_w``.
     """
@@ -35,12 +35,12 @@ class ImportanceReport:
     scores: dict[str, float]
 
 
-# From raw sums ``sum |W G|`` by weight name, and the weights, to scores by weight name.
+# Gives scores by weight name, from raw sums ``sum |W G|`` by weight name, and the weights.
 Metric = Callable[[Mapping[str, float], Sequence[LinearShape]], dict[str, float]]
 
 
 def equal_importance(shapes: Sequence[LinearShape]) -> dict[str, float]:
-    """``H_w`` before any score exists: equal importance per parameter, over the bytes to adapt the weight.
+    """Give equal importance per parameter, over the bytes to adapt the weight: ``H_w`` before any score exists.
 
     Returns:
         ``parameters / cost_w`` by weight name, with ``cost_w = 16 (d_in + d_out)`` bytes per unit of rank.
@@ -65,7 +65,7 @@ IMPORTANCE: dict[str, Metric] = {
 
 
 def find_metric(name: str) -> Metric:
-    """The metric that a policy names; a user's own has the same form.
+    """Find the metric that a policy names; a user's own has the same form.
 
     Raises:
         InputError: there is none of that name.
@@ -81,7 +81,7 @@ def _cost_bytes(shape: LinearShape) -> int:
 def scores(
     reports: Sequence[ImportanceReport], shapes: Sequence[LinearShape], metric: str = "rngwp"
 ) -> dict[str, float]:
-    """``I_w`` of one probe: the mean over clients, weighted by their supervised tokens, through a metric.
+    """Compute ``I_w`` of one probe: the metric of the mean over clients, weighted by their supervised tokens.
 
     Args:
         reports: of every client, from every holder of its layers.
@@ -93,8 +93,8 @@ def scores(
 
     Raises:
         FloatingPointError: a sum is not finite: training has diverged.
-        InputError: the metric does not give every weight a finite score of at least 0, one above it.
-        ValueError: a weight has no sum or two for some client, or no client had a supervised token.
+        InputError: the metric gives a weight a score that is not finite or below 0, or gives all of them 0.
+        ValueError: a weight has no sum or two sums for some client, or no client had a supervised token.
     """
     sums: dict[str, dict[str, float]] = defaultdict(dict)
     tokens: dict[str, int] = {}
@@ -111,9 +111,9 @@ def scores(
         missing = [s.name for s in shapes if s.name not in own]
         if missing:
             raise ValueError(f"importance: missing for {client}: {', '.join(missing)}")
-        endless = [s.name for s in shapes if not math.isfinite(own[s.name])]
-        if endless:
-            raise FloatingPointError(f"the importance of {endless[0]} for {client} is not finite")
+        infinite = [s.name for s in shapes if not math.isfinite(own[s.name])]
+        if infinite:
+            raise FloatingPointError(f"the importance of {infinite[0]} for {client} is not finite")
     mean = {s.name: sum(tokens[c] / total * own[s.name] for c, own in sums.items()) for s in shapes}
     found = find_metric(metric)(mean, shapes)
     scored = {s.name: float(found.get(s.name, math.nan)) for s in shapes}
@@ -124,9 +124,9 @@ def scores(
 
 
 class ImportanceHistory:
-    """``H_w``: present and past importance blended over the rounds (METHOD 3).
+    """``H_w``: present and past importance, blended over the rounds (METHOD 3).
 
-    The present is trusted more early in training, and less where it jumps::
+    The present counts more early in training, and less where it jumps::
 
         nu_t  = |I_t - H_{t-1}| / (H_{t-1} + eps)
         lam_t = clip(lam_0 (1 - t/T) / (1 + nu_t), lam_min, 1)
@@ -136,8 +136,8 @@ class ImportanceHistory:
 
     Args:
         rounds: ``T``, at least 1.
-        lam_0: trust in the present at the start, 0 to 1.
-        lam_min: least trust in the present, 0 to 1.
+        lam_0: weight of the present at the start, 0 to 1.
+        lam_min: least weight of the present, 0 to 1.
 
     Attributes:
         scores: ``H_w`` by weight name; empty before the first blend.
@@ -150,7 +150,7 @@ class ImportanceHistory:
         self.scores: dict[str, float] = {}
 
     def blend(self, round_: int, current: Mapping[str, float]) -> dict[str, float]:
-        """Take up the scores ``I_t`` of round ``t`` (``round_``) and return ``H_t``, both by weight name.
+        """Blend in the scores ``I_t`` of round ``t`` (``round_``) and return ``H_t``, both by weight name.
 
         Raises:
             ValueError: the weights are not those of the history.
@@ -159,13 +159,13 @@ class ImportanceHistory:
             self.scores = dict(current)
             return dict(self.scores)
         if current.keys() != self.scores.keys():
-            unlike = ", ".join(sorted(current.keys() ^ self.scores.keys()))
-            raise ValueError(f"importance: in the new scores or in the history, not in both: {unlike}")
+            differing = ", ".join(sorted(current.keys() ^ self.scores.keys()))
+            raise ValueError(f"importance: in the new scores or in the history, not in both: {differing}")
         eps = max(RELATIVE_EPS * sum(self.scores.values()) / len(self.scores), sys.float_info.min)
-        trust = self._lam_0 * (1 - round_ / self._rounds)
+        weight = self._lam_0 * (1 - round_ / self._rounds)
         for name, past in self.scores.items():
             fluctuation = abs(current[name] - past) / (past + eps)
-            lam = min(max(trust / (1 + fluctuation), self._lam_min), 1.0)
+            lam = min(max(weight / (1 + fluctuation), self._lam_min), 1.0)
             self.scores[name] = lam * current[name] + (1 - lam) * past
         return dict(self.scores)
 
@@ -180,7 +180,7 @@ class ImportanceHistory:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ImportanceHistory:
-        """What :meth:`to_json` made."""
+        """Read what :meth:`to_json` made."""
         history = ImportanceHistory(data["rounds"], data["lam_0"], data["lam_min"])
         history.scores = dict(data["scores"])
         return history

@@ -1,4 +1,4 @@
-"""What a plan waits for, and what more memory would buy."""
+"""The bottleneck of a plan, and the gain of more memory."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from hsplit.errors import InputError
 from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget, budget_of
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.moves import largest_of_others, server_prices
+from hsplit.planning.moves import Prices, largest_of_others, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan, rank_choices
 from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, UP, Problem
 from hsplit.planning.rank_rules import RANK_RULES
 
 GIGABYTE = 10**9
-# Kinds of clients for which one more GB is planned anew; of more kinds, those that promise most.
+# Kinds of clients that are planned again with one more GB; of more kinds, those that promise most.
 MAX_KINDS = 6
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Whose being infinitely fast, links included, would shorten the makespan most.
+    """The holder that would shorten the makespan most if it and its link were infinitely fast.
 
     Clients of equal budgets count as one: speeding up one of them alone would shorten nothing.
 
     Attributes:
         name: client name or ``server``; of several alike, the first.
         kind: ``client`` or ``server``.
-        alike: how many holders have this budget.
-        shortens_s: by how much the makespan would be shorter (virtual).
+        alike: number of holders with this budget.
+        shortens_s: seconds by which the makespan would be shorter (virtual).
     """
 
     name: str
@@ -44,16 +44,16 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class OneMoreGB:
-    """What changes if one holder has 1 GB more memory and everything is planned anew.
+    """Change of the plan if one holder has 1 GB more memory.
 
     Attributes:
         name: client name or ``server``; of several alike, the first.
         kind: ``client`` or ``server``.
-        alike: how many holders have this budget; the gain is for one of them.
-        joins: an unavailable client that takes part then.
-        objective_change: of captured importance per second of makespan and exchange.
-        captured_importance_change: of captured importance.
-        makespan_change_s: of the makespan, seconds (virtual).
+        alike: number of holders with this budget; the gain is for one of them.
+        joins: an unavailable client takes part then.
+        objective_change: change of captured importance per second of makespan and exchange.
+        captured_importance_change: change of captured importance.
+        makespan_change_s: change of the makespan, seconds (virtual).
     """
 
     name: str
@@ -67,12 +67,12 @@ class OneMoreGB:
 
 @dataclass(frozen=True)
 class Insight:
-    """What ``hsplit plan`` says beside the plan.
+    """Figures that ``hsplit plan`` prints beside the plan.
 
     Attributes:
-        bottleneck: whom the step waits for most.
+        bottleneck: the holder that the step waits for most.
         one_more_gb: by holder, the largest change of the objective first; equal clients once.
-        kinds_left_out: kinds of clients beyond ``MAX_KINDS`` that were not planned anew.
+        kinds_left_out: number of kinds of clients beyond ``MAX_KINDS``, which were not tried.
     """
 
     bottleneck: Bottleneck
@@ -88,12 +88,15 @@ def explained(
     importance: Mapping[str, float],
     policy: Policy,
 ) -> Insight:
-    """Bottleneck of a plan and worth of one more GB; the arguments are those that it was :func:`planned <plan>` with.
+    """Find the bottleneck of a plan and the gain of one more GB.
 
-    Of the importance only the proportions matter.
+    Plans again for the server and for each of at most ``MAX_KINDS`` kinds of clients, with ``made`` as a start. Of more
+    kinds, it takes those with the largest gain if no other holder's part changed.
 
-    Plans anew once for the server and for at most ``MAX_KINDS`` kinds of clients, with ``made`` as a start. Of more
-    kinds, those are taken whose present share of the plan would grow most if nobody else's part changed.
+    Args:
+        made: the plan.
+        clients, server, cost, importance, policy: arguments of :func:`~hsplit.planning.planner.make_plan` that it was
+            made with; of the importance only the proportions matter.
     """
     first = _first_of_kind(clients)
     tried = _most_promising(made, clients, server, cost, importance, policy, list(first)) if first else []
@@ -115,17 +118,17 @@ def explained(
 
 
 def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> Bottleneck:
-    """Whom the makespan waits for most: see :class:`Bottleneck`.
+    """Find the holder that the makespan waits for most.
 
     Args:
         made: the plan.
-        clients: the budgets that it is for.
+        clients: the budgets that it was made with.
         cost: what steps cost.
     """
     budgets = {c.name: c for c in clients}
     taking_part = [budgets[part.name] for part in made.available]
     splits = [part.split or 0 for part in made.available]
-    # Those of a step: what comes before the exchange at a round's end.
+    # Phases of a step alone, without the exchange at a round's end.
     times = np.zeros((len(splits), EXCHANGE))
     times[:, :AHEAD] = cost.times.all_client_times(taking_part)[np.arange(len(splits)), splits]
     forward_only = [part.forward_only for part in made.available]
@@ -151,7 +154,7 @@ def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> 
 
 
 def _first_of_kind(clients: Sequence[ClientBudget]) -> dict[int, int]:
-    """For each kind of clients the index of the first, and how many there are."""
+    """Index of the first client of each kind, with the number of clients of that kind."""
     indices: dict[tuple[float, ...], int] = {}
     sizes: dict[int, int] = {}
     for i, client in enumerate(clients):
@@ -176,9 +179,9 @@ def _gain(
     alike: int,
     was_out: bool,
 ) -> OneMoreGB | None:
-    """The change from ``made`` to a plan for other budgets; ``None`` where these have none.
+    """Change from ``made`` to a plan for other budgets; ``None`` if there is none.
 
-    More memory can leave no plan at all: a client that joins may be one too many for the server.
+    With more memory there may be no plan at all: a client that joins may be one too many for the server.
     """
     try:
         after = make_plan(clients, server, cost, importance, policy, made)
@@ -205,7 +208,7 @@ def _most_promising(
     policy: Policy,
     indices: list[int],
 ) -> list[int]:
-    """At most ``MAX_KINDS`` of ``indices``, by what a GB more would bring if nobody else's part changed."""
+    """At most ``MAX_KINDS`` of ``indices``: those with the largest gain by one more GB if no other part changed."""
     if len(indices) <= MAX_KINDS:
         return indices
     ranks = rank_choices(cost, policy)
@@ -214,22 +217,21 @@ def _most_promising(
     after = Problem([_grown(clients[i]) for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
     counts = cost.model.clients_at([part.split or 0 for part in made.available])
     prices = server_prices(after, counts, np.full(len(after.worth), len(ranks) - 1))
-    brings = _worth(made, after, prices.captured, prices.seconds)
-    had = _worth(made, before, prices.captured, prices.seconds)[before.kind, now]
+    worth_before = _worth(made, before, prices)[before.kind, now]
     # A client that takes no part yet brings nothing.
-    had = np.where([made.clients[i].available for i in indices], had, 0.0)
-    best = np.where(after.fits, brings, -np.inf).max(axis=1)[after.kind]
-    order = np.argsort(had - best, kind="stable")[:MAX_KINDS]
+    worth_before = np.where([made.clients[i].available for i in indices], worth_before, 0.0)
+    worth_after = np.where(after.fits, _worth(made, after, prices), -np.inf).max(axis=1)[after.kind]
+    order = np.argsort(worth_before - worth_after, kind="stable")[:MAX_KINDS]
     return [indices[i] for i in order]
 
 
-def _worth(made: Plan, problem: Problem, captured: Floats, seconds: Floats) -> Floats:
-    """What a client of each kind captures at each split, less what its seconds cost the others, ``(K, L + 1)``."""
-    per_second = made.objective
+def _worth(made: Plan, problem: Problem, prices: Prices) -> Floats:
+    """Importance that a client of each kind brings at each split, less that of the seconds it takes, ``(K, L + 1)``."""
     taking_part = {part.name: part.split or 0 for part in made.available}
     members: Ints = np.array([i for i, c in enumerate(problem.clients) if c.name in taking_part], dtype=np.int64)
     splits = [taking_part[problem.clients[i].name] for i in members]
     slowest = problem.times[problem.kind[members], splits].max(axis=0, initial=0.0)
     beyond = np.maximum(problem.times - slowest, 0.0).sum(axis=2)
-    worth: Floats = (problem.client_gains + captured) / len(made.available) - per_second * (seconds + beyond)
+    captured = (problem.client_gains + prices.captured) / len(made.available)
+    worth: Floats = captured - made.objective * (prices.seconds + beyond)
     return worth

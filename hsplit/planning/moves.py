@@ -1,8 +1,8 @@
 """Moves of the search: one client, or all equal clients at one split together, to another split (METHOD 5).
 
-With the server's ranks held, captured importance, server seconds and server bytes are sums over clients, so that the
-best split of each client can be found without regard to the others. The search proposes by these sums and decides by
-the exact objective.
+With the server's ranks held fixed, captured importance, server seconds and server bytes are sums over clients, so that
+the best split of each client can be found without regard to the others. The search proposes moves by these sums and
+decides by the exact objective.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from hsplit.planning.ranks import captured_by, increments
 
 @dataclass(frozen=True)
 class Prices:
-    """One client's effect on the server by its split, and what remains of the server without any.
+    """Effect of one client on the server, by its split.
 
     Attributes:
-        captured: importance that the server captures of it if all tokens were its own, ``(L + 1,)``.
+        captured: importance that the server captures if all tokens were the client's, ``(L + 1,)``.
         seconds: of the server's phase; only differences between splits mean something, ``(L + 1,)``.
         bytes: of the server, likewise, ``(L + 1,)``.
-        fixed_bytes: what the bytes of all clients add to, so that the sum is the server's bytes.
+        fixed_bytes: bytes of the server beside those of all clients.
     """
 
     captured: Floats
@@ -36,23 +36,23 @@ class Prices:
 
 
 def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
-    """The prices at ``counts`` ``(L + 1,)``: a client is moved to each split and what that changes is taken.
+    """Find the prices at ``counts`` ``(L + 1,)``, from the change when one client is moved to each split.
 
     Args:
-        problem: whose server.
+        problem: with the server.
         counts: clients at each split.
         levels: the server's ranks, as indices into the rank set, ``(W,)``.
     """
     cost = problem.cost
     layers, servers = cost.model.layers, cost.model.servers
     splits = np.arange(layers + 1)
-    # Each server as full as the first one, and one client moved at each: a client alone need not change the first.
+    # Every server gets the first one's load and a moved client: a single moved client need not change the first server.
     own = cost.model.served(counts[None])
     base = servers * own
     moved = np.repeat(base, layers + 1, axis=0)
     moved[:, int(own.argmax())] -= servers
     moved[splits, splits] += servers
-    # How much of that is one client's, if not all train, or each server serves a part of them.
+    # One client's part of the change, where not all train or each server serves some of them.
     share = own.sum() / counts.sum()
     rows, ranks = np.concatenate([base, moved]), problem.rank_set[levels]
     seconds = cost.times.server_times(problem.server, rows)
@@ -67,7 +67,7 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
 
 
 def next_byte(problem: Problem, counts: Ints, levels: Ints) -> float:
-    """What the server's next byte would capture, of all tokens, if ranks were not whole: 0 with all at the top."""
+    """Importance that one more byte at the server would capture if ranks were fractions; 0 with all at the top."""
     steps, gains = increments(problem.rank_set)
     unit = problem.cost.server.per_rank(counts[None])[0]
     joined = problem.cost.model.joined_clients(counts[None])[0][problem.cost.model.weight_layer]
@@ -81,12 +81,12 @@ def next_byte(problem: Problem, counts: Ints, levels: Ints) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Arrays over the groups of clients that are alike and at one split.
+    """Groups of clients that are alike and at one split, as arrays.
 
     Attributes:
         kind, split, size: of each group, ``(G,)``.
         first: the first client of each, ``(G,)``.
-        of_client: which group each client is in, ``(N,)``.
+        of_client: index of each client's group, ``(N,)``.
     """
 
     kind: Ints
@@ -97,18 +97,16 @@ class Group:
 
 
 class Moves:
-    """Every move from given splits: each group as a whole, and one of each group of several.
+    """Every move from some splits: each group as a whole, and one client of each group of several.
 
     Args:
-        problem: what the splits are of.
+        problem: that of the splits.
         splits: each client's split, ``(N,)``.
 
     Attributes:
         state: of ``splits``.
-        group: the group that each row moves, ``(V,)``.
-        alone: whether it moves one client only, ``(V,)``.
-        estimate: the objective after each move with the server's ranks held, ``(V, L + 1)``; ``-inf`` where the
-            client does not fit, or is already.
+        group: index of the group that each row moves, ``(V,)``.
+        alone: rows that move one client only, ``(V,)``.
     """
 
     def __init__(self, problem: Problem, splits: Ints) -> None:
@@ -127,12 +125,12 @@ class Moves:
 
     @property
     def pairs(self) -> int:
-        """How many moves there are, those that do not fit included."""
+        """Number of moves, those that do not fit included."""
         return len(self.group) * self._problem.fits.shape[1]
 
     @cached_property
     def estimate(self) -> Floats:
-        """The objective after each move, estimated, ``(groups, splits)``; minus infinity where one does not fit."""
+        """Objective after each move with the server's ranks held fixed, ``(V, L + 1)``; ``-inf``: impossible."""
         problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
         size = self._size[:, None]
         lacking = float(problem.server_lacking(self.state.counts)[0])
@@ -157,20 +155,20 @@ class Moves:
 
     @cached_property
     def _others_slowest(self) -> Floats:
-        """Largest time in each phase of the clients that each row does not move, ``(V, PHASES)``."""
+        """Longest phases of the clients that each row leaves where they are, ``(V, PHASES)``."""
         times = self._problem.times[self._groups.kind, self._groups.split]
         rest = np.stack([largest_of_others(times[:, phase], 0.0) for phase in range(PHASES)], axis=1)
         return np.where(self.alone[:, None], self.state.slowest, rest[self.group])
 
     @cached_property
     def _others_level(self) -> Ints:
-        """Least common level of the clients that each row does not move, ``(V,)``."""
+        """Least common level of the clients that each row leaves where they are, ``(V,)``."""
         levels = self._problem.common_levels[self._groups.kind, self._groups.split]
         rest = -largest_of_others(-levels, -len(self._problem.rank_set))
         return np.where(self.alone, self.state.level, rest[self.group])
 
     def states(self, rows: Ints, targets: Ints) -> State:
-        """The states after moving ``rows`` to ``targets``, each ``(M,)``, one at a time."""
+        """States after each single move of ``rows`` to ``targets``, both ``(M,)``."""
         problem, kind, now, size = self._problem, self._kind[rows], self._now[rows], self._size[rows]
         counts = np.repeat(self.state.counts, len(rows), axis=0)
         each = np.arange(len(rows))
@@ -185,7 +183,7 @@ class Moves:
         )
 
     def together(self, rows: Ints, targets: Ints) -> Ints:
-        """The splits ``(N,)`` after moving ``rows`` to ``targets``, all at once; of a group's rows the first counts."""
+        """Splits ``(N,)`` after all moves of ``rows`` to ``targets``; of several rows of a group the first counts."""
         rows, targets = rows[::-1], targets[::-1]
         of_group = self._groups.split.copy()
         whole = ~self.alone[rows]
@@ -205,7 +203,7 @@ def _groups(problem: Problem, splits: Ints) -> Group:
 
 
 def largest_of_others(values: NDArray, without: float) -> NDArray:
-    """For each of ``values`` ``(G,)`` the largest of the others; ``without`` any."""
+    """Largest of the other values for each of ``values`` ``(G,)``; ``without`` where there are none."""
     if len(values) == 1:
         return np.full(1, without, dtype=values.dtype)
     top = int(values.argmax())

@@ -46,8 +46,8 @@ class OneRankProblem(Problem):
         return captured
 
     def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
-        """The common level for each weight that clients of ``kinds`` hold at ``split``, ``(len(kinds), W held)``."""
-        return np.full((len(kinds), int(self.held[split].sum())), self._level(state)[0], dtype=np.int8)
+        """The common level for each weight, ``(len(kinds), W)``."""
+        return np.full((len(kinds), len(self.worth)), self._level(state)[0], dtype=np.int8)
 
     def server_levels(self, state: State) -> Levels:
         """The common level for each weight, ``(M, W)``."""

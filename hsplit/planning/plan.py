@@ -1,4 +1,4 @@
-"""The plan of a round: who holds which layers at which ranks, and why it fits."""
+"""The plan of a round: each holder's layers and ranks, with the bytes and seconds that they take."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from hsplit.config.section import EXACT, MAX_LAYERS, STRICT, Whole
 from hsplit.errors import InputError
 
 MAX_SERVERS = 1000
-"""Replicas of the server that a plan's file may name."""
+"""Most servers of a plan that is read from a file."""
 _Figure = Annotated[float, Field(gt=-(2.0**1000), lt=2.0**1000, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class HolderPlan:
-    """One holder's part of the plan.
+    """One holder's part of a plan.
 
     Attributes:
         name: client name or ``server``.
         kind: ``client`` or ``server``.
-        available: whether any split fits; an unavailable client takes no part.
+        available: some split fits; an unavailable client takes no part.
         split: clients: layers ``[0, split)`` are its own; server: its first layer. ``None`` when unavailable.
         ranks: LoRA rank by weight name; holders with equal ranks may share one mapping, so copy it to change it.
-        declared_bytes, predicted_bytes: memory budget, and what the plan will need of it at its peak.
+        declared_bytes, predicted_bytes: memory budget, and the peak that the plan will need of it.
         step_time_s: predicted time of its part of one local step, transfers included (virtual).
-        lacking_bytes: how much an unavailable client is short of the smallest assignment.
-        captured_share: its part of the plan's captured importance, 0 to 1; all holders' add up to 1.
+        lacking_bytes: memory that an unavailable client lacks for the smallest assignment.
+        captured_share: its share of the plan's captured importance, 0 to 1; all shares add up to 1.
     """
 
     name: str
@@ -48,7 +48,7 @@ class HolderPlan:
 
     @property
     def held_layers(self) -> int:
-        """Number of decoder layers that a client which takes part holds, from the embedding on: its split point."""
+        """Number of decoder layers of a client that takes part, from the embedding on: its split point."""
         assert self.split is not None, f"{self.name} takes no part"
         return self.split
 
@@ -59,13 +59,13 @@ class HolderPlan:
 
     @property
     def forward_only(self) -> bool:
-        """Whether it has layers and trains none of them, so that no gradient comes back to it."""
+        """True if it has layers and trains none of them, so that no gradient comes back to it."""
         return bool(self.ranks) and not any(self.ranks.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the scheduler decided.
+    """The layers and ranks of all holders, with the figures that they were chosen by.
 
     Attributes:
         layers: decoder layers of the model.
@@ -73,10 +73,10 @@ class Plan:
         clients: every declared client's part, in the cluster's order.
         makespan_s: predicted time of one local step (METHOD 5, virtual).
         captured_importance: METHOD 5's ``captured``.
-        importance: where the scores came from, in words.
-        servers: how many servers there are; ``server`` is the part of each.
-        exchange_s: predicted time that a round's end takes the clients' links, with the residual at its cap, spread
-            over the round's local steps (virtual).
+        importance: where the scores come from, in words.
+        servers: number of servers; ``server`` is the part of each.
+        exchange_s: predicted time of the exchange at a round's end on the clients' links, with the residual at its cap,
+            spread over the round's local steps (virtual).
     """
 
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -91,37 +91,37 @@ class Plan:
 
     @property
     def objective(self) -> float:
-        """What is maximized: captured importance per second of a local step with its part of the round's end."""
+        """The objective of planning: captured importance per second of a local step and its part of the exchange."""
         return self.captured_importance / (self.makespan_s + self.exchange_s)
 
     @property
     def available(self) -> tuple[HolderPlan, ...]:
-        """The clients that take part, in the cluster's order."""
+        """Clients that take part, in the cluster's order."""
         return tuple(c for c in self.clients if c.available)
 
     @property
     def forward_only(self) -> frozenset[str]:
-        """The clients that take part and train nothing."""
+        """Names of the clients that take part and train nothing."""
         return frozenset(client.name for client in self.available if client.forward_only)
 
     @property
     def server_names(self) -> tuple[str, ...]:
-        """The servers, the one that aggregates first."""
+        """Names of the servers; the first one aggregates."""
         return server_names(self.servers)
 
     def gives_the_same_as(self, other: Plan) -> bool:
-        """Whether everybody holds the same layers at the same ranks."""
+        """True if all holders have the same layers at the same ranks."""
         own, others = (
             {part.name: (part.split, part.ranks) for part in (p.server, *p.available)} for p in (self, other)
         )
         return own == others
 
     def client(self, name: str) -> HolderPlan:
-        """What a client holds, by its name."""
+        """A client's part, by its name."""
         return next(c for c in self.clients if c.name == name)
 
     def part(self, holder: str) -> HolderPlan:
-        """What a client or a server holds."""
+        """The part of a client or a server."""
         return self.server if holder in self.server_names else self.client(holder)
 
     def to_json(self) -> dict[str, Any]:
@@ -132,10 +132,10 @@ class Plan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
-        """What :meth:`to_json` made.
+        """Read the plan that :meth:`to_json` made.
 
         Raises:
-            ValueError: it is no plan.
+            ValueError: ``data`` is no plan.
         """
         try:
             plan = from_plain(data, Plan, "it is no plan")
@@ -145,10 +145,10 @@ class Plan:
         return plan
 
     def check(self) -> None:
-        """See that what was read from a file can be a plan.
+        """Check that values read from a file can be a plan.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: they cannot.
         """
         for part in (self.server, *self.clients):
             if (part.split is None and part.available) or (part.split or 0) > self.layers:

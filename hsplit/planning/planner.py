@@ -1,12 +1,12 @@
-"""Split points and ranks for everybody: captured importance per second (METHOD 5).
+"""Split points and ranks of all holders, for most captured importance per second (METHOD 5).
 
-A second is one of a local step's makespan and of its part of the exchange at the round's end, which METHOD 5 leaves
-out: layers on a client behind a slow link cost more to aggregate than they save the server.
+Seconds are those of a local step's makespan and of its part of the exchange at the round's end. METHOD 5 leaves the
+exchange out, but layers on a client behind a slow link cost more to aggregate than they save the server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -15,17 +15,15 @@ from hsplit.errors import InputError
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.holder_plans import FREEZABLE, planned, whole_model, worth_freezing
+from hsplit.planning.freezing import with_frozen
+from hsplit.planning.holder_plans import planned, whole_model
 from hsplit.planning.one_rank import OneRankProblem
 from hsplit.planning.plan import Plan
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule
-from hsplit.planning.search import TOLERANCE
-from hsplit.planning.split_rules import SplitRule, find_split_rule
+from hsplit.planning.split_rules import find_split_rule
 
 EQUAL = "equal importance per parameter (no score yet)"
-# How often splits are chosen anew for other clients frozen; each time costs as much as a plan.
-MAX_FREEZES = 4
 
 
 def make_plan(
@@ -37,10 +35,10 @@ def make_plan(
     current: Plan | None = None,
     source: str = EQUAL,
 ) -> Plan:
-    """Who holds which layers at which ranks.
+    """Give every holder its layers and ranks.
 
     Args:
-        clients: every declared client; those that fit nothing are in the plan as unavailable.
+        clients: every declared client; one without memory for the smallest part is in the plan as unavailable.
         server: the server's budget.
         cost: what splits and ranks cost.
         importance: ``H_w`` by weight name, for every adapted weight.
@@ -68,79 +66,33 @@ def make_plan(
         kind = OneRankProblem if rule.one_for_all else Problem
         return kind(available, server, cost, importance, ranks, rule, frozen)
 
-    # Whoever holds the full model holds every layer.
+    # A client with the full model holds every layer.
     split_rule = find_split_rule(policy.split if policy.placement == "split" else layers)
     problem = problem_of(())
     splits = split_rule(problem, current)
     _check_server(problem, splits)
     if policy.freezes:
-        problem, splits = _with_frozen(problem, splits, problem_of, split_rule, current)
+        problem, splits = with_frozen(problem, splits, problem_of, split_rule, current)
     return planned(problem, splits, clients, int(needed[smallest]), source)
 
 
-def _with_frozen(
-    problem: Problem,
-    splits: Ints,
-    problem_of: Callable[[Collection[str]], Problem],
-    split_rule: SplitRule,
-    current: Plan | None,
-) -> tuple[Problem, Ints]:
-    """Freeze whom it pays to freeze, and choose the splits anew with that, in turns while the objective grows.
-
-    Args:
-        problem: with nobody frozen.
-        splits: chosen for it, ``(N,)``.
-        problem_of: the problem with some clients frozen.
-        split_rule: chooses splits.
-        current: the plan in force; whom it has frozen is tried first.
-
-    Returns:
-        The problem with those frozen, and the splits for it.
-    """
-    names = [client.name for client in problem.clients]
-    best, best_splits, objective = problem, splits, _objective(problem, splits)
-    # Splits that are chosen anew may not give up more than freezing itself may. Who is frozen in force may stay so: a
-    # larger budget never makes a plan worse.
-    least = (1 - FREEZABLE) * float(problem.captured(problem.state(splits))[0])
-    in_force = current.forward_only if current is not None else frozenset()
-    tried: set[frozenset[str]] = {frozenset()}
-    frozen = in_force & set(names)
-    for _ in range(MAX_FREEZES):
-        if frozen not in tried:
-            tried.add(frozen)
-            made = problem_of(frozen)
-            candidates = (best_splits, split_rule(made, current))
-            for chosen in candidates:
-                value, captured = _objective(made, chosen), float(made.captured(made.state(chosen))[0])
-                if value > objective * (1 + TOLERANCE) and (captured >= least or frozen == in_force):
-                    best, best_splits, objective = made, chosen, value
-        frozen = frozenset(np.array(names, dtype=object)[worth_freezing(problem, best_splits)].tolist())
-        if frozen in tried:
-            break
-    return best, best_splits
-
-
-def _objective(problem: Problem, splits: Ints) -> float:
-    return float(problem.objective(problem.state(splits))[0])
-
-
 def smallest_split(cost: CostModel, policy: Policy) -> int:
-    """The fewest layers that a client holds under ``policy``."""
+    """Fewest layers that a client holds under ``policy``."""
     if policy.placement != "split":
         return cost.model.layers
     return policy.split if isinstance(policy.split, int) else 1
 
 
 def smallest_part_bytes(cost: CostModel, policy: Policy) -> int:
-    """Memory that a client needs for the smallest part there is under ``policy``."""
+    """Memory that a client needs for the smallest part of the model under ``policy``."""
     if policy.train == "weights":
         return cost.training_bytes
-    # Of a budget in GB the last byte is rounding.
+    # One more byte, since a budget in GB is rounded to bytes.
     return 1 + int(np.ceil(minimal_bytes(cost, int(rank_choices(cost, policy)[0]))[smallest_split(cost, policy)]))
 
 
 def rank_choices(cost: CostModel, policy: Policy) -> Ints:
-    """The ranks that a plan under ``policy`` chooses from, ``(Q,)``."""
+    """Ranks that a plan under ``policy`` chooses from, ``(Q,)``."""
     if isinstance(policy.ranks, int):
         return np.array([policy.ranks], dtype=np.int64)
     return np.array(cost.rank_set, dtype=np.int64)
@@ -150,9 +102,9 @@ def _no_client(clients: Sequence[ClientBudget], needed: float, split: int, rank:
     closest = max(clients, key=lambda c: c.memory_bytes)
     has = closest.memory_bytes / 1e9
     part = f"{split} layer{'' if split == 1 else 's'}" if policy.placement == "split" else "the full model"
-    whose = "server: memory_gb: too small" if policy.placement == "single" else "clients: none has the memory"
+    reason = "server: memory_gb: too small" if policy.placement == "single" else "clients: none has the memory"
     return InputError(
-        f"{whose} for {part} at rank {rank}:"
+        f"{reason} for {part} at rank {rank}:"
         f" that takes {needed / 1e9:.3f} GB, and {closest.name} has the most with {has:.3f};"
         " raise memory_gb, or lower job.batch_size, job.max_length or job.residual.max_rank"
     )

@@ -1,4 +1,4 @@
-"""What planning over the rounds goes by: who there is to plan for, and what earlier rounds have shown."""
+"""State of planning from round to round: the holders to plan for, and the findings of earlier rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Shortage:
 
     Attributes:
         times: how often.
-        held_bytes: what it held by the plan with which it happened last; 0 where there was none.
+        held_bytes: bytes that it held by the plan under which it happened last; 0 if there was no plan.
     """
 
     times: int
@@ -29,10 +29,10 @@ class Fleet:
 
     Attributes:
         clients: every client of the run as declared, those that joined included, in their order.
-        joining: names of those that have joined since the last plan, for the first time or again.
-        aside: names of those that have been set aside.
-        left: names of those that have left.
-        shortages: by client name, or ``server``, of which every server is one.
+        joining: names of clients that have joined since the last plan, for the first time or again.
+        aside: names of clients that have been set aside.
+        left: names of clients that have left.
+        shortages: by client name, or ``server`` for any of the servers.
     """
 
     clients: tuple[ClientConfig, ...]
@@ -48,27 +48,26 @@ class Fleet:
 
     @property
     def planned(self) -> list[str]:
-        """Names of the clients that a plan may give a part to, in their order."""
+        """Names of the clients that a plan can give a part to, in their order."""
         return [c.name for c in self.clients if c.name not in self.aside and c.name not in self.left]
 
 
 @dataclass(frozen=True)
 class PlanningState:
-    """All that decides later plans beside the fleet; plain data, for a checkpoint.
+    """Findings of earlier rounds that decide later plans; plain data, for a checkpoint.
 
     Attributes:
         budgets: changes of budgets in force, by holder and field, in the units of the cluster file.
-        excess: how much more than predicted a client's plans really took, at most, by its name; 1 and below never
-            counts.
-        shrunk: by what a holder's memory is divided since it ran out of it.
-        shortages: how often each had, as far as ``shrunk`` heeds it.
-        planned: clients that the last plan may have given a part to; ``None`` before the first.
+        excess: largest ratio of measured to predicted bytes of a client, by its name, where above 1.
+        shrunk: divisor of the memory of a holder that ran out of it.
+        shortages: how many shortages of each holder ``shrunk`` accounts for.
+        planned: clients that the last plan could give a part to; ``None`` before the first.
         pending: reasons for a new plan that ``min_rounds`` has put off.
         planned_in: rounds done at the last plan.
-        planned_with: importance by weight name that it was made with; empty: equal importance.
+        planned_with: importance by weight name of the last plan; empty: equal importance.
         history: ``H_w`` by weight name; empty before the first probe.
         probed_in: rounds done at the last probe; 0: none yet.
-        probe_after: how many rounds later the next one is due.
+        probe_after: rounds from there to the next probe.
     """
 
     budgets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -87,9 +86,9 @@ class PlanningState:
     def probe_due(self, round_: int) -> bool:
         """True if importance is to be probed with ``round_`` rounds done.
 
-        A probe takes nearly as long as a local step, and early in training importance moves most. So with
-        ``importance.back_off`` the next one waits twice as many rounds each time that one was no reason for another
-        plan, and is due in the next round again where it was.
+        A probe takes nearly as long as a local step, and importance moves most early in training. So with
+        ``importance.back_off`` the number of rounds to the next probe doubles each time that a probe gave no reason
+        for another plan, and is 1 again after one that did.
         """
         return round_ >= self.probed_in + self.probe_after
 
@@ -101,7 +100,7 @@ class PlanningState:
         return replace(self, budgets=budgets)
 
     def changes_of(self, fleet: Fleet) -> list[str]:
-        """Who has come or gone since the last plan, as reasons for another."""
+        """Clients that have come or gone since the last plan, as reasons for another."""
         if self.planned is None:
             return []
         now = fleet.planned

@@ -1,11 +1,10 @@
-"""One planning problem: the objective of any splits, with all that can be computed beforehand (METHOD 5)."""
+"""The planning problem: the objective of any splits, with all that can be computed beforehand (METHOD 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +35,8 @@ class State:
 
     Attributes:
         counts: clients at each split, ``(M, L + 1)``.
-        gain: importance that the clients capture, summed over them, ``(M,)``.
-        slowest: largest time of a client in each phase, ``(M, PHASES)``.
+        gain: sum of the clients' ``client_gains``, ``(M,)``.
+        slowest: longest time of any client in each phase, ``(M, PHASES)``.
         level: least :attr:`Problem.common_levels` of the clients, ``(M,)``.
     """
 
@@ -62,12 +61,12 @@ class Problem:
 
     Attributes:
         one_rank: all holders and weights have one rank.
-        frozen: which kinds only compute forward, ``(K,)``.
+        frozen: kinds that only compute forward, ``(K,)``.
         kind: each client's kind, ``(N,)``.
-        members: how many clients each kind has, ``(K,)``.
-        memory: their bytes, ``(K,)``.
-        times: seconds of their phases at each split, ``(K, L + 1, PHASES)``; they never fall with the split.
-        needed: bytes that each split takes at the smallest rank, ``(L + 1,)``.
+        members: number of clients of each kind, ``(K,)``.
+        memory: bytes of a client of each kind, ``(K,)``.
+        times: seconds of its phases at each split, ``(K, L + 1, PHASES)``; they never fall with the split.
+        needed: bytes of a client at each split with the smallest ranks, ``(L + 1,)``.
         deepest_of_kind: the deepest split that each kind fits, ``(K,)``.
         worth: importance of each weight, as a share of the whole model's, ``(W,)``.
     """
@@ -117,14 +116,14 @@ class Problem:
 
     @cached_property
     def fits(self) -> NDArray[np.bool_]:
-        """Which splits from 1 each kind fits, ``(K, L + 1)``: those that planning chooses from."""
+        """Splits from 1 that each kind fits, ``(K, L + 1)``: those that planning chooses from."""
         splits = np.arange(self.cost.model.layers + 1)
         fits: NDArray[np.bool_] = (splits >= 1) & (splits <= self.deepest_of_kind[:, None])
         return fits
 
     @cached_property
     def held(self) -> NDArray[np.bool_]:
-        """Which weights a client holds at each split, ``(L + 1, W)``."""
+        """Weights that a client holds at each split, ``(L + 1, W)``."""
         splits = np.arange(self.cost.model.layers + 1)
         held: NDArray[np.bool_] = splits[:, None] > self.cost.model.weight_layer
         return held
@@ -139,30 +138,29 @@ class Problem:
         """Importance that each kind captures at each split if all tokens were its own, ``(K, L + 1)``."""
         gains: Floats = np.zeros(self.fits.shape)
         for split in range(1, self.cost.model.layers + 1):
-            fitting = np.flatnonzero((self.deepest_of_kind >= split) & ~self.frozen)
+            fitting = np.flatnonzero(self.deepest_of_kind >= split)
             if len(fitting):
                 gains[fitting, split] = self._rule.captured(self.clients_as_holders(fitting, split))
+        gains[self.frozen] = 0.0
         return gains
 
     def frozen_exchange(self, everybody: bool) -> Floats:
         """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``.
 
         Args:
-            everybody: all clients do, so that nobody learns layer 0, which all of them have.
+            everybody: all clients do, so that layer 0, which all of them have, is never trained.
         """
         return self.cost.times.exchange_times(self._distinct, forward_only=True, learned_from=int(everybody))
 
     def clients_as_holders(self, kinds: Ints, split: int) -> Holders:
-        """Clients of ``kinds`` at ``split``, with the weights that they hold there."""
+        """Clients of ``kinds`` at ``split``."""
         held = self.held[split]
-        names = tuple(compress(self._names, held))
         slack = self.memory[kinds] - self.needed[split]
-        tokens = np.ones(len(names), dtype=np.int64)
-        prices = self.cost.client.per_rank[held]
-        return Holders("client", names, self.worth[held], tokens, prices, slack, self.rank_set)
+        prices = held * self.cost.client.per_rank
+        return Holders("client", self._names, self.worth, held.astype(np.int64), prices, slack, self.rank_set)
 
     def servers_as_holders(self, counts: Ints) -> Holders:
-        """The server beside clients at ``counts`` ``(M, L + 1)``, with all weights of the model."""
+        """The server beside clients at ``counts`` ``(M, L + 1)``."""
         prices = self.cost.server.per_rank(counts)
         minimal = self.cost.server.constant(counts) + self.rank_set[0] * prices.sum(axis=1)
         joined = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer]
@@ -216,7 +214,7 @@ class Problem:
         return captured
 
     def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
-        """Levels of the weights that clients of ``kinds`` hold at ``split``, ``(len(kinds), W held)``.
+        """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held.
 
         Args:
             state: of everybody's splits, a single row.

@@ -22,15 +22,15 @@ from hsplit.planning.ranks import Ladder, Levels, captured_by, greedy_levels
 class Holders:
     """Clients at one split, or variants of the server, as a rank rule sees them.
 
-    The clients hold the same weights, which cost all of them the same: then arrays over weights are ``(W,)``, and
-    ``(M, W)`` otherwise.
+    Clients at one split hold the same weights, which cost all of them the same: ``tokens`` and ``bytes_per_rank`` are
+    ``(W,)`` then, and ``(M, W)`` for the server.
 
     Attributes:
         kind: ``client`` or ``server``.
-        weights: names of the weights, in layer order, ``W`` of them.
+        weights: names of the model's weights, in layer order, ``W`` of them.
         importance: of each weight, as a share of the whole model's, ``(W,)``.
-        tokens: clients whose tokens pass through each weight here, 0 where it is not held, ``(W,)`` or ``(M, W)``.
-        bytes_per_rank: of each weight for one more unit of rank, ``(W,)`` or ``(M, W)``.
+        tokens: number of clients whose tokens pass through each weight here; 0: it is not held.
+        bytes_per_rank: of each weight for one more unit of rank; 0 where it is not held.
         slack_bytes: memory left when every weight has the smallest rank, ``(M,)``.
         rank_set: ranks to choose from, increasing, ``(Q,)``.
     """
@@ -73,19 +73,22 @@ class ByImportance(RankRule):
     """Each weight its own rank: where the memory that is left captures most importance (METHOD 5)."""
 
     def levels(self, holders: Holders) -> Levels:
-        if holders.bytes_per_rank.ndim == 1:
-            return self._ladder(holders).levels(holders.slack_bytes)
-        worth = holders.importance * holders.tokens
-        return greedy_levels(holders.slack_bytes, holders.tokens > 0, holders.bytes_per_rank, worth, holders.rank_set)
+        held, worth = holders.tokens > 0, holders.importance * holders.tokens
+        if held.ndim > 1:
+            return greedy_levels(holders.slack_bytes, held, holders.bytes_per_rank, worth, holders.rank_set)
+        levels = np.zeros((len(holders.slack_bytes), len(held)), dtype=np.int8)
+        levels[:, held] = Ladder(holders.bytes_per_rank[held], worth[held], holders.rank_set).levels(
+            holders.slack_bytes
+        )
+        return levels
 
     def captured(self, holders: Holders) -> Floats:
-        if holders.bytes_per_rank.ndim == 1:
-            # Without the levels of thousands of clients.
-            return self._ladder(holders).captured(holders.slack_bytes)
-        return super().captured(holders)
-
-    def _ladder(self, holders: Holders) -> Ladder:
-        return Ladder(holders.bytes_per_rank, holders.importance * holders.tokens, holders.rank_set)
+        held = holders.tokens > 0
+        if held.ndim > 1:
+            return super().captured(holders)
+        # Without the levels of thousands of clients.
+        ladder = Ladder(holders.bytes_per_rank[held], holders.importance[held], holders.rank_set)
+        return ladder.captured(holders.slack_bytes)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ class ByBudget(RankRule):
         own = np.maximum(holders.largest_common_levels(), 0)
         levels: Levels = (own[:, None] * (holders.tokens > 0)).astype(np.int8)
         return levels
+
+    def captured(self, holders: Holders) -> Floats:
+        own = np.maximum(holders.largest_common_levels(), 0)
+        captured: Floats = captured_by(holders.rank_set)[own] * (holders.tokens @ holders.importance)
+        return captured
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ RANK_RULES: dict[str, RankRule] = {
 
 
 def find_rank_rule(ranks: str | int) -> RankRule:
-    """The rule that a policy's ``ranks`` means; a number is one rank for all.
+    """Find the rule that a policy's ``ranks`` names; a number is one rank for all.
 
     Raises:
         InputError: there is none of that name.

@@ -1,6 +1,6 @@
-"""Ranks of a holder's weights: where the memory that is left captures most importance (METHOD 5).
+"""Greedy ranks of a holder's weights: where the memory that is left captures most importance (METHOD 5).
 
-Greedy ranks of many holders at once are found together where the same weights cost all of them the same.
+The ranks of many holders are found together where the same weights cost all of them the same.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from hsplit.planning.cost.counted_model import Floats, Ints
+
 Levels = NDArray[np.int8]
 Flags = NDArray[np.bool_]
 
@@ -24,29 +24,29 @@ def captured_by(rank: Ints | Floats) -> Floats:
 
 
 def increments(rank_set: Ints) -> tuple[Floats, Floats]:
-    """By how much each next rank is larger, and what that gains in ``g``: each ``(Q - 1,)``."""
+    """Steps from each rank to the next, and their gains in ``g``: each ``(Q - 1,)``."""
     return np.diff(rank_set).astype(np.float64), np.diff(captured_by(rank_set))
 
 
 def never_shrinking(steps: Floats) -> bool:
-    """Whether a refused increment rules out the later ones of its weight by size alone.
+    """True if a refused increment rules out the later ones of its weight by size alone.
 
-    So it is with ranks that double; not with 1, 4, 5, where a weight that was refused 4 must not take 5.
+    It does with ranks that double; not with 1, 4, 5, where a weight that was refused 4 must not take 5.
     """
     return bool((np.diff(steps) >= 0).all())
 
 
 def greedy_levels(slack: Floats, held: Flags, unit: Floats, worth: Floats, rank_set: Ints) -> Levels:
-    """Spend what is left on the increments with the largest gain per byte, skipping what does not fit.
+    """Spend the bytes left on the increments with the largest gain per byte, skipping those that do not fit.
 
     Every held weight starts at the smallest rank. Since ``g`` is concave and cost is linear in the rank, a
     weight's increments come in their order by themselves, and more slack never captures less.
 
-    For holders whose weights have the same prices, :class:`~hsplit.planning.ranks.Ladder` does the same faster.
+    For holders whose weights have the same prices, :class:`Ladder` does the same faster.
 
     Args:
         slack: bytes left at the smallest ranks, ``(M,)``, one row a holder (or a variant of one).
-        held: which weights each row holds, ``(M, W)``.
+        held: weights that each row holds, ``(M, W)``.
         unit: bytes a unit of rank, ``(W,)`` or ``(M, W)``.
         worth: importance times share of tokens, ``(W,)`` or ``(M, W)``.
         rank_set: increasing ranks, ``(Q,)``.
@@ -60,7 +60,7 @@ def greedy_levels(slack: Floats, held: Flags, unit: Floats, worth: Floats, rank_
     tight = np.flatnonzero(~whole)
     if len(tight) and len(steps):
         prices, values = np.broadcast_to(unit, held.shape)[tight], np.broadcast_to(worth, held.shape)[tight]
-        # What is not held has no price; it never fits either.
+        # A weight that is not held costs nothing, and must never be taken.
         prices = np.where(held[tight], prices, np.inf)
         spend = _spend if never_shrinking(steps) else _spend_one_by_one
         levels[tight] = spend(slack[tight], prices, values, steps, gains)
@@ -68,7 +68,7 @@ def greedy_levels(slack: Floats, held: Flags, unit: Floats, worth: Floats, rank_
 
 
 def _best_first(unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> tuple[Ints, Floats]:
-    """All increments of each row by falling gain per byte: their flat indices and sizes, each ``(M, W (Q - 1))``."""
+    """Order all increments of each row by falling gain per byte: flat indices and sizes, each ``(M, W (Q - 1))``."""
     density = (worth / unit)[:, :, None] * (gains / steps)
     order = np.argsort(-density.reshape(len(unit), -1), axis=1, kind="stable")
     sizes = np.take_along_axis((unit[:, :, None] * steps).reshape(len(unit), -1), order, axis=1)
@@ -78,7 +78,7 @@ def _best_first(unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> tu
 def _spend(slack: Floats, unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> Levels:
     """Take runs of increments: all that fit one by one, up to the first that does not fit after those before it.
 
-    The bytes left are then fewer than that one's size, so each run is over smaller increments than the last.
+    The bytes left are then fewer than its size, so each run is over smaller increments than the last.
     """
     order, sizes = _best_first(unit, worth, steps, gains)
     taken = np.zeros(sizes.shape, dtype=bool)
@@ -126,11 +126,11 @@ class _Run:
     """Increments of at most one size that some rows take one after the other.
 
     Attributes:
-        rows: whose, ``(R,)``.
-        begin, end: which of the run's increments each takes, as indices among those that are small enough, ``(R,)``.
-        small: which increments are small enough, ``(n,)``.
-        before: how many of those precede each increment, ``(n + 1,)``.
-        gain: sums of what they gain, ``(count + 1,)``.
+        rows: the rows that take any, ``(R,)``.
+        begin, end: range that each takes, as indices among the increments that are small enough, ``(R,)``.
+        small: increments that are small enough, ``(n,)``.
+        before: number of those that precede each increment, ``(n + 1,)``.
+        gain: running sum of their gains, ``(count + 1,)``.
     """
 
     rows: Ints
@@ -144,9 +144,9 @@ class _Run:
 class Ladder:
     """All increments of some weights, by falling gain per byte: the order in which every holder takes them.
 
-    What a holder can afford from the start of the order is one search among cumulative sizes. Where an increment
-    is refused, the bytes left are fewer than its size, so that only smaller ones count from there on: one more
-    search for each distinct size at most, for all holders together.
+    The increments that a holder can afford from the start of the order are one search among cumulative sizes. Where an
+    increment is refused, the bytes left are fewer than its size, so only smaller ones count from there on: at most one
+    more search for each distinct size, for all holders together.
 
     Args:
         unit: bytes a unit of rank, ``(W,)``.
@@ -157,7 +157,7 @@ class Ladder:
     def __init__(self, unit: Floats, worth: Floats, rank_set: Ints) -> None:
         self._unit, self._worth, self._rank_set = unit, worth, rank_set
         self._steps, gains = increments(rank_set)
-        # In the order of ranks.greedy_levels, ties included.
+        # In the order of greedy_levels, ties included.
         density = (worth / unit)[:, None] * (gains / self._steps)
         self._order: Ints = np.argsort(-density.reshape(-1), kind="stable")
         self._sizes: Floats = (unit[:, None] * self._steps).reshape(-1)[self._order]
@@ -173,7 +173,7 @@ class Ladder:
         return total
 
     def levels(self, slack: Floats) -> Levels:
-        """Index into the rank set by holder and weight, ``(M, W)``: what ``greedy_levels`` gives."""
+        """Index into the rank set by holder and weight, ``(M, W)``: the same as by :func:`greedy_levels`."""
         if not self._fast:
             held = np.ones((len(slack), len(self._unit)), dtype=bool)
             return greedy_levels(slack, held, self._unit, self._worth, self._rank_set)
@@ -193,7 +193,7 @@ class Ladder:
 
     @cached_property
     def _classes(self) -> list[tuple[float, Ints, Flags, Ints, Floats, Floats]]:
-        """For each distinct size, largest first: the increments that are no larger, and sums over them."""
+        """Increments up to each distinct size, largest first, and sums over them."""
         classes = []
         for size in np.unique(self._sizes)[::-1]:
             small = self._sizes <= size
@@ -213,6 +213,6 @@ class Ladder:
             begin = before[seen[rows]]
             end = np.searchsorted(sums, sums[begin] + left[rows], side="right") - 1
             left[rows] -= sums[end] - sums[begin]
-            # On from behind the one that was refused, or from the end.
+            # Continue behind the increment that was refused, or at the end.
             seen[rows] = np.append(members, len(self._order) - 1)[end] + 1
             yield _Run(rows, begin, end, small, before, gain)

@@ -1,4 +1,4 @@
-"""The scheduler: knows what matters, what each choice costs and who has what, and makes the plans. Ray-free."""
+"""The scheduler: makes a run's plans from importance, costs and budgets. Free of Ray."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hsplit.planning.plan import Plan
 from hsplit.planning.planner import EQUAL, make_plan, smallest_part_bytes
 from hsplit.planning.planning_state import Fleet, PlanningState, in_force
 
-# How much more than planned a holder is taken to need that ran out of memory, each time.
+# Divisor of a holder's memory each time that it ran out of it.
 _SHRINK = 1.25
-# How many budgets of a server that ran out of memory are tried, from the least, before the whole one.
+# Number of smaller budgets of a server that ran out of memory that are tried, from the least, before the whole one.
 _RELAXED = 6
 
 _Holder = TypeVar("_Holder", ClientConfig, ServerConfig)
@@ -28,13 +28,13 @@ _Holder = TypeVar("_Holder", ClientConfig, ServerConfig)
 
 @dataclass(frozen=True)
 class Review:
-    """What the scheduler found.
+    """Result of the scheduler's look at a run.
 
     Attributes:
         plan: the plan from now on; ``None``: the plan in force stays.
-        reasons: why it differs from the plan before, in words; empty where there is none.
+        reasons: why the plan differs from the one before, in words; empty where there is none.
         importance: ``H_w`` by weight name, where a probe was made.
-        state: what later plans go by.
+        state: for the next review.
     """
 
     plan: Plan | None
@@ -50,9 +50,9 @@ class Review:
 
 
 class Scheduler:
-    """Makes the first plan, and at each round's end looks whether another one is due (METHOD 5).
+    """Makes the first plan, and at each round's end another one if it is due (METHOD 5).
 
-    It keeps nothing between two calls: what it goes by is given to it, and what it has found is returned.
+    It keeps nothing between two calls: it gets the state of planning and returns the new one.
 
     Args:
         config: the run's configuration.
@@ -66,29 +66,29 @@ class Scheduler:
     # -- planning -------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """The plan that a run begins with whose clients are all there; errors as :meth:`first`."""
+        """Make the plan that a run begins with if all its clients are there; errors as :meth:`first`."""
         return self.first(Fleet.of_run(self._config), PlanningState()).made
 
     def first(self, fleet: Fleet, state: PlanningState) -> Review:
-        """The first plan; no score exists yet, so every parameter matters alike.
+        """Make the first plan; no score exists yet, so all parameters have equal importance.
 
         Raises:
-            InputError: see :func:`hsplit.planning.planner.make_plan`.
+            InputError: see :func:`~hsplit.planning.planner.make_plan`.
         """
-        state, reasons = self._heeding(fleet, state)
+        state, reasons = self._with_shortages(fleet, state)
         made, _ = self._plan(fleet, state, self._importance(state), None, EQUAL)
         return Review(made, tuple(reasons), None, replace(state, planned=fleet.planned))
 
     def check(self, fleet: Fleet, state: PlanningState, requests: Sequence[BudgetRequest]) -> None:
-        """See that there is a plan for ``fleet``, before it changes to that.
+        """Check that there is a plan for a changed fleet, before it changes.
 
         Args:
-            fleet: as it would be.
-            state: as it is.
+            fleet: after the change.
+            state: the present one.
             requests: changes of budgets that hold by then.
 
         Raises:
-            InputError: there is none: the server has no room, or nobody fits.
+            InputError: there is none: the server has no room, or no client fits.
         """
         self._plan(fleet, state.with_budgets(requests), self._importance(state), None, EQUAL)
 
@@ -102,13 +102,13 @@ class Scheduler:
         measured_bytes: Mapping[str, int],
         requests: Sequence[BudgetRequest],
     ) -> Review:
-        """Look at a round's end whether another plan is due.
+        """Make another plan at a round's end if one is due.
 
         Args:
             round_: rounds done.
             current: the plan in force.
-            fleet: who there is.
-            state: what earlier reviews have returned.
+            fleet: the holders to plan for.
+            state: as the last review returned it.
             reports: of the importance probe; empty where none was made.
             measured_bytes: peaks by holder name, where measured.
             requests: changes of budgets, the later winning.
@@ -119,14 +119,14 @@ class Scheduler:
         policy = self._config.policy
         changes = state.changes_of(fleet)
         reasons = [*state.pending, *(change for change in changes if change not in state.pending)]
-        state, short = self._heeding(fleet, state)
+        state, short = self._with_shortages(fleet, state)
         reasons += short
         state = state.with_budgets(requests)
         for request in requests:
             new = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
             reasons.append(f"the budget of {request.holder} is now {new}")
         if policy.replan.measured and policy.placement != "single":
-            # A single node has nobody to give anything to.
+            # There is no other holder to give a single node's layers to.
             state, overruns = _overruns(state, current, measured_bytes)
             reasons += overruns
         waited = state.probe_after
@@ -144,44 +144,44 @@ class Scheduler:
         made, lacking = self._plan(fleet, state, importance, current, source)
         reasons += [lacking] if lacking else []
         if reports and policy.importance.back_off and made.gives_the_same_as(current):
-            # Importance has moved, and nobody with it.
+            # Importance has moved, but no part of the plan.
             state = replace(state, probe_after=2 * waited)
         state = replace(state, pending=[], planned=fleet.planned, planned_in=round_, planned_with=dict(importance))
         return Review(made, tuple(reasons), probed, state)
 
     def clock(self, fleet: Fleet | None = None, state: PlanningState | None = None) -> VirtualClock:
-        """The virtual clock by the budgets in force; by default by those of a run that has not begun."""
+        """Make the virtual clock for the budgets in force; by default for those of a run that has not begun."""
         return VirtualClock(self.cost, *self.budgets(fleet, state))
 
     def budgets(
         self, fleet: Fleet | None = None, state: PlanningState | None = None
     ) -> tuple[list[ClientConfig], ServerConfig]:
-        """Clients and server with the budgets in force, as declared; by default of a run that has not begun."""
+        """Clients and server with the declared budgets in force; by default of a run that has not begun."""
         state = state or PlanningState()
         return self._declared(fleet or Fleet.of_run(self._config), state), self._server(state)
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- private ---------------------------------------------------------------------------------------------------
 
     def _importance(self, state: PlanningState) -> Mapping[str, float]:
-        """The scores that the plan in force was made with."""
+        """Scores that the plan in force was made with."""
         return state.planned_with or equal_importance(self.cost.model.weights)
 
     def _blended(
         self, state: PlanningState, round_: int, reports: Sequence[ImportanceReport]
     ) -> tuple[PlanningState, list[str]]:
-        """Take up a probe's scores; returns a reason for another plan where they have moved far."""
-        weighed, settings = self._config.policy.importance, self._config.policy.replan
-        history = ImportanceHistory(self._config.job.rounds, weighed.lam_0, weighed.lam_min)
+        """Blend in a probe's scores; returns a reason for another plan if they have moved far."""
+        settings, replan = self._config.policy.importance, self._config.policy.replan
+        history = ImportanceHistory(self._config.job.rounds, settings.lam_0, settings.lam_min)
         history.scores = dict(state.history)
-        history.blend(round_, scores(reports, self.cost.model.weights, weighed.metric))
+        history.blend(round_, scores(reports, self.cost.model.weights, settings.metric))
         moved = history.moved(self._importance(state))
-        far = settings.tau is not None and moved > settings.tau
-        probe_after = 2 * state.probe_after if weighed.back_off and not far else 1
+        far = replan.tau is not None and moved > replan.tau
+        probe_after = 2 * state.probe_after if settings.back_off and not far else 1
         state = replace(state, history=history.scores, probed_in=round_, probe_after=probe_after)
         return state, [f"normalized importance moved by {moved:.2f} in L1"] if far else []
 
-    def _heeding(self, fleet: Fleet, state: PlanningState) -> tuple[PlanningState, list[str]]:
-        """Give who has run out of memory less to hold from the next plan on, which is due."""
+    def _with_shortages(self, fleet: Fleet, state: PlanningState) -> tuple[PlanningState, list[str]]:
+        """Shrink the budgets of holders that have run out of memory; returns the reasons for another plan."""
         shrunk, heeded, reasons = dict(state.shrunk), dict(state.shortages), []
         for name, shortage in fleet.shortages.items():
             times = shortage.times - heeded.get(name, 0)
@@ -191,7 +191,7 @@ class Scheduler:
             divisor = shrunk.get(name, 1.0) * _SHRINK**times
             declared_bytes = self._declared_bytes(name, fleet, state)
             if 0 < shortage.held_bytes <= declared_bytes / divisor:
-                # It held much less than it declared, and would hold the same again.
+                # It held much less than it declared, and would get the same part again.
                 divisor = _SHRINK * declared_bytes / shortage.held_bytes
             shrunk[name] = divisor
             reasons.append(f"{name} ran out of memory")
@@ -205,10 +205,10 @@ class Scheduler:
     def _plan(
         self, fleet: Fleet, state: PlanningState, importance: Mapping[str, float], current: Plan | None, source: str
     ) -> tuple[Plan, str]:
-        """A plan in which those who ran out of memory hold less, the server as much less as there is a plan for.
+        """Make a plan in which holders that ran out of memory hold less, the server as little as there is a plan for.
 
         Returns:
-            The plan, and why those who ran out of memory have no smaller part in it; empty if they have.
+            The plan, and why the server has no smaller part in it; empty if it has, or ran out of no memory.
 
         Raises:
             InputError: there is none by the budgets in force.
@@ -219,12 +219,12 @@ class Scheduler:
             try:
                 policy = self._config.policy
                 return make_plan(
-                    clients, _given(server, divisor), self.cost, importance, policy, current, source
+                    clients, _divided(server, divisor), self.cost, importance, policy, current, source
                 ), lacking
             except InputError as error:
                 if divisor == 1.0:
                     raise
-                # To be left without a plan helps nobody: it is tried with more, and the run says what it lacked.
+                # A run without a plan is worse than one that may run out of memory: try with more, and report it.
                 lacking = lacking or f"there is no plan with so little ({error})"
         raise AssertionError("the budgets as they are come last")
 
@@ -233,20 +233,20 @@ class Scheduler:
         return self._config.server.changed(state.budgets.get(SERVER, {}))
 
     def _clients(self, fleet: Fleet, state: PlanningState) -> list[ClientConfig]:
-        """The clients with the budgets in force, less what measurements and shortages of memory took off them.
+        """The clients to plan for, with the budgets in force, less what measurements and shortages took off them.
 
-        Who was short of memory keeps what the smallest part takes: without any part it would be of no use at all.
+        A client that was short of memory keeps enough for the smallest part: without any it would be of no use.
         """
         least_bytes = smallest_part_bytes(self.cost, self._config.policy) if state.shrunk else 0
         clients = []
         for client in self._declared(fleet, state):
             if client.name in fleet.aside | fleet.left:
                 continue
-            given = _given(client, state.excess.get(client.name, 1.0))
+            budget = _divided(client, state.excess.get(client.name, 1.0))
             shrunk = state.shrunk.get(client.name, 1.0)
             if shrunk > 1:
-                given = _given(given, min(shrunk, max(1.0, given.memory_bytes / least_bytes)))
-            clients.append(given)
+                budget = _divided(budget, min(shrunk, max(1.0, budget.memory_bytes / least_bytes)))
+            clients.append(budget)
         return clients
 
     def _declared(self, fleet: Fleet, state: PlanningState) -> list[ClientConfig]:
@@ -259,17 +259,17 @@ class Scheduler:
         return in_force(fleet.clients, state)
 
     def _holds(self, current: Plan, fleet: Fleet, state: PlanningState) -> bool:
-        """True if everybody still fits what ``current`` gives it."""
+        """True if all holders still fit their parts of ``current``."""
         budgets = {client.name: client.memory_bytes for client in self._clients(fleet, state)}
         budgets |= dict.fromkeys(fleet.aside | fleet.left, 0)
-        budgets[SERVER] = _given(self._server(state), state.shrunk.get(SERVER, 1.0)).memory_bytes
+        budgets[SERVER] = _divided(self._server(state), state.shrunk.get(SERVER, 1.0)).memory_bytes
         return all(budgets[part.name] >= part.predicted_bytes for part in (current.server, *current.available))
 
 
 def _overruns(
     state: PlanningState, current: Plan, measured_bytes: Mapping[str, int]
 ) -> tuple[PlanningState, list[str]]:
-    """Give clients that took more than they declared less to hold from now on."""
+    """Note clients that took more memory than they declared; returns the reasons for another plan."""
     excess, found = dict(state.excess), []
     for part in current.available:
         measured = measured_bytes.get(part.name, 0)
@@ -280,6 +280,6 @@ def _overruns(
     return replace(state, excess=excess), found
 
 
-def _given(holder: _Holder, shrunk: float) -> _Holder:
-    """``holder`` with its memory divided by ``shrunk``, where that is more than 1."""
-    return holder.changed({"memory_gb": holder.memory_gb / shrunk}) if shrunk > 1 else holder
+def _divided(holder: _Holder, divisor: float) -> _Holder:
+    """``holder`` with its memory divided by ``divisor``, if that is more than 1."""
+    return holder.changed({"memory_gb": holder.memory_gb / divisor}) if divisor > 1 else holder

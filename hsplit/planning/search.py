@@ -13,29 +13,28 @@ from hsplit.planning.moves import Moves, Prices, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.problem import Problem, State
 
-# The most deadlines that are scanned for starts; beyond it, evenly spread ones among the distinct client times.
+# Most deadlines that are scanned for starts: evenly spread ones if there are more distinct client times.
 MAX_DEADLINES = 256
-# How many of the starts are searched from.
+# Number of the best starts that are improved.
 SEARCHED_STARTS = 8
-# Moves whose exact objective is computed before none is taken to improve: all of them in a small instance.
+# Moves whose exact objective is computed before the search takes it that none improves: all in a small instance.
 VERIFIED_MOVES = 160
-# How many of them at a time, best estimates first.
+# The same, at a time: best estimates first.
 VERIFIED_AT_ONCE = 64
-# The best estimates among them that are also tried two at once, and the most (pair, client) entries that may take.
+# Best estimates among them that are also tried two at once, and the most (pair, client) entries that this may take.
 PAIRED_MOVES = 48
 MAX_PAIRED = 100_000
-# Rounds of choosing everybody's split anew, for one start.
+# Most times that all splits are chosen again, for one start.
 MAX_ROUNDS = 12
-# (client, split) pairs that are gone through before no further start is searched from; within a start, no further
-# moves are looked for.
+# (client, split) pairs after which no further start is improved, and no further move is looked for within a start.
 MAX_PAIRS = 1_500_000
-# Prices tried for a byte at a server short of memory: as much as the server's seconds that go with the byte, times:
+# Prices tried for a byte at a server short of memory, as multiples of the price of the server's seconds per byte.
 BYTE_PRICES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 64.0)
-# By how much prices differ that are tried about one that did well.
+# Ratio of the prices that are tried next to a good one.
 NEARBY = 1.5
-# In place of a price of nothing for a second, where no plan that fits is known yet.
+# Price of a second, at least: it would be 0 where no plan that fits is known yet.
 SMALL = 1e-9
-# An improvement smaller than this, relative, is rounding.
+# Relative improvement up to which it is rounding.
 TOLERANCE = 1e-9
 
 
@@ -47,17 +46,17 @@ class Found:
     objective: float
 
     def beaten_by(self, objective: float) -> bool:
-        """Whether ``objective`` is larger by more than rounding."""
+        """True if ``objective`` is larger by more than rounding."""
         return objective > self.objective + TOLERANCE * abs(self.objective)
 
 
 def searched_splits(problem: Problem, current: Plan | None) -> Ints:
-    """Local search from the best starts: METHOD 5's, and the plan in force.
+    """Choose splits by local search from the best starts: METHOD 5's, and the plan in force.
 
-    Every start is improved in two ways, in turns until neither helps: everybody's split is chosen anew for the
-    best deadline (:meth:`Search.rescanned`), and single clients or classes of equal ones are moved
-    (:meth:`Search.moved`). What that leaves open is counted work, never time, so that the same input gives the
-    same plan: with ``MAX_PAIRS`` pairs gone through (thousands of different clients), later starts stay as they are.
+    Every start is improved in two ways, in turns until neither helps: all splits are chosen again for the best
+    deadline (:meth:`Search.rescanned`), and single clients or groups of equal ones are moved (:meth:`Search.moved`).
+    The search is limited by work, never by time, so that the same input gives the same plan: after ``MAX_PAIRS`` pairs
+    (thousands of different clients) later starts stay as they are.
     """
     search = Search(problem)
     shallowest = np.ones((1, len(problem.clients)), dtype=np.int64)
@@ -71,7 +70,7 @@ def searched_splits(problem: Problem, current: Plan | None) -> Ints:
 
 
 def best_splits(candidates: Sequence[Ints], problem: Problem) -> Ints:
-    """The candidate ``(N,)`` with the largest objective, the first among equals."""
+    """Candidate ``(N,)`` with the largest objective, the first among equals."""
     return candidates[int(np.argmax(problem.objective(problem.state(np.stack(candidates)))))]
 
 
@@ -86,13 +85,13 @@ def _distinct(starts: Sequence[Ints]) -> list[Ints]:
 
 
 class Search:
-    """Improves splits, and counts what that takes.
+    """Improves splits, and counts the work.
 
     Args:
-        problem: what is planned.
+        problem: the planning problem.
 
     Attributes:
-        scan: everybody's splits by deadlines.
+        scan: splits by deadlines.
         pairs: (client, split) pairs gone through so far.
     """
 
@@ -103,7 +102,7 @@ class Search:
         self._done: set[bytes] = set()
 
     def improved(self, start: Ints) -> Ints:
-        """``start`` or better splits, ``(N,)``."""
+        """Improve ``start`` ``(N,)`` until nothing helps, or the work is used up."""
         found = Found(start, float(self._problem.objective(self._problem.state(start))[0]))
         while self.pairs < MAX_PAIRS:
             rescanned = self.rescanned(found)
@@ -113,10 +112,10 @@ class Search:
         return found.splits
 
     def rescanned(self, found: Found) -> Found:
-        """Choose everybody's split anew for the best deadline, on all phases together and on each, while it improves.
+        """Choose all splits again for the best deadline, on all phases together and on each, while it improves.
 
-        For a ratio to be maximized, what a second must bring is the ratio reached so far (Dinkelbach's method);
-        at a server short of memory, what a byte must bring is tried out. Equal clients are kept together.
+        The objective is a ratio, so the price of a second is the ratio reached so far (Dinkelbach's method); at a
+        server short of memory, several prices of a byte are tried. Equal clients stay together.
         """
         levels = range(len(self._problem.rank_set))
         byte_prices: Sequence[float] = BYTE_PRICES
@@ -127,17 +126,17 @@ class Search:
             if better is found:
                 break
             found = better
-            # The first round has shown which ranks of the server to go on from, and about which price.
+            # Continue from the server's ranks and the price that did best in the first round.
             levels, byte_prices = range(level, level + 1), (price / NEARBY, price, price * NEARBY)
         return found
 
     def moved(self, found: Found) -> Found:
-        """Move one client, or one class of equal clients, at a time while it improves the objective.
+        """Move one client, or one group of equal clients, at a time while it improves the objective.
 
-        All moves are estimated with the server's ranks held, and the exact objective decides: of the best
-        estimates, one by one, of many together, and with few clients of two at once. It ends where none of
-        ``VERIFIED_MOVES`` improves: in an instance with no more moves than that, at a local optimum; in a larger
-        one, where the most promising ones do not.
+        All moves are estimated with the server's ranks held fixed, and the exact objective decides among the best
+        estimates: many together, one by one, and with few clients two at once. It ends when none of ``VERIFIED_MOVES``
+        improves: at a local optimum if there are no more moves than that, otherwise when the most promising ones do
+        not.
         """
         while self._first_time(b"move", found):
             moves = Moves(self._problem, found.splits)
@@ -151,7 +150,7 @@ class Search:
         return found
 
     def _first_time(self, what: bytes, found: Found) -> bool:
-        """Whether this is done to these splits for the first time; starts often lead to the same ones."""
+        """True if ``what`` was not done to these splits before; starts often lead to the same ones."""
         key = what + found.splits.tobytes()
         if key in self._done:
             return False
@@ -159,10 +158,10 @@ class Search:
         return True
 
     def _one_rescan(self, found: Found, levels: range, byte_prices: Sequence[float]) -> tuple[Found, int, float]:
-        """Try the server's ranks from the largest down, as long as less memory for them gains anything.
+        """Try the server's ranks from the largest down, as long as smaller ones gain anything.
 
         Returns:
-            What is found (``found`` itself if nothing improves), and the level and price that gave it.
+            The best splits (``found`` itself if nothing improves), and the level and price of a byte that gave them.
         """
         problem, state, last = self._problem, self._problem.state(found.splits), -np.inf
         best, best_level, best_price = found, levels[-1], 1.0
@@ -185,10 +184,10 @@ class Search:
     def _proposed(
         self, found: Found, state: State, prices: Prices, level: int, byte_prices: Sequence[float]
     ) -> tuple[list[tuple[float, Ints]], bool]:
-        """Splits for the server's ranks at ``level``, with the price of a byte that they are for.
+        """Propose splits for the server's ranks at ``level``.
 
         Returns:
-            The prices and splits ``(N,)``; and whether the server's memory had a part in them.
+            Prices of a byte and the splits ``(N,)`` for them; and True if the server's memory had a part in these.
         """
         problem, scan = self._problem, self.scan
         captured, fixed = problem.joint_gains(prices.captured), float(problem.common_gain(level))
@@ -199,7 +198,7 @@ class Search:
         per_second, room = max(found.objective, 0.0), float(problem.server.memory_bytes)
         proposals, short = [], False
         for clock in scan.clocks:
-            # Clocks on one phase leave the others as long as they are.
+            # A deadline on one phase may make no other phase longer.
             worth = Worth(captured, fixed, per_second, 0.0, room, allowed if clock == TOTAL else within)
             splits, passed_over = scan.splits(clock, worth, prices)
             proposals.append((0.0, splits))
@@ -221,7 +220,7 @@ def _best_of(problem: Problem, found: Found, candidates: Sequence[Ints]) -> Foun
 
 
 def _one_sweep(problem: Problem, moves: Moves, found: Found) -> Found:
-    """The first of the best moves together, or else the best of the next moves alone, that improves on ``found``."""
+    """Make the best moves together, or else the best single move of the first that improve, or a pair of moves."""
     estimate = moves.estimate
     best = estimate.argmax(axis=1)
     value = estimate[np.arange(len(best)), best]
@@ -250,7 +249,7 @@ def _one_sweep(problem: Problem, moves: Moves, found: Found) -> Found:
 
 
 def _two_at_once(problem: Problem, moves: Moves, found: Found, rows: Ints, targets: Ints) -> Found:
-    """The best of the first moves in pairs: two clients that the step waits for gain nothing one by one."""
+    """Make the best pair of the first moves: two clients that the step waits for gain nothing one by one."""
     first, second = np.triu_indices(min(len(rows), PAIRED_MOVES), 1)
     different = moves.group[rows[first]] != moves.group[rows[second]]
     pairs = np.stack([first[different], second[different]], axis=1)

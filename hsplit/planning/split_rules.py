@@ -1,4 +1,4 @@
-"""Where the model is split for each client. A new rule is one function and one registry line.
+"""Rules for the split point of each client. A new rule is one function and one registry line.
 
 A user's own rule has the same form and is given as ``package.module:name``.
 """
@@ -17,12 +17,12 @@ from hsplit.planning.problem import Problem
 from hsplit.planning.search import best_splits, searched_splits
 
 SplitRule = Callable[[Problem, Plan | None], Ints]
-"""From a planning problem and the plan in force to the clients' split points, ``(N,)``, in the order of
-``problem.clients``: each from 1 to ``problem.deepest``. ``problem.objective(problem.state(splits))`` is METHOD 5's."""
+"""Gives the clients' split points, ``(N,)``, by a planning problem and the plan in force: in the order of
+``problem.clients``, each from 1 to ``problem.deepest``. ``problem.objective(problem.state(splits))`` is METHOD 5's."""
 
 
 def uniform_splits(problem: Problem, current: Plan | None) -> Ints:
-    """One split for all, of those that the weakest client fits the best (SplitLoRA)."""
+    """Choose one split for all: the best of those that the weakest client fits (SplitLoRA)."""
     candidates = [np.full(len(problem.clients), k) for k in range(1, int(problem.deepest.min()) + 1)]
     return best_splits(candidates, problem)
 
@@ -31,14 +31,13 @@ SPLIT_RULES: dict[str, SplitRule] = {"planned": searched_splits, "uniform": unif
 
 
 def find_split_rule(split: str | int) -> SplitRule:
-    """The rule that a policy's ``split`` means; a number is the same split for all.
+    """Find the rule that a policy's ``split`` names; a number is the same split for all.
 
     Raises:
         InputError: there is none of that name.
     """
     if isinstance(split, int):
-        layers = split
-        return lambda problem, current: np.full(len(problem.clients), layers)
+        return lambda problem, current: np.full(len(problem.clients), split)
     found = find_part(split, SPLIT_RULES, "policy: split")
     return found if split in SPLIT_RULES else _checked(split, found)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hsplit.config import Job, Policy
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.holder_plans import FREEZABLE, worth_freezing
+from hsplit.planning.freezing import FREEZABLE, worth_freezing
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.insight import bottleneck
 from hsplit.planning.planner import make_plan
