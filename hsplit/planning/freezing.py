@@ -87,7 +87,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
         return chosen
     state = problem.state(splits)
     phases, gains = problem.times[kind, splits], problem.client_captured(splits)
-    frozen_exchange_s = problem.frozen_exchange(everybody=False)[kind, splits]
+    frozen_exchange_s = problem.frozen_exchange(all_clients=False)[kind, splits]
     ahead = cost.model.job.runs_ahead
     saved_phases = (UP, DOWN, EXCHANGE) if ahead else (DOWN, EXCHANGE)
     saved_s = phases[:, saved_phases].sum(axis=1) - frozen_exchange_s
@@ -100,7 +100,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
     if ahead:
         slowest[1:, AHEAD] = np.maximum.accumulate(phases[order, UP])
     slowest[1:, EXCHANGE] = np.maximum(slowest[1:, EXCHANGE], np.maximum.accumulate(frozen_exchange_s[order]))
-    slowest[-1, EXCHANGE] = problem.frozen_exchange(everybody=True)[kind, splits].max()
+    slowest[-1, EXCHANGE] = problem.frozen_exchange(all_clients=True)[kind, splits].max()
     lost = np.concatenate([[0.0], np.cumsum(gains[order])]) / count
     captured = problem.captured(state)[0] - lost
     server_s = float(cost.times.server_times(problem.server, state.counts)[0])

@@ -98,21 +98,34 @@ def explained(
         clients, server, cost, importance, policy: arguments of :func:`~hsplit.planning.planner.make_plan` that it was
             made with; of the importance only the proportions matter.
     """
+    gains: list[OneMoreGB] = []
+
+    def try_plan(name: str, alike: int, clients: Sequence[ClientBudget], server: ServerBudget) -> None:
+        try:
+            after = make_plan(clients, server, cost, importance, policy, made)
+        except InputError:
+            # More memory can leave no plan at all: a client that joins may be one too many for the server.
+            return
+        is_client = name != "server"
+        gain = OneMoreGB(
+            name,
+            "client" if is_client else "server",
+            alike,
+            is_client and after.client(name).available and not made.client(name).available,
+            after.objective - made.objective,
+            after.captured_importance - made.captured_importance,
+            after.makespan_s - made.makespan_s,
+        )
+        gains.append(gain)
+
     first = _first_of_kind(clients)
     tried = _most_promising(made, clients, server, cost, importance, policy, list(first)) if first else []
-    gains = []
     for index in tried:
         grown = [*clients[:index], _grown(clients[index]), *clients[index + 1 :]]
-        available = made.clients[index].available
-        gain = _gain(made, grown, server, cost, importance, policy, clients[index].name, first[index], not available)
-        if gain is not None:
-            gains.append(gain)
+        try_plan(clients[index].name, first[index], grown, server)
     if policy.placement != "single":
-        # A single node is the server's, and has been looked at.
-        more = Budget("server", server.memory_bytes + GIGABYTE, server.flops)
-        gain = _gain(made, clients, more, cost, importance, policy, "server", 1, False)
-        if gain is not None:
-            gains.append(gain)
+        # The single node is the server's, and has been tried.
+        try_plan("server", 1, clients, Budget("server", server.memory_bytes + GIGABYTE, server.flops))
     gains.sort(key=lambda g: -g.objective_change)
     return Insight(bottleneck(made, clients, cost), tuple(gains), len(first) - len(tried))
 
@@ -166,37 +179,6 @@ def _first_of_kind(clients: Sequence[ClientBudget]) -> dict[int, int]:
 def _grown(client: ClientBudget) -> Budget:
     memory_bytes = client.memory_bytes + GIGABYTE
     return Budget(client.name, memory_bytes, client.flops, client.bandwidth_bps, client.latency_s)
-
-
-def _gain(
-    made: Plan,
-    clients: Sequence[ClientBudget],
-    server: ServerBudget,
-    cost: CostModel,
-    importance: Mapping[str, float],
-    policy: Policy,
-    name: str,
-    alike: int,
-    was_out: bool,
-) -> OneMoreGB | None:
-    """Change from ``made`` to a plan for other budgets; ``None`` if there is none.
-
-    With more memory there may be no plan at all: a client that joins may be one too many for the server.
-    """
-    try:
-        after = make_plan(clients, server, cost, importance, policy, made)
-    except InputError:
-        return None
-    joins = was_out and after.client(name).available
-    return OneMoreGB(
-        name,
-        "server" if name == "server" else "client",
-        alike,
-        joins,
-        after.objective - made.objective,
-        after.captured_importance - made.captured_importance,
-        after.makespan_s - made.makespan_s,
-    )
 
 
 def _most_promising(

@@ -144,13 +144,13 @@ class Problem:
         gains[self.frozen] = 0.0
         return gains
 
-    def frozen_exchange(self, everybody: bool) -> Floats:
+    def frozen_exchange(self, all_clients: bool) -> Floats:
         """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``.
 
         Args:
-            everybody: all clients do, so that layer 0, which all of them have, is never trained.
+            all_clients: the others do too, so that layer 0, which all of them have, is never trained.
         """
-        return self.cost.times.exchange_times(self._distinct, forward_only=True, learned_from=int(everybody))
+        return self.cost.times.exchange_times(self._distinct, forward_only=True, learned_from=int(all_clients))
 
     def clients_as_holders(self, kinds: Ints, split: int) -> Holders:
         """Clients of ``kinds`` at ``split``."""
@@ -217,7 +217,7 @@ class Problem:
         """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held.
 
         Args:
-            state: of everybody's splits, a single row.
+            state: of all clients' splits, a single row.
             kinds: which kinds.
             split: theirs.
         """

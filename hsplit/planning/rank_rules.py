@@ -64,7 +64,7 @@ class RankRule(ABC):
         """Level of each weight, ``(M, W)``; 0 where it is not held, or nothing is left."""
 
     def captured(self, holders: Holders) -> Floats:
-        """Importance that each holder captures with these levels, ``(M,)``."""
+        """Importance that clients at one split capture with these levels if all tokens were their own, ``(M,)``."""
         captured: Floats = (captured_by(holders.rank_set)[self.levels(holders)] * holders.tokens) @ holders.importance
         return captured
 
@@ -73,22 +73,21 @@ class ByImportance(RankRule):
     """Each weight its own rank: where the memory that is left captures most importance (METHOD 5)."""
 
     def levels(self, holders: Holders) -> Levels:
-        held, worth = holders.tokens > 0, holders.importance * holders.tokens
+        held = holders.tokens > 0
         if held.ndim > 1:
+            worth = holders.importance * holders.tokens
             return greedy_levels(holders.slack_bytes, held, holders.bytes_per_rank, worth, holders.rank_set)
         levels = np.zeros((len(holders.slack_bytes), len(held)), dtype=np.int8)
-        levels[:, held] = Ladder(holders.bytes_per_rank[held], worth[held], holders.rank_set).levels(
-            holders.slack_bytes
-        )
+        levels[:, held] = self._ladder(holders).levels(holders.slack_bytes)
         return levels
 
     def captured(self, holders: Holders) -> Floats:
-        held = holders.tokens > 0
-        if held.ndim > 1:
-            return super().captured(holders)
-        # Without the levels of thousands of clients.
-        ladder = Ladder(holders.bytes_per_rank[held], holders.importance[held], holders.rank_set)
-        return ladder.captured(holders.slack_bytes)
+        # Faster than by the levels of thousands of clients.
+        return self._ladder(holders).captured(holders.slack_bytes)
+
+    def _ladder(self, clients: Holders) -> Ladder:
+        held = clients.tokens > 0
+        return Ladder(clients.bytes_per_rank[held], clients.importance[held], clients.rank_set)
 
 
 @dataclass(frozen=True)
