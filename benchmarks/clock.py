@@ -50,8 +50,8 @@ from hsplit.cluster.ray_executor import ActorShell, RayExecutor
 from hsplit.config import SCHEDULER, SERVER, RunConfig
 from hsplit.config.cluster import Distribution, drawn
 from hsplit.lora.holder import RoundUpdate
-from hsplit.models.segment import linear_shapes, model_config, targeted
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows
 from hsplit.planning.scheduler import Scheduler
@@ -235,10 +235,10 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
 
     The messages of an aggregation count the residual at its cap, which a run soon reaches.
     """
-    scheduler = Scheduler(run, model)
+    scheduler = Scheduler(run, ModelSpec.read(model))
     plan = scheduler.plan()
     job = run.job
-    sides = {s.name: s.d_in + s.d_out for s in targeted(linear_shapes(model_config(model)), job.targets)}
+    sides = {s.name: s.d_in + s.d_out for s in ModelSpec.read(model).targeted(job.targets)}
     counted = scheduler.cost.model
     caps = dict(zip((w.name for w in counted.weights), counted.residual_entries.tolist(), strict=True))
     up = {c.name: sum(4 * rank * sides[w] for w, rank in c.ranks.items()) for c in plan.available}
@@ -306,7 +306,7 @@ class Experiment:
         names = {name if name != "server" else "as-server": share for name, share in shares.items()}
         trial = Budgets(dict.fromkeys([*names, "server"], 1e10), 1e-3, 1e9)
         run = self.configured(trial, 1, "server", FRONT)
-        scheduler = Scheduler(run, self._model)
+        scheduler = Scheduler(run, ModelSpec.read(self._model))
         plan, model = scheduler.plan(), scheduler.cost.model
         flops = float((model.forward_flops + model.backward_flops)[:FRONT].sum())
         executor = RayExecutor(f"speed-{time.monotonic_ns()}", run, self._model)

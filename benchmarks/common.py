@@ -25,7 +25,8 @@ from rich.table import Table as TerminalTable
 from hsplit.config import RunConfig, load_run_config
 from hsplit.config.overrides import Overrides
 from hsplit.experiments import results_directory
-from hsplit.models.source import ModelSource, find_model
+from hsplit.models.lookup import ModelSource, find_model
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.observer import Observer, SilentDisplay
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator, Inputs
@@ -135,7 +136,7 @@ def read(run: RunConfig) -> tuple[ModelSource, Inputs]:
 
 def call_times_s(run: RunConfig, model: Path) -> dict[str, dict[str, float]]:
     """Virtual seconds of each call of a local step under the first plan, by holder and call."""
-    scheduler = Scheduler(run, model)
+    scheduler = Scheduler(run, ModelSpec.read(model))
     return scheduler.clock().call_s(scheduler.plan())
 
 
@@ -223,7 +224,7 @@ def on_ray(
     executor = RayExecutor(name, run, model)
     try:
         directory, inputs = RunDirectory.create(folder, name), read_inputs(run, find_model(str(model)))
-        clock_of = Scheduler(run, model).clock
+        clock_of = Scheduler(run, ModelSpec.read(model)).clock
         yield Coordinator(run, executor, directory, inputs, display or SilentDisplay(), clock_of), executor
     finally:
         executor.close()
@@ -248,7 +249,7 @@ def in_process(
     """
     with tempfile.TemporaryDirectory() as name:
         directory = RunDirectory.create(Path(name), "run")
-        yield local_run(run, model, directory, inputs, display, **how), directory
+        yield local_run(run, ModelSpec.read(model), directory, inputs, display, **how), directory
 
 
 # -- results ------------------------------------------------------------------------------------------------------

@@ -47,11 +47,11 @@ from benchmarks import common
 from benchmarks.policies import Judge
 from hsplit.actors.server import Server
 from hsplit.config import SERVER, RunConfig
-from hsplit.config.files import read_json
+from hsplit.config.reading import read_json
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.models.segment import model_config
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.events import read_events
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow, residual_cuts
@@ -268,7 +268,7 @@ def run_cell(
         "device": common.device_name(device),
     }
     try:
-        plan = Scheduler(run, source.directory).plan()
+        plan = Scheduler(run, source.spec).plan()
     except InputError as nobody:
         # The papers' device unavailability, at its worst: a result of its own.
         console.print(f"  {nobody}")
@@ -296,7 +296,7 @@ def _parameters(model: Path) -> int:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        made = AutoModelForCausalLM.from_config(model_config(model), trust_remote_code=False)
+        made = AutoModelForCausalLM.from_config(ModelSpec.read(model).config, trust_remote_code=False)
     made.tie_weights()
     return sum(p.numel() for p in made.parameters())
 

@@ -16,13 +16,12 @@ from benchmarks import common, rivals
 from benchmarks.common import Table
 from hsplit.actors.client import Client
 from hsplit.actors.messages import WIRE_DTYPES
-from hsplit.actors.participant import base_model
 from hsplit.actors.profiling import PeakMemory
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
 from hsplit.lora.holder import RoundUpdate
-from hsplit.models.segment import BaseModel, layer_count, model_config
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
+from hsplit.models.segment import BaseModel
 from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Inputs
@@ -127,8 +126,8 @@ class Setting:
         with tempfile.TemporaryDirectory() as folder:
             run = configured(options, "fp32", base, clients, Path(folder), wire, split)
             source, inputs = common.read(run)
-        made = base_model(source.directory, run.job)
-        plan = Scheduler(run, source.directory).plan()
+        made = BaseModel.of_job(source.spec, run.job)
+        plan = Scheduler(run, source.spec).plan()
         server = Server("server", run.job, run.policy, made, measure=False)
         server.configure(plan)
         server.restart(RoundUpdate(1, {}, {}))
@@ -187,7 +186,7 @@ def peaks(options: argparse.Namespace) -> list[Peak]:
     """A federated client's peak, then those of hsplit's clients by layers held, all in fp32."""
     setting = Setting.of(options, "fp32", 1)
     (part,) = setting.plan.available
-    layers = layer_count(model_config(setting.source.directory))
+    layers = setting.source.spec.layers
     memory, shares = PeakMemory(torch.device("cpu")), {part.name: setting.inputs.shares[part.name] or []}
     model, job = setting.source.directory, setting.run.job
     del setting

@@ -38,16 +38,10 @@ from hsplit.lora.learned import LearnedTerm
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.dtype import DTYPES
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import (
-    BaseModel,
-    LinearShape,
-    layer_count,
-    linear_shapes,
-    load_tokenizer,
-    model_config,
-    targeted,
-)
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import LinearShape, ModelSpec
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.plan import HolderPlan, Plan
 
@@ -101,10 +95,10 @@ class Case:
         placement = "split" if self.holds == "front" else "full"
         return Policy.model_validate({"placement": placement, "ranks": self.rank, "aggregation": self.aggregation})
 
-    def cost(self, config: Any) -> CostModel:
+    def cost(self, model: ModelSpec) -> CostModel:
         """Return the cost model of a run of this job under this policy."""
         one = ClientConfig(name="one", kind="one", memory_gb=1.0, tflops=1.0)
-        return CostModel.of_run(config, RunConfig(clients=(one,), job=self.job, policy=self.policy))
+        return CostModel.of_run(model, RunConfig(clients=(one,), job=self.job, policy=self.policy))
 
     @property
     def job(self) -> Job:
@@ -181,11 +175,11 @@ class _Holder:
 def measured_client(directory: Path, case: Case) -> Measured:
     """Drive one client of ``case`` through all that a run asks of it."""
     job, policy = case.job, case.policy
-    config = model_config(directory)
-    shapes = targeted(linear_shapes(config), job.targets)
+    spec = ModelSpec.read(directory)
+    shapes = spec.targeted(job.targets)
     (split,) = case.splits
     ranks = {} if case.holds == "weights" else {s.name: case.rank for s in shapes if s.layer < split}
-    base = BaseModel(directory, case.base, DTYPES[case.dtype])
+    base = BaseModel(spec, case.base, DTYPES[case.dtype])
     actor = participant_class(policy)("one", job, policy, base)
     examples = [Example("", text, None) for text in [_text(directory, case.length)] * 2 * case.batch_size]
     report = actor.load_data({actor.name: examples}, None)
@@ -195,18 +189,18 @@ def measured_client(directory: Path, case: Case) -> Measured:
     held = [s for s in shapes if s.name in ranks]
     holder.call("load", Participant.configure, split, ranks)
     holder.call("round", Participant.restart, RoundUpdate(1, {}, {}))
-    _client_steps(holder, case, config.hidden_size, 0)
+    _client_steps(holder, case, spec.config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.
     state = {name: tensor.clone() for name, tensor in holder.call("round", Participant.state).items()}
     holder.call("round", Participant.resume_state, state, _update(held, case))
     del state
     # The residual is at its cap already, and all of it changes.
     holder.call("round", Participant.restart, _update(held, case))
-    _client_steps(holder, case, config.hidden_size, 1)
-    _client_checks(holder, case, config.hidden_size)
+    _client_steps(holder, case, spec.config.hidden_size, 1)
+    _client_checks(holder, case, spec.config.hidden_size)
     holder.call("round", Participant.collect)
     rest = holder.settle()
-    cost = case.cost(config)
+    cost = case.cost(spec)
     predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
     return Measured(rest, holder.peak, holder.parts, predicted)
 
@@ -245,14 +239,14 @@ def _client_checks(holder: _Holder, case: Case, width: int) -> None:
 def measured_server(directory: Path, case: Case) -> Measured:
     """Drive the server of ``case`` through all that a run asks of it, with residuals at their cap."""
     job, policy = case.job, case.policy
-    config = model_config(directory)
-    shapes = targeted(linear_shapes(config), job.targets)
-    plan = _plan(config, shapes, case)
-    holder = _Holder(Server("server", job, policy, BaseModel(directory, case.base, DTYPES[case.dtype])))
+    spec = ModelSpec.read(directory)
+    shapes = spec.targeted(job.targets)
+    plan = _plan(spec, shapes, case)
+    holder = _Holder(Server("server", job, policy, BaseModel(spec, case.base, DTYPES[case.dtype])))
     holder.call("load", Server.configure, plan)
     holder.call("round", Server.restart, RoundUpdate(1, {}, {}))
-    messages = [_activations(f"c{i}", split, case, config) for i, split in enumerate(case.splits)]
-    gradients = [_random((case.batch_size * case.length, config.hidden_size), case.wire) for _ in messages]
+    messages = [_activations(f"c{i}", split, case, spec.config) for i, split in enumerate(case.splits)]
+    gradients = [_random((case.batch_size * case.length, spec.config.hidden_size), case.wire) for _ in messages]
     _server_steps(holder, case, messages, gradients, 0)
     tensors = holder.actor.state()
     if case.aggregation == "concat":
@@ -269,7 +263,7 @@ def measured_server(directory: Path, case: Case) -> Measured:
     del messages, gradients
     holder.call("round", Server.state)
     rest = holder.settle()
-    predicted = case.cost(config).server_bytes(case.splits, plan.server.ranks)
+    predicted = case.cost(spec).server_bytes(case.splits, plan.server.ranks)
     return Measured(rest, holder.peak, holder.parts, predicted)
 
 
@@ -339,11 +333,11 @@ def _held(client: HolderPlan, shapes: Sequence[LinearShape], case: Case) -> Held
     return HeldAdapters(client.name, terms, {s.layer: tokens for s in own}, {s.name: s.layer for s in own})
 
 
-def _plan(config: Any, shapes: Sequence[LinearShape], case: Case) -> Plan:
+def _plan(spec: ModelSpec, shapes: Sequence[LinearShape], case: Case) -> Plan:
     def ranks(first: int, last: int) -> dict[str, int]:
         return {s.name: case.rank for s in shapes if first <= s.layer < last}
 
-    layers, first = layer_count(config), min(case.splits)
+    layers, first = spec.layers, min(case.splits)
     clients = [HolderPlan(f"c{i}", "client", True, k, ranks(0, k)) for i, k in enumerate(case.splits)]
     server = HolderPlan("server", "server", True, first, ranks(first, layers))
     return Plan(layers, server, tuple(clients), 1.0, 0.0, "none")

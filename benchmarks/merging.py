@@ -24,8 +24,9 @@ from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.learned import learned
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual
-from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment, model_config
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import DenseWeight, FrozenWeight, Int8Weight, NF4Weight
 from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
@@ -129,8 +130,8 @@ def _trained(directory: Path, ranks: Sequence[int], init: Init, options: argpars
         }
     )
     policy = Policy(name="hsplitlora", init=init, reinit="random", importance=Importance(metric="equal"))
-    base = BaseModel(directory, "fp32", torch.float32)
-    shapes, layers = linear_shapes(model_config(directory)), model_config(directory).num_hidden_layers
+    base = BaseModel(ModelSpec.read(directory), "fp32", torch.float32)
+    shapes, layers = ModelSpec.read(directory).linears, ModelSpec.read(directory).layers
     split = min(SHARED_LAYERS, layers // 2)
     names = [f"client-{i}" for i in range(HOLDERS)]
     held = {n: {s.name: r for s in shapes if s.layer < split} for n, r in zip(names, ranks, strict=True)}
@@ -196,13 +197,17 @@ def _merging(
     console: Console,
     header: dict[str, Any],
 ) -> str:
-    layers = options.layers or model_config(directory).num_hidden_layers
+    layers = options.layers or ModelSpec.read(directory).layers
     rows: list[Merged] = []
     for layer in range(layers):
         for base in BASES:
             dtype = torch.bfloat16 if base == "bf16" else torch.float32
-            held = load_segment(BaseModel(directory, base, dtype), SegmentSpec(layer, layer + 1), quantized=True)
-            exact = load_segment(BaseModel(directory, "fp32", torch.float32), SegmentSpec(layer, layer + 1))
+            held = load_segment(
+                BaseModel(ModelSpec.read(directory), base, dtype), SegmentSpec(layer, layer + 1), quantized=True
+            )
+            exact = load_segment(
+                BaseModel(ModelSpec.read(directory), "fp32", torch.float32), SegmentSpec(layer, layer + 1)
+            )
             for name, linear in held.linears.items():
                 pristine = exact.linears[name].weight.dense(torch.float32)
                 own = linear.weight.dense(torch.float64).clone()

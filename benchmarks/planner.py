@@ -38,8 +38,8 @@ from rich.console import Console  # noqa: E402
 from benchmarks import common  # noqa: E402
 from benchmarks.common import Table  # noqa: E402
 from hsplit.config import Job, Policy, load_run_config  # noqa: E402
-from hsplit.models.segment import model_config  # noqa: E402
-from hsplit.models.source import find_model  # noqa: E402
+from hsplit.models.lookup import find_model  # noqa: E402
+from hsplit.models.spec import ModelSpec  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
 from hsplit.planning.budgets import Budget, budget_of  # noqa: E402
 from hsplit.planning.cost.model import CostModel  # noqa: E402
@@ -148,7 +148,7 @@ def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
 
     job = Job(model=options.model, base="nf4", dtype="bf16")
     begun = time.process_time()
-    cost = CostModel(LlamaConfig(**MODELS[options.model]), job)
+    cost = CostModel(ModelSpec(Path(), LlamaConfig(**MODELS[options.model])), job)
     # The tables over splits and weights are counted once too.
     _ = cost.client.constant, cost.client.per_rank
     console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.process_time() - begun:.2f} s")
@@ -251,7 +251,7 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
 
 def _worths(cluster: str) -> list[Worth]:
     run = resolved_config(load_run_config(cluster))
-    cost = CostModel(model_config(find_model(run.job.model).directory), run.job)
+    cost = CostModel(find_model(run.job.model).spec, run.job)
     importance = equal_importance(cost.model.weights)
 
     def by(**choices: str) -> Plan:

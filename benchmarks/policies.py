@@ -24,15 +24,14 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.actors.participant import base_model
 from hsplit.actors.whole_client import WholeClient
 from hsplit.config import SERVER, Policy, RunConfig, load_run_config
 from hsplit.config.cluster import CENTRAL
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.learned import WEIGHT, learned, of_kind
 from hsplit.lora.residual import ResidualUpdate
-from hsplit.models.segment import layer_count, model_config
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
+from hsplit.models.segment import BaseModel
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow
 from hsplit.planning.plan import Plan
@@ -129,7 +128,7 @@ def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, 
     source, inputs = common.read(run)
     if run.policy.train == "weights":
         run = _with_job(run, lr=ft_lr)
-    plan, display = Scheduler(run, source.directory).plan(), _Quiet(console)
+    plan, display = Scheduler(run, source.spec).plan(), _Quiet(console)
     if run.policy.placement == "full":
         more = len(plan.clients) / len(plan.available)
         run = _with_job(run, local_steps=round(run.job.local_steps * more))
@@ -182,10 +181,10 @@ class Judge:
 
     def __init__(self, run: RunConfig, source: ModelSource, inputs: Inputs, device: str = "cpu") -> None:
         policy = run.policy if run.policy.train == "weights" else Policy(placement="single", aggregation="none")
-        base = base_model(source.directory, run.job)
+        base = BaseModel.of_job(source.spec, run.job)
         self._whole = WholeClient(CENTRAL, run.job, policy, base, device, measure=False)
         self._batches = self._whole.load_data(inputs.shares, None).validation_batches
-        self._whole.configure(layer_count(model_config(source.directory)), {})
+        self._whole.configure(source.spec.layers, {})
 
     def of_adapters(self, server: Mapping[str, Tensor]) -> float:
         """Return the perplexity of adapters, from the server's state after an aggregation."""

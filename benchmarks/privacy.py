@@ -34,14 +34,14 @@ from benchmarks.inversion import Observed
 from hsplit.actors.client import ActivationNoise, Client
 from hsplit.actors.executor import InProcess
 from hsplit.actors.messages import WireTensor
-from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
 from hsplit.data import Example, TokenizedExample, read_examples, tokenize
 from hsplit.data.examples import parse_meaning
 from hsplit.data.sources import BUILT_IN
+from hsplit.models.lookup import find_model
 from hsplit.models.packing import Packing
-from hsplit.models.segment import Segment, SegmentSpec, layer_count, load_segment, load_tokenizer, model_config
-from hsplit.models.source import find_model
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.observer import SilentDisplay
 from hsplit.run.coordinator import Inputs
 
@@ -205,8 +205,8 @@ class _Benchmark:
         self.options = options
         self.source = find_model(options.model)
         self.run_config = self._configured(0, 0.0, 1.0)
-        self.base = base_model(self.source.directory, self.run_config.job)
-        self.vocabulary = int(model_config(self.source.directory).vocab_size)
+        self.base = BaseModel.of_job(self.source.spec, self.run_config.job)
+        self.vocabulary = self.source.spec.vocab_size
         self.texts = texts_of(options, self.source.directory, self.run_config)
         self.made = inversion.scrambled(self.texts.public[: options.made], self.vocabulary, options.seed)
         settings = {key: value for key, value in vars(options).items() if key not in _NOT_OF_A_CELL}
@@ -308,7 +308,7 @@ class _Benchmark:
     # -- one cell -------------------------------------------------------------------------------------------------
 
     def _alone(self, front: Segment) -> Tensor:
-        first = model_config(self.source.directory).bos_token_id or 0
+        first = self.source.spec.config.bos_token_id or 0
         return inversion.alone(front, first, self.vocabulary)
 
     def _cell(
@@ -393,7 +393,7 @@ class _Benchmark:
 
     def _labels_read(self) -> list[dict[str, Any]]:
         """The U-shape: how many labels the tails' gradients give away, by wire."""
-        layers = layer_count(model_config(self.source.directory))
+        layers = self.source.spec.layers
         whole = load_segment(self.base, SegmentSpec(0, layers, embedding=True, tail=True))
         tail = whole.tail
         # The server attacks in a higher precision than the run's.

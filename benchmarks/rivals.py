@@ -20,7 +20,7 @@ from hsplit.config import Job
 from hsplit.data import Batch, Example, collate
 from hsplit.data.batches import IGNORED
 from hsplit.data.local_data import LocalData
-from hsplit.models.segment import load_tokenizer
+from hsplit.models.tokenizer import load_tokenizer
 
 
 class Rival:

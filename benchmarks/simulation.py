@@ -27,6 +27,7 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks.common import Table
 from hsplit.config import SERVER, RunConfig
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator
 from hsplit.simulation.rounds import simulated
@@ -141,7 +142,7 @@ def _all_checked(options: argparse.Namespace, console: Console) -> list[Checked]
 def _checked(folder: Path, model: Path, data: Path, clients: int, options: argparse.Namespace) -> list[Checked]:
     run = _configured(folder, model, data, clients, options.steps)
     # From the second round on: in the first there is no residual yet, then it is at its cap.
-    told = simulated(run, Scheduler(run, model), 2).rounds[-1]
+    told = simulated(run, Scheduler(run, ModelSpec.read(model)), 2).rounds[-1]
     with common.on_ray(f"simulation-{clients}", run, model, folder) as (coordinator, _):
         coordinator.start()
         # The first round also includes one-time work.

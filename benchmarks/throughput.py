@@ -28,7 +28,7 @@ from benchmarks.common import Table
 from hsplit.actors.messages import Activations
 from hsplit.config import RunConfig
 from hsplit.models.dtype import resolve_dtype
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
 from hsplit.observe.tables import timing_rows
 from hsplit.report.usage import step_shares
 from hsplit.run.coordinator import Coordinator, Inputs

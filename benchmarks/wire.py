@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks import common
 from hsplit.config import RunConfig, load_run_config
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.displays import PlainDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
 from hsplit.planning.scheduler import Scheduler
@@ -112,7 +113,7 @@ class _PlannedAsFirst:
     """Plans as if the wire were the first one's, with the times of the run's own."""
 
     def __init__(self, run: RunConfig, first: RunConfig, model: Path) -> None:
-        self._own, self._first = Scheduler(run, model), Scheduler(first, model)
+        self._own, self._first = Scheduler(run, ModelSpec.read(model)), Scheduler(first, ModelSpec.read(model))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own if name.endswith("_time_s") else self._first, name)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hsplit.actors.executor import LOCALHOST
 from hsplit.cluster.ray_session import helpers_of
 from hsplit.config import RunConfig, load_run_config
-from hsplit.config.files import displayed, parse_yaml
 from hsplit.config.overrides import Overrides
+from hsplit.config.reading import displayed, parse_yaml
 from hsplit.errors import InputError
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.observe.displays import display_for
 from hsplit.observe.logs import check_logs
 from hsplit.observe.observer import Observer
@@ -104,7 +104,7 @@ def launch(
             inputs = read_inputs(run, source)
             waiting.update("making a plan")
             # The scheduler makes it again; here a fleet that does not fit is refused before anything starts.
-            Scheduler(run, source.directory).plan()
+            Scheduler(run, source.spec).plan()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
         with remove_if_refused(directory):
@@ -148,7 +148,7 @@ def resume(
             source = find_model(run.job.model, progress=is_terminal(sys.stderr))
             inputs = read_inputs(run, source)
             if found is None:
-                Scheduler(run, source.directory).plan()
+                Scheduler(run, source.spec).plan()
         complete = drive(
             run, source, inputs, directory, address, dashboard_host, display, helpers, found, passed_over, changes
         )
@@ -183,7 +183,7 @@ def _planning(
     check_model(run, source)
     for line in own_code(run.policy):
         print(line, file=sys.stderr)
-    return run, Scheduler(run, source.directory)
+    return run, Scheduler(run, source.spec)
 
 
 def change_budget(path: str | Path, holder: str, values: Overrides) -> None:

@@ -48,3 +48,8 @@ class RunError(HsplitError):
 def os_reason(error: OSError) -> str:
     """The system's reason, with the file if it is known: ``No space left on device: runs/x/metrics.csv``."""
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
+def error_text(error: BaseException) -> str:
+    """An error's text on one line; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

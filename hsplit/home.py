@@ -16,6 +16,14 @@ _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 _PREFIX = "hsplit-home-"
 
 
+def cache_root() -> Path:
+    """Directory of hsplit's caches: ``$HSPLIT_CACHE``, else ``$XDG_CACHE_HOME/hsplit``, else ``~/.cache/hsplit``."""
+    if own := os.environ.get("HSPLIT_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "hsplit"
+
+
 def make_home_usable(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set variables in ``environ`` so that programs need not write below an unusable home directory.
 

@@ -22,7 +22,7 @@ from typing import Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from hsplit.config.files import displayed, read_json
+from hsplit.config.reading import displayed, read_json
 from hsplit.config.section import EXACT, Name, refusals
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically

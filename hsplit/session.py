@@ -18,7 +18,7 @@ from hsplit.cluster.ray_session import Helpers, ray_of
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting.export import ExportOptions, export_run
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
 from hsplit.observe.displays import display_for
 from hsplit.observe.events import EventLog
 from hsplit.observe.logs import logs_of
@@ -105,7 +105,7 @@ def drive(
             with observers, closing(executor):
                 headlines = _headlines(run, source, directory, dashboard, metrics)
                 observers.started(name, [*headlines, *(f"code     {line}" for line in own), *notes])
-                clock_of = Scheduler(run, source.directory).clock
+                clock_of = Scheduler(run, source.spec).clock
                 coordinator = Coordinator(run, executor, directory, inputs, observers, clock_of)
                 progress.coordinator, context = coordinator, coordinator.context
                 for text in own:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hsplit.config import ClientConfig, Importance, Job, Policy, RunConfig
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.run.inputs import read_inputs
 from hsplit.run.state import RunState

@@ -12,7 +12,7 @@ from hsplit.actors.executor import Executor
 from hsplit.config import ClientConfig as ClientConfig
 from hsplit.config import Importance, Job, Policy, RunConfig, ServerConfig
 from hsplit.data import Example
-from hsplit.models.segment import linear_shapes, model_config, targeted
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import PlanRow, read_rows
 from hsplit.planning.plan import HolderPlan, Plan
@@ -94,7 +94,7 @@ def planned_run(
     run: RunConfig, model: Path, directory: RunDirectory, shares: Mapping[str, list[Example]], recorder: Recorder
 ) -> Coordinator:
     """A coordinator over plain objects whose plans are the scheduler's own, ready to run."""
-    return local_run(run, model, directory, Inputs(shares, "model", "data"), recorder)
+    return local_run(run, ModelSpec.read(model), directory, Inputs(shares, "model", "data"), recorder)
 
 
 def rows_of(run: Coordinator) -> list[dict[str, Any]]:
@@ -129,15 +129,15 @@ def fixed_plan(
     model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int, servers: int = 1
 ) -> Plan:
     """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``."""
-    config = model_config(model)
-    shapes = targeted(linear_shapes(config), job.targets)
+    spec = ModelSpec.read(model)
+    shapes = spec.targeted(job.targets)
     clients = tuple(
         HolderPlan(f"c{i}", "client", True, split, {s.name: rank for s in shapes if s.layer < split})
         for i, (split, rank) in enumerate(zip(splits, ranks, strict=True))
     )
     first = min(splits)
     server = HolderPlan("server", "server", True, first, {s.name: server_rank for s in shapes if s.layer >= first})
-    return Plan(config.num_hidden_layers, server, clients, 1.0, 0.0, "none", servers)
+    return Plan(spec.layers, server, clients, 1.0, 0.0, "none", servers)
 
 
 def coordinator(
@@ -162,4 +162,4 @@ def coordinator(
     run = RunConfig(server=ServerConfig(replicas=plan.servers), clients=clients, job=settings, policy=policy)
     directory = directory or RunDirectory.create(to, None)
     inputs, scheduler = Inputs(shares, "model", data_sha256), FixedScheduler(plan, later)
-    return local_run(run, model, directory, inputs, recorder, scheduler=scheduler)
+    return local_run(run, ModelSpec.read(model), directory, inputs, recorder, scheduler=scheduler)

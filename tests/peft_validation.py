@@ -17,9 +17,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hsplit.actors.client import Client
-from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.segment import BaseModel
 from hsplit.run.inputs import read_inputs
 
 
@@ -38,7 +38,7 @@ def main(run: Path) -> None:
     shares = read_inputs(config, source).shares
     total, count = 0.0, 0
     for client in config.clients:
-        twin = Client(client.name, config.job, config.policy, base_model(source.directory, config.job))
+        twin = Client(client.name, config.job, config.policy, BaseModel.of_job(source.spec, config.job))
         twin.load_data({client.name: shares[client.name]}, client.data)
         for batch in twin.data.validation:
             mask = (torch.arange(batch.ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]).long()

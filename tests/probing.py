@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hsplit.actors.client import Client
 from hsplit.actors.executor import InProcess
-from hsplit.actors.participant import base_model
 from hsplit.actors.server import Server
 from hsplit.config import SERVER, Job, Policy
 from hsplit.data import Example
@@ -20,7 +19,8 @@ from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.factors import LowRank
 from hsplit.models.families import family_of
-from hsplit.models.segment import LinearShape, linear_shapes, model_config, targeted
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.weights import base_values
 from hsplit.seeds import hash_seed
 from tests.in_process import fixed_plan, random_examples
@@ -35,7 +35,7 @@ def job_of(base: str, **changes: Any) -> Job:
 
 
 def shapes_of(model: Path, job: Job) -> list[LinearShape]:
-    return targeted(linear_shapes(model_config(model)), job.targets)
+    return ModelSpec.read(model).targeted(job.targets)
 
 
 def probed_actors(
@@ -53,7 +53,7 @@ def probed_actors(
         plain: no residuals and adapters that are zero, as at a run's start.
         data: a client's examples, from their number and the client's.
     """
-    policy, base = Policy(init="shared"), base_model(model, job)
+    policy, base = Policy(init="shared"), BaseModel.of_job(ModelSpec.read(model), job)
     plan = fixed_plan(model, job, splits, [RANK] * len(splits), RANK)
     clients = {f"c{i}": Client(f"c{i}", job, policy, base) for i in range(len(splits))}
     server = Server("server", job, policy, base)

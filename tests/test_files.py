@@ -24,7 +24,7 @@ from hsplit.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
-from hsplit.planning.cost.count_store import CountStore
+from hsplit.planning.cost.counting import CountStore
 from hsplit.run.checkpoint import save_checkpoint
 from hsplit.run.state import RunState
 from tests.file_modes import UMASKS, assert_new, modes, umask

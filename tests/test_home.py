@@ -93,7 +93,7 @@ def test_a_user_without_a_name_and_home_can_import_and_ask() -> None:
         pytest.skip("no user namespaces here")
     code = (
         "import hsplit, getpass, pathlib, os; print(getpass.getuser(), os.access(pathlib.Path.home(), os.W_OK));"
-        "from hsplit.models.packaged import cache_root; cache_root().mkdir(parents=True, exist_ok=True)"
+        "from hsplit.home import cache_root; cache_root().mkdir(parents=True, exist_ok=True)"
     )
     paths = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
     for own in ({}, {"HOME": "/proc/nohome"}, {"HOME": "/"}):
@@ -103,3 +103,14 @@ def test_a_user_without_a_name_and_home_can_import_and_ask() -> None:
         assert (done.returncode, done.stderr) == (0, ""), own
         if own != {"HOME": "/"}:
             assert done.stdout == "12345 True\n"
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert home.cache_root() == tmp_path / "own"
+    monkeypatch.delenv("HSPLIT_CACHE")
+    assert home.cache_root() == tmp_path / "xdg" / "hsplit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home.cache_root() == tmp_path / ".cache" / "hsplit"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hsplit.models.spec import ModelSpec
+
 LAYERS = 4
 WORDS = 96
 
@@ -31,6 +33,16 @@ def tiny_config(family: str, **changes: Any) -> Any:
         tie_word_embeddings=True,
         **changes,
     )
+
+
+def spec_of(config: Any) -> ModelSpec:
+    """A model of ``config`` that is in no directory."""
+    return ModelSpec(Path(), config)
+
+
+def tiny_spec(family: str, **changes: Any) -> ModelSpec:
+    """The tiny model of ``family`` without a directory."""
+    return spec_of(tiny_config(family, **changes))
 
 
 def tiny_tokenizer() -> Any:

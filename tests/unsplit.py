@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.models.families import family_of
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, SegmentSpec, layer_count, load_segment, model_config
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 
 
 def unsplit(directory: Path, text: Sequence[int], dtype: torch.dtype, scratch: Path) -> list[Tensor]:
@@ -21,9 +21,10 @@ def unsplit(directory: Path, text: Sequence[int], dtype: torch.dtype, scratch: P
     """
     from transformers import AutoModelForCausalLM
 
-    family = family_of(model_config(directory).model_type)
+    spec = ModelSpec.read(directory)
+    family = spec.family
     bare, _, layers = family.layers.partition(".")
-    skeleton = AutoModelForCausalLM.from_config(model_config(directory)).get_submodule(bare)
+    skeleton = AutoModelForCausalLM.from_config(spec.config).get_submodule(bare)
     places = {f"{bare}.{name}": "disk" if name == layers else "cpu" for name, _ in skeleton.named_children()}
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, device_map={**places, family.head: "cpu"}, offload_folder=scratch
@@ -48,8 +49,8 @@ def joined(directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype) 
 
     The losses are there twice: of a tail on a holder without the embedding (the server), and on one that has it too.
     """
-    base, packing = BaseModel(directory, "fp32", dtype), Packing.of([len(text) for text in texts])
-    layers = layer_count(model_config(directory))
+    base, packing = BaseModel(ModelSpec.read(directory), "fp32", dtype), Packing.of([len(text) for text in texts])
+    layers = base.spec.layers
     ids = torch.tensor([token for text in texts for token in text])
     with torch.no_grad():
         states = [load_segment(base, SegmentSpec(0, 0, embedding=True)).embed(ids, packing)]

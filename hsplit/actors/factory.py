@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from hsplit.actors.client import Client
-from hsplit.actors.participant import Participant, base_model
+from hsplit.actors.participant import Participant
 from hsplit.actors.replica import Replica
 from hsplit.actors.server import Server
 from hsplit.actors.whole_client import WholeClient
 from hsplit.config import SCHEDULER, SERVER, Job, Policy, RunConfig
-from hsplit.models.source import ModelReference
+from hsplit.models.lookup import ModelReference
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.scheduler import Scheduler
 
 HolderClass = type[Participant] | type[Replica]
@@ -51,17 +52,17 @@ def make_holder(
     Raises:
         InputError: the model is not there, or is not the run's.
     """
-    return cls(name, job, policy, base_model(model.locate(), job), device, measure)
+    return cls(name, job, policy, BaseModel.of_job(model.read(), job), device, measure)
 
 
 def make_scheduler(run: RunConfig, model: ModelReference) -> Scheduler:
     """Make the scheduler, which reads only the model's configuration; errors as :func:`make_holder`."""
-    return Scheduler(run, model.locate())
+    return Scheduler(run, model.read())
 
 
-def make_actor(run: RunConfig, name: str, model: Path, device: str, measure: bool) -> Any:
-    """Make any actor of a run in this process, with the model in the directory ``model``."""
-    reference = ModelReference(run.job.model, model)
+def make_actor(run: RunConfig, name: str, model: ModelSpec, device: str, measure: bool) -> Any:
+    """Make any actor of a run in this process."""
     if name == SCHEDULER:
-        return make_scheduler(run, reference)
-    return make_holder(holder_class(run, name), name, run.job, run.policy, reference, device, measure)
+        return Scheduler(run, model)
+    base = BaseModel.of_job(model, run.job)
+    return holder_class(run, name)(name, run.job, run.policy, base, device, measure)

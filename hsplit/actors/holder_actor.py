@@ -12,7 +12,8 @@ from hsplit.actors.profiling import PeakMemory, measured, measured_with_part, me
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
 from hsplit.lora.weight_holder import WeightHolder
-from hsplit.models.segment import BaseModel, LinearShape
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import LinearShape
 
 Held = TypeVar("Held", bound=Holder | WeightHolder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
@@ -17,9 +16,8 @@ from hsplit.lora.carried_moments import CarriedMoments
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
-from hsplit.models.dtype import resolve_dtype
 from hsplit.models.packing import Packing, pack_rows
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment, targeted
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
 
 
 class Participant(HolderActor[Holder | WeightHolder]):
@@ -35,7 +33,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
         super().__init__(name, job, policy, base, device, measure)
         # The pipeline is between client and server: a whole model trains on whole batches.
         microbatches = job.pipeline.microbatches if policy.placement == "split" else 1
-        self.data = TrainingData(name, job, base.directory, microbatches)
+        self.data = TrainingData(name, job, base.spec, microbatches)
         self._kept: Segment | None = None
         self._carried: CarriedMoments | None = None
         self._split = 0
@@ -109,7 +107,7 @@ class Participant(HolderActor[Holder | WeightHolder]):
 
     def _hold_segment(self, spec: SegmentSpec, ranks: dict[str, int], kept: Segment | None, *, quantized: bool) -> None:
         segment = load_segment(self._base, spec, quantized=quantized, device=self._device, kept=kept)
-        shapes = targeted(linear_shapes(segment.config), self._job.targets)
+        shapes = self._base.spec.targeted(self._job.targets)
         self._split, self._shapes = spec.last, shapes
         self._holder = Holder(
             self.name, segment, shapes, ranks, self._job, self._policy, self._base.dtype, self._device
@@ -138,8 +136,3 @@ class Participant(HolderActor[Holder | WeightHolder]):
         assert tail is not None
         targets = pack_rows(batch.targets, batch.lengths).to(self._device)
         return tail.supervised_losses(hidden, targets, self._job.fast.loss_rows).sum()
-
-
-def base_model(directory: Path, job: Job) -> BaseModel:
-    """Return the base as ``job`` defines it, read from ``directory``; ``job.dtype`` is already resolved."""
-    return BaseModel(directory, job.base, resolve_dtype(job.dtype))

@@ -24,7 +24,7 @@ from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment, targeted
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
 from hsplit.models.tail import Tail
 from hsplit.planning.importance import ImportanceReport
 from hsplit.planning.plan import Plan
@@ -97,7 +97,7 @@ class Replica(HolderActor[Holder]):
         tail = self._policy.placement == "split" and self._job.privacy.labels == "server"
         spec = SegmentSpec(plan.server.split, plan.layers, tail=tail)
         segment = load_segment(self._base, spec, quantized=True, device=self._device, kept=kept)
-        shapes = targeted(linear_shapes(segment.config), self._job.targets)
+        shapes = self._base.spec.targeted(self._job.targets)
         self._plan, self._layers, self._shapes = plan, plan.layers, shapes
         self._holder = Holder(
             self.name, segment, shapes, plan.server.ranks, self._job, self._policy, self._base.dtype, self._device

@@ -13,7 +13,8 @@ from hsplit.actors.replica import Replica
 from hsplit.config import Job, Policy
 from hsplit.lora.aggregation import Aggregator
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
-from hsplit.models.segment import BaseModel, LinearShape, linear_shapes, model_config, targeted
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import LinearShape
 from hsplit.models.weights import is_quantized
 from hsplit.planning.plan import Plan
 
@@ -66,7 +67,7 @@ class Server(Replica):
     def configure(self, plan: Plan) -> None:
         """Configure as every server, and start again with empty residuals."""
         job = self._job
-        shapes = targeted(linear_shapes(model_config(self._base.directory)), job.targets)
+        shapes = self._base.spec.targeted(job.targets)
         self._all_shapes = {shape.name: shape for shape in shapes}
         master = torch.promote_types(self._base.dtype, torch.float32)
         self._aggregator = Aggregator(shapes, job, self._policy, master, merges=not is_quantized(job.base))

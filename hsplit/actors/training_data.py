@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from hsplit.config import Job
@@ -13,7 +12,8 @@ from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, re
 from hsplit.data.batches import probe_batch
 from hsplit.data.local_data import LocalData
 from hsplit.errors import InputError
-from hsplit.models.segment import load_tokenizer, model_config
+from hsplit.models.spec import ModelSpec
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.seeds import hash_seed
 
 
@@ -44,7 +44,7 @@ class TrainingData:
     Args:
         name: the actor's.
         job: the run's settings.
-        model: directory of the base model, whose tokenizer is used.
+        model: the base model, whose tokenizer is used.
         microbatches: parts that each training batch is cut into.
 
     Attributes:
@@ -52,7 +52,7 @@ class TrainingData:
         validation: batches of everything that is held out.
     """
 
-    def __init__(self, name: str, job: Job, model: Path, microbatches: int) -> None:
+    def __init__(self, name: str, job: Job, model: ModelSpec, microbatches: int) -> None:
         self.clients: list[LocalData] = []
         self.validation: list[Batch] = []
         self._name, self._job, self._model, self._microbatches = name, job, model, microbatches
@@ -72,10 +72,10 @@ class TrainingData:
         """
         job = self._job
         try:
-            tokenizer = load_tokenizer(self._model)
+            tokenizer = load_tokenizer(self._model.directory)
         except InputError as error:
             raise InputError(f"client {self._name}: {error}") from None
-        vocab_size = int(model_config(self._model).vocab_size)
+        vocab_size = self._model.vocab_size
         self.clients = []
         for client, share in shares.items():
             try:

@@ -30,7 +30,7 @@ from hsplit.cluster.socket_directory import socket_directory
 # Imports of clients, servers and scheduler, and the slowest ones of Ray itself.
 MODULES = (
     # Before anything else imports bitsandbytes.
-    "hsplit.models.weights",
+    "hsplit.models.quiet_bitsandbytes",
     "hsplit.actors.client",
     "hsplit.actors.whole_client",
     "hsplit.actors.server",

@@ -24,7 +24,7 @@ from hsplit.cluster.ray_failures import RAY_ERRORS, failure_from
 from hsplit.config import ClientConfig, RunConfig
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
-from hsplit.models.source import ModelReference
+from hsplit.models.lookup import ModelReference
 
 # Where a node cannot load a function, Ray gives the whole traceback as text.
 _MISSING = re.compile(r"ModuleNotFoundError: (.*)")

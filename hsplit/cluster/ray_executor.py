@@ -27,7 +27,7 @@ from hsplit.config import SCHEDULER, SERVER, HolderConfig, RunConfig
 from hsplit.config import ClientConfig as ClientConfig
 from hsplit.config.cluster import CENTRAL
 from hsplit.errors import HsplitError
-from hsplit.models.source import ModelReference
+from hsplit.models.lookup import ModelReference
 from hsplit.streams import quieten_bitsandbytes
 
 

@@ -14,9 +14,9 @@ from hsplit.config.cluster import (
     ScheduledChange,
     ServerConfig,
 )
-from hsplit.config.files import find_preset, preset_directory, read_yaml, to_yaml
 from hsplit.config.job import DataSpec, Job, Partition, Privacy, ResidualConfig, Validation
 from hsplit.config.policy import DEFAULT_POLICY, Importance, Policy, Replan, SelfPruning
+from hsplit.config.reading import find_preset, preset_directory, read_yaml, to_yaml
 from hsplit.config.run import RunConfig, load_run_config
 
 __all__ = [

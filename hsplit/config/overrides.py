@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsplit.config.cluster import BUDGET_FIELDS, ServerConfig
-from hsplit.config.files import parse_yaml
 from hsplit.config.job import Job
 from hsplit.config.policy import Policy
+from hsplit.config.reading import parse_yaml
 from hsplit.config.section import KeyPath, Refusal, allowed_instead, shown
 from hsplit.errors import InputError
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from hsplit.config.cluster import CENTRAL, MAX_TAKING_PART, ClientConfig, ClientGroup, ServerConfig, unique_names
-from hsplit.config.files import displayed, find_preset, read_yaml, to_yaml
 from hsplit.config.job import TORCH_OPTIMIZERS, Job, Partition
 from hsplit.config.overrides import Override, Overrides, below, parse_overrides
 from hsplit.config.policy import DEFAULT_POLICY, Policy
+from hsplit.config.reading import displayed, find_preset, read_yaml, to_yaml
 from hsplit.config.section import (
     LARGEST,
     LIST,

@@ -3,11 +3,11 @@
 from hsplit.data.batches import Batch, BatchSampler, collate, validation_batches
 from hsplit.data.chat import ChatTemplate
 from hsplit.data.examples import Example
-from hsplit.data.files import file_sha256
 from hsplit.data.holdout import hold_out, split_off_test
 from hsplit.data.partition import partition
 from hsplit.data.restaurants import restaurants
 from hsplit.data.sources import read_examples
+from hsplit.data.text_files import file_sha256
 from hsplit.data.tokens import TokenizedExample, check_ids, check_special_tokens, largest_id, padding_id, tokenize
 
 __all__ = [

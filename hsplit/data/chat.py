@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from hsplit.data.files import is_unicode
+from hsplit.data.text_files import is_unicode
 from hsplit.errors import InputError
 
 # What templates are given beside the turns. Without it the prompt would be another one than the row means.

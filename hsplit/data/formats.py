@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsplit.config.files import json_value
+from hsplit.config.reading import json_value
 from hsplit.config.section import shown
 from hsplit.data.chat import ChatTemplate, conversation_texts, refuse_other_keys, turns_sha256
-from hsplit.data.files import is_unicode, listed, read_text
+from hsplit.data.text_files import is_unicode, listed, read_text
 from hsplit.errors import InputError
 
 

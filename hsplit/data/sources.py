@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hsplit.data.chat import ChatTemplate
 from hsplit.data.examples import Example, meaning_text, parse_meaning
-from hsplit.data.files import file_sha256, listed
 from hsplit.data.formats import READERS, Row
 from hsplit.data.restaurants import NO_LABEL, descriptions
+from hsplit.data.text_files import file_sha256, listed
 from hsplit.errors import InputError
 
 __all__ = ["BUILT_IN", "file_sha256", "read_examples"]

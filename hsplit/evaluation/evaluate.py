@@ -12,7 +12,7 @@ from typing import Any
 
 from hsplit.actors.training_data import chat_template
 from hsplit.config import RunConfig
-from hsplit.config.files import displayed
+from hsplit.config.reading import displayed
 from hsplit.data import Example, TokenizedExample, check_ids, hold_out, read_examples, tokenize
 from hsplit.data.local_data import nothing_supervised
 from hsplit.errors import InputError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hsplit.actors.messages import WireTensor
 from hsplit.lora.learned import LearnedTerm
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, layer_count, load_segment, model_config, skeleton
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec, build_skeleton
 from hsplit.models.tail import Tail
 
 
@@ -52,8 +53,7 @@ def split_model(
     Returns:
         A transformers causal LM whose decoder layers are the segments' own modules, with SDPA attention.
     """
-    config = model_config(base.directory)
-    layers = layer_count(config)
+    layers = base.spec.layers
     if cut is None:
         front = deep = load_segment(base, SegmentSpec(0, layers, embedding=True, tail=True), device=device)
     else:
@@ -63,7 +63,7 @@ def split_model(
         deep = load_segment(base, spec, quantized=True, device=device)
     for segment in {id(s): s for s in (front, deep)}.values():
         _follow(segment, learned, device)
-    model = _assembled(config, front, deep).to(device)
+    model = _assembled(base.spec, front, deep).to(device)
     if cut is not None:
         points = {cut.split} if cut.labels == "server" else {cut.split, layers}
         for point in points:
@@ -87,9 +87,9 @@ def _on(term: LowRank, device: torch.device | str) -> LowRank:
     return LowRank(term.B.to(device), term.A.to(device))
 
 
-def _assembled(config: Any, front: Segment, deep: Segment) -> Any:
+def _assembled(spec: ModelSpec, front: Segment, deep: Segment) -> Any:
     family = front.family
-    model: Any = skeleton(config)
+    model: Any = build_skeleton(spec.config)
     for path in family.embeddings:
         _replace(model, path, front.embeddings[path.rpartition(".")[2]])
     for segment in (front, deep):
@@ -116,7 +116,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _module_after(model: nn.Module, segment: Segment, layers: int) -> nn.Module:
     """The module whose input are the hidden states after the first ``layers`` layers."""
-    family, all_layers = segment.family, layer_count(segment.config)
+    family, all_layers = segment.family, int(segment.config.num_hidden_layers)
     return model.get_submodule(family.layer_name(layers) if layers < all_layers else family.norm)
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.executor import one_line
-from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
-from hsplit.config.files import displayed, read_json
+from hsplit.config.reading import displayed, read_json
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
@@ -23,9 +22,10 @@ from hsplit.exporting.model_card import METADATA
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.lora.learned import learned_parts, trained_weights
 from hsplit.models.dtype import DTYPES, resolve_dtype
-from hsplit.models.families import family_of
-from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint
-from hsplit.models.source import ModelSource, check_directory, find_model
+from hsplit.models.lookup import ModelSource, check_directory, find_model
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.models.weights import freeze
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.state import RunState
@@ -118,7 +118,7 @@ def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
     else:
         cut, how = _cut(run, state, client, displayed(checkpoint))
         learned = learned_parts({key: tensor for own in tensors.values() for key, tensor in own.items()})
-        model, how = split_model(base_model(source.directory, run.job), learned, cut, device), f"{how}; {where}"
+        model, how = split_model(BaseModel.of_job(source.spec, run.job), learned, cut, device), f"{how}; {where}"
     if run.job.privacy.noise:
         notes = [*notes, "the noise that clients add to activations (privacy.noise) is left out"]
     tokenizer = load_tokenizer(source.directory)
@@ -188,7 +188,8 @@ def _adapter(path: Path, device: str) -> Target:
         raise InputError(
             f"{displayed(path / 'adapter_config.json')}: names no base_model_name_or_path; an adapter needs its base"
         )
-    directory = find_model(named).directory
+    source = find_model(named)
+    directory = source.directory
     if not (path / "adapter_model.safetensors").is_file():
         # PEFT would load a pickled one, or ask the hub for a missing one.
         raise InputError(f"{displayed(path)}: has no adapter_model.safetensors, and only safetensors are read")
@@ -196,7 +197,7 @@ def _adapter(path: Path, device: str) -> Target:
     model = _loaded(directory, torch.float32)
     base = known.get("base")
     if base is not None and base != "fp32":
-        _give_base_values(model, directory, base)
+        _give_base_values(model, source.spec, base)
     notes = (
         [] if base is not None else ["its card does not say which base values it was trained on; the base's own are"]
     )
@@ -211,10 +212,9 @@ def _adapter(path: Path, device: str) -> Target:
     return Target(model, load_tokenizer(directory), how, known.get("separator"), notes=notes)
 
 
-def _give_base_values(model: Any, directory: Path, base: str) -> None:
-    config = model_config(directory)
-    transposed, reader = family_of(config.model_type).transposed, open_checkpoint(directory, config)
-    for shape in linear_shapes(config):
+def _give_base_values(model: Any, spec: ModelSpec, base: str) -> None:
+    transposed, reader = spec.family.transposed, spec.open_checkpoint()
+    for shape in spec.linears:
         read = partial(reader.read, f"{shape.name}.weight", transposed=transposed)
         values = freeze(read, base, torch.float32, quantized=False).dense(torch.float32)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from hsplit.files import save_tensors
 from hsplit.lora.adapters import initial_A
 from hsplit.lora.low_rank import concatenate, empty
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 from hsplit.streams import quieten_bitsandbytes
 
 PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsplit.actors.executor import one_line
 from hsplit.config import RunConfig
-from hsplit.config.files import displayed
+from hsplit.config.reading import displayed
 from hsplit.errors import InputError
 from hsplit.exporting.adapter_files import export_peft
 from hsplit.exporting.merge import export_merged, truncated
@@ -22,10 +22,8 @@ from hsplit.exporting.model_card import model_card
 from hsplit.lora.learned import learned, trained_weights
 from hsplit.models.dtype import DTYPES
 from hsplit.models.factors import LowRank
-from hsplit.models.families import family_of
 from hsplit.models.hub import is_hub_id
-from hsplit.models.segment import linear_shapes, model_config, targeted
-from hsplit.models.source import ModelSource, find_model
+from hsplit.models.lookup import ModelSource, find_model
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.state import RunState
 from hsplit.run_directory import RunDirectory
@@ -146,16 +144,16 @@ def _unfinished(state: RunState, run: RunConfig) -> list[str]:
 def _write_adapter(
     run: RunConfig, source: ModelSource, terms: dict[str, LowRank], options: ExportOptions, to: Path
 ) -> list[str]:
-    config = model_config(source.directory)
+    model = source.spec
     lines = []
     if options.rank is not None:
         terms, error = truncated(terms, options.rank)
         lines.append(f"cut to rank {options.rank}: relative Frobenius error of the update {error or 'none'}")
     growth = export_peft(
         terms,
-        targeted(linear_shapes(config), run.job.targets),
+        model.targeted(run.job.targets),
         base=base_name(run, source),
-        fan_in_fan_out=family_of(config.model_type).transposed,
+        fan_in_fan_out=model.family.transposed,
         to=to,
     )
     if growth is not None:
@@ -186,7 +184,7 @@ def _write_merged(
 ) -> list[str]:
     original = options.base == ORIGINAL
     errors = export_merged(
-        source.directory,
+        source.spec,
         run.job.base,
         terms,
         to,

@@ -5,13 +5,13 @@ Weights are written tensor by tensor. Errors are relative Frobenius norms, by we
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from hsplit.errors import InputError
 from hsplit.files import save_tensors
 from hsplit.lora.low_rank import spectral
 from hsplit.models.factors import LowRank
-from hsplit.models.families import Family, family_of
-from hsplit.models.segment import linear_shapes, load_tokenizer, model_config, open_checkpoint, skeleton
+from hsplit.models.spec import ModelSpec
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.models.weights import freeze
 
 
@@ -100,17 +100,15 @@ class _Merge:
 
     def __init__(
         self,
-        directory: Path,
+        model: ModelSpec,
         run_base: str,
         original: bool,
         learned: Mapping[str, LowRank],
         trained: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        config = model_config(directory)
-        self._reader = open_checkpoint(directory, config)
-        self._family: Family = family_of(config.model_type)
-        self._linears = {f"{shape.name}.weight": shape.name for shape in linear_shapes(config)}
+        self._reader, self._family = model.open_checkpoint(), model.family
+        self._linears = {f"{shape.name}.weight": shape.name for shape in model.linears}
         self._run_base, self._original = run_base, original
         self._learned, self._trained, self._dtype = learned, trained, dtype
         self.base_norms: dict[str, tuple[float, float]] = {}
@@ -145,7 +143,7 @@ class _Merge:
 
 
 def export_merged(
-    directory: Path,
+    model: ModelSpec,
     base: str,
     learned: Mapping[str, LowRank],
     to: Path,
@@ -160,7 +158,7 @@ def export_merged(
     The tensors of one shard and one more weight with its update are in memory at once.
 
     Args:
-        directory: the run's base model.
+        model: the run's base model.
         base: ``job.base``: the values of ``W_0``.
         learned: ``(d_out, d_in)`` by weight name; a weight without an update may be absent.
         to: an existing directory.
@@ -174,17 +172,16 @@ def export_merged(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    config = model_config(directory)
-    family = family_of(config.model_type)
-    model = skeleton(config)
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    if config.tie_word_embeddings:
+    parameters: dict[str, Tensor] = dict(model.skeleton.named_parameters())
+    if model.config.tie_word_embeddings:
         # The tensor of embedding and head is written once, and tied again when it is loaded.
-        parameters.pop(family.head_weight, None)
+        parameters.pop(model.family.head_weight, None)
     unknown = sorted(set(trained or {}) - parameters.keys())
     if unknown:
-        raise InputError(f"{directory}: the model has no parameter {unknown[0]}, which the checkpoint has trained")
-    merge = _Merge(directory, base, original, learned, trained or {}, dtype)
+        raise InputError(
+            f"{model.directory}: the model has no parameter {unknown[0]}, which the checkpoint has trained"
+        )
+    merge = _Merge(model, base, original, learned, trained or {}, dtype)
     shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
@@ -194,14 +191,15 @@ def export_merged(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (to / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _save_settings(config, type(model).__name__, directory, to, dtype)
+    _save_settings(model, to, dtype)
     return MergeErrors(RelativeError.of(merge.base_norms), RelativeError.of(merge.rounding_norms))
 
 
-def _save_settings(config: Any, architecture: str, directory: Path, to: Path, dtype: torch.dtype) -> None:
-    config.architectures, config.dtype = [architecture], dtype
+def _save_settings(model: ModelSpec, to: Path, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model.skeleton).__name__], dtype
     config.save_pretrained(to)
-    load_tokenizer(directory).save_pretrained(to)
-    generation = directory / "generation_config.json"
+    load_tokenizer(model.directory).save_pretrained(to)
+    generation = model.directory / "generation_config.json"
     if generation.is_file():
         (to / generation.name).write_bytes(generation.read_bytes())

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hsplit import __version__
 from hsplit.config import Partition, RunConfig
-from hsplit.config.files import read_json
+from hsplit.config.reading import read_json
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import MetricsRow, cut_text, read_rows, residual_cuts
 from hsplit.planning.plan import HolderPlan

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import LinearShape, Segment
+from hsplit.models.segment import Segment
+from hsplit.models.spec import LinearShape
 
 
 def initial_A(rank: int, d_in: int, key: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,7 +21,7 @@ from hsplit.lora.learned import LearnedTerm, learned_parts
 from hsplit.lora.low_rank import LowRankSum, leading_and_rest, spectral
 from hsplit.lora.residual import Residual
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 
 
 @dataclass(frozen=True)

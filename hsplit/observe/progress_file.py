@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from hsplit.config.files import read_json
+from hsplit.config.reading import read_json
 from hsplit.config.section import EXACT
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
-from hsplit.config.files import displayed
+from hsplit.config.reading import displayed
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically

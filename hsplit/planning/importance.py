@@ -11,7 +11,7 @@ from typing import Any
 
 from hsplit.errors import InputError
 from hsplit.extension import find_part
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 
 # fp32 parameter, gradient and two Adam moments (METHOD 3).
 BYTES_PER_PARAMETER = 16

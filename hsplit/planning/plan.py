@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hsplit.config.cluster import server_names
-from hsplit.config.files import from_plain
+from hsplit.config.reading import from_plain
 from hsplit.config.section import EXACT, MAX_LAYERS, STRICT, Whole
 from hsplit.errors import InputError
 

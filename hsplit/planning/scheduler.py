@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 from hsplit.config import SERVER, ClientConfig, RunConfig, ServerConfig
 from hsplit.errors import InputError
-from hsplit.models.segment import model_config
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import BudgetRequest
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
@@ -56,12 +55,12 @@ class Scheduler:
 
     Args:
         config: the run's configuration.
-        directory: model directory; no tensor is read from it.
+        model: the model; no tensor of it is read.
     """
 
-    def __init__(self, config: RunConfig, directory: Path) -> None:
+    def __init__(self, config: RunConfig, model: ModelSpec) -> None:
         self._config = config
-        self.cost = CostModel.of_run(model_config(directory), config)
+        self.cost = CostModel.of_run(model, config)
 
     # -- planning -------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit.config.cluster import CENTRAL
-from hsplit.config.files import displayed
+from hsplit.config.reading import displayed
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.observe.tables import cut_text, plan_rows, share_cut

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hsplit.config.files import displayed, read_json, read_yaml
+from hsplit.config.reading import displayed, read_json, read_yaml
 from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, plan_of, read_events

@@ -19,7 +19,7 @@ from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import not_finite
 from hsplit.actors.server import Server
 from hsplit.config import SERVER
-from hsplit.config.files import displayed, read_bytes, read_json
+from hsplit.config.reading import displayed, read_bytes, read_json
 from hsplit.errors import NO_NUMBERS, InputError
 from hsplit.files import directory_written_atomically, save_tensors, sha256_of
 from hsplit.planning.plan import Plan

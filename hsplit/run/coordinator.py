@@ -21,7 +21,7 @@ from hsplit.actors.participant import Participant
 from hsplit.actors.replica import Replica
 from hsplit.actors.server import Server
 from hsplit.config import SCHEDULER, SERVER, RunConfig
-from hsplit.config.files import displayed
+from hsplit.config.reading import displayed
 from hsplit.errors import InputError
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.observe.observer import Observer

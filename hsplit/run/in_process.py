@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from hsplit.actors.executor import InProcess
 from hsplit.actors.factory import make_actor
 from hsplit.config import SCHEDULER, RunConfig
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.observer import Observer
 from hsplit.run.coordinator import Coordinator, Inputs
 from hsplit.run_directory import RunDirectory
@@ -15,7 +15,7 @@ from hsplit.run_directory import RunDirectory
 
 def local_run(
     run: RunConfig,
-    model: Path,
+    model: ModelSpec,
     directory: RunDirectory,
     inputs: Inputs,
     display: Observer,
@@ -30,7 +30,7 @@ def local_run(
 
     Args:
         run: resolved configuration, with a concrete ``job.dtype``.
-        model: model directory.
+        model: the base model.
         directory: the run's directory.
         inputs: data shares and fingerprints.
         display: shows the run.

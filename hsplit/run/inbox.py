@@ -14,7 +14,7 @@ from pydantic import Field, RootModel, ValidationError
 
 from hsplit.config import SERVER, BudgetChange, RunConfig
 from hsplit.config.cluster import SERVER_BUDGET_FIELDS, ClientConfig, ClientGroup
-from hsplit.config.files import displayed, read_json
+from hsplit.config.reading import displayed, read_json
 from hsplit.config.section import STRICT, validation_error
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically

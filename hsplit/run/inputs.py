@@ -14,9 +14,8 @@ from hsplit.extension import origin
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
-from hsplit.models.families import family_of
-from hsplit.models.segment import check_checkpoint, layer_count, linear_shapes, load_tokenizer, model_config, targeted
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.planning.importance import find_metric
 from hsplit.planning.rank_rules import find_rank_rule
 from hsplit.planning.split_rules import find_split_rule
@@ -49,18 +48,17 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
             than the model's learned positions, or a user's own part of the policy cannot be found.
     """
     own_code(run.policy)
-    config = model_config(source.directory)
-    positions = family_of(config.model_type).positions(config)
+    model = source.spec
+    positions = model.family.positions(model.config)
     if positions is not None and run.job.max_length > positions:
         raise InputError(
             f"job.max_length: must be at most {positions}, the positions that {run.job.model} has learned "
             f"(got {run.job.max_length})"
         )
-    targeted(linear_shapes(config), run.job.targets)
-    layers = layer_count(config)
-    if isinstance(run.policy.split, int) and run.policy.split > layers:
+    model.targeted(run.job.targets)
+    if isinstance(run.policy.split, int) and run.policy.split > model.layers:
         raise InputError(
-            f"policy {run.policy.name}: split: must be at most {layers}, the layers of {run.job.model} "
+            f"policy {run.policy.name}: split: must be at most {model.layers}, the layers of {run.job.model} "
             f"(got {run.policy.split})"
         )
 
@@ -129,7 +127,7 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
     """
     from hsplit.data import partition
 
-    check_checkpoint(source.directory)
+    source.spec.check_weights()
     tokenizer = tokenizer or load_tokenizer(source.directory)
     job, data = run.job, run.job.data
     sharing = [client.name for client in run.clients if client.data is None]
@@ -187,7 +185,7 @@ def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, 
     """Refuse ids of the tokenizer's, in its special tokens or ``examples``, that the model has no embedding for."""
     from hsplit.data import check_ids, check_special_tokens, largest_id, tokenize
 
-    vocab_size = int(model_config(source.directory).vocab_size)
+    vocab_size = source.spec.vocab_size
     if largest_id(tokenizer) < vocab_size:
         return
     check_special_tokens(tokenizer, vocab_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hsplit import __version__
 from hsplit.config import SERVER, ClientConfig
-from hsplit.config.files import from_json
+from hsplit.config.reading import from_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.planning.cost.serving import drawn_cohort

@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit.errors import InputError, os_reason
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import Budget, ClientBudget
 from hsplit.planning.cost.counted_model import Floats
 
@@ -52,9 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Published shapes of models whose configuration cannot be fetched freely."""
 
 
-@contextmanager
-def shape_directory(model: str) -> Iterator[Path]:
-    """Yield a directory with the ``config.json`` of ``model``; no weights are needed.
+def shape_of(model: str) -> ModelSpec:
+    """Read the configuration of ``model``; no weights are needed.
 
     Args:
         model: the value of ``job.model``; a name in :data:`SHAPES` is not searched for.
@@ -65,9 +64,8 @@ def shape_directory(model: str) -> Iterator[Path]:
     if model in SHAPES:
         with tempfile.TemporaryDirectory() as name:
             (Path(name) / "config.json").write_text(json.dumps(SHAPES[model]))
-            yield Path(name)
-    else:
-        yield find_model(model, weights=False).directory
+            return ModelSpec.read(Path(name))
+    return find_model(model, weights=False).spec
 
 
 LINK_MEMORY = 0.8

@@ -9,12 +9,13 @@ from typing import Any
 
 from hsplit.config import RunConfig, load_run_config
 from hsplit.config.cluster import MAX_COUNT
-from hsplit.config.files import find_preset, read_yaml
 from hsplit.config.overrides import Overrides
+from hsplit.config.reading import find_preset, read_yaml
 from hsplit.errors import InputError
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.inputs import resolved_config
-from hsplit.simulation.fleet import Traffic, read_trace, shape_directory
+from hsplit.simulation.fleet import Traffic, read_trace, shape_of
 from hsplit.simulation.rounds import Round, simulated
 
 MAX_SERVERS = 1000
@@ -154,18 +155,19 @@ def sweep(
                 raise InputError(f"{option}: must be from 1 to {most} (got {value})")
     drawn = Traffic(leave, back, variation)
     settings: list[Setting] = []
+    model: ModelSpec | None = None
     wanted: list[int | None] = [*sorted(set(sizes))]
     for size in wanted or [None]:
         run = _fleet(cluster, policy, overrides, cpu, size)
         traffic = drawn if trace is None else Traffic(leave, back, variation, read_trace(trace, run.clients))
-        with shape_directory(run.job.model) as directory:
-            for count in sorted(set(servers)) or [run.server.replicas]:
-                if count > 1 and run.policy.placement != "split":
-                    raise InputError("--servers: must be 1 with a policy that does not split the model")
-                progress(f"simulating {len(run.clients):,} clients, {count} servers")
-                replicated = run.server.model_copy(update={"replicas": count})
-                own = run.model_copy(update={"server": replicated})
-                settings.append(_setting(own, directory, rounds or run.job.rounds, traffic))
+        model = model or shape_of(run.job.model)
+        for count in sorted(set(servers)) or [run.server.replicas]:
+            if count > 1 and run.policy.placement != "split":
+                raise InputError("--servers: must be 1 with a policy that does not split the model")
+            progress(f"simulating {len(run.clients):,} clients, {count} servers")
+            replicated = run.server.model_copy(update={"replicas": count})
+            own = run.model_copy(update={"server": replicated})
+            settings.append(_setting(own, model, rounds or run.job.rounds, traffic))
     about = {
         "cluster": str(cluster),
         "model": run.job.model,
@@ -219,8 +221,8 @@ def scaled_counts(counts: dict[str, int], size: int) -> dict[str, int]:
     return made
 
 
-def _setting(run: RunConfig, directory: Path, rounds: int, traffic: Traffic) -> Setting:
-    scheduler = Scheduler(run, directory)
+def _setting(run: RunConfig, model: ModelSpec, rounds: int, traffic: Traffic) -> Setting:
+    scheduler = Scheduler(run, model)
     try:
         found = simulated(run, scheduler, rounds, traffic)
     except InputError as error:

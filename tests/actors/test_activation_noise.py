@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hsplit.actors.client import ActivationNoise, Client
-from hsplit.actors.participant import base_model
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import RoundUpdate
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from tests.in_process import random_examples
 
 
@@ -53,7 +54,7 @@ def test_nobody_who_knows_the_run_can_draw_the_same_noise(models: dict[str, Path
         # Whoever seeds torch's generator alike changes nothing.
         torch.manual_seed(0)
         job = Job.model_validate({"dtype": "fp32", "wire": "fp32", "privacy": {"noise": 0.1}, "max_length": 32})
-        client = Client("c0", job, Policy(), base_model(models["llama"], job))
+        client = Client("c0", job, Policy(), BaseModel.of_job(ModelSpec.read(models["llama"]), job))
         client.load_data({"c0": random_examples(12, 0)}, None)
         client.configure(2, {})
         client.restart(RoundUpdate(1, {}, {}))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Job
 from hsplit.planning.cost.counted_model import CountedModel
-from tests.tiny import tiny_config
+from tests.tiny import tiny_spec
 
 ITEM = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -97,7 +97,7 @@ def test_int8_does_not_hide_what_is_not_finite(bad: float) -> None:
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_the_cost_model_counts_what_travels(wire: str, labels: str) -> None:
     job = Job.model_validate({"dtype": "fp32", "wire": wire, "max_length": 16, "privacy": {"labels": labels}})
-    model = CountedModel(tiny_config("llama"), job)
+    model = CountedModel(tiny_spec("llama"), job)
     hidden = WireTensor.pack(torch.randn(model.rows, model.width), wire)
     targets = None if labels == "client" else np.zeros(model.rows, dtype=np.int32)
     message = Activations("one", 2, hidden, (16,) * job.batch_size, model.rows, model.rows, targets)

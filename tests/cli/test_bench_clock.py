@@ -13,7 +13,7 @@ from benchmarks.clock import QUICK, Budgets, Experiment, HolderRow, Row, Scale, 
 from benchmarks.clock import table as clock_table
 from benchmarks.cpu_quota import PERIOD_US, CpuQuotas
 from hsplit.errors import InputError
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.run.in_process import local_run
 from hsplit.run.inputs import read_inputs
 from hsplit.run_directory import RunDirectory
@@ -45,7 +45,7 @@ def test_what_is_predicted_from_the_file_is_what_a_run_accounts(tmp_path: Path, 
     assert 0 < TINY.steps * step_s < round_s
     recorder = Recorder()
     directory = RunDirectory.create(tmp_path, "run")
-    local_run(run, model.directory, directory, read_inputs(run, model), recorder).run()
+    local_run(run, model.spec, directory, read_inputs(run, model), recorder).run()
     virtual = [row.virtual_time_s for row in recorder.rows]
     # All examples have the tokens that plans reckon with, so the last round is what was predicted: the residual is at
     # its cap.

@@ -15,6 +15,7 @@ from hsplit.actors.client import ActivationNoise
 from hsplit.cli import main
 from hsplit.data import TokenizedExample
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 from tests.tiny import LAYERS, WORDS, tiny_tokenizer
 
 
@@ -81,7 +82,7 @@ def test_no_restaurant_is_both_the_servers_and_a_clients(models: dict[str, Path]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_returned_gradient_tells_the_label(models: dict[str, Path], family: str) -> None:
-    base = BaseModel(models[family], "fp32", torch.float32)
+    base = BaseModel(ModelSpec.read(models[family]), "fp32", torch.float32)
     tail = load_segment(base, SegmentSpec(LAYERS, LAYERS, tail=True)).tail
     assert tail is not None
     labels = torch.arange(WORDS)
@@ -96,7 +97,7 @@ def test_a_returned_gradient_tells_the_label(models: dict[str, Path], family: st
 
 def test_an_inverter_learns_what_is_likely_beyond_the_regression(models: dict[str, Path]) -> None:
     """Of texts in which only three words ever stand, noise that drowns the regression leaves it much to guess by."""
-    base = BaseModel(models["llama"], "fp32", torch.float32)
+    base = BaseModel(ModelSpec.read(models["llama"]), "fp32", torch.float32)
     front = load_segment(base, SegmentSpec(0, 1, embedding=True))
     draw = random.Random(0)
     texts = [TokenizedExample(tuple(draw.choice((5, 6, 7)) for _ in range(8)), 1) for _ in range(64)]

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks import simulation as bench
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.scheduler import Scheduler
 from hsplit.simulation.rounds import simulated
 
@@ -30,7 +31,7 @@ def test_a_simulation_tells_its_own_peak_memory() -> None:
 def test_its_clusters_take_as_long_as_wanted(tmp_path: Path) -> None:
     model, data = common.tiny_model(tmp_path / "model"), common.texts(tmp_path / "texts.csv", 100)
     run = bench._configured(tmp_path, model, data, 5, 2)
-    told = simulated(run, Scheduler(run, model), 2).rounds[-1]
+    told = simulated(run, Scheduler(run, ModelSpec.read(model)), 2).rounds[-1]
     client_s, server_s = bench.SECONDS[5]
     # Drawn speeds only make the slowest faster than its group's slowest may be.
     assert told.step_s < 1.6 * client_s + server_s

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from hsplit.actors.executor import Ref
 from hsplit.cluster.ray_executor import NAMESPACE, RayExecutor
 from hsplit.config import RunConfig, load_run_config
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.observe.events import read_events
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator
@@ -193,7 +193,7 @@ def drill(
         if after_step is not None:
             after_step(step)
 
-    clock_of = Scheduler(run, source.directory).clock
+    clock_of = Scheduler(run, source.spec).clock
     thread = None if beside is None else threading.Thread(target=beside, args=[executor], daemon=True)
     try:
         coordinator = Coordinator(run, executor, directory, inputs, Recorder(after_step=stepped), clock_of)

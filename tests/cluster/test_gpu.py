@@ -11,7 +11,7 @@ import torch
 
 import hsplit
 from hsplit.config import load_run_config
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.observe.tables import read_plan
 from hsplit.run.in_process import local_run
 from hsplit.run.inputs import read_inputs, resolved_config

@@ -21,7 +21,7 @@ from hsplit.cluster.preflight import (
 )
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint
-from hsplit.models.source import ModelReference
+from hsplit.models.lookup import ModelReference
 
 HERE = {"python": "3.11", "hsplit": "0.1.0", "ray": "2.60.0", "bitsandbytes": None}
 

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hsplit
 from hsplit.actors.client import Client
 from hsplit.actors.holder_actor import HolderActor
-from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
 from hsplit.errors import InputError, RunError
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.segment import BaseModel
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import read_plan
 from hsplit.planning.plan import Plan
@@ -414,7 +414,7 @@ def _model(run: hsplit.Run) -> Path:
 def _plan(run: hsplit.Run) -> Plan:
     """The plan that the run began with."""
     config = RunConfig.load(run.path / "config.yaml")
-    return Scheduler(config, find_model(config.job.model).directory).plan()
+    return Scheduler(config, find_model(config.job.model).spec).plan()
 
 
 def _single(cluster_file: Path, tmp_path: Path) -> Path:
@@ -431,7 +431,7 @@ def _twins(config: RunConfig) -> list[Client]:
     shares = read_inputs(config, source).shares
     twins = []
     for client in config.clients:
-        twin = Client(client.name, config.job, config.policy, base_model(source.directory, config.job))
+        twin = Client(client.name, config.job, config.policy, BaseModel.of_job(source.spec, config.job))
         twin.load_data({client.name: shares[client.name]}, client.data)
         twins.append(twin)
     return twins

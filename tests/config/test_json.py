@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit.config.cluster import ClientConfig, ScheduledChange
-from hsplit.config.files import from_json, from_plain, read_json
+from hsplit.config.reading import from_json, from_plain, read_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.evaluation import targets
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 # Text that is more or less than strict JSON, or of others: events with halves of surrogate pairs, messages of a process
 # to its own child, the header within a safetensors file, and what transformers writes of a configuration.
 OTHER_READERS = {
-    "hsplit/config/files.py",
+    "hsplit/config/reading.py",
     "hsplit/observe/events.py",
     "hsplit/cluster/fork_server.py",
     "hsplit/cluster/cleanup.py",

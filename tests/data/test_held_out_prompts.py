@@ -10,7 +10,7 @@ import pytest
 from hsplit.config import ClientConfig, Job, RunConfig
 from hsplit.data import Example, split_off_test
 from hsplit.errors import InputError
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.run.inputs import read_inputs, read_shared
 from tests.finished_run import write_data
 

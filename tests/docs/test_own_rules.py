@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from hsplit.config import ClientConfig, Job, RunConfig, ServerConfig, load_run_config
-from hsplit.config.files import preset_directory
+from hsplit.config.reading import preset_directory
 from hsplit.errors import InputError
 from hsplit.lora.learned import learned
-from hsplit.models.segment import model_config
-from hsplit.models.source import ModelSource
+from hsplit.models.lookup import ModelSource
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
@@ -54,7 +54,7 @@ def test_the_pages_own_rules_make_the_plan_and_the_aggregation(example: Path, mo
     check_model(run, ModelSource(models["llama"], "here"))
     directory = RunDirectory.create(example / "runs", None)
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
-    made = local_run(run, models["llama"], directory, Inputs(shares, "model", "data"), recorder)
+    made = local_run(run, ModelSpec.read(models["llama"]), directory, Inputs(shares, "model", "data"), recorder)
     assert made.run()
     plan = made.context.plan
     assert [client.split for client in plan.available] == [LAYERS // 2] * 2
@@ -101,12 +101,12 @@ def test_a_rule_that_is_wrong_is_one_line_that_names_it(
     rules.write_text(rules.read_text().replace(old, new))
     run = a_run(example)
     if reason == "more than the smallest":
-        cost = CostModel.of_run(model_config(models["llama"]), run)
+        cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
         tight = cost.client_bytes(2, {w.name: 2 for w in cost.model.weights if w.layer < 2}) / 1e9
         run = run.model_copy(update={"clients": tuple(c.changed({"memory_gb": tight}) for c in run.clients)})
     with pytest.raises(InputError, match=r"policy: (ranks|split|aggregation): .*" + re.escape(reason)):
         check_model(run, ModelSource(models["llama"], "here"))
-        Scheduler(run, models["llama"]).plan()
+        Scheduler(run, ModelSpec.read(models["llama"])).plan()
 
 
 def test_every_row_of_the_pages_table_is_a_preset() -> None:

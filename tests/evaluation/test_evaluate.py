@@ -18,7 +18,7 @@ from hsplit.data import read_examples, tokenize
 from hsplit.errors import InputError
 from hsplit.evaluation.evaluate import TestInput, grouped, limited
 from hsplit.evaluation.targets import open_target
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.run.inputs import read_shared
 from tests.finished_run import FinishedRun, finished_run, write_data
 

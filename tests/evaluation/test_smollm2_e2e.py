@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from hsplit.cli import main
 from hsplit.exporting.export import export
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from tests.finished_run import finished_run
 
 E2E = Path(__file__).parents[3] / "shared" / "data" / "e2e" / "devset.csv"

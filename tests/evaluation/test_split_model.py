@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsplit.actors.messages import WireTensor
-from hsplit.actors.participant import base_model
 from hsplit.config import RunConfig
 from hsplit.data import Example, hold_out, tokenize
 from hsplit.evaluation.generation import generate
@@ -18,7 +17,9 @@ from hsplit.evaluation.perplexity import cross_entropy
 from hsplit.evaluation.split_model import Cut, split_model
 from hsplit.exporting.export import export
 from hsplit.lora.learned import learned_parts
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import DenseWeight
 from hsplit.observe.tables import MetricsRow, read_rows
 from hsplit.run.inputs import read_inputs
@@ -31,7 +32,7 @@ def _split_model(run: FinishedRun, split: int = 3, wire: str | None = None, lear
     job = run.config.job
     cut = Cut(split, wire or job.wire, job.privacy.labels)
     parts = learned_parts(tensors["server"]) if learned else {}
-    return split_model(base_model(run.model, job), parts, cut)
+    return split_model(BaseModel.of_job(ModelSpec.read(run.model), job), parts, cut)
 
 
 def _validation(config: RunConfig, model: Path) -> list[Any]:

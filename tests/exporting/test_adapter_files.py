@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from hsplit.exporting.adapter_files import PREFIX, export_peft
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import LinearShape, linear_shapes
+from hsplit.models.spec import LinearShape
 from tests.conftest import FAMILIES
-from tests.tiny import WORDS, tiny_config
+from tests.tiny import WORDS, spec_of, tiny_config
 
 # Layers 1, 10 and 11: one's name is the beginning of another's.
 DEEP = 12
@@ -33,7 +33,7 @@ def _deep_config(family: str) -> Any:
     return config
 
 
-SHAPES = {family: linear_shapes(_deep_config(family)) for family in FAMILIES}
+SHAPES = {family: spec_of(_deep_config(family)).linears for family in FAMILIES}
 
 
 def _term(shape: LinearShape, rank: int, draw: torch.Generator) -> LowRank:

@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsplit.actors.participant import base_model
 from hsplit.cli import main
 from hsplit.errors import InputError
 from hsplit.evaluation.split_model import Cut, split_model
@@ -25,7 +24,8 @@ from hsplit.exporting.export import ExportOptions, export, export_run
 from hsplit.exporting.merge import export_merged, truncated
 from hsplit.lora.learned import WEIGHT, learned, learned_parts, trained_weights, with_kind
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import linear_shapes, model_config
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import base_values
 from tests.errors import error_lines
 from tests.file_modes import UMASKS, assert_new, umask
@@ -46,7 +46,11 @@ def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 def _split_logits(run: FinishedRun) -> torch.Tensor:
     _, tensors = run.checkpoint()
     return logits_of(
-        split_model(base_model(run.model, run.config.job), learned_parts(tensors["server"]), Cut(3, "fp32", "server"))
+        split_model(
+            BaseModel.of_job(ModelSpec.read(run.model), run.config.job),
+            learned_parts(tensors["server"]),
+            Cut(3, "fp32", "server"),
+        )
     )
 
 
@@ -106,7 +110,7 @@ def test_an_untied_model_in_several_files_loads_as_one(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     terms = {
         s.name: LowRank(torch.randn(s.d_out, 2, generator=draw) / 9, torch.randn(2, s.d_in, generator=draw))
-        for s in linear_shapes(model_config(model))
+        for s in ModelSpec.read(model).linears
     }
     export_merged(model, "fp32", terms, tmp_path / "out", shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
@@ -122,7 +126,7 @@ def test_a_head_of_its_own_is_exported_though_the_configuration_ties_it(tmp_path
 
     model = save_tiny_model("llama", tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
-    assert model_config(model).tie_word_embeddings and "lm_head.weight" not in tensors
+    assert ModelSpec.read(model).config.tie_word_embeddings and "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
@@ -171,7 +175,7 @@ def test_a_merge_onto_the_original_weights_tells_how_far_the_two_bases_are_apart
     written = export_run(run.path, tmp_path / "original", ExportOptions(format="merged", base="original"))
     terms, original, merged = learned(run.checkpoint()[1]["server"]), _load(run.model), _load(written.path)
     transposed, difference, size = case[0] == "gpt2", 0.0, 0.0
-    for shape in linear_shapes(model_config(run.model)):
+    for shape in ModelSpec.read(run.model).linears:
         before, after = (m.get_submodule(shape.name).weight.data for m in (original, merged))
         if transposed:
             before, after = before.T, after.T
@@ -267,7 +271,7 @@ def test_the_card_has_front_matter_for_the_hub_and_tells_where_the_model_comes_f
 def test_a_hub_model_is_named_by_its_id(
     runs: dict[tuple[str, str], FinishedRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from hsplit.models.source import ModelSource
+    from hsplit.models.lookup import ModelSource
 
     run = runs["gpt2", "fp32"]
     path = Path(shutil.copytree(run.path, tmp_path / "run"))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit.config import RunConfig, load_run_config, preset_directory
-from hsplit.config.files import parse_yaml
+from hsplit.config.reading import parse_yaml
 from hsplit.errors import InputError
 from tests.finished_run import FinishedRun
 from tests.fuzz.harness import NASTY, damaged, examples, mangled, read_or_refused, tree

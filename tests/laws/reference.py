@@ -13,8 +13,7 @@ from torch import Tensor
 
 from hsplit.data.batches import Batch
 from hsplit.lora.adapters import initial_A
-from hsplit.models.families import family_of
-from hsplit.models.segment import linear_shapes, model_config
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import base_values
 
 
@@ -39,9 +38,8 @@ def peft_model(directory: Path, base: str, dtype: torch.dtype, rank: int, alpha:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    config = model_config(directory)
-    transposed = family_of(config.model_type).transposed
-    shapes = linear_shapes(config)
+    spec = ModelSpec.read(directory)
+    transposed, shapes = spec.family.transposed, spec.linears
     with torch.no_grad():
         for shape in shapes:
             weight = model.get_submodule(shape.name).weight

@@ -15,7 +15,7 @@ from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.lora.learned import LearnedTerm, learned, learned_parts
 from hsplit.lora.low_rank import concatenate, empty
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 
 D_OUT, D_IN = 96, 80
 WEIGHT = LinearShape("layers.0.q", 0, D_OUT, D_IN)

@@ -14,6 +14,7 @@ from hsplit.lora.residual import Residual
 from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.factors import LowRank
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import base_values
 
 laws = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,7 +92,7 @@ def test_averaging_the_factors_is_not_noise_free() -> None:
 def test_the_effective_weight_is_base_plus_residual_to_the_base_dtypes_rounding(
     models: dict[str, Path], base: str, family: str
 ) -> None:
-    model = BaseModel(models[family], base, torch.float32)
+    model = BaseModel(ModelSpec.read(models[family]), base, torch.float32)
     segment = load_segment(model, SegmentSpec(0, 2), quantized=True)
     draw = torch.Generator().manual_seed(0)
     for name, linear in segment.linears.items():
@@ -111,7 +112,7 @@ def test_the_effective_weight_is_base_plus_residual_to_the_base_dtypes_rounding(
 
 
 def test_bf16_working_weight_is_rounded_once(models: dict[str, Path]) -> None:
-    segment = load_segment(BaseModel(models["llama"], "bf16", torch.bfloat16), SegmentSpec(0, 1))
+    segment = load_segment(BaseModel(ModelSpec.read(models["llama"]), "bf16", torch.bfloat16), SegmentSpec(0, 1))
     linear = next(iter(segment.linears.values()))
     d_out, d_in = linear.weight.shape
     pristine = linear.weight.dense(torch.float32).clone()
@@ -126,7 +127,7 @@ def test_bf16_working_weight_is_rounded_once(models: dict[str, Path]) -> None:
 
 def test_base_values_do_not_depend_on_how_they_are_stored(models: dict[str, Path]) -> None:
     for base in ("int8", "nf4"):
-        model = BaseModel(models["llama"], base, torch.float32)
+        model = BaseModel(ModelSpec.read(models["llama"]), base, torch.float32)
         stored = load_segment(model, SegmentSpec(0, 1), quantized=True).linears
         dense = load_segment(model, SegmentSpec(0, 1), quantized=False).linears
         for name, linear in stored.items():

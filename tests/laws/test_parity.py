@@ -17,7 +17,7 @@ from hsplit.config import Job, Policy
 from hsplit.data import Example
 from hsplit.lora import holder as holding
 from hsplit.lora.learned import learned
-from hsplit.models.segment import linear_shapes, model_config
+from hsplit.models.spec import ModelSpec
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import clip_each_weight, keep_double, lora_A, lora_B, mean_loss, peft_model
 from tests.tiny import LAYERS
@@ -304,7 +304,7 @@ def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
     reference = peft_model(models[family], base, DTYPES[dtype], rank, ALPHA, f"{seed}|shared|{{name}}|1")
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
-    names, clipped = [shape.name for shape in linear_shapes(model_config(models[family]))], 0
+    names, clipped = [shape.name for shape in ModelSpec.read(models[family]).linears], 0
     for step in range(steps):
         loss = mean_loss(reference, client.data.step_batches(step))
         optimizer.zero_grad()

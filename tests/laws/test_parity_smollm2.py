@@ -13,8 +13,8 @@ import torch
 
 from hsplit.config import Job, Policy
 from hsplit.data import restaurants
-from hsplit.models.segment import linear_shapes, model_config
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.spec import ModelSpec
 from tests.in_process import Recorder, coordinator, fixed_plan
 from tests.laws.reference import clip_each_weight, mean_loss, peft_model
 
@@ -30,7 +30,7 @@ def _two_threads() -> Iterator[None]:
 
 def _assert_parity(tmp_path: Path, split: int, labels: str, base: str, steps: int) -> None:
     model = find_model(MODEL).directory
-    clip, names = Job().clip, [shape.name for shape in linear_shapes(model_config(model))]
+    clip, names = Job().clip, [shape.name for shape in ModelSpec.read(model).linears]
     settings = {"base": base, "local_steps": steps, "lr": 1e-3, "clip": clip, "privacy": {"labels": labels}}
     # Validation is no part of the law; two examples keep it short.
     settings |= {"validation": {"max_examples": 2}}

@@ -10,7 +10,7 @@ import torch
 
 from hsplit.config import Importance, Job
 from hsplit.data import restaurants
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
 from hsplit.run.step import probe_importance
 from tests.probing import probed_actors, sums_by_client
 

@@ -17,7 +17,7 @@ from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.carried_moments import CarriedMoments, carried_moments, resume_moments
 from hsplit.lora.direction_steps import DirectionSteps, step_count
 from hsplit.lora.optimizer import kept_state, new_optimizer
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 
 STEPS = 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.optimizer import clip_each, clip_limits
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 
 SHAPES = [LinearShape(f"layers.{layer}.{n}", layer, 4 + 3 * n, 9 - 2 * n) for layer in range(3) for n in range(2)]
 NAMES = [shape.name for shape in SHAPES]

@@ -16,7 +16,7 @@ from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.direction_steps import DirectionSteps, step_count
 from hsplit.lora.holder import Holder
 from hsplit.lora.optimizer import FIRST, SECOND, moment_views, new_optimizer
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.tiny import LAYERS
 

@@ -16,7 +16,7 @@ from hsplit.data.tokens import TokenizedExample
 from hsplit.lora import importance_probe
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_working_bytes
 from hsplit.models.packing import Packing
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 from hsplit.planning.importance import ImportanceHistory, ImportanceReport, scores
 from hsplit.run.step import probe_importance
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples

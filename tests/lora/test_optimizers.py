@@ -18,12 +18,13 @@ from hsplit.lora.direction_steps import DirectionSteps
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.optimizer import as_parameters, kept_state, new_optimizer, restore_state, without_moments
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import BaseModel, LinearShape, SegmentSpec, linear_shapes, load_segment, model_config
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.planning.cost.counted_model import CountedModel
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
-from tests.tiny import tiny_config
+from tests.tiny import tiny_spec
 
 # Paged optimizers are refused on CPUs; there bitsandbytes steps as they do but pages nothing, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -121,8 +122,11 @@ def test_a_round_that_restarts_a_direction_forgets_it_and_codes_forget_all(
     models: dict[str, Path], optimizer: str, moments: str
 ) -> None:
     """Codes of moments share scales by blocks, not by directions: where one direction begins again, all do."""
-    job, base = job_of(optimizer, base="fp32", dtype="fp32"), BaseModel(models["llama"], "fp32", torch.float32)
-    shapes = linear_shapes(model_config(models["llama"]))
+    job, base = (
+        job_of(optimizer, base="fp32", dtype="fp32"),
+        BaseModel(ModelSpec.read(models["llama"]), "fp32", torch.float32),
+    )
+    shapes = ModelSpec.read(models["llama"]).linears
     names = [shape.name for shape in shapes if shape.layer == 0]
     policy = Policy.model_validate({"moments": moments})
 
@@ -222,7 +226,7 @@ def test_a_run_with_8_bit_moments_learns_and_a_stopped_one_ends_the_same(
 )
 def test_plans_count_what_an_optimizer_keeps(optimizer: str, moments: int) -> None:
     job = job_of(optimizer, rank_set=[4])
-    counted = CountedModel(tiny_config("llama"), job)
+    counted = CountedModel(tiny_spec("llama"), job)
     entries = 4 * counted.sides.sum()
     predicted = 4 * counted.adapter_bytes.sum() + counted.optimizer_bytes
     flat = nn.Parameter(torch.zeros(entries))

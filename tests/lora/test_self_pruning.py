@@ -8,7 +8,7 @@ import torch
 from hsplit.config import SelfPruning
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.self_pruning import RankPruner
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 
 SHAPES = [LinearShape("a", 0, 12, 10), LinearShape("b", 1, 6, 14)]
 RANKS = {"a": 8, "b": 1}

@@ -11,7 +11,7 @@ import torch
 from hsplit.config import Policy
 from hsplit.lora.adapters import AdapterSet, initial_A
 from hsplit.lora.optimizer import learning_rate
-from hsplit.models.segment import LinearShape
+from hsplit.models.spec import LinearShape
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 
 SHAPES = [LinearShape("a", 0, 6, 4), LinearShape("b", 1, 3, 5)]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from hsplit.actors.executor import ActorFailure, InProcess
-from hsplit.actors.participant import base_model
 from hsplit.cluster.placement import Node, Placement, requests_of
 from hsplit.config import RunConfig
 from hsplit.errors import InputError
@@ -19,7 +18,8 @@ from hsplit.measuring.budgets import BudgetMeasurement, measure_budgets
 from hsplit.measuring.compute import StepSeconds, client_flops, server_flops
 from hsplit.measuring.free_memory import HEADROOM
 from hsplit.measuring.measuring_actor import MeasuringActor
-from hsplit.models.segment import model_config
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.cost.model import CostModel
 
 KB = 1 << 10
@@ -87,7 +87,7 @@ def _node() -> Node:
 
 def test_figures_are_the_holders_own(models: dict[str, Path]) -> None:
     run, world = _run(models, "near", "far"), World()
-    cost = CostModel.of_run(model_config(models["llama"]), run)
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
     actors = {
         "near": KnownActor("near", world, "here", 10_000, 1.0, latency_s=0.001, bps=1e10),
         "far": KnownActor("far", world, "there", 20_000, 2.0, latency_s=0.05, bps=2e6),
@@ -113,7 +113,7 @@ def test_figures_are_the_holders_own(models: dict[str, Path]) -> None:
 
 def test_every_message_goes_there_and_back(models: dict[str, Path]) -> None:
     run, world = _run(models, "a", "b"), World()
-    cost = CostModel.of_run(model_config(models["llama"]), run)
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
     actors = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
     BudgetMeasurement(run, cost, InProcess(actors), 1, 1.0, sizes=(KB, 2 * KB), clock=lambda: world.now).figures()
     # Two sizes, 32 journeys each, and the same once before that does not count; one client after the other.
@@ -123,7 +123,7 @@ def test_every_message_goes_there_and_back(models: dict[str, Path]) -> None:
 
 def test_clients_compute_together_and_the_server_when_they_are_done(models: dict[str, Path]) -> None:
     run, world = _run(models, "a", "b"), World()
-    cost = CostModel.of_run(model_config(models["llama"]), run)
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
     actors = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "b", "server")}
     BudgetMeasurement(run, cost, InProcess(actors), 2, 6.0, clock=lambda: world.now).figures()
     assert world.asked == [
@@ -139,11 +139,11 @@ def test_clients_compute_together_and_the_server_when_they_are_done(models: dict
 def test_several_servers_share_the_memory_and_compute_together_for_their_own_clients(models: dict[str, Path]) -> None:
     names = [f"c{number}" for number in range(8)]
     run, world = _run(models, *names, replicas=4), World()
-    config = model_config(models["llama"])
+    model = ModelSpec.read(models["llama"])
     servers = run.server.names
     actors = {name: KnownActor(name, world, "here", 99_000, 1.0) for name in (*names, *servers)}
     actors["server-2"].step_s = 3.0
-    probe = BudgetMeasurement(run, CostModel.of_run(config, run), InProcess(actors), 1, 6.0, clock=lambda: world.now)
+    probe = BudgetMeasurement(run, CostModel.of_run(model, run), InProcess(actors), 1, 6.0, clock=lambda: world.now)
     assert list(probe.machines()) == [*names, *servers]
     found = probe.figures()
     assert world.asked[-8:] == [
@@ -151,7 +151,7 @@ def test_several_servers_share_the_memory_and_compute_together_for_their_own_cli
         *[("step_seconds", name, (6.0,)) for name in servers],
     ]
     # The rate is that of a lone server which joins two.
-    alone = CostModel.of_run(config, _run(models, "a", "b"))
+    alone = CostModel.of_run(model, _run(models, "a", "b"))
     for name, step_s in (("server", 1.5), ("server-1", 1.5), ("server-2", 3.5)):
         counted = server_flops(alone, 2, StepSeconds(step_s, 0.25)) / 1e12
         assert found[name]["tflops"].value == pytest.approx(counted, rel=1e-3)
@@ -164,12 +164,12 @@ def test_several_servers_share_the_memory_and_compute_together_for_their_own_cli
 def test_a_server_joins_as_many_as_are_drawn_for_a_round(models: dict[str, Path]) -> None:
     names = [f"c{number}" for number in range(8)]
     run, world = _run(models, *names, clients_per_round=3), World()
-    config = model_config(models["llama"])
+    model = ModelSpec.read(models["llama"])
     actors = {name: KnownActor(name, world, "here", 99_000, 1.0) for name in (*names, "server")}
-    probe = BudgetMeasurement(run, CostModel.of_run(config, run), InProcess(actors), 1, 6.0, clock=lambda: world.now)
+    probe = BudgetMeasurement(run, CostModel.of_run(model, run), InProcess(actors), 1, 6.0, clock=lambda: world.now)
     found = probe.figures()
     assert ("prepare", "server", ("nf4", 3)) in world.asked
-    counted = server_flops(CostModel.of_run(config, _run(models, "a", "b", "c")), 3, StepSeconds(1.5, 0.25))
+    counted = server_flops(CostModel.of_run(model, _run(models, "a", "b", "c")), 3, StepSeconds(1.5, 0.25))
     assert found["server"]["tflops"].value == pytest.approx(counted / 1e12, rel=1e-3)
 
 
@@ -213,8 +213,8 @@ def test_a_late_client_that_is_away_is_refused_by_name(
 
 def test_real_measuring_actors_give_figures_of_all_kinds(models: dict[str, Path]) -> None:
     run = _run(models, "a", "b")
-    cost = CostModel.of_run(model_config(models["llama"]), run)
-    base = base_model(models["llama"], run.job)
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
+    base = BaseModel.of_job(ModelSpec.read(models["llama"]), run.job)
     actors = {
         name: MeasuringActor(run.job, run.policy, base, at_server=name == "server") for name in ("a", "b", "server")
     }
@@ -231,7 +231,7 @@ def test_real_measuring_actors_give_figures_of_all_kinds(models: dict[str, Path]
 def test_a_message_has_about_the_size_that_is_asked_for_and_keeps_it(models: dict[str, Path], wire: str) -> None:
     run = _run(models, "a")
     job = run.job.model_copy(update={"wire": wire})
-    actor = MeasuringActor(job, run.policy, base_model(models["llama"], job))
+    actor = MeasuringActor(job, run.policy, BaseModel.of_job(ModelSpec.read(models["llama"]), job))
     nbytes, message = actor.message(1 << 20)
     assert nbytes == message.nbytes == pytest.approx(1 << 20, rel=0.01)
     again, passed = actor.pass_on(message)
@@ -240,7 +240,7 @@ def test_a_message_has_about_the_size_that_is_asked_for_and_keeps_it(models: dic
 
 def test_a_holder_that_fails_is_named(models: dict[str, Path]) -> None:
     run, world = _run(models, "a"), World()
-    cost = CostModel.of_run(model_config(models["llama"]), run)
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
     actors: dict[str, Any] = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "server")}
     del actors["server"].step_s
     with pytest.raises(ActorFailure, match="server failed in step_seconds: AttributeError"):

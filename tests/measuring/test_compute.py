@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit.actors.participant import base_model
 from hsplit.config import Job, Policy, RunConfig
 from hsplit.measuring.compute import (
     LAYERS,
@@ -19,7 +18,8 @@ from hsplit.measuring.compute import (
     joined_clients,
     server_flops,
 )
-from hsplit.models.segment import model_config
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.cost.counting import flop_counter
 from hsplit.planning.cost.model import CostModel
 from tests.tiny import LAYERS as ALL_LAYERS
@@ -44,7 +44,7 @@ def _job(**changes: Any) -> Job:
 def _cost(directory: Path, job: Job, servers: int = 1) -> CostModel:
     clients: Any = [{"name": "a", "kind": "a", "memory_gb": 1.0, "tflops": 1.0}]
     run = RunConfig.model_validate({"clients": clients, "job": job, "server": {"replicas": servers}})
-    return CostModel.of_run(model_config(directory), run)
+    return CostModel.of_run(ModelSpec.read(directory), run)
 
 
 def _work(
@@ -53,7 +53,7 @@ def _work(
     cost = _cost(directory, job, servers)
     model = cost.model
     setting = model.setting(model.top_rank, clients * job.batch_size, job.base if at_server else None)
-    base = base_model(directory, job)
+    base = BaseModel.of_job(ModelSpec.read(directory), job)
     return cost, StepWork(base, job, Policy(), setting, at_server=at_server, clients=clients, clock=Ticks())
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import model_fingerprint, weight_files
 from hsplit.models.families import FAMILIES, LlamaFamily
-from hsplit.models.segment import check_checkpoint, linear_shapes, model_config
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.spec import ModelSpec
 from tests.unsplit import differences
 
 # Of a length that windows and rotary limits of the variants lie below, within and above.
@@ -234,8 +234,8 @@ def saved(to: Path, keys: dict[str, Any], write: Callable[[Tensors, Path], None]
 def checked(directory: Path) -> Path:
     """``directory``, unless a run with it would be refused before it starts."""
     source = find_model(str(directory))
-    linear_shapes(model_config(source.directory))
-    check_checkpoint(source.directory)
+    source.spec.targeted("all-linear")
+    source.spec.check_weights()
     model_fingerprint(source.directory)
     return source.directory
 
@@ -251,7 +251,7 @@ def test_every_layer_and_the_loss_are_those_of_the_unsplit_model(name: str, tmp_
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen3", "gpt2", "gpt2 untied"])
 def test_whatever_the_files_the_loss_is_the_unsplit_model_s(name: str, write: Any, tmp_path: Path) -> None:
     directory = saved(tmp_path / "model", SERVED[name], write)
-    if write in (_no_head, _head_alone) and not model_config(directory).tie_word_embeddings:
+    if write in (_no_head, _head_alone) and not ModelSpec.read(directory).config.tie_word_embeddings:
         with pytest.raises(InputError, match=r"^job\.model: .* the checkpoint has no tensor [\w.]+") as refused:
             checked(directory)
         assert "\n" not in str(refused.value)
@@ -280,7 +280,7 @@ def test_what_is_not_computed_is_refused_by_the_configuration_alone(name: str, t
     keys = keys if keys.get("model_type") == "gpt2" else {"model_type": "llama"} | SIZES | keys
     (tmp_path / "config.json").write_text(json.dumps(keys))
     with pytest.raises(InputError, match=rf"^job\.model: .*{said}") as refused:
-        linear_shapes(model_config(tmp_path))
+        ModelSpec.read(tmp_path).targeted("all-linear")
     assert "\n" not in str(refused.value)
 
 
@@ -292,10 +292,10 @@ def test_every_type_that_transformers_knows_is_served_or_refused_in_one_line(tmp
     for kind in CONFIG_MAPPING:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         if kind in served:
-            assert model_config(tmp_path).model_type == kind
+            assert ModelSpec.read(tmp_path).config.model_type == kind
             continue
         with pytest.raises(InputError, match=r"^job\.model: ") as refused:
-            model_config(tmp_path)
+            ModelSpec.read(tmp_path)
         assert "\n" not in str(refused.value)
 
 
@@ -416,8 +416,8 @@ def test_a_layer_that_asks_its_attention_for_more_is_refused_by_its_plan(
 
 def test_weights_that_cannot_be_read_are_in_no_plan_s_way(tmp_path: Path) -> None:
     directory = saved(tmp_path, SERVED["llama tied"], _own_head)
-    assert not model_config(directory).tie_word_embeddings
+    assert not ModelSpec.read(directory).config.tie_word_embeddings
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    assert model_config(directory).tie_word_embeddings
+    assert ModelSpec.read(directory).config.tie_word_embeddings
     with pytest.raises(InputError, match=r"^job\.model: .*is no safetensors file"):
-        check_checkpoint(directory)
+        ModelSpec.read(directory).check_weights()

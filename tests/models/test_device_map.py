@@ -22,7 +22,8 @@ from hsplit.lora.importance_probe import _EffectiveWeight
 from hsplit.models.device_map import device_map, module_bytes
 from hsplit.models.factors import LowRank
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, linear_shapes, load_segment
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")
 PLENTY = 10**9
@@ -68,7 +69,7 @@ def test_a_smaller_gpu_gets_what_fits() -> None:
 
 @pytest.fixture
 def segment(models: dict[str, Path]) -> Segment:
-    base = BaseModel(models["llama"], "nf4", torch.float32)
+    base = BaseModel(ModelSpec.read(models["llama"]), "nf4", torch.float32)
     return load_segment(base, SegmentSpec(1, 4, tail=True))
 
 
@@ -119,11 +120,13 @@ def fake_packing(lengths: tuple[int, ...]) -> Packing:
     return Packing(lengths, *(torch.zeros(size, dtype=torch.int64) for size in sizes))
 
 
-def test_a_step_crosses_the_gpus_and_its_gradients_come_back(segment: Segment, fake: FakeTensorMode) -> None:
+def test_a_step_crosses_the_gpus_and_its_gradients_come_back(
+    segment: Segment, models: dict[str, Path], fake: FakeTensorMode
+) -> None:
     put(segment, FIRST)
     put(segment.layers["3"], SECOND)
     segment.layer_devices = {1: FIRST, 2: FIRST, 3: SECOND}
-    shapes = linear_shapes(segment.config)
+    shapes = ModelSpec.read(models["llama"]).linears
     ranks = {shape.name: 2 for shape in shapes if shape.layer > 0}
     holder = Holder("server", segment, shapes, ranks, Job(base="nf4"), Policy(), torch.float32)
     for name, linear in segment.linears.items():

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsplit.models import kept_codes, weights
-from hsplit.models.kept_codes import KeptCodes
+from hsplit.models import weights
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
-from hsplit.models.weights import NF4Weight, base_values, freeze
+from hsplit.models.spec import ModelSpec
+from hsplit.models.weights import KeptCodes, NF4Weight, base_values, freeze
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where codes of weights of every size are kept, however full the disk is."""
     monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept_codes, "LEFT_FREE_BYTES", 0)
+    monkeypatch.setattr(weights, "LEFT_FREE_BYTES", 0)
     monkeypatch.setattr(weights, "SMALLEST_ENTRIES", 0)
     return tmp_path / "cache" / "codes"
 
@@ -70,7 +70,9 @@ def test_a_segment_has_the_same_values_whether_its_codes_were_kept_or_not(
 ) -> None:
     def tensors() -> dict[str, Tensor]:
         spec = SegmentSpec(1, 3)
-        return load_segment(BaseModel(models[family], base, torch.float32), spec, quantized=quantized).state_dict()
+        return load_segment(
+            BaseModel(ModelSpec.read(models[family]), base, torch.float32), spec, quantized=quantized
+        ).state_dict()
 
     with monkeypatch.context() as nothing_kept:
         nothing_kept.setattr(KeptCodes, "get", lambda kept: None)
@@ -103,7 +105,7 @@ def test_only_the_same_values_of_the_same_type_and_shape_find_codes(
     for other in (changed, values.T.contiguous(), values.view(torch.int32), values.to(torch.bfloat16)):
         assert KeptCodes("nf4", other).get() is None
     assert KeptCodes("another", values).get() is None
-    monkeypatch.setattr(kept_codes, "_libraries", lambda: "another bitsandbytes")
+    monkeypatch.setattr(weights, "_versions", lambda: "another bitsandbytes")
     assert KeptCodes("nf4", values).get() is None
 
 
@@ -157,7 +159,7 @@ def test_a_full_disk_keeps_nothing(values: Tensor, folder: Path, monkeypatch: py
 def test_a_disk_that_is_nearly_full_is_left_alone(
     values: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_codes, "LEFT_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(weights, "LEFT_FREE_BYTES", 1 << 60)
     NF4Weight(values, once=True)
     assert list(folder.iterdir()) == []
 

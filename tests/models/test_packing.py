@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 
 
 def _configs() -> dict[str, Any]:
@@ -40,7 +41,7 @@ def test_segments_compute_what_the_whole_model_computes_on_a_padded_batch(name: 
     lengths = (9, 3, 12, 1)
     ids = torch.randint(0, 61, (4, 12))
     mask = (torch.arange(12)[None] < torch.tensor(lengths)[:, None]).long()
-    base = BaseModel(tmp_path, "fp32", torch.float32)
+    base = BaseModel(ModelSpec.read(tmp_path), "fp32", torch.float32)
     front = load_segment(base, SegmentSpec(0, 2, embedding=True))
     deep = load_segment(base, SegmentSpec(2, 3, tail=True))
     packing = Packing.of(lengths)

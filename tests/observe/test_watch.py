@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import hsplit
 from hsplit.cli import main
 from hsplit.config import load_run_config
-from hsplit.config.files import from_plain
+from hsplit.config.reading import from_plain
 from hsplit.observe import watch as watching
 from hsplit.observe.displays import LiveDisplay
 from hsplit.observe.events import EventLog, finite

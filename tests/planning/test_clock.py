@@ -12,7 +12,7 @@ from hsplit.planning.importance import equal_importance
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan
 from tests.planning.test_planner import JOB, client, cost, server
-from tests.tiny import LAYERS, tiny_config
+from tests.tiny import LAYERS, tiny_spec
 
 MODEL = cost()
 CLIENTS = [client("one", 1e9), client("two", 1e9, 2e9)]
@@ -37,7 +37,7 @@ def test_transfers_run_side_by_side_and_the_last_counts() -> None:
 def test_an_aggregation_is_transfers_and_arithmetic() -> None:
     up, down = {"one": 10**6, "two": 10**5}, {"one": 10**6, "two": 2 * 10**6}
     sent = CLOCK.transfer_s(up) + CLOCK.transfer_s(down)
-    model = CostModel(tiny_config("llama"), JOB, residual=False, decomposes=False)
+    model = CostModel(tiny_spec("llama"), JOB, residual=False, decomposes=False)
     averaging = VirtualClock(model, CLIENTS, server())
     averaged = averaging.aggregation_s(PLAN, Policy(aggregation="fedavg", ranks="uniform"), up, down)
     assert sent == pytest.approx(averaged)
@@ -107,7 +107,7 @@ def test_a_dense_base_is_formed_anew_at_a_rounds_end() -> None:
     deep = sum(cap_products[w.name] for w in MODEL.model.weights if w.layer >= first) / server().flops
     assert formed == pytest.approx(mine + deep, rel=1e-6)
     average = Policy(aggregation="fedavg", ranks="uniform")
-    model = CostModel(tiny_config("llama"), JOB.model_copy(update={"base": "fp32"}), residual=False, decomposes=False)
+    model = CostModel(tiny_spec("llama"), JOB.model_copy(update={"base": "fp32"}), residual=False, decomposes=False)
     assert VirtualClock(model, CLIENTS, server()).aggregation_s(PLAN, average, {}, {}) == 0
 
 

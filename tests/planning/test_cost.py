@@ -11,10 +11,11 @@ from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Importance, Job, Policy, ResidualConfig, RunConfig
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
 from hsplit.planning.cost.model import CostModel
 from tests.planning.test_planner import client, cost, server
-from tests.tiny import LAYERS, save_tiny_model, tiny_config
+from tests.tiny import LAYERS, save_tiny_model, tiny_config, tiny_spec
 
 FAMILIES = ["llama", "gpt2"]
 
@@ -26,11 +27,13 @@ def test_stored_bytes_are_those_of_a_loaded_segment(
 ) -> None:
     directory = save_tiny_model(family, tmp_path)
     job = Job(dtype="fp32", base=base, max_length=16)
-    model = CostModel(tiny_config(family), job, residual=False)
-    segment = load_segment(BaseModel(directory, base, torch.float32), SegmentSpec(1, LAYERS), quantized=True)
+    model = CostModel(tiny_spec(family), job, residual=False)
+    segment = load_segment(
+        BaseModel(ModelSpec.read(directory), base, torch.float32), SegmentSpec(1, LAYERS), quantized=True
+    )
     tensors = {t.data_ptr(): t.nbytes for t in (*segment.layers.parameters(), *segment.layers.buffers())}
     assert model.model.stored_bytes[1:].sum() == sum(tensors.values())
-    front = load_segment(BaseModel(directory, base, torch.float32), SegmentSpec(0, 2, embedding=True))
+    front = load_segment(BaseModel(ModelSpec.read(directory), base, torch.float32), SegmentSpec(0, 2, embedding=True))
     held = [*front.layers.parameters(), *front.layers.buffers(), *front.embeddings.parameters()]
     kept = model.model.embedding_bytes + model.model.dense_bytes[:2].sum()
     assert kept == sum(t.nbytes for t in held)
@@ -66,7 +69,7 @@ def test_a_deeper_split_costs_a_client_more() -> None:
 def test_a_shallow_client_costs_the_server_its_rows() -> None:
     # Low ranks, or the copies at a round's end would outweigh a model as small as this.
     job = Job(dtype="fp32", max_length=64, rank_set=(1, 2), residual=ResidualConfig(max_rank=1))
-    costs = CostModel(tiny_config("llama"), job)
+    costs = CostModel(tiny_spec("llama"), job)
     assert costs.server_bytes([1, 1, 2], {}) > costs.server_bytes([1, 2, 2], {})
 
 
@@ -100,10 +103,12 @@ def test_the_plan_of_a_client_with_its_labels_at_home_has_the_tail(tmp_path: Pat
         job = Job.model_validate(settings | {"privacy": {"labels": labels}})
         policy = Policy(name="fixed", split=2, ranks=4, importance=Importance(metric="equal"))
         run = RunConfig(clients=(client("one", 1e9),), server=server(), job=job, policy=policy)
-        scheduler = Scheduler(run, tmp_path)
+        scheduler = Scheduler(run, ModelSpec.read(tmp_path))
         plans[labels], costs[labels] = scheduler.plan().client("one"), scheduler.cost.model
     rows = 8 * 64
-    tail = load_segment(BaseModel(tmp_path, "fp32", torch.float32), SegmentSpec(0, 2, embedding=True, tail=True)).tail
+    tail = load_segment(
+        BaseModel(ModelSpec.read(tmp_path), "fp32", torch.float32), SegmentSpec(0, 2, embedding=True, tail=True)
+    ).tail
     assert tail is not None
     held = sum(tensor.nbytes for tensor in (*tail.parameters(), *tail.buffers()))
     # What it takes at work counts as far as no layer takes more; ``test_measured_memory`` measures it.
@@ -127,7 +132,7 @@ def test_the_scheduler_reads_the_configuration_file_alone(tmp_path: Path) -> Non
     tiny_config("llama").save_pretrained(tmp_path)
     assert [f.name for f in tmp_path.glob("*.safetensors")] == []
     run = RunConfig(clients=(client("one", 1e9),), server=server(), job=Job(dtype="fp32", max_length=32))
-    scheduler = Scheduler(run, tmp_path)
+    scheduler = Scheduler(run, ModelSpec.read(tmp_path))
     first = scheduler.plan()
     assert scheduler.plan() == first
     assert "equal importance" in first.importance

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.planning.cost import count_store
-from hsplit.planning.cost.count_store import CountStore
+from hsplit.planning.cost import counting
+from hsplit.planning.cost.counting import CountStore
 from hsplit.planning.cost.model import CostModel
 from tests.planning.test_planner import JOB
-from tests.tiny import tiny_config
+from tests.tiny import tiny_spec
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -26,7 +26,7 @@ def test_what_is_kept_is_found_by_its_key_alone() -> None:
 
 def test_other_code_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     CountStore().put([1], "layer")
-    monkeypatch.setattr(count_store, "_code", lambda: "another version")
+    monkeypatch.setattr(counting, "_code", lambda: "another version")
     assert CountStore().get("layer") is None
 
 
@@ -47,7 +47,7 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
 
 
 def cost() -> CostModel:
-    return CostModel(tiny_config("llama"), JOB)
+    return CostModel(tiny_spec("llama"), JOB)
 
 
 def test_kept_counts_give_the_costs_that_counting_gave(tmp_path: Path) -> None:

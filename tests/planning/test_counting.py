@@ -9,11 +9,13 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 from hsplit.config import Job
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, SegmentSpec, linear_shapes, load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import Tail
 from hsplit.planning.cost.counting import LayerCounter, LayerRun, LiveBytes, saved_storages
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.model import CostModel
+from tests.tiny import spec_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -50,8 +52,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def really_run(directory: Path, dtype: torch.dtype, rows: int, length: int, rank: int) -> tuple[int, int]:
     """Bytes saved for backward by layer 1, and the peak over both passes, on real tensors."""
-    segment = load_segment(BaseModel(directory, "fp32", dtype), SegmentSpec(1, 2))
-    shapes = [s for s in linear_shapes(segment.config) if s.layer == 1]
+    base = BaseModel(ModelSpec.read(directory), "fp32", dtype)
+    segment = load_segment(base, SegmentSpec(1, 2))
+    shapes = [s for s in base.spec.linears if s.layer == 1]
     master = torch.promote_types(dtype, torch.float32)
     adapters = AdapterSet(shapes, {s.name: rank for s in shapes}, 16.0, master)
     adapters.attach(segment)
@@ -77,8 +80,8 @@ def really_run(directory: Path, dtype: torch.dtype, rows: int, length: int, rank
 def test_counted_bytes_are_the_real_ones(
     checkpoints: dict[str, Path], family: str, dtype: torch.dtype, rows: int, length: int, rank: int
 ) -> None:
-    config = TINY[family]()
-    counter = LayerCounter(config, {s.name for s in linear_shapes(config)}, length)
+    model = spec_of(TINY[family]())
+    counter = LayerCounter(model, {s.name for s in model.linears}, length)
     counted = counter.run(1, LayerSetting(rows, length, dtype, rank))
     saved, peak = really_run(checkpoints[family], dtype, rows, length, rank)
     assert counted.saved_bytes == saved
@@ -90,8 +93,9 @@ def test_counted_bytes_are_the_real_ones(
 def test_flops_follow_the_formula(family: str, rank: int) -> None:
     rows, length = 2, 32
     config = TINY[family]()
-    shapes = [s for s in linear_shapes(config) if s.layer == 0]
-    run = LayerCounter(config, {s.name for s in shapes}, length).run(0, LayerSetting(rows, length, torch.float32, rank))
+    model = spec_of(config)
+    shapes = [s for s in model.linears if s.layer == 0]
+    run = LayerCounter(model, {s.name for s in shapes}, length).run(0, LayerSetting(rows, length, torch.float32, rank))
     tokens = rows * length
     base = 2 * tokens * sum(s.parameters for s in shapes)
     thin = 2 * tokens * rank * sum(s.d_in + s.d_out for s in shapes)
@@ -108,7 +112,8 @@ def test_smollm2_layer_as_measured_with_a_reference_implementation() -> None:
         num_attention_heads=9,
         num_key_value_heads=3,
     )
-    counter = LayerCounter(config, {s.name for s in linear_shapes(config)}, 64)
+    model = spec_of(config)
+    counter = LayerCounter(model, {s.name for s in model.linears}, 64)
     run = counter.run(0, LayerSetting(2, 64, torch.float32, 8))
     # The reference's fused attention keeps a logarithm for each query and head; short attention does not.
     assert run.saved_bytes == 5_146_112 - 2 * 64 * 9 * 4
@@ -147,9 +152,9 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_models_are_counted_from_their_configuration_alone(name: str) -> None:
-    config = LARGE[name]
-    shapes = linear_shapes(config)
-    counter = LayerCounter(config, {s.name for s in shapes}, 128)
+    model = spec_of(LARGE[name])
+    shapes = model.linears
+    counter = LayerCounter(model, {s.name for s in shapes}, 128)
     assert len(set(counter.kinds)) == 1
     low, high = (counter.run(0, LayerSetting(2, 128, torch.bfloat16, rank)) for rank in (1, 9))
     adapted = sum(s.layer == 0 for s in shapes)
@@ -179,7 +184,7 @@ def test_large_models_cost_bytes_and_seconds_from_their_configuration_alone(
 
     monkeypatch.setattr(LayerCounter, "_run", watched)
     config = LARGE[name]
-    costs = CostModel(config, Job(dtype="bf16", base="bf16", max_length=512))
+    costs = CostModel(spec_of(config), Job(dtype="bf16", base="bf16", max_length=512))
     model = costs.model
     # Front, deep and tail together have each parameter once, and a tied head has none of its own.
     parts = model.embedding_bytes + model.dense_bytes.sum() + model.tail_bytes(head=not config.tie_word_embeddings)
@@ -198,7 +203,7 @@ def test_large_models_cost_bytes_and_seconds_from_their_configuration_alone(
 @pytest.mark.parametrize("chunk_rows", [8, 16])
 def test_a_tail_takes_little_less_than_counted(checkpoints: dict[str, Path], family: str, chunk_rows: int) -> None:
     tokens = 8 * chunk_rows + 3
-    base = BaseModel(checkpoints[family], "fp32", torch.float32)
+    base = BaseModel(ModelSpec.read(checkpoints[family]), "fp32", torch.float32)
     tail = load_segment(base, SegmentSpec(2, 2, tail=True)).tail
     assert tail is not None
     tail = Tail(tail.norm, tail.head, chunk_rows)
@@ -206,13 +211,13 @@ def test_a_tail_takes_little_less_than_counted(checkpoints: dict[str, Path], fam
     with LiveBytes([*tail.parameters(), *tail.buffers(), hidden]) as live:
         at = torch.arange(tokens)
         tail.token_losses(hidden[at], at % 64).sum().backward()
-    counted = LayerCounter(TINY[family](), set(), 16).tail(torch.float32, chunk_rows).peak_bytes(tokens)
+    counted = LayerCounter(spec_of(TINY[family]()), set(), 16).tail(torch.float32, chunk_rows).peak_bytes(tokens)
     assert live.peak <= counted <= 1.1 * live.peak + 4 * 64 * chunk_rows
 
 
 def test_a_probe_adds_its_working_bytes_at_most() -> None:
-    config = tiny_llama()
-    counter = LayerCounter(config, {s.name for s in linear_shapes(config)}, 32)
+    model = spec_of(tiny_llama())
+    counter = LayerCounter(model, {s.name for s in model.linears}, 32)
     plain = counter.run(0, LayerSetting(2, 32, torch.float32, 4))
     probed = counter.run(0, LayerSetting(2, 32, torch.float32, 4, probed=True))
     assert probed.saved_bytes == plain.saved_bytes
@@ -222,8 +227,8 @@ def test_a_probe_adds_its_working_bytes_at_most() -> None:
 
 @pytest.mark.parametrize("codes", ["nf4", "int8"])
 def test_quantized_storage_costs_a_dequantized_weight_in_passing(codes: str) -> None:
-    config = LARGE["llama-2-7b"]
-    counter = LayerCounter(config, {s.name for s in linear_shapes(config)}, 32)
+    model = spec_of(LARGE["llama-2-7b"])
+    counter = LayerCounter(model, {s.name for s in model.linears}, 32)
     dense = counter.run(0, LayerSetting(1, 32, torch.bfloat16, 8))
     coded = counter.run(0, LayerSetting(1, 32, torch.bfloat16, 8, codes=codes))
     assert coded.saved_bytes == dense.saved_bytes
@@ -242,7 +247,8 @@ def test_a_window_that_does_not_bite_makes_no_kind_of_its_own() -> None:
         vocab_size=64,
         sliding_window=16,
     )
-    assert LayerCounter(config, set(), 16).kinds[0].window is None
-    biting = LayerCounter(config, {s.name for s in linear_shapes(config)}, 32)
+    model = spec_of(config)
+    assert LayerCounter(model, set(), 16).kinds[0].window is None
+    biting = LayerCounter(model, {s.name for s in model.linears}, 32)
     assert biting.kinds[0].window == 16
     assert biting.run(0, LayerSetting(1, 32, torch.float32)).saved_bytes > 0

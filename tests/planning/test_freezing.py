@@ -19,7 +19,7 @@ from hsplit.planning.insight import bottleneck
 from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
 from tests.planning.test_planner import JOB, client, cost, problem_of, server
-from tests.tiny import tiny_config
+from tests.tiny import spec_of, tiny_config
 
 NEVER = Policy(freeze="never")
 
@@ -28,7 +28,7 @@ def deep_cost(**job: object) -> CostModel:
     """Of a model with so many layers that one of them is a small part of it."""
     config = tiny_config("llama")
     config.num_hidden_layers = 16
-    return CostModel(config, Job.model_validate(JOB.model_dump() | job))
+    return CostModel(spec_of(config), Job.model_validate(JOB.model_dump() | job))
 
 
 MODEL = deep_cost()

@@ -21,6 +21,7 @@ from hsplit.actors.profiling import (
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 
 # Large enough that what a step allocates dwarfs the constants of any program, small enough for seconds.
 SIZES: dict[str, dict[str, Any]] = {
@@ -225,7 +226,7 @@ def test_measuring_can_be_switched_off(directories: dict[str, Path]) -> None:
     holder = Holder(enabled=False)
     holder.run(lambda: torch.zeros(1000))
     assert holder.peak == 0
-    base = BaseModel(directories[LLAMA], "fp32", torch.float32)
+    base = BaseModel(ModelSpec.read(directories[LLAMA]), "fp32", torch.float32)
     client = Client("one", Job(dtype="fp32", base="fp32"), Policy(), base, measure=False)
     client.configure(1, {})
     client.restart(RoundUpdate(1, {}, {}))

@@ -20,7 +20,7 @@ from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import RANK_RULES
-from tests.tiny import LAYERS, tiny_config
+from tests.tiny import LAYERS, tiny_spec
 
 JOB = Job(dtype="fp32", batch_size=2, max_length=32)
 
@@ -28,7 +28,7 @@ JOB = Job(dtype="fp32", batch_size=2, max_length=32)
 @lru_cache
 def cost(labels: str = "server", base: str = "nf4") -> CostModel:
     job = JOB.model_copy(update={"base": base, "privacy": JOB.privacy.model_copy(update={"labels": labels})})
-    return CostModel(tiny_config("llama"), job)
+    return CostModel(tiny_spec("llama"), job)
 
 
 def client(name: str, memory_bytes: float, flops: float = 1e9, bandwidth_bps: float = 1e8) -> ClientConfig:
@@ -293,7 +293,7 @@ def test_layers_behind_a_slow_link_have_to_be_worth_a_rounds_exchange() -> None:
     slow = Instance((client("slow", LARGEST, 1e11, 1e6), client("other", LARGEST, 1e11, 1e9)), server(), importance(0))
 
     def at(local_steps: int) -> Plan:
-        model = CostModel(tiny_config("llama"), JOB.model_copy(update={"local_steps": local_steps}))
+        model = CostModel(tiny_spec("llama"), JOB.model_copy(update={"local_steps": local_steps}))
         return make_plan(slow.clients, slow.server, model, slow.scores, Policy(ranks=8))
 
     often, seldom = at(2), at(10_000)

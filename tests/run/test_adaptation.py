@@ -12,7 +12,7 @@ from hsplit.actors.executor import ActorFailure
 from hsplit.api import change_budget
 from hsplit.config import ClientConfig, Job, Policy, RunConfig, ScheduledChange, ServerConfig
 from hsplit.errors import InputError
-from hsplit.models.segment import model_config
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.events import read_events
 from hsplit.planning.cost.model import CostModel
 from hsplit.run.checkpoint import latest_checkpoint
@@ -31,7 +31,7 @@ def model(models: dict[str, Path]) -> Path:
 
 
 def bytes_for(model: Path, split: int, rank: int, job: Job = JOB) -> float:
-    cost = CostModel(model_config(model), job)
+    cost = CostModel(ModelSpec.read(model), job)
     return float(cost.client_bytes(split, {w.name: rank for w in cost.model.weights if w.layer < split}))
 
 
@@ -94,7 +94,7 @@ def test_importance_is_probed_and_blended_and_decides_the_plan(model: Path, tmp_
     planned_run(run, model, directory, shares(run), Recorder()).run()
     scores = [e for e in read_events(directory.events) if e["event"] == "importance"]
     assert [e["round"] for e in scores] == [1, 2, 3]
-    weights = {w.name for w in CostModel(model_config(model), JOB).model.weights}
+    weights = {w.name for w in CostModel(ModelSpec.read(model), JOB).model.weights}
     assert all(e["scores"].keys() == weights for e in scores)
     plans = plans_by_round(directory)
     assert "equal importance" in plans[0]["importance"]

@@ -13,6 +13,7 @@ import yaml
 from hsplit.actors.executor import ActorFailure
 from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig
 from hsplit.errors import InputError, RunError
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.events import read_events
 from hsplit.run.checkpoint import read_checkpoint
 from hsplit.run.coordinator import Coordinator
@@ -258,7 +259,7 @@ def test_a_resume_with_another_model_or_other_data_names_what_to_put_back(
     assert made.run()
     directory, inputs = made.context.directory, made.context.inputs
     changed = replace(inputs, **{"model_fingerprint" if key == "model" else "data_sha256": "another"})
-    resumed = local_run(made.context.run, models["llama"], directory, changed, Recorder())
+    resumed = local_run(made.context.run, ModelSpec.read(models["llama"]), directory, changed, Recorder())
     with pytest.raises(
         InputError, match=rf"job\.{key} \S*{source}\S* is not what it was when this run was started: put"
     ):

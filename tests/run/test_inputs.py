@@ -12,12 +12,13 @@ from transformers import AutoTokenizer
 
 import hsplit.run.inputs
 from hsplit.actors.client import Client
-from hsplit.actors.participant import base_model
 from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.config.job import DataSpec
 from hsplit.errors import InputError
-from hsplit.models.segment import load_tokenizer
-from hsplit.models.source import find_model
+from hsplit.models.lookup import find_model
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.run.inputs import check_model, read_inputs, read_shared
 from tests.tiny import WORDS, wordless_tokenizer
 
@@ -77,7 +78,9 @@ def test_a_client_with_such_a_token_in_its_own_file_is_named_and_its_text_is_not
     job = Job.model_validate({"dtype": "fp32"})
     own = rows(tmp_path / "own.csv", "w4 w5", "w77 <tool> w78", "w6", "w7")
     with pytest.raises(InputError) as refused:
-        Client("clinic", job, Policy(), base_model(directory, job)).load_data({"clinic": None}, str(own))
+        Client("clinic", job, Policy(), BaseModel.of_job(ModelSpec.read(directory), job)).load_data(
+            {"clinic": None}, str(own)
+        )
     text = str(refused.value)
     assert text.startswith("client clinic: its data: ") and f"'<tool>' (id {WORDS})" in text
     assert f"vocab_size {WORDS}" in text and not any(word in text for word in ("w77", "w78"))
@@ -186,7 +189,7 @@ def test_limit_is_a_draw_by_the_seed_from_shared_data_and_from_a_client_s_own_fi
     assert len(drawn()) == 12 and drawn() < whole and drawn() == drawn() != drawn(seed=1)
     assert not drawn() <= {f"w{n + 2} w3\n" for n in range(12)}, "not the first ones"
     job = run_of(None, own=file, spec={"limit": 12}).job
-    client = Client("clinic", job, Policy(), base_model(models["llama"], job))
+    client = Client("clinic", job, Policy(), BaseModel.of_job(ModelSpec.read(models["llama"]), job))
     report = client.load_data({"clinic": None}, str(file))
     assert report.train + report.validation == 12
     assert "drawn by `seed`" in str(DataSpec.model_fields["limit"].description)
@@ -216,7 +219,9 @@ def test_a_client_s_own_file_that_is_unusable_is_named_with_its_client(
     own, job = tmp_path / "own.csv", Job.model_validate({"dtype": "fp32"})
     own.write_text(content)
     with pytest.raises(InputError) as refused:
-        Client("clinic", job, Policy(), base_model(models["llama"], job)).load_data({"clinic": None}, str(own))
+        Client("clinic", job, Policy(), BaseModel.of_job(ModelSpec.read(models["llama"]), job)).load_data(
+            {"clinic": None}, str(own)
+        )
     text = str(refused.value)
     assert text.startswith("client clinic: data") and f"{own}{said}" in text
 

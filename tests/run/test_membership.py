@@ -14,7 +14,7 @@ from hsplit.api import join, leave
 from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.lora.holder import Holder
-from hsplit.models.segment import model_config
+from hsplit.models.spec import ModelSpec
 from hsplit.observe.events import read_events
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.plan import Plan
@@ -228,7 +228,7 @@ def test_one_client_too_many_for_the_server_is_refused_and_the_run_goes_on(
     model: Path, tmp_path: Path, own_data: Path
 ) -> None:
     run = a_run(model, EQUAL)
-    cost = CostModel(model_config(model), JOB)
+    cost = CostModel(ModelSpec.read(model), JOB)
     ranks = {w.name: 1 for w in cost.model.weights if w.layer >= 1}
     full = cost.server_bytes([1, 1, 1], ranks) * 1.0001 / 1e9
     run = run.model_copy(update={"server": run.server.changed({"memory_gb": full})})
@@ -243,7 +243,7 @@ def test_one_client_too_many_for_the_server_is_refused_and_the_run_goes_on(
 
 def test_a_budget_of_the_same_boundary_counts_for_who_joins(model: Path, tmp_path: Path, own_data: Path) -> None:
     run = a_run(model, EQUAL)
-    cost = CostModel(model_config(model), JOB)
+    cost = CostModel(ModelSpec.read(model), JOB)
     full = cost.server_bytes([1, 1, 1], {w.name: 1 for w in cost.model.weights if w.layer >= 1}) * 1.0001 / 1e9
     run = run.model_copy(update={"server": run.server.changed({"memory_gb": full})})
     directory = saved(run, tmp_path)

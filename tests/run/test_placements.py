@@ -15,8 +15,7 @@ from hsplit.config.cluster import CENTRAL
 from hsplit.data import Batch
 from hsplit.errors import InputError
 from hsplit.lora.learned import WEIGHT, learned, of_kind, trained_weights
-from hsplit.models.families import family_of
-from hsplit.models.segment import linear_shapes, model_config
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import base_values
 from hsplit.observe.events import read_events
 from hsplit.planning.cost.model import CostModel
@@ -86,7 +85,7 @@ def test_e1_full_models_on_clients_take_the_centralized_step(
     mean_loss(reference, batches_of(made, 1)[0]).backward()
     torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=LR).step()
     sums = learned(actors(made)["server"].state())
-    assert len(sums) == len(linear_shapes(model_config(models[family])))
+    assert len(sums) == len(ModelSpec.read(models[family]).linears)
     for name, term in sums.items():
         expected = (ALPHA / RANK) * lora_B(reference, name) @ lora_A(reference, name)
         assert (term.dense() - expected).norm() <= TOLERANCE[dtype] * expected.norm(), name
@@ -123,10 +122,10 @@ def test_ft_is_plain_training_of_every_weight(models: dict[str, Path], tmp_path:
     made = started(run, models[family], tmp_path, recorder)
     assert made.run()
     reference = AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float64).train()
-    config = model_config(models[family])
-    transposed = family_of(config.model_type).transposed
+    spec = ModelSpec.read(models[family])
+    transposed = spec.family.transposed
     with torch.no_grad():
-        for shape in linear_shapes(config):
+        for shape in spec.linears:
             weight = reference.get_submodule(shape.name).weight
             values = base_values((weight.T if transposed else weight).contiguous(), base, torch.float64)
             weight.copy_(values.T if transposed else values)
@@ -185,7 +184,7 @@ def test_clients_that_cannot_hold_the_full_model_are_counted_with_their_data(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     run = a_run({"placement": "full", "ranks": "budget", "aggregation": "concat"}, rounds=1)
-    cost = CostModel.of_run(model_config(models["llama"]), run)
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
     whole = cost.client_bytes(LAYERS, {w.name: 1 for w in cost.model.weights})
     small = run.clients[1].changed({"memory_gb": (whole - 1) / 1e9})
     run = run.model_copy(update={"clients": (run.clients[0], small, run.clients[2])})
@@ -280,7 +279,7 @@ def test_settings_without_a_meaning_under_a_placement_are_refused(policy: str, o
 def unequal(policy: dict[str, Any], model: Path, **job: Any) -> RunConfig:
     """A run whose clients have memory for the full model at ranks 32, 8 and 2."""
     run = a_run(policy, **job)
-    cost = CostModel.of_run(model_config(model), run)
+    cost = CostModel.of_run(ModelSpec.read(model), run)
     sizes = [cost.client_bytes(LAYERS, {w.name: rank for w in cost.model.weights}) + 1 for rank in (32, 8, 2)]
     clients = tuple(c.changed({"memory_gb": size / 1e9}) for c, size in zip(run.clients, sizes, strict=True))
     return run.model_copy(update={"clients": clients})
@@ -324,7 +323,7 @@ def test_e4_holds_for_rules_without_a_residual_when_ranks_fall(
     from hsplit.models.factors import LowRank
 
     run = a_run(policy)
-    shape = linear_shapes(model_config(models["llama"]))[0]
+    shape = ModelSpec.read(models["llama"]).linears[0]
     aggregator = Aggregator([shape], run.job, run.policy, torch.float32, merges=False)
     term = LowRank(torch.randn(shape.d_out, 4), torch.randn(4, shape.d_in))
     held = HeldAdapters("c0", {shape.name: term}, {shape.layer: 3}, {shape.name: shape.layer})

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from hsplit.actors.client import Client
-from hsplit.actors.participant import base_model
 from hsplit.config import SCHEDULER, Job, Policy, RunConfig, ServerConfig
 from hsplit.config import ClientConfig as ClientConfig
 from hsplit.data import Example
 from hsplit.errors import InputError
+from hsplit.models.segment import BaseModel
+from hsplit.models.spec import ModelSpec
 from hsplit.run.coordinator import Inputs
 from hsplit.run.in_process import local_run
 from hsplit.run_directory import RunDirectory
@@ -152,7 +153,7 @@ def recorded_run(
     inputs = Inputs(dict.fromkeys(CLIENTS) if own else shares, "model", "data")
     directory = RunDirectory.create(to, "run")
     scheduler = FixedScheduler(plan, {1: other})
-    coordinator = local_run(run, model, directory, inputs, Recorder(), scheduler=scheduler)
+    coordinator = local_run(run, ModelSpec.read(model), directory, inputs, Recorder(), scheduler=scheduler)
     executor: Any = coordinator._executor
     assert coordinator.run()
     held = [data for name in CLIENTS for data in executor.actors[name].data.clients]
@@ -255,7 +256,7 @@ def test_an_error_in_a_clients_own_file_does_not_quote_it(
     path = tmp_path / name
     path.write_text(content)
     job = Job.model_validate({"dtype": "fp32"})
-    client = Client("c0", job, Policy(), base_model(models["llama"], job))
+    client = Client("c0", job, Policy(), BaseModel.of_job(ModelSpec.read(models["llama"]), job))
     with pytest.raises(InputError) as refused:
         client.load_data({"c0": None}, str(path))
     assert str(path) in str(refused.value)

@@ -12,6 +12,7 @@ import pytest
 from hsplit.config import ClientConfig, Job, Policy, RunConfig, ServerConfig, load_run_config
 from hsplit.config.cluster import ScheduledChange
 from hsplit.errors import InputError
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.cost.serving import drawn_cohort
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run_directory import RunDirectory
@@ -35,7 +36,7 @@ def a_run(model: Path, policy: str = "splitlora", count: int = 3, servers: int =
 
 
 def simulation(run: RunConfig, traffic: Traffic | None = None, rounds: int = 3) -> Simulated:
-    return simulated(run, Scheduler(run, Path(run.job.model)), rounds, traffic)
+    return simulated(run, Scheduler(run, ModelSpec.read(Path(run.job.model))), rounds, traffic)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_it_tells_the_virtual_time_of_a_run_to_the_last_bit(
     made = planned_run(run, models["llama"], RunDirectory.create(tmp_path, None), shares, recorder)
     assert made.run()
     batches = dict(made.context.data.validation_batches)
-    found = simulated(run, Scheduler(run, models["llama"]), 3, validation_batches=batches)
+    found = simulated(run, Scheduler(run, ModelSpec.read(models["llama"])), 3, validation_batches=batches)
     assert [r.virtual_time_s for r in found.rounds] == [row.virtual_time_s for row in recorder.rows]
     # Real batches are shorter than full ones.
     for told, row in zip(found.rounds[1:], recorder.rows[1:], strict=True):
@@ -73,7 +74,9 @@ def test_with_a_residual_and_a_probe_it_tells_no_less_than_a_run(models: dict[st
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
     made = planned_run(run, models["llama"], RunDirectory.create(tmp_path, None), shares, recorder)
     assert made.run()
-    found = simulated(run, Scheduler(run, models["llama"]), 3, validation_batches=made.context.data.validation_batches)
+    found = simulated(
+        run, Scheduler(run, ModelSpec.read(models["llama"])), 3, validation_batches=made.context.data.validation_batches
+    )
     told, real = found.rounds[-1].virtual_time_s, recorder.rows[-1].virtual_time_s
     assert found.rounds[-1].probe_s > 0
     assert real <= told * (1 + 1e-9) and told == pytest.approx(real, rel=0.1)

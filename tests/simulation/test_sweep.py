@@ -15,10 +15,9 @@ from rich.console import Console
 from hsplit.cli import main
 from hsplit.config import load_run_config
 from hsplit.config.cluster import MAX_COUNT, MAX_TAKING_PART
-from hsplit.config.files import find_preset
+from hsplit.config.reading import find_preset
 from hsplit.errors import InputError
-from hsplit.models.segment import layer_count, model_config
-from hsplit.simulation.fleet import SHAPES, shape_directory
+from hsplit.simulation.fleet import SHAPES, shape_of
 from hsplit.simulation.results import COLUMNS, cells, sweep_table
 from hsplit.simulation.sweep import Setting, Sweep, scaled_counts, sweep
 
@@ -153,8 +152,7 @@ def test_a_run_takes_fewer_clients_than_a_simulation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "layers"), zip(SHAPES, (32, 80), strict=True))
 def test_known_shapes_are_read_without_weights(model: str, layers: int) -> None:
-    with shape_directory(model) as directory:
-        assert layer_count(model_config(directory)) == layers
+    assert shape_of(model).layers == layers
 
 
 def test_the_preset_is_of_ten_thousand_clients_and_a_known_shape() -> None:

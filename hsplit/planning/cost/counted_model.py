@@ -15,8 +15,7 @@ from hsplit.config import Job
 from hsplit.lora.optimizer import STEPPED_AT_ONCE, constant_bytes, moment_bytes, passing_bytes
 from hsplit.models.checkpoint_reader import CHUNK_BYTES
 from hsplit.models.dtype import DTYPES, resolve_dtype
-from hsplit.models.families import family_of
-from hsplit.models.segment import LinearShape, layer_count, linear_shapes, targeted
+from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
 from hsplit.planning.cost.counting import LayerCounter, TailRun
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
@@ -52,7 +51,7 @@ class CountedModel:
     """One model under one job: sizes and counts by layer and by adapted weight.
 
     Args:
-        config: the model's transformers configuration; no weights are read.
+        model: the model; no weights are read.
         job: the run's settings.
         residual: whether the run's aggregation keeps a residual at all.
         decomposes: whether it takes singular value decompositions.
@@ -77,7 +76,7 @@ class CountedModel:
 
     def __init__(
         self,
-        config: Any,
+        model: ModelSpec,
         job: Job,
         *,
         residual: bool = True,
@@ -89,12 +88,12 @@ class CountedModel:
         servers: int = 1,
     ) -> None:
         self.servers = servers
-        self.layers = layer_count(config)
+        self.layers = model.layers
         self.job, self.whole, self.trains_weights = job, whole, trains_weights
         self.tail_at_client = whole or job.privacy.labels == "client"
         # Read once: attributes of a transformers configuration are slow.
-        self.width, self.words = int(config.hidden_size), int(config.vocab_size)
-        self.tied = bool(config.tie_word_embeddings)
+        self.width, self.words = int(model.config.hidden_size), model.vocab_size
+        self.tied = bool(model.config.tie_word_embeddings)
         self.dtype = resolve_dtype(job.dtype)
         self.master = torch.promote_types(self.dtype, torch.float32)
         self.narrow_bytes = self.dtype.itemsize if trains_weights and self.dtype != self.master else 0
@@ -104,9 +103,9 @@ class CountedModel:
         self.quantized = is_quantized(job.base)
         # A client with the full model stores a quantized base as its codes, as the server does.
         self.client_codes = job.base if whole and self.quantized and not trains_weights else None
-        self._family = family_of(config.model_type)
+        self._family = model.family
         targets = "all-linear" if job.targets == "all-linear" or trains_weights else list(job.targets)
-        self.weights: list[LinearShape] = targeted(linear_shapes(config), targets)
+        self.weights: list[LinearShape] = model.targeted(targets)
         self.weight_layer: Ints = np.array([w.layer for w in self.weights], dtype=np.int64)
         self._index = {w.name: i for i, w in enumerate(self.weights)}
         self.sides: Ints = np.array([w.d_out + w.d_in for w in self.weights], dtype=np.int64)
@@ -115,7 +114,7 @@ class CountedModel:
         self.keeps_residual, self.decomposes, self.truncates = residual, decomposes, truncates
         self._loading: dict[bool, Floats] = {}
         self._tails: dict[int, TailRun] = {}
-        self.counter = LayerCounter(config, set(self._index), job.max_length)
+        self.counter = LayerCounter(model, set(self._index), job.max_length)
         self._count_layers()
 
     def setting(self, ranks: int, rows: int, codes: str | None) -> LayerSetting:

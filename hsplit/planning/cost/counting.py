@@ -7,11 +7,15 @@ ones, only the numbers are missing. A tracer watches what autograd keeps, the mo
 
 from __future__ import annotations
 
-import copy
+import functools
+import hashlib
+import json
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,19 +25,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from hsplit.models.families import Family, family_of
-from hsplit.models.segment import Segment, SegmentSpec, skeleton
+from hsplit.config.reading import read_json
+from hsplit.errors import InputError
+from hsplit.files import write_text_atomically
+from hsplit.home import cache_root
+from hsplit.models.segment import Segment, SegmentSpec
+from hsplit.models.spec import ModelSpec, linears_in
 from hsplit.models.tail import Tail
-from hsplit.planning.cost.count_store import CountStore
 from hsplit.planning.cost.fake_layer import (
     LayerKind,
     LayerSetting,
     Linear,
     RotaryTables,
-    fake_rotary_tables,
     fill_layer,
     fill_parameters,
     full_packing,
+    rotary_tables_of,
     watch_linears,
 )
 
@@ -165,49 +172,90 @@ class TailRun:
         return max(slope * tokens + constant for slope, constant in (self.forward, self.backward))
 
 
-def layer_kinds(model: nn.Module, family: Family, config: Any, adapted: set[str], length: int) -> list[LayerKind]:
-    """The kind of every decoder layer.
+def layer_kinds(model: ModelSpec, adapted: set[str], length: int) -> list[LayerKind]:
+    """List the kind of every decoder layer.
 
     Args:
-        model: the causal LM on the meta device (``segment.skeleton``).
+        model: the model.
         adapted: names of the weights that have an adapter.
         length: tokens a row; a window at least as long does not bite.
     """
-    kinds = []
-    for index, layer in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
+    kinds, family = [], model.family
+    for index, layer in enumerate(cast(nn.ModuleList, model.skeleton.get_submodule(family.layers))):
         linears, inside = [], 0
-        for path, module in _linears(layer):
-            rows, columns = cast(Tensor, module.weight).shape
-            d_out, d_in = (columns, rows) if family.transposed else (rows, columns)
+        for path, module in linears_in(layer):
+            d_out, d_in = family.linear_shape(module)
             name = f"{family.layer_name(index)}.{path}"
             linears.append(Linear(path, d_out, d_in, module.bias is not None, name in adapted))
             inside += sum(p.numel() for p in module.parameters())
-        window = family.window(layer, config)
+        window = family.window(layer, model.config)
         others = sum(p.numel() for p in layer.parameters()) - inside
         kinds.append(LayerKind(tuple(linears), others, window if window is not None and window < length else None))
     return kinds
 
 
-def _linears(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
+_PACKAGE = Path(__file__).resolve().parents[2]
+# Folders with the code that a traced layer runs.
+_TRACED = ("models", "lora", "planning/cost")
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 
-    return [(path, m) for path, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+
+class CountStore:
+    """Lists of whole numbers by what they were counted on, in the user's cache directory.
+
+    A count is found again only by the same code: this package's files and the versions of the libraries that it runs
+    are in its name. A directory that cannot be written keeps nothing, and nothing is lost by that.
+    """
+
+    def __init__(self) -> None:
+        self._folder = cache_root() / "counts"
+
+    def get(self, *key: Any) -> list[int] | None:
+        """What was kept for ``key``, or ``None``."""
+        try:
+            return read_json(self._path(key), list[int])
+        except InputError:
+            return None
+
+    def put(self, counts: list[int], *key: Any) -> None:
+        """Keep ``counts`` for ``key``."""
+        path = self._path(key)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Others may read, or write the same.
+            write_text_atomically(path, json.dumps(counts), durable=False)
+        except OSError:
+            return
+
+    def _path(self, key: tuple[Any, ...]) -> Path:
+        digest = hashlib.sha256("\n".join([_code(), *map(str, key)]).encode())
+        return self._folder / f"{digest.hexdigest()[:32]}.json"
+
+
+@functools.cache
+def _code() -> str:
+    """What identifies the code that counts."""
+    digest = hashlib.sha256()
+    for name in _LIBRARIES:
+        digest.update(f"{name} {version(name)}\n".encode())
+    for folder in _TRACED:
+        for file in sorted((_PACKAGE / folder).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 class LayerCounter:
     """Counts the layers of one model, each kind of layer once a setting.
 
     Args:
-        config: the transformers configuration; no weights are read.
+        model: the model; no weights are read.
         adapted: names of the weights that have an adapter.
         length: tokens a row.
     """
 
-    def __init__(self, config: Any, adapted: set[str], length: int) -> None:
-        self.model = skeleton(config)
-        self._family = family_of(config.model_type)
-        self._config = config
-        self.kinds = layer_kinds(self.model, self._family, config, adapted, length)
+    def __init__(self, model: ModelSpec, adapted: set[str], length: int) -> None:
+        self._model, self._config = model, model.config
+        self.kinds = layer_kinds(model, adapted, length)
         self._runs: dict[tuple[LayerKind, LayerSetting], LayerRun] = {}
         self._store = CountStore()
 
@@ -246,7 +294,7 @@ class LayerCounter:
         return TailRun((slope, constant + chunk_rows * int(self._config.vocab_size) * exact.itemsize), backward)
 
     def _run_tail(self, dtype: torch.dtype, chunk_rows: int, tokens: int) -> tuple[int, int]:
-        norm = copy.deepcopy(self.model.get_submodule(self._family.norm))
+        norm = self._model.module(self._model.family.norm)
         width, words = int(self._config.hidden_size), int(self._config.vocab_size)
         with FakeTensorMode():
             fill_parameters(norm, dtype)
@@ -263,18 +311,18 @@ class LayerCounter:
 
     def parameters(self, path: str) -> int:
         """Number of parameters of the module at ``path``."""
-        return sum(p.numel() for p in self.model.get_submodule(path).parameters())
+        return sum(p.numel() for p in self._model.skeleton.get_submodule(path).parameters())
 
     def rotary_bytes(self, setting: LayerSetting) -> int:
         """Bytes of the rotary tables that a segment's layers share."""
-        tables = fake_rotary_tables(self.model, self._family, setting)
+        tables = rotary_tables_of(self._model, setting)
         return 0 if tables is None else tables[0].nbytes + tables[1].nbytes
 
     def _run(self, index: int, kind: LayerKind, setting: LayerSetting) -> LayerRun:
-        layer = copy.deepcopy(self.model.get_submodule(self._family.layer_name(index)))
-        tables = fake_rotary_tables(self.model, self._family, setting)
+        layer = self._model.module(self._model.family.layer_name(index))
+        tables = rotary_tables_of(self._model, setting)
         with FakeTensorMode() as fake:
-            segment = Segment(self._family, self._config, SegmentSpec(index, index + 1))
+            segment = Segment(self._model, SegmentSpec(index, index + 1))
             segment.layers[str(index)] = layer
             held = list(fill_layer(layer, kind, setting))
             if tables is not None:

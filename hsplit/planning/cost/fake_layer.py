@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from hsplit.lora.importance_probe import PROBE_CHUNK_BYTES, probe_working_bytes
 from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.factors import LowRank
-from hsplit.models.families import Family
 from hsplit.models.packing import Packing
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import DenseWeight, FrozenWeight
 
 
@@ -98,14 +98,14 @@ def full_packing(setting: LayerSetting) -> Packing:
     return Packing.of((setting.length,) * setting.rows)
 
 
-def fake_rotary_tables(model: nn.Module, family: Family, setting: LayerSetting) -> tuple[Tensor, Tensor] | None:
+def rotary_tables_of(model: ModelSpec, setting: LayerSetting) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines ``(1, n, d_head)`` that a segment's layers share, or ``None``."""
-    if family.rotary is None:
+    if model.family.rotary is None:
         return None
     # Run for real: some rotary embeddings look at the positions' values, which fake tensors do not have.
     positions = full_packing(setting).positions.unsqueeze(0)
     hidden = torch.zeros(1, positions.shape[1], 1, dtype=setting.dtype)
-    cos, sin = model.get_submodule(family.rotary)(hidden, position_ids=positions)
+    cos, sin = model.module(model.family.rotary)(hidden, position_ids=positions)
     return cos, sin
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hsplit.config import Job, RunConfig
 from hsplit.lora.aggregation import find_aggregation
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import ClientBudget
 from hsplit.planning.cost.counted_model import CountedModel, WireBytes
 from hsplit.planning.cost.memory import ClientMemory, ServerMemory
@@ -25,7 +26,7 @@ class CostModel:
     the largest rank. All times are virtual.
 
     Args:
-        config: the model's transformers configuration; no weights are read.
+        model: the model; no weights are read.
         job: the run's settings.
         setting: what the policy decides, see :class:`~hsplit.planning.cost.counted_model.CountedModel`.
 
@@ -36,9 +37,9 @@ class CostModel:
         times: virtual seconds.
     """
 
-    def __init__(self, config: Any, job: Job, **setting: Any) -> None:
+    def __init__(self, model: ModelSpec, job: Job, **setting: Any) -> None:
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
-        self.model = CountedModel(config, job, **setting)
+        self.model = CountedModel(model, job, **setting)
         self.client = ClientMemory(self.model)
         self.server = ServerMemory(self.model)
         self.times = StepTimes(self.model)
@@ -57,7 +58,7 @@ class CostModel:
         return self.server.peak_bytes(splits, ranks)
 
     @staticmethod
-    def of_run(config: Any, run: RunConfig) -> CostModel:
+    def of_run(model: ModelSpec, run: RunConfig) -> CostModel:
         """The costs of a run: a single node's batch is everybody's."""
         policy, job = run.policy, run.job
         if policy.placement == "single":
@@ -65,7 +66,7 @@ class CostModel:
             job = job.model_copy(update={"batch_size": job.batch_size * together})
         aggregation = find_aggregation(policy.aggregation)
         return CostModel(
-            config,
+            model,
             job,
             # Plans reserve memory for a residual only where something joins it.
             residual=aggregation.keeps_residual,

