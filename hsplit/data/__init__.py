@@ -1,4 +1,4 @@
-"""Where examples come from, how they are shared out over the clients, and how they become batches."""
+"""Examples: their sources, their partition over the clients, and batches of their tokens."""
 
 from hsplit.data.batches import Batch, BatchSampler, collate, validation_batches
 from hsplit.data.chat import ChatTemplate

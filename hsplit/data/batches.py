@@ -1,4 +1,4 @@
-"""Batches: right-padded ids with targets already shifted, which examples stand in which batch, and the probe batch."""
+"""Batches: right-padded ids with targets already shifted, the order of examples in them, and the probe batch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
+from hsplit.data.tokens import TokenizedExample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "BatchSampler",
-    "TokenizedExample",
-    "collate",
-    "padding_id",
-    "tokenize",
-    "validation_batches",
-]
 
 IGNORED = -100  # cross_entropy's own default for a target that carries no loss
 
@@ -37,7 +24,7 @@ class Batch:
         ids: ``(b, T)``, int64.
         targets: ``(b, T)``, int64: ``targets[i, t]`` is the id that position ``t`` must predict, ``ids[i, t +
             1]``, where that one belongs to the response or is its eos, and -100 elsewhere. The shift is done
-            here, once, so whoever computes a loss compares ``logits[i, t]`` with ``targets[i, t]``.
+            here, once, so that a loss compares ``logits[i, t]`` with ``targets[i, t]``.
         lengths: the number of tokens of each example, without padding.
     """
 
@@ -47,16 +34,16 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        """How many positions carry loss: METHOD's ``n_i``, counted after the shift."""
+        """Number of positions that carry loss: METHOD's ``n_i``, counted after the shift."""
         return int((self.targets != IGNORED).sum())
 
     def padded(self) -> Batch:
-        """The same batch with its padding as tokens like any other, that nothing is to predict."""
+        """The same batch with its padding as ordinary tokens without targets."""
         return Batch(self.ids, self.targets, (self.ids.shape[1],) * len(self.lengths))
 
 
 def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
-    """One batch of these examples, in their order.
+    """Make one batch of these examples, in their order.
 
     Args:
         examples: at least one.
@@ -72,15 +59,14 @@ def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
     for row, example in enumerate(examples):
         tokens = torch.tensor(example.ids, dtype=torch.int64)
         ids[row, : len(tokens)] = tokens
-        # Position t predicts token t + 1; with an empty prompt nothing stands before the first token to
-        # predict it.
+        # Position t predicts token t + 1; with an empty prompt no position predicts the first token.
         first = max(example.prompt_length, 1)
         targets[row, first - 1 : len(tokens) - 1] = tokens[first:]
     return Batch(ids, targets, lengths)
 
 
 def validation_batches(examples: Sequence[TokenizedExample], batch_size: int, padding: int = 0) -> list[Batch]:
-    """Every example once, shortest first so that little is padded; the last batch may be smaller."""
+    """Batches with every example once, shortest first so that little is padded; the last may be smaller."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     ordered = sorted(examples, key=lambda example: len(example.ids))
@@ -88,10 +74,10 @@ def validation_batches(examples: Sequence[TokenizedExample], batch_size: int, pa
 
 
 class BatchSampler:
-    """Which examples stand in the batch of a step, as a pure function of seed, name and step.
+    """Selects the examples of a step's batch, as a pure function of seed, name and step.
 
-    Epochs, each a permutation of all examples, follow one another endlessly, and a batch may reach over their
-    border. Since nothing is remembered, a run resumes at any step with nothing saved.
+    Epochs, each a permutation of all examples, follow one another endlessly, and a batch may span two of them. There is
+    no state, so a run resumes at any step with nothing saved.
 
     Args:
         count: the number of examples, at least 1.
@@ -110,7 +96,7 @@ class BatchSampler:
         self._cached: tuple[int, list[int]] = (-1, [])
 
     def indices(self, step: int) -> tuple[int, ...]:
-        """The examples of batch `step`, counted from 0."""
+        """Indices of the examples in batch `step`, counted from 0."""
         if step < 0:
             raise ValueError(f"step must be at least 0, not {step}")
         start = step * self.batch_size
@@ -119,34 +105,36 @@ class BatchSampler:
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._cached[0] != epoch:
-            self._cached = (epoch, self._drawn(epoch))
+            self._cached = (epoch, self._shuffle(epoch))
         return self._cached[1]
 
-    def _drawn(self, epoch: int) -> list[int]:
+    def _shuffle(self, epoch: int) -> list[int]:
         import numpy as np
 
-        key = f"{self.seed}:{epoch}:{self.name}".encode()
+                key = f"{self.seed}:{epoch}:{self.name}".encode()
         digest = int.from_bytes(hashlib.sha256(key).digest(), "big")
         order: list[int] = np.random.default_rng(digest).permutation(self.count).tolist()
         return order
 
 
 def probe_batch(examples: Sequence[TokenizedExample], tokens: int, batch_size: int, seed: int) -> Batch:
-    """Examples drawn without replacement until ``tokens`` of their positions carry loss.
+    """Draw examples without replacement until ``tokens`` of their positions carry loss.
 
     The sum of ``|W G|`` shrinks as more tokens are averaged, so every client is scored on the same number of them:
-    what the last example has beyond it loses its targets. A probe is one batch, never several: where ``batch_size``
-    examples have fewer supervised tokens than wanted, it has those.
+    surplus positions of the last example lose their targets. A probe is one batch, never several: it may have fewer
+    supervised tokens than wanted, where ``batch_size`` examples have no more.
 
     Args:
-        examples: at least one; the same ones as are trained on, in an order of the probe's own.
+        examples: at least one: the training examples, drawn in another order than for training.
         tokens: supervised tokens wanted, at least 1.
-        batch_size: most examples: what a plan reserves memory for.
-        seed: decides the draw, and nothing else does.
+        batch_size: most examples, for which a plan reserves memory.
+        seed: alone decides the draw.
 
     Returns:
-        A batch with ``min(tokens, what the drawn examples have)`` supervised positions.
+        A batch with ``tokens`` supervised positions, or all that the drawn examples have.
     """
+    import numpy as np
+
     if tokens < 1 or batch_size < 1:
         raise ValueError(f"tokens and batch_size must be at least 1, not {tokens} and {batch_size}")
     drawn = [examples[int(i)] for i in np.random.default_rng(seed).permutation(len(examples))[:batch_size]]

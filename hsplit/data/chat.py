@@ -10,28 +10,28 @@ from typing import Any, Protocol
 from hsplit.data.text_files import is_unicode
 from hsplit.errors import InputError
 
-# What templates are given beside the turns. Without it the prompt would be another one than the row means.
+# Further inputs of templates beside the turns; without them the prompt would not be the one that the row means.
 _BESIDE_MESSAGES = ("tools", "functions", "documents", "chat_template_kwargs")
-# How data sets say of a turn whether it is trained on, with the value that says what is done: the last turn is.
+# Keys by which data sets mark a turn as trained on, with the value that is served: the last turn is trained on.
 _TRAINED_ON = {"weight": 1, "train": True, "training": True, "loss": True, "masked": False}
-_WORDINGS = 3  # tries to word prompt and whole conversation within one tick of a clock that the template shows
+# Attempts to render prompt and whole conversation within one tick of a clock that the template shows.
+_ATTEMPTS = 3
 
 
 class ChatTemplate(Protocol):
     """The model's chat template, as a function of the conversation."""
 
     def __call__(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The text of the conversation, on demand with the header of the assistant's next answer."""
+        """Render the conversation, on request with the header of the assistant's next answer."""
         ...
 
 
 def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> tuple[str, str]:
-    """Prompt and response of a conversation that ends with an assistant turn.
+    """Render prompt and response of a conversation that ends with an assistant turn.
 
-    The prompt is every turn but the last, with the header of an answer, as the model is asked when it
-    generates; the response is what the template adds for the last turn. Line ends behind the template's
-    end-of-turn token are dropped, so that the token, where it is the tokenizer's eos, is the last one and is
-    not added twice.
+    The prompt is every turn but the last, with the header of an answer, as in generation; the response is the text that
+    the template adds for the last turn. Line ends after the template's end-of-turn token are dropped, so that the
+    token, where it is the tokenizer's eos, is the last one and is not added twice.
 
     Args:
         messages: the decoded JSON value, checked here.
@@ -40,9 +40,9 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
 
     Raises:
         InputError: for anything but a list of turns ``{"role": …, "content": …}`` with texts of which the
-            last is the assistant's and not blank; for a turn that is said not to be trained on, or with a
-            weight; without a template; and for a template that words a prompt and the whole conversation
-            differently, so that no prompt can be told apart.
+            last is the assistant's and not blank; for a turn that is marked as not trained on, or with a weight;
+            without a template; and for a template that renders the prompt in another way within the whole
+            conversation, so that the two cannot be separated.
     """
     turns = _turns(messages, where)
     if chat is None:
@@ -50,12 +50,12 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
             f"{where}: messages need a model with a chat template; this one has none: use prompt and response"
         )
     try:
-        for _ in range(_WORDINGS):
+        for _ in range(_ATTEMPTS):
             prompt = chat(turns[:-1], add_generation_prompt=True)
             whole = chat(turns, add_generation_prompt=False)
             if whole.startswith(prompt):
                 break
-    except Exception as error:  # a template is a program of the model's author, raising what it likes
+    except Exception as error:  # a template is a program of the model's author and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         refused = f"{where}: the model's chat template refuses these messages"
         raise InputError(f"{refused}: {reason}", refused) from None
@@ -70,8 +70,8 @@ def conversation_texts(messages: Any, chat: ChatTemplate | None, where: str) -> 
 def turns_sha256(turns: Sequence[Mapping[str, str]]) -> str:
     """SHA-256 of the roles and texts of a prompt's turns, in hexadecimal.
 
-    It is the same on every day, whatever the template writes around the texts, and for texts that differ in
-    surrounding blanks alone, which templates strip.
+    It does not depend on the text that a template puts around the turns, such as today's date, nor on surrounding
+    blanks, which templates strip.
     """
     texts = [(turn["role"], turn["content"].strip()) for turn in turns]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -6,18 +6,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# No two parts that follow one another match the same characters: a long line is read once, not again and again.
+# Adjacent parts match no common characters, so that a long line is read once, without backtracking.
 _BRACKETED = re.compile(r"([^\[\],]+)\[([^\[\]]*)\]\s*(?:,|$)")
 _PIPED = re.compile(r"([^:|]+):([^|]*)(?:\||$)")
 
 
 def meaning_text(slots: Mapping[str, str]) -> str:
-    """The slots as one line, ``name[The Copper Heron], food[Greek]``, in their own order."""
+    """Write the slots as one line, ``name[The Copper Heron], food[Greek]``, in their own order."""
     return ", ".join(f"{slot}[{value}]" for slot, value in slots.items())
 
 
 def parse_meaning(text: str) -> dict[str, str] | None:
-    """The slots of a meaning representation, or None if the text is none.
+    """Parse the slots of a meaning representation; None if the text is none.
 
     Two spellings are read: ``name[The Copper Heron], food[Greek]``, and ``name : The Copper Heron | food :
     Greek`` (at least two slots, because a single colon is ordinary prose).
@@ -49,10 +49,10 @@ class Example:
     response and the eos only. Both texts are final: separators and leading spaces are already in them.
 
     Attributes:
-        prompt: what the model is given.
-        response: what it learns to answer.
-        label: the class by which a Dirichlet partition tells examples apart, or None if the data has none.
-        turns: for a chat, the SHA-256 of the turns that its template has made the prompt of; None for other data.
+        prompt: input of the model.
+        response: the answer to learn.
+        label: the class for a Dirichlet partition, or None if the data has none.
+        turns: for a chat, the SHA-256 of the turns from which its template has made the prompt; None for other data.
     """
 
     prompt: str
@@ -62,8 +62,8 @@ class Example:
 
     @property
     def input_key(self) -> str:
-        """Identity of the input, by which references of one input find together and parts of the data are drawn.
+        """Identity of the input, by which references of one input are grouped and parts of the data are drawn.
 
-        It depends on what the file holds alone: a template may write today's date into the prompt.
+        It depends on the file's content alone: a template may write today's date into the prompt.
         """
         return self.prompt if self.turns is None else self.turns

@@ -1,4 +1,4 @@
-"""The file formats of examples: what a row of CSV, JSON lines or ``a||b`` text holds."""
+"""The file formats of examples: rows of CSV, JSON lines or ``a||b`` text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Row:
 
     Attributes:
         where: file and row, for messages.
-        prompt, response: the texts as they stand in the file, not blank.
+        prompt, response: the texts as in the file, not blank.
         style: ``meaning`` (``mr,ref`` columns and text lines: joined by `` =>``), ``plain`` (prompt and
             response: joined by a line end) or ``chat`` (the model's template has already joined them).
         fields: every column or key of the row, from which a label may be taken.
-        turns: of a chat, what :func:`~hsplit.data.chat.turns_sha256` gives for the prompt's turns.
+        turns: of a chat, :func:`~hsplit.data.chat.turns_sha256` of the prompt's turns.
     """
 
     where: str
@@ -38,9 +38,7 @@ class Row:
 
 
 def csv_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
-    """The rows of a CSV file with columns ``mr`` and ``ref``, or ``prompt`` and ``response``.
-
-    Other columns may stand beside them.
+    """Read a CSV file with columns ``mr`` and ``ref``, or ``prompt`` and ``response``; others may stand beside them.
 
     Row numbers in messages count the header as row 1, as a spreadsheet does.
 
@@ -54,7 +52,7 @@ def csv_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
     elif {"prompt", "response"} <= set(header):
         prompt_key, response_key, style = "prompt", "response", "plain"
     else:
-        # A file without a header has its first example there.
+        # In a file without a header this line is its first example.
         needs = "needs mr and ref, or prompt and response"
         raise InputError(f"{path}: has columns {listed(header)}; {needs}", f"{path}: has other columns; {needs}")
     if len(set(header)) < len(header):
@@ -76,11 +74,11 @@ def csv_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
 
 
 def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
-    """The rows of a JSON lines file: objects with ``prompt`` and ``response``, or with chat ``messages``.
+    """Read a JSON lines file: objects with ``prompt`` and ``response``, or with chat ``messages``.
 
     Raises:
         InputError: for a line that is no JSON object, lacks its keys, has a blank text, or is a chat without
-            a template or with keys that would have to change what the template writes.
+            a template or with keys that the template would need.
     """
     rows = []
     for where, line in _lines(path):
@@ -101,7 +99,7 @@ def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
 
 
 def text_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
-    """The rows of a text file with one ``prompt||response`` a line.
+    """Read a text file with one ``prompt||response`` a line.
 
     Raises:
         InputError: for an empty line, a blank side, or a line without exactly one ``||``.

@@ -16,10 +16,10 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Split into training and validation examples, at least one of each, both in their given order.
 
-    Examples with the same prompt are references of one another, so they go to one side together: the
-    validation side takes whole prompts, drawn at random, as long as they fit. Where not even the prompt with
-    the fewest examples fits, that one is taken, and whatever of it is above `max_examples` is left out of
-    both sides. Where all examples have one and the same prompt, they are split one by one.
+    Examples with the same prompt are references of one input, so they go to one side together: the validation side
+    takes whole prompts, drawn at random, as long as they fit. If not even the prompt with the fewest examples fits,
+    that one is taken, and its examples above `max_examples` are left out of both sides. If all examples have the same
+    prompt, they are split one by one.
 
     Args:
         examples: at least two.
@@ -53,7 +53,7 @@ def hold_out(
 
 
 def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
-    """The indices of each distinct prompt; each index alone if there is one prompt only."""
+    """Group the indices by prompt; each index alone if there is one prompt only."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         groups[example.input_key].append(index)
@@ -61,11 +61,11 @@ def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def split_off_test(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """The examples for the clients and those of the test part, both in their given order.
+    """Split into the clients' examples and the test part, both in their given order.
 
-    All examples of one prompt (the references of one input) go to one side. Which prompts are tested on is a matter
-    of ``sha256(seed|input_key)`` alone, so it depends neither on the order of the data, nor on Python's own generator,
-    nor on the day on which a chat template words the prompt.
+    All examples of one prompt (the references of one input) go to one side. Test prompts are chosen by
+    ``sha256(seed|input_key)`` alone, so that they depend neither on the order of the data, nor on Python's own
+    generator, nor on the day on which a chat template renders the prompt.
 
     Args:
         examples: the shared data.

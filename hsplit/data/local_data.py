@@ -1,4 +1,4 @@
-"""One client's own examples: what it trains on, and what it holds out to validate."""
+"""One client's own examples: its training and its validation part."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hsplit.seeds import hash_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How many examples are tokenized at first where one that fits is enough; four times as many each time after.
+# Examples tokenized at first where one that fits is enough; four times as many each time after.
 _FIRST = 4
 
 
 class LocalData:
-    """Tokenized examples of one client; which of them stand where depends on run seed, client and step alone.
+    """Tokenized examples of one client; their order depends on run seed, client and step alone.
 
     Args:
-        client: whose.
-        examples: all of them.
+        client: its name.
+        examples: all of its examples.
         tokenizer: the model's.
         job: its validation share, batch size, longest example and seed.
-        source: where the examples are from, for messages; the job's source by default.
+        source: origin of the examples, for messages; the job's source by default.
 
     Attributes:
-        client: whose.
+        client: its name.
         train: examples to train on.
         held_out: examples to validate on.
         too_long: examples over ``job.max_length`` tokens, left out whole.
@@ -65,7 +65,7 @@ class LocalData:
 
 
 def check_shares(shares: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, job: Job) -> bool:
-    """Check that every client can train and validate on its share, tokenizing no more examples than that takes.
+    """Check that every client can train and validate on its share, tokenizing as few examples as possible.
 
     Args:
         shares: examples by client.
@@ -73,7 +73,7 @@ def check_shares(shares: Mapping[str, Sequence[Example]], tokenizer: PreTrainedT
         job: as for :class:`LocalData`.
 
     Returns:
-        Whether some client has a training example with a supervised token.
+        True if some client has a training example with a supervised token.
 
     Raises:
         InputError: as :class:`LocalData`.
@@ -95,7 +95,7 @@ def has_example(
     max_length: int,
     wanted: Callable[[TokenizedExample], bool] = lambda example: True,
 ) -> bool:
-    """Tell whether one of ``examples`` fits ``max_length`` tokens and is ``wanted``; stops at the first that is."""
+    """True if one of ``examples`` fits ``max_length`` tokens and is ``wanted``; stops at the first that is."""
     start, count = 0, _FIRST
     while start < len(examples):
         fitting, _ = tokenize(examples[start : start + count], tokenizer, max_length)
@@ -106,11 +106,11 @@ def has_example(
 
 
 def nothing_supervised(where: str, what: str, model: str, max_length: int | None = None) -> InputError:
-    """Make the refusal of data that nothing can be learned from, or measured on.
+    """Make the error for data without a token to learn or to measure on.
 
     Args:
         where: the data, as a user knows them.
-        what: which examples of them: ``training``, ``validation`` or ``test``.
+        what: part of the data: ``training``, ``validation`` or ``test``.
         model: the model, as a user knows it.
         max_length: of the run, where longer examples are left out.
     """
@@ -126,7 +126,7 @@ def _where(client: str, source: str | None, job: Job) -> str:
 
 
 def _parts(client: str, examples: Sequence[Example], job: Job, where: str) -> tuple[list[Example], list[Example]]:
-    """The client's examples to train on and to validate on."""
+    """Split the client's examples into training and validation."""
     if len(examples) < 2:
         has = "1 example" if examples else "no example"
         raise InputError(f"{where}: has {has}; at least 2 are needed, one to train on and one to validate on")

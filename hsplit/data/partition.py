@@ -20,18 +20,18 @@ _KNOWN = "iid, {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [one number for 
 
 
 def partition(examples: Sequence[Example], clients: int, spec: PartitionSpec, seed: int) -> list[list[int]]:
-    """The indices of `examples` that each client holds, in ascending order: disjoint, together complete.
+    """Share out `examples`: the indices of each client, in ascending order; disjoint, together complete.
 
     Args:
-        examples: what is shared out.
-        clients: how many clients.
+        examples: to be shared out.
+        clients: number of clients.
         spec: ``"iid"``: random, sizes equal to within one. ``{"dirichlet": alpha}``: for each label the
             clients' shares of it are one draw of ``Dirichlet(alpha)`` (arXiv 1909.06335), a small alpha
             meaning a strong skew. ``{"unequal": sigma}``: random, sizes in proportion to ``LogNormal(0,
             sigma)`` draws. ``{"shares": [...]}``: random, sizes in proportion to these, one for each client.
         seed: the same arguments give the same partition.
 
-    A client that a draw leaves with fewer than two examples gets them from whoever holds the most at that
+    A client that a draw leaves with fewer than two examples gets them from the client that holds the most at that
     moment.
 
     Raises:
@@ -109,7 +109,7 @@ def _by_label(examples: Sequence[Example], clients: int, alpha: float, rng: np.r
 
 
 def _cut(indices: list[int], weights: Sequence[float]) -> list[list[int]]:
-    """The list in consecutive pieces whose sizes are in proportion to `weights`, by largest remainder."""
+    """Cut the list into consecutive pieces with sizes in proportion to `weights`, by largest remainder."""
     total = math.fsum(weights)
     exact = [len(indices) * (weight / total) for weight in weights]
     sizes = [math.floor(size) for size in exact]

@@ -1,4 +1,4 @@
-"""What the generated restaurants can be, and the words in which each fact can be told.
+"""Vocabulary of the generated restaurants: values of the slots, and phrases for each fact.
 
 Everything here was written for this project. Names, places and landmarks are invented.
 """
@@ -50,7 +50,7 @@ AREA_PLACES: dict[str, tuple[str, ...]] = {
 }
 NEAR_PLACES = ("near {}", "close to {}", "not far from {}", "a short walk from {}")
 
-# Adjectives that can stand before a noun. A slot value without one is told otherwise; a low
+# Adjectives that can stand before a noun. Slot values without one have other phrases; a low
 # rating has none on purpose, since openings such as "If you want a …" would recommend it.
 ADJECTIVES: dict[tuple[str, str], tuple[str, ...]] = {
     ("priceRange", "cheap"): ("cheap", "inexpensive", "low-priced"),
@@ -60,7 +60,7 @@ ADJECTIVES: dict[tuple[str, str], tuple[str, ...]] = {
     ("familyFriendly", "yes"): ("family-friendly", "child-friendly"),
 }
 
-# What can follow "with" or "has".
+# Noun phrases that can follow "with" or "has".
 POSSESSIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("priceRange", "cheap"): ("low prices", "a cheap menu"),
     ("priceRange", "moderate"): ("moderate prices", "a moderately priced menu"),
@@ -128,7 +128,7 @@ _BAD = {"customer rating": {"low", "2 out of 5"}, "familyFriendly": {"no"}}
 
 
 def predicates(slot: str, value: str) -> tuple[str, ...]:
-    """Every verb phrase that can tell this slot: ``is cheap``, ``serves Greek food``."""
+    """Verb phrases that express this slot: ``is cheap``, ``serves Greek food``."""
     if slot == "food":
         return tuple(form.format(value) for form in _FOOD_PREDICATES)
     if slot == "area":
@@ -140,17 +140,17 @@ def predicates(slot: str, value: str) -> tuple[str, ...]:
 
 
 def polarity(slot: str, value: str) -> int:
-    """1 for praise, -1 for the opposite, 0 for a plain fact: what decides between "and" and "but"."""
+    """1 for praise, -1 for the opposite, 0 for a plain fact: decides between "and" and "but"."""
     return int(value in _GOOD.get(slot, ())) - int(value in _BAD.get(slot, ()))
 
 
 def with_article(noun_phrase: str) -> str:
-    """The phrase behind "a" or "an"; every word of this vocabulary sounds as it is spelled."""
+    """Put "a" or "an" before the phrase; every word of this vocabulary sounds as it is spelled."""
     return ("an " if noun_phrase[0].lower() in "aeiou" else "a ") + noun_phrase
 
 
 def joined(parts: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``; two possessions share their verb: ``has a and b``."""
+    """Join to ``a``, ``a and b``, ``a, b and c``; two possessions share their verb: ``has a and b``."""
     if len(parts) == 2 and all(part.startswith("has ") for part in parts):
         return f"{parts[0]} and {parts[1].removeprefix('has ')}"
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

@@ -1,7 +1,7 @@
-"""Sentence plans: the ways in which one restaurant's facts become one to three English sentences.
+"""Sentence plans, which put one restaurant's facts into one to three English sentences.
 
-A plan writes the opening and takes from a `Telling` the facts that it uses up; what is left is told
-afterwards (`Telling.rest`). A new plan is one function and one line in `PLANS`.
+A plan writes the opening and takes the facts that it uses from a `Telling`; `Telling.rest` adds the others. A new plan
+is one function and one line in `PLANS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hsplit.data.restaurant_phrases import (
 
 
 class Telling:
-    """The facts about one restaurant that still have to be told, and the draws that word them."""
+    """The facts about one restaurant that no sentence has used yet, and the draws that word them."""
 
     def __init__(self, slots: Mapping[str, str], rng: random.Random) -> None:
         self._rng = rng
@@ -31,15 +31,15 @@ class Telling:
         self._kind = self._left.pop("eatType", None)
 
     def has(self, slot: str) -> bool:
-        """Whether this slot is still untold."""
+        """True if this slot has not been used yet."""
         return slot in self._left
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return true with this probability."""
         return self._rng.random() < probability
 
     def pick(self, *options: str) -> str:
-        """One of the wordings, each as likely."""
+        """Draw one of the wordings, each with equal probability."""
         return self._rng.choice(options)
 
     def noun_phrase(self, *, complement: bool = True) -> str:
@@ -61,12 +61,12 @@ class Telling:
             else:
                 words.append(food)
             del self._left["food"]
-        # A bare "a place" says nothing at all; "an eatery" at least says what is done there.
+        # A bare "a place" says nothing; "an eatery" at least names its purpose.
         words.append(self._kind or (self.pick("place", "eatery") if words or tail else "eatery"))
         return with_article(" ".join(words)) + tail
 
     def place(self) -> str:
-        """``by the harbour near Harrow Hall``, one of the two, or nothing if neither is left to tell."""
+        """``by the harbour near Harrow Hall``, one of the two, or nothing if neither is left."""
         parts = []
         both = self.has("area") and self.has("near")
         only = self.pick("area", "near") if both and self.chance(0.3) else None
@@ -79,17 +79,17 @@ class Telling:
         return " ".join(parts)
 
     def somewhere(self) -> str:
-        """`place` behind a space, to be put straight after a noun phrase."""
+        """`place` after a space, to follow a noun phrase."""
         place = self.place()
         return f" {place}" if place else ""
 
     def possession(self) -> str:
-        """``low prices``, ``a high customer rating``: of the price or the rating, one must be left."""
+        """``low prices``, ``a high customer rating``; the price or the rating must be left."""
         slot = self.pick(*(slot for slot in ("priceRange", "customer rating") if self.has(slot)))
         return self.pick(*POSSESSIONS[slot, self._left.pop(slot)])
 
     def value(self, slot: str) -> str:
-        """The bare value of a slot, which counts as told from now on."""
+        """Use up a slot; its bare value."""
         return self._left.pop(slot)
 
     def verb_phrases(self, most: int) -> str:
@@ -98,26 +98,26 @@ class Telling:
         return self._predicate(self._rng.sample(slots, min(len(slots), most)))
 
     def rest(self) -> str:
-        """The remaining facts as zero to three sentences of at most three facts each, behind a space."""
+        """The remaining facts as zero to three sentences of at most three facts each, after a space."""
         text = ""
         while self._left:
             most = 3 if len(self._left) == 3 and self.chance(0.6) else 2
             chosen = self._rng.sample(sorted(self._left), min(most, len(self._left)))
             subject = "It" if text or not self._kind else self.pick("It", "It", f"The {self._kind}")
-            told = self._predicate(chosen)
-            if text and told.startswith("is ") and not told.startswith(("is not ", "is a ")):
-                told = f"is also {told.removeprefix('is ')}"
-            elif text and told.startswith("has "):
-                told = f"also {told}"
-            text += f" {subject} {told}."
+            predicate = self._predicate(chosen)
+            if text and predicate.startswith("is ") and not predicate.startswith(("is not ", "is a ")):
+                predicate = f"is also {predicate.removeprefix('is ')}"
+            elif text and predicate.startswith("has "):
+                predicate = f"also {predicate}"
+            text += f" {subject} {predicate}."
         return text
 
     def _predicate(self, slots: list[str]) -> str:
         facts = [(slot, self._left.pop(slot)) for slot in slots]
-        told = [self.pick(*predicates(slot, value)) for slot, value in facts]
+        phrases = [self.pick(*predicates(slot, value)) for slot, value in facts]
         if len(facts) == 2 and polarity(*facts[0]) * polarity(*facts[1]) < 0:
-            return f"{told[0]} but {told[1]}"
-        return joined(told)
+            return f"{phrases[0]} but {phrases[1]}"
+        return joined(phrases)
 
 
 def _identity(t: Telling) -> str:
@@ -140,13 +140,13 @@ def _located(t: Telling) -> str:
 
 
 def _apposition(t: Telling) -> str:
-    told = t.verb_phrases(1 if t.chance(0.5) else 2)
-    return f"{t.name}, {t.noun_phrase()}{t.somewhere()}, {told}."
+    predicate = t.verb_phrases(1 if t.chance(0.5) else 2)
+    return f"{t.name}, {t.noun_phrase()}{t.somewhere()}, {predicate}."
 
 
 def _relative(t: Telling) -> str:
-    told = t.verb_phrases(1 if t.chance(0.5) else 2)
-    return f"{t.name} is {t.noun_phrase(complement=False)} that {told}."
+    predicate = t.verb_phrases(1 if t.chance(0.5) else 2)
+    return f"{t.name} is {t.noun_phrase(complement=False)} that {predicate}."
 
 
 def _advice(t: Telling) -> str:
@@ -165,8 +165,8 @@ def _possession_first(t: Telling) -> str:
 
 def _customers_first(t: Telling) -> str:
     rating = t.value("customer rating")
-    given = rating if rating[0].isdigit() else f"{with_article(rating)} rating"
-    return f"Customers give {given} to {t.name}, {t.noun_phrase()}{t.somewhere()}."
+    score = rating if rating[0].isdigit() else f"{with_article(rating)} rating"
+    return f"Customers give {score} to {t.name}, {t.noun_phrase()}{t.somewhere()}."
 
 
 def _families_first(t: Telling) -> str:
@@ -201,12 +201,12 @@ PLANS: tuple[tuple[Plan, frozenset[str]], ...] = (
 
 
 def plans_for(slots: Mapping[str, str]) -> list[Plan]:
-    """The plans that these slots allow; four of them always do."""
+    """Select the plans that these slots allow; four of them are always possible."""
     return [plan for plan, needed in PLANS if needed & slots.keys()]
 
 
 def tell(slots: Mapping[str, str], plan: Plan, rng: random.Random) -> str:
-    """The restaurant in English: the plan's opening, then what it left untold.
+    """Describe the restaurant in English: the plan's opening, then the facts that it left.
 
     Args:
         slots: ``name`` and any others, of `restaurant_phrases.VALUES`; one of ``eatType`` and ``food`` at

@@ -26,10 +26,10 @@ class Description:
 
 
 def descriptions(count: int, seed: int) -> list[Description]:
-    """`count` descriptions, no two with both the same slots and the same text.
+    """Generate `count` descriptions, no two with both the same slots and the same text.
 
-    Two to four wordings of a restaurant follow one another, each after another sentence plan. The same seed
-    gives the same list, and a smaller count its beginning.
+    Each restaurant has two to four descriptions in a row, by different sentence plans. The same seed gives the same
+    list, and a smaller count its beginning.
 
     Raises:
         InputError: if `count` is below 1.
@@ -53,7 +53,7 @@ def descriptions(count: int, seed: int) -> list[Description]:
 
 
 def restaurants(count: int, seed: int) -> list[Example]:
-    """`count` examples: prompt ``name[…], food[…] =>``, response a space and the text, label the food."""
+    """Generate `count` examples: prompt ``name[…], food[…] =>``, response a space and the text, label the food."""
     return [
         Example(f"{meaning_text(made.slots)} =>", f" {made.text}", made.slots.get("food", NO_LABEL))
         for made in descriptions(count, seed)
@@ -64,8 +64,8 @@ def _draw_slots(rng: random.Random) -> dict[str, str]:
     article = "The " if rng.random() < 0.5 else ""
     values = {"name": f"{article}{rng.choice(NAME_QUALITIES)} {rng.choice(NAME_THINGS)}"}
     values |= {slot: rng.choice(VALUES[slot]) for slot in SLOTS[1:]}
-    # The name is always there, and one of kind and food, without which there is no noun to call the place by.
-    # Food is there more often than the rest, because it is the label.
+    # The name is always there, and one of kind and food, without which the place has no noun.
+    # Food, which is the label, is more frequent than the rest.
     first = rng.choices((("eatType", "food"), ("eatType",), ("food",)), weights=(6, 2, 2))[0]
     others = [slot for slot in SLOTS[1:] if slot not in first]
     present = {"name", *first, *rng.sample(others, rng.randint(2 - len(first), len(others)))}

@@ -1,4 +1,4 @@
-"""From a data source, the built-in generator or a file, to examples ready for the tokenizer."""
+"""Reading a data source, the built-in generator or a file, into examples ready for the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from hsplit.data.chat import ChatTemplate
 from hsplit.data.examples import Example, meaning_text, parse_meaning
 from hsplit.data.formats import READERS, Row
 from hsplit.data.restaurants import NO_LABEL, descriptions
-from hsplit.data.text_files import file_sha256, listed
+from hsplit.data.text_files import listed
 from hsplit.errors import InputError
-
-__all__ = ["BUILT_IN", "file_sha256", "read_examples"]
 
 BUILT_IN = "restaurants"
 _SEPARATORS = {"meaning": " =>", "plain": "\n"}
@@ -32,17 +30,17 @@ def read_examples(
     limit: int | None,
     chat: ChatTemplate | None = None,
 ) -> list[Example]:
-    """The examples of a source, in its order.
+    """Read the examples of a source, in its order.
 
     Args:
         source: ``restaurants``, or the path (``~`` is expanded) of a ``.csv`` file (columns ``mr,ref`` or
             ``prompt,response``), a ``.jsonl`` file (``prompt`` and ``response``, or chat ``messages``) or a
             ``.txt`` file (``prompt||response`` lines).
-        examples: how many restaurants to generate; files give what they hold.
-        seed: of the generator, and of the choice that `limit` makes.
+        examples: number of restaurants to generate; of a file all rows are read.
+        seed: of the generator, and of the draw for `limit`.
         label: a column, a key, or a slot of the meaning representation. None: the slot ``food`` of
             restaurants, the slot ``name`` of a file's meaning representations, no label for other data.
-        separator: what stands between prompt and response. None: `` =>`` for meaning representations,
+        separator: text between prompt and response. None: `` =>`` for meaning representations,
             ``mr,ref`` and text lines, whose responses then begin with one space; a line end for prompt and
             response, whose responses are kept as they are. Chats have their template instead.
         limit: read at most this many, chosen by the seed from the whole source, since files are often sorted.
@@ -89,11 +87,10 @@ def _example(row: Row, label: str | None, separator: str | None) -> Example:
 
 
 def _labels(rows: list[Row], source: str, label: str | None) -> list[str | None]:
-    """The label of each row: of its field of that name, else of the slot of that name in its meaning
-    representation.
+    """Find the label of each row: its field of that name, else the slot of that name in its meaning representation.
 
-    A slot that a row lacks is a class of its own; a field that a row lacks or leaves blank is no label. If no
-    row at all has the default slot, there are no labels, which matters only to a partition by label.
+    A slot that a row lacks is a class of its own; a field that a row lacks or leaves blank is no label. If no row has
+    the default slot, there are no labels, which matters only to a partition by label.
     """
     name = label or (_DEFAULT_BUILT_IN_SLOT if source == BUILT_IN else _DEFAULT_FILE_SLOT)
     if label is not None and any(label in row.fields for row in rows):

@@ -1,4 +1,4 @@
-"""Reading a data file: its checksum, its text, and one clear line for whatever is wrong with it."""
+"""Reading a data file: its checksum, its text, and one clear line for any fault of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without BOM: line ends as one character, none at the end.
+    """Read the text of a UTF-8 file, with or without BOM: line ends as one character, none at the end.
 
     Raises:
         InputError: if the file cannot be read, is not UTF-8, or holds nothing.
@@ -49,13 +49,13 @@ def read_text(path: Path) -> str:
 
 
 def _refuse_devices(path: Path) -> None:
-    # A pipe would be waited for, and a device may never end.
+    # Reading a pipe would block, and a device may never end.
     if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
         raise InputError(f"{path}: is no file that can be read twice; give the path of one on a disk")
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:
-    """The line for a file that cannot be opened: missing, a folder, not permitted, or no path at all."""
+    """Make the error for a file that cannot be opened: missing, a folder, not permitted, or no path at all."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path}: there is no such file")
     if isinstance(error, IsADirectoryError):
@@ -64,10 +64,10 @@ def unreadable(path: Path, error: OSError | ValueError) -> InputError:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written: JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    """True if ``text`` can be encoded: JSON may hold half of a surrogate pair, which no tokenizer takes."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def listed(names: object) -> str:
-    """Names for a message, ``a, b``, or ``none`` if there are none."""
+    """Join names for a message, ``a, b``, or ``none`` if there are none."""
     return ", ".join(map(str, names)) if isinstance(names, (list, tuple, dict)) and names else "none"

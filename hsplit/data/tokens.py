@@ -1,4 +1,4 @@
-"""Examples as token ids, with the place where the response begins."""
+"""Examples as token ids, with the position where the response begins."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hsplit.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Texts that most tokenizers end a token with, before whatever follows.
+# Texts after which most tokenizers end a token, whatever follows.
 _BORDERS = ("", "\n", ".", "a")
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TokenizedExample:
     Attributes:
         ids: ids of the prompt (with bos, if the tokenizer adds one), of the response, and the eos, if there
             is one.
-        prompt_length: how many of them belong to the prompt; the model is trained to predict the others.
+        prompt_length: number of prompt tokens; the model is trained to predict the others.
     """
 
     ids: tuple[int, ...]
@@ -39,14 +39,14 @@ class TokenizedExample:
 def tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[TokenizedExample], int]:
-    """Tokenize, leaving out (never cutting) what is longer than `max_length` tokens.
+    """Tokenize, and leave out (never cut) examples of more than `max_length` tokens.
 
-    The prompt's tokens are the ones that generation starts from: those of the prompt alone. The response's are
-    the ones that follow them when prompt and response are tokenized as one text, so that no tokenizer puts the
-    space there that it puts before a text. Where a token reaches over the border, which the model could not
-    write behind the prompt, the response has the tokens of its own text.
+    The prompt's tokens are those of the prompt alone, from which generation starts. The response's are those that
+    follow when prompt and response are tokenized as one text, so that no tokenizer inserts the space that it puts
+    before a text. Where a token spans the border, which the model could not generate after the prompt, the response has
+    the tokens of its own text.
 
-    No special token is added but the bos that the tokenizer puts before every text and the eos at the end, and
+    Only two special tokens are added: the bos that the tokenizer puts before every text, and the eos at the end;
     neither where the text already has it. A chat gets the bos that its template writes, or none.
 
     Returns:
@@ -74,11 +74,11 @@ def tokenize(
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
-    """The id to pad with: the pad token's, else the eos's, else 0; never one that the model has no embedding for.
+    """Choose the id to pad with: the pad token's, else the eos's, else 0; never one without an embedding.
 
-    It does not matter to any result: the models are causal and padding stands on the right, so no real
-    position ever looks at it, and no target is set there. A tokenizer without a pad token, or with one that was
-    added without the model, therefore works as it is.
+    No result depends on it: the models are causal and padding stands on the right, so no real position attends to it,
+    and it has no target. A tokenizer without a pad token, or with one that was added without the model, therefore works
+    as it is.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and (vocab_size is None or token < vocab_size):
@@ -87,7 +87,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuse a tokenizer that puts a token into every text which the model has no embedding for.
+    """Refuse a tokenizer that puts a token without an embedding into every text.
 
     Raises:
         InputError: names the token, its id and the limit.
@@ -105,17 +105,17 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) ->
 def check_ids(
     examples: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str
 ) -> None:
-    """Refuse examples with a token that the model has no embedding for.
+    """Refuse examples with a token for which the model has no embedding.
 
     Args:
         examples: of `tokenizer`.
         tokenizer: the model's.
         vocab_size: the model's number of embeddings.
-        where: whose data, for messages.
+        where: name of the data, for messages.
 
     Raises:
-        InputError: names the token, its id and the limit. Without a word of the data (see `InputError.discreet`)
-            it names the tokens of the tokenizer that are beyond the limit, whichever the data hold.
+        InputError: names the token, its id and the limit. Its discreet form (see `InputError.discreet`) names the
+            tokenizer's tokens beyond the limit instead, whether or not the data hold them.
     """
     for example in examples:
         if (largest := max(example.ids, default=0)) >= vocab_size:
@@ -138,21 +138,21 @@ def _named(tokenizer: Any, token: int) -> str:
 
 def _beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
     ids = sorted(token for token in tokenizer.get_vocab().values() if token >= vocab_size)
-    named = ", ".join(_named(tokenizer, token) for token in ids[:_MOST_NAMED])
-    return named if len(ids) <= _MOST_NAMED else f"{named} and {len(ids) - _MOST_NAMED} more"
+    named = ", ".join(_named(tokenizer, token) for token in ids[:_MAX_NAMED])
+    return named if len(ids) <= _MAX_NAMED else f"{named} and {len(ids) - _MAX_NAMED} more"
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The bos as a list of one if the tokenizer puts it before a text of its own accord, as Llama's does."""
+    """The bos as a list of one if the tokenizer puts it before a text by itself, as Llama's does."""
     bos = tokenizer.bos_token_id
     return [int(bos)] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
 
 
 def _continuation(tokenizer: Any, prompt: list[int], whole: list[int], response: str) -> list[int]:
-    """The tokens of `response` behind those of a prompt whose last token would reach into it.
+    """Tokens of `response` after a prompt, where a token of the whole text spans the border.
 
-    They are cut off a text that ends where a token does. Right are those that make the same text, without a
-    space that the tokenizer puts before a text.
+    They are cut from the tokens of a text in which a token ends at the border. Accepted are those that decode to the
+    same text, without a space that the tokenizer puts before a text.
     """
     text = _text(tokenizer, whole)
     for border in _BORDERS:
@@ -160,7 +160,7 @@ def _continuation(tokenizer: Any, prompt: list[int], whole: list[int], response:
         after = both[len(before) :]
         if both[: len(before)] == before and _text(tokenizer, prompt + after) == text:
             return after
-    # A tokenizer that does not give its texts back, such as one of whole words.
+    # Reached with a tokenizer that does not decode to the same text, such as one of whole words.
     return _ids(tokenizer, [response])[0]
 
 
@@ -169,7 +169,6 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text beyond the model's context is left out by max_length, so the warning would
-    # mislead.
+    # verbose=False: a text beyond the model's context is left out by max_length, so the warning would mislead.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [list(ids) for ids in encoded]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from hsplit.data.batches import BatchSampler, TokenizedExample, collate, padding_id, tokenize, validation_batches
+from hsplit.data.batches import BatchSampler, collate, validation_batches
 from hsplit.data.examples import Example
+from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 

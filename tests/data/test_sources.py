@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from hsplit.data import hold_out, split_off_test
 from hsplit.data.examples import Example, parse_meaning
 from hsplit.data.restaurants import restaurants
-from hsplit.data.sources import file_sha256, read_examples
+from hsplit.data.sources import read_examples
+from hsplit.data.text_files import file_sha256
 from hsplit.errors import InputError
 from hsplit.evaluation.evaluate import grouped
 
