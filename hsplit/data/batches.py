@@ -111,7 +111,7 @@ class BatchSampler:
     def _shuffle(self, epoch: int) -> list[int]:
         import numpy as np
 
-                key = f"{self.seed}:{epoch}:{self.name}".encode()
+        key = f"{self.seed}:{epoch}:{self.name}".encode()
         digest = int.from_bytes(hashlib.sha256(key).digest(), "big")
         order: list[int] = np.random.default_rng(digest).permutation(self.count).tolist()
         return order

@@ -1,8 +1,8 @@
-"""``AdaptedLinear``: the training forward of every linear of a decoder layer, whoever holds it.
+"""``AdaptedLinear``: the training forward of every linear of a decoder layer, on clients and server alike.
 
-It computes with the effective weight ``W_0 + R + s B A`` of METHOD 1. Where the residual ``R`` goes follows the
-exactness rule of METHOD 6: dense bases carry it in a working weight that is formed anew from ``W_0``, quantized bases
-apply it beside the base, in one pair of thin products with the live adapter.
+It computes with the effective weight ``W_0 + R + s B A`` of METHOD 1. The residual ``R`` is applied by the exactness
+rule of METHOD 6: dense bases carry it in a working weight that is formed from ``W_0`` each time, quantized bases apply
+it beside the base, in one pair of thin products with the live adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         down, up = _stacked(residual, A, B, scale, x)
         inner = x @ down.T
-        # In place: y is the fresh output of the base product, which saved nothing of it.
+        # In place: y is the new output of the base product, which did not save it.
         y.addmm_(inner, up.T)
         ctx.mark_dirty(y)
         ctx.residual, ctx.scale = residual, scale
@@ -54,13 +54,11 @@ class _AddLowRank(torch.autograd.Function):
 def _stacked(
     residual: LowRank | None, A: Tensor | None, B: Tensor | None, scale: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``[A_R; A]`` of shape ``(R + r, d_in)`` and ``[B_R, s B]`` of shape ``(d_out, R + r)``, dtype and device of
-    ``like``.
-    """
+    """``[A_R; A]``, ``(R + r, d_in)``, and ``[B_R, s B]``, ``(d_out, R + r)``, in dtype and device of ``like``."""
     down = [] if residual is None else [residual.A]
     up = [] if residual is None else [residual.B]
     if A is not None and B is not None:
-        # Elsewhere only where a server's layers are on several GPUs.
+        # Another device only where a server's layers are on several GPUs.
         down.append(A.to(like.device, like.dtype))
         up.append((scale * B).to(like.device, like.dtype))
     return (down[0], up[0]) if len(down) == 1 else (torch.cat(down), torch.cat(up, dim=1))
@@ -83,7 +81,7 @@ def add_low_rank(
         residual: factors in the compute dtype, or ``None``.
         A, B: live factors ``(r, d_in)`` and ``(d_out, r)`` in their master dtype, on any device, or ``None``.
         scale: ``s = alpha / r``.
-        fused: one operation for both parts, which keeps less for the backward; else as one would write it.
+        fused: one operation for both parts, which keeps less for the backward; else plain products.
     """
     if residual is None and A is None:
         return y
@@ -104,9 +102,9 @@ class AdaptedLinear(nn.Module):
 
     Args:
         name: the weight's name: the module's path in the causal LM.
-        weight: ``W_0`` as this holder stores it, shape ``(d_out, d_in)``.
+        weight: ``W_0`` as stored by this holder, shape ``(d_out, d_in)``.
         bias: ``(d_out,)`` or ``None``; frozen.
-        pristine: reads ``W_0`` anew, for bases that are merged into; ``None`` for quantized bases, which never are.
+        pristine: reads ``W_0`` again, for bases that are merged into; ``None`` for quantized bases, which never are.
         compute_dtype: dtype of the activations.
     """
 
@@ -134,12 +132,12 @@ class AdaptedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is; the adapter's factors may be elsewhere."""
+        """Device of the weight; the adapter's factors may be on another one."""
         return next(iter((*self.weight.buffers(), *self.weight.parameters()))).device
 
     @property
     def merges(self) -> bool:
-        """Whether the residual goes into a working weight (dense bases) or beside the base (quantized ones)."""
+        """True if the residual goes into a working weight (dense bases), not beside the base (quantized ones)."""
         return self._pristine is not None
 
     def set_adapter(self, A: Tensor, B: Tensor, scale: float) -> None:
@@ -147,7 +145,7 @@ class AdaptedLinear(nn.Module):
         self._adapter = (A, B, scale)
 
     def remove_adapter(self) -> None:
-        """Compute with base and residual alone from now on."""
+        """Compute with base and residual alone."""
         self._adapter = _NO_ADAPTER
 
     def append_residual(self, start_rank: int, factors: LowRank) -> None:
@@ -168,9 +166,7 @@ class AdaptedLinear(nn.Module):
         self._residual_matrix = None
 
     def set_residual_matrix(self, matrix: Tensor) -> None:
-        """Take the residual as one matrix ``(d_out, d_in)``: ``residual.max_rank: full`` past the point where
-        factors would be larger.
-        """
+        """Take the residual as one matrix ``(d_out, d_in)``: of ``residual.max_rank: full``, once that is smaller."""
         self._residual = None
         if self.merges:
             self._merge(matrix)
@@ -191,7 +187,7 @@ class AdaptedLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        # What is beside the base is no buffer, and moves with the weight all the same.
+        # The residual beside the base is no buffer, but moves with the weight.
         super()._apply(fn, recurse)
         if self._residual is not None:
             self._residual = LowRank(fn(self._residual.B), fn(self._residual.A))
@@ -201,6 +197,6 @@ class AdaptedLinear(nn.Module):
 
     def _merge(self, residual: Tensor) -> None:
         assert self._pristine is not None and isinstance(self.weight, DenseWeight)
-        # W_0 is read anew, so that rounding to the working dtype never accumulates over rounds.
+        # W_0 is read again, so that rounding to the working dtype never accumulates over rounds.
         working = self._pristine().to(residual).add_(residual)
         self.weight.values.copy_(working)

@@ -19,10 +19,10 @@ from hsplit.config.section import STRICT, shown
 from hsplit.errors import InputError
 from hsplit.files import sha256_of
 
-# What is read and converted at once.
+# Bytes read and converted at once.
 CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000
-"""As large as the safetensors library allows a header to be."""
+"""The safetensors library's own limit."""
 MAX_DIMENSIONS = 8
 
 _DTYPES = {
@@ -39,10 +39,9 @@ _DISTRIBUTED = "shard-{0}-model-{0}-of-{0}.safetensors".format("[0-9]" * 5)
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that a model's weights are in, as transformers finds them: ``model.safetensors``, else the index's.
+    """Find the files of a model's weights, as transformers does: ``model.safetensors``, else those of the index.
 
-    Other ``*.safetensors`` files beside them are somebody's own and are not read; nor is an index beside
-    ``model.safetensors``.
+    Other ``*.safetensors`` files beside them are not read; nor is an index beside ``model.safetensors``.
 
     Raises:
         InputError: the directory has neither, an index that names no files beside it, or a distributed checkpoint.
@@ -73,7 +72,7 @@ class CheckpointReader:
     may have it on the head too: as transformers does, the prefix is put on or taken off.
 
     Files are read, not mapped: a mapped file counts in full wherever memory is measured, and a tensor over it would be
-    memory that nobody allocated.
+    missing from the allocated bytes.
 
     Args:
         directory: of the model.
@@ -104,13 +103,13 @@ class CheckpointReader:
         return self._stored_name(name) is not None
 
     def tie(self, name: str, other: str) -> None:
-        """Let whichever of two names has no tensor stand for the other's."""
+        """If only one of two names has a tensor, let the other stand for it too."""
         for absent, there in ((name, other), (other, name)):
             if absent not in self and there in self:
                 self._aliases[absent] = there
 
     def same_values(self, name: str, other: str) -> bool:
-        """True if two tensors of the checkpoint are equal, byte by byte; read no further than they are."""
+        """True if two tensors of the checkpoint are equal, byte by byte; stops at the first difference."""
         (_, file, start, entry), (_, other_file, other_start, other_entry) = map(self._entry, (name, other))
         if (entry["dtype"], entry["shape"]) != (other_entry["dtype"], other_entry["shape"]):
             return False
@@ -129,13 +128,13 @@ class CheckpointReader:
             )
 
     def read(self, name: str, dtype: torch.dtype | None = None, transposed: bool = False) -> Tensor:
-        """The tensor ``name``, contiguous, in memory of its own.
+        """Read the tensor ``name``, contiguous, in memory of its own.
 
-        Beside the result only one chunk of the file is in memory at a time, whatever is converted.
+        Beside the result only one chunk of the file is in memory at a time, also when converting.
 
         Args:
-            dtype: what to convert to; the checkpoint's own by default.
-            transposed: a matrix stored ``(m, n)`` is given as ``(n, m)``.
+            dtype: of the result; the checkpoint's own by default.
+            transposed: return a matrix stored ``(m, n)`` as ``(n, m)``.
 
         Raises:
             InputError: the checkpoint has no such tensor, or ends before it does.
@@ -143,7 +142,7 @@ class CheckpointReader:
         stored, file, start, entry = self._entry(name)
         shape = entry["shape"]
         own_dtype = _DTYPES[entry["dtype"]]
-        # A damaged shape must not be believed: as many bytes as there are is all that can be read.
+        # A damaged shape must not be believed: no more than these bytes can be read.
         begin, end = entry["data_offsets"]
         if math.prod(shape) * own_dtype.itemsize != end - begin:
             raise InputError(f"job.model: {file}: {stored}: its shape and its place in the file do not agree")
@@ -166,7 +165,7 @@ class CheckpointReader:
         return result
 
     def _entry(self, name: str) -> tuple[str, Path, int, dict[str, Any]]:
-        """The stored name of ``name``, its file, where the data begin there, and the header's entry."""
+        """The stored name of ``name``, its file, the offset of the data there, and the header's entry."""
         stored = self._stored_name(name)
         if stored is None:
             raise InputError(f"job.model: {self.directory}: the checkpoint has no tensor {name}")
@@ -181,7 +180,7 @@ class CheckpointReader:
 
 @dataclass(frozen=True)
 class _Place:
-    """Bytes ``[begin, end)`` of a file that has been written to last at ``changed_ns``."""
+    """Bytes ``[begin, end)`` of a file that was last written at ``changed_ns``."""
 
     file: Path
     begin: int
@@ -196,7 +195,7 @@ def _place(file: Path, start: int, entry: Mapping[str, Any]) -> _Place:
 
 @lru_cache(maxsize=64)
 def _same_bytes(place: _Place, other: _Place) -> bool:
-    """True if the bytes at two places of one length are equal; asked whenever a configuration is read."""
+    """True if the bytes at two places of one length are equal; asked for every configuration that is read."""
     with place.file.open("rb", buffering=0) as one, other.file.open("rb", buffering=0) as two:
         one.seek(place.begin)
         two.seek(other.begin)
@@ -214,7 +213,7 @@ class _Index:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names, which must lie beside it, where the fingerprint covers them."""
+    """Read the file names of an index; the files must lie beside it, where the fingerprint covers them."""
     try:
         places = read_json(index, _Index).weight_map
     except InputError as error:
@@ -228,12 +227,12 @@ def _shards(index: Path) -> list[str]:
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begins, and dtype, shape and place of every tensor in it."""
+    """Read a safetensors file's header: the offset of the data, and dtype, shape and place of every tensor."""
     try:
         length = file.stat().st_size
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            # No header is larger than the file; a damaged size must not be believed.
+            # A damaged size must not be believed: no header is larger than the file.
             if size > min(length, MAX_HEADER_BYTES):
                 raise ValueError("header too long")
             header = json.loads(stream.read(size))
@@ -269,7 +268,7 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def model_fingerprint(directory: Path) -> str:
-    """sha256 over the configuration and every file of the weights: equal for two copies of one base model."""
+    """SHA-256 over the configuration and every file of the weights: equal for two copies of one base model."""
     digest = hashlib.sha256()
     for file in [directory / "config.json", *weight_files(directory)]:
         digest.update(bytes.fromhex(sha256_of(file)))

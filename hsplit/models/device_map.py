@@ -1,6 +1,6 @@
 """A server's layers over several GPUs, one after the other, by accelerate's device map.
 
-Everything else stays on the first GPU: tail, rotary tables, adapters and their optimizer, and what comes and goes.
+Everything else stays on the first GPU: tail, rotary tables, adapters and their optimizer, inputs and outputs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def place_layers(module: nn.Module, layers: nn.ModuleDict) -> dict[int, torch.de
 
 
 def device_map(layers: nn.ModuleDict, memory_bytes: Sequence[int], first_bytes: int) -> dict[str, int]:
-    """Which GPU each layer goes to: in order, every GPU with its share of all bytes as far as layers are whole.
+    """Assign layers to GPUs in order: to each GPU its share of all bytes, as far as layers are whole.
 
     Args:
         layers: by name, in order.
         memory_bytes: of each GPU.
-        first_bytes: what the first GPU holds besides.
+        first_bytes: other bytes on the first GPU.
 
     Returns:
         The GPU's number by layer.
@@ -52,7 +52,7 @@ def device_map(layers: nn.ModuleDict, memory_bytes: Sequence[int], first_bytes: 
     if not layers:
         return {}
     sizes = [module_bytes(layer) for layer in layers.values()]
-    # Rounded up, or the last GPU would get what is left over; on the first, accelerate keeps room for one more layer.
+    # Rounded up, or the last GPU would get the rest; on the first, accelerate keeps room for one more layer.
     most = (sum(sizes) + first_bytes) // len(memory_bytes) + max(sizes)
     even = [min(memory, most - (gpu > 0)) for gpu, memory in enumerate(memory_bytes[:-1])] + [memory_bytes[-1]]
     whole = list({type(layer).__name__ for layer in layers.values()})

@@ -1,4 +1,4 @@
-"""The names by which a configuration speaks of floating-point types, and what ``auto`` stands for."""
+"""Names of floating-point types in a configuration, and the type that ``auto`` stands for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def resolve_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """The torch dtype called ``name`` (``auto``, ``fp32``, ``bf16`` or ``fp64``).
+    """Return the torch dtype called ``name`` (``auto``, ``fp32``, ``bf16`` or ``fp64``).
 
     ``auto`` is bf16 where ``device`` has native bf16 arithmetic and fp32 everywhere else: emulated bf16 is
-    slower than fp32 and less exact, so it has nothing to offer.
+    slower than fp32 and less exact.
 
     Raises:
         InputError: for any other name.
@@ -33,7 +33,7 @@ def resolve_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The configuration's name of ``dtype``: the inverse of :func:`resolve_dtype`.
+    """Return the configuration's name of ``dtype``: the inverse of :func:`resolve_dtype`.
 
     Raises:
         InputError: for a dtype that no configuration can name (fp16, integers).
@@ -45,10 +45,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def has_native_bf16(device: str | torch.device = "cpu") -> bool:
-    """Whether ``device`` multiplies bf16 matrices in hardware.
+    """True if ``device`` multiplies bf16 matrices in hardware.
 
     CUDA: compute capability 8.0 and up. CPU: x86 with AVX512-BF16 or AMX, ARM with the BF16 extension, as
-    far as this torch can tell. (``torch.ops.mkldnn._is_mkldnn_bf16_supported`` is not the test: it is True
+    far as this torch reports it. (``torch.ops.mkldnn._is_mkldnn_bf16_supported`` is not the test: it is True
     on any AVX-512 processor, where bf16 is emulated.) Any other kind of device: False.
     """
     kind = torch.device(device).type
@@ -63,7 +63,7 @@ def has_native_bf16(device: str | torch.device = "cpu") -> bool:
 
 
 def _cpu_flag(name: str) -> bool:
-    """What the private probe ``torch.cpu.<name>()`` says; False where this torch has no such probe."""
+    """Result of the private probe ``torch.cpu.<name>()``; False where this torch has no such probe."""
     probe: Any = getattr(torch.cpu, name, None)
     return bool(probe()) if probe is not None else False
 

@@ -1,4 +1,4 @@
-"""The factors of a low-rank matrix, as an adapted linear holds them and messages carry them."""
+"""The factors of a low-rank matrix, in adapted linears and in messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LowRank:
         return self.B.detach().numpy(), self.A.detach().numpy()
 
     def __setstate__(self, state: tuple[Any, Any]) -> None:
-        # Of their own: an array that has travelled may be read-only.
+        # Copied: an array that has travelled may be read-only.
         for name, factor in zip(("B", "A"), state, strict=True):
             object.__setattr__(self, name, factor if isinstance(factor, Tensor) else torch.tensor(factor))
 

@@ -1,4 +1,4 @@
-"""Model families: where a transformers causal LM keeps its parts and what a decoder layer is called with.
+"""Model families: module paths of a transformers causal LM, and the calling conventions of its layers.
 
 A new family is one subclass and one line in ``FAMILIES``.
 """
@@ -40,7 +40,7 @@ class Family:
     transposed: ClassVar[bool] = False
 
     def embed(self, modules: nn.ModuleDict, ids: Tensor, positions: Tensor) -> Tensor:
-        """Packed token ids and their positions, both ``(n,)``, to the first hidden state ``(n, d)``."""
+        """Embed packed token ids at their positions, both ``(n,)``: the first hidden state ``(n, d)``."""
         raise NotImplementedError
 
     def window(self, layer: nn.Module, config: Any) -> int | None:
@@ -52,7 +52,7 @@ class Family:
         return None
 
     def check(self, config: Any) -> None:
-        """Refuse what transformers would compute otherwise than the segments do.
+        """Refuse configurations that transformers would compute in another way than the segments do.
 
         Raises:
             InputError: a key of ``config`` asks for it; one line with the key.
@@ -115,8 +115,8 @@ class LlamaFamily(Family):
             if kind not in ("full_attention", "sliding_attention"):
                 raise InputError(f"job.model: config.json: layer_types: {shown(kind)} is not served")
         window = getattr(config, "sliding_window", None)
-        given = window is not None and config.model_type != "llama"
-        if (given or "sliding_attention" in kinds) and (type(window) is not int or window < 1):
+        is_set = window is not None and config.model_type != "llama"
+        if (is_set or "sliding_attention" in kinds) and (type(window) is not int or window < 1):
             raise InputError(f"job.model: config.json: sliding_window: must be at least 1 (got {shown(window)})")
 
 
@@ -146,7 +146,7 @@ FAMILIES: tuple[Family, ...] = (LlamaFamily(), GPT2Family())
 
 
 def family_of(model_type: str) -> Family:
-    """The family that serves ``config.model_type``.
+    """Find the family that serves ``config.model_type``.
 
     Raises:
         InputError: no family serves it.

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 MAGIC = b"GGUF"
-# Of values in a file's header: the reader makes several objects of each. Vocabularies have some hundred thousand.
+# Most values in a file's header: the reader makes several objects of each. Vocabularies have some hundred thousand.
 MAX_VALUES = 20_000_000
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-# By the number of a value's type.
+# Bytes of a value by the number of its type.
 _SCALARS: Mapping[int, int] = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def check_gguf(path: Path) -> None:
-    """Walk over the header without reading any value, and compare what it promises with what the file has.
+    """Check the header's counts, lengths and offsets against the file's size, without reading any value.
 
     Raises:
         ValueError: it is no GGUF file, or its counts, lengths or offsets lead out of it.
@@ -57,7 +57,7 @@ class _Header:
             self._skip_string()
             self._skip_value(*self._numbers("<I"))
         places = [self._tensor() for _ in self._counted(tensors, "tensors")]
-        # Where the data begins is padded, so an offset may be that much too small to be noticed: never too large.
+        # Padding before the data is not known here: an offset that is too large by less than that is not noticed.
         data = self._size - self._stream.tell()
         if any(begin + size > data for begin, size in places):
             raise ValueError("a tensor is not within the file")
@@ -67,15 +67,15 @@ class _Header:
 
     def _counted(self, count: int, what: str) -> range:
         self._values += count
-        # Each has a byte at least.
+        # Each takes at least one byte.
         if count > self._left() or self._values > MAX_VALUES:
             raise ValueError(f"it cannot have {count} {what}")
         return range(count)
 
     def _numbers(self, form: str) -> tuple[int, ...]:
-        wanted = struct.calcsize(form)
-        raw = self._stream.read(wanted)
-        if len(raw) < wanted:
+        size = struct.calcsize(form)
+        raw = self._stream.read(size)
+        if len(raw) < size:
             raise ValueError("it ends within its header")
         return struct.unpack(form, raw)
 
@@ -106,7 +106,7 @@ class _Header:
             raise ValueError(f"values of type {kind} are not known")
 
     def _tensor(self) -> tuple[int, int]:
-        """Where a tensor begins in the data, and how many bytes it has."""
+        """Read a tensor's entry: its offset in the data, and its bytes."""
         from gguf.constants import GGML_QUANT_SIZES
 
         self._skip_string()
@@ -122,19 +122,18 @@ class _Header:
         return begin, math.prod(shape) // entries * bytes_
 
 
-# Written by transformers' GGUF reader, but of no meaning once the weights are plain: the first would make
-# from_pretrained look for packed weights, the second is the title inside the file and no place to load from.
+# Written by transformers' GGUF reader, but wrong once the weights are plain: the first would make from_pretrained look
+# for packed weights, the second is the title inside the file and no place to load from.
 _GGUF_ONLY_KEYS = ("quantization_config", "_model_name_or_path")
 
 
 def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
     """Write ``model.safetensors``, ``config.json`` and the tokenizer of ``gguf`` into ``directory``.
 
-    Weights are dequantized and stored in bf16, once and for good: bf16 is the dtype of the original
-    checkpoints that such files are made from, and because the rounding happens here, a later quantization
-    to int8 or NF4 starts from the same values whatever dtype a holder loads the model in. A tied head is
-    stored once. The same GGUF gives the same bytes, so that nodes which convert for themselves hold the
-    same base.
+    Weights are dequantized and stored in bf16, the dtype of the original checkpoints that such files are made from.
+    Since the rounding happens here, a later quantization to int8 or NF4 starts from the same values whatever dtype a
+    holder loads the model in. A tied head is stored once. The same GGUF gives the same bytes, so that nodes which
+    convert it independently hold the same base.
 
     Args:
         gguf: the file, of an architecture that transformers can read from GGUF.
@@ -142,7 +141,7 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
         stage: see :func:`hsplit.waiting.stages`.
 
     Raises:
-        Exception: of any class, whatever transformers and gguf say of a file that they cannot read.
+        Exception: of any class: transformers and gguf raise their own for a file that they cannot read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -170,10 +169,9 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
 
 
 def distinct_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """``model``'s state by name, floats as bf16, without the second name of a shared tensor.
+    """Collect ``model``'s state by name, floats as bf16, without the second name of a shared tensor.
 
-    The first name in module order stays, which for a tied head is the embedding's: what ``from_pretrained``
-    expects.
+    The first name in module order stays, which for a tied head is the embedding's, as ``from_pretrained`` expects.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -187,7 +185,7 @@ def distinct_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _write_config(model: Any, directory: Path) -> None:
-    """``config.json`` of a plain bf16 checkpoint."""
+    """Write the ``config.json`` of a plain bf16 checkpoint."""
     config = json.loads(model.config.to_json_string())
     for key in _GGUF_ONLY_KEYS:
         config.pop(key, None)
@@ -196,11 +194,10 @@ def _write_config(model: Any, directory: Path) -> None:
 
 
 def _restore_digit_splitting(tokenizer: Any, gguf: Path) -> None:
-    """Give SmolLM's tokenizer back the rule that each digit is a piece of its own.
+    """Restore the rule of SmolLM's tokenizer that each digit is a piece of its own.
 
-    GGUF names the rule only (``tokenizer.ggml.pre = smollm``) and transformers 5.23 does not know that
-    name: without it, white space before a number falls apart differently from what the model was trained
-    on.
+    GGUF only names the rule (``tokenizer.ggml.pre = smollm``), and transformers 5.23 does not know that name. Without
+    it, white space before a number is split in another way than in the model's training.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
@@ -218,9 +215,9 @@ def _restore_digit_splitting(tokenizer: Any, gguf: Path) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the warnings and bars of transformers and bitsandbytes off stderr: a conversion has stages.
+    """Keep the warnings and bars of transformers and bitsandbytes off stderr: a conversion shows stages.
 
-    Mind that a console which looks up ``sys.stderr`` at each write is silenced as well.
+    A console that looks up ``sys.stderr`` at each write is silenced as well.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -228,7 +225,7 @@ def _silence() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # For good, as everywhere.
+    # Permanently, as everywhere.
     quieten_bitsandbytes()
     try:
         # transformers' GGUF reader draws one bar with bare tqdm, which no setting of either reaches.

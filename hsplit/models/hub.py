@@ -24,21 +24,21 @@ from huggingface_hub.utils import (
 from hsplit.errors import InputError
 from hsplit.models.checkpoint_reader import has_weights, weight_files
 
-PROBE_TIMEOUT_S = 5.0  # to learn whether the hub answers at all; downloads have the hub's own limits
+PROBE_TIMEOUT_S = 5.0  # for a first answer of the hub; downloads have the hub's own limits
 
 _CONFIGURATION = ["config.json"]
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
-# Only the top folder is the model as transformers loads it; below it lie copies in other formats, gigabytes
-# of them, and beside it Mistral's second copy under other names.
+# Only the top folder is the model as transformers loads it; below it are copies in other formats, gigabytes of them,
+# and beside it Mistral's second copy under other names.
 _UNWANTED = ["*/*", "consolidated*"]
 
 
 class HubMiss(Exception):
-    """A place has no usable snapshot; the text says why."""
+    """A place has no usable snapshot; the text is the reason."""
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether ``model`` has the form of a hub id: ``org/name``, or a bare name such as ``gpt2``."""
+    """True if ``model`` has the form of a hub id: ``org/name``, or a bare name such as ``gpt2``."""
     try:
         validate_repo_id(model)
     except HFValidationError:
@@ -47,14 +47,14 @@ def is_hub_id(model: str) -> bool:
 
 
 def cached_snapshot(model: str, progress: bool = False, weights: bool = True) -> Path:
-    """The snapshot of ``model`` in the local hub cache; nothing is asked of the network, nor shown.
+    """Find the snapshot of ``model`` in the local hub cache, without the network or any output.
 
     Without ``weights`` its ``config.json`` is enough.
 
     Raises:
-        HubMiss: there is none, or it has not all files that a model needs.
+        HubMiss: there is none, or it lacks files that a model needs.
     """
-    del progress  # the same signature as fetched_snapshot
+    del progress  # same signature as fetched_snapshot
     try:
         with _quiet(progress=False):
             found = snapshot_download(
@@ -64,18 +64,16 @@ def cached_snapshot(model: str, progress: bool = False, weights: bool = True) ->
         raise HubMiss(f"not in {constants.HF_HUB_CACHE}") from error
     except Exception as error:  # an incomplete snapshot has a class of its own in some versions of the hub's library
         raise HubMiss(f"incomplete in {constants.HF_HUB_CACHE} ({_first_line(error)})") from error
-    if not _complete(Path(found), weights):
+    if not _is_complete(Path(found), weights):
         raise HubMiss(f"incomplete in {constants.HF_HUB_CACHE} (config.json or safetensors missing)")
     return Path(found)
 
 
 def fetched_snapshot(model: str, progress: bool = False, weights: bool = True) -> Path:
-    """Download what is missing of ``model`` into the hub cache; its snapshot directory.
+    """Download what is missing of ``model`` into the hub cache, and return its snapshot directory.
 
-    Without ``weights`` only its ``config.json``.
-
-    One request without retries finds out first whether the hub can be reached, so that a machine without
-    network is told within :data:`PROBE_TIMEOUT_S`. ``HF_HUB_OFFLINE`` is respected.
+    Without ``weights`` only its ``config.json`` is fetched. A first request without retries tests the connection, so
+    that a machine without a network fails within :data:`PROBE_TIMEOUT_S`. ``HF_HUB_OFFLINE`` is respected.
 
     Raises:
         HubMiss: offline, not reachable, no such model, or the download failed.
@@ -87,7 +85,7 @@ def fetched_snapshot(model: str, progress: bool = False, weights: bool = True) -
         with _quiet(progress):
             info = HfApi().model_info(model, timeout=PROBE_TIMEOUT_S)
             names = [sibling.rfilename for sibling in info.siblings or []]
-            if not _usable(names, weights):
+            if not _is_usable(names, weights):
                 raise InputError(_unusable(model, names))
             return Path(snapshot_download(model, allow_patterns=_wanted(weights), ignore_patterns=_UNWANTED))
     except InputError:
@@ -107,14 +105,14 @@ def _wanted(weights: bool) -> list[str]:
     return _WANTED if weights else _CONFIGURATION
 
 
-def _usable(names: list[str], weights: bool) -> bool:
+def _is_usable(names: list[str], weights: bool) -> bool:
     return "config.json" in names and (not weights or has_weights(names))
 
 
-def _complete(snapshot: Path, weights: bool) -> bool:
-    """True if everything is there: of a download that was broken off, the index may be and a shard not."""
+def _is_complete(snapshot: Path, weights: bool) -> bool:
+    """True if no file is missing: an interrupted download may have left the index without a shard."""
     names = [path.name for path in snapshot.iterdir()]
-    return _usable(names, weights) and (not weights or all(file.is_file() for file in weight_files(snapshot)))
+    return _is_usable(names, weights) and (not weights or all(file.is_file() for file in weight_files(snapshot)))
 
 
 def _unusable(model: str, names: list[str]) -> str:
@@ -138,7 +136,7 @@ def _quiet(progress: bool) -> Iterator[None]:
     logger = logging.getLogger("huggingface_hub")
     level, bars = logger.level, not are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
-    # With HF_HUB_DISABLE_PROGRESS_BARS set, switching them would only earn a warning.
+    # With HF_HUB_DISABLE_PROGRESS_BARS set, switching them would only cause a warning.
     switch = bars and not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     if switch:
         disable_progress_bars()

@@ -1,12 +1,12 @@
 """Packed rows: sequences of unequal lengths laid end to end, so that nothing but attention ever sees padding.
 
-Every linear, norm and message works on the real tokens alone, ``(n, d)``. Only attention needs sequences apart: there
-queries, keys and values are padded to the longest, run as one causal batch, and packed again. Short sequences use plain
-matrix products, which in bf16 CPUs do faster than torch's fused kernel: at 540 tokens in 8 sequences (SmolLM2-135M,
-bf16, two cores) that takes 13 ms a layer, forward and backward.
+Every linear, norm and message works on the real tokens alone, ``(n, d)``. Only attention must separate the sequences:
+there queries, keys and values are padded to the longest, run as one causal batch, and packed again. Short sequences use
+plain matrix products, which in bf16 on CPUs are faster than torch's fused kernel: at 540 tokens in 8 sequences
+(SmolLM2-135M, bf16, two cores) they take 13 ms a layer, forward and backward.
 
-Rotary tables may depend on the length of the text (``dynamic``, ``longrope``), and every text gets its own:
-transformers takes the longest text of a batch, so that a result would depend on the other clients in that batch.
+Rotary tables may depend on the length of the text (``dynamic``, ``longrope``), and each text gets its own: transformers
+takes the longest text of a batch, so that a result would depend on the other clients in that batch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from hsplit.errors import InputError
 
-# Longer sequences have larger scores than activations.
+# Beyond this length the scores are larger than the activations.
 LONGEST = 256
 
 
 class _ShortAttention(torch.autograd.Function):
-    """``softmax(q k^T scale) v`` for heads that share keys in groups; the scores are formed again in the backward.
+    """``softmax(q k^T scale) v`` for heads that share keys in groups; the backward recomputes the scores.
 
-    Everything is computed in fp32 (fp64 for fp64 input), as the fused kernel does inside.
+    Everything is computed in fp32 (fp64 for fp64 input), as inside the fused kernel.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    """What each query takes of each value, ``(b, kv, g T, T)``."""
+    """Attention weights of each query, ``(b, kv, g T, T)``."""
     scores = (q @ k.transpose(-1, -2)).mul_(scale)
     length = k.shape[-2]
     if allowed is None:
@@ -77,12 +77,12 @@ def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tens
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    """Attention of every position to itself and those before it.
+    """Compute causal attention.
 
     Args:
         query: ``(b, heads, T, d)``.
         key, value: ``(b, kv, T, d)``; ``heads`` is a multiple of ``kv``, and head ``h`` has key ``h // (heads / kv)``.
-        allowed: ``(1, 1, T, T)``, which keys a query may see; ``None``: its own and all before.
+        allowed: ``(1, 1, T, T)``, true where a query attends to a key; ``None`` for plain causal attention.
         scale: of the scores.
 
     Returns:
@@ -98,14 +98,14 @@ ATTENTION = "hsplit_packed"
 
 @dataclass(frozen=True)
 class Packing:
-    """How ``n`` packed tokens make ``b`` sequences.
+    """The arrangement of ``n`` packed tokens in ``b`` sequences.
 
     Attributes:
         lengths: tokens of each sequence; they sum to ``n``.
         positions: ``(n,)`` int64, each token's position in its sequence.
-        padded: ``(b * T,)`` int64, for each place of the padded batch the packed token that stands there; padding
-            repeats a token whose value no real position reads. ``None`` when all sequences are of one length.
-        packed: ``(n,)`` int64, for each packed token its place in the padded batch; ``None`` likewise.
+        padded: ``(b * T,)`` int64, the packed token at each place of the padded batch; padding repeats a token whose
+            value no real position reads. ``None`` when all sequences have the same length.
+        packed: ``(n,)`` int64, the place of each packed token in the padded batch; ``None`` likewise.
     """
 
     lengths: tuple[int, ...]
@@ -115,7 +115,7 @@ class Packing:
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
-        """The packing of sequences of these lengths, in order."""
+        """Make the packing of sequences of these lengths, in order."""
         longest = max(lengths)
         columns = torch.arange(longest)
         if min(lengths) == longest:
@@ -124,13 +124,13 @@ class Packing:
         real = columns[None, :] < sizes[:, None]
         positions = columns.expand(len(lengths), longest)[real].to(device)
         starts = sizes.cumsum(0) - sizes
-        # Padding stands on the right and attention is causal, so any token will do there: its sequence's last.
+        # Padding is on the right and attention is causal, so any token will do: the last one of the sequence.
         padded = starts[:, None] + torch.minimum(columns[None, :], sizes[:, None] - 1)
         packed = real.flatten().nonzero().squeeze(1)
         return Packing(tuple(lengths), positions, padded.flatten().to(device), packed.to(device))
 
     def to(self, device: torch.device) -> Packing:
-        """The same packing for tensors on ``device``."""
+        """Copy the packing to ``device``."""
         padded = None if self.padded is None else self.padded.to(device)
         packed = None if self.packed is None else self.packed.to(device)
         return Packing(self.lengths, self.positions.to(device), padded, packed)
@@ -141,14 +141,14 @@ class Packing:
         return max(self.lengths)
 
     def pad(self, tensor: Tensor) -> Tensor:
-        """``(1, heads, n, d)`` to ``(b, heads, T, d)``."""
+        """Pad ``(1, heads, n, d)`` to ``(b, heads, T, d)``."""
         heads = tensor[0]
         if self.padded is not None:
             heads = heads.index_select(1, self.padded)
         return heads.unflatten(1, (len(self.lengths), self.longest)).transpose(0, 1)
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """``(b, T, heads, d)`` to ``(1, n, heads, d)``."""
+        """Pack ``(b, T, heads, d)`` to ``(1, n, heads, d)``."""
         rows = tensor.flatten(0, 1)
         if self.packed is not None:
             rows = rows.index_select(0, self.packed)
@@ -156,7 +156,7 @@ class Packing:
 
 
 def pack_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The real entries ``(n, ...)`` of right-padded rows ``(b, T, ...)``."""
+    """Select the real entries ``(n, ...)`` of right-padded rows ``(b, T, ...)``."""
     real = torch.arange(rows.shape[1])[None, :] < torch.tensor(lengths)[:, None]
     return rows[real]
 
@@ -175,24 +175,23 @@ def _packed_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' layers over packed tokens ``(1, heads, n, d_head)``: torch's SDPA, or on a CPU plain
-    products where sequences are short.
+    """Attention of transformers' layers over packed tokens ``(1, heads, n, d_head)``.
 
-    A window is in the mask.
+    It is torch's SDPA, or on a CPU plain products where sequences are short. A window is in the mask.
 
     Raises:
-        InputError: the layer asks for something else, such as a soft cap of the scores or attention sinks.
+        InputError: the layer asks for more, such as a soft cap of the scores or attention sinks.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     short: bool = others.pop("short_attention")
-    # Switches that are off ask for nothing.
-    asked = [name for name, value in others.items() if value is not None and value is not False]
+    # Switches that are off change nothing.
+    unsupported = [name for name, value in others.items() if value is not None and value is not False]
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        asked.append("sight of later tokens")
-    if asked:
+        unsupported.append("sight of later tokens")
+    if unsupported:
         raise InputError(
-            f"job.model: {type(module).__name__} asks its attention for {', '.join(asked)}, which is not served"
+            f"job.model: {type(module).__name__} asks its attention for {', '.join(unsupported)}, which is not served"
         )
     queries, keys, values = (packing.pad(tensor) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -203,7 +202,7 @@ def _packed_attention(
 
 
 def register_attention() -> None:
-    """Make the attention above known to transformers; needed once a process, harmless when repeated."""
+    """Register the attention above with transformers; needed once a process, harmless when repeated."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _packed_attention)
@@ -218,7 +217,7 @@ def depends_on_length(config: Any) -> bool:
 
 
 def _forget_longer(rotary: nn.Module) -> None:
-    """Undo what longer texts have changed."""
+    """Undo the changes that longer texts have made."""
     state: Any = rotary
     state.max_seq_len_cached = state.original_max_seq_len
     # A copy: longrope writes into it.
@@ -226,12 +225,12 @@ def _forget_longer(rotary: nn.Module) -> None:
 
 
 def rotary_tables(rotary: nn.Module, hidden: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``(1, n, d_head)`` of packed tokens.
+    """Compute cosines and sines ``(1, n, d_head)`` of packed tokens.
 
     Args:
         rotary: transformers' rotary embedding.
         hidden: ``(1, n, d)``; gives type and device.
-        packing: of the texts.
+        packing: the texts.
     """
     config = getattr(rotary, "config", None)
     if not depends_on_length(config):

@@ -23,7 +23,7 @@ from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
 
 @dataclass(frozen=True)
 class SegmentSpec:
-    """Which part of the model a holder hosts.
+    """The part of the model that a holder hosts.
 
     Attributes:
         first, last: decoder layers ``[first, last)``.
@@ -39,11 +39,11 @@ class SegmentSpec:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The frozen model that a run fine-tunes, as every holder must read it (METHOD 1).
+    """The frozen model that a run fine-tunes, the same for every holder (METHOD 1).
 
     Attributes:
         spec: the model.
-        base: fp32, bf16, int8 or nf4: fixes the values of ``W_0``.
+        base: fp32, bf16, int8 or nf4: determines the values of ``W_0``.
         dtype: compute dtype.
     """
 
@@ -58,7 +58,7 @@ class BaseModel:
 
 
 class Segment(nn.Module):
-    """Decoder layers ``[first, last)`` with, where held, the embedding before them and the tail after them."""
+    """Decoder layers ``[first, last)`` and, where held, the embedding before them and the tail after them."""
 
     short_attention: bool = True
     """See :mod:`hsplit.models.packing`."""
@@ -80,18 +80,18 @@ class Segment(nn.Module):
         return {m.name: m for m in self.layers.modules() if isinstance(m, AdaptedLinear)}
 
     def remove_adapters(self) -> None:
-        """Compute without adapters from now on, and let go of those that there were."""
+        """Compute without adapters, and release them."""
         for linear in self.linears.values():
             linear.remove_adapter()
 
     def embed(self, ids: Tensor, packing: Packing) -> Tensor:
-        """Packed token ids ``(n,)`` to hidden states ``(n, d)``."""
+        """Embed packed token ids ``(n,)``: hidden states ``(n, d)``."""
         return self.family.embed(self.embeddings, ids, packing.positions)
 
     def place(self, device: torch.device) -> None:
-        """Move to ``device``, or a server's layers to all GPUs that ``cuda`` stands for.
+        """Move to ``device``, or spread a server's layers over all GPUs where it is ``cuda``.
 
-        A segment with the embedding is a client's, which computes on one device.
+        A segment with the embedding belongs to a client, which computes on one device.
 
         Raises:
             InputError: the layers do not fit on the GPUs.
@@ -122,16 +122,15 @@ class Segment(nn.Module):
 
 
 def _moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A layer's packing and rotary tables (a pair of tensors) on ``device``."""
-    return {name: value if isinstance(value, bool) else _to(value, device) for name, value in arguments.items()}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return tuple(table.to(device) for table in value) if isinstance(value, tuple) else value.to(device)
+    """Copy a layer's packing and rotary tables (a pair of tensors) to ``device``."""
+    moved = dict(arguments, packing=arguments["packing"].to(device))
+    if "position_embeddings" in arguments:
+        moved["position_embeddings"] = tuple(table.to(device) for table in arguments["position_embeddings"])
+    return moved
 
 
 def _window_mask(window: int | None, length: int, device: torch.device) -> Tensor | None:
-    """Boolean mask ``(1, 1, T, T)`` of a sliding window; ``None`` (plain causal) where the window does not bite."""
+    """Boolean mask ``(1, 1, T, T)`` of a sliding window; ``None`` (plain causal) where no sequence exceeds it."""
     if window is None or window >= length:
         return None
     positions = torch.arange(length, device=device)
@@ -152,7 +151,7 @@ def _fill(module: nn.Module, path: str, reader: CheckpointReader, dtype: torch.d
 def _adapt_linears(
     layer: nn.Module, path: str, family: Family, reader: CheckpointReader, model: BaseModel, quantized: bool
 ) -> None:
-    """Replace every linear of ``layer`` by an :class:`AdaptedLinear` holding its ``W_0``."""
+    """Replace every linear of ``layer`` by an :class:`AdaptedLinear` with its ``W_0``."""
     for inner, module in linears_in(layer):
         name = f"{path}.{inner}"
         reader.check(f"{name}.weight", cast(Tensor, module.weight).shape)
@@ -179,19 +178,19 @@ def load_segment(
     device: torch.device | str = "cpu",
     kept: Segment | None = None,
 ) -> Segment:
-    """Read one segment: only its own tensors are ever read from the checkpoint.
+    """Read one segment; of the checkpoint only its own tensors are read.
 
     Args:
-        model: where and how the base is read.
-        spec: which part.
-        quantized: keep an int8 or NF4 base as bitsandbytes codes; the server does.
-        device: where the segment computes; layers after a client's are spread over all GPUs that ``cuda`` stands for.
-        kept: the segment held so far: what ``spec`` has in common with it is taken over, residuals included, and not
+        model: the base.
+        spec: the part to read.
+        quantized: keep an int8 or NF4 base as bitsandbytes codes, as the server does.
+        device: device to compute on; a server's layers are spread over all GPUs where it is ``cuda``.
+        kept: the segment held so far: its modules that ``spec`` has too are taken over, residuals included, and not
             read again.
 
     Returns:
         The segment, frozen, in eval mode: the base's own dropout (GPT-2's) stays off in fine-tuning, so that the
-        output does not depend on where the model is split.
+        output does not depend on the split point.
     """
     family, reader = model.spec.family, model.spec.open_checkpoint()
     segment = Segment(model.spec, spec)

@@ -7,20 +7,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# Rows of logits held at once: 64 rows of a 49,152-word vocabulary are 12.6 MB in fp32. Fewer read the head more often,
-# so the server takes many; on a client memory is what is scarce.
+# Rows of logits held at once: 64 rows of a 49,152-word vocabulary are 12.6 MB in fp32. With fewer the head is read more
+# often, so the server takes many; on a client memory is scarce.
 SERVER_CHUNK_ROWS = 64
 CLIENT_CHUNK_ROWS = 8
-# BLAS takes what is left of a block of rows one by one, summing over the vocabulary ten times less exactly (measured:
-# 4e-6 against 4e-7 of the gradient). Whole blocks avoid it.
+# BLAS computes an incomplete block row by row, and sums over the vocabulary ten times less exactly (measured: 4e-6
+# against 4e-7 of the gradient). Whole blocks avoid it.
 BLOCK_ROWS = 8
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of ``x W^T`` without ever holding all logits.
+    """Cross-entropy of ``x W^T`` without holding all logits at once.
 
-    The head is frozen, so the gradient with respect to ``x`` is formed beside the loss, chunk by chunk, and is all
-    that is kept for the backward.
+    The head is frozen, so the gradient with respect to ``x`` is formed with the loss, chunk by chunk, and is all that
+    is kept for the backward.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
                 grads[rows] = slope.to(x.dtype) @ weight
                 del slope
-            # Not beside the next chunk's.
+            # Freed before the next chunk's logits.
             del logits
         if grads is not None:
             ctx.save_for_backward(grads[:rows_given])
@@ -73,20 +73,20 @@ class Tail(nn.Module):
         self.register_buffer("head", head)
 
     def train_head(self, head: nn.Parameter) -> None:
-        """Take a head that gets gradients, for full fine-tuning: then all logits are held at once."""
+        """Replace the head by one that gets gradients, for full fine-tuning: then all logits are held at once."""
         del self.head
         self.register_parameter("head", head)
 
     def supervised_losses(self, hidden: Tensor, targets: Tensor, rows_only: bool = True) -> Tensor:
-        """Cross-entropy at the supervised positions.
+        """Compute the cross-entropy at the supervised positions.
 
         Args:
             hidden: ``(n, d)``, the last layer's output.
             targets: ``(n,)`` int64, the id that each position must predict, or -100.
-            rows_only: compute nothing at the other positions.
+            rows_only: skip the other positions.
 
         Returns:
-            One loss a supervised position, in their order, as :meth:`token_losses`.
+            A loss for each supervised position, in their order, as :meth:`token_losses`.
         """
         at = targets != -100
         if rows_only:
@@ -94,7 +94,7 @@ class Tail(nn.Module):
         return self.token_losses(hidden, targets.clamp_min(0))[at]
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each row.
+        """Compute the cross-entropy of each row.
 
         Args:
             hidden: ``(n, d)``, the last layer's output at supervised positions.
@@ -104,8 +104,8 @@ class Tail(nn.Module):
             ``(n,)`` losses in fp32 (fp64 for fp64 input), differentiable in ``hidden``; NaN for a row whose L2 norm is
             not finite.
         """
-        # The final norm turns a row whose square overflows into zeros: a model that has diverged would have the finite
-        # loss of one that predicts every token alike.
+        # The final norm turns a row whose square overflows into zeros: a diverged model would have the finite loss of a
+        # uniform prediction.
         exact = torch.promote_types(hidden.dtype, torch.float32)
         overflow = 0.0 * torch.linalg.vector_norm(hidden.detach(), dim=1, dtype=exact)
         if self.head.requires_grad:

@@ -1,7 +1,7 @@
-"""Frozen weights: the values ``W_0`` of a run's base, and the ways in which a holder may store them.
+"""Frozen weights: the values ``W_0`` of a run's base, stored dense or quantized, and kept codes.
 
-``job.base`` fixes the *values* of ``W_0`` for every holder (METHOD 1); a holder is free to store them quantized or
-dequantized. Quantization is bitsandbytes': NF4 in blocks of 64 with fp32 scales, int8 by row.
+``job.base`` determines the *values* of ``W_0`` for every holder (METHOD 1); a holder may store them quantized or
+dequantized. Quantization is that of bitsandbytes: NF4 in blocks of 64 with fp32 scales, int8 by row.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _bitsandbytes() -> Any:
 
 
 class DenseWeight(nn.Module):
-    """A weight of shape ``(d_out, d_in)`` kept in the compute dtype."""
+    """A weight of shape ``(d_out, d_in)`` in the compute dtype."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ class DenseWeight(nn.Module):
 
 
 class NF4Weight(nn.Module):
-    """A weight of shape ``(d_out, d_in)`` kept as bitsandbytes NF4 codes: 4 bits an entry, fp32 scale a block.
+    """A weight of shape ``(d_out, d_in)`` as bitsandbytes NF4 codes: 4 bits an entry, an fp32 scale a block.
 
     Args:
-        values: of the weight.
-        once: take the codes from the user's cache directory if these values have been quantized before, and leave them
-            there if not. (Not so for int8: quantizing to it takes no longer than reading.)
+        values: the weight, unquantized.
+        once: take the codes from the user's cache directory if these values have been quantized before, and put them
+            there if not. (Int8 has no such cache: quantizing takes no longer than reading.)
     """
 
     def __init__(self, values: Tensor, *, once: bool = False) -> None:
@@ -150,7 +150,7 @@ class NF4Weight(nn.Module):
         size, flat = values.numel(), values.reshape(-1)
         codes = torch.empty((-(-size // 2), 1), dtype=torch.uint8, device=values.device)
         scales = torch.empty(-(-size // NF4_BLOCK), device=values.device)
-        # Slices of whole blocks have the codes that they have in the whole.
+        # Slices of whole blocks have the same codes as in the whole weight.
         for start in range(0, size, QUANTIZED_AT_ONCE):
             part = flat[start : start + QUANTIZED_AT_ONCE].float()
             part_codes, state = bnb.quantize_4bit(part, blocksize=NF4_BLOCK, quant_type="nf4")
@@ -186,7 +186,7 @@ class NF4Weight(nn.Module):
 
 
 class Int8Weight(nn.Module):
-    """A weight of shape ``(d_out, d_in)`` kept as bitsandbytes int8 codes with one fp32 scale a row."""
+    """A weight of shape ``(d_out, d_in)`` as bitsandbytes int8 codes with one fp32 scale a row."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Int8Weight(nn.Module):
 
 
 ReadWeight = Callable[..., Tensor]
-"""Reads a weight from the checkpoint, ``(d_out, d_in)``: in the dtype that it is called with, or in its own."""
+"""Reads a weight of the checkpoint, ``(d_out, d_in)``, in a given dtype or by default in its own."""
 
 FrozenWeight = DenseWeight | NF4Weight | Int8Weight
 
@@ -224,12 +224,12 @@ _QUANTIZED: dict[str, type[NF4Weight] | type[Int8Weight]] = {"nf4": NF4Weight, "
 
 
 def is_quantized(base: str) -> bool:
-    """Whether ``base`` is one whose residual is applied beside it and never merged (METHOD 6, the exactness rule)."""
+    """True if the residual is applied beside ``base`` and never merged into it (METHOD 6, the exactness rule)."""
     return base in _QUANTIZED
 
 
 def base_values(values: Tensor, base: str, dtype: torch.dtype) -> Tensor:
-    """``W_0`` as ``base`` defines it: from the checkpoint's ``values``, shape ``(d_out, d_in)``, in ``dtype``."""
+    """Form ``W_0`` of ``base`` from the checkpoint's ``values``, ``(d_out, d_in)``, in ``dtype``."""
     if base in _QUANTIZED:
         return _QUANTIZED[base](values).dense(dtype)
     if base == "bf16":
@@ -238,7 +238,7 @@ def base_values(values: Tensor, base: str, dtype: torch.dtype) -> Tensor:
 
 
 def read_dense(read: ReadWeight, base: str, dtype: torch.dtype) -> Tensor:
-    """``W_0`` of a base that is not quantized, ``(d_out, d_in)`` in ``dtype``, a tensor of its own."""
+    """Read ``W_0`` of a base that is not quantized, ``(d_out, d_in)`` in ``dtype``, as a new tensor."""
     return read(torch.bfloat16).to(dtype) if base == "bf16" else read(dtype)
 
 
@@ -246,21 +246,21 @@ def freeze(read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool) 
     """Store ``W_0`` of a linear.
 
     Args:
-        read: gives the checkpoint's weight, ``(d_out, d_in)``, in a dtype or by default in its own.
-        base: ``fp32``, ``bf16``, ``int8`` or ``nf4``; decides the values.
-        dtype: compute dtype, in which a dense store is kept.
-        quantized: keep an ``int8`` or ``nf4`` base as its codes (less memory, a dequantization a pass) instead of
-            as the dequantized values; the values are the same either way.
+        read: reads the checkpoint's weight.
+        base: ``fp32``, ``bf16``, ``int8`` or ``nf4``; determines the values.
+        dtype: compute dtype, that of a dense weight.
+        quantized: keep an ``int8`` or ``nf4`` base as codes (less memory, a dequantization in each pass) instead of
+            dequantized; the values are the same.
     """
     if not is_quantized(base):
         return DenseWeight(read_dense(read, base, dtype))
-    # Int8 is quantized from fp16, whatever the checkpoint has.
+    # Int8 is quantized from fp16, whatever the checkpoint's dtype is.
     codes = Int8Weight(read(torch.float16)) if base == "int8" else NF4Weight(read(), once=True)
     return codes if quantized else DenseWeight(codes.dense(dtype))
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """``x W^T`` that dequantizes ``W`` in the forward and again in the backward, and saves neither."""
+    """``x W^T`` that dequantizes ``W`` in the forward and again in the backward, without keeping it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
@@ -274,7 +274,7 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
-    """``x W^T + bias`` for ``x`` of shape ``(n, d_in)``; differentiable in ``x`` only."""
+    """Compute ``x W^T + bias`` for ``x`` of shape ``(n, d_in)``; differentiable in ``x`` only."""
     if isinstance(weight, DenseWeight):
         return torch.nn.functional.linear(x, weight.values, bias)
     return cast(Tensor, _DequantizedLinear.apply(x, weight, bias))

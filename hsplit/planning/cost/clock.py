@@ -1,4 +1,4 @@
-"""The virtual clock: what everything would have taken at the declared budgets (METHOD 8)."""
+"""The virtual clock: durations of a run at the declared budgets (METHOD 8)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from hsplit.planning.cost.serving import cohorts
 from hsplit.planning.cost.step_time import pipelined_s
 from hsplit.planning.plan import Plan
 
-# What an operation of a decomposition costs in those of a step, which declared speeds are about: it is in fp64, and
-# LAPACK is half as fast as products are (measured on CPUs at 384 to 4096 wide: 3.9 to 4.5).
+# Cost of an operation of a decomposition in operations of a step, to which declared speeds refer: it is in fp64, and
+# LAPACK is half as fast as products (measured on CPUs at 384 to 4096 wide: 3.9 to 4.5).
 _DECOMPOSED = 4.0
-# What an entry of a gradient costs to be multiplied with its weight, made positive and summed, in the same operations.
+# Cost of multiplying an entry of a gradient by its weight and summing the absolute values, in the same operations.
 _REDUCED = 100.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """What holders have of each weight.
+    """Ranks of each weight over its holders.
 
     Attributes:
-        total: their ranks together, ``(W,)``.
-        holders: how many of them hold it, ``(W,)``.
+        total: sum of their ranks, ``(W,)``.
+        holders: number of holders, ``(W,)``.
     """
 
     total: Ints
@@ -40,13 +40,13 @@ class Ranks:
 
 
 class VirtualClock:
-    """Virtual seconds of everything that a run does; deterministic, and no statement about the wall.
+    """Virtual seconds of every part of a run; deterministic, and independent of wall-clock time.
 
     Every batch counts as a full one of ``max_length`` tokens, all of them supervised, as in plans. Clients compute
-    and send side by side; the server waits for the last of them.
+    and send in parallel; the server waits for the last of them.
 
     Args:
-        cost: what steps cost.
+        cost: costs of steps.
         clients, server: the budgets in force.
     """
 
@@ -55,21 +55,21 @@ class VirtualClock:
         self._clients = {client.name: client for client in clients}
 
     def steps_s(self, plan: Plan, clients: Collection[str] | None = None) -> list[float]:
-        """Each local step of a round, in order: in the first nobody is ahead.
+        """Seconds of each local step of a round, in order: in the first no client is ahead.
 
         Args:
             plan: the plan in force.
-            clients: who trains; all available ones by default.
+            clients: the training clients; all available ones by default.
         """
         more = self._cost.model.job.local_steps - 1
         return [self._step_s(plan, clients, frozenset()), *[self.step_s(plan, clients)] * more]
 
     def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
-        """One local step in the midst of a round: METHOD 5's makespan, pipelined where the job says so.
+        """Seconds of one local step after the first of a round: METHOD 5's makespan, pipelined if the job asks for it.
 
         Args:
             plan: the plan in force.
-            clients: who trains; all available ones by default.
+            clients: the training clients; all available ones by default.
         """
         return self._step_s(plan, clients, self._ahead(plan))
 
@@ -79,7 +79,7 @@ class VirtualClock:
         if self._cost.model.whole:
             return float(phases[:, 0].max())
         early = _among(splits, ahead)
-        # They have sent when the step begins, unless that takes them longer than the step.
+        # Clients that are ahead have sent by the beginning of the step, unless that takes longer than the step.
         sent_s = float(phases[early, 0].max(initial=0.0))
         phases[early, 0] = 0.0
         batches = job.grad_accumulation
@@ -89,22 +89,22 @@ class VirtualClock:
         return max(sent_s, batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns)))
 
     def waits_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, tuple[str, float]]:
-        """What one local step is spent on, without overlap: the server's phase (``server``), and of the clients that
-        the step waits for in its phases their compute (``compute``) and their links (``link``).
+        """Split one local step, without overlap, into the server's phase (``server``), and compute (``compute``) and
+        links (``link``) of the clients that it waits for.
 
         Args:
             plan: the plan in force.
-            clients: who trains; all available ones by default.
+            clients: the training clients; all available ones by default.
 
         Returns:
-            By what it is spent on: whose it is (of several clients the one with most), and seconds (virtual).
+            For each part the holder's name (of several clients the one with most), and seconds (virtual).
         """
         splits = _splits(plan, clients)
         phases, names = self._phases(plan, splits), list(splits)
         model, times = self._cost.model, self._cost.times
         server_s = 0.0 if model.whole else sum(self._server_batch_s(splits)) * model.job.grad_accumulation
         early = _among(splits, self._ahead(plan))
-        # What they take is waited for only as far as it is longer than all the rest, and after the others' own.
+        # Clients that are ahead are waited for only as far as they take longer than all the rest.
         others = phases[~early].max(axis=0, initial=0.0)
         beyond = phases[early, 0] - (others.sum() + server_s)
         phases[early, 0] = np.where(beyond > 0, beyond + others[0], 0.0)
@@ -117,18 +117,18 @@ class VirtualClock:
             parts = model.job.pipeline.microbatches
             link = sum(times.sent_s(size, client) + (parts - 1) * client.latency_s for size in messages)
             link = min(0.0 if model.whole else link * model.job.grad_accumulation, seconds)
-            for what, share in (("compute", seconds - link), ("link", link)):
-                spent[what][name] = spent[what].get(name, 0.0) + share
-        found = {what: (max(own, key=own.__getitem__), sum(own.values())) for what, own in spent.items()}
+            for part, share in (("compute", seconds - link), ("link", link)):
+                spent[part][name] = spent[part].get(name, 0.0) + share
+        found = {part: (max(own, key=own.__getitem__), sum(own.values())) for part, own in spent.items()}
         return {**found, "server": (plan.server.name, server_s)}
 
     def call_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, dict[str, float]]:
-        """Seconds of each call of a local step, by holder and by what is called for: up, turn and down of a client;
-        step of the server (of each, where there are several), or forward and backward where the labels are at home.
+        """Seconds of each call of a local step, by holder and call: up, turn and down of a client; step of the server
+        (of each, where there are several), or forward and backward where the labels are at home.
 
         Args:
             plan: the plan in force.
-            clients: who trains, which decides what the server has to do; all available ones by default.
+            clients: the training clients, on which the server's work depends; all available ones by default.
         """
         splits, job = _splits(plan), self._cost.model.job
         times = dict(zip(splits, self._phases(plan, splits), strict=True))
@@ -150,7 +150,7 @@ class VirtualClock:
         return phases
 
     def _ahead(self, plan: Plan) -> frozenset[str]:
-        """The clients that are a step ahead of the others in the midst of a round."""
+        """Clients that are a step ahead of the others after the first step of a round."""
         return plan.forward_only if self._cost.model.job.runs_ahead else frozenset()
 
     def _server_batch_s(self, splits: Mapping[str, int]) -> tuple[float, float]:
@@ -161,24 +161,24 @@ class VirtualClock:
         return forward_s, total / self._cost.model.job.grad_accumulation - forward_s
 
     def probe_s(self, plan: Plan, tokens: int, clients: Collection[str] | None = None) -> float:
-        """One importance probe: part of a batch forward and backward, and the gradient of every adapted weight, which
-        is reduced to a number a client.
+        """Seconds of an importance probe: part of a batch forward and backward, and the gradient of every adapted
+        weight, which is reduced to one number for each client.
 
         Args:
             plan: the plan in force.
             tokens: supervised tokens wanted of each client: examples are whole, and at most a batch.
-            clients: who is asked; all available ones by default.
+            clients: the probed clients; all available ones by default.
         """
         model, splits = self._cost.model, _splits(plan, clients)
         job = model.job
         part = min(math.ceil(tokens / job.max_length) / job.batch_size, 1.0)
         scored_flops = model.weight_gradient_flops * (part + _REDUCED / (2 * model.rows))
         messages = np.array([0, 0, 0] if model.whole else [1, 2 * model.tail_at_client, 1])
-        asked = [self._clients[name] for name in splits]
-        waits = messages * np.array([client.latency_s for client in asked])[:, None]
-        batch = self._cost.times.times_at(asked, _array(splits), microbatches=1) / job.grad_accumulation
+        probed = [self._clients[name] for name in splits]
+        waits = messages * np.array([client.latency_s for client in probed])[:, None]
+        batch = self._cost.times.times_at(probed, _array(splits), microbatches=1) / job.grad_accumulation
         phases = waits + part * (batch - waits)
-        phases[:, 2] += prefix(scored_flops)[_array(splits)] / np.array([client.flops for client in asked])
+        phases[:, 2] += prefix(scored_flops)[_array(splits)] / np.array([client.flops for client in probed])
         counts = self._counts(splits)
         deep = part * self._cost.times.server_times(self._server, counts)[0] / job.grad_accumulation
         deep += (model.joined_clients(model.served(counts)) @ scored_flops)[0] / self._server.flops
@@ -192,14 +192,14 @@ class VirtualClock:
         down_bytes: Mapping[str, int],
         clients: Collection[str] | None = None,
     ) -> float:
-        """A round's end: adapters up, the aggregation, residual changes and restarts down, and a dense base's working
-        weights formed anew.
+        """Seconds of a round's end: adapters up, the aggregation, residual changes and restarts down, and forming a
+        dense base's working weights again.
 
         Args:
-            plan: whose adapters are aggregated.
+            plan: the plan with the adapters' ranks.
             policy: its aggregation.
             up_bytes, down_bytes: by client name.
-            clients: who hands in; all available ones by default.
+            clients: clients that send adapters; all available ones by default.
         """
         ranks, splits = self._ranks(plan, clients), _splits(plan)
         merged_flops = self._merged_flops(ranks, policy)
@@ -213,15 +213,15 @@ class VirtualClock:
         return self.transfer_s(up_bytes) + server_flops / self._server.flops + max(restarted, default=0.0)
 
     def transfer_s(self, nbytes: Mapping[str, int]) -> float:
-        """``nbytes`` by client name over every client's own link, until the last has it."""
+        """Seconds for ``nbytes`` by client name, each over the client's own link, until the last is done."""
         sent = self._cost.times.sent_s
         return max((sent(size, self._clients[name]) for name, size in nbytes.items()), default=0.0)
 
     def reconfiguration_s(self, before: Plan, after: Plan, down_bytes: Mapping[str, int]) -> float:
-        """A change of plan: base weights of the layers that a client is new to, residuals and restarts.
+        """Seconds of a change of plan: base weights of the layers that are new to a client, residuals and restarts.
 
-        Base weights count at the size of the run's base, as if they came over the client's link, which they need not
-        where its node has the model on disk. What the server takes over is on its own disk and does not count.
+        Base weights count at the size of the run's base, as if they came over the client's link, although a node may
+        have the model on disk. Layers that the server takes over are on its own disk and do not count.
 
         Args:
             before, after: the two plans.
@@ -236,10 +236,10 @@ class VirtualClock:
         return self.transfer_s(moved)
 
     def validation_s(self, plan: Plan, batches: Mapping[str, int]) -> float:
-        """Forward passes over each client's validation batches, joined one by one.
+        """Seconds of the forward passes over each client's validation batches, joined one by one.
 
-        Clients go through theirs without waiting for anybody, and the server takes up each when the last has sent it;
-        tails come when a client has sent all.
+        Clients do not wait for one another; the server computes each joined batch when the last client has sent it.
+        Tails follow when a client has sent all of its batches.
 
         Args:
             plan: the plan in force.
@@ -253,7 +253,7 @@ class VirtualClock:
         parts: list[tuple[Sequence[int], float]] = []
         for index in range(int(count.max(initial=0))):
             if index in count or not parts:
-                # Others take part than in the batch before.
+                # Other clients take part than in the batch before.
                 there = cohorts(np.flatnonzero(count > index).tolist(), model.job.clients_per_round)
                 served = [model.clients_at(at[part]) for part in there]
                 deep = [self._cost.times.server_forward_s(self._server, counts) for counts in served]
@@ -267,7 +267,7 @@ class VirtualClock:
         return self._cost.model.clients_at(list(splits.values()))[None]
 
     def _ranks(self, plan: Plan, clients: Collection[str] | None) -> Ranks:
-        """Ranks of every holder that hands in, the servers among them."""
+        """Ranks of every holder that sends adapters, the servers included."""
         members = None if clients is None else set(clients)
         own = [client.ranks for client in plan.available if members is None or client.name in members]
         own += [plan.server.ranks] * plan.servers
@@ -279,13 +279,13 @@ class VirtualClock:
         return Ranks(holders @ vectors, holders @ (vectors > 0))
 
     def _joined(self, ranks: Ranks, policy: Policy) -> NDArray[np.bool_]:
-        """Weights whose update joins the residual: after an svd restart the only holder of one goes on as it is."""
+        """Weights with an update that joins the residual; after an svd restart an only holder's adapter continues."""
         only = policy.reinit != "random" and self._cost.model.keeps_residual
         joined: NDArray[np.bool_] = ranks.holders > only
         return joined
 
     def _aggregation_flops(self, ranks: Ranks, policy: Policy) -> float:
-        """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors is next to nothing."""
+        """LAPACK's leading terms for the decompositions of METHOD 6; averaging factors costs next to nothing."""
         model = self._cost.model
         if not model.decomposes:
             return 0.0
@@ -295,14 +295,14 @@ class VirtualClock:
             decomposed.append(rank + model.residual_entries // model.sides)
         smaller_side = np.array([min(weight.d_out, weight.d_in) for weight in model.weights])
         total = 0.0
-        for wanted in decomposed:
-            width = np.minimum(wanted, smaller_side)
+        for directions in decomposed:
+            width = np.minimum(directions, smaller_side)
             # Two QR, an SVD of the core, and at most all directions formed by products with the factors.
             total += float((4.0 * model.sides * width**2 + 22.0 * width**3)[self._joined(ranks, policy)].sum())
         return _DECOMPOSED * total
 
     def _merged_flops(self, ranks: Ranks, policy: Policy) -> Floats:
-        """What forming the residual at its cap takes, to be added to a dense base, by layer, ``(L,)``."""
+        """Operations to form the residual at its cap, to be added to a dense base, by layer, ``(L,)``."""
         model = self._cost.model
         if model.quantized or not model.keeps_residual:
             return np.zeros(model.layers)

@@ -1,4 +1,4 @@
-"""A model's layers with everything counted that a plan can ask of them (METHOD 4)."""
+"""A model's layers with all counts that plans need (METHOD 4)."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class CountedModel:
     Args:
         model: the model; no weights are read.
         job: the run's settings.
-        residual: whether the run's aggregation keeps a residual at all.
-        decomposes: whether it takes singular value decompositions.
-        truncates: whether each holder gets its own part of the common restarts.
+        residual: the run's aggregation keeps a residual.
+        decomposes: it takes singular value decompositions.
+        truncates: each holder gets its own part of the common restarts.
         top_rank: the largest rank that a plan may give; by default that of ``job.rank_set``.
-        whole: clients hold the full model (placement ``full`` or ``single``): the tail is theirs, the base stays as it
-            is stored, and nothing of a step travels.
+        whole: clients hold the full model (placement ``full`` or ``single``): they have the tail, the base stays as it
+            is stored, and a step sends nothing.
         trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
-        servers: how many servers share the clients.
+        servers: number of servers that share the clients.
 
     Attributes:
         layers: decoder layers ``L``.
@@ -68,9 +68,9 @@ class CountedModel:
         weight_layer: their layers, ``(W,)``.
         sides: ``d_in + d_out`` of each, ``(W,)``.
         saved: bytes that each layer keeps for the backward of one client's batch, at rank 0, ``(L,)``.
-        saved_per_rank: what a unit of rank of each weight adds to that, ``(W,)``.
-        transient: most that each layer needs at once beyond what it keeps, one client's batch, in a step or in an
-            importance probe, ``(L,)``.
+        saved_per_rank: bytes that a unit of rank of each weight adds to that, ``(W,)``.
+        transient: most bytes of each layer at once beyond those, for one client's batch, in a step or in an importance
+            probe, ``(L,)``.
         forward_flops, backward_flops: of each layer for one client's batch, ``(L,)``.
     """
 
@@ -118,7 +118,7 @@ class CountedModel:
         self._count_layers()
 
     def setting(self, ranks: int, rows: int, codes: str | None) -> LayerSetting:
-        """What a layer is counted at: ranks of its adapters, rows of tokens, and how its base is kept."""
+        """Make the setting to count a layer at: ranks of its adapters, rows of tokens, and how its base is kept."""
         cap = self.job.residual.max_rank
         # Uncapped factors become one matrix when they would outgrow it; counted as if they stopped there.
         cap_rank = 10**9 if cap == "full" else cap
@@ -128,7 +128,7 @@ class CountedModel:
         return LayerSetting(rows, length, self.dtype, ranks, beside, codes, dropout, probed=not dropout)
 
     def transient_bytes(self, layer: int, rows: int, codes: str | None) -> int:
-        """Most that ``layer`` needs at once beyond what it keeps for the backward, in a step or a probe."""
+        """Most bytes of ``layer`` at once beyond those kept for the backward, in a step or a probe."""
         setting = self.setting(self.top_rank, rows, codes)
         run = self.counter.run(layer, setting)
         # A probe runs without dropout.
@@ -140,7 +140,7 @@ class CountedModel:
         rows = job.batch_size
         codes = self.client_codes
         low = [counter.run(layer, self.setting(1, rows, codes)) for layer in range(self.layers)]
-        # Two ranks are needed to see the growth, also where only one may be given.
+        # Two ranks are needed to find the growth, also where plans give only one.
         top = max(self.top_rank, 2)
         high = [counter.run(layer, self.setting(top, rows, codes)) for layer in range(self.layers)]
         spread = top - 1
@@ -166,12 +166,12 @@ class CountedModel:
 
     @property
     def batch_bytes(self) -> int:
-        """Ids and targets of one client's batches of a step, and what packing one takes, int64."""
+        """Bytes of ids and targets of one client's batches of a step, and for packing one, int64."""
         return 8 * self.rows * (2 * self.job.grad_accumulation + 4)
 
     @cached_property
     def hidden_bytes(self) -> int:
-        """One client's hidden states of a batch, in the compute dtype."""
+        """Bytes of one client's hidden states of a batch, in the compute dtype."""
         return self.rows * self.width * self.dtype.itemsize
 
     @cached_property
@@ -186,40 +186,40 @@ class CountedModel:
 
     @property
     def moments(self) -> float:
-        """What the optimizer keeps for each entry of an adapter, in entries of the master dtype: 2 of Adam."""
+        """Optimizer state for each entry of an adapter, in entries of the master dtype: 2 with Adam."""
         return moment_bytes(self.job, self.master) / self.master.itemsize
 
     @property
     def optimizer_bytes(self) -> int:
-        """What the optimizer keeps whatever the ranks are."""
+        """Bytes of optimizer state that do not depend on the ranks."""
         return constant_bytes(self.job)
 
     @cached_property
     def adapter_bytes(self) -> Floats:
-        """Bytes of one unit of rank of each weight with all that training it keeps, ``(W,)``."""
+        """Bytes of one unit of rank of each weight with gradient and optimizer state, ``(W,)``."""
         # Parameter, gradient and moments: with Adam's two in fp32 16 bytes (METHOD 3).
         total: Floats = self.sides.astype(np.float64) * ((2 + self.moments) * self.master.itemsize)
         return total
 
     def stepping_bytes(self, copied_bytes: Floats) -> Floats:
-        """What an optimizer step takes in passing over adapters of which a copy takes ``copied_bytes``."""
+        """Transient bytes of an optimizer step over adapters of ``copied_bytes``."""
         entries: Floats = np.minimum(copied_bytes / self.master.itemsize, STEPPED_AT_ONCE)
         return passing_bytes(self.job) * entries
 
     @cached_property
     def weight_gradient_flops(self) -> Floats:
-        """``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
+        """Operations of ``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
         return self.by_layer([2.0 * self.rows * weight.parameters for weight in self.weights])
 
     @cached_property
     def dense_bytes(self) -> Floats:
-        """Each layer stored dense in the compute dtype, as clients hold it, ``(L,)``."""
+        """Bytes of each layer stored dense in the compute dtype, as on clients, ``(L,)``."""
         kinds = self.counter.kinds
         return np.array([self.dtype.itemsize * float(k.weight_parameters + k.small_parameters) for k in kinds])
 
     @cached_property
     def stored_bytes(self) -> Floats:
-        """Each layer stored as the base is, with room for its residual beside codes, ``(L,)``."""
+        """Bytes of each layer stored as the base is, with room for its residual beside codes, ``(L,)``."""
         item, base = self.dtype.itemsize, self.job.base
         beside = self.by_layer(item * self.residual_entries) if self.quantized else np.zeros(self.layers)
         stored = [_linear_bytes(kind, base, item) + item * kind.small_parameters for kind in self.counter.kinds]
@@ -227,16 +227,16 @@ class CountedModel:
 
     @cached_property
     def copied_bytes(self) -> Floats:
-        """A copy of each layer's adapters at the largest rank, ``(L,)``."""
+        """Bytes of a copy of each layer's adapters at the largest rank, ``(L,)``."""
         return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
 
     @cached_property
     def following(self) -> Floats:
-        """Most that each layer's linears need, one at a time, to begin a round, ``(L,)``.
+        """Most bytes that each layer's linears need, one at a time, to begin a round, ``(L,)``.
 
         A quantized base narrows its residual's new factors to the compute dtype. A dense one forms the residual and
         ``W_0`` and adds them (``AdaptedLinear``); ``W_0`` is read in chunks, and a bf16 base is read as such before it
-        is widened. Then ``A`` is drawn anew, in three tensors of its size (``initial_A``).
+        is widened. Then a new ``A`` is drawn, in three tensors of its size (``initial_A``).
         """
         exact = self.master.itemsize
         drawn = [3 * exact * self.top_rank * w.d_in for w in self.weights]
@@ -249,7 +249,7 @@ class CountedModel:
         return self.by_layer(np.maximum(formed, drawn), np.maximum)
 
     def loading(self, codes: bool) -> Floats:
-        """Most that reading each layer needs beyond what it then stores, ``(L,)``.
+        """Most bytes to read each layer beyond its stored size, ``(L,)``.
 
         Args:
             codes: a quantized base stays as codes (the server) instead of being dequantized (clients).
@@ -261,7 +261,7 @@ class CountedModel:
         return self._loading[codes]
 
     def _loading_bytes(self, size: int, codes: bool) -> int:
-        """Of one linear with ``size`` entries, beyond its stored size (see ``models.weights``)."""
+        """Bytes to read one linear with ``size`` entries, beyond its stored size (see ``models.weights``)."""
         item, base = self.dtype.itemsize, self.job.base
         if not self.quantized:
             return min(CHUNK_BYTES, 4 * size) + (2 * size if base == "bf16" and item > 2 else 0)
@@ -279,26 +279,26 @@ class CountedModel:
 
     @cached_property
     def embedding_bytes(self) -> int:
-        """All embeddings, in the compute dtype."""
+        """Bytes of all embeddings, in the compute dtype."""
         return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
 
     @cached_property
     def embedding_working_bytes(self) -> int:
-        """Hidden states alive at once while the embeddings make the first one."""
+        """Bytes of hidden states alive at once while the embeddings form the first one."""
         return self.hidden_bytes * (2 * len(self._family.embeddings) - 1)
 
     @cached_property
     def rotary_bytes(self) -> int:
-        """Tables of the rotary positions; 0 of a family without."""
+        """Bytes of the tables of rotary positions; 0 for a family without."""
         return self.counter.rotary_bytes(self.setting(1, 1, None))
 
     def tail_bytes(self, head: bool) -> int:
-        """The last norm, and with ``head`` the output head, in the compute dtype."""
+        """Bytes of the last norm, and with ``head`` of the output head, in the compute dtype."""
         entries = self.words * self.width if head else 0
         return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
 
     def tail_run(self, chunk_rows: int) -> TailRun:
-        """What norm, head and loss take."""
+        """Count norm, head and loss."""
         if chunk_rows not in self._tails:
             self._tails[chunk_rows] = self.counter.tail(self.dtype, chunk_rows)
         return self._tails[chunk_rows]
@@ -317,32 +317,32 @@ class CountedModel:
         return WireBytes(up, turn, turn, hidden if split else 0)
 
     def clients_at(self, splits: Sequence[int] | Ints) -> Ints:
-        """How many clients split at each layer: ``(L + 1,)``."""
+        """Number of clients that split at each layer: ``(L + 1,)``."""
         return np.bincount(np.asarray(splits, dtype=np.int64), minlength=self.layers + 1)
 
     def joined_clients(self, counts: Ints) -> Ints:
-        """How many clients' rows pass each layer at the server: ``(M, L)`` for ``counts`` ``(M, L + 1)``."""
+        """Number of clients with rows that pass each layer at the server: ``(M, L)`` for ``counts`` ``(M, L + 1)``."""
         joined: Ints = np.cumsum(counts, axis=1)[:, : self.layers]
         return joined
 
     def served(self, counts: Ints) -> Ints:
-        """Those of the clients whom one server serves in a round, at most: ``(M, L + 1)`` for ``counts`` alike."""
+        """Most clients at each split that one server serves in a round: ``(M, L + 1)`` for ``counts`` alike."""
         return counts_at_first(counts, self.job.clients_per_round, self.servers)
 
     def training(self, clients: int) -> int:
-        """How many of ``clients`` train in a round."""
+        """Number of ``clients`` that train in a round."""
         most = self.job.clients_per_round
         return clients if most is None else min(clients, most)
 
     def rank_vector(self, ranks: Mapping[str, int]) -> Ints:
-        """``ranks`` by weight name as an array ``(W,)``; a weight that is not named has rank 0."""
+        """Convert ``ranks`` by weight name to an array ``(W,)``; a weight that is not named has rank 0."""
         vector = np.zeros(len(self.weights), dtype=np.int64)
         for name, rank in ranks.items():
             vector[self._index[name]] = rank
         return vector
 
     def by_layer(self, values: Any, combine: np.ufunc = np.add) -> Floats:
-        """Values over weights gathered to values over layers, ``(L,)``."""
+        """Gather values over weights to values over layers, ``(L,)``."""
         total = np.zeros(self.layers)
         combine.at(total, self.weight_layer, values)
         return total

@@ -1,8 +1,9 @@
-"""The cost of one decoder layer, counted on tensors without memory instead of guessed (METHOD 4).
+"""The cost of one decoder layer, counted on tensors without memory instead of estimated (METHOD 4).
 
 The layer is built from the model's configuration alone, with the run's own :class:`AdaptedLinear` in place of every
 linear, and called once forward and once backward on fake tensors: autograd, the shapes and the lifetimes are the real
-ones, only the numbers are missing. A tracer watches what autograd keeps, the most bytes alive at once, and operations.
+ones, only the numbers are missing. Counted are the bytes that autograd keeps, the most bytes alive at once, and
+operations.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from hsplit.planning.cost.fake_layer import (
 
 @contextmanager
 def saved_storages(held: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes of every distinct storage that autograd saves inside, by storage.
+    """Collect the bytes of every distinct storage that autograd saves inside, by storage.
 
     Args:
-        held: tensors that are there anyway and do not count: weights, adapters, tables.
+        held: tensors that exist anyway and do not count: weights, adapters, tables.
     """
     known = _storages(held)
     found: dict[int, int] = {}
@@ -60,7 +61,7 @@ def saved_storages(held: Sequence[Tensor]) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             found[storage._cdata] = storage.nbytes()
-            # A freed storage's address may be given to the next one, which would then not count.
+            # A freed storage's address may be reused by the next one, which would then not count.
             alive.append(tensor.detach())
         return tensor
 
@@ -74,7 +75,7 @@ def _storages(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts multiplications and additions of all matrix products, attention's included."""
+    """Make a counter of multiplications and additions of all matrix products, attention's included."""
     aten = torch.ops.aten
     # torch's own list lacks the CPU kernel of scaled dot product attention and the product in place.
     missing = {
@@ -98,7 +99,7 @@ def _sdpa_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, o
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make, and the most bytes of them that were alive at once."""
+    """Follows the storages that operations allocate, and the most bytes of them alive at once."""
 
     def __init__(self, held: Sequence[Tensor]) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def begin_peak(self) -> None:
-        """Forget the peak so far: what is alive now is the new one's beginning."""
+        """Begin a new peak at the bytes that are alive now."""
         self.peak = self._now
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -132,19 +133,19 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed)
 
 
-# Reserved for each byte counted of a step: operations allocate a little inside themselves, unseen (measured: 0.3 %).
+# Reserved for each byte counted of a step: operations allocate a little that is not seen (measured: 0.3 %).
 UNSEEN = 1.01
 
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What one forward and one backward of a layer took.
+    """Bytes and operations of one forward and one backward of a layer.
 
     Attributes:
-        saved_bytes: kept from the forward for the backward: the layer's input included, its output,
-            parameters, adapters and rotary tables not.
-        peak_bytes: most bytes alive at once over both passes, the same things left out, the output and its
-            gradient included. Workspaces inside a kernel are not seen.
+        saved_bytes: kept from the forward for the backward: with the layer's input, without its output, parameters,
+            adapters and rotary tables.
+        peak_bytes: most bytes alive at once over both passes, without the same, but with the output and its gradient.
+            Workspaces inside a kernel are not seen.
         forward_flops, backward_flops: multiplications and additions, each counted.
     """
 
@@ -158,10 +159,10 @@ class LayerRun:
 class TailRun:
     """Most bytes alive at once in the tail, forward and then backward, each linear in the supervised tokens.
 
-    Left out: norm, head and the tail's input; counted: the input's gradient.
+    Norm, head and the tail's input do not count; the input's gradient does.
 
     Attributes:
-        forward, backward: bytes a token, and bytes that do not depend on them (a chunk of logits).
+        forward, backward: bytes for each token, and bytes that do not depend on tokens (a chunk of logits).
     """
 
     forward: tuple[int, int]
@@ -178,7 +179,7 @@ def layer_kinds(model: ModelSpec, adapted: set[str], length: int) -> list[LayerK
     Args:
         model: the model.
         adapted: names of the weights that have an adapter.
-        length: tokens a row; a window at least as long does not bite.
+        length: tokens a row; a window at least as long has no effect.
     """
     kinds, family = [], model.family
     for index, layer in enumerate(cast(nn.ModuleList, model.skeleton.get_submodule(family.layers))):
@@ -201,17 +202,17 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 
 
 class CountStore:
-    """Lists of whole numbers by what they were counted on, in the user's cache directory.
+    """Counts in the user's cache directory, as lists of integers by key: tracing a layer takes half a second.
 
-    A count is found again only by the same code: this package's files and the versions of the libraries that it runs
-    are in its name. A directory that cannot be written keeps nothing, and nothing is lost by that.
+    A count is found again only by the same code: its name has a digest over this package's files and the versions of
+    the libraries. Nothing fails where the directory cannot be written.
     """
 
     def __init__(self) -> None:
         self._folder = cache_root() / "counts"
 
     def get(self, *key: Any) -> list[int] | None:
-        """What was kept for ``key``, or ``None``."""
+        """Return the counts kept for ``key``, or ``None``."""
         try:
             return read_json(self._path(key), list[int])
         except InputError:
@@ -222,7 +223,7 @@ class CountStore:
         path = self._path(key)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Others may read, or write the same.
+            # Other processes may read it, or write the same.
             write_text_atomically(path, json.dumps(counts), durable=False)
         except OSError:
             return
@@ -234,7 +235,7 @@ class CountStore:
 
 @functools.cache
 def _code() -> str:
-    """What identifies the code that counts."""
+    """Digest over the code that counts."""
     digest = hashlib.sha256()
     for name in _LIBRARIES:
         digest.update(f"{name} {version(name)}\n".encode())
@@ -245,7 +246,7 @@ def _code() -> str:
 
 
 class LayerCounter:
-    """Counts the layers of one model, each kind of layer once a setting.
+    """Counts the layers of one model, each kind of layer once for a setting.
 
     Args:
         model: the model; no weights are read.
@@ -260,10 +261,10 @@ class LayerCounter:
         self._store = CountStore()
 
     def run(self, index: int, setting: LayerSetting) -> LayerRun:
-        """What layer ``index`` takes in ``setting``.
+        """Count layer ``index`` in ``setting``.
 
-        The input is taken to require a gradient. A client's first layer's does not, so it saves and computes
-        a little less than counted: the plan errs on the safe side there.
+        Its input requires a gradient. That of a client's first layer does not, so that it saves and computes a little
+        less than counted, on the safe side.
         """
         kind = self.kinds[index]
         if (kind, setting) not in self._runs:
@@ -276,7 +277,7 @@ class LayerCounter:
         return self._runs[kind, setting]
 
     def tail(self, dtype: torch.dtype, chunk_rows: int) -> TailRun:
-        """What norm, head and loss take with ``chunk_rows`` rows of logits at once."""
+        """Count norm, head and loss with ``chunk_rows`` rows of logits at once."""
         # Two sizes give slope and constant; whole chunks, so that both have full ones.
         key = ("tail", self._config.to_json_string(), dtype, chunk_rows)
         kept = self._store.get(*key)
@@ -301,7 +302,7 @@ class LayerCounter:
             tail = Tail(norm, torch.empty(words, width, dtype=dtype), chunk_rows)
             hidden = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
             with LiveBytes([*tail.parameters(), *tail.buffers(), hidden]) as live:
-                # As holders do, which know by a mask which positions are supervised.
+                # Indexed as on holders, where a mask selects the supervised positions.
                 at = torch.zeros(tokens, dtype=torch.int64)
                 loss = tail.token_losses(hidden[at], at[at]).sum()
                 forward = live.peak
@@ -339,7 +340,7 @@ class LayerCounter:
 
 def _count(segment: Segment, index: int, held: Sequence[Tensor], setting: LayerSetting, width: int) -> LayerRun:
     packing = full_packing(setting)
-    # The flop counter takes operations apart, so the bytes must be seen before it: it is entered first.
+    # The flop counter decomposes operations, so the bytes must be seen before it: it is entered first.
     with flop_counter() as flops, LiveBytes(held) as live:
         hidden = torch.empty((setting.rows * setting.length, width), dtype=setting.dtype, requires_grad=True)
         with saved_storages(held) as saved:

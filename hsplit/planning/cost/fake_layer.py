@@ -35,11 +35,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """All that the cost of a layer depends on: layers of one kind are counted once.
+    """The properties on which a layer's cost depends: layers of one kind are counted once.
 
     Attributes:
         linears: in the layer's order.
-        other_parameters: number of the parameters that are no linear's (norms).
+        other_parameters: number of parameters outside of linears (norms).
         window: the attention's window, ``None`` where it is full.
     """
 
@@ -60,7 +60,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """How a layer is run when it is counted.
+    """Conditions under which a layer is counted.
 
     Attributes:
         rows, length: the batch, ``(rows, length)`` tokens.
@@ -83,7 +83,7 @@ class LayerSetting:
 
 
 class RotaryTables(nn.Module):
-    """A rotary embedding whose tables are given: they are the segment's and do not count for a layer."""
+    """A rotary embedding with fixed tables, which belong to the segment and do not count for a layer."""
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         super().__init__()
@@ -94,15 +94,15 @@ class RotaryTables(nn.Module):
 
 
 def full_packing(setting: LayerSetting) -> Packing:
-    """The batch that plans reserve for: every sequence of the greatest length, so that nothing is padded."""
+    """Make the packing that plans reserve memory for: all sequences of the greatest length, without padding."""
     return Packing.of((setting.length,) * setting.rows)
 
 
 def rotary_tables_of(model: ModelSpec, setting: LayerSetting) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines ``(1, n, d_head)`` that a segment's layers share, or ``None``."""
+    """Compute cosines and sines ``(1, n, d_head)`` that a segment's layers share, or ``None``."""
     if model.family.rotary is None:
         return None
-    # Run for real: some rotary embeddings look at the positions' values, which fake tensors do not have.
+    # On real tensors: some rotary embeddings read the positions' values, which fake tensors do not have.
     positions = full_packing(setting).positions.unsqueeze(0)
     hidden = torch.zeros(1, positions.shape[1], 1, dtype=setting.dtype)
     cos, sin = model.module(model.family.rotary)(hidden, position_ids=positions)
@@ -110,7 +110,7 @@ def rotary_tables_of(model: ModelSpec, setting: LayerSetting) -> tuple[Tensor, T
 
 
 class _Codes(nn.Module):
-    """Stands for a quantized weight: allocates what dequantizing it allocates (see ``models.weights``)."""
+    """Stands for a quantized weight: allocates the same bytes as dequantizing it (see ``models.weights``)."""
 
     def __init__(self, base: str, d_out: int, d_in: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def fill_layer(layer: nn.Module, kind: LayerKind, setting: LayerSetting) -> Iter
     """Give the meta ``layer`` fake weights, adapters and residuals.
 
     Yields:
-        Those tensors that are no parameter or buffer of it.
+        The tensors that are no parameter or buffer of it.
     """
     master = torch.promote_types(setting.dtype, torch.float32)
     for linear in kind.linears:
@@ -135,7 +135,7 @@ def fill_layer(layer: nn.Module, kind: LayerKind, setting: LayerSetting) -> Iter
         weight: Any = DenseWeight(torch.empty(d_out, d_in, dtype=setting.dtype))
         if setting.codes is not None:
             weight = _Codes(setting.codes, d_out, d_in)
-        # Beside codes the bias is left out: it changes nothing that is counted.
+        # Beside codes the bias is left out: it has no effect on the counts.
         bias = torch.empty(d_out, dtype=setting.dtype) if linear.bias and setting.codes is None else None
         adapted = AdaptedLinear(linear.path, cast(FrozenWeight, weight), bias, None, setting.dtype)
         adapted.dropout = setting.dropout
@@ -156,7 +156,7 @@ def fill_layer(layer: nn.Module, kind: LayerKind, setting: LayerSetting) -> Iter
 
 
 def watch_linears(linears: Iterable[AdaptedLinear], kind: LayerKind, setting: LayerSetting) -> None:
-    """Allocate in the backward what an importance probe does when the gradient of a linear's output arrives."""
+    """Allocate in the backward as an importance probe does when the gradient of a linear's output arrives."""
     tokens = setting.rows * setting.length
     for module, linear in zip(linears, kind.linears, strict=True):
         if linear.adapted:
@@ -172,7 +172,7 @@ def _watch(module: AdaptedLinear, working_bytes: int, dtype: torch.dtype) -> Non
         kept = [inputs[0].detach()]
 
         def score(delta: Tensor) -> None:
-            # The input goes once it is scored, though the graph keeps its hooks.
+            # The input is freed once it is scored, although the graph keeps its hooks.
             held = kept.pop(), delta, module.weight.dense(dtype), torch.empty(working_bytes, dtype=torch.uint8)
             del held
 

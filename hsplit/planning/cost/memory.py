@@ -17,7 +17,7 @@ from hsplit.planning.cost.serving import counts_of_deepest
 
 
 class ClientMemory:
-    """Peak bytes of a client at every split: a constant, and so much for each unit of rank of each weight."""
+    """Peak bytes of a client at every split: a constant, and an amount for each unit of rank of each weight."""
 
     def __init__(self, model: CountedModel) -> None:
         self._model = model
@@ -30,7 +30,7 @@ class ClientMemory:
         layers = prefix(model.stored_bytes if codes else model.dense_bytes)
         fixed = layers + model.embedding_bytes + model.rotary_bytes + model.optimizer_bytes
         fixed[0] -= model.rotary_bytes
-        # What is stored as codes has the residual beside it counted already.
+        # Stored bytes of codes include the residual beside them.
         if model.quantized and not codes:
             fixed += prefix(model.by_layer(model.dtype.itemsize * model.residual_entries))
         if model.tail_at_client:
@@ -47,14 +47,14 @@ class ClientMemory:
     def training_bytes(self) -> int:
         """Peak bytes of a node that trains every weight.
 
-        It always holds each value with two Adam moments in the master dtype; in a step the gradients too, activations,
-        and the logits of all positions with what the loss makes of them; for a checkpoint, or from one, a copy of all.
+        It always holds each value with two Adam moments in the master dtype; in a step also the gradients, activations,
+        and the logits of all positions with the loss's copies; to write or read a checkpoint, a copy of all.
         """
         model = self._model
         nbytes = model.dense_bytes.sum() + model.embedding_bytes + model.tail_bytes(head=not model.tied)
         values = model.master.itemsize * nbytes / model.dtype.itemsize
         logits = 4 * model.master.itemsize * model.rows * model.words
-        # The input of every linear is counted; norms keep theirs too where they are trained, twice a layer and last.
+        # Inputs of linears are counted; trained norms keep theirs too, twice a layer and once at the end.
         norms = (2 * model.layers + 1) * model.hidden_bytes
         work = prefix(model.saved)[-1] + norms + model.transient.max() + logits
         narrow = model.narrow_bytes * values / model.master.itemsize
@@ -68,7 +68,7 @@ class ClientMemory:
 
     @cached_property
     def _step_bytes(self) -> Floats:
-        """A local step or an importance probe, beside what a client always holds, by split."""
+        """Bytes of a local step or an importance probe, beside those that a client always holds, by split."""
         model = self._model
         wire = model.wire_bytes(1)
         # The gradient as received; in the backward its converted form is its layer's.
@@ -77,22 +77,22 @@ class ClientMemory:
         # A client without layers, and the beginning of all others: the embedding's work, then the message.
         layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
         if model.tail_at_client:
-            # The front's output, the deep layers' as received and as unpacked, then norm, head and loss.
+            # The front's output, the deep layers' output as received and unpacked, then norm, head and loss.
             unpacked = 2 * model.hidden_bytes + wire.deep
             layers = np.maximum(layers, unpacked + model.tail_run(CLIENT_CHUNK_ROWS).peak_bytes(model.rows))
         if model.job.privacy.noise:
-            # What was clipped is kept beside the result; clipping, noise and its scaled form pass before a backward.
+            # The clipped states are kept beside the result; clipping, noise and its scaling come before a backward.
             layers = np.maximum(layers + model.hidden_bytes, 6 * model.hidden_bytes)
         return UNSEEN * (prefix(model.saved) + layers) + model.batch_bytes
 
     @cached_property
     def _round_bytes(self) -> Floats:
-        """What a round's end or a resumption needs, by split, when no activation is alive.
+        """Bytes of a round's end or a resumption, by split, when no activation is alive.
 
         As received: the residual's change for all weights held and the common restarts, which are no larger than the
-        adapters; at a resumption factors and moments too, but then a residual that is kept as it is received
-        is not there before. Beside it what following the residual takes, one weight at a time. What is proportional to
-        the ranks counts at the largest, as far as it is more than the activations in :attr:`per_rank`.
+        adapters; at a resumption also factors and moments, but then no earlier residual where it is kept as received.
+        Beside them the bytes to follow the residual, one weight at a time. Bytes in proportion to the ranks count at
+        the largest rank, as far as they exceed the activations in :attr:`per_rank`.
         """
         model = self._model
         residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries))
@@ -102,17 +102,16 @@ class ClientMemory:
         return np.maximum(restart, resumption) + _running_maximum(model.following)
 
     def _copies(self, count: float) -> Floats:
-        """So many copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
+        """Bytes of copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
         model = self._model
         beyond = np.maximum(count * model.master.itemsize * model.sides - model.saved_per_rank, 0)
         return prefix(model.by_layer(model.top_rank * beyond))
 
     @cached_property
     def _loading_bytes(self) -> Floats:
-        """Reading the layers, by split, when the last layer's residual is not there yet.
+        """Bytes to read the layers, by split, before the last layer's residual exists.
 
-        Of the adapters there are no more than moments that outlive a change of plan, and embedding and head are
-        converted in chunks.
+        Of the adapters only moments that outlive a change of plan exist; embedding and head are converted in chunks.
         """
         model = self._model
         most = np.maximum(_running_maximum(model.loading(codes=model.client_codes is not None)), CHUNK_BYTES)
@@ -129,15 +128,15 @@ def _running_maximum(values: Floats) -> Floats:
     return np.concatenate([[0.0], np.maximum.accumulate(values)])
 
 
-# Up to the first number of clients each is counted for itself, beyond it only these: counting takes time and memory
-# that grow with the rows.
+# Every number of clients up to the first of these is counted, beyond it only these: counting takes time and memory that
+# grow with the rows.
 COUNTED_CLIENTS = (8, 16, 32, 64)
 
 
 class ServerMemory:
-    """Peak bytes of the server beside given clients: a constant, and so much a unit of rank a weight.
+    """Peak bytes of the server beside given clients: a constant, and an amount for each unit of rank of each weight.
 
-    Of several servers they are those of the first, which aggregates and serves most.
+    With several servers they are those of the first, which aggregates and serves most.
     """
 
     def __init__(self, model: CountedModel) -> None:
@@ -148,7 +147,7 @@ class ServerMemory:
         """Bytes of the server apart from its own ranks: ``(M,)``.
 
         Args:
-            counts: rows of :meth:`clients_at`, ``(M, L + 1)``, all of equally many clients.
+            counts: rows of :meth:`clients_at`, ``(M, L + 1)``, all with the same number of clients.
         """
         model, served = self._model, self._model.served(counts)
         clients, joined = int(served[0].sum()), model.joined_clients(served)
@@ -164,18 +163,18 @@ class ServerMemory:
         # Messages as received, each client's rows as a leaf of the graph, targets and owners of all tokens.
         boundary = clients * (wire.to_server + model.hidden_bytes + 4 * 8 * model.rows)
         if model.whole:
-            # Nothing of a step comes here.
+            # A step sends nothing to the server.
             boundary = 0
         step = UNSEEN * (joined @ model.saved + working + boundary)
-        # The first server aggregates: all that train hand in to it, the other servers too.
+        # The first server aggregates the adapters of all training clients and of the other servers.
         deepest = counts_of_deepest(counts, model.job.clients_per_round)
         received = deepest @ prefix(model.copied_bytes) + model.servers * copies
         if model.truncates:
-            # What each holder takes of the restarts is its own copy.
+            # Each holder's part of the restarts is a copy of its own.
             received = received + counts @ prefix(model.copied_bytes) + model.servers * copies
         holders = model.training(int(counts[0].sum())) + model.servers - 1
         passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._following(held))
-        # Resuming instead: own factors and moments as received.
+        # At a resumption instead: own factors and moments as received.
         resumed = (1 + model.moments) * copies + model.optimizer_bytes
         round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._following(held))
         load = np.where(held, model.loading(codes=True), 0.0).max(axis=1)
@@ -183,7 +182,7 @@ class ServerMemory:
         return total
 
     def per_rank(self, counts: Ints) -> Floats:
-        """Bytes that one more unit of rank of each weight costs, ``(M, W)``; 0 for what it does not hold.
+        """Bytes that one more unit of rank of each weight costs, ``(M, W)``; 0 for weights that it does not hold.
 
         Args:
             counts: as for :meth:`constant`.
@@ -200,27 +199,27 @@ class ServerMemory:
 
     @cached_property
     def _residual_bytes(self) -> int:
-        """All weights' residuals as they are kept, or as they travel to the holders."""
+        """Bytes of all weights' residuals as they are kept, or as they travel to the holders."""
         return self._model.master.itemsize * int(self._model.residual_entries.sum())
 
     @cached_property
     def _store_bytes(self) -> float:
-        """What the aggregator keeps of all weights: residuals and common restarts."""
+        """Bytes that the aggregator keeps: residuals and common restarts of all weights."""
         return self._residual_bytes + float(self._model.copied_bytes.sum())
 
     def _following(self, held: NDArray[np.bool_]) -> Floats:
         return np.where(held, self._model.following, 0.0).max(axis=1)
 
     def _transients_of(self, joined: Ints) -> Floats:
-        """Most that a layer needs at once with so many clients' rows, ``(M,)``."""
+        """Most bytes of a layer at once with the rows of ``joined`` clients, ``(M,)``."""
         distinct, places = np.unique(joined, return_inverse=True)
         return np.array([self._transient(int(clients)) for clients in distinct])[places]
 
     def _transient(self, clients: int) -> float:
-        """Counted for few clients; for more, on the chord between numbers that were counted.
+        """Most bytes of a layer at once: counted for few clients; for more, interpolated between counted numbers.
 
-        Each moment of a layer takes bytes linear in the rows, so the most of them is convex: a chord is never below it.
-        Beyond the largest number counted it goes on as between the last two.
+        At each moment a layer's bytes are linear in the rows, so their maximum is convex: a chord is never below it.
+        Beyond the largest counted number the last chord is extended.
         """
         if clients <= COUNTED_CLIENTS[0]:
             return self._counted_transient(clients)
@@ -240,11 +239,11 @@ class ServerMemory:
         return self._transients[clients]
 
     def _recompression_bytes(self, holders: int) -> float:
-        """One weight's update on its way into its residual: the decomposition in fp64 (``lora.low_rank.spectral``).
+        """Bytes to join one weight's update to its residual: the decomposition in fp64 (``lora.low_rank.spectral``).
 
         Measured on 100 holders of a 4096 x 4096 weight: 4 % less than this. With one server no weight has more holders
-        than there are clients, since it holds what some client does not; a common restart joins their terms. Without a
-        cap a residual may become a matrix.
+        than there are clients, since the server holds only weights that some client lacks; a common restart joins their
+        terms. Without a cap a residual may become a matrix.
         """
         model = self._model
         if not model.decomposes:
@@ -256,10 +255,10 @@ class ServerMemory:
             small, sides = min(d_out, d_in), d_out + d_in
             r = min(rank, small)
             kept = r if cap == "full" else min(cap, r)
-            # One factor and two triangles, or what the core's decomposition takes; of so many terms, the matrix's own.
+            # One factor and two triangles, or the core's decomposition; of terms of full rank, the matrix's own.
             core = max(r * max(d_out, d_in) + 2 * r * r, 4 * r * r)
             working = core if rank < small else 2 * d_out * d_in + 2 * r * r
-            # Then the directions that are kept: the core's, their products with the triangles, and their factors.
+            # Then the kept directions: the core's, their products with the triangles, and their factors.
             forming = 3 * r * r + kept * (r + sides)
             matrix = d_out * d_in if cap == "full" else 0
             most = max(most, 8 * max(working, forming) + exact * (kept * sides + matrix))

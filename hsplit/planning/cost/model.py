@@ -1,7 +1,7 @@
-"""What an assignment costs a holder in bytes and seconds, before anything runs (METHOD 4).
+"""The cost of an assignment for a holder in bytes and seconds, before anything runs (METHOD 4).
 
-Everything is counted once when the model is made; after that every question is a few array look-ups, so that
-a planner can ask for thousands of splits.
+Everything is counted once when the model is made; after that every cost is a few array look-ups, so that a planner can
+try thousands of splits.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from hsplit.planning.cost.step_time import StepTime, StepTimes
 class CostModel:
     """Bytes and seconds of every split and rank for one model and one job.
 
-    What is reserved, so that a plan holds for the whole run: the residual at its cap; every batch at
-    ``batch_size`` rows of ``max_length`` tokens, all of them supervised; copies that a round's end makes at
-    the largest rank. All times are virtual.
+    Bytes are reserved so that a plan holds for the whole run: the residual at its cap; every batch at ``batch_size``
+    rows of ``max_length`` tokens, all of them supervised; copies of a round's end at the largest rank. All times are
+    virtual.
 
     Args:
         model: the model; no weights are read.
         job: the run's settings.
-        setting: what the policy decides, see :class:`~hsplit.planning.cost.counted_model.CountedModel`.
+        setting: consequences of the policy, see :class:`~hsplit.planning.cost.counted_model.CountedModel`.
 
     Attributes:
-        model: what was counted.
-        rank_set: ranks that a plan chooses from, increasing.
+        model: the counts.
+        rank_set: ranks for a plan to choose from, increasing.
         client, server: bytes of a client and of the server.
         times: virtual seconds.
     """
@@ -59,7 +59,7 @@ class CostModel:
 
     @staticmethod
     def of_run(model: ModelSpec, run: RunConfig) -> CostModel:
-        """The costs of a run: a single node's batch is everybody's."""
+        """Make the cost model of a run; a single node's batch joins those of all clients."""
         policy, job = run.policy, run.job
         if policy.placement == "single":
             together = sum(client.data is None for client in run.clients)
@@ -68,7 +68,7 @@ class CostModel:
         return CostModel(
             model,
             job,
-            # Plans reserve memory for a residual only where something joins it.
+            # Plans reserve memory for a residual only if the aggregation has one.
             residual=aggregation.keeps_residual,
             decomposes=aggregation.decomposes,
             truncates=aggregation.truncates,

@@ -1,4 +1,4 @@
-"""Which server serves whom, where there are several."""
+"""Assignment of clients to servers and rounds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Client = TypeVar("_Client")
 def served_by(clients: Iterable[str], splits: Mapping[str, int], servers: Sequence[str]) -> dict[str, list[str]]:
     """Deal ``clients`` out over ``servers``, the shallowest split first, in turn.
 
-    At every layer the first server then has the rows of ``ceil(n / S)`` of the ``n`` clients that pass it, and no
-    server has those of more: what is enough for the first is enough for each.
+    At every layer the first server then has the rows of ``ceil(n / S)`` of the ``n`` clients that pass it, and no other
+    server has more: memory that is enough for the first is enough for each.
 
     Returns:
-        Who is served, by server; servers without clients are left out.
+        Client names by server; servers without clients are left out.
     """
     # Sorting is stable: equal splits stay in the clients' order.
     order = sorted(clients, key=lambda name: splits[name])
@@ -30,7 +30,7 @@ def served_by(clients: Iterable[str], splits: Mapping[str, int], servers: Sequen
 
 
 def drawn_cohort(present: Sequence[str], seed: int, round_: int, count: int | None) -> list[str]:
-    """``count`` of the clients ``present``, in their order, drawn for ``round_`` by seed, round and name alone."""
+    """Draw ``count`` of the clients ``present`` for ``round_``, in their order, by seed, round and name alone."""
     if count is None or count >= len(present):
         return list(present)
     drawn = set(sorted(present, key=lambda name: hash_seed(seed, "cohort", round_, name))[:count])
@@ -38,17 +38,17 @@ def drawn_cohort(present: Sequence[str], seed: int, round_: int, count: int | No
 
 
 def cohorts(clients: Sequence[_Client], most: int | None) -> list[Sequence[_Client]]:
-    """``clients`` in their order in parts of at most ``most``: as many as the servers have reserved memory for."""
+    """Cut ``clients``, in their order, into parts of at most ``most``, for which the servers have reserved memory."""
     size = most or max(len(clients), 1)
     return [clients[start : start + size] for start in range(0, len(clients), size)]
 
 
 def counts_at_first(counts: Ints, most: int | None, servers: int) -> Ints:
-    """Clients that the first of ``servers`` serves, at most and as shallow as can be, ``(M, L + 1)``.
+    """Most clients that the first of ``servers`` serves, at the shallowest possible splits, ``(M, L + 1)``.
 
     Args:
         counts: all clients at each split, ``(M, L + 1)``.
-        most: how many of them train in a round.
+        most: number of clients that train in a round; ``None``: all.
         servers: number of servers.
     """
     joined = np.cumsum(counts, axis=1)
@@ -59,7 +59,7 @@ def counts_at_first(counts: Ints, most: int | None, servers: int) -> Ints:
 
 
 def counts_of_deepest(counts: Ints, most: int | None) -> Ints:
-    """The ``most`` clients of the deepest splits, ``(M, L + 1)`` as ``counts``."""
+    """Select the ``most`` clients of the deepest splits, ``(M, L + 1)`` as ``counts``."""
     if most is None:
         return counts
     return counts_at_first(counts[:, ::-1], most, 1)[:, ::-1]

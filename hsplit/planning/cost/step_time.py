@@ -35,8 +35,8 @@ class StepTime:
 class StepTimes:
     """Virtual seconds at the declared compute, bandwidth and latency.
 
-    They are those with the residual at its cap and every adapter at the largest rank, so that they depend on
-    the splits alone, as METHOD 5's ``makespan(K)`` does.
+    The residual counts at its cap and every adapter at the largest rank, so that times depend on the splits alone, as
+    METHOD 5's ``makespan(K)`` does.
     """
 
     def __init__(self, model: CountedModel) -> None:
@@ -47,7 +47,7 @@ class StepTimes:
 
         Args:
             client: its budget.
-            microbatches: messages that each batch travels in, ``pipeline.microbatches`` by default.
+            microbatches: messages for each batch, ``pipeline.microbatches`` by default.
         """
         return self.all_client_times([client], microbatches)[0]
 
@@ -68,13 +68,13 @@ class StepTimes:
         wire = self._model.wire_bytes(1)
 
         def sent(nbytes: int) -> Floats:
-            # A client sends and computes by turns, so that every message's latency counts.
+            # A client sends and computes alternately, so that every message's latency counts.
             seconds: Floats = 8 * nbytes / bandwidth + messages * latency
             return seconds
 
         times = np.zeros((len(clients), splits.shape[1], 3))
         if self._model.whole:
-            # A step of its own: no phase waits for anybody.
+            # Local steps of the client alone: no phase waits for another holder.
             work = prefix(self._model.forward_flops + self._model.backward_flops + self._weight_gradient_flops)
             times[:, :, 0] = (work + self._tail_flops)[splits] / flops
             return times * self._model.job.grad_accumulation
@@ -90,14 +90,14 @@ class StepTimes:
     ) -> Floats:
         """Seconds of a round's end for the links of ``clients``, spread over its local steps: ``(C, L + 1)``.
 
-        Adapters up, the residual's change and the restart down; of a client that only computes forward, the
-        residual's change alone, which has the restart in it. It grows with the split as a step's messages do not: over
-        a slow link a deep split may take longer to aggregate than it saves the server.
+        Adapters up, the residual's change and the restart down; for a client that only computes forward, the residual's
+        change alone, which includes the restart. Unlike a step's messages it grows with the split: over a slow link a
+        deep split may take longer to aggregate than it saves the server.
 
         Args:
-            clients: whose links.
-            forward_only: whether they train nothing.
-            learned_from: the first layer that anybody trains; what lies before has no residual.
+            clients: budgets of the clients.
+            forward_only: they train nothing.
+            learned_from: the first layer that any client trains; layers before it have no residual.
         """
         model = self._model
         budgets = np.array([(c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
@@ -112,12 +112,12 @@ class StepTimes:
     def server_times(self, server: ServerBudget, counts: Ints) -> Floats:
         """Virtual seconds of the servers' phase of one local step: ``(M,)`` for ``counts`` ``(M, L + 1)``.
 
-        Of several servers it is that of the first, which no other exceeds.
+        With several servers it is that of the first, which no other exceeds.
         """
         return self.serving_times(server, self._model.served(counts))
 
     def serving_times(self, server: ServerBudget, served: Ints) -> Floats:
-        """Virtual seconds of one server's phase with the clients ``served``, however many take part: ``(M,)``."""
+        """Virtual seconds of one server's phase with exactly the clients ``served``: ``(M,)``."""
         flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
         if not self._model.tail_at_client:
             flops = flops + served.sum(axis=1) * self._tail_flops
@@ -127,19 +127,19 @@ class StepTimes:
     def makespan(self, slowest: Floats, server_s: Floats) -> Floats:
         """METHOD 5's ``makespan(K)``, pipelined where the job has microbatches.
 
-        Then it is a bound of the time of :class:`~hsplit.planning.cost.clock.VirtualClock`: the slowest up, turn and
-        down phases are taken for one client's, which they need not be.
+        Then it is an upper bound of :class:`~hsplit.planning.cost.clock.VirtualClock`: the slowest up, turn and down
+        phases are taken as one client's, although they may be of several.
 
         Args:
-            slowest: longest up, turn and down phase of those who wait for one another, and longest up phase of those
-                who are a step ahead, ``(..., 4)``.
+            slowest: longest up, turn and down phase of the clients that wait for one another, and longest up phase of
+                those that are a step ahead, ``(..., 4)``.
             server_s: the server's phase, ``(...)``.
         """
         job, together, ahead = self._model.job, slowest[..., :3], slowest[..., 3]
         if job.pipeline.microbatches == 1:
             total: Floats = np.maximum(together.sum(axis=-1) + server_s, ahead)
             return total
-        # Batches that are accumulated follow one another: phases of one are a part of the step's.
+        # Accumulated batches follow one another.
         cut = pipelined_s(
             together[..., None, :],
             self._forward_part * server_s,
@@ -151,7 +151,7 @@ class StepTimes:
 
     @cached_property
     def _forward_part(self) -> float:
-        """Part of the deep layers' arithmetic that is forward."""
+        """Forward's part of the deep layers' arithmetic."""
         forward = float(self._model.forward_flops.sum())
         return forward / (forward + float(self._model.backward_flops.sum()))
 
@@ -164,7 +164,7 @@ class StepTimes:
         if self._model.whole:
             times[:, 0] = (front + self._tail_forward_flops) / flops
             return times
-        # What is sent does not depend on the split: everybody's hidden states are as wide.
+        # Messages do not depend on the split: hidden states have the same width everywhere.
         wire = self._model.wire_bytes(1)
         times[:, 0] = front / flops + 8 * wire.up / bandwidth + latency
         if self._model.tail_at_client:
@@ -186,14 +186,14 @@ class StepTimes:
 
     @cached_property
     def _tail_flops(self) -> float:
-        """Head forward and the gradient at its input (and of itself, where it is trained), at every position, as if all
-        were supervised.
+        """Operations of the head's forward and of the gradient at its input (and of the head, where it is trained),
+        with all positions supervised.
         """
         return (3.0 if self._model.trains_weights else 2.0) * self._tail_forward_flops
 
     @property
     def _weight_gradient_flops(self) -> Floats:
-        """``delta^T x`` of every weight over one batch where weights are trained, by layer, ``(L,)``."""
+        """Operations of ``delta^T x`` of every weight over one batch where weights are trained, by layer, ``(L,)``."""
         model = self._model
         return model.weight_gradient_flops if model.trains_weights else np.zeros(model.layers)
 
@@ -205,16 +205,16 @@ class StepTimes:
 def pipelined_s(
     clients: Floats, forward_s: Floats | float, backward_s: Floats | float, parts: int, *, turns: bool
 ) -> Floats:
-    """Seconds of one batch cut into equal microbatches, everybody working through them in order (METHOD 8).
+    """Seconds of one batch cut into equal microbatches, which each holder computes in order (METHOD 8).
 
-    A client computes all its fronts, then all its tails, if it has them, then goes back over all parts. The server
-    takes up a part when the last client has sent it; without turns it does forward and backward at once.
+    A client computes all its fronts, then all its tails, if it has them, then the backward of all parts. The server
+    starts a part when the last client has sent it; without turns it computes forward and backward at once.
 
     Args:
         clients: up, turn and down seconds of each client for the whole batch, ``(..., C, 3)``.
         forward_s, backward_s: the server's for the whole batch, ``(...)``.
         parts: microbatches.
-        turns: the deep output goes to the clients' tails and comes back (U-shape).
+        turns: the deep output goes to the clients' tails, and its gradient comes back (U-shape).
 
     Returns:
         ``(...)``.
