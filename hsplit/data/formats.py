@@ -82,7 +82,10 @@ def jsonl_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
     """
     rows = []
     for where, line in _lines(path):
-        fields = _json(line, where)
+        try:
+            fields = json_value(line)
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON: {error}; each line must be one object") from None
         if not isinstance(fields, dict):
             raise InputError(f"{where} is a JSON {type(fields).__name__}; each line must be one object")
         if "messages" in fields:
@@ -116,13 +119,6 @@ def text_rows(path: Path, chat: ChatTemplate | None = None) -> list[Row]:
 
 Reader = Callable[[Path, ChatTemplate | None], list[Row]]
 READERS: dict[str, Reader] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": text_rows}
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json_value(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}; each line must be one object") from None
 
 
 def _row(where: str, fields: Mapping[str, Any], prompt_key: str, response_key: str, style: str) -> Row:

@@ -57,7 +57,9 @@ def has_native_bf16(device: str | torch.device = "cpu") -> bool:
     if kind != "cpu":
         return False
     if platform.machine().lower() in ("arm64", "aarch64"):
-        return bool(_cpu_capabilities().get("bf16", False))
+        # Older torch versions do not list the processor's features.
+        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
+        return bool(capabilities().get("bf16", False))
     # AMX tiles without amx_bf16 do not exist: every processor with tiles so far has the bf16 product too.
     return _cpu_flag("_is_avx512_bf16_supported") or _cpu_flag("_is_amx_tile_supported")
 
@@ -66,9 +68,3 @@ def _cpu_flag(name: str) -> bool:
     """Result of the private probe ``torch.cpu.<name>()``; False where this torch has no such probe."""
     probe: Any = getattr(torch.cpu, name, None)
     return bool(probe()) if probe is not None else False
-
-
-def _cpu_capabilities() -> dict[str, Any]:
-    """The processor's features as recent torch versions list them; empty on older ones."""
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", None)
-    return dict(capabilities()) if capabilities is not None else {}

@@ -231,7 +231,7 @@ class CountedModel:
         return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
 
     @cached_property
-    def following(self) -> Floats:
+    def restart_bytes(self) -> Floats:
         """Most bytes that each layer's linears need, one at a time, to begin a round, ``(L,)``.
 
         A quantized base narrows its residual's new factors to the compute dtype. A dense one forms the residual and
@@ -248,7 +248,7 @@ class CountedModel:
             formed = [entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters) for w in self.weights]
         return self.by_layer(np.maximum(formed, drawn), np.maximum)
 
-    def loading(self, codes: bool) -> Floats:
+    def loading_bytes(self, codes: bool) -> Floats:
         """Most bytes to read each layer beyond its stored size, ``(L,)``.
 
         Args:
@@ -256,11 +256,11 @@ class CountedModel:
         """
         if codes not in self._loading:
             kinds = self.counter.kinds
-            most = [max(self._loading_bytes(w.d_out * w.d_in, codes) for w in kind.linears) for kind in kinds]
+            most = [max(self._linear_loading_bytes(w.d_out * w.d_in, codes) for w in kind.linears) for kind in kinds]
             self._loading[codes] = np.array(most, dtype=np.float64)
         return self._loading[codes]
 
-    def _loading_bytes(self, size: int, codes: bool) -> int:
+    def _linear_loading_bytes(self, size: int, codes: bool) -> int:
         """Bytes to read one linear with ``size`` entries, beyond its stored size (see ``models.weights``)."""
         item, base = self.dtype.itemsize, self.job.base
         if not self.quantized:

@@ -99,7 +99,7 @@ class ClientMemory:
         kept_as_received = model.quantized and model.dtype == model.master
         restart = residual + self._copies(1)
         resumption = (0.0 if kept_as_received else residual) + self._copies(2 + model.moments) + model.optimizer_bytes
-        return np.maximum(restart, resumption) + _running_maximum(model.following)
+        return np.maximum(restart, resumption) + _running_maximum(model.restart_bytes)
 
     def _copies(self, count: float) -> Floats:
         """Bytes of copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
@@ -114,7 +114,7 @@ class ClientMemory:
         Of the adapters only moments that outlive a change of plan exist; embedding and head are converted in chunks.
         """
         model = self._model
-        most = np.maximum(_running_maximum(model.loading(codes=model.client_codes is not None)), CHUNK_BYTES)
+        most = np.maximum(_running_maximum(model.loading_bytes(codes=model.client_codes is not None)), CHUNK_BYTES)
         if model.quantized:
             most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
         values_and_gradients = 2 * model.master.itemsize * model.sides.astype(np.float64)
@@ -173,11 +173,11 @@ class ServerMemory:
             # Each holder's part of the restarts is a copy of its own.
             received = received + counts @ prefix(model.copied_bytes) + model.servers * copies
         holders = model.training(int(counts[0].sum())) + model.servers - 1
-        passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._following(held))
+        passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._restart_bytes(held))
         # At a resumption instead: own factors and moments as received.
         resumed = (1 + model.moments) * copies + model.optimizer_bytes
-        round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._following(held))
-        load = np.where(held, model.loading(codes=True), 0.0).max(axis=1)
+        round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._restart_bytes(held))
+        load = np.where(held, model.loading_bytes(codes=True), 0.0).max(axis=1)
         total: Floats = np.ceil(fixed + np.maximum.reduce([step, round_end, load]))
         return total
 
@@ -207,8 +207,8 @@ class ServerMemory:
         """Bytes that the aggregator keeps: residuals and common restarts of all weights."""
         return self._residual_bytes + float(self._model.copied_bytes.sum())
 
-    def _following(self, held: NDArray[np.bool_]) -> Floats:
-        return np.where(held, self._model.following, 0.0).max(axis=1)
+    def _restart_bytes(self, held: NDArray[np.bool_]) -> Floats:
+        return np.where(held, self._model.restart_bytes, 0.0).max(axis=1)
 
     def _transients_of(self, joined: Ints) -> Floats:
         """Most bytes of a layer at once with the rows of ``joined`` clients, ``(M,)``."""
