@@ -33,7 +33,7 @@ def in_process(cluster_file: Path, to: Path, policy: str, overrides: list[str], 
     source = find_model(run.job.model)
     recorder = Recorder()
     made = local_run(
-        run, source.directory, RunDirectory.create(to, device), read_inputs(run, source), recorder, device=device
+        run, source.spec, RunDirectory.create(to, device), read_inputs(run, source), recorder, device=device
     )
     assert made.run()
     rows = pd.DataFrame(rows_of(made))

@@ -112,7 +112,7 @@ def test_an_untied_model_in_several_files_loads_as_one(tmp_path: Path) -> None:
         s.name: LowRank(torch.randn(s.d_out, 2, generator=draw) / 9, torch.randn(2, s.d_in, generator=draw))
         for s in ModelSpec.read(model).linears
     }
-    export_merged(model, "fp32", terms, tmp_path / "out", shard_bytes=40_000)
+    export_merged(ModelSpec.read(model), "fp32", terms, tmp_path / "out", shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     expected = _load(model)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_head_of_its_own_is_exported_though_the_configuration_ties_it(tmp_path
     tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
-    export_merged(model, "fp32", {}, tmp_path / "out")
+    export_merged(ModelSpec.read(model), "fp32", {}, tmp_path / "out")
     written = _load(tmp_path / "out")
     assert torch.equal(written.lm_head.weight, tensors["lm_head.weight"]) and not written.config.tie_word_embeddings
     assert (logits_of(written) - logits_of(_load(model))).abs().max() < 1e-5
@@ -350,7 +350,7 @@ def test_all_files_of_a_model_in_several_have_the_mode_that_the_umask_gives(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     with umask(0o027):
-        export_merged(models["llama"], "fp32", {}, tmp_path, shard_bytes=40_000)
+        export_merged(ModelSpec.read(models["llama"]), "fp32", {}, tmp_path, shard_bytes=40_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert_new(tmp_path, 0o027, "model.safetensors.index.json")
 

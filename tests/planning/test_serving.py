@@ -15,7 +15,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.serving import cohorts, counts_at_first, counts_of_deepest, served_by
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.planner import make_plan
-from tests.tiny import LAYERS, tiny_config
+from tests.tiny import LAYERS, tiny_spec
 
 JOB = Job(dtype="fp32", base="nf4", batch_size=2, max_length=16)
 
@@ -69,7 +69,7 @@ def _run(clients: int, replicas: int = 1, memory_gb: float = 1.0, **job: int) ->
 
 
 def _plan_of(run: RunConfig) -> tuple[CostModel, object]:
-    cost = CostModel.of_run(tiny_config("llama"), run)
+    cost = CostModel.of_run(tiny_spec("llama"), run)
     return cost, make_plan(run.clients, run.server, cost, equal_importance(cost.model.weights), Policy())
 
 
@@ -81,7 +81,7 @@ def test_a_servers_part_is_that_of_a_server_with_its_clients_alone(replicas: int
     drawn = sorted(made.clients, key=lambda c: c.split)[: training or 7]
     dealt = served_by([c.name for c in drawn], {c.name: c.split for c in drawn}, made.server_names)
     own = [c.split for c in drawn if c.name in dealt["server"]]
-    alone = CostModel.of_run(tiny_config("llama"), _run(len(own)))
+    alone = CostModel.of_run(tiny_spec("llama"), _run(len(own)))
     assert made.server.step_time_s == pytest.approx(float(alone.times.server_times(run.server, _counts(own))[0]))
     # It aggregates for all: what is handed in to it is more than that of its own clients.
     assert made.server.predicted_bytes >= alone.server_bytes(own, made.server.ranks)
