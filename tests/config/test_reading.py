@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hsplit.config import files, find_preset, load_run_config, read_yaml, to_yaml
+from hsplit.config import find_preset, load_run_config, read_yaml, reading, to_yaml
 from hsplit.config.section import Section
 from hsplit.errors import InputError
 
@@ -132,7 +132,7 @@ VALUES = st.recursive(
 @example(1e20)
 @example(-0.0)
 def test_what_is_written_is_read_back(value: Any) -> None:
-    assert files.parse_yaml(to_yaml({"a": value}), "text") == {"a": value}
+    assert reading.parse_yaml(to_yaml({"a": value}), "text") == {"a": value}
 
 
 @given(VALUES)
@@ -167,7 +167,7 @@ def test_a_wheel_s_presets_come_first(tmp_path: Path, monkeypatch: pytest.Monkey
     for directory in (package / "presets" / "cluster", package.parent / "policies"):
         directory.mkdir(parents=True)
         (directory / "only.yaml").write_text("a: 1\n")
-    monkeypatch.setattr(files, "_PACKAGE", package)
+    monkeypatch.setattr(reading, "_PACKAGE", package)
     assert find_preset("cluster", "only") == package / "presets" / "cluster" / "only.yaml"
     assert find_preset("policies", "only") == package.parent / "policies" / "only.yaml"
 
