@@ -19,7 +19,7 @@ _PROGRAM = textwrap.dedent(
     """
     import json, os, sys, urllib.error, urllib.request
     import psutil, ray
-    from hsplit.config import Client, RunConfig
+    from hsplit.config import ClientConfig, RunConfig
     from hsplit.cluster.ray_session import helpers_of, ray_of
 
     def status(path, token=None):
@@ -30,7 +30,7 @@ _PROGRAM = textwrap.dedent(
         except urllib.error.HTTPError as error:
             return error.code
 
-    run = RunConfig(clients=(Client(name="a", kind="a", memory_gb=1.0, tflops=1.0),))
+    run = RunConfig(clients=(ClientConfig(name="a", kind="a", memory_gb=1.0, tflops=1.0),))
     with helpers_of(run, None) as helpers, ray_of(run, None, helpers) as dashboard:
         token = os.environ["RAY_AUTH_TOKEN"]
         port = int(dashboard.rpartition(":")[2])
