@@ -3,7 +3,7 @@
     python benchmarks/planner.py                    # or: hsplit bench planner
 
 First part: clients of as many different budgets, drawn, plan for a Llama-2-7B that is built as its configuration
-alone. All seconds are processor time of ``planner.plan`` on one core, so that other work on the machine counts as
+alone. All seconds are processor time of ``planner.make_plan`` on one core, so that other work on the machine counts as
 little as it can. The first plan is timed apart, since the cost model counts new shapes as it meets them, and keeps
 the results. A server with ample memory gives every adapter the largest rank; a short one has 80 % of the memory of that
 plan, so that splits and ranks compete for its memory.
@@ -39,7 +39,6 @@ from benchmarks import common  # noqa: E402
 from benchmarks.common import Table  # noqa: E402
 from hsplit.config import Job, Policy, load_run_config  # noqa: E402
 from hsplit.models.lookup import find_model  # noqa: E402
-from hsplit.models.spec import ModelSpec  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
 from hsplit.planning.budgets import Budget, budget_of  # noqa: E402
 from hsplit.planning.cost.model import CostModel  # noqa: E402
@@ -50,20 +49,9 @@ from hsplit.planning.planner import EQUAL, make_plan  # noqa: E402
 from hsplit.planning.problem import Problem  # noqa: E402
 from hsplit.planning.rank_rules import RANK_RULES  # noqa: E402
 from hsplit.run.inputs import resolved_config  # noqa: E402
+from hsplit.simulation.fleet import shape_of  # noqa: E402
 
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    }
-}
+MODELS = {"llama-2-7b": "meta-llama/Llama-2-7b-hf"}
 # Share of the plan's memory at a server with ample memory.
 SHORT = 0.8
 
@@ -144,11 +132,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
-    from transformers import LlamaConfig
 
     job = Job(model=options.model, base="nf4", dtype="bf16")
     begun = time.process_time()
-    cost = CostModel(ModelSpec(Path(), LlamaConfig(**MODELS[options.model])), job)
+    cost = CostModel(shape_of(MODELS[options.model]), job)
     # The tables over splits and weights are counted once too.
     _ = cost.client.constant, cost.client.per_rank
     console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.process_time() - begun:.2f} s")

@@ -8,6 +8,7 @@ gradients, which hsplit does by default (``job.clip``): that spares them a pass 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hsplit.data.local_data import LocalData
 from hsplit.models.tokenizer import load_tokenizer
 
 
-class Rival:
+class Rival(ABC):
     """Data, model and one loop.
 
     Args:
@@ -59,12 +60,13 @@ class Rival:
         torch.manual_seed(job.seed)
         self.set_up()
 
+    @abstractmethod
     def set_up(self) -> None:
-        raise NotImplementedError
+        """Make model and optimizers."""
 
+    @abstractmethod
     def step(self, step: int) -> float:
         """One local step of every client; returns a mean loss."""
-        raise NotImplementedError
 
     def run(self, first: int, steps: int) -> tuple[float, float]:
         """Steps ``[first, first + steps)``: seconds of the wall, and the last loss."""

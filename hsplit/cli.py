@@ -294,7 +294,7 @@ def probe(cluster: str, overrides: tuple[str, ...], to: Path, as_json: bool, **o
 def budget(run: Path, holder: str, values: tuple[str, ...]) -> None:
     """Change a budget of a run that is under way: memory_gb, tflops, bandwidth_mbps, latency_ms.
 
-    It holds from the next round's end on; the run plans anew for it.
+    It holds from the next round's end on; the run then makes another plan.
     """
     from hsplit.api import change_budget
 

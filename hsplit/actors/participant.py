@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
 
 
-class Participant(HolderActor[Holder | WeightHolder]):
+class Participant(HolderActor[Holder | WeightHolder], ABC):
     """Holds data and a segment that begins with the embedding; arguments as :class:`HolderActor`.
 
     Attributes:
@@ -101,9 +102,9 @@ class Participant(HolderActor[Holder | WeightHolder]):
             self.holder.load_state(tensors)
         self.holder.restart(update)
 
+    @abstractmethod
     def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
         """Hold layers ``[0, split)``; layers of ``kept`` are not read again."""
-        raise NotImplementedError
 
     def _hold_segment(self, spec: SegmentSpec, ranks: dict[str, int], kept: Segment | None, *, quantized: bool) -> None:
         segment = load_segment(self._base, spec, quantized=quantized, device=self._device, kept=kept)

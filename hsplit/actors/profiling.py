@@ -231,31 +231,23 @@ def measured_with_part(method: _Method) -> _Method:
 
     The holder keeps its :class:`PeakMemory` as ``_memory``.
     """
-
-    @functools.wraps(method)
-    def call(holder: Any, *arguments: Any) -> Any:
-        holder._memory.begin_part()
-        return _windowed(method, holder, arguments)
-
-    return cast(_Method, call)
+    return _always(method, PeakMemory.begin_part)
 
 
 def measured_with_round(method: _Method) -> _Method:
     """Measure every call of a holder's ``method`` that begins a round, which leaves blocks to be followed."""
-
-    @functools.wraps(method)
-    def call(holder: Any, *arguments: Any) -> Any:
-        holder._memory.begin_round()
-        return _windowed(method, holder, arguments)
-
-    return cast(_Method, call)
+    return _always(method, PeakMemory.begin_round)
 
 
 def measured_always(method: _Method) -> _Method:
     """Measure every call of a holder's ``method``, which may leave blocks allocated that must be followed."""
+    return _always(method, lambda memory: None)
 
+
+def _always(method: _Method, begin: Callable[[PeakMemory], None]) -> _Method:
     @functools.wraps(method)
     def call(holder: Any, *arguments: Any) -> Any:
+        begin(holder._memory)
         return _windowed(method, holder, arguments)
 
     return cast(_Method, call)

@@ -5,6 +5,7 @@ A new family is one subclass and one line in ``FAMILIES``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ _NOT_SERVED = {
 }
 
 
-class Family:
+class Family(ABC):
     """Module paths and calling conventions shared by the models of one architecture.
 
     Attributes:
@@ -39,9 +40,9 @@ class Family:
     head: ClassVar[str] = "lm_head"
     transposed: ClassVar[bool] = False
 
+    @abstractmethod
     def embed(self, modules: nn.ModuleDict, ids: Tensor, positions: Tensor) -> Tensor:
         """Embed packed token ids at their positions, both ``(n,)``: the first hidden state ``(n, d)``."""
-        raise NotImplementedError
 
     def window(self, layer: nn.Module, config: Any) -> int | None:
         """Length of the layer's sliding attention window, ``None`` for full causal attention."""

@@ -93,7 +93,22 @@ _LINES_BESIDE_ROWS = 11
 """Lines of the live part besides the clients' rows: the table's frame, server, progress, history, prompt."""
 
 
-class LiveDisplay(Observer):
+class _Display(Observer):
+    """Display that says what the run waits for while nothing else is shown."""
+
+    _waiting: Waiting
+
+    def __enter__(self) -> Self:
+        self._waiting.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waiting.__exit__(kind, error, trace)
+
+
+class LiveDisplay(_Display):
     """A table with one row a client and the server's, redrawn at most ``REFRESH_PER_S`` times a second.
 
     A terminal too low for all clients shows the first ones and the number of the others.
@@ -162,14 +177,10 @@ class LiveDisplay(Observer):
         for line in lines:
             self._console.print(Text(printable(line)))
 
-    def __enter__(self) -> Self:
-        self._waiting.__enter__()
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._waiting.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         self._live.stop()
 
     def _reset_returned(self, before: Plan, after: Plan) -> None:
@@ -225,7 +236,7 @@ class LiveDisplay(Observer):
         return Text(f"validation perplexity {rounds}")
 
 
-class PlainDisplay(Observer):
+class PlainDisplay(_Display):
     """Prints lines: at the start, for each holder that a plan changes, every few steps, and for each round.
 
     Args:
@@ -295,15 +306,6 @@ class PlainDisplay(Observer):
     def finished(self, lines: Sequence[str]) -> None:
         for line in lines:
             self._print(line)
-
-    def __enter__(self) -> Self:
-        self._waiting.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._waiting.__exit__(kind, error, trace)
 
     def _losses(self, losses: Mapping[str, float]) -> str:
         if not losses:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hsplit.planning.cost import counting
+from hsplit.lora import low_rank
+from hsplit.models import adapted_linear, packing, segment
+from hsplit.planning.cost import counting, fake_layer
 from hsplit.planning.cost.counting import CountStore
 from hsplit.planning.cost.model import CostModel
 from tests.planning.test_planner import JOB
@@ -28,6 +30,12 @@ def test_other_code_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     CountStore().put([1], "layer")
     monkeypatch.setattr(counting, "_code", lambda: "another version")
     assert CountStore().get("layer") is None
+
+
+def test_the_digest_covers_the_code_that_counts_and_that_is_counted() -> None:
+    traced = {file.resolve() for file in counting.traced_files()}
+    modules = (counting, adapted_linear, packing, segment, low_rank, fake_layer)
+    assert {Path(str(module.__file__)).resolve() for module in modules} <= traced
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1}', '["a"]'])

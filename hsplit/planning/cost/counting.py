@@ -239,10 +239,14 @@ def _code() -> str:
     digest = hashlib.sha256()
     for name in _LIBRARIES:
         digest.update(f"{name} {version(name)}\n".encode())
-    for folder in _TRACED:
-        for file in sorted((_PACKAGE / folder).glob("*.py")):
-            digest.update(file.read_bytes())
+    for file in traced_files():
+        digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def traced_files() -> list[Path]:
+    """Files of this package with the code that a traced layer runs, and that counts it."""
+    return [file for folder in _TRACED for file in sorted((_PACKAGE / folder).glob("*.py"))]
 
 
 class LayerCounter:

@@ -147,7 +147,7 @@ class ServerMemory:
         """Bytes of the server apart from its own ranks: ``(M,)``.
 
         Args:
-            counts: rows of :meth:`clients_at`, ``(M, L + 1)``, all with the same number of clients.
+            counts: rows of ``CountedModel.clients_at``, ``(M, L + 1)``, all with the same number of clients.
         """
         model, served = self._model, self._model.served(counts)
         clients, joined = int(served[0].sum()), model.joined_clients(served)
