@@ -314,7 +314,7 @@ class Experiment:
             data = read_inputs(run, find_model(str(self._model))).shares
             for name in names:
                 executor.ask(name, Client.load_data, {name: data[name]}, None)
-                executor.ask(name, Client.configure, FRONT, plan.client(name).ranks)
+                executor.ask(name, Client.configure, plan.client(name))
                 executor.ask(name, Client.restart, RoundUpdate(1, {}, {}))
             gradient = WireTensor.pack(torch.randn(scale.batch * scale.length, scale.hidden), "fp32")
 

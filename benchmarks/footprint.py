@@ -138,7 +138,7 @@ class Setting:
         assert part.split is not None
         client = Client(part.name, self.run.job, self.run.policy, self.base, measure=measure)
         client.load_data({part.name: self.inputs.shares[part.name]}, None)
-        client.configure(part.split, part.ranks)
+        client.configure(part)
         client.restart(RoundUpdate(1, {}, {}))
         return client
 

@@ -187,7 +187,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
         raise RuntimeError("the examples are longer than they should be")
     holder = _Holder(actor)
     held = [s for s in shapes if s.name in ranks]
-    holder.call("load", Participant.configure, split, ranks)
+    holder.call("load", Participant.configure, HolderPlan("one", "client", True, split, ranks))
     holder.call("round", Participant.restart, RoundUpdate(1, {}, {}))
     _client_steps(holder, case, spec.config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.

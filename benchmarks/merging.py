@@ -148,7 +148,7 @@ def _trained(directory: Path, ranks: Sequence[int], init: Init, options: argpars
     clients = [Client(name, job, policy, base, measure=False) for name in names]
     for client, share in zip(clients, shares, strict=True):
         client.load_data({client.name: [examples[i] for i in share]}, None)
-        client.configure(split, held[client.name])
+        client.configure(plan.client(client.name))
         client.restart(RoundUpdate(1, {}, {}))
     found = {}
     for step in range(options.steps):

@@ -34,7 +34,7 @@ from hsplit.models.lookup import ModelSource
 from hsplit.models.segment import BaseModel
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import MetricsRow
-from hsplit.planning.plan import Plan
+from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.coordinator import Inputs
@@ -183,8 +183,9 @@ class Judge:
         policy = run.policy if run.policy.train == "weights" else Policy(placement="single", aggregation="none")
         base = BaseModel.of_job(source.spec, run.job)
         self._whole = WholeClient(CENTRAL, run.job, policy, base, device, measure=False)
-        self._batches = self._whole.load_data(inputs.shares, None).validation_batches
-        self._whole.configure(source.spec.layers, {})
+        self._whole.load_data(inputs.shares, None)
+        self._whole.configure(HolderPlan("judge", "client", True, source.spec.layers))
+        self._batches = len(self._whole.data.validation)
 
     def of_adapters(self, server: Mapping[str, Tensor]) -> float:
         """Return the perplexity of adapters, from the server's state after an aggregation."""

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 
 from hsplit.config import Job
-from hsplit.data import Batch, Example, collate
+from hsplit.data import Batch, Example, TokenizedExample, collate
 from hsplit.data.batches import IGNORED
 from hsplit.data.local_data import LocalData
 from hsplit.models.tokenizer import load_tokenizer
@@ -86,9 +86,13 @@ class Rival(ABC):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.job.lr, weight_decay=0.0)
 
+    def _drawn(self, step: int) -> list[list[TokenizedExample]]:
+        rows = self.job.batch_size
+        return [data.draw(step * rows, rows) for data in self.data]
+
     def batches(self, step: int, width: int | None = None) -> list[dict[str, Tensor]]:
         """Each client's batch as a causal LM takes it, padded to its longest or to ``width``."""
-        return [_arguments(collate(data.draw(step)), width) for data in self.data]
+        return [_arguments(collate(drawn), width) for drawn in self._drawn(step)]
 
 
 def _arguments(batch: Batch, width: int | None = None) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ class Unsplit(Rival):
         self.adam = self.optimizer(self.model)
 
     def step(self, step: int) -> float:
-        batch = _arguments(collate([example for data in self.data for example in data.draw(step)]))
+        batch = _arguments(collate([example for drawn in self._drawn(step) for example in drawn]))
         loss = self.model(**batch).loss
         loss.backward()
         self.adam.step()

@@ -60,7 +60,7 @@ def probed_actors(
     server.configure(plan)
     for i, (name, client) in enumerate(clients.items()):
         client.load_data({client.name: data(12, i)}, None)
-        client.configure(splits[i], plan.client(name).ranks)
+        client.configure(plan.client(name))
     dtype = torch.promote_types(base.dtype, torch.float32)
     for holder in [server.holder, *(client.holder for client in clients.values())]:
         names = {shape.name: shape for shape in shapes_of(model, job) if shape.name in holder.adapters.names}

@@ -203,6 +203,12 @@ class Client(Participant):
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _wire(self) -> str:
+        """Format of the tensors that it sends, and that come back."""
+        assert self._part is not None
+        return self._part.wire or self._job.wire
+
     def _tail(self, deep: WireTensor, batch: Batch, pace_s: float | None) -> tuple[LossReport, WireTensor]:
         watch = Stopwatch(self._device)
         with watch.phase("unpack"):
@@ -212,7 +218,7 @@ class Client(Participant):
             loss.backward()
         assert hidden.grad is not None
         with watch.phase("pack"):
-            gradient = WireTensor.pack(hidden.grad, self._job.wire, self._job.transport)
+            gradient = WireTensor.pack(hidden.grad, self._wire, self._job.transport)
         watch.pace(pace_s)
         report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
         return report, gradient
@@ -223,7 +229,7 @@ class Client(Participant):
         return Activations(
             client=self.name,
             split=self._split,
-            hidden=WireTensor.pack(hidden, self._job.wire, self._job.transport),
+            hidden=WireTensor.pack(hidden, self._wire, self._job.transport),
             lengths=batch.lengths,
             supervised=batch.supervised,
             step_supervised=step_supervised,

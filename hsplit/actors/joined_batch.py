@@ -79,11 +79,14 @@ class JoinedBatch:
         sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
         return sums, torch.bincount(owner, minlength=count)
 
-    def outputs(self, wire: str, transport: str) -> dict[str, WireTensor]:
-        """Pack the last layer's output for each client's tokens ``(n_c, d)``, at the wire dtype, by client."""
-        return {m.client: WireTensor.pack(self.output[self.tokens[m.client]], wire, transport) for m in self.messages}
+    def outputs(self, transport: str) -> dict[str, WireTensor]:
+        """Pack the last layer's output for each client's tokens ``(n_c, d)``, in its own wire format, by client."""
+        return {
+            m.client: WireTensor.pack(self.output[self.tokens[m.client]], m.hidden.wire, transport)
+            for m in self.messages
+        }
 
-    def gradients(self, wire: str, transport: str) -> dict[str, WireTensor | None]:
+    def gradients(self, transport: str) -> dict[str, WireTensor | None]:
         """Pack for client ``i`` the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
 
         ``None`` for a client that has nothing to train.
@@ -95,5 +98,5 @@ class JoinedBatch:
                 returned[message.client] = None
             else:
                 mean = gradient / max(message.step_supervised, 1)
-                returned[message.client] = WireTensor.pack(mean, wire, transport)
+                returned[message.client] = WireTensor.pack(mean, message.hidden.wire, transport)
         return returned

@@ -19,6 +19,7 @@ from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.planning.plan import HolderPlan
 
 
 class Participant(HolderActor[Holder | WeightHolder], ABC):
@@ -37,6 +38,7 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         self.data = TrainingData(name, job, base.spec, microbatches)
         self._kept: Segment | None = None
         self._carried: CarriedMoments | None = None
+        self._part: HolderPlan | None = None
         self._split = 0
 
     # -- set-up ---------------------------------------------------------------------------------------------------
@@ -46,13 +48,13 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         return self.data.load(shares, own)
 
     @measured_with_part
-    def configure(self, split: int, ranks: dict[str, int]) -> None:
-        """Read layers ``[0, split)`` and make adapters of ``ranks``; :meth:`restart` begins the round.
+    def configure(self, part: HolderPlan) -> None:
+        """Read the layers that a plan gives it and make adapters of its ranks; :meth:`restart` begins the round.
 
         Everything held before, and every step begun, is dropped.
         """
         self._drop()
-        self._hold(split, ranks, None)
+        self._take(part, None)
 
     @measured_with_part
     def release(self) -> None:
@@ -64,28 +66,29 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         self.data.drop()
 
     @measured_with_part
-    def shrink(self, split: int, ranks: Mapping[str, int]) -> None:
-        """Drop the adapters, and the layers from ``split`` on, ahead of :meth:`reconfigure` to ``ranks``.
+    def shrink(self, part: HolderPlan) -> None:
+        """Drop the adapters, and the layers that ``part`` does not have, ahead of :meth:`reconfigure` to it.
 
         A step of its own, so that what an old plan held does not count as the new one's memory.
         """
         self._carried = None
         if self._holder is not None:
             if isinstance(self._holder, Holder):
-                self._carried = self._holder.carried_moments(ranks)
+                self._carried = self._holder.carried_moments(part.ranks)
             held, self._holder = self._holder.segment, None
             held.remove_adapters()
-            self._kept = load_segment(self._base, replace(held.spec, last=min(split, held.spec.last)), kept=held)
+            last = min(part.held_layers, held.spec.last)
+            self._kept = load_segment(self._base, replace(held.spec, last=last), kept=held)
 
     @measured_with_part
-    def reconfigure(self, split: int, ranks: dict[str, int], update: RoundUpdate) -> None:
+    def reconfigure(self, part: HolderPlan, update: RoundUpdate) -> None:
         """Follow a change of plan between two rounds: read new layers, change ranks (law E4).
 
         Call it after :meth:`shrink`. A client that had no part so far may join like this too.
         """
         kept, self._kept = self._kept, None
         carried, self._carried = self._carried, None
-        self._hold(split, ranks, kept)
+        self._take(part, kept)
         self.holder.restart(update)
         if carried is not None and isinstance(self.holder, Holder):
             self.holder.resume_moments(carried, update)
@@ -101,6 +104,20 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         if tensors is not None and self.holder.fits(tensors):
             self.holder.load_state(tensors)
         self.holder.restart(update)
+
+    def begin_round(self, step: int, examples: int) -> None:
+        """Set the place in its data that a round begins at.
+
+        Args:
+            step: the round's first local step, counted over the run.
+            examples: of each client whose data is here, passed over by the rounds before.
+        """
+        self.data.begin_round(step, examples)
+
+    def _take(self, part: HolderPlan, kept: Segment | None) -> None:
+        self._part = part
+        self.data.follow(part)
+        self._hold(part.held_layers, part.ranks, kept)
 
     @abstractmethod
     def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:

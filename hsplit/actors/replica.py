@@ -132,7 +132,7 @@ class Replica(HolderActor[Holder]):
                 if total.requires_grad:
                     total.backward()
             with watch.phase("pack"):
-                gradients |= joined.gradients(self._job.wire, self._job.transport)
+                gradients |= joined.gradients(self._job.transport)
             losses += _loss_reports(joined.messages, sums.detach(), counts)
             trained += joined.messages
         self._finish(step, micro, trained, watch)
@@ -160,7 +160,7 @@ class Replica(HolderActor[Holder]):
                 continue
             kept.append(joined)
             with watch.phase("pack"):
-                outputs |= joined.outputs(self._job.wire, self._job.transport)
+                outputs |= joined.outputs(self._job.transport)
         watch.pace(self._pace.get("forward"))
         returned = [outputs.get(message.client) for message in messages]
         return _report(watch, returned, refused=refused), *returned
@@ -190,7 +190,7 @@ class Replica(HolderActor[Holder]):
                 if joined.output.requires_grad:
                     joined.output.backward(upstream)
             with watch.phase("pack"):
-                gradients |= joined.gradients(self._job.wire, self._job.transport)
+                gradients |= joined.gradients(self._job.transport)
             trained += own
         self._finish(step, micro, trained, watch)
         watch.pace(self._pace.get("backward"))
@@ -221,7 +221,7 @@ class Replica(HolderActor[Holder]):
         """U-shape: run as :meth:`forward` does, watching the weights."""
         probe, joined = self._watched(messages)
         self._probed = probe, joined
-        outputs = list(joined.outputs(self._job.wire, self._job.transport).values())
+        outputs = list(joined.outputs(self._job.transport).values())
         return _report(None, outputs), *outputs
 
     @measured
@@ -257,7 +257,7 @@ class Replica(HolderActor[Holder]):
         """U-shape: run the deep layers on each client's validation rows; errors as :meth:`evaluate`."""
         outputs: list[WireTensor] = []
         for joined in self._evaluated(messages):
-            outputs += joined.outputs(self._job.wire, self._job.transport).values()
+            outputs += joined.outputs(self._job.transport).values()
         return _report(None, outputs), *outputs
 
     def _evaluated(self, messages: Sequence[Activations]) -> Iterator[JoinedBatch]:
@@ -375,7 +375,7 @@ class Replica(HolderActor[Holder]):
         messages = joined.messages
         rows = [ProbedRows(m.client, joined.tokens[m.client], m.split, max(m.step_supervised, 1)) for m in messages]
         scores = probe.scores(output, upstream, rows)
-        gradients = list(joined.gradients(self._job.wire, self._job.transport).values())
+        gradients = list(joined.gradients(self._job.transport).values())
         importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
         return ProbeReport(importance, nbytes), *gradients

@@ -14,6 +14,7 @@ from hsplit.data.local_data import LocalData
 from hsplit.errors import InputError
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tokenizer import load_tokenizer
+from hsplit.planning.plan import HolderPlan
 from hsplit.seeds import hash_seed
 
 
@@ -24,7 +25,6 @@ class DataReport:
     Attributes:
         client: its name.
         train, validation: examples in use.
-        validation_batches: batches that the validation examples make.
         too_long: examples over ``job.max_length``, left out whole.
         supervised, validation_supervised: tokens of either that the model is to predict.
     """
@@ -32,7 +32,6 @@ class DataReport:
     client: str
     train: int
     validation: int
-    validation_batches: int
     too_long: int
     supervised: int
     validation_supervised: int
@@ -57,6 +56,23 @@ class TrainingData:
         self.validation: list[Batch] = []
         self._name, self._job, self._model, self._microbatches = name, job, model, microbatches
         self._begun: dict[int, list[Batch]] = {}
+        self._part: HolderPlan | None = None
+        self._rows = job.batch_size
+        self._round_step = self._round_examples = 0
+
+    def follow(self, part: HolderPlan) -> None:
+        """Bring as many examples to a step, as often, as ``part`` says from now on."""
+        self._part, self._rows = part, part.rows or self._job.batch_size
+        self._make_validation()
+
+    def begin_round(self, step: int, examples: int) -> None:
+        """Set the place in the data that a round begins at; see :meth:`Participant.begin_round`."""
+        self._round_step, self._round_examples = step, examples
+
+    def _make_validation(self) -> None:
+        # An actor with several clients' data has as many times their rows.
+        held_out = [example for data in self.clients for example in data.held_out]
+        self.validation = validation_batches(held_out, self._rows * len(self.clients)) if held_out else []
 
     def load(self, shares: Mapping[str, Sequence[Example] | None], own: str | None) -> DataReport:
         """Tokenize data and hold out a validation share of it, client by client.
@@ -93,14 +109,12 @@ class TrainingData:
             except InputError as error:
                 raise InputError(error.discreet if share is None else str(error)) from None
             self.clients.append(data)
-        # An actor with several clients' data has as many times their batch size.
         held_out = [example for data in self.clients for example in data.held_out]
-        self.validation = validation_batches(held_out, job.batch_size * len(self.clients))
+        self._make_validation()
         return DataReport(
             client=self._name,
             train=sum(len(data.train) for data in self.clients),
             validation=len(held_out),
-            validation_batches=len(self.validation),
             too_long=sum(data.too_long for data in self.clients),
             supervised=sum(example.supervised for data in self.clients for example in data.train),
             validation_supervised=sum(example.supervised for example in held_out),
@@ -121,10 +135,13 @@ class TrainingData:
     def step_batches(self, step: int) -> list[Batch]:
         """Draw the batches of local step ``step`` (counted over the run); they are kept until :meth:`drop`."""
         if step not in self._begun:
-            job, parts = self._job, self._microbatches
+            parts, batches = self._microbatches, self._job.grad_accumulation
             self._begun[step] = []
-            for index in range(step * job.grad_accumulation, (step + 1) * job.grad_accumulation):
-                drawn = [example for data in self.clients for example in data.draw(index)]
+            assert self._part is not None, f"{self._name} has no part in a plan"
+            turns = self._part.turns(self._round_step, step)
+            begun = self._round_examples + turns * batches * self._rows
+            for first in range(begun, begun + batches * self._rows, self._rows):
+                drawn = [example for data in self.clients for example in data.draw(first, self._rows)]
                 # As equal a number in each part as can be.
                 borders = [len(drawn) * part // parts for part in range(parts + 1)]
                 self._begun[step] += [self._batch(drawn[start:stop]) for start, stop in pairwise(borders)]
@@ -149,10 +166,10 @@ class TrainingData:
         Args:
             data: one of :attr:`clients`.
             round_: round of the probe.
-            tokens: supervised tokens wanted; fewer are used where ``batch_size`` examples have fewer.
+            tokens: supervised tokens wanted; fewer are used where a batch's examples have fewer.
         """
         seed = hash_seed(self._job.seed, data.client, "probe", round_)
-        return probe_batch(data.train, tokens, self._job.batch_size, seed)
+        return probe_batch(data.train, tokens, self._rows, seed)
 
 
 def chat_template(tokenizer: Any) -> Any:

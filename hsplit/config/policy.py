@@ -79,6 +79,53 @@ class SelfPruning(Section):
     penalty: NonNegative = Field(default=5e-3, description="weight of the trailing directions' size in the loss")
 
 
+class Pace(Section):
+    """Ways to keep holders from waiting for one another (METHOD.md section 10); all off is a method as published."""
+
+    batch_size: Literal["equal", "planned"] = Field(
+        default="equal",
+        description="examples that a client brings to a step: `job.batch_size` each, or `planned` for each by its"
+        " budget, with the same sum",
+    )
+    min_share: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="with `batch_size` planned: a client's share of the examples is at least this part of its share of"
+        " the data",
+    )
+    weights: Literal["tokens", "data"] = Field(
+        default="tokens",
+        description="weight of a client's loss: by its `tokens`, or by its share of the `data` whatever it brings (at"
+        " most 4 times its tokens')",
+    )
+    periods: Annotated[Literal["none", "planned"] | Count, meaning("'none', 'planned' or a number of groups")] = Field(
+        default="none",
+        description="`planned`: clients come to the server in groups, in turn, so that it computes for some while"
+        " others compute and send, and a slow client may sit out whole steps; a number: so many groups; `none`: all"
+        " wait for all",
+    )
+    server_step: Literal["cycle", "group"] = Field(
+        default="cycle",
+        description="when the server steps its own adapters: once all groups have had their turn (as without groups, to"
+        " rounding), or at each `group`",
+    )
+    stored: Literal["dense", "codes", "planned"] = Field(
+        default="dense",
+        description="how a client stores an int8 or NF4 base: `dense`, as `codes` (a third of the memory, but its"
+        " weights are dequantized in every pass), or `planned` for each",
+    )
+    embedding: Literal["whole", "own"] = Field(
+        default="whole",
+        description="rows of the embedding that a client without the tail reads: the `whole`, or those that its `own`"
+        " texts use",
+    )
+    wire: Literal["job", "planned"] = Field(
+        default="job",
+        description="format of a client's messages: `job.wire`, or `planned`: a narrower one where its link binds",
+    )
+
+
 class Policy(Section):
     """The choices by which published methods differ; the defaults are HSplitLoRA's."""
 
@@ -137,6 +184,7 @@ class Policy(Section):
         " everybody up for longer than it is worth; only for placement `split` and `concat`",
     )
 
+    pace: Pace = Field(default=Pace(), description="what keeps holders from waiting; only for placement `split`")
     importance: Importance = Field(default=Importance(), description="which weights matter")
     replan: Replan = Field(default=Replan(), description="when a new plan is made")
 
@@ -178,6 +226,8 @@ class Policy(Section):
             yield "aggregation", "'none' would leave every holder with a model of its own; it needs placement 'single'"
         if self.train == "weights" and self.placement != "single":
             yield "train", f"'weights' needs placement 'single' (got {shown(self.placement)})"
+        if self.placement != "split" and self.pace != Pace():
+            yield "pace", f"placement {self.placement!r} has no steps that holders share: leave pace out"
         if self.self_pruning is not None and self.moments != "drop":
             yield "self_pruning", "needs moments 'drop': kept moments would move directions that were given up"
         if self.self_pruning is not None and self.aggregation != "hetlora":

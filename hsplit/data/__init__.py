@@ -1,6 +1,6 @@
 """Examples: their sources, their partition over the clients, and batches of their tokens."""
 
-from hsplit.data.batches import Batch, BatchSampler, collate, validation_batches
+from hsplit.data.batches import Batch, ExampleSampler, collate, validation_batches
 from hsplit.data.chat import ChatTemplate
 from hsplit.data.examples import Example
 from hsplit.data.holdout import hold_out, split_off_test
@@ -12,9 +12,9 @@ from hsplit.data.tokens import TokenizedExample, check_ids, check_special_tokens
 
 __all__ = [
     "Batch",
-    "BatchSampler",
     "ChatTemplate",
     "Example",
+    "ExampleSampler",
     "TokenizedExample",
     "check_ids",
     "check_special_tokens",

@@ -73,34 +73,30 @@ def validation_batches(examples: Sequence[TokenizedExample], batch_size: int, pa
     return [collate(ordered[start : start + batch_size], padding) for start in range(0, len(ordered), batch_size)]
 
 
-class BatchSampler:
-    """Selects the examples of a step's batch, as a pure function of seed, name and step.
+class ExampleSampler:
+    """Selects the examples of a batch, as a pure function of seed, name and place.
 
-    Epochs, each a permutation of all examples, follow one another endlessly, and a batch may span two of them. There is
-    no state, so a run resumes at any step with nothing saved.
+    Epochs, each a permutation of all examples, follow one another endlessly, and a batch may span two of them.
 
     Args:
         count: the number of examples, at least 1.
-        batch_size: at least 1; larger than `count` means that examples repeat within a batch.
         seed: the run's.
         name: the client's, so that clients draw independently.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, name: str) -> None:
-        if count < 1 or batch_size < 1:
-            raise ValueError(f"count and batch_size must be at least 1, not {count} and {batch_size}")
+    def __init__(self, count: int, seed: int, name: str) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, not {count}")
         self.count = count
-        self.batch_size = batch_size
         self.seed = seed
         self.name = name
         self._cached: tuple[int, list[int]] = (-1, [])
 
-    def indices(self, step: int) -> tuple[int, ...]:
-        """Indices of the examples in batch `step`, counted from 0."""
-        if step < 0:
-            raise ValueError(f"step must be at least 0, not {step}")
-        start = step * self.batch_size
-        places = (divmod(place, self.count) for place in range(start, start + self.batch_size))
+    def indices(self, first: int, count: int) -> tuple[int, ...]:
+        """Indices of the examples at the ``count`` places from ``first`` on, counted from 0 over all epochs."""
+        if first < 0 or count < 1:
+            raise ValueError(f"first must be at least 0 and count at least 1, not {first} and {count}")
+        places = (divmod(place, self.count) for place in range(first, first + count))
         return tuple(self._permutation(epoch)[position] for epoch, position in places)
 
     def _permutation(self, epoch: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hsplit.config import Job
-from hsplit.data.batches import BatchSampler
+from hsplit.data.batches import ExampleSampler
 from hsplit.data.examples import Example
 from hsplit.data.holdout import hold_out
 from hsplit.data.tokens import TokenizedExample, tokenize
@@ -57,11 +57,11 @@ class LocalData:
             if not fitting:
                 raise _none_fits(where, what, len(part), job)
         self.too_long = too_long_train + too_long_held_out
-        self._sampler = BatchSampler(len(self.train), job.batch_size, job.seed, client)
+        self._sampler = ExampleSampler(len(self.train), job.seed, client)
 
-    def draw(self, batch: int) -> list[TokenizedExample]:
-        """The training examples of batch ``batch``, counted over the run."""
-        return [self.train[index] for index in self._sampler.indices(batch)]
+    def draw(self, first: int, count: int) -> list[TokenizedExample]:
+        """The ``count`` training examples from place ``first`` on, counted over the run."""
+        return [self.train[index] for index in self._sampler.indices(first, count)]
 
 
 def check_shares(shares: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase, job: Job) -> bool:

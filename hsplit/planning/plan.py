@@ -32,6 +32,11 @@ class HolderPlan:
         step_time_s: predicted time of its part of one local step, transfers included (virtual).
         lacking_bytes: memory that an unavailable client lacks for the smallest assignment.
         captured_share: its share of the plan's captured importance, 0 to 1; all shares add up to 1.
+        rows: examples in each of a client's batches; 0 stands for ``job.batch_size``.
+        group: the server's turn in a local step that a client comes to.
+        every, offset: a client takes part in the local steps ``t``, counted over the run, with ``t % every == offset``.
+        stored: how it keeps a quantized base.
+        wire: format of its messages; empty stands for ``job.wire``.
     """
 
     name: str
@@ -44,6 +49,12 @@ class HolderPlan:
     step_time_s: _Figure = 0.0
     lacking_bytes: Whole = 0
     captured_share: _Figure = 0.0
+    rows: Whole = 0
+    group: Whole = 0
+    every: Annotated[int, Field(ge=1)] = 1
+    offset: Whole = 0
+    stored: Literal["dense", "codes"] = "dense"
+    wire: str = ""
     __pydantic_config__ = EXACT
 
     @property
@@ -51,6 +62,19 @@ class HolderPlan:
         """Number of decoder layers of a client that takes part, from the embedding on: its split point."""
         assert self.split is not None, f"{self.name} takes no part"
         return self.split
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """All that the plan decides for it, without the figures that follow."""
+        return self.split, self.ranks, self.rows, self.group, self.every, self.offset, self.stored, self.wire
+
+    def takes_part_in(self, step: int) -> bool:
+        """True if it takes part in local step ``step``, counted over the run."""
+        return step % self.every == self.offset
+
+    def turns(self, start: int, stop: int) -> int:
+        """Number of the local steps ``[start, stop)`` that it takes part in."""
+        return max(0, -(-(stop - self.offset) // self.every)) - max(0, -(-(start - self.offset) // self.every))
 
     @property
     def rank_total(self) -> int:
@@ -77,6 +101,7 @@ class Plan:
         servers: number of servers; ``server`` is the part of each.
         exchange_s: predicted time of the exchange at a round's end on the clients' links, with the residual at its cap,
             spread over the round's local steps (virtual).
+        groups: turns of the server in one local step; a client's period, METHOD 10's ``m``, is ``groups * every``.
     """
 
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -87,6 +112,7 @@ class Plan:
     importance: str
     servers: Annotated[int, Field(ge=1, le=MAX_SERVERS)] = 1
     exchange_s: _Figure = 0.0
+    groups: Annotated[int, Field(ge=1)] = 1
     __pydantic_config__ = STRICT
 
     @property
@@ -110,10 +136,8 @@ class Plan:
         return server_names(self.servers)
 
     def gives_the_same_as(self, other: Plan) -> bool:
-        """True if all holders have the same layers at the same ranks."""
-        own, others = (
-            {part.name: (part.split, part.ranks) for part in (p.server, *p.available)} for p in (self, other)
-        )
+        """True if all holders have the same layers at the same ranks, and the same part in steps."""
+        own, others = ({part.name: part.given for part in (p.server, *p.available)} for p in (self, other))
         return own == others
 
     def client(self, name: str) -> HolderPlan:
@@ -153,6 +177,8 @@ class Plan:
         for part in (self.server, *self.clients):
             if (part.split is None and part.available) or (part.split or 0) > self.layers:
                 raise ValueError(f"it is no plan: {part.name} takes part without layers, or has more than there are")
+            if part.offset >= part.every or part.group >= self.groups:
+                raise ValueError(f"it is no plan: {part.name} never has its turn")
 
 
 def _holder_json(holder: HolderPlan) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class ClientData:
         note: writes an event to the log and shows it to the user: kind, text, fields.
 
     Attributes:
-        validation_batches: number of held-out batches by client.
+        held_out: number of held-out examples by client.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ClientData:
         # Supervised tokens for training and validation, by client.
         self._supervised: dict[str, tuple[int, int]] = {}
         self._sources: dict[str, str] = {}
-        self.validation_batches: dict[str, int] = {}
+        self.held_out: dict[str, int] = {}
 
     def begin(self, clients: Sequence[ClientConfig]) -> dict[str, Ref[DataReport]]:
         """Have ``clients`` begin to read their data; returns the calls by client."""
@@ -106,7 +106,7 @@ class ClientData:
         """Keep the sizes that a client has reported."""
         self._examples[report.client] = report.train + report.validation
         self._supervised[report.client] = (report.supervised, report.validation_supervised)
-        self.validation_batches[report.client] = report.validation_batches
+        self.held_out[report.client] = report.validation
 
     def note_unavailable(self, plan: Plan) -> None:
         """Report how many clients, and how much of the data, ``plan`` has no part for, if any."""

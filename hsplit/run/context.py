@@ -104,6 +104,13 @@ class RunContext:
         return self.state.present
 
     @property
+    def validation_batches(self) -> dict[str, int]:
+        """Number of held-out batches of the clients that take part now, by name."""
+        together = len(self.inputs.shares) if self.single else 1
+        rows = {part.name: (part.rows or self.job.batch_size) * together for part in self.plan.available}
+        return {name: -(-self.data.held_out[name] // rows[name]) for name in self.clients}
+
+    @property
     def fleet(self) -> Fleet:
         """The fleet to plan for."""
         return self.state.fleet(self.run.clients)
@@ -179,7 +186,7 @@ class RunContext:
             self.fail_without_clients(waiting[0] if waiting else self.plan.clients[0].name)
         calls = [self.executor.call(name, Replica.configure, self.plan) for name in self.servers]
         for client in map(self.plan.client, self.clients):
-            calls.append(self.executor.call(client.name, Participant.configure, client.held_layers, client.ranks))
+            calls.append(self.executor.call(client.name, Participant.configure, client))
         self.executor.get(calls)
 
     def fail_without_clients(self, last: str) -> NoReturn:

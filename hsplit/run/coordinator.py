@@ -175,6 +175,7 @@ class Coordinator:
                     context.note("stopped", f"stopped on request in round {state.round + 1}")
                     return False
             self.aggregate()
+            state.count_examples(job)
             state.round += 1
             self._records.close_round(*self._membership.retry(self.validate))
             self._checkpoint()
@@ -245,14 +246,11 @@ class Coordinator:
         down = report.nbytes_down
         moving = {name: plan.client(name) for name in context.clients if name in down}
         shrunk = self._membership.await_calls(
-            {n: executor.call(n, Participant.shrink, part.held_layers, part.ranks) for n, part in moving.items()}
+            {n: executor.call(n, Participant.shrink, part) for n, part in moving.items()}
         )
         self._records.forget_peaks(list(shrunk))
         self._membership.await_calls(
-            {
-                n: executor.call(n, Participant.reconfigure, moving[n].held_layers, moving[n].ranks, updates[n])
-                for n in shrunk
-            }
+            {n: executor.call(n, Participant.reconfigure, moving[n], updates[n]) for n in shrunk}
         )
         if context.single:
             down = {}
@@ -271,6 +269,10 @@ class Coordinator:
         if cohort != context.clients:
             text = f"round {self.round}: {len(cohort)} of {len(context.clients)} clients train: {', '.join(cohort)}"
             context.events.write("cohort", text, round=self.round, clients=cohort)
+        for name in context.clients:
+            # Not waited for: a failure is found by the next call that is.
+            at, passed = self.state.round * self._job.local_steps, self.state.examples.get(name, 0)
+            self._executor.call(name, Participant.begin_round, at, passed)
         self._set_pace(cohort)
         self._set_lr_scales(cohort)
 
@@ -320,7 +322,7 @@ class Coordinator:
     def validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
         context, begun = self.context, time.monotonic()
-        batches = {client: context.data.validation_batches[client] for client in context.clients}
+        batches = context.validation_batches
         outcome = context.training.validation(context.plan, batches)
         self.state.bytes_up += outcome.bytes_up
         self.state.bytes_down += outcome.bytes_down

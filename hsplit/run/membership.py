@@ -177,7 +177,7 @@ class Membership:
         context.state.member(name).status = Status.LOST
         calls: list[Ref[Any]] = list(context.data.begin(context.named([name])).values())
         held = context.plan.client(name)
-        calls.append(context.executor.call(name, Participant.configure, held.held_layers, held.ranks))
+        calls.append(context.executor.call(name, Participant.configure, held))
         self._preparing[name] = (part, calls)
         return True
 

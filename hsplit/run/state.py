@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from hsplit import __version__
-from hsplit.config import SERVER, ClientConfig
+from hsplit.config import SERVER, ClientConfig, Job
 from hsplit.config.reading import from_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
@@ -16,7 +16,7 @@ from hsplit.planning.cost.serving import drawn_cohort
 from hsplit.planning.plan import Plan
 from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
 
-FORM = 2
+FORM = 3
 """Version of the form of ``state.json``; a file of another one is refused."""
 
 
@@ -71,6 +71,7 @@ class RunState:
         step: completed local steps of the whole run, those of the round under way included.
         tokens: supervised tokens trained on.
         client_tokens: the same by client.
+        examples: of each client, passed over in its data by the completed rounds, by name.
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
         bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
@@ -88,6 +89,7 @@ class RunState:
     step: Whole = 0
     tokens: Whole = 0
     client_tokens: dict[str, Whole] = field(default_factory=dict)
+    examples: dict[str, Whole] = field(default_factory=dict)
     round_loss_sum: float = 0.0
     round_tokens: Whole = 0
     bytes_up: Whole = 0
@@ -142,6 +144,14 @@ class RunState:
         """Predicted bytes of a client or ``server`` by the plan in force; 0 without a plan or a part in it."""
         parts = () if self.plan is None else (self.plan.server, *self.plan.clients)
         return next((part.predicted_bytes for part in parts if part.name == name), 0)
+
+    def count_examples(self, job: Job) -> None:
+        """Record how far the round that ends has gone in each client's data, whoever missed a step of it."""
+        start = self.round * job.local_steps
+        for part in () if self.plan is None else self.plan.available:
+            turns = part.turns(start, start + job.local_steps)
+            passed = turns * job.grad_accumulation * (part.rows or job.batch_size)
+            self.examples[part.name] = self.examples.get(part.name, 0) + passed
 
     def count_shortage(self, name: str) -> None:
         """Record that a client or ``server`` ran out of memory; the next plan gives it less."""

@@ -12,6 +12,7 @@ from hsplit.config import Job, Policy
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import ModelSpec
+from hsplit.planning.plan import HolderPlan
 from tests.in_process import random_examples
 
 
@@ -56,7 +57,7 @@ def test_nobody_who_knows_the_run_can_draw_the_same_noise(models: dict[str, Path
         job = Job.model_validate({"dtype": "fp32", "wire": "fp32", "privacy": {"noise": 0.1}, "max_length": 32})
         client = Client("c0", job, Policy(), BaseModel.of_job(ModelSpec.read(models["llama"]), job))
         client.load_data({"c0": random_examples(12, 0)}, None)
-        client.configure(2, {})
+        client.configure(HolderPlan("c", "client", True, 2))
         client.restart(RoundUpdate(1, {}, {}))
         for _ in range(2):
             torch.manual_seed(0)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from hsplit.data.batches import BatchSampler, collate, validation_batches
+from hsplit.data.batches import ExampleSampler, collate, validation_batches
 from hsplit.data.examples import Example
 from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
 
@@ -96,33 +96,37 @@ def test_validation_batches_hold_every_example_once(examples: list[TokenizedExam
     steps=st.lists(st.integers(0, 50), min_size=1, max_size=5),
 )
 def test_a_step_s_batch_needs_no_history(count: int, batch_size: int, seed: int, steps: list[int]) -> None:
-    used = BatchSampler(count, batch_size, seed, "phone-0")
+    used = ExampleSampler(count, seed, "phone-0")
     for step in steps:
-        assert used.indices(step) == BatchSampler(count, batch_size, seed, "phone-0").indices(step)
-        assert len(used.indices(step)) == batch_size
+        first = step * batch_size
+        fresh = ExampleSampler(count, seed, "phone-0")
+        assert used.indices(first, batch_size) == fresh.indices(first, batch_size)
+        assert len(used.indices(first, batch_size)) == batch_size
 
 
-@given(count=st.integers(1, 30), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
-def test_every_epoch_is_a_permutation(count: int, batch_size: int, seed: int) -> None:
-    sampler = BatchSampler(count, batch_size, seed, "phone-0")
-    drawn = [index for step in range(3 * count) for index in sampler.indices(step)]
-    for epoch in range(3):
+@given(count=st.integers(1, 30), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=9), seed=st.integers(0, 2**40))
+def test_every_epoch_is_a_permutation_whatever_the_sizes(count: int, sizes: list[int], seed: int) -> None:
+    sampler = ExampleSampler(count, seed, "phone-0")
+    drawn: list[int] = []
+    for size in sizes:
+        drawn += sampler.indices(len(drawn), size)
+    for epoch in range(len(drawn) // count):
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 def test_clients_seeds_and_epochs_draw_differently() -> None:
-    first = BatchSampler(100, 100, 0, "phone-0")
-    assert first.indices(0) != first.indices(1)
-    assert first.indices(0) != BatchSampler(100, 100, 0, "phone-1").indices(0)
-    assert first.indices(0) != BatchSampler(100, 100, 1, "phone-0").indices(0)
+    first = ExampleSampler(100, 0, "phone-0")
+    assert first.indices(0, 100) != first.indices(100, 100)
+    assert first.indices(0, 100) != ExampleSampler(100, 0, "phone-1").indices(0, 100)
+    assert first.indices(0, 100) != ExampleSampler(100, 1, "phone-0").indices(0, 100)
 
 
 def test_senseless_sizes_are_refused() -> None:
-    for count, batch_size in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="count and batch_size must be at least 1"):
-            BatchSampler(count, batch_size, 0, "phone-0")
-    with pytest.raises(ValueError, match="step must be at least 0"):
-        BatchSampler(1, 1, 0, "phone-0").indices(-1)
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        ExampleSampler(0, 0, "phone-0")
+    for first, count in ((-1, 1), (0, 0)):
+        with pytest.raises(ValueError, match="first must be at least 0 and count at least 1"):
+            ExampleSampler(1, 0, "phone-0").indices(first, count)
     with pytest.raises(ValueError, match="at least one example"):
         collate([])
     with pytest.raises(ValueError, match="batch_size must be at least 1"):

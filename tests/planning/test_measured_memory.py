@@ -22,6 +22,7 @@ from hsplit.config import Job, Policy
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import ModelSpec
+from hsplit.planning.plan import HolderPlan
 
 # Large enough that what a step allocates dwarfs the constants of any program, small enough for seconds.
 SIZES: dict[str, dict[str, Any]] = {
@@ -228,6 +229,6 @@ def test_measuring_can_be_switched_off(directories: dict[str, Path]) -> None:
     assert holder.peak == 0
     base = BaseModel(ModelSpec.read(directories[LLAMA]), "fp32", torch.float32)
     client = Client("one", Job(dtype="fp32", base="fp32"), Policy(), base, measure=False)
-    client.configure(1, {})
+    client.configure(HolderPlan("c", "client", True, 1))
     client.restart(RoundUpdate(1, {}, {}))
     assert client.peak_bytes() == 0

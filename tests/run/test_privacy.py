@@ -49,7 +49,6 @@ LEAVES = {
         "DataReport.too_long: int",
         "DataReport.train: int",
         "DataReport.validation: int",
-        "DataReport.validation_batches: int",
         "DataReport.validation_supervised: int",
     },
     "forward": _ACTIVATIONS | _REPORT | {f"ForwardReport.{field}" for field in _SECONDS},

@@ -57,7 +57,7 @@ def test_it_tells_the_virtual_time_of_a_run_to_the_last_bit(
     shares = {client.name: random_examples(12, seed) for seed, client in enumerate(run.clients)}
     made = planned_run(run, models["llama"], RunDirectory.create(tmp_path, None), shares, recorder)
     assert made.run()
-    batches = dict(made.context.data.validation_batches)
+    batches = made.context.validation_batches
     found = simulated(run, Scheduler(run, ModelSpec.read(models["llama"])), 3, validation_batches=batches)
     assert [r.virtual_time_s for r in found.rounds] == [row.virtual_time_s for row in recorder.rows]
     # Real batches are shorter than full ones.
@@ -75,7 +75,7 @@ def test_with_a_residual_and_a_probe_it_tells_no_less_than_a_run(models: dict[st
     made = planned_run(run, models["llama"], RunDirectory.create(tmp_path, None), shares, recorder)
     assert made.run()
     found = simulated(
-        run, Scheduler(run, ModelSpec.read(models["llama"])), 3, validation_batches=made.context.data.validation_batches
+        run, Scheduler(run, ModelSpec.read(models["llama"])), 3, validation_batches=made.context.validation_batches
     )
     told, real = found.rounds[-1].virtual_time_s, recorder.rows[-1].virtual_time_s
     assert found.rounds[-1].probe_s > 0
