@@ -61,6 +61,7 @@ class CountedModel:
             is stored, and a step sends nothing.
         trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
         servers: number of servers that share the clients.
+        counter: counts layers; a new one by default.
 
     Attributes:
         layers: decoder layers ``L``.
@@ -86,7 +87,19 @@ class CountedModel:
         whole: bool = False,
         trains_weights: bool = False,
         servers: int = 1,
+        counter: LayerCounter | None = None,
     ) -> None:
+        self._model = model
+        self._setting: dict[str, Any] = {
+            "residual": residual,
+            "decomposes": decomposes,
+            "truncates": truncates,
+            "top_rank": top_rank,
+            "whole": whole,
+            "trains_weights": trains_weights,
+            "servers": servers,
+        }
+        self._at_rows: dict[int, CountedModel] = {job.batch_size: self}
         self.servers = servers
         self.layers = model.layers
         self.job, self.whole, self.trains_weights = job, whole, trains_weights
@@ -114,8 +127,17 @@ class CountedModel:
         self.keeps_residual, self.decomposes, self.truncates = residual, decomposes, truncates
         self._loading: dict[bool, Floats] = {}
         self._tails: dict[int, TailRun] = {}
-        self.counter = LayerCounter(model, set(self._index), job.max_length)
+        self.counter = counter or LayerCounter(model, set(self._index), job.max_length)
         self._count_layers()
+
+    def at_rows(self, rows: int) -> CountedModel:
+        """The same counts for batches of ``rows`` examples instead of ``job.batch_size``."""
+        if rows not in self._at_rows:
+            job = self.job.model_copy(update={"batch_size": rows})
+            made = CountedModel(self._model, job, **self._setting, counter=self.counter)
+            made._at_rows = self._at_rows
+            self._at_rows[rows] = made
+        return self._at_rows[rows]
 
     def setting(self, ranks: int, rows: int, codes: str | None) -> LayerSetting:
         """Make the setting to count a layer at: ranks of its adapters, rows of tokens, and how its base is kept."""
