@@ -171,6 +171,8 @@ class Coordinator:
             while state.step < (state.round + 1) * job.local_steps:
                 self.local_step(state.step)
                 if self.stopping:
+                    for failure in context.training.settle().failed.values():
+                        self._membership.lose(failure)
                     self._checkpoint()
                     context.note("stopped", f"stopped on request in round {state.round + 1}")
                     return False
