@@ -142,7 +142,7 @@ class Replica(HolderActor[Holder]):
             losses += _loss_reports(joined.messages, sums.detach(), counts)
             trained += joined.messages
         self._count(trained)
-        watch.pace(self._pace.get("step"))
+        watch.pace(self._turn_s("step", messages))
         returned = [gradients.get(message.client) for message in messages]
         return _report(watch, returned, losses, refused), *returned
 
@@ -167,7 +167,7 @@ class Replica(HolderActor[Holder]):
             kept.append(joined)
             with watch.phase("pack"):
                 outputs |= joined.outputs(self._job.transport)
-        watch.pace(self._pace.get("forward"))
+        watch.pace(self._turn_s("forward", messages))
         returned = [outputs.get(message.client) for message in messages]
         return _report(watch, returned, refused=refused), *returned
 
@@ -200,7 +200,7 @@ class Replica(HolderActor[Holder]):
                 gradients |= joined.gradients(self._job.transport)
             trained += own
         self._count(trained)
-        watch.pace(self._pace.get("backward"))
+        watch.pace(self._turn_s("backward", clients))
         returned = [None if client in refused else gradients.get(client) for client in clients]
         return _report(watch, returned, refused=refused), *returned
 
@@ -402,6 +402,13 @@ class Replica(HolderActor[Holder]):
         importance = tuple(ImportanceReport(m.client, m.supervised, scores[m.client]) for m in messages)
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
         return ProbeReport(importance, nbytes), *gradients
+
+    def _turn_s(self, call: str, clients: Sequence[Activations | str]) -> float | None:
+        """Seconds that a turn over the rows of ``clients`` is to take; ``None``: as long as it does."""
+        if not self._pace:
+            return None
+        names = [client if isinstance(client, str) else client.client for client in clients]
+        return self._pace[call] + sum(self._pace[f"{call} {name}"] for name in names)
 
     def _count(self, messages: Sequence[Activations]) -> None:
         """Count the tokens of ``messages`` that passed through each layer here, for step and aggregation."""

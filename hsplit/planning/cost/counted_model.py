@@ -234,6 +234,11 @@ class CountedModel:
         return self.by_layer([2.0 * self.rows * weight.parameters for weight in self.weights])
 
     @cached_property
+    def dequantization_flops(self) -> Floats:
+        """Operations to dequantize each layer once, ``(L,)``; 0 for a dense base."""
+        return np.zeros(self.layers)
+
+    @cached_property
     def dense_bytes(self) -> Floats:
         """Bytes of each layer stored dense in the compute dtype, as on clients, ``(L,)``."""
         kinds = self.counter.kinds
@@ -325,16 +330,24 @@ class CountedModel:
             self._tails[chunk_rows] = self.counter.tail(self.dtype, chunk_rows)
         return self._tails[chunk_rows]
 
-    def wire_bytes(self, split: int) -> WireBytes:
-        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
+    def wire_bytes(self, split: int, wire: str | None = None, examples: int | None = None) -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``).
+
+        Args:
+            split: its split point.
+            wire: format of its messages; ``job.wire`` by default.
+            examples: in the batch; ``job.batch_size`` by default.
+        """
         if self.whole:
             return WireBytes(0, 0, 0, 0)
-        rows, job = self.rows, self.job
+        job, wire = self.job, wire or self.job.wire
+        examples = job.batch_size if examples is None else examples
+        rows = examples * job.max_length
         # In int8 every token has an fp32 scale beside its codes.
-        token = self.width + 4 if job.wire == "int8" else self.width * DTYPES[job.wire].itemsize
+        token = self.width + 4 if wire == "int8" else self.width * DTYPES[wire].itemsize
         hidden = rows * token
         at_home = self.tail_at_client
-        up = hidden + 4 * job.batch_size + 8 + (0 if at_home else 4 * rows)
+        up = hidden + 4 * examples + 8 + (0 if at_home else 4 * rows)
         turn = hidden if at_home else 0
         return WireBytes(up, turn, turn, hidden if split else 0)
 
