@@ -126,12 +126,12 @@ class StepTimes:
         if self._model.whole:
             # Local steps of the client alone: no phase waits for another holder.
             work = prefix(self._model.forward_flops + self._model.backward_flops + self._weight_gradient_flops)
-            times[:, :, 0] = (work + self._tail_flops)[splits] / flops
+            times[:, :, 0] = (work + self.tail_flops)[splits] / flops
             return times * self._model.job.grad_accumulation
         widened = messages * loads.codes[:, None] * prefix(self._model.dequantization_flops)[splits]
         times[:, :, 0] = (share * prefix(self._model.forward_flops)[splits] + widened) / flops + sent("up")
         if self._model.tail_at_client:
-            times[:, :, 1] = sent("deep") + share * self._tail_flops / flops + sent("slope")
+            times[:, :, 1] = sent("deep") + share * self.tail_flops / flops + sent("slope")
         back = (share * prefix(self._model.backward_flops)[splits] + widened) / flops + sent("down")
         times[:, :, 2] = np.where(splits > 0, back, 0.0)
         return times * self._model.job.grad_accumulation
@@ -171,7 +171,7 @@ class StepTimes:
         """Virtual seconds of one server's phase with exactly the clients ``served``: ``(M,)``."""
         flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
         if not self._model.tail_at_client:
-            flops = flops + served.sum(axis=1) * self._tail_flops
+            flops = flops + served.sum(axis=1) * self.tail_flops
         times: Floats = flops / server.flops * self._model.job.grad_accumulation
         return times
 
@@ -252,7 +252,7 @@ class StepTimes:
         return 8 * nbytes / client.bandwidth_bps + client.latency_s
 
     @cached_property
-    def _tail_flops(self) -> float:
+    def tail_flops(self) -> float:
         """Operations of the head's forward and of the gradient at its input (and of the head, where it is trained),
         with all positions supervised.
         """
