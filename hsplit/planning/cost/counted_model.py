@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from hsplit.config import Job
 from hsplit.lora.optimizer import STEPPED_AT_ONCE, constant_bytes, moment_bytes, passing_bytes
 from hsplit.models.checkpoint_reader import CHUNK_BYTES
-from hsplit.models.dtype import DTYPES, resolve_dtype
+from hsplit.models.dtype import resolve_dtype
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
 from hsplit.planning.cost.counting import LayerCounter, TailRun
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.serving import counts_at_first
+from hsplit.planning.wire import row_bytes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -325,14 +326,17 @@ class CountedModel:
             self._tails[chunk_rows] = self.counter.tail(self.dtype, chunk_rows)
         return self._tails[chunk_rows]
 
-    def wire_bytes(self, split: int) -> WireBytes:
-        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
+    def wire_bytes(self, split: int, wire: str = "") -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``).
+
+        Args:
+            split: its split point.
+            wire: format of its messages; empty stands for ``job.wire``.
+        """
         if self.whole:
             return WireBytes(0, 0, 0, 0)
         rows, job = self.rows, self.job
-        # In int8 every token has an fp32 scale beside its codes.
-        token = self.width + 4 if job.wire == "int8" else self.width * DTYPES[job.wire].itemsize
-        hidden = rows * token
+        hidden = rows * row_bytes(wire or job.wire, self.width)
         at_home = self.tail_at_client
         up = hidden + 4 * job.batch_size + 8 + (0 if at_home else 4 * rows)
         turn = hidden if at_home else 0
