@@ -10,6 +10,7 @@ from pydantic import Field
 
 from hsplit.config import Job
 from hsplit.config.cluster import server_names
+from hsplit.config.job import Wire
 from hsplit.config.reading import from_plain
 from hsplit.config.section import EXACT, MAX_LAYERS, STRICT, Whole
 from hsplit.errors import InputError
@@ -55,7 +56,7 @@ class HolderPlan:
     every: Annotated[int, Field(ge=1)] = 1
     offset: Whole = 0
     stored: Literal["dense", "codes"] = "dense"
-    wire: str = ""
+    wire: Wire | Literal[""] = ""
     __pydantic_config__ = EXACT
 
     @property
