@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,7 @@ class PacedProblem:
         pace: the policy's.
         allowed: splits that each kind may have, ``(K, L + 1)``.
         may_freeze: plans may leave clients' layers untrained.
-        unread: bytes of the embedding that each kind does not hold, ``(K,)``.
+        forms: in which a client may store the base, the faster first.
         wires: format of each kind's messages, ``K`` of them.
         shares: each client's share of the data, ``(N,)``.
     """
@@ -90,7 +91,7 @@ class PacedProblem:
         pace: Pace,
         allowed: Flags,
         may_freeze: bool,
-        unread: Floats,
+        forms: Sequence[Literal["dense", "codes"]],
         wires: Sequence[str],
         shares: Floats,
     ) -> None:
@@ -115,25 +116,22 @@ class PacedProblem:
         self._pair_rows = np.array([row for row, _ in pairs], dtype=np.int64)
         self._pair_every = np.array([every for _, every in pairs], dtype=np.int64)
         self._quota: Ints = self._rows[self._pair_rows] * _PARTS // self._pair_every
-        self._forms(allowed, unread)
+        self._forms(allowed, forms)
         self._seconds(wires)
         self._frozen_choices = (False, True) if may_freeze else (False,)
         self._values()
 
-    def _forms(self, allowed: Flags, unread: Floats) -> None:
+    def _forms(self, allowed: Flags, forms: Sequence[Literal["dense", "codes"]]) -> None:
         """Find the stored form at every number of rows and split, and whether the memory allows one."""
         cost, smallest = self._cost, int(self.problem.rank_set[0])
         held = np.arange(cost.model.layers + 1)[:, None] > cost.model.weight_layer
-        memory = self.problem.memory + unread
-        forms = {"dense": ("dense",), "codes": ("codes",), "planned": ("dense", "codes")}[self.pace.stored]
-        if not cost.model.quantized:
-            forms = ("dense",)
+        memory = self.problem.memory
         shape = (len(memory), len(self._rows), cost.model.layers + 1)
         self._fits: Flags = np.zeros(shape, dtype=bool)
         self.codes: Flags = np.zeros(shape, dtype=bool)
         for place, rows in enumerate(self._rows.tolist()):
             for form in forms:
-                tables = cost.client_memory(rows, form)  # type: ignore[arg-type]  # one of the two
+                tables = cost.client_memory(rows, form)
                 needed = tables.constant + smallest * (held @ tables.per_rank)
                 fits = (needed <= memory[:, None]) & allowed & ~self._fits[:, place]
                 self._fits[:, place] |= fits
@@ -254,7 +252,7 @@ class PacedProblem:
         return found
 
     def _gains(self, deadline: float, limit_s: float) -> tuple[Floats, Floats, Flags]:
-        """Value and server's seconds of an example by kind, pair, split, and whether it is frozen; and what is feasible.
+        """Find what an example brings and costs, and what is feasible within a deadline.
 
         Returns:
             Value ``(F, K, 1, L + 1)``, server's seconds ``(L + 1,)``, feasible ``(F, K, P, L + 1)``.
@@ -382,6 +380,17 @@ class PacedProblem:
         place, every = self._pair_rows[pairs], self._pair_every[pairs]
         return self.completed(splits, self._rows[place], every, frozen, self.codes[kind, place, splits])
 
+    def again(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags) -> Choice | None:
+        """The choice of these splits, rows and periods ``(N,)``; ``None`` if it is none of this problem's."""
+        kind = self.problem.kind
+        place = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
+        known = (self._rows[place] == rows).all() and set(every.tolist()) <= set(self._pair_every.tolist())
+        if not known or not self._fits[kind, place, splits].all() or (frozen.any() and len(self._frozen_choices) == 1):
+            return None
+        if int((rows * _PARTS // every).sum()) != self.total_rows * _PARTS:
+            return None
+        return self.completed(splits, rows, every, frozen, self.codes[kind, place, splits])
+
     def completed(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags) -> Choice:
         """Make the choice of these splits, rows and periods ``(N,)``: its groups, and what it takes and captures."""
         kind = self.problem.kind
@@ -422,7 +431,7 @@ class PacedProblem:
 
 
 def _balanced(seconds: Floats, groups: int) -> tuple[Ints, Floats]:
-    """Put clients into groups of about equal server time, the longest first; returns group ``(N,)`` and sums ``(G,)``."""
+    """Put clients into groups of about equal server time; returns each one's group ``(N,)`` and the sums ``(G,)``."""
     group, sums = np.zeros(len(seconds), dtype=np.int64), np.zeros(groups)
     for client in np.argsort(-seconds, kind="stable").tolist():
         group[client] = int(sums.argmin())

@@ -18,6 +18,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.freezing import with_frozen
 from hsplit.planning.holder_plans import planned, whole_model
 from hsplit.planning.one_rank import OneRankProblem
+from hsplit.planning.paced_plan import PacedPlanner, paces
 from hsplit.planning.plan import Plan
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule
@@ -34,6 +35,8 @@ def make_plan(
     policy: Policy,
     current: Plan | None = None,
     source: str = EQUAL,
+    vocabulary: Mapping[str, int] | None = None,
+    examples: Mapping[str, int] | None = None,
 ) -> Plan:
     """Give every holder its layers and ranks.
 
@@ -45,6 +48,8 @@ def make_plan(
         policy: its ``placement``, ``train``, ``split`` and ``ranks``.
         current: the plan in force, a start of the search.
         source: where the importance comes from, in words.
+        vocabulary: distinct token ids in each client's texts by name, where known: rows of the embedding to hold.
+        examples: number of each client's examples by name, where known.
 
     Raises:
         InputError: the policy's split is no layer of the model, no client fits, or the server does not.
@@ -55,12 +60,18 @@ def make_plan(
     if policy.train == "weights":
         return whole_model(clients, server, cost, importance)
     smallest = smallest_split(cost, policy)
-    ranks = rank_choices(cost, policy)
+    ranks, rule = rank_choices(cost, policy), find_rank_rule(policy.ranks)
+    if policy.placement == "split" and paces(policy.pace):
+        paced = PacedPlanner(
+            clients, server, cost, importance, policy, ranks, rule, vocabulary or {}, examples or {}, source
+        )
+        if not paced.available:
+            raise _no_client(clients, float(paced.needed[smallest]), smallest, int(ranks[0]), policy)
+        return paced.plan(current)
     needed = minimal_bytes(cost, int(ranks[0]))
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
     if not available:
         raise _no_client(clients, float(needed[smallest]), smallest, int(ranks[0]), policy)
-    rule = find_rank_rule(policy.ranks)
 
     def problem_of(frozen: Collection[str]) -> Problem:
         kind = OneRankProblem if rule.one_for_all else Problem

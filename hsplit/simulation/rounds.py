@@ -197,7 +197,7 @@ class _Simulation:
         sent = received = 0
         for part in plan.available:
             if part.name in training:
-                wire = model.at_rows(part.rows or job.batch_size).wire_bytes(part.split or 0, part.wire)
+                wire = model.wire_bytes(part.split or 0, part.wire, part.rows or job.batch_size)
                 batches = job.grad_accumulation * part.turns(first, first + job.local_steps)
                 sent += batches * wire.to_server
                 # No gradient comes back to forward-only clients.

@@ -121,6 +121,26 @@ class VirtualClock:
             ahead=job.runs_ahead or self._cost.pace.periods != "none",
         )
 
+    def busy_s(self, plan: Plan) -> dict[str, float]:
+        """Seconds that each holder computes or sends in a local step, on the average over its period, by name."""
+        steps = math.lcm(*(part.every for part in plan.available))
+        found = self.cycle(plan, None, 0, steps)
+        busy = dict(zip((part.name for part in plan.available), (found.busy / steps).tolist(), strict=True))
+        return busy | {plan.server.name: found.server_busy / steps}
+
+    def binding(self, plan: Plan) -> str:
+        """Name the holder that a plan's speed follows from, with what it spends most of its time on."""
+        busy = self.busy_s(plan)
+        server_s = busy.pop(plan.server.name)
+        name = max(busy, key=busy.__getitem__)
+        if server_s >= busy[name]:
+            return f"{plan.server.name} compute"
+        part = plan.client(name)
+        loads, at = Loads.of_plan([part], self._cost.model.job), np.array([part.split or 0])
+        links = self._cost.times.link_s(self._clients[name], loads)
+        spent = float(self._cost.times.times_at([self._clients[name]], at, loads=loads).sum())
+        return f"{name} {'link' if links > spent / 2 else 'compute'}"
+
     def _training(self, plan: Plan, clients: Collection[str] | None) -> list[HolderPlan]:
         members = None if clients is None else set(clients)
         return [part for part in plan.available if members is None or part.name in members]
