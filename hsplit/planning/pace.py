@@ -29,6 +29,8 @@ EVERY = (1, 2, 3, 4)
 MAX_GROUPS = 32
 # Clients up to which the rows are dealt out exactly, and one group for each is tried.
 FEW = 12
+KEPT = 8
+"""Number of best choices that are simulated: their seconds are estimates."""
 # Least common multiple of the periods: rows a step are counted in these parts of an example.
 _PARTS = 12
 # Deadlines tried at first, as multiples of the least one that may do, and after that around the best.
@@ -65,6 +67,11 @@ class Choice:
     seconds: float
     exchange_s: float
     captured: float
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal choices."""
+        return b"".join(part.tobytes() for part in (self.splits, self.rows, self.every, self.frozen))
 
     @property
     def objective(self) -> float:
@@ -190,32 +197,31 @@ class PacedProblem:
 
     # -- the search -------------------------------------------------------------------------------------------------
 
-    def best(self, in_force: Choice | None = None) -> Choice | None:
-        """Find the choice with most captured importance per second; ``None``: the rows' sum cannot be dealt out.
+    def best(self, in_force: Choice | None = None) -> list[Choice]:
+        """Find the choices with most captured importance per second, the best first; none where the rows' sum cannot
+        be dealt out.
 
         Args:
-            in_force: what is done now, which stays unless another choice is better.
+            in_force: what is done now, which is among them.
         """
-        found = in_force
+        found: dict[bytes, Choice] = {} if in_force is None else {in_force.key: in_force}
         for limit_s in self._exchange_limits():
             least_s = self._least_s(limit_s)
-            tried: set[float] = set()
-            deadlines = [least_s * factor for factor in _DEADLINES]
-            local: tuple[float, float] | None = None
-            for deadline in deadlines + [0.0] * len(_NEARER):
-                if deadline == 0.0:
-                    if local is None:
-                        break
-                    deadline = next((local[1] * n for n in _NEARER if local[1] * n not in tried), 0.0)
-                tried.add(deadline)
-                choice = self._by_deadline(deadline, limit_s)
-                if choice is None:
-                    continue
-                if local is None or choice.objective > local[0]:
-                    local = choice.objective, deadline
-                if found is None or choice.objective > found.objective * (1 + 1e-9):
-                    found = choice
-        return found
+            best: tuple[float, float] = (-np.inf, least_s)
+            for deadline in [least_s * factor for factor in _DEADLINES]:
+                best = max(best, self._try(deadline, limit_s, found))
+            for factor in _NEARER:
+                self._try(best[1] * factor, limit_s, found)
+        ranked = sorted(found.values(), key=lambda choice: -choice.objective)
+        return ranked[:KEPT]
+
+    def _try(self, deadline: float, limit_s: float, found: dict[bytes, Choice]) -> tuple[float, float]:
+        """Add the best choice within ``deadline`` to ``found``; returns its objective, and the deadline."""
+        choice = self._by_deadline(deadline, limit_s)
+        if choice is None:
+            return -np.inf, deadline
+        found.setdefault(choice.key, choice)
+        return choice.objective, deadline
 
     def _exchange_limits(self) -> list[float]:
         longest = max(float(np.where(self._fits.any(axis=1), self.exchange_s[0], 0.0).max()), 1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import Choice, Flags, PacedProblem
+from hsplit.planning.pace import KEPT, Choice, Flags, PacedProblem
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
@@ -142,12 +143,14 @@ class PacedPlanner:
         """
         lacking = np.inf
         for shallowest in self._shallowest():
-            choice = self._chosen(shallowest, current)
-            if choice is None:
-                continue
-            made, lacking = self._made(choice)
-            if lacking <= 0:
-                return made
+            found: Plan | None = None
+            for choice in self._chosen(shallowest, current):
+                made, lacking = self._made(choice)
+                if lacking <= 0:
+                    made = self._timed(made, choice)
+                    found = made if found is None or made.objective > found.objective else found
+            if found is not None:
+                return found
         if np.isinf(lacking):
             raise InputError(
                 "policy: pace: the rows of a step cannot be dealt out to these clients: lower pace.min_share, or set"
@@ -164,29 +167,26 @@ class PacedPlanner:
         layers = self._cost.model.layers
         return [1, *(k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if k <= layers)]
 
-    def _chosen(self, shallowest: int, current: Plan | None) -> Choice | None:
+    def _chosen(self, shallowest: int, current: Plan | None) -> list[Choice]:
         split, problem = self._policy.split, self._problem
         layers = np.arange(self._cost.model.layers + 1)
         if split == "planned":
             allowed = np.broadcast_to(layers >= shallowest, (len(problem.members), len(layers)))
             return self._best(allowed, current)
         if shallowest > 1:
-            return None
+            return []
         if split != "uniform":
             splits = find_split_rule(split)(problem, current)
             allowed = np.zeros((len(problem.members), len(layers)), dtype=bool)
             allowed[problem.kind, splits] = True
             return self._best(allowed, current)
         deepest = int((self.needed <= problem.memory[:, None]).sum(axis=1).min()) - 1
-        found: Choice | None = None
+        found: list[Choice] = []
         for k in range(1, deepest + 1):
-            allowed = np.broadcast_to(layers == k, (len(problem.members), len(layers)))
-            choice = self._best(allowed, None)
-            if choice is not None and (found is None or choice.objective > found.objective):
-                found = choice
-        return found
+            found += self._best(np.broadcast_to(layers == k, (len(problem.members), len(layers))), None)
+        return sorted(found, key=lambda choice: -choice.objective)[:KEPT]
 
-    def _best(self, allowed: Flags, current: Plan | None) -> Choice | None:
+    def _best(self, allowed: Flags, current: Plan | None) -> list[Choice]:
         problem = self._problem
         paced = PacedProblem(
             problem, self._pace, allowed, self._policy.freezes, stored_forms(self._cost), self.wires, self._shares
@@ -208,14 +208,14 @@ class PacedPlanner:
             np.array([part.forward_only for part in own], dtype=bool),
         )
 
-    @property
+    @cached_property
     def wires(self) -> list[Wire]:
         """Format of each kind's messages."""
         job, problem = self._cost.model.job, self._problem
         formats = wires_within(job.wire) if self._pace.wire == "planned" else (job.wire,)
         if len(formats) == 1:
             return [job.wire] * len(problem.distinct)
-        period_s = len(self._clients) * job.batch_size / self._bound(formats[-1])
+        period_s = len(self._clients) * job.batch_size / self._bound([formats[-1]] * len(problem.distinct))
         chosen: list[Wire] = []
         for kind in problem.distinct:
             fair = [self._link_s(wire, kind) * job.batch_size for wire in formats]
@@ -230,18 +230,14 @@ class PacedPlanner:
     # -- the bound --------------------------------------------------------------------------------------------------
 
     def bound(self) -> float:
-        """Most examples a second that these budgets allow with the policy's stored forms and formats (METHOD 10)."""
-        formats = wires_within(self._cost.model.job.wire)
-        return self._bound(formats[-1] if self._pace.wire == "planned" else formats[0])
+        """Most examples a second that these budgets allow in the plan's wire formats, at the smallest ranks (METHOD 10)."""
+        return self._bound(self.wires)
 
-    def _bound(self, wire: str) -> float:
+    def _bound(self, wires: Sequence[str]) -> float:
         cost, job, problem = self._cost, self._cost.model.job, self._problem
         count, layers = len(problem.distinct), cost.model.layers + 1
-        times = np.zeros((count, layers))
-        for split in range(layers):
-            loads = Loads(np.ones(count, dtype=np.int64), [wire] * count, np.zeros(count, dtype=bool))
-            times[:, split] = cost.times.times_at(problem.distinct, np.full(count, split), 1, loads).sum(axis=1)
-        times /= job.grad_accumulation
+        loads = Loads(np.ones(count, dtype=np.int64), wires, np.zeros(count, dtype=bool))
+        times = cost.times.all_client_times(problem.distinct, 1, loads).sum(axis=2) / job.grad_accumulation
         splits, ones = np.arange(layers), np.ones(layers, dtype=np.int64)
         server_s = np.sum(cost.times.turn_times(self._server, splits, ones), axis=0)
         needed = needed_bytes(cost, self._rank, 1)
@@ -301,6 +297,7 @@ class PacedPlanner:
                     stored=stored,
                     wire=wires[kind],
                     weight=self._weight(i, share),
+                    captured_share=share[i] * gains[i],
                 )
             )
         levels = server_ranks[0] if common is None else np.full(len(problem.worth), common)
@@ -310,6 +307,7 @@ class PacedPlanner:
         deep_gain = float((captured_by(problem.rank_set[levels]) * passing) @ problem.worth)
         captured = float(share @ gains) + deep_gain
         ranks = dict(zip(map(str, names[flags]), problem.rank_set[levels[flags]].tolist(), strict=True))
+        parts = [replace(part, captured_share=float(part.captured_share / captured)) for part in parts]
         deep = HolderPlan(
             "server",
             "server",
@@ -323,32 +321,22 @@ class PacedPlanner:
         rough = Plan(
             cost.model.layers, deep, tuple(parts), 0.0, captured, self._source, cost.model.servers, groups=choice.groups
         )
-        return self._timed(rough, choice, share, gains), lacking
+        return rough, lacking
 
-    def _timed(self, plan: Plan, choice: Choice, share: Floats, gains: Floats) -> Plan:
+    def _timed(self, plan: Plan, choice: Choice) -> Plan:
         """``plan`` with its seconds, by the virtual clock."""
         clock = VirtualClock(self._cost, self._clients, self._server)
-        seconds = clock.step_s(plan)
-        busy = clock.busy_s(plan)
-        placed = {client.name: i for i, client in enumerate(self._clients)}
-        captured = plan.captured_importance
-        parts = tuple(
-            replace(
-                part,
-                step_time_s=busy[part.name],
-                captured_share=float(share[placed[part.name]] * gains[placed[part.name]]) / captured
-                if captured
-                else 0.0,
-            )
-            if part.available
-            else part
-            for part in plan.clients
-        )
-        rows = self._cost.model.job.batch_size * len(self._clients) * self._cost.model.job.grad_accumulation
-        speed = Speed(rows / seconds, self.bound(), clock.binding(plan))
-        server = replace(plan.server, step_time_s=busy[plan.server.name])
+        seconds, busy = clock.step_s(plan), clock.busy_s(plan)
+        job = self._cost.model.job
+        rows = job.batch_size * len(self._clients) * job.grad_accumulation
+        parts = tuple(replace(part, step_time_s=busy.get(part.name, 0.0)) for part in plan.clients)
         return replace(
-            plan, server=server, clients=parts, makespan_s=seconds, exchange_s=choice.exchange_s, speed=speed
+            plan,
+            server=replace(plan.server, step_time_s=busy[plan.server.name]),
+            clients=parts,
+            makespan_s=seconds,
+            exchange_s=choice.exchange_s,
+            speed=Speed(rows / seconds, self.bound(), clock.binding(plan)),
         )
 
     def _weight(self, client: int, share: Floats) -> float:

@@ -78,10 +78,12 @@ class StepTimes:
         """
         return self.all_client_times([client], microbatches)[0]
 
-    def all_client_times(self, clients: Sequence[ClientBudget], microbatches: int | None = None) -> Floats:
+    def all_client_times(
+        self, clients: Sequence[ClientBudget], microbatches: int | None = None, loads: Loads | None = None
+    ) -> Floats:
         """:meth:`client_times` of many clients at once: ``(C, L + 1, 3)``."""
         layers = np.arange(self._model.layers + 1)
-        return self._times(clients, layers[None], microbatches)
+        return self._times(clients, layers[None], microbatches, loads)
 
     def times_at(
         self,
