@@ -20,11 +20,11 @@ from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import KEPT, Choice, Flags, PacedProblem
+from hsplit.planning.pace import MAX_SIMULATED, Choice, Flags, PacedProblem
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
-from hsplit.planning.ranks import captured_by
+from hsplit.planning.ranks import Levels, captured_by
 from hsplit.planning.split_rules import find_split_rule
 from hsplit.planning.wire import wires_within
 
@@ -184,7 +184,7 @@ class PacedPlanner:
         found: list[Choice] = []
         for k in range(1, deepest + 1):
             found += self._best(np.broadcast_to(layers == k, (len(problem.members), len(layers))), None)
-        return sorted(found, key=lambda choice: -choice.objective)[:KEPT]
+        return sorted(found, key=lambda choice: -choice.objective)[:MAX_SIMULATED]
 
     def _best(self, allowed: Flags, current: Plan | None) -> list[Choice]:
         problem = self._problem
@@ -230,7 +230,7 @@ class PacedPlanner:
     # -- the bound --------------------------------------------------------------------------------------------------
 
     def bound(self) -> float:
-        """Most examples a second that these budgets allow in the plan's wire formats, at the smallest ranks (METHOD 10)."""
+        """Most examples a second that these budgets allow in the plan's wire formats (METHOD 10)."""
         return self._bound(self.wires)
 
     def _bound(self, wires: Sequence[str]) -> float:
@@ -248,19 +248,36 @@ class PacedPlanner:
     # -- the plan ---------------------------------------------------------------------------------------------------
 
     def _made(self, choice: Choice) -> tuple[Plan, float]:
-        """The plan of a choice, and the bytes that the server lacks for it."""
+        """The plan of a choice without its seconds, and the bytes that the server lacks for it."""
         cost, problem, job = self._cost, self._problem, self._cost.model.job
         share = choice.rows / choice.every / (job.batch_size * len(self._clients))
         server_ranks, lacking = self._server_levels(choice, share)
+        names = np.array([w.name for w in cost.model.weights], dtype=object)
+        gains, wires = np.zeros(len(self._clients)), self.wires
+        held: list[tuple[dict[str, int], int]] = [({}, 0)] * len(self._clients)
+        keys = np.stack([choice.splits, choice.rows, choice.codes], axis=1)
+        alike = [np.flatnonzero((keys == key).all(axis=1)) for key in np.unique(keys, axis=0)]
         common: int | None = None
         if self._rule.one_for_all:
-            least = [self._holders(choice, i).largest_common_levels()[0] for i in range(len(self._clients))]
-            common = max(0, min(*map(int, least), server_ranks[1]))
-        names = np.array([w.name for w in cost.model.weights], dtype=object)
-        made: dict[tuple[int, ...], tuple[dict[str, int], int, float]] = {}
-        wires = self.wires
+            least = min(int(self._holders(choice, members).largest_common_levels().min()) for members in alike)
+            common = max(0, min(least, server_ranks[1]))
+        for members in alike:
+            split, rows, codes = keys[members[0]].tolist()
+            flags = problem.held[split]
+            levels: Levels = np.full((len(members), len(flags)), common or 0, dtype=np.int8)
+            if common is None:
+                levels = self._rule.levels(self._holders(choice, members))
+            ranks = problem.rank_set[levels[:, flags]] * ~choice.frozen[members][:, None]
+            gains[members] = captured_by(ranks) @ problem.worth[flags]
+            distinct, of_member = np.unique(ranks, axis=0, return_inverse=True)
+            made: list[tuple[dict[str, int], int]] = []
+            for row in distinct:
+                by_name = dict(zip(map(str, names[flags]), row.tolist(), strict=True))
+                made.append((by_name, cost.client_bytes(split, by_name, rows, "codes" if codes else "dense")))
+            for member, which in zip(members.tolist(), of_member.tolist(), strict=True):
+                held[member] = made[which]
         placed = {client.name: i for i, client in enumerate(self._clients)}
-        parts, gains = [], np.zeros(len(self._clients))
+        parts = []
         for client in self._declared:
             i = placed.get(client.name)
             if i is None:
@@ -268,54 +285,42 @@ class PacedPlanner:
                 part = HolderPlan(client.name, "client", False, None, {}, client.memory_bytes, lacking_bytes=missing)
                 parts.append(part)
                 continue
-            split, rows, kind = int(choice.splits[i]), int(choice.rows[i]), int(problem.kind[i])
-            stored: Stored = "codes" if choice.codes[i] else "dense"
-            key = (kind, split, rows, int(choice.codes[i]), int(choice.frozen[i]))
-            if key not in made:
-                flags = problem.held[split]
-                levels = (
-                    self._rule.levels(self._holders(choice, i))[0] if common is None else np.full(len(flags), common)
-                )
-                ranks = problem.rank_set[levels[flags]] * (not choice.frozen[i])
-                by_name = dict(zip(map(str, names[flags]), ranks.tolist(), strict=True))
-                used = cost.client_bytes(split, by_name, rows, stored)
-                made[key] = by_name, used, float(captured_by(ranks) @ problem.worth[flags])
-            by_name, used, gains[i] = made[key]
+            by_name, used = held[i]
             parts.append(
                 HolderPlan(
                     client.name,
                     "client",
                     available=True,
-                    split=split,
+                    split=int(choice.splits[i]),
                     ranks=by_name,
                     declared_bytes=client.memory_bytes,
                     predicted_bytes=used - int(self._unread[i]),
-                    rows=rows,
+                    rows=int(choice.rows[i]),
                     group=int(choice.group[i]),
                     every=int(choice.every[i]),
                     offset=int(choice.offset[i]),
-                    stored=stored,
-                    wire=wires[kind],
+                    stored="codes" if choice.codes[i] else "dense",
+                    wire=wires[int(problem.kind[i])],
                     weight=self._weight(i, share),
                     captured_share=share[i] * gains[i],
                 )
             )
-        levels = server_ranks[0] if common is None else np.full(len(problem.worth), common)
+        at_server = server_ranks[0] if common is None else np.full(len(problem.worth), common)
         first = int(choice.splits.min())
         flags = cost.model.weight_layer >= first
         passing = (share[:, None] * (choice.splits[:, None] <= cost.model.weight_layer)).sum(axis=0)
-        deep_gain = float((captured_by(problem.rank_set[levels]) * passing) @ problem.worth)
+        deep_gain = float((captured_by(problem.rank_set[at_server]) * passing) @ problem.worth)
         captured = float(share @ gains) + deep_gain
-        ranks = dict(zip(map(str, names[flags]), problem.rank_set[levels[flags]].tolist(), strict=True))
+        deep_ranks = dict(zip(map(str, names[flags]), problem.rank_set[at_server[flags]].tolist(), strict=True))
         parts = [replace(part, captured_share=float(part.captured_share / captured)) for part in parts]
         deep = HolderPlan(
             "server",
             "server",
             available=True,
             split=first,
-            ranks=ranks,
+            ranks=deep_ranks,
             declared_bytes=self._server.memory_bytes,
-            predicted_bytes=self._server_bytes(choice, ranks),
+            predicted_bytes=self._server_bytes(choice, deep_ranks),
             captured_share=deep_gain / captured if captured > 0 else 0.0,
         )
         rough = Plan(
@@ -345,16 +350,16 @@ class PacedPlanner:
             return 1.0
         return float(min(self._shares[client] / share[client], MAX_WEIGHT))
 
-    def _holders(self, choice: Choice, client: int) -> Holders:
-        """One client as a rank rule sees it."""
-        cost, problem = self._cost, self._problem
-        split, rows = int(choice.splits[client]), int(choice.rows[client])
-        tables = cost.client_memory(rows, "codes" if choice.codes[client] else "dense")
+    def _holders(self, choice: Choice, members: Ints) -> Holders:
+        """Clients of one split, number of rows and stored form as a rank rule sees them."""
+        cost, problem, first = self._cost, self._problem, members[0]
+        split, rows = int(choice.splits[first]), int(choice.rows[first])
+        tables = cost.client_memory(rows, "codes" if choice.codes[first] else "dense")
         held = problem.held[split]
         prices = held * tables.per_rank
-        slack = problem.memory[problem.kind[client]] - tables.constant[split] - self._rank * prices.sum()
+        slack = problem.memory[problem.kind[members]] - tables.constant[split] - self._rank * prices.sum()
         names = tuple(w.name for w in cost.model.weights)
-        return Holders("client", names, problem.worth, held.astype(np.int64), prices, np.array([slack]), self._rank_set)
+        return Holders("client", names, problem.worth, held.astype(np.int64), prices, slack, self._rank_set)
 
     def _turns(self, choice: Choice) -> Ints:
         """Examples that join a turn of a server at each split, one row a group, ``(G, L + 1)``."""
