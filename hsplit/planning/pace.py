@@ -355,6 +355,19 @@ class PacedProblem:
             price = (low + high) / 2 if high is not None else max(2 * price, 0.25 * found[-1][0])
         return found
 
+    @cached_property
+    def _own_s(self) -> Floats:
+        """Seconds of a client's own work for one batch, ``(F, K, P, L + 1)``; infinite where memory is short."""
+        place = self._pair_rows
+        rows, parts = self._rows[place], self._parts[place]
+        codes = self.codes[:, place]
+        own = []
+        for f in range(len(self._frozen_choices)):
+            messages = self._message_s[f][:, None] + codes * self._widened_s[f][:, None, :]
+            seconds = rows[:, None] * self._row_s[f][:, None, :] + parts[:, None] * messages
+            own.append(np.where(self._fits[:, place], seconds, np.inf))
+        return np.stack(own)
+
     def _of_choice(self, table: tuple[Floats, Floats], splits: Ints, frozen: Flags) -> Floats:
         """Values of two tables ``(K, L + 1)`` for trained and frozen clients, ``(N,)``."""
         kind = self.problem.kind
@@ -367,23 +380,16 @@ class PacedProblem:
         Returns:
             Value ``(F, K, 1, L + 1)``, server's seconds ``(L + 1,)``, feasible ``(F, K, P, L + 1)``.
         """
-        kinds, layers = self._fits.shape[0], self._fits.shape[2]
-        fits = self._fits[:, self._pair_rows]
         rows, parts = self._rows[self._pair_rows], self._parts[self._pair_rows]
-        codes = self.codes[:, self._pair_rows]
-        feasible = np.zeros((len(self._frozen_choices), kinds, len(rows), layers), dtype=bool)
         turn_s = rows[:, None] * self.server_s / parts[:, None]
+        wait_s = np.maximum(turn_s, deadline / self._most_groups / parts[:, None])
         if self.pace.periods == "none":
             wait_s = np.zeros_like(turn_s)
-        else:
-            wait_s = np.maximum(turn_s, deadline / self._most_groups / parts[:, None])
+        # A client that needs no gradient does not wait.
+        left_s = (deadline * self._pair_every[:, None] - np.stack([wait_s, 0 * wait_s])) / self._job.grad_accumulation
+        feasible = self._own_s <= left_s[: len(self._frozen_choices), None]
         for f in range(len(self._frozen_choices)):
-            own_s = rows[:, None] * self._row_s[f][:, None, :] + parts[:, None] * (
-                self._message_s[f][:, None] + codes * self._widened_s[f][:, None, :]
-            )
-            total_s = self._job.grad_accumulation * (own_s + (0.0 if f else wait_s))
-            feasible[f] = fits & (total_s <= deadline * self._pair_every[:, None])
-            feasible[f] &= self.exchange_s[f][:, None, :] <= limit_s * (1 + 1e-9)
+            feasible[f] &= (self.exchange_s[f] <= limit_s * (1 + 1e-9))[:, None, :]
         values = np.stack([self.value[f] for f in range(len(self._frozen_choices))])[:, :, None, :]
         return values, self.server_s, feasible
 

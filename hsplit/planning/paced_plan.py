@@ -229,6 +229,7 @@ class PacedPlanner:
 
     # -- the bound --------------------------------------------------------------------------------------------------
 
+    @cached_property
     def bound(self) -> float:
         """Most examples a second that these budgets allow in the plan's wire formats (METHOD 10)."""
         return self._bound(self.wires)
@@ -341,7 +342,7 @@ class PacedPlanner:
             clients=parts,
             makespan_s=seconds,
             exchange_s=choice.exchange_s,
-            speed=Speed(rows / seconds, self.bound(), clock.binding(plan)),
+            speed=Speed(rows / seconds, self.bound, clock.binding(plan)),
         )
 
     def _weight(self, client: int, share: Floats) -> float:
