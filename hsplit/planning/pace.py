@@ -65,6 +65,8 @@ class _Effort:
 _THOROUGH = _Effort(7, (0.75, 0.9, 1.15), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 10, 3)
 _LIGHT = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 5)), (0.92, 1.08), 4, 1)
 _QUICK = _Effort(3, (), (1.0, 1.5, 2.25), (1.2,), 3, 1)
+# Where splits are given, the exchange is too, and nothing is gained by a price.
+_FIXED = _Effort(1, (), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 1, 2)
 # Clients up to which the search is light, and beyond which it is quick.
 _MANY = 2000
 
@@ -128,13 +130,15 @@ class PacedProblem:
         self.problem, self.pace = problem, pace
         cost, job = problem.cost, problem.cost.model.job
         self._cost, self._job = cost, job
+        self._fixed = bool((allowed.sum(axis=1) <= 1).all())
         self.total_rows = job.batch_size * len(problem.clients)
         self.shares = shares
         unit = max(1, job.batch_size // 4)
         rows = [job.batch_size]
         if pace.batch_size == "planned":
             most = MAX_TIMES_ROWS * job.batch_size // unit
-            numbers = range(1, most + 1) if self._effort is _THOROUGH else (1, 2, 3, 4, 6, 8, 12, 16)
+            few = len(problem.clients) <= FEW
+            numbers: Sequence[int] = range(1, most + 1) if few else (1, 2, 3, 4, 6, 8, 12, 16)
             rows = [unit * number for number in numbers if number <= most]
         self._rows = np.array(rows, dtype=np.int64)
         whole_steps = pace.periods == "none" or pace.batch_size == "equal"
@@ -225,6 +229,8 @@ class PacedProblem:
     @property
     def _effort(self) -> _Effort:
         count = len(self.problem.clients)
+        if self._fixed:
+            return _FIXED
         return _THOROUGH if count <= FEW else _LIGHT if count <= _MANY else _QUICK
 
     def best(self, in_force: Choice | None = None) -> list[Choice]:
@@ -243,7 +249,7 @@ class PacedProblem:
             for factor in self._effort.closer:
                 chosen += self._within(top.exchange_s * factor)
         chosen.sort(key=lambda choice: -choice.objective)
-        if len(self.problem.clients) <= FEW:
+        if len(self.problem.clients) <= FEW and not self._fixed:
             chosen = [*map(self._climbed, chosen[:_CLIMBED]), *chosen]
             chosen.sort(key=lambda choice: -choice.objective)
         return chosen[:MAX_SIMULATED]
@@ -315,6 +321,8 @@ class PacedProblem:
         own = self.exchange_s[1] if len(self._frozen_choices) > 1 else self.exchange_s[0]
         least = float(np.where(fits, own, np.inf).min(axis=1).max())
         longest = float(np.where(fits, self.exchange_s[0], 0.0).max())
+        if self._effort.exchanges == 1:
+            return [longest]
         limits: list[float] = np.geomspace(least, max(longest, least * 1.001), self._effort.exchanges).tolist()
         return limits
 

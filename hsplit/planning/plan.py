@@ -172,6 +172,11 @@ class Plan:
         return frozenset(client.name for client in self.available if client.forward_only)
 
     @property
+    def paced(self) -> bool:
+        """True if not all clients bring as many rows to every step, all together."""
+        return self.groups > 1 or len({(part.rows, part.every) for part in self.available}) > 1
+
+    @property
     def server_names(self) -> tuple[str, ...]:
         """Names of the servers; the first one aggregates."""
         return server_names(self.servers)

@@ -121,6 +121,20 @@ class VirtualClock:
             ahead=job.runs_ahead or self._cost.pace.periods != "none",
         )
 
+    def _busiest(self, plan: Plan, clients: Collection[str] | None) -> dict[str, tuple[str, float]]:
+        """The server's seconds of a step, and compute and links of the busiest client, where turns overlap."""
+        parts = self._training(plan, clients)
+        steps = math.lcm(*(part.every for part in parts))
+        found = self.cycle(plan, clients, 0, steps)
+        index = int(found.busy.argmax())
+        part, busy = parts[index], float(found.busy[index]) / steps
+        link = (
+            self._cost.times.link_s(self._clients[part.name], Loads.of_plan([part], self._cost.model.job)) / part.every
+        )
+        link = min(link, busy)
+        server = (plan.server.name, found.server_busy / steps)
+        return {"compute": (part.name, busy - link), "link": (part.name, link), "server": server}
+
     def busy_s(self, plan: Plan) -> dict[str, float]:
         """Seconds that each holder computes or sends in a local step, on the average over its period, by name."""
         steps = math.lcm(*(part.every for part in plan.available))
@@ -156,6 +170,8 @@ class VirtualClock:
         Returns:
             For each part the holder's name (of several clients the one with most), and seconds (virtual).
         """
+        if self._cost.pace.periods != "none":
+            return self._busiest(plan, clients)
         splits = _splits(plan, clients)
         phases, names = self._phases(plan, splits), list(splits)
         model, times = self._cost.model, self._cost.times
