@@ -10,7 +10,7 @@ entries of a row (the last one filled up with zeros) is
 1. multiplied by the orthonormal Hadamard matrix, which is its own inverse: it spreads the few large entries that hidden
    states have over their block (the error of SmolLM2's is 12 % instead of 28 %, ``hsplit bench wire --only error``);
 2. divided by a bf16 scale that clips nothing: codes are -8 to 7 and the scale has a sign, so that the side with the
-   larger entries gets the eighth level;
+   larger entries gets the eighth level (an error of 11 % less than with codes from -7 to 7);
 3. rounded at random to one of the two integers beside it, so that its mean is kept (both as in arXiv 1611.00429).
 
 The random numbers are a function of the seed and the tensor's shape, on each kind of device. Entries of up to 1e37 are
