@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from rich.console import Console
@@ -69,6 +69,8 @@ class Case:
         holds: ``front``, the whole ``model``, or all ``weights`` to train them.
         aggregation: the policy's.
         optimizer: the job's.
+        stored: how a client keeps a quantized base: ``dense`` or ``codes``.
+        vocabulary: distinct token ids of a client's texts, of which alone it holds the embedding; 0: it holds all.
     """
 
     model: str
@@ -87,6 +89,8 @@ class Case:
     holds: str = "front"
     aggregation: str = "concat"
     optimizer: str = "adamw"
+    stored: Literal["dense", "codes"] = "dense"
+    vocabulary: int = 0
 
     @property
     def policy(self) -> Policy:
@@ -187,7 +191,8 @@ def measured_client(directory: Path, case: Case) -> Measured:
         raise RuntimeError("the examples are longer than they should be")
     holder = _Holder(actor)
     held = [s for s in shapes if s.name in ranks]
-    holder.call("load", Participant.configure, HolderPlan("one", "client", True, split, ranks))
+    part = HolderPlan("one", "client", True, split, ranks, stored=case.stored)
+    holder.call("load", Participant.configure, part)
     holder.call("round", Participant.restart, RoundUpdate(1, {}, {}))
     _client_steps(holder, case, spec.config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.
@@ -201,7 +206,9 @@ def measured_client(directory: Path, case: Case) -> Measured:
     holder.call("round", Participant.collect)
     rest = holder.settle()
     cost = case.cost(spec)
-    predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
+    predicted = cost.client_bytes(split, ranks, stored=case.stored)
+    if case.holds == "weights":
+        predicted = cost.training_bytes
     return Measured(rest, holder.peak, holder.parts, predicted)
 
 
@@ -369,6 +376,14 @@ CLIENTS = (
     Case(GPT2, "int8", (2,), batch_size=8, wire="fp32"),
     Case(GPT2, "nf4", (4,), dtype="bf16", rank=4, length=32),
     Case(GPT2, "nf4", (1,), rank=32, batch_size=1, length=32),
+    Case(SMOLLM2, "nf4", (4,), length=128, stored="codes"),
+    Case(SMOLLM2, "nf4", (12,), rank=32, batch_size=8, stored="codes"),
+    Case(SMOLLM2, "nf4", (24,), rank=4, batch_size=3, labels="client", stored="codes"),
+    Case(SMOLLM2, "int8", (8,), rank=16, batch_size=1, length=256, stored="codes"),
+    Case(SMOLLM2, "int8", (16,), batch_size=5, labels="client", stored="codes"),
+    Case(SMOLLM2, "nf4", (2,), batch_size=16, length=128, stored="codes"),
+    Case(GPT2, "nf4", (3,), length=128, stored="codes"),
+    Case(GPT2, "int8", (9,), rank=16, batch_size=6, stored="codes"),
     Case(SMOLLM2, "nf4", (30,), length=128, holds="model"),
     Case(GPT2, "fp32", (12,), rank=16, holds="model"),
     Case(SMOLLM2, "int8", (30,), batch_size=4, cap=16, holds="model"),

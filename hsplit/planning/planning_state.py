@@ -33,6 +33,7 @@ class Fleet:
         aside: names of clients that have been set aside.
         left: names of clients that have left.
         shortages: by client name, or ``server`` for any of the servers.
+        vocabulary: number of distinct token ids in a client's data, by its name; unknown for the others.
     """
 
     clients: tuple[ClientConfig, ...]
@@ -40,6 +41,7 @@ class Fleet:
     aside: frozenset[str] = frozenset()
     left: frozenset[str] = frozenset()
     shortages: Mapping[str, Shortage] = field(default_factory=dict)
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of_run(run: RunConfig) -> Fleet:

@@ -73,7 +73,7 @@ class RunContext:
         self.executor, self.directory, self.inputs, self.display = executor, directory, inputs, display
         self.events = EventLog(directory.events)
         self.state, self.round = self.new_state(), 0
-        self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note)
+        self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note, lambda: self.state)
         self.training = training_of(run, executor)
         self.servers = run.server.names
         self.single = run.policy.placement == "single"
