@@ -97,7 +97,10 @@ class Case:
         if self.holds == "weights":
             return Policy(placement="single", train="weights", aggregation="none")
         placement = "split" if self.holds == "front" else "full"
-        return Policy.model_validate({"placement": placement, "ranks": self.rank, "aggregation": self.aggregation})
+        chosen = {"placement": placement, "ranks": self.rank, "aggregation": self.aggregation}
+        if self.vocabulary:
+            chosen["pace"] = {"embedding": "own"}
+        return Policy.model_validate(chosen)
 
     def cost(self, model: ModelSpec) -> CostModel:
         """Return the cost model of a run of this job under this policy."""
@@ -189,6 +192,10 @@ def measured_client(directory: Path, case: Case) -> Measured:
     report = actor.load_data({actor.name: examples}, None)
     if report.too_long:
         raise RuntimeError("the examples are longer than they should be")
+    if case.vocabulary:
+        # As if its texts had so many words.
+        drawn = torch.randperm(spec.vocab_size)[: case.vocabulary]
+        actor.data.vocabulary = torch.cat([actor.data.vocabulary, drawn]).unique()
     holder = _Holder(actor)
     held = [s for s in shapes if s.name in ranks]
     part = HolderPlan("one", "client", True, split, ranks, stored=case.stored)
@@ -206,7 +213,8 @@ def measured_client(directory: Path, case: Case) -> Measured:
     holder.call("round", Participant.collect)
     rest = holder.settle()
     cost = case.cost(spec)
-    predicted = cost.client_bytes(split, ranks, stored=case.stored)
+    own = len(actor.data.vocabulary) if case.vocabulary else None
+    predicted = cost.client_bytes(split, ranks, stored=case.stored, embedding_rows=own)
     if case.holds == "weights":
         predicted = cost.training_bytes
     return Measured(rest, holder.peak, holder.parts, predicted)
@@ -384,6 +392,10 @@ CLIENTS = (
     Case(SMOLLM2, "nf4", (2,), batch_size=16, length=128, stored="codes"),
     Case(GPT2, "nf4", (3,), length=128, stored="codes"),
     Case(GPT2, "int8", (9,), rank=16, batch_size=6, stored="codes"),
+    Case(SMOLLM2, "nf4", (0,), batch_size=8, length=128, vocabulary=3000),
+    Case(SMOLLM2, "nf4", (4,), length=128, stored="codes", vocabulary=3000),
+    Case(SMOLLM2, "fp32", (2,), batch_size=4, vocabulary=3000),
+    Case(GPT2, "int8", (4,), batch_size=3, stored="codes", vocabulary=2000),
     Case(SMOLLM2, "nf4", (30,), length=128, holds="model"),
     Case(GPT2, "fp32", (12,), rank=16, holds="model"),
     Case(SMOLLM2, "int8", (30,), batch_size=4, cap=16, holds="model"),

@@ -1,21 +1,27 @@
-"""What a client stores changes no number: codes of the base or its dense values (METHOD sections 1 and 10)."""
+"""What a client stores changes no number: codes of the base, rows of the embedding (METHOD sections 1 and 10)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure
 from hsplit.config import Importance, Job, Policy
+from hsplit.data import Example
+from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import DenseWeight
 from hsplit.planning.plan import HolderPlan, Plan
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import keep_double
-from tests.tiny import LAYERS
+from tests.tiny import LAYERS, WORDS
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
 ROUNDS, STEPS = 3, 2
@@ -90,7 +96,7 @@ def test_codes_on_clients_and_changes_to_and_fro_change_no_loss(
     job = {"dtype": dtype, "wire": dtype, "base": base, "rounds": ROUNDS, "local_steps": STEPS, "lr": 0.05}
     job["privacy"] = {"labels": labels}
     policy = Policy(reinit=reinit, moments=moments, importance=Importance(metric="equal"))
-    found = {}
+    found: dict[str, list[float]] = {}
     for kept in ("dense", "as drawn"):
         plans = []
         for when in (0, 1):
@@ -119,3 +125,56 @@ def test_weights_that_become_dense_are_not_read_again(models: dict[str, Path], t
     client.shrink(HolderPlan(part.name, "client", True, 1, part.ranks))
     assert client._kept.layers["0"] is held
     assert all(isinstance(linear.weight, DenseWeight) for linear in client._kept.linears.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_own_rows_of_the_embedding_change_no_bit(
+    models: dict[str, Path], tmp_path: Path, family: str, packed: bool
+) -> None:
+    job = {"dtype": "fp32", "wire": "fp32", "base": "fp32", "rounds": ROUNDS, "local_steps": STEPS, "lr": 0.05}
+    job["fast"] = {"packed": packed}
+    plans = [fixed_plan(models[family], Job.model_validate(job), splits, [2, 2], 4) for splits in ([0, 3], [2, 1])]
+    found = {}
+    for embedding in ("whole", "own"):
+        policy = Policy.model_validate({"pace": {"embedding": embedding}})
+        found[embedding] = _losses(tmp_path / embedding, models[family], plans, policy, job)
+    assert found["own"] == found["whole"]
+
+
+def test_a_client_reads_the_rows_of_its_own_texts_and_more_when_it_is_given_others(models: dict[str, Path]) -> None:
+    base = BaseModel(ModelSpec.read(models["gpt2"]), "fp32", torch.float32)
+    client = Client("c", Job(dtype="fp32", base="fp32"), Policy.model_validate({"pace": {"embedding": "own"}}), base)
+    part = HolderPlan("c", "client", True, 1)
+    held = {}
+    for words in (("w2 w3", "w3 w4"), ("w2 w9", "w3 w8 w7")):
+        report = client.load_data({"c": [Example("", f" {text}", None) for text in words] * 2}, None)
+        client.configure(part)
+        held[report.vocabulary] = client.parameters_held()
+        embedded = client.holder.segment.embeddings["wte"](client.data.vocabulary)
+        assert torch.equal(embedded, whole_embedding(models["gpt2"])[client.data.vocabulary])
+    # The words and the end of a text.
+    assert list(held) == [4, 6]
+    assert [found["embeddings.wte.weight"] // 32 for found in held.values()] == [4, 6]
+    assert {found["embeddings.wpe.weight"] // 32 for found in held.values()} == {64}
+    with pytest.raises(IndexError, match="none of the texts"):
+        client.holder.segment.embeddings["wte"](torch.tensor([4]))
+
+
+def whole_embedding(model: Path) -> Tensor:
+    segment = load_segment(BaseModel(ModelSpec.read(model), "fp32", torch.float32), SegmentSpec(0, 0, embedding=True))
+    return cast(Tensor, segment.embeddings["wte"].weight)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_a_client_with_the_tail_has_the_whole_embedding(models: dict[str, Path], labels: str) -> None:
+    job = Job.model_validate({"dtype": "fp32", "base": "fp32", "privacy": {"labels": labels}})
+    client = Client(
+        "c",
+        job,
+        Policy.model_validate({"pace": {"embedding": "own"}}),
+        BaseModel(ModelSpec.read(models["llama"]), "fp32", torch.float32),
+    )
+    client.load_data({"c": random_examples(4, 1)}, None)
+    client.configure(HolderPlan("c", "client", True, 1))
+    assert (client.parameters_held()["embeddings.embed_tokens.weight"] == 32 * WORDS) == (labels == "client")
