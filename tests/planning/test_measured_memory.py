@@ -50,7 +50,7 @@ CLIENTS = [
     Case(GPT2, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128),
     Case(GPT2_OWN, "int8", (2,), batch_size=1, length=128),
     Case(GPT2_OWN, "fp32", (0,), labels="client"),
-    Case(LLAMA, "nf4", (0,), batch_size=8, length=64, vocabulary=300),
+    Case(LLAMA, "nf4", (0,), batch_size=8, length=256, vocabulary=300),
     Case(GROUPED, "fp32", (1,), batch_size=3, vocabulary=700),
     Case(GPT2, "nf4", (2,), rank=16, stored="codes", vocabulary=50),
     Case(LLAMA, "nf4", (3,), rank=16, stored="codes"),
