@@ -15,11 +15,11 @@ import torch
 from benchmarks import common, rivals
 from benchmarks.common import Table
 from hsplit.actors.client import Client
-from hsplit.actors.messages import WIRE_DTYPES
 from hsplit.actors.profiling import PeakMemory
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
 from hsplit.lora.holder import RoundUpdate
+from hsplit.models.dtype import DTYPES
 from hsplit.models.lookup import ModelSource
 from hsplit.models.segment import BaseModel
 from hsplit.planning.plan import HolderPlan, Plan
@@ -150,9 +150,10 @@ def messages(options: argparse.Namespace) -> list[Message]:
         setting = Setting.of(options, "fp32", 1, wire)
         _, message = setting.client(setting.plan.available[0], measure=False).forward(0, 0)
         _, *gradients = setting.server.train_step(0, 0, message)
+        setting.server.end_step(0)
         (gradient,) = gradients
         assert gradient is not None
-        size = torch.int8.itemsize if wire == "int8" else WIRE_DTYPES[wire].itemsize
+        size = torch.int8.itemsize if wire == "int8" else DTYPES[wire].itemsize
         for what, value, tensor in (("activations up", message, message.hidden), ("gradient down", gradient, gradient)):
             entries = tensor.shape[0] * tensor.shape[1]
             found.append(Message(what, wire, entries * size, *_pickled(value)))
@@ -205,6 +206,7 @@ def peaks(options: argparse.Namespace) -> list[Peak]:
         for step in range(2):
             _, message = client.forward(step, 0)
             _, *gradients = setting.server.train_step(step, 0, message)
+            setting.server.end_step(step)
             client.backward(step, 0, *gradients)
         declared = setting.plan.available[0].predicted_bytes / 1e6
         found.append(Peak(f"hsplit client, split {split}", split, held, client.peak_bytes() / 1e6, declared))

@@ -91,7 +91,8 @@ class Client(Participant):
             hidden = self._noise.added_to(self._front(batch))
         self._sent[step, micro] = hidden
         with watch.phase("pack"):
-            message = self._message(batch, hidden, sum(b.supervised for b in batches))
+            supervised = sum(b.supervised for b in batches.values())
+            message = self._message(batch, hidden, supervised, "step", step, micro)
         watch.pace(self._pace.get("up"))
         return ForwardReport(self.name, message.nbytes, watch.seconds), message
 
@@ -109,9 +110,10 @@ class Client(Participant):
                 upstream = gradient.unpack(hidden.dtype, hidden.device)
             with watch.phase("backward"):
                 hidden.backward(upstream)
-        if micro == self._job.batches_per_step - 1:
+        batches = self.data.step_batches(step)
+        if micro == max(batches):
             # Counted at the end: a skipped step has trained nothing.
-            tokens = sum(batch.supervised for batch in self.data.step_batches(step))
+            tokens = sum(batch.supervised for batch in batches.values())
             self.data.drop(step)
             self.holder.tokens.add(range(self._split), tokens)
             with watch.phase("optimizer"):
@@ -153,7 +155,7 @@ class Client(Participant):
         with probe.watching():
             hidden = self._noise.added_to(self._front(batch, probing=True))
         self._probed = probe, batch, hidden
-        message = self._message(batch, hidden, batch.supervised)
+        message = self._message(batch, hidden, batch.supervised, "probe", round_)
         return ForwardReport(self.name, message.nbytes), message
 
     @measured
@@ -191,7 +193,8 @@ class Client(Participant):
         batch = self.data.validation[index]
         self.holder.begin_phase(0, training=False)
         hidden = self._noise.added_to(self._front(batch))
-        message = self._message(batch, hidden, batch.supervised)
+        # Rounded by the same random numbers in every round: what changes between them is the model alone.
+        message = self._message(batch, hidden, batch.supervised, "validation", index)
         return ForwardReport(self.name, message.nbytes), message
 
     @measured_once_a_round
@@ -204,12 +207,6 @@ class Client(Participant):
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _wire(self) -> str:
-        """Format of the tensors that it sends, and that come back."""
-        assert self._part is not None
-        return self._part.wire or self._job.wire
-
     def _tail(self, deep: WireTensor, batch: Batch, pace_s: float | None) -> tuple[LossReport, WireTensor]:
         watch = Stopwatch(self._device)
         with watch.phase("unpack"):
@@ -219,18 +216,20 @@ class Client(Participant):
             loss.backward()
         assert hidden.grad is not None
         with watch.phase("pack"):
-            gradient = WireTensor.pack(hidden.grad, self._wire, self._job.transport)
+            gradient = deep.answer(hidden.grad, "slope", self._job.transport)
         watch.pace(pace_s)
         report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
         return report, gradient
 
-    def _message(self, batch: Batch, hidden: Tensor, step_supervised: int) -> Activations:
+    def _message(self, batch: Batch, hidden: Tensor, step_supervised: int, *purpose: object) -> Activations:
+        """Pack hidden states in this client's own format; ``purpose`` tells the message from all others of it."""
         at_home = self._job.privacy.labels == "client"
-        assert isinstance(self.holder, Holder)
+        assert isinstance(self.holder, Holder) and self._part is not None
+        wire, seed = self._part.wire or self._job.wire, hash_seed(self._job.seed, "wire", self.name, *purpose)
         return Activations(
             client=self.name,
             split=self._split,
-            hidden=WireTensor.pack(hidden, self._wire, self._job.transport),
+            hidden=WireTensor.pack(hidden, wire, self._job.transport, seed),
             lengths=batch.lengths,
             supervised=batch.supervised,
             step_supervised=step_supervised,

@@ -80,11 +80,8 @@ class JoinedBatch:
         return sums, torch.bincount(owner, minlength=count)
 
     def outputs(self, transport: str) -> dict[str, WireTensor]:
-        """Pack the last layer's output for each client's tokens ``(n_c, d)``, in its own wire format, by client."""
-        return {
-            m.client: WireTensor.pack(self.output[self.tokens[m.client]], m.hidden.wire, transport)
-            for m in self.messages
-        }
+        """Pack the last layer's output for each client's tokens ``(n_c, d)``, by client."""
+        return {m.client: m.hidden.answer(self.output[self.tokens[m.client]], "deep", transport) for m in self.messages}
 
     def gradients(self, transport: str) -> dict[str, WireTensor | None]:
         """Pack for client ``i`` the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
@@ -98,5 +95,5 @@ class JoinedBatch:
                 returned[message.client] = None
             else:
                 mean = gradient / max(message.step_supervised, 1)
-                returned[message.client] = WireTensor.pack(mean, message.hidden.wire, transport)
+                returned[message.client] = message.hidden.answer(mean, "down", transport)
         return returned

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from hsplit.config import Job, RunConfig
+from hsplit.config import Job, Pace, RunConfig
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import ClientBudget
@@ -28,6 +28,7 @@ class CostModel:
     Args:
         model: the model; no weights are read.
         job: the run's settings.
+        pace: the policy's, see METHOD 10.
         setting: consequences of the policy, see :class:`~hsplit.planning.cost.counted_model.CountedModel`.
 
     Attributes:
@@ -37,7 +38,8 @@ class CostModel:
         times: virtual seconds.
     """
 
-    def __init__(self, model: ModelSpec, job: Job, **setting: Any) -> None:
+    def __init__(self, model: ModelSpec, job: Job, pace: Pace | None = None, **setting: Any) -> None:
+        self.pace = pace or Pace()
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.model = CountedModel(model, job, **setting)
         self._client_memory: dict[tuple[int, bool], ClientMemory] = {}
@@ -110,6 +112,7 @@ class CostModel:
         return CostModel(
             model,
             job,
+            policy.pace,
             # Plans reserve memory for a residual only if the aggregation has one.
             residual=aggregation.keeps_residual,
             decomposes=aggregation.decomposes,
@@ -125,6 +128,6 @@ class CostModel:
         up, turn, down = self.times.client_times(client)[split]
         return StepTime(float(up), float(turn), float(down))
 
-    def wire_bytes(self, split: int) -> WireBytes:
-        """Bytes of one full batch of a client that splits at ``split``."""
-        return self.model.wire_bytes(split)
+    def wire_bytes(self, split: int, wire: str = "") -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split``; ``wire`` as in a plan."""
+        return self.model.wire_bytes(split, wire)
