@@ -115,7 +115,7 @@ class Client(Participant):
             # Counted at the end: a skipped step has trained nothing.
             tokens = sum(batch.supervised for batch in batches.values())
             self.data.drop(step)
-            self.holder.tokens.add(range(self._split), tokens)
+            self.holder.tokens.add(range(self._split), tokens * self._weight)
             with watch.phase("optimizer"):
                 self.holder.step(step, self._lr_scale)
         watch.pace(self._pace.get("down"))
@@ -221,6 +221,12 @@ class Client(Participant):
         report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
         return report, gradient
 
+    @property
+    def _weight(self) -> float:
+        """Weight of its loss beside the number of its tokens."""
+        assert self._part is not None
+        return self._part.weight
+
     def _message(self, batch: Batch, hidden: Tensor, step_supervised: int, *purpose: object) -> Activations:
         """Pack hidden states in this client's own format; ``purpose`` tells the message from all others of it."""
         at_home = self._job.privacy.labels == "client"
@@ -235,4 +241,5 @@ class Client(Participant):
             step_supervised=step_supervised,
             targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
             trains=bool(self.holder.adapters.names),
+            weight=self._weight if purpose[0] == "step" else 1.0,
         )

@@ -92,6 +92,8 @@ class Activations:
         step_supervised: ``n_i`` of the whole local step (all its accumulated batches): the divisor of the mean loss.
         targets: ``(n,)`` int32, the id each position must predict or -100; ``None`` when labels stay at the client.
         trains: whether it has adapters to train, so that in a step it needs the gradient at its split point.
+        weight: of its loss in a step, beside its number of tokens (``pace.weights``); the plan's, so that it does not
+            count as sent.
     """
 
     client: str
@@ -102,6 +104,7 @@ class Activations:
     step_supervised: int
     targets: np.ndarray | None
     trains: bool = True
+    weight: float = 1.0
 
     @property
     def nbytes(self) -> int:
