@@ -27,7 +27,7 @@ class ClientData:
         job: the run's.
         events: the run's log.
         note: writes an event to the log and shows it to the user: kind, text, fields.
-        state: gives the run's state, which keeps the number of distinct token ids of each client's data.
+        state: gives the run's state, which keeps the sizes that plans depend on.
 
     Attributes:
         held_out: number of held-out examples by client.
@@ -129,6 +129,7 @@ class ClientData:
         self._examples[report.client] = report.train + report.validation
         self._supervised[report.client] = (report.supervised, report.validation_supervised)
         self.held_out[report.client] = report.validation
+        self._state().train_examples[report.client] = report.train
         self._state().vocabulary[report.client] = report.vocabulary
 
     def note_unavailable(self, plan: Plan) -> None:

@@ -85,14 +85,14 @@ def test_the_first_plan_knows_how_many_tokens_each_client_has_and_a_resumed_run_
 
     @functools.wraps(first)
     def watched(self: Scheduler, fleet: Fleet, state: PlanningState) -> Review:
-        seen.append(dict(fleet.vocabulary))
+        seen.append((dict(fleet.vocabulary), set(fleet.examples.values())))
         return first(self, fleet, state)
 
     monkeypatch.setattr(Scheduler, "first", watched)
     made = a_run(models["llama"], tmp_path, {"a": "w5 w6", "b": "w7"}, rounds=1)
     assert made.run()
     # Twelve prompts w2 to w13, which have the responses' words too, and the end of a text.
-    assert seen == [{"a": 13, "b": 13}]
+    assert seen == [({"a": 13, "b": 13}, {11})]
     kept = read_state(made.last_checkpoint or tmp_path)
     assert kept.vocabulary == {"a": 13, "b": 13}
     assert kept.fleet(made.context.run.clients).vocabulary == kept.vocabulary
