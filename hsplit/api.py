@@ -104,7 +104,7 @@ def launch(
             inputs = read_inputs(run, source)
             waiting.update("making a plan")
             # The scheduler makes it again; here a fleet that does not fit is refused before anything starts.
-            Scheduler(run, source.spec).plan()
+            Scheduler(run, source.spec).check_start()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
         with remove_if_refused(directory):
@@ -148,7 +148,7 @@ def resume(
             source = find_model(run.job.model, progress=is_terminal(sys.stderr))
             inputs = read_inputs(run, source)
             if found is None:
-                Scheduler(run, source.spec).plan()
+                Scheduler(run, source.spec).check_start()
         complete = drive(
             run, source, inputs, directory, address, dashboard_host, display, helpers, found, passed_over, changes
         )

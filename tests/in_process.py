@@ -126,14 +126,21 @@ def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
 
 
 def fixed_plan(
-    model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int, servers: int = 1
+    model: Path,
+    job: Job,
+    splits: Sequence[int],
+    ranks: Sequence[int],
+    server_rank: int,
+    servers: int = 1,
+    stored: Sequence[Any] | None = None,
 ) -> Plan:
-    """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``."""
+    """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``, dense or as ``stored`` says."""
     spec = ModelSpec.read(model)
     shapes = spec.targeted(job.targets)
+    forms = stored or ["dense"] * len(splits)
     clients = tuple(
-        HolderPlan(f"c{i}", "client", True, split, {s.name: rank for s in shapes if s.layer < split})
-        for i, (split, rank) in enumerate(zip(splits, ranks, strict=True))
+        HolderPlan(f"c{i}", "client", True, split, {s.name: rank for s in shapes if s.layer < split}, stored=form)
+        for i, (split, rank, form) in enumerate(zip(splits, ranks, forms, strict=True))
     )
     first = min(splits)
     server = HolderPlan("server", "server", True, first, {s.name: server_rank for s in shapes if s.layer >= first})

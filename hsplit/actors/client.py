@@ -22,6 +22,7 @@ from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec
 from hsplit.planning.importance import ImportanceReport
+from hsplit.planning.plan import HolderPlan
 from hsplit.seeds import hash_seed
 
 
@@ -72,9 +73,9 @@ class Client(Participant):
         self._probed = None
         self._sent.clear()
 
-    def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
-        spec = SegmentSpec(0, split, embedding=True, tail=self._job.privacy.labels == "client")
-        self._hold_segment(spec, ranks, kept, quantized=False)
+    def _hold(self, part: HolderPlan, kept: Segment | None) -> None:
+        spec = SegmentSpec(0, part.held_layers, embedding=True, tail=self._job.privacy.labels == "client")
+        self._hold_segment(spec, part, kept)
 
     # -- one local step -------------------------------------------------------------------------------------------
 

@@ -259,6 +259,21 @@ def freeze(read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool) 
     return codes if quantized else DenseWeight(codes.dense(dtype))
 
 
+def stored_again(
+    weight: FrozenWeight, read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool
+) -> FrozenWeight:
+    """Return ``weight``, or the same values in the other form where it is not stored as ``quantized`` says.
+
+    Args:
+        weight: as :func:`freeze` made it.
+        read, base, dtype, quantized: as for :func:`freeze`; codes are read again, dense values follow from codes.
+    """
+    dense = isinstance(weight, DenseWeight)
+    if not is_quantized(base) or dense != quantized:
+        return weight
+    return freeze(read, base, dtype, quantized=True) if dense else DenseWeight(weight.dense(dtype))
+
+
 class _DequantizedLinear(torch.autograd.Function):
     """``x W^T`` that dequantizes ``W`` in the forward and again in the backward, without keeping it."""
 

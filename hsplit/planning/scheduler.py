@@ -68,6 +68,15 @@ class Scheduler:
         """Make the plan that a run begins with if all its clients are there; errors as :meth:`first`."""
         return self.first(Fleet.of_run(self._config), PlanningState()).made
 
+    def check_start(self) -> None:
+        """Check that a run can have a plan, with all its clients there; no data are read yet.
+
+        Raises:
+            InputError: there is none, even if every client could do without the embedding; otherwise as :meth:`first`.
+        """
+        fleet = Fleet.of_run(self._config)
+        self.first(replace(fleet, vocabulary={client.name: 0 for client in fleet.clients}), PlanningState())
+
     def first(self, fleet: Fleet, state: PlanningState) -> Review:
         """Make the first plan; no score exists yet, so all parameters have equal importance.
 
@@ -217,9 +226,18 @@ class Scheduler:
         for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
             try:
                 policy = self._config.policy
-                return make_plan(
-                    clients, _divided(server, divisor), self.cost, importance, policy, current, source
-                ), lacking
+                made = make_plan(
+                    clients,
+                    _divided(server, divisor),
+                    self.cost,
+                    importance,
+                    policy,
+                    current,
+                    source,
+                    vocabulary=fleet.vocabulary,
+                    examples=fleet.examples,
+                )
+                return made, lacking
             except InputError as error:
                 if divisor == 1.0:
                     raise

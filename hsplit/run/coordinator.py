@@ -124,19 +124,18 @@ class Coordinator:
         return self._save_point.path
 
     def start(self) -> None:
-        """Bring all actors to the run's start: the first plan, data, layers, and a validation before any training."""
+        """Bring all actors to the run's start: data, the first plan, layers, and a validation before any training."""
         context, data = self.context, self.context.data
         self._save_point.go_back_to_the_start()
-        planned = self._executor.call(SCHEDULER, Scheduler.first, context.fleet, self.state.planning)
-        # Clients read while the plan is made, also those that it will have no part for: their examples are counted.
+        # Also those read that the plan will have no part for: their examples are counted.
         present = [one for one in context.run.participants if self.state.status(one.name) is Status.ACTIVE]
-        reading = data.begin(present)
-        review = self._executor.value(planned)
+        unreadable = data.receive(data.begin(present))
+        review = context.ask(Scheduler.first, context.fleet, self.state.planning)
         self.state.planning = review.state
         if review.reasons:
             context.note("replanned", f"planned again: {'; '.join(review.reasons)}", round=0, reasons=review.reasons)
         context.adopt(review.made)
-        data.finish(reading, context.unavailable)
+        data.check([one.name for one in present], unreadable, context.unavailable)
         data.note_unavailable(context.plan)
         if not context.clients:
             names = ", ".join(self.state.to_return)

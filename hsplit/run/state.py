@@ -72,6 +72,8 @@ class RunState:
         tokens: supervised tokens trained on.
         client_tokens: the same by client.
         examples: of each client, passed over in its data by the completed rounds, by name.
+        train_examples, vocabulary: number of examples to train on in each client's data, and of distinct token ids in
+            all of them, where it has read them, by name.
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
         bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
@@ -90,6 +92,8 @@ class RunState:
     tokens: Whole = 0
     client_tokens: dict[str, Whole] = field(default_factory=dict)
     examples: dict[str, Whole] = field(default_factory=dict)
+    train_examples: dict[str, Whole] = field(default_factory=dict)
+    vocabulary: dict[str, Whole] = field(default_factory=dict)
     round_loss_sum: float = 0.0
     round_tokens: Whole = 0
     bytes_up: Whole = 0
@@ -177,6 +181,8 @@ class RunState:
             aside=frozenset(self.with_status(Status.ASIDE)),
             left=frozenset(self.with_status(Status.LEFT)),
             shortages={n: Shortage(m.shortages, m.held_bytes) for n, m in short.items() if m.shortages},
+            examples=dict(self.train_examples),
+            vocabulary=dict(self.vocabulary),
         )
 
     def remember(self, since: RunState) -> None:

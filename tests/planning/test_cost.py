@@ -16,6 +16,7 @@ from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
+from hsplit.planning.cost.counted_model import DEQUANTIZATION_FLOPS
 from hsplit.planning.cost.counting import LayerCounter, LayerRun
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.model import CostModel
@@ -191,6 +192,14 @@ def test_codes_take_less_to_keep_and_only_of_a_quantized_base() -> None:
     assert kept[0] == 0 and (np.diff(coded.model.dense_bytes - coded.model.stored_bytes) == 0).all()
     with pytest.raises(ValueError, match="fp32 has no codes"):
         dense.client_memory(2, "codes")
+
+
+def test_dequantizing_is_counted_by_entries_whatever_the_rows() -> None:
+    coded = cost(base="int8").model
+    entries = [sum(w.parameters for w in coded.weights if w.layer == layer) for layer in range(LAYERS)]
+    assert list(coded.dequantization_flops) == [DEQUANTIZATION_FLOPS["int8"] * n for n in entries]
+    assert list(coded.at_rows(7).dequantization_flops) == list(coded.dequantization_flops)
+    assert not cost(base="fp32").model.dequantization_flops.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
