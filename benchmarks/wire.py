@@ -22,7 +22,7 @@ from benchmarks import common
 from hsplit.config import RunConfig, load_run_config
 from hsplit.models.spec import ModelSpec
 from hsplit.observe.displays import PlainDisplay
-from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, perplexities
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Inputs
 from hsplit.run.inputs import resolved_config
@@ -130,9 +130,12 @@ def _row(wire: str, curve: list[MetricsRow], first: list[MetricsRow]) -> Narrowe
     sent, received = sum(r.bytes_up for r in curve), sum(r.bytes_down for r in curve)
     of_first = (sent + received) / sum(r.bytes_up + r.bytes_down for r in first)
     last = curve[-1]
+    # There is a validation before any training, and after the last round.
+    assert last.val_loss is not None and first[-1].val_loss is not None
     difference = last.val_loss - first[-1].val_loss
     times = last.virtual_time_s, last.wall_time_s
-    return Narrowed(wire, curve[0].val_ppl, last.val_ppl, difference, sent, received, of_first, *times)
+    (_, before), *_, (_, after) = perplexities(curve)
+    return Narrowed(wire, before, after, difference, sent, received, of_first, *times)
 
 
 def _cells(row: Narrowed) -> list[str]:

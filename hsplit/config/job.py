@@ -89,6 +89,11 @@ class Validation(Section):
 
     share: float = Field(default=0.1, gt=0, lt=1, description="part of each client's examples held out (0 to 1)")
     max_examples: Count = Field(default=16, description="most examples held out by one client")
+    every: Count = Field(
+        default=1,
+        description="rounds from one validation to the next; there is always one before any training, and one after the"
+        " last round",
+    )
 
 
 class Privacy(Section):
@@ -266,6 +271,10 @@ class Job(Section):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.rounds * self.local_steps
+
+    def validates(self, round_: int) -> bool:
+        """Whether the held-out data is scored after ``round_`` rounds."""
+        return round_ % self.validation.every == 0 or round_ == self.rounds
 
     @property
     def batches_per_step(self) -> int:

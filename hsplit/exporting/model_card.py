@@ -17,7 +17,7 @@ from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.lookup import ModelSource
 from hsplit.observe.events import read_events
-from hsplit.observe.tables import MetricsRow, cut_text, read_rows, residual_cuts
+from hsplit.observe.tables import MetricsRow, cut_text, perplexities, read_rows, residual_cuts
 from hsplit.planning.plan import HolderPlan
 from hsplit.run.state import RunState
 from hsplit.run_directory import RunDirectory
@@ -230,11 +230,13 @@ def _results(directory: RunDirectory, state: RunState, evaluation: _Evaluation |
     parts = []
     with suppress(InputError):
         # A table that is missing or was changed is not quoted.
-        rows = [row for row in read_rows(directory.metrics, MetricsRow) if row.round <= state.round]
-        if rows:
+        table = read_rows(directory.metrics, MetricsRow)
+        found = perplexities(row for row in table if row.round <= state.round)
+        if found:
+            (_, before), (round_, after) = found[0], found[-1]
             parts.append(
-                f"Validation perplexity {rows[-1].val_ppl:.4g} after round {rows[-1].round} ({rows[0].val_ppl:.4g} "
-                "before training), on examples that the clients held out."
+                f"Validation perplexity {after:.4g} after round {round_} ({before:.4g} before training), on examples"
+                " that the clients held out."
             )
     if evaluation is not None:
         scores = [(_METRIC_NAMES.get(n, n), f"{value:.4g}") for n, value in evaluation.scores.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
@@ -85,20 +85,23 @@ class MetricsRow:
         round: rounds done.
         step: local steps done.
         train_loss: mean over the round's supervised tokens; None in round 0.
-        val_loss, val_ppl: mean over the held-out supervised tokens, and its exponential.
+        val_loss, val_ppl: mean over the held-out supervised tokens, and its exponential; None in a round without a
+            validation (``job.validation.every``).
         tokens: supervised tokens trained on.
         wall_time_s: wall time of the run, without pauses between a kill and a resume.
         virtual_time_s: time that the run would have taken at the declared budgets (METHOD 8).
         bytes_up, bytes_down: sent and received by the clients in this round, validation included.
         captured_importance: of the round's plan (METHOD 5).
         available_clients: number of clients with a part in that plan.
+        train_wall_time_s, train_virtual_time_s: ``wall_time_s`` and ``virtual_time_s`` without the validations so far;
+            None in tables of older versions.
     """
 
     round: Whole
     step: Whole
     train_loss: float | None
-    val_loss: float
-    val_ppl: float
+    val_loss: float | None
+    val_ppl: float | None
     tokens: Whole
     wall_time_s: float
     virtual_time_s: float
@@ -106,6 +109,8 @@ class MetricsRow:
     bytes_down: Whole
     captured_importance: float
     available_clients: Whole
+    train_wall_time_s: float | None = None
+    train_virtual_time_s: float | None = None
     __pydantic_config__ = EXACT
 
 
@@ -133,6 +138,11 @@ class PlanRow:
     predicted_time_s: float
     measured_time_s: float | None
     __pydantic_config__ = EXACT
+
+
+def perplexities(rows: Iterable[MetricsRow]) -> list[tuple[int, float]]:
+    """Return round and validation perplexity of each round that was validated, in the order of ``rows``."""
+    return [(row.round, row.val_ppl) for row in rows if row.val_ppl is not None]
 
 
 PHASES = ("data", "unpack", "forward", "tail", "backward", "optimizer", "pack", "paced", "waiting")
@@ -275,6 +285,8 @@ class MetricsTable(Generic[Row]):
 def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     """Read the rows in ``path``, equal to the written ones, every float to its last digit.
 
+    The last columns may be missing where their fields have a default: older versions had fewer.
+
     Raises:
         InputError: there is no such file, or it is not such a table; the message names the line.
     """
@@ -286,6 +298,9 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{displayed(path)}: cannot be read ({error})") from None
     columns = [field.name for field in fields(row_type)]
+    required = [field.name for field in fields(row_type) if field.default is MISSING]
+    if table and table[0] == required:
+        columns = required
     if not table or table[0] != columns:
         raise InputError(f"{displayed(path)}:1: the columns must be {','.join(columns)}")
     types = get_type_hints(row_type)
@@ -300,7 +315,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
-    """Read ``metrics.csv`` as a frame with the columns of ``MetricsRow``; round 0's train_loss is NaN.
+    """Read ``metrics.csv`` as a frame with the columns of ``MetricsRow``; what a round does not have is NaN.
 
     Raises:
         InputError: there is no such file, or it is not such a table.

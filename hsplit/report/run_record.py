@@ -104,7 +104,7 @@ class RunRecord:
     @property
     def validated(self) -> bool:
         """True if any held-out token was scored; without one, every validation loss is a plain 0."""
-        return any(row.val_loss != 0 for row in self.metrics)
+        return any(row.val_loss for row in self.metrics)
 
     @property
     def trains_weights(self) -> bool:

@@ -2,6 +2,8 @@
 
 prepare → validate → [review the plan → local steps → aggregate → validate → checkpoint] per round → export
 
+Rounds that ``job.validation.every`` leaves out are not validated.
+
 A client that fails is lost, and returns for the next round (:mod:`hsplit.run.membership`). After any other failure the
 round is repeated from the last checkpoint (:mod:`hsplit.run.recovery`, :mod:`hsplit.run.checkpoint`). Counts and
 tables are in :mod:`hsplit.run.records`. All of them share :mod:`hsplit.run.context`, and the run's state in it.
@@ -156,7 +158,7 @@ class Coordinator:
                     " damaged"
                 ) from failure
             raise
-        self._records.close_round(*validation)
+        self._records.close_round(validation)
         self._checkpoint()
 
     def _rounds(self) -> bool:
@@ -177,7 +179,8 @@ class Coordinator:
             self.aggregate()
             state.count_examples(job)
             state.round += 1
-            self._records.close_round(*self._membership.retry(self.validate))
+            validated = job.validates(state.round)
+            self._records.close_round(self._membership.retry(self.validate) if validated else None)
             self._checkpoint()
             self._recovery.round_is_done()
         return True
@@ -323,10 +326,13 @@ class Coordinator:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
         context, begun = self.context, time.monotonic()
         batches = context.validation_batches
-        outcome = context.training.validation(context.plan, batches)
-        self.state.bytes_up += outcome.bytes_up
-        self.state.bytes_down += outcome.bytes_down
-        self._count(context.clock.validation_s(context.plan, batches), begun)
+        with self._records.validating():
+            outcome = context.training.validation(context.plan, batches)
+            self.state.bytes_up += outcome.bytes_up
+            self.state.bytes_down += outcome.bytes_down
+            virtual_s = context.clock.validation_s(context.plan, batches)
+            self.state.validation_virtual_s += virtual_s
+            self._count(virtual_s, begun)
         loss_sum = sum(loss.loss_sum for loss in outcome.losses)
         if not math.isfinite(loss_sum):
             raise ActorFailure(SERVER, "validation", "the validation loss is not finite", "diverged")

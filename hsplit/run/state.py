@@ -76,6 +76,7 @@ class RunState:
         bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
+        validation_wall_s, validation_virtual_s: parts of them that went into validation.
         plan: the plan in force; ``None`` before the first.
         planning: input to later plans.
         members: records by client name; an active client that has never failed may have none.
@@ -97,6 +98,8 @@ class RunState:
     residual_cut: float = 0.0
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
+    validation_wall_s: float = 0.0
+    validation_virtual_s: float = 0.0
     plan: Plan | None = None
     planning: PlanningState = field(default_factory=PlanningState)
     members: dict[str, Member] = field(default_factory=dict)
@@ -180,11 +183,12 @@ class RunState:
         )
 
     def remember(self, since: RunState) -> None:
-        """Keep what going back to this state does not undo: failures, shortages and clients set aside.
+        """Keep what going back to this state does not undo: failures, shortages, clients set aside, the wall's seconds.
 
         Args:
             since: the later state, which is given up.
         """
+        self.validation_wall_s = max(self.validation_wall_s, since.validation_wall_s)
         for name, now in (*since.members.items(), (SERVER, since.servers)):
             then = self.member(name)
             then.failures = max(then.failures, now.failures)

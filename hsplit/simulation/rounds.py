@@ -27,6 +27,7 @@ class Round:
         round: counted from 1; 0 is the validation before training.
         present, training: number of present clients, and of those that train.
         virtual_time_s: since the run's start.
+        train_virtual_time_s: of that, without the validations.
         round_s: of the whole round.
         step_s: of one local step.
         steps_s, aggregation_s, validation_s, probe_s, replanning_s: parts of ``round_s``.
@@ -52,6 +53,7 @@ class Round:
     holder: str
     bytes_up: int
     bytes_down: int
+    train_virtual_time_s: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class _Simulation:
             for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.clients)]
             for change in holder.schedule
         ]
-        self._time_s = 0.0
+        self._time_s = self._validation_s = 0.0
 
     def simulated(self, rounds: int) -> Simulated:
         fleet, state = Fleet.of_run(self._run), PlanningState()
@@ -147,7 +149,8 @@ class _Simulation:
             if not present:
                 raise InputError(f"round {round_}: no client is there; lower --leave, or raise --return")
             returned = self._exchange.whole(plan, [name for name in present if name not in before])
-            done.append(self._round(round_, clock, plan, present, probe_s, replanning_s, down + returned))
+            validated = self._validated(present) if self._validates(round_, rounds) else {}
+            done.append(self._round(round_, clock, plan, present, validated, probe_s, replanning_s, down + returned))
             before = set(present)
         return Simulated(first, tuple(done), plans)
 
@@ -165,6 +168,7 @@ class _Simulation:
         clock: VirtualClock,
         plan: Plan,
         present: Sequence[str],
+        validated: Mapping[str, int],
         probe_s: float,
         replanning_s: float,
         down: int,
@@ -173,7 +177,7 @@ class _Simulation:
         each_s = clock.steps_s(plan, cohort)
         ups, downs = self._exchange.aggregated(plan, cohort, present)
         aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
-        validation_s = clock.validation_s(plan, self._validated(present))
+        validation_s = clock.validation_s(plan, validated)
         wire, batches = self._scheduler.cost.wire_bytes(1), job.local_steps * job.grad_accumulation
         training = set(cohort)
         # No gradient comes back to forward-only clients.
@@ -214,6 +218,7 @@ class _Simulation:
             self._time_s += seconds
         self._time_s += aggregation_s
         self._time_s += validation_s
+        self._validation_s += validation_s
         waits = clock.waits_s(plan, cohort)
         bottleneck = max(waits, key=lambda what: waits[what][1])
         return Round(
@@ -233,7 +238,11 @@ class _Simulation:
             holder=waits[bottleneck][0],
             bytes_up=bytes_up,
             bytes_down=bytes_down,
+            train_virtual_time_s=self._time_s - self._validation_s,
         )
+
+    def _validates(self, round_: int, rounds: int) -> bool:
+        return round_ % self._job.validation.every == 0 or round_ == rounds
 
     def _validated(self, present: Sequence[str]) -> dict[str, int]:
         if self._batches is None:
