@@ -86,6 +86,9 @@ class FixedScheduler:
         reasons = ("the test says so",) if round_ in self._later else ()
         return Review(self._later.get(round_), reasons, None, state)
 
+    def probe_matters(self, *given: Any) -> bool:
+        return True
+
     def clock(self, fleet: Fleet, state: PlanningState) -> Any:
         return FixedClock()
 

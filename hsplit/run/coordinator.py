@@ -195,6 +195,17 @@ class Coordinator:
         context, done = self.context, self.state.round
         requests = self._membership.requests()
         due = context.run.policy.probes and self.state.planning.probe_due(done)
+        if due and not context.ask(
+            Scheduler.probe_matters,
+            context.plan,
+            context.fleet,
+            self.state.planning,
+            self.state.measured_bytes,
+            requests,
+        ):
+            text = f"no probe after round {done}: by any scores everybody would have the same layers and ranks"
+            context.events.write("unprobed", text, round=done)
+            due = False
         reports = self._membership.retry(self._probe) if due else []
         measured = self._records.peaks_with_probe()
         try:

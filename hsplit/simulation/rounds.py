@@ -131,10 +131,11 @@ class _Simulation:
             probe_s = replanning_s = 0.0
             down = 0
             if round_ > 1:
-                probed = drawn_cohort([n for n in here if n in available], self._job.seed, round_, self._most)
-                if self._run.policy.probes and probed:
-                    probe_s = clock.probe_s(plan, self._run.policy.importance.tokens, probed)
                 requests = [request for when, request in self._scheduled if when == round_]
+                probed = drawn_cohort([n for n in here if n in available], self._job.seed, round_, self._most)
+                probes = self._run.policy.probes and self._scheduler.probe_matters(plan, fleet, state, {}, requests)
+                if probes and probed:
+                    probe_s = clock.probe_s(plan, self._run.policy.importance.tokens, probed)
                 review = self._scheduler.review(round_ - 1, plan, fleet, state, (), {}, requests)
                 state = review.state
                 if requests:
