@@ -191,26 +191,52 @@ class VirtualClock:
         up_bytes: Mapping[str, int],
         down_bytes: Mapping[str, int],
         clients: Collection[str] | None = None,
+        finished: Mapping[str, float] | None = None,
     ) -> float:
-        """Seconds of a round's end: adapters up, the aggregation, residual changes and restarts down, and forming a
-        dense base's working weights again.
+        """Seconds from the end of a round's last step until everybody may begin the next round.
+
+        Args:
+            plan, policy, up_bytes, down_bytes, clients, finished: as for :meth:`restarts_s`.
+        """
+        return max(self.restarts_s(plan, policy, up_bytes, down_bytes, clients, finished).values())
+
+    def restarts_s(
+        self,
+        plan: Plan,
+        policy: Policy,
+        up_bytes: Mapping[str, int],
+        down_bytes: Mapping[str, int],
+        clients: Collection[str] | None = None,
+        finished: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Seconds from the end of a round's last step until each holder may begin the next round, by name.
+
+        Adapters go up, the server aggregates once it has them all, residual changes and restarts go down, and a dense
+        base's working weights are formed again. Each client's messages travel while others compute and send.
 
         Args:
             plan: the plan with the adapters' ranks.
             policy: its aggregation.
             up_bytes, down_bytes: by client name.
             clients: clients that send adapters; all available ones by default.
+            finished: when each client, and the server, has done its part of the last step, by name: 0 is that step's
+                end, earlier is negative. Those that it lacks are done at the end, as all are by default.
         """
+        done = finished or {}
         ranks, splits = self._ranks(plan, clients), _splits(plan)
         merged_flops = self._merged_flops(ranks, policy)
         first = self._cost.model.layers if self._cost.model.whole else min(splits.values(), default=0)
         server_flops = self._aggregation_flops(ranks, policy) + float(merged_flops[first:].sum())
         merged, sent = prefix(merged_flops).tolist(), self._cost.times.sent_s
-        restarted = (
-            sent(size, self._clients[name]) + merged[splits[name]] / self._clients[name].flops
-            for name, size in down_bytes.items()
-        )
-        return self.transfer_s(up_bytes) + server_flops / self._server.flops + max(restarted, default=0.0)
+        arrived = [done.get(name, 0.0) + sent(size, self._clients[name]) for name, size in up_bytes.items()]
+        aggregated = max([done.get(plan.server.name, 0.0), *arrived]) + server_flops / self._server.flops
+        restarts = {plan.server.name: aggregated}
+        for name, size in down_bytes.items():
+            client = self._clients[name]
+            # Who is still computing takes the update afterwards.
+            waited = max(sent(size, client), done.get(name, 0.0) - aggregated)
+            restarts[name] = aggregated + (waited + merged[splits[name]] / client.flops)
+        return restarts
 
     def transfer_s(self, nbytes: Mapping[str, int]) -> float:
         """Seconds for ``nbytes`` by client name, each over the client's own link, until the last is done."""
