@@ -17,7 +17,7 @@ from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.lookup import ModelSource
 from hsplit.observe.events import read_events
-from hsplit.observe.tables import MetricsRow, cut_text, perplexities, read_rows, residual_cuts
+from hsplit.observe.tables import CUT, LAG, MetricsRow, cut_text, lag_text, perplexities, read_rows, residual_cuts
 from hsplit.planning.plan import HolderPlan
 from hsplit.run.state import RunState
 from hsplit.run_directory import RunDirectory
@@ -87,6 +87,7 @@ def model_card(
     )
     # A key of hsplit's own, for `hsplit eval`.
     setattr(data, METADATA, {"version": __version__, "base": job.base, "separator": job.data.separator})
+    events = read_events(directory.events)
     sections = [
         f"# {directory.name}",
         _introduction(run, source, format_),
@@ -94,7 +95,7 @@ def model_card(
         _snippet(run, source, format_, dtype),
         *(["## What to know", "\n".join(f"- {line}" for line in lines)] if lines else []),
         "## Training",
-        _training(run, source, state, residual_cuts(read_events(directory.events), state.round)),
+        _training(run, source, state, *(residual_cuts(events, state.round, field) for field in (CUT, LAG))),
         "## Plan",
         _plan(state),
         "## Results",
@@ -165,7 +166,9 @@ def _snippet(run: RunConfig, source: ModelSource, format_: str, dtype: str) -> s
     return f"{snippet}\n\n{remark}."
 
 
-def _training(run: RunConfig, source: ModelSource, state: RunState, cuts: Mapping[int, float]) -> str:
+def _training(
+    run: RunConfig, source: ModelSource, state: RunState, cuts: Mapping[int, float], lags: Mapping[int, float]
+) -> str:
     job, data, policy = run.job, run.job.data, run.policy
     spec = data.partition
     partition = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
@@ -186,6 +189,7 @@ def _training(run: RunConfig, source: ModelSource, state: RunState, cuts: Mappin
             f"{policy.placement}, {where}, {ranks}, {policy.aggregation} (reinit {policy.reinit})",
         ),
         ("cut", cut_text(cuts, policy.aggregation) or "not recorded"),
+        *([("lag", text)] if (text := lag_text(lags)) else []),
         ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {job.wire}"),
         ("rounds done", f"{state.round} of {job.rounds}, {job.local_steps} local steps each"),
         ("batch size", f"{job.batch_size} a client, {job.grad_accumulation} accumulated"),

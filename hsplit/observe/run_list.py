@@ -16,7 +16,7 @@ from rich.text import Text
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
-from hsplit.observe.tables import MetricsRow, cut_text, perplexities, read_rows, residual_cuts
+from hsplit.observe.tables import LAG, MetricsRow, cut_text, lag_text, perplexities, read_rows, residual_cuts
 from hsplit.observe.wording import age_text, printable
 from hsplit.run_directory import RunDirectory
 
@@ -114,8 +114,10 @@ def last_state(events: Iterable[Mapping[str, Any]]) -> tuple[State, str]:
 def results_lines(directory: RunDirectory) -> list[str]:
     """Return lines with the paths of a complete run's results, and with the loss if the residual's cap has cut."""
     exported = directory.model if directory.model.is_dir() else directory.adapter
-    cut = cut_text(residual_cuts(read_events(directory.events)), None)
-    return [f"{exported.name:<8} {exported}", f"report   {directory.report}", *([f"cut      {cut}"] if cut else [])]
+    events = list(read_events(directory.events))
+    cut, lag = cut_text(residual_cuts(events), None), lag_text(residual_cuts(events, field=LAG))
+    found = [f"{name:<8} {text}" for name, text in (("cut", cut), ("lag", lag)) if text]
+    return [f"{exported.name:<8} {exported}", f"report   {directory.report}", *found]
 
 
 def way_on(directory: RunDirectory, address: str | None = None) -> str:

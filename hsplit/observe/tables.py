@@ -19,24 +19,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-FIELD = "residual_cut"
-"""Name of the cut in the event that closes a round; events of older versions lack it."""
+CUT, LAG = "residual_cut", "residual_lag"
+"""Names of the cut, and of what waits, in the event that closes a round; events of older versions lack them."""
 # Rounding errors of the fp32 factors come near this; a smaller loss is not due to the cap.
 _ROUNDING = 1e-6
 
 
-def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None) -> dict[int, float]:
+def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None, field: str = CUT) -> dict[int, float]:
     """Return the largest part of a weight's residual that was cut, by round; the last result counts.
 
     Args:
         events: of a run, oldest first.
         rounds: the last round that counts; by default all.
+        field: ``LAG`` for what holders lacked instead.
 
     Returns:
-        Frobenius norms relative to the residual, 0.0 for a round without a cut; rounds of older versions, whose events
-        lack the field, and the state before training are absent.
+        Relative Frobenius norms, 0.0 for a round without any; rounds of older versions, whose events lack the field,
+        and the state before training are absent.
     """
-    closed = {event.get("round"): event.get(FIELD) for event in events if event["event"] == "round"}
+    closed = {event.get("round"): event.get(field) for event in events if event["event"] == "round"}
     return {
         round_: float(cut)
         for round_, cut in closed.items()
@@ -64,6 +65,22 @@ def cut_text(cuts: Mapping[int, float], aggregation: object) -> str:
         )
     exact = cuts and aggregation == "concat"
     return "residual.max_rank cut nothing: the adapters were summed exactly in every round" if exact else ""
+
+
+def lag_text(lags: Mapping[int, float]) -> str:
+    """Return one sentence on what holders lacked between rounds (``residual.wait``); empty if nothing waited.
+
+    Args:
+        lags: by round.
+    """
+    waited = [lag for lag in lags.values() if lag]
+    often = f"in {len(waited)} of {len(lags)} {'round' if len(lags) == 1 else 'rounds'}"
+    return (
+        f"residual.wait kept changes back {often}: holders trained on without at most {share_cut(lags)} of a weight's"
+        " aggregated adapters (relative Frobenius norm), which reached them later"
+        if waited
+        else ""
+    )
 
 
 def share_cut(cuts: Mapping[int, float]) -> str:

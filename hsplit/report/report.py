@@ -14,7 +14,7 @@ from hsplit.config.cluster import CENTRAL
 from hsplit.config.reading import displayed
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.observe.tables import MetricsRow, cut_text, perplexities, plan_rows, share_cut
+from hsplit.observe.tables import MetricsRow, cut_text, lag_text, perplexities, plan_rows, share_cut
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, of_budget
 from hsplit.report import figures
 from hsplit.report.figures import MAX_HOLDERS, WARNING
@@ -169,10 +169,10 @@ def outcome_text(record: RunRecord) -> str:
         total = max(len(record.clients()), len(names))
         parts.append(f"with {len(names)} of {total} client{'s' if total > 1 else ''} ({_first(names)})")
     aggregation = record.setting("policy", "aggregation")
-    cut = cut_text(record.cuts, aggregation)
+    cut, lag = cut_text(record.cuts, aggregation), lag_text(record.lags)
     if aggregation and not (aggregation == "concat" and cut):
         parts.append(_AGGREGATED.get(str(aggregation), f"adapters aggregated by {_setting_text(aggregation)}"))
-    return f"{', '.join(parts)}{'; ' * bool(cut)}{cut}."
+    return "; ".join([", ".join(parts), *filter(None, (cut, lag))]) + "."
 
 
 def _without_validation(row: MetricsRow) -> str:

@@ -322,6 +322,7 @@ class Coordinator:
         self.state.bytes_up += sum(up.values())
         self.state.bytes_down += sum(down.values())
         self._records.cut(report.residual_cut)
+        self.state.residual_lag = max(self.state.residual_lag, report.residual_lag)
         restarts = {
             name: executor.call(name, HolderActor.restart, update)
             for name, update in zip([*names, *replicas, *not_drawn], updates, strict=True)

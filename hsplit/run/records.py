@@ -12,7 +12,7 @@ from typing import Any
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import LossReport
 from hsplit.errors import HsplitError
-from hsplit.observe.tables import FIELD, MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
+from hsplit.observe.tables import CUT, LAG, MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
 from hsplit.run.context import RunContext
 from hsplit.run.step import StepOutcome
 
@@ -210,9 +210,9 @@ class Records:
         self._plans.append(*holders)
         self._timing.append(*timing)
         self._note_overran()
-        closed = {**asdict(row), FIELD: state.residual_cut}
+        closed = {**asdict(row), CUT: state.residual_cut, LAG: state.residual_lag}
         state.bytes_up = state.bytes_down = state.round_tokens = 0
-        state.round_loss_sum = state.residual_cut = 0.0
+        state.round_loss_sum = state.residual_cut = state.residual_lag = 0.0
         self._clear_round()
         found = "not validated" if row.val_ppl is None else f"validation perplexity {row.val_ppl:.3f}"
         text = f"round {row.round}: {found}"

@@ -75,6 +75,8 @@ class RunState:
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
         bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
+        residual_lag: of the round under way: largest part of a weight's aggregated adapters that its holders lack of
+            the residual (``residual.wait``), relative norm.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
         validation_wall_s, validation_virtual_s: parts of them that went into validation.
         plan: the plan in force; ``None`` before the first.
@@ -96,6 +98,7 @@ class RunState:
     bytes_up: Whole = 0
     bytes_down: Whole = 0
     residual_cut: float = 0.0
+    residual_lag: float = 0.0
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
     validation_wall_s: float = 0.0
