@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from hsplit.config import RunConfig, load_run_config
+from hsplit.config import SERVER, RunConfig, load_run_config
 from hsplit.config.overrides import Overrides
 from hsplit.experiments import results_directory
 from hsplit.models.lookup import ModelSource, find_model
@@ -138,6 +138,11 @@ def call_times_s(run: RunConfig, model: Path) -> dict[str, dict[str, float]]:
     """Virtual seconds of each call of a local step under the first plan, by holder and call."""
     scheduler = Scheduler(run, ModelSpec.read(model))
     return scheduler.clock().call_s(scheduler.plan())
+
+
+def joined_turn_s(calls: Mapping[str, Mapping[str, float]]) -> float:
+    """Virtual seconds of a server's turn over a microbatch of every client, from :func:`call_times_s`."""
+    return sum(seconds for call, seconds in calls[SERVER].items() if call.split()[0] == "step")
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:

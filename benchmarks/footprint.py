@@ -150,6 +150,7 @@ def messages(options: argparse.Namespace) -> list[Message]:
         setting = Setting.of(options, "fp32", 1, wire)
         _, message = setting.client(setting.plan.available[0], measure=False).forward(0, 0)
         _, *gradients = setting.server.train_step(0, 0, message)
+        setting.server.end_step(0)
         (gradient,) = gradients
         assert gradient is not None
         size = torch.int8.itemsize if wire == "int8" else WIRE_DTYPES[wire].itemsize
@@ -205,6 +206,7 @@ def peaks(options: argparse.Namespace) -> list[Peak]:
         for step in range(2):
             _, message = client.forward(step, 0)
             _, *gradients = setting.server.train_step(step, 0, message)
+            setting.server.end_step(step)
             client.backward(step, 0, *gradients)
         declared = setting.plan.available[0].predicted_bytes / 1e6
         found.append(Peak(f"hsplit client, split {split}", split, held, client.peak_bytes() / 1e6, declared))

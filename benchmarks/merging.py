@@ -154,6 +154,7 @@ def _trained(directory: Path, ranks: Sequence[int], init: Init, options: argpars
     for step in range(options.steps):
         messages = [client.forward(step, 0)[1] for client in clients]
         _, *gradients = server.train_step(step, 0, *messages)
+        server.end_step(step)
         for client, gradient in zip(clients, gradients, strict=True):
             client.backward(step, 0, gradient)
         if step in (0, options.steps - 1):

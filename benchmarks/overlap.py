@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import common
 from benchmarks.common import Table
-from hsplit.config import SERVER, RunConfig
+from hsplit.config import RunConfig
 
 # Declared seconds of the clients' and the server's phase of a whole batch.
 BALANCES = {"clients slower": (1.6, 0.8), "even": (1.2, 1.2), "server slower": (0.8, 1.6)}
@@ -112,7 +112,7 @@ def _measured(
     sending = common.call_times_s(configured(1e9, 1e9), model)["client-0"]
     sent_s = (sending["up"] + sending["down"]) * parts
     computed_s = (calls["client-0"]["up"] + calls["client-0"]["down"]) * parts - sent_s
-    server_s = calls[SERVER]["step"] * parts
+    server_s = common.joined_turn_s(calls) * parts
     run = configured(unit * computed_s / (wanted[0] - sent_s), unit * server_s / wanted[1])
     with common.on_ray(f"overlap-{balance.replace(' ', '-')}-{parts}", run, model, folder) as (coordinator, _):
         coordinator.start()

@@ -195,7 +195,7 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, servers: in
     unit = 1e-3
     calls = common.call_times_s(configured(unit, unit, 1, 1), model)
     own = next(phases for name, phases in calls.items() if name != SERVER)
-    client_tflops, server_tflops = (own["up"] + own["down"]) / CLIENT_S, calls[SERVER]["step"] / SERVER_S_A_CLIENT
+    client_tflops, server_tflops = (own["up"] + own["down"]) / CLIENT_S, common.joined_turn_s(calls) / SERVER_S_A_CLIENT
     return configured(unit * client_tflops, unit * server_tflops, clients, servers)
 
 

@@ -186,7 +186,7 @@ def _configured(folder: Path, model: Path, data: Path, clients: int, steps: int)
     unit = 1e-6
     calls = common.call_times_s(configured(unit, unit), model)
     slowest = max(sum(own.values()) for name, own in calls.items() if name != SERVER)
-    return configured(unit * slowest / client_s, unit * calls[SERVER]["step"] / server_s)
+    return configured(unit * slowest / client_s, unit * common.joined_turn_s(calls) / server_s)
 
 
 # -- growth -------------------------------------------------------------------------------------------------------

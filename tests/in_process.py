@@ -50,7 +50,7 @@ class Recorder(SilentDisplay):
 class FixedClock:
     """A virtual clock with seconds that are easy to add up."""
 
-    def steps_s(self, plan: Plan, clients: Sequence[str]) -> list[float]:
+    def steps_s(self, plan: Plan, clients: Sequence[str], start: int) -> list[float]:
         return [plan.makespan_s]
 
     def probe_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:

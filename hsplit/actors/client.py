@@ -90,7 +90,7 @@ class Client(Participant):
             hidden = self._noise.added_to(self._front(batch))
         self._sent[step, micro] = hidden
         with watch.phase("pack"):
-            message = self._message(batch, hidden, sum(b.supervised for b in batches))
+            message = self._message(batch, hidden, sum(b.supervised for b in batches.values()))
         watch.pace(self._pace.get("up"))
         return ForwardReport(self.name, message.nbytes, watch.seconds), message
 
@@ -108,9 +108,10 @@ class Client(Participant):
                 upstream = gradient.unpack(hidden.dtype, hidden.device)
             with watch.phase("backward"):
                 hidden.backward(upstream)
-        if micro == self._job.batches_per_step - 1:
+        batches = self.data.step_batches(step)
+        if micro == max(batches):
             # Counted at the end: a skipped step has trained nothing.
-            tokens = sum(batch.supervised for batch in self.data.step_batches(step))
+            tokens = sum(batch.supervised for batch in batches.values())
             self.data.drop(step)
             self.holder.tokens.add(range(self._split), tokens)
             with watch.phase("optimizer"):

@@ -74,8 +74,7 @@ class HolderActor(Generic[Held]):
         """Set the seconds that each call of a step is to take from now on (METHOD 8).
 
         Args:
-            seconds: by call: ``up``, ``turn`` and ``down`` of a client; ``step`` of a server, or in the U-shape
-                ``forward`` and ``backward``.
+            seconds: by call, see :meth:`hsplit.planning.cost.clock.VirtualClock.call_s`.
         """
         self._pace = dict(seconds)
 

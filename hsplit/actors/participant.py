@@ -34,8 +34,7 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
     ) -> None:
         super().__init__(name, job, policy, base, device, measure)
         # The pipeline is between client and server: a whole model trains on whole batches.
-        microbatches = job.pipeline.microbatches if policy.placement == "split" else 1
-        self.data = TrainingData(name, job, base.spec, microbatches)
+        self.data = TrainingData(name, job, base.spec, cuts=policy.placement == "split")
         self._kept: Segment | None = None
         self._carried: CarriedMoments | None = None
         self._part: HolderPlan | None = None

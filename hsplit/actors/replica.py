@@ -28,6 +28,7 @@ from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
 from hsplit.models.tail import Tail
 from hsplit.planning.importance import ImportanceReport
 from hsplit.planning.plan import Plan
+from hsplit.seeds import hash_seed
 
 
 class Replica(HolderActor[Holder]):
@@ -52,7 +53,7 @@ class Replica(HolderActor[Holder]):
         self._plan: Plan | None = None
         self._kept: dict[tuple[int, int], list[JoinedBatch]] = {}
         self._probed: tuple[ImportanceProbe, JoinedBatch] | None = None
-        self._step_tokens: dict[int, int] = defaultdict(int)
+        self._step_tokens: dict[int, float] = defaultdict(float)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -107,9 +108,14 @@ class Replica(HolderActor[Holder]):
 
     @measured_in_first_steps
     def train_step(
-        self, step: int, micro: int, *messages: Activations
+        self, step: int, turn: int, *messages: Activations
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """Labels on the server: train on one depth-joined batch (METHOD 2).
+        """Labels on the server: add one depth-joined batch to local step ``step`` (METHOD 2).
+
+        Args:
+            step: counted over the run; :meth:`end_step` ends it.
+            turn: counted over the step.
+            messages: of the clients whose turn it is.
 
         Returns:
             The report with a loss a message, then for each message the gradient of that client's own mean loss at
@@ -122,7 +128,7 @@ class Replica(HolderActor[Holder]):
         refused: dict[str, str] = {}
         trained: list[Activations] = []
         for group in self._groups(messages):
-            joined = self._join(step, micro, group, watch, refused, training=True)
+            joined = self._join(step, turn, group, watch, refused, training=True)
             if joined is None:
                 continue
             with watch.phase("tail"):
@@ -135,43 +141,44 @@ class Replica(HolderActor[Holder]):
                 gradients |= joined.gradients(self._job.transport)
             losses += _loss_reports(joined.messages, sums.detach(), counts)
             trained += joined.messages
-        self._finish(step, micro, trained, watch)
-        watch.pace(self._pace.get("step"))
+        self._count(trained)
+        watch.pace(self._turn_s("step", messages))
         returned = [gradients.get(message.client) for message in messages]
         return _report(watch, returned, losses, refused), *returned
 
     @measured_in_first_steps
     def forward(
-        self, step: int, micro: int, *messages: Activations
+        self, step: int, turn: int, *messages: Activations
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
-        """U-shape: run the deep layers and keep the graph.
+        """U-shape: run the deep layers and keep the graph; arguments as :meth:`train_step`.
 
         Returns:
             The report, then the output for each client's tokens ``(n, d)``. An invalid message is left out and named
             in the report; its output is ``None``.
         """
         watch = Stopwatch(self._device)
-        kept = self._kept[step, micro] = []
+        kept = self._kept[step, turn] = []
         outputs: dict[str, WireTensor] = {}
         refused: dict[str, str] = {}
         for group in self._groups(messages):
-            joined = self._join(step, micro, group, watch, refused, training=True)
+            joined = self._join(step, turn, group, watch, refused, training=True)
             if joined is None:
                 continue
             kept.append(joined)
             with watch.phase("pack"):
                 outputs |= joined.outputs(self._job.transport)
-        watch.pace(self._pace.get("forward"))
+        watch.pace(self._turn_s("forward", messages))
         returned = [outputs.get(message.client) for message in messages]
         return _report(watch, returned, refused=refused), *returned
 
     @measured_in_first_steps
     def backward(
-        self, step: int, micro: int, clients: Sequence[str], *sent: WireTensor
+        self, step: int, turn: int, clients: Sequence[str], *sent: WireTensor
     ) -> tuple[ServerReport, *tuple[WireTensor | None, ...]]:
         """U-shape: backpropagate the gradients of the clients' token sums from the last layer's output.
 
         Args:
+            step, turn: of the forward.
             clients: the senders, in order; a client of the forward that is not among them has trained nothing.
             sent: their gradients.
 
@@ -183,7 +190,7 @@ class Replica(HolderActor[Holder]):
         gradients: dict[str, WireTensor | None] = {}
         refused: dict[str, str] = {}
         trained: list[Activations] = []
-        for joined in self._kept.pop((step, micro)):
+        for joined in self._kept.pop((step, turn)):
             with watch.phase("unpack"):
                 upstream, own = self._upstream(joined, arrived, refused)
             with watch.phase("backward"):
@@ -192,10 +199,26 @@ class Replica(HolderActor[Holder]):
             with watch.phase("pack"):
                 gradients |= joined.gradients(self._job.transport)
             trained += own
-        self._finish(step, micro, trained, watch)
-        watch.pace(self._pace.get("backward"))
+        self._count(trained)
+        watch.pace(self._turn_s("backward", clients))
         returned = [None if client in refused else gradients.get(client) for client in clients]
         return _report(watch, returned, refused=refused), *returned
+
+    @measured_in_first_steps
+    def end_step(self, step: int) -> Mapping[str, float]:
+        """Divide layer ``l``'s gradient by its ``n_l`` over all turns since the last step, and step the adapters.
+
+        Returns:
+            Seconds of the wall by phase.
+        """
+        watch = Stopwatch(self._device)
+        layers = range(self.holder.segment.spec.first, self._layers)
+        with watch.phase("optimizer"):
+            self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
+            self.holder.step(step, self._lr_scale)
+        self._step_tokens.clear()
+        watch.pace(0.0 if self._pace else None)
+        return watch.seconds
 
     # -- importance probe (METHOD 3) ------------------------------------------------------------------------------
 
@@ -288,7 +311,7 @@ class Replica(HolderActor[Holder]):
     def _join(
         self,
         step: int,
-        micro: int,
+        turn: int,
         messages: Sequence[Activations],
         watch: Stopwatch,
         refused: dict[str, str],
@@ -298,7 +321,7 @@ class Replica(HolderActor[Holder]):
 
         Invalid messages are added to ``refused``; ``None`` where none is left.
         """
-        self.holder.begin_phase(step * 1_000 + micro, training)
+        self.holder.begin_phase(hash_seed(step, turn), training)
         with watch.phase("unpack"):
             inputs = self._unpacked(messages, lambda m: training and m.trains and m.split > 0, refused)
         if not inputs:
@@ -380,19 +403,20 @@ class Replica(HolderActor[Holder]):
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
         return ProbeReport(importance, nbytes), *gradients
 
-    def _finish(self, step: int, micro: int, messages: Sequence[Activations], watch: Stopwatch) -> None:
-        """Count tokens; after the step's last batch divide layer ``l``'s gradient by its ``n_l`` and step."""
+    def _turn_s(self, call: str, clients: Sequence[Activations | str]) -> float | None:
+        """Seconds that a turn over the rows of ``clients`` is to take; ``None``: as long as it does."""
+        if not self._pace:
+            return None
+        names = [client if isinstance(client, str) else client.client for client in clients]
+        return self._pace[call] + sum(self._pace[f"{call} {name}"] for name in names)
+
+    def _count(self, messages: Sequence[Activations]) -> None:
+        """Count the tokens of ``messages`` that passed through each layer here, for step and aggregation."""
         first = self.holder.segment.spec.first
         for message in messages:
             for layer in range(max(first, message.split), self._layers):
                 self._step_tokens[layer] += message.supervised
                 self.holder.tokens.add([layer], message.supervised)
-        if micro == self._job.batches_per_step - 1:
-            layers = range(first, self._layers)
-            with watch.phase("optimizer"):
-                self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
-                self.holder.step(step, self._lr_scale)
-            self._step_tokens.clear()
 
 
 def _report(

@@ -44,18 +44,18 @@ class TrainingData:
         name: the actor's.
         job: the run's settings.
         model: the base model, whose tokenizer is used.
-        microbatches: parts that each training batch is cut into.
+        cuts: batches are cut into microbatches.
 
     Attributes:
         clients: each client's examples.
         validation: batches of everything that is held out.
     """
 
-    def __init__(self, name: str, job: Job, model: ModelSpec, microbatches: int) -> None:
+    def __init__(self, name: str, job: Job, model: ModelSpec, cuts: bool) -> None:
         self.clients: list[LocalData] = []
         self.validation: list[Batch] = []
-        self._name, self._job, self._model, self._microbatches = name, job, model, microbatches
-        self._begun: dict[int, list[Batch]] = {}
+        self._name, self._job, self._model, self._cuts = name, job, model, cuts
+        self._begun: dict[int, dict[int, Batch]] = {}
         self._part: HolderPlan | None = None
         self._rows = job.batch_size
         self._round_step = self._round_examples = 0
@@ -132,19 +132,23 @@ class TrainingData:
             chat=chat_template(tokenizer),
         )
 
-    def step_batches(self, step: int) -> list[Batch]:
-        """Draw the batches of local step ``step`` (counted over the run); they are kept until :meth:`drop`."""
+    def step_batches(self, step: int) -> dict[int, Batch]:
+        """Draw the batches of local step ``step`` (counted over the run), by microbatch; kept until :meth:`drop`."""
         if step not in self._begun:
-            parts, batches = self._microbatches, self._job.grad_accumulation
-            self._begun[step] = []
+            job, batches = self._job, self._job.grad_accumulation
+            self._begun[step] = {}
             assert self._part is not None, f"{self._name} has no part in a plan"
             turns = self._part.turns(self._round_step, step)
             begun = self._round_examples + turns * batches * self._rows
-            for first in range(begun, begun + batches * self._rows, self._rows):
+            parts = self._part.parts(job) if self._cuts else 1
+            for batch in range(batches):
+                first = begun + batch * self._rows
                 drawn = [example for data in self.clients for example in data.draw(first, self._rows)]
                 # As equal a number in each part as can be.
                 borders = [len(drawn) * part // parts for part in range(parts + 1)]
-                self._begun[step] += [self._batch(drawn[start:stop]) for start, stop in pairwise(borders)]
+                for part, (start, stop) in enumerate(pairwise(borders)):
+                    micro = batch * job.pipeline.microbatches + part
+                    self._begun[step][micro] = self._batch(drawn[start:stop])
         return self._begun[step]
 
     def _batch(self, examples: Sequence[TokenizedExample]) -> Batch:

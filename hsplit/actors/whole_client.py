@@ -39,9 +39,9 @@ class WholeClient(Participant):
         watch = Stopwatch(self._device)
         with watch.phase("data"):
             batches = self.data.step_batches(step)
-        tokens = sum(batch.supervised for batch in batches)
+        tokens = sum(batch.supervised for batch in batches.values())
         loss_sum = 0.0
-        for index, batch in enumerate(batches):
+        for index, batch in batches.items():
             self.holder.begin_phase(hash_seed(step, index), training=True)
             with self._autocast():
                 with watch.phase("forward"):

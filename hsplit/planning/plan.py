@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hsplit.config import Job
 from hsplit.config.cluster import server_names
 from hsplit.config.reading import from_plain
 from hsplit.config.section import EXACT, MAX_LAYERS, STRICT, Whole
@@ -75,6 +76,10 @@ class HolderPlan:
     def turns(self, start: int, stop: int) -> int:
         """Number of the local steps ``[start, stop)`` that it takes part in."""
         return max(0, -(-(stop - self.offset) // self.every)) - max(0, -(-(start - self.offset) // self.every))
+
+    def parts(self, job: Job) -> int:
+        """Number of microbatches that each of its batches is cut into: no more than it has examples."""
+        return min(job.pipeline.microbatches, self.rows or job.batch_size)
 
     @property
     def rank_total(self) -> int:

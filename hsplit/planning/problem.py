@@ -93,13 +93,13 @@ class Problem:
         keys = [(*budget_of(c), c.name in frozen) for c in clients]
         self.kind: Ints = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
         first = np.unique(self.kind, return_index=True)[1].tolist()
-        self._distinct = [clients[i] for i in first]
+        self.distinct = [clients[i] for i in first]
         self.members: Ints = np.bincount(self.kind)
-        self.memory: Floats = np.array([c.memory_bytes for c in self._distinct], dtype=np.float64)
-        self.frozen: NDArray[np.bool_] = np.array([c.name in frozen for c in self._distinct], dtype=bool)
-        self.times: Floats = np.zeros((len(self._distinct), cost.model.layers + 1, PHASES))
-        self.times[:, :, [UP, TURN, DOWN]] = cost.times.all_client_times(self._distinct)
-        self.times[:, :, EXCHANGE] = cost.times.exchange_times(self._distinct)
+        self.memory: Floats = np.array([c.memory_bytes for c in self.distinct], dtype=np.float64)
+        self.frozen: NDArray[np.bool_] = np.array([c.name in frozen for c in self.distinct], dtype=bool)
+        self.times: Floats = np.zeros((len(self.distinct), cost.model.layers + 1, PHASES))
+        self.times[:, :, [UP, TURN, DOWN]] = cost.times.all_client_times(self.distinct)
+        self.times[:, :, EXCHANGE] = cost.times.exchange_times(self.distinct)
         self.times[self.frozen, :, DOWN] = 0.0
         if cost.model.job.runs_ahead:
             self.times[self.frozen, :, AHEAD] = self.times[self.frozen, :, UP]
@@ -144,13 +144,32 @@ class Problem:
         gains[self.frozen] = 0.0
         return gains
 
+    def exchange(self, frozen: bool) -> Floats:
+        """Each kind's part of the exchange at the round's end in a step, at each split, ``(K, L + 1)``."""
+        return self.cost.times.exchange_times(self.distinct, forward_only=frozen)
+
+    @cached_property
+    def deep_gains(self) -> Floats:
+        """Importance that the server captures of a client's tokens by the client's split, with the largest ranks that
+        it has room for where all clients split alike, ``(L + 1,)``.
+        """
+        layers = self.cost.model.layers
+        alike = len(self.clients) * np.eye(layers + 1, dtype=np.int64)
+        shallowest = self.servers_as_holders(alike[1:2])
+        levels = self._rule.levels(shallowest)[0]
+        by_layer = np.bincount(
+            self.cost.model.weight_layer, weights=captured_by(self.rank_set)[levels] * self.worth, minlength=layers
+        )
+        deep: Floats = np.concatenate([np.cumsum(by_layer[::-1])[::-1], [0.0]])
+        return deep
+
     def frozen_exchange(self, all_clients: bool) -> Floats:
         """Each kind's last phase at each split if it only computed forward, ``(K, L + 1)``.
 
         Args:
             all_clients: the others do too, so that layer 0, which all of them have, is never trained.
         """
-        return self.cost.times.exchange_times(self._distinct, forward_only=True, learned_from=int(all_clients))
+        return self.cost.times.exchange_times(self.distinct, forward_only=True, learned_from=int(all_clients))
 
     def clients_as_holders(self, kinds: Ints, split: int) -> Holders:
         """Clients of ``kinds`` at ``split``."""

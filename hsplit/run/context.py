@@ -17,8 +17,9 @@ from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.plan import Plan
 from hsplit.planning.planning_state import Fleet, PlanningState
 from hsplit.run.client_data import ClientData
+from hsplit.run.split_step import SplitTraining
 from hsplit.run.state import RunState, Status
-from hsplit.run.step import training_of
+from hsplit.run.step import Training, WholeTraining
 from hsplit.run_directory import RunDirectory
 
 ClockOf = Callable[[Fleet, PlanningState], VirtualClock]
@@ -74,7 +75,11 @@ class RunContext:
         self.events = EventLog(directory.events)
         self.state, self.round = self.new_state(), 0
         self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note)
-        self.training = training_of(run, executor)
+        self.training: Training = (
+            SplitTraining(run.job, run.policy.pace, executor)
+            if run.policy.placement == "split"
+            else WholeTraining(run.job, executor)
+        )
         self.servers = run.server.names
         self.single = run.policy.placement == "single"
         self._clock_of = clock_of

@@ -173,6 +173,8 @@ class Coordinator:
             while state.step < (state.round + 1) * job.local_steps:
                 self.local_step(state.step)
                 if self.stopping:
+                    for failure in context.training.settle().failed.values():
+                        self._membership.lose(failure)
                     self._checkpoint()
                     context.note("stopped", f"stopped on request in round {state.round + 1}")
                     return False
@@ -279,7 +281,7 @@ class Coordinator:
         context = self.context
         context.round = self.state.round + 1
         cohort = context.cohort(self.round)
-        self.step_times_s = context.clock.steps_s(context.plan, cohort)
+        self.step_times_s = context.clock.steps_s(context.plan, cohort, self.state.round * self._job.local_steps)
         if cohort != context.clients:
             text = f"round {self.round}: {len(cohort)} of {len(context.clients)} clients train: {', '.join(cohort)}"
             context.events.write("cohort", text, round=self.round, clients=cohort)
@@ -381,7 +383,7 @@ class Coordinator:
         if self._job.clock != "emulated":
             return
         context, speedup = self.context, self._job.clock_speedup
-        calls = context.clock.call_s(context.plan, cohort)
+        calls = context.clock.call_s(context.plan)
         calls |= {name: calls[SERVER] for name in context.servers if SERVER in calls}
         for name, own in calls.items():
             if name in context.clients or name in context.servers:

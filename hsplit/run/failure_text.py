@@ -15,6 +15,7 @@ _WORDS = {
     "tail": "its loss",
     "backward": "its backward",
     "train_step": "a local step",
+    "end_step": "a local step",
     "collect": "handing in its adapters",
     "aggregate": "the aggregation",
     "validation_forward": "validation",

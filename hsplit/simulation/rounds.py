@@ -175,7 +175,7 @@ class _Simulation:
         down: int,
     ) -> Round:
         job, cohort = self._job, drawn_cohort(present, self._job.seed, round_, self._most)
-        each_s = clock.steps_s(plan, cohort)
+        each_s = clock.steps_s(plan, cohort, (round_ - 1) * job.local_steps)
         ups, downs = self._exchange.aggregated(plan, cohort, present)
         aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
         validation_s = clock.validation_s(plan, validated)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hsplit.config import Policy
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
+from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan
@@ -81,7 +82,15 @@ def test_adapters_travel_while_others_compute(done: tuple[float, float, float], 
 
 def test_validation_takes_up_each_batch_when_the_last_client_has_sent_it() -> None:
     splits = np.array([PLAN.client(c.name).split for c in CLIENTS])
-    up = dict(zip(("one", "two"), MODEL.times.forward_times_at(CLIENTS, splits)[:, 0].tolist(), strict=True))
+    up = dict(
+        zip(
+            ("one", "two"),
+            MODEL.times.forward_times_at(CLIENTS, splits, Loads.of_plan(PLAN.available, MODEL.model.job))[
+                :, 0
+            ].tolist(),
+            strict=True,
+        )
+    )
 
     def deep(*names: str) -> float:
         counts = MODEL.model.clients_at([PLAN.client(name).split or 0 for name in names])
@@ -101,7 +110,9 @@ def test_validation_takes_up_each_batch_when_the_last_client_has_sent_it() -> No
 def test_validation_of_labels_at_home_ends_with_the_tails() -> None:
     at_home = cost("client")
     clock = VirtualClock(at_home, CLIENTS, server())
-    up, tail = at_home.times.forward_times_at(CLIENTS[:1], np.array([PLAN.client("one").split]))[0].tolist()
+    up, tail = at_home.times.forward_times_at(
+        CLIENTS[:1], np.array([PLAN.client("one").split]), Loads.of_plan(PLAN.available[:1], at_home.model.job)
+    )[0].tolist()
     deep = at_home.times.server_forward_s(server(), at_home.model.clients_at([PLAN.client("one").split or 0]))
     # The tail of a batch waits until its client has sent all of them.
     ends, free = 3 * up, 0.0

@@ -1,11 +1,14 @@
 """The cost model against what segments, adapters and messages really are."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Importance, Job, Policy, ResidualConfig, RunConfig
@@ -13,6 +16,8 @@ from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
+from hsplit.planning.cost.counting import LayerCounter, LayerRun
+from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.model import CostModel
 from tests.planning.test_planner import client, cost, server
 from tests.tiny import LAYERS, save_tiny_model, tiny_config, tiny_spec
@@ -149,7 +154,74 @@ def test_planning_imports_neither_ray_nor_peft_nor_bitsandbytes() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("clients", [9, 20, 64, 100])
-def test_what_is_counted_for_few_clients_holds_for_many(clients: int) -> None:
-    memory = cost().server
-    assert memory._transient(clients) == memory._counted_transient(clients)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_counts_of_few_rows_give_those_of_any_number(family: str, base: Literal["fp32", "nf4"]) -> None:
+    model = CostModel(tiny_spec(family), Job(dtype="fp32", base=base, max_length=24, batch_size=3)).model
+    codes = None if base == "fp32" else base
+    for rows in (1, 2, 3, 5, 7, 10, 13, 40):
+        run = model.counter.run(1, model.setting(model.top_rank, rows, codes))
+        at_rows = model.at_rows(rows)
+        own = [w.layer == 1 for w in model.weights]
+        assert run.saved_bytes == at_rows.saved[1] + model.top_rank * at_rows.saved_per_rank[own].sum()
+        flops = at_rows.forward_flops[1], at_rows.backward_flops[1]
+        assert flops == (run.forward_flops, run.backward_flops)
+        transient = at_rows.transient_bytes(rows, codes)[1]
+        assert run.peak_bytes - run.saved_bytes <= transient <= 1.1 * (run.peak_bytes - run.saved_bytes)
+
+
+def test_tables_of_many_rows_take_few_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = []
+    counted = LayerCounter._run
+
+    def watched(self: LayerCounter, index: int, kind: LayerKind, setting: LayerSetting) -> LayerRun:
+        settings.append(setting)
+        return counted(self, index, kind, setting)
+
+    monkeypatch.setattr(LayerCounter, "_run", watched)
+    costs = CostModel(tiny_spec("llama"), Job(dtype="fp32", base="nf4", max_length=20))
+    tables = [costs.client_memory(rows) for rows in range(1, 17)]
+    assert len(settings) <= 2 + 8
+    assert all((few.constant <= many.constant).all() for few, many in pairwise(tables))
+
+
+def test_codes_take_less_to_keep_and_only_of_a_quantized_base() -> None:
+    coded, dense = cost(base="nf4"), cost(base="fp32")
+    kept = coded.client_memory(2).constant - coded.client_memory(2, "codes").constant
+    assert kept[0] == 0 and (np.diff(coded.model.dense_bytes - coded.model.stored_bytes) == 0).all()
+    with pytest.raises(ValueError, match="fp32 has no codes"):
+        dense.client_memory(2, "codes")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_own_rows_of_the_embedding_cost_themselves_and_their_ids(family: str, labels: str) -> None:
+    job = Job.model_validate({"dtype": "fp32", "base": "fp32", "max_length": 16, "privacy": {"labels": labels}})
+    costs = CostModel(tiny_spec(family), job)
+    whole, own = costs.client_memory(4).constant, costs.client_memory(4, embedding_rows=10).constant
+    # Of 96 rows of 32 values; the tail needs them all.
+    assert (whole - own == (0 if labels == "client" else 4 * 32 * 86 - 8 * 10)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 3), min_size=LAYERS + 1, max_size=LAYERS + 1).filter(any),
+    most=st.sampled_from([None, 2]),
+    replicas=st.integers(1, 2),
+    batch_size=st.integers(1, 3),
+)
+def test_the_server_needs_what_its_rows_need_whoever_brings_them(
+    counts: list[int], most: int | None, replicas: int, batch_size: int
+) -> None:
+    job = Job(dtype="fp32", base="nf4", max_length=16, batch_size=batch_size, clients_per_round=most)
+    costs = CostModel(tiny_spec("llama"), job, servers=replicas)
+    clients = np.array([counts])
+    rows = batch_size * costs.model.served(clients)
+    memory = costs.server
+    assert (memory.constant(clients, rows) == memory.constant(clients)).all()
+    assert (memory.per_rank(clients, rows) == memory.per_rank(clients)).all()
+    # The same rows by other clients take as much; one more row, nowhere less.
+    more = rows.copy()
+    more[:, 0] += 1
+    assert (memory.constant(clients, more) >= memory.constant(clients)).all()
+    assert (memory.per_rank(clients, more) >= memory.per_rank(clients)).all()

@@ -73,7 +73,8 @@ def test_every_holder_takes_its_declared_time(
             seconds = took[name, method]
             assert len(seconds) == STEPS * microbatches
             # No holder is early. One that computes longer than declared is named in a note.
-            assert min(seconds) >= declared[name][what] > 0
+            expected = sum(s for call, s in declared[name].items() if call.split()[0] == what)
+            assert min(seconds) >= expected > 0
     # All of a round is paced: steps, aggregation, validation.
     (start, last) = recorder.rows
     assert last.wall_time_s - start.wall_time_s >= 0.95 * (last.virtual_time_s - start.virtual_time_s)

@@ -324,17 +324,17 @@ def test_deadlines_follow_the_measured_median() -> None:
 
     deadlines = Deadlines(4.0)
     for seconds in (0.5, 9.0, 0.5):
-        assert deadlines.until("c0", "forward", 1) is None, "not before there is something to go by"
+        assert deadlines.until("c0", {"forward": 1}) is None, "not before there is something to go by"
         deadlines.record("c0", "forward", seconds)
     before = time.monotonic()
-    until = deadlines.until("c0", "forward", 2)
+    until = deadlines.until("c0", {"forward": 2})
     assert until is not None
     assert before <= until - (SLACK_S + 4.0 * 2 * 0.5) <= time.monotonic()
-    assert deadlines.until("c1", "forward", 1) is None
+    assert deadlines.until("c1", {"forward": 1}) is None
     never = Deadlines(None)
     for _ in range(5):
         never.record("c0", "forward", 1.0)
-    assert never.until("c0", "forward", 1) is None
+    assert never.until("c0", {"forward": 1}) is None
 
 
 @pytest.mark.parametrize(

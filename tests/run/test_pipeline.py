@@ -67,7 +67,7 @@ def test_every_part_is_asked_for_before_the_server_has_done_the_first(
     perform = executor.perform  # type: ignore[attr-defined]  # in-process by construction
 
     def watched(actor: str, method: str, *arguments: Any) -> Any:
-        asked.append((actor, method, arguments[1]))
+        asked.append((actor, method, arguments[1] if len(arguments) > 1 else None))
         return perform(actor, method, *arguments)
 
     executor.perform = watched  # type: ignore[attr-defined]
@@ -78,9 +78,9 @@ def test_every_part_is_asked_for_before_the_server_has_done_the_first(
     tails = [("tail", 0), ("tail", 1)] if labels == "client" else []
     assert client == [("forward", 0), ("forward", 1), *tails, ("backward", 0), ("backward", 1)]
     if labels == "server":
-        assert server == [("train_step", 0), ("train_step", 1)]
+        assert server == [("train_step", 0), ("train_step", 1), ("end_step", None)]
     else:
-        assert server == [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1)]
+        assert server == [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1), ("end_step", None)]
 
 
 def test_one_part_takes_the_phases_one_after_another() -> None:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from hsplit.config import Policy
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Floats, Ints, prefix
+from hsplit.planning.cost.cycle import Cycle, Turns, simulated_cycle
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.cost.serving import cohorts
-from hsplit.planning.cost.step_time import pipelined_s
-from hsplit.planning.plan import Plan
+from hsplit.planning.cost.serving import cohorts, served_by
+from hsplit.planning.cost.step_time import Loads
+from hsplit.planning.plan import HolderPlan, Plan
 
 # Cost of an operation of a decomposition in operations of a step, to which declared speeds refer: it is in fp64, and
 # LAPACK is half as fast as products (measured on CPUs at 384 to 4096 wide: 3.9 to 4.5).
@@ -54,39 +55,75 @@ class VirtualClock:
         self._cost, self._server = cost, server
         self._clients = {client.name: client for client in clients}
 
-    def steps_s(self, plan: Plan, clients: Collection[str] | None = None) -> list[float]:
-        """Seconds of each local step of a round, in order: in the first no client is ahead.
+    def steps_s(self, plan: Plan, clients: Collection[str] | None = None, start: int = 0) -> list[float]:
+        """Seconds of each local step of a round, in order: in the first nothing is under way, after the last neither.
 
         Args:
             plan: the plan in force.
             clients: the training clients; all available ones by default.
+            start: the round's first local step, counted over the run.
         """
-        more = self._cost.model.job.local_steps - 1
-        return [self._step_s(plan, clients, frozenset()), *[self.step_s(plan, clients)] * more]
+        ends = self.cycle(plan, clients, start, self._cost.model.job.local_steps).ends
+        steps: list[float] = np.diff(ends, prepend=0.0).tolist()
+        return steps
 
     def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
-        """Seconds of one local step after the first of a round: METHOD 5's makespan, pipelined if the job asks for it.
+        """Seconds of a local step of a round that goes on, on the average over the clients' periods.
 
         Args:
             plan: the plan in force.
             clients: the training clients; all available ones by default.
         """
-        return self._step_s(plan, clients, self._ahead(plan))
+        steps = math.lcm(*(part.every for part in self._training(plan, clients)))
+        ends = self.cycle(plan, clients, 0, 3 * steps + 1).ends
+        # The last step also waits for the clients' backwards.
+        return float(ends[-2] - ends[-2 - steps]) / steps if len(ends) > steps + 1 else float(ends[0])
 
-    def _step_s(self, plan: Plan, clients: Collection[str] | None, ahead: frozenset[str]) -> float:
-        splits, job = _splits(plan, clients), self._cost.model.job
-        phases = self._phases(plan, splits)
-        if self._cost.model.whole:
-            return float(phases[:, 0].max())
-        early = _among(splits, ahead)
-        # Clients that are ahead have sent by the beginning of the step, unless that takes longer than the step.
-        sent_s = float(phases[early, 0].max(initial=0.0))
-        phases[early, 0] = 0.0
-        batches = job.grad_accumulation
-        forward_s, backward_s = self._server_batch_s(splits)
-        turns = self._cost.model.tail_at_client
-        parts = job.pipeline.microbatches
-        return max(sent_s, batches * float(pipelined_s(phases / batches, forward_s, backward_s, parts, turns=turns)))
+    def cycle(self, plan: Plan, clients: Collection[str] | None, start: int, steps: int) -> Cycle:
+        """Simulate ``steps`` local steps from ``start`` on; arguments as :meth:`steps_s`."""
+        return simulated_cycle(self._turns(plan, self._training(plan, clients)), start, steps)
+
+    def _turns(self, plan: Plan, parts: Sequence[HolderPlan]) -> Turns:
+        model, times, job = self._cost.model, self._cost.times, self._cost.model.job
+        loads, splits = Loads.of_plan(parts, job), np.array([part.split or 0 for part in parts], dtype=np.int64)
+        batches = 1 if model.whole else job.grad_accumulation
+        phases = times.times_at([self._clients[part.name] for part in parts], splits, loads=loads) / batches
+        cut = np.ones(len(parts), dtype=np.int64)
+        forward, backward = np.zeros(len(parts)), np.zeros(len(parts))
+        server = np.zeros(len(parts), dtype=np.int64)
+        widening_s = 0.0
+        if not model.whole:
+            cut = np.minimum(loads.rows, job.pipeline.microbatches)
+            forward, backward = times.turn_times(self._server, splits, loads.rows)
+            widening_s = times.widening_s(self._server, plan.server.split or 0)
+            own = {part.name: part.split or 0 for part in parts}
+            dealt = served_by(own, own, plan.server_names)
+            place = {name: index for index, names in enumerate(dealt.values()) for name in names}
+            server = np.array([place[part.name] for part in parts], dtype=np.int64)
+        frozen = np.array([part.forward_only for part in parts], dtype=bool)
+        return Turns(
+            up=phases[:, 0] / cut,
+            turn=phases[:, 1] / cut,
+            down=np.where(frozen, 0.0, phases[:, 2] / cut),
+            forward=forward / cut,
+            backward=backward / cut,
+            parts=cut,
+            group=np.array([part.group for part in parts], dtype=np.int64),
+            every=np.array([part.every for part in parts], dtype=np.int64),
+            offset=np.array([part.offset for part in parts], dtype=np.int64),
+            server=server,
+            frozen=frozen,
+            turn_forward=widening_s,
+            turn_backward=widening_s,
+            batches=batches,
+            at_home=model.tail_at_client and not model.whole,
+            overlaps=self._cost.pace.periods != "none",
+            ahead=job.runs_ahead or self._cost.pace.periods != "none",
+        )
+
+    def _training(self, plan: Plan, clients: Collection[str] | None) -> list[HolderPlan]:
+        members = None if clients is None else set(clients)
+        return [part for part in plan.available if members is None or part.name in members]
 
     def waits_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, tuple[str, float]]:
         """Split one local step, without overlap, into the server's phase (``server``), and compute (``compute``) and
@@ -122,30 +159,34 @@ class VirtualClock:
         found = {part: (max(own, key=own.__getitem__), sum(own.values())) for part, own in spent.items()}
         return {**found, "server": (plan.server.name, server_s)}
 
-    def call_s(self, plan: Plan, clients: Collection[str] | None = None) -> dict[str, dict[str, float]]:
-        """Seconds of each call of a local step, by holder and call: up, turn and down of a client; step of the server
-        (of each, where there are several), or forward and backward where the labels are at home.
+    def call_s(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """Seconds of each call of a local step, by holder and call.
 
-        Args:
-            plan: the plan in force.
-            clients: the training clients, on which the server's work depends; all available ones by default.
+        Up, turn and down of a client. Of a server (of each, where there are several) ``step``, or ``forward`` and
+        ``backward`` where the labels are at home: what a turn takes whatever its rows, and with a client's name after
+        it what that client's rows add.
         """
-        splits, job = _splits(plan), self._cost.model.job
-        times = dict(zip(splits, self._phases(plan, splits), strict=True))
-        if self._cost.model.whole:
-            return {name: {"up": float(up)} for name, (up, _, _) in times.items()}
+        turns = self._turns(plan, plan.available)
         calls: dict[str, dict[str, float]] = {}
-        for name, phases in times.items():
-            up, turn, down = (float(seconds) / job.batches_per_step for seconds in phases)
-            calls[name] = {"up": up, "turn": turn, "down": down}
-        parts = job.pipeline.microbatches
-        forward_s, backward_s = (seconds / parts for seconds in self._server_batch_s(_splits(plan, clients)))
-        calls[plan.server.name] = {"step": forward_s + backward_s, "forward": forward_s, "backward": backward_s}
+        for index, part in enumerate(plan.available):
+            up, turn, down = float(turns.up[index]), float(turns.turn[index]), float(turns.down[index])
+            calls[part.name] = {"up": up, "turn": turn, "down": down}
+        if self._cost.model.whole:
+            return {name: {"up": own["up"]} for name, own in calls.items()}
+        at_server = {"forward": turns.turn_forward, "backward": turns.turn_backward}
+        at_server["step"] = at_server["forward"] + at_server["backward"]
+        for part, forward, backward in zip(
+            plan.available, turns.forward.tolist(), turns.backward.tolist(), strict=True
+        ):
+            at_server |= {f"forward {part.name}": forward, f"backward {part.name}": backward}
+            at_server[f"step {part.name}"] = forward + backward
+        calls[plan.server.name] = at_server
         return calls
 
     def _phases(self, plan: Plan, splits: Mapping[str, int]) -> Floats:
         """Seconds of the up, turn and down phases of a local step of every client at its split, ``(C, 3)``."""
-        phases = self._cost.times.times_at([self._clients[name] for name in splits], _array(splits))
+        loads = Loads.of_plan([part for part in plan.available if part.name in splits], self._cost.model.job)
+        phases = self._cost.times.times_at([self._clients[name] for name in splits], _array(splits), loads=loads)
         phases[_among(splits, plan.forward_only), 2] = 0.0
         return phases
 
@@ -171,18 +212,41 @@ class VirtualClock:
         """
         model, splits = self._cost.model, _splits(plan, clients)
         job = model.job
-        part = min(math.ceil(tokens / job.max_length) / job.batch_size, 1.0)
-        scored_flops = model.weight_gradient_flops * (part + _REDUCED / (2 * model.rows))
+        parts = self._training(plan, clients)
+        loads, at = Loads.of_plan(parts, job), _array(splits)
+        part = np.minimum(math.ceil(tokens / job.max_length) / loads.rows, 1.0)
+        examples = part * loads.rows / job.batch_size
+        scored_flops = model.weight_gradient_flops
+        fixed_flops = scored_flops * _REDUCED / (2 * model.rows)
         messages = np.array([0, 0, 0] if model.whole else [1, 2 * model.tail_at_client, 1])
         probed = [self._clients[name] for name in splits]
         waits = messages * np.array([client.latency_s for client in probed])[:, None]
-        batch = self._cost.times.times_at(probed, _array(splits), microbatches=1) / job.grad_accumulation
-        phases = waits + part * (batch - waits)
-        phases[:, 2] += prefix(scored_flops)[_array(splits)] / np.array([client.flops for client in probed])
-        counts = self._counts(splits)
-        deep = part * self._cost.times.server_times(self._server, counts)[0] / job.grad_accumulation
-        deep += (model.joined_clients(model.served(counts)) @ scored_flops)[0] / self._server.flops
-        return float(phases.max(axis=0).sum() + deep)
+        batch = self._cost.times.times_at(probed, at, 1, loads) / job.grad_accumulation
+        phases = waits + part[:, None] * (batch - waits)
+        scored = examples * prefix(scored_flops)[at] + prefix(fixed_flops)[at]
+        phases[:, 2] += scored / np.array([client.flops for client in probed])
+        if model.whole:
+            return float(phases.max(axis=0).sum())
+        deep = np.sum(self._cost.times.turn_times(self._server, at, loads.rows), axis=0) * part
+        total = scored_flops.sum() * examples + fixed_flops.sum()
+        deep += (total - scored) / self._server.flops
+        return float(phases.max(axis=0).sum()) + self._of_busiest_server(plan, parts, deep)
+
+    def _forward_s(self, plan: Plan, parts: Sequence[HolderPlan]) -> float:
+        """Seconds of the servers' forward over one joined batch of the clients ``parts``."""
+        times, job = self._cost.times, self._cost.model.job
+        if self._cost.model.whole:
+            return 0.0
+        splits = np.array([part.split or 0 for part in parts], dtype=np.int64)
+        forward, _ = times.turn_times(self._server, splits, Loads.of_plan(parts, job).rows)
+        return self._of_busiest_server(plan, parts, forward) + times.widening_s(self._server, plan.server.split or 0)
+
+    @staticmethod
+    def _of_busiest_server(plan: Plan, parts: Sequence[HolderPlan], seconds: Floats) -> float:
+        """Sum of ``seconds`` ``(C,)`` over the clients of the server for which it is most."""
+        own, place = {part.name: part.split or 0 for part in parts}, {part.name: i for i, part in enumerate(parts)}
+        served = served_by(own, own, plan.server_names)
+        return max(float(seconds[[place[name] for name in names]].sum()) for names in served.values())
 
     def aggregation_s(
         self,
@@ -273,20 +337,20 @@ class VirtualClock:
         """
         splits = {name: k for name, k in _splits(plan).items() if batches.get(name, 0) > 0}
         model, at = self._cost.model, _array(splits)
-        up, tail = self._cost.times.forward_times_at([self._clients[name] for name in splits], at).T
+        parts = [part for part in plan.available if part.name in splits]
+        loads = Loads.of_plan(parts, model.job)
+        up, tail = self._cost.times.forward_times_at([self._clients[name] for name in splits], at, loads).T
         count = np.array([batches[name] for name in splits], dtype=np.int64)
         free, own = 0.0, up * count
-        parts: list[tuple[Sequence[int], float]] = []
+        joined: list[tuple[Sequence[int], float]] = []
         for index in range(int(count.max(initial=0))):
-            if index in count or not parts:
+            if index in count or not joined:
                 # Other clients take part than in the batch before.
                 there = cohorts(np.flatnonzero(count > index).tolist(), model.job.clients_per_round)
-                served = [model.clients_at(at[part]) for part in there]
-                deep = [self._cost.times.server_forward_s(self._server, counts) for counts in served]
-                parts = list(zip(there, deep, strict=True))
-            for part, deep_s in parts:
-                free = max(free, (index + 1) * float(up[part].max())) + deep_s
-                own[part] = np.maximum(own[part], free) + tail[part]
+                joined = [(own_rows, self._forward_s(plan, [parts[i] for i in own_rows])) for own_rows in there]
+            for rows, deep_s in joined:
+                free = max(free, (index + 1) * float(up[rows].max())) + deep_s
+                own[rows] = np.maximum(own[rows], free) + tail[rows]
         return max(free, float(own.max(initial=0.0)))
 
     def _counts(self, splits: Mapping[str, int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,12 +18,19 @@ from hsplit.models.checkpoint_reader import CHUNK_BYTES
 from hsplit.models.dtype import DTYPES, resolve_dtype
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
-from hsplit.planning.cost.counting import LayerCounter, TailRun
+from hsplit.planning.cost.counting import LayerCounter, LayerRun, TailRun
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.serving import counts_at_first
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+# Bytes that a layer keeps, and operations, are linear in the rows: counted at these. Not at one row: there autograd
+# may keep a view where it keeps a copy of more.
+LINEAR_ROWS = 2
+# Layers are counted for up to so many tokens, and at least for 4 rows: beyond the constants of any layer (a weight of
+# 4096 x 11008 equals the activations of 11,000 tokens) bytes are linear in the tokens.
+COUNTED_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,8 @@ class CountedModel:
         self.top_rank = 1 if trains_weights else top_rank or max(job.rank_set)
         self.keeps_residual, self.decomposes, self.truncates = residual, decomposes, truncates
         self._loading: dict[bool, Floats] = {}
-        self._tails: dict[int, TailRun] = {}
         self.counter = counter or LayerCounter(model, set(self._index), job.max_length)
+        self._counted_rows = counted_rows(job.max_length)
         self._count_layers()
 
     def at_rows(self, rows: int) -> CountedModel:
@@ -149,37 +157,56 @@ class CountedModel:
         dropout = self.job.dropout
         return LayerSetting(rows, length, self.dtype, ranks, beside, codes, dropout, probed=not dropout)
 
-    def transient_bytes(self, layer: int, rows: int, codes: str | None) -> int:
-        """Most bytes of ``layer`` at once beyond those kept for the backward, in a step or a probe."""
+    def transient_bytes(self, rows: int, codes: str | None) -> Floats:
+        """Most bytes of each layer at once beyond those kept for the backward, in a step or a probe, ``(L,)``.
+
+        At each moment a layer's bytes are linear in the rows, so their maximum is convex: between two numbers of rows
+        that are counted the chord is never below it. Beyond the largest counted number the last chord is extended.
+
+        Args:
+            rows: examples of the batch.
+            codes: how the base is kept, as in :class:`~hsplit.planning.cost.fake_layer.LayerSetting`.
+        """
+        known = self._counted_rows
+        below = min(bisect_right(known, rows), len(known) - 1) - 1
+        few, many = known[below], known[min(bisect_left(known, rows), len(known) - 1)]
+        least, most = (self._counted_transients(number, codes) for number in (few, many))
+        chord: Floats = least + (rows - few) * (most - least) / max(many - few, 1)
+        return chord
+
+    def _counted_transients(self, rows: int, codes: str | None) -> Floats:
         setting = self.setting(self.top_rank, rows, codes)
-        run = self.counter.run(layer, setting)
         # A probe runs without dropout.
-        probe = self.counter.run(layer, replace(setting, dropout=0.0, probed=True))
-        return max(run.peak_bytes, probe.peak_bytes) - run.saved_bytes
+        runs, probes = (self._runs(of) for of in (setting, replace(setting, dropout=0.0, probed=True)))
+        most = [max(r.peak_bytes, p.peak_bytes) - r.saved_bytes for r, p in zip(runs, probes, strict=True)]
+        return np.array(most, dtype=np.float64)
+
+    def _runs(self, setting: LayerSetting) -> list[LayerRun]:
+        """Count every layer in ``setting``."""
+        return [self.counter.run(layer, setting) for layer in range(self.layers)]
 
     def _count_layers(self) -> None:
-        job, counter = self.job, self.counter
-        rows = job.batch_size
-        codes = self.client_codes
-        low = [counter.run(layer, self.setting(1, rows, codes)) for layer in range(self.layers)]
+        rows, codes = self.job.batch_size, self.client_codes
+        low = self._runs(self.setting(1, LINEAR_ROWS, codes))
         # Two ranks are needed to find the growth, also where plans give only one.
         top = max(self.top_rank, 2)
-        high = [counter.run(layer, self.setting(top, rows, codes)) for layer in range(self.layers)]
+        high = self._runs(self.setting(top, LINEAR_ROWS, codes))
         spread = top - 1
-        adapted = [max(sum(linear.adapted for linear in kind.linears), 1) for kind in counter.kinds]
+        adapted = [max(sum(linear.adapted for linear in kind.linears), 1) for kind in self.counter.kinds]
         # Every adapted weight keeps x A^T, of the same rows and of its rank's width: the growth is shared
         # equally.
         growth = [
             -(-(much.saved_bytes - little.saved_bytes) // (spread * count))
             for much, little, count in zip(high, low, adapted, strict=True)
         ]
-        self.saved_per_rank: Floats = np.array([growth[w.layer] for w in self.weights], dtype=np.float64)
-        held = np.bincount(self.weight_layer, weights=self.saved_per_rank, minlength=self.layers)
-        self.saved: Floats = np.array([run.saved_bytes for run in low]) - held
-        transient = [self.transient_bytes(layer, rows, codes) for layer in range(self.layers)]
-        self.transient: Floats = np.array(transient, dtype=np.float64)
-        self.forward_flops: Floats = np.array([run.forward_flops for run in high], dtype=np.float64)
-        self.backward_flops: Floats = np.array([run.backward_flops for run in high], dtype=np.float64)
+        scale = rows / LINEAR_ROWS
+        per_rank: Floats = np.array([growth[w.layer] for w in self.weights], dtype=np.float64)
+        held = np.bincount(self.weight_layer, weights=per_rank, minlength=self.layers)
+        self.saved_per_rank: Floats = scale * per_rank
+        self.saved: Floats = scale * (np.array([run.saved_bytes for run in low], dtype=np.float64) - held)
+        self.transient: Floats = self.transient_bytes(rows, codes)
+        self.forward_flops: Floats = scale * np.array([run.forward_flops for run in high], dtype=np.float64)
+        self.backward_flops: Floats = scale * np.array([run.backward_flops for run in high], dtype=np.float64)
 
     @property
     def rows(self) -> int:
@@ -232,6 +259,11 @@ class CountedModel:
     def weight_gradient_flops(self) -> Floats:
         """Operations of ``delta^T x`` of every adapted weight over one client's batch, by layer, ``(L,)``."""
         return self.by_layer([2.0 * self.rows * weight.parameters for weight in self.weights])
+
+    @cached_property
+    def dequantization_flops(self) -> Floats:
+        """Operations to dequantize each layer once, ``(L,)``; 0 for a dense base."""
+        return np.zeros(self.layers)
 
     @cached_property
     def dense_bytes(self) -> Floats:
@@ -304,6 +336,14 @@ class CountedModel:
         """Bytes of all embeddings, in the compute dtype."""
         return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
 
+    def unread_embedding_bytes(self, rows: int) -> int:
+        """Bytes of the token embedding that a client does not hold which reads ``rows`` rows of it alone.
+
+        The rows' ids, int64, are beside them.
+        """
+        row = self.dtype.itemsize * self.width
+        return max(0, row * self.words - (row + 8) * rows)
+
     @cached_property
     def embedding_working_bytes(self) -> int:
         """Bytes of hidden states alive at once while the embeddings form the first one."""
@@ -311,8 +351,8 @@ class CountedModel:
 
     @cached_property
     def rotary_bytes(self) -> int:
-        """Bytes of the tables of rotary positions; 0 for a family without."""
-        return self.counter.rotary_bytes(self.setting(1, 1, None))
+        """Bytes of the tables of rotary positions of one client's batch; 0 for a family without."""
+        return self.job.batch_size * self.counter.rotary_bytes(self.setting(1, 1, None))
 
     def tail_bytes(self, head: bool) -> int:
         """Bytes of the last norm, and with ``head`` of the output head, in the compute dtype."""
@@ -321,20 +361,26 @@ class CountedModel:
 
     def tail_run(self, chunk_rows: int) -> TailRun:
         """Count norm, head and loss."""
-        if chunk_rows not in self._tails:
-            self._tails[chunk_rows] = self.counter.tail(self.dtype, chunk_rows)
-        return self._tails[chunk_rows]
+        return self.counter.tail(self.dtype, chunk_rows)
 
-    def wire_bytes(self, split: int) -> WireBytes:
-        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``)."""
+    def wire_bytes(self, split: int, wire: str | None = None, examples: int | None = None) -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``).
+
+        Args:
+            split: its split point.
+            wire: format of its messages; ``job.wire`` by default.
+            examples: in the batch; ``job.batch_size`` by default.
+        """
         if self.whole:
             return WireBytes(0, 0, 0, 0)
-        rows, job = self.rows, self.job
+        job, wire = self.job, wire or self.job.wire
+        examples = job.batch_size if examples is None else examples
+        rows = examples * job.max_length
         # In int8 every token has an fp32 scale beside its codes.
-        token = self.width + 4 if job.wire == "int8" else self.width * DTYPES[job.wire].itemsize
+        token = self.width + 4 if wire == "int8" else self.width * DTYPES[wire].itemsize
         hidden = rows * token
         at_home = self.tail_at_client
-        up = hidden + 4 * job.batch_size + 8 + (0 if at_home else 4 * rows)
+        up = hidden + 4 * examples + 8 + (0 if at_home else 4 * rows)
         turn = hidden if at_home else 0
         return WireBytes(up, turn, turn, hidden if split else 0)
 
@@ -368,6 +414,16 @@ class CountedModel:
         total = np.zeros(self.layers)
         combine.at(total, self.weight_layer, values)
         return total
+
+
+def counted_rows(length: int) -> tuple[int, ...]:
+    """Numbers of rows of ``length`` tokens that layers are counted for: 1, 2, 3, 4, 6, 8, 12, 16 and so on.
+
+    In a layer's bytes the chord between two of them is at most a tenth above what it spans.
+    """
+    most = max(4, COUNTED_TOKENS // length)
+    numbers = sorted({part << double for part in (1, 3) for double in range(most.bit_length())})
+    return tuple(number for number in numbers if number <= most)
 
 
 def prefix(values: Any) -> Floats:

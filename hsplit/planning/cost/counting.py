@@ -19,7 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,9 +170,10 @@ class TailRun:
     forward: tuple[int, int]
     backward: tuple[int, int]
 
-    def peak_bytes(self, tokens: int) -> int:
-        """Most bytes for ``tokens`` supervised tokens."""
-        return max(slope * tokens + constant for slope, constant in (self.forward, self.backward))
+    def peak_bytes(self, tokens: int | NDArray[np.int64]) -> Any:
+        """Most bytes for ``tokens`` supervised tokens, or for each number of them."""
+        (slope, constant), (back_slope, back_constant) = self.forward, self.backward
+        return np.maximum(slope * tokens + constant, back_slope * tokens + back_constant)
 
 
 def layer_kinds(model: ModelSpec, adapted: set[str], length: int) -> list[LayerKind]:
@@ -262,6 +265,10 @@ class LayerCounter:
         self._model, self._config = model, model.config
         self.kinds = layer_kinds(model, adapted, length)
         self._runs: dict[tuple[LayerKind, LayerSetting], LayerRun] = {}
+        self._tails: dict[tuple[torch.dtype, int], TailRun] = {}
+        self._rotary: dict[LayerSetting, int] = {}
+        # Made once: a transformers configuration takes a millisecond to write.
+        self._text = self._config.to_json_string()
         self._store = CountStore()
 
     def run(self, index: int, setting: LayerSetting) -> LayerRun:
@@ -272,7 +279,7 @@ class LayerCounter:
         """
         kind = self.kinds[index]
         if (kind, setting) not in self._runs:
-            key = ("layer", self._config.to_json_string(), kind, setting)
+            key = ("layer", self._text, kind, setting)
             kept = self._store.get(*key)
             if kept is None:
                 counted = self._run(index, kind, setting)
@@ -282,8 +289,13 @@ class LayerCounter:
 
     def tail(self, dtype: torch.dtype, chunk_rows: int) -> TailRun:
         """Count norm, head and loss with ``chunk_rows`` rows of logits at once."""
+        if (dtype, chunk_rows) not in self._tails:
+            self._tails[dtype, chunk_rows] = self._tail(dtype, chunk_rows)
+        return self._tails[dtype, chunk_rows]
+
+    def _tail(self, dtype: torch.dtype, chunk_rows: int) -> TailRun:
         # Two sizes give slope and constant; whole chunks, so that both have full ones.
-        key = ("tail", self._config.to_json_string(), dtype, chunk_rows)
+        key = ("tail", self._text, dtype, chunk_rows)
         kept = self._store.get(*key)
         if kept is None:
             kept = [n for count in (2, 4) for n in self._run_tail(dtype, chunk_rows, count * chunk_rows)]
@@ -320,8 +332,10 @@ class LayerCounter:
 
     def rotary_bytes(self, setting: LayerSetting) -> int:
         """Bytes of the rotary tables that a segment's layers share."""
-        tables = rotary_tables_of(self._model, setting)
-        return 0 if tables is None else tables[0].nbytes + tables[1].nbytes
+        if setting not in self._rotary:
+            tables = rotary_tables_of(self._model, setting)
+            self._rotary[setting] = 0 if tables is None else tables[0].nbytes + tables[1].nbytes
+        return self._rotary[setting]
 
     def _run(self, index: int, kind: LayerKind, setting: LayerSetting) -> LayerRun:
         layer = self._model.module(self._model.family.layer_name(index))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,17 +16,50 @@ from hsplit.planning.cost.counting import UNSEEN
 from hsplit.planning.cost.serving import counts_of_deepest
 
 
+@dataclass(frozen=True)
 class ClientMemory:
-    """Peak bytes of a client at every split: a constant, and an amount for each unit of rank of each weight."""
+    """Peak bytes of a client at every split: a constant, and an amount for each unit of rank of each weight.
 
-    def __init__(self, model: CountedModel) -> None:
-        self._model = model
+    They hold for one number of rows in a batch, one stored form of the base, and one number of rows of the embedding.
 
-    @cached_property
+    Attributes:
+        constant: bytes at each split from 0 to ``layers`` apart from its ranks, ``(L + 1,)``.
+        per_rank: bytes that one more unit of rank of each weight costs, ``(W,)``.
+    """
+
+    constant: Floats
+    per_rank: Floats
+    _model: CountedModel
+
+    @staticmethod
+    def of(model: CountedModel, codes: bool = False) -> ClientMemory:
+        """Count a client that brings ``model.job.batch_size`` examples and holds the whole embedding.
+
+        Args:
+            model: the counts, for that many examples.
+            codes: it stores a quantized base as codes.
+        """
+        return ClientMemory(_Client(model, codes).constant, model.adapter_bytes + model.saved_per_rank, model)
+
+    def with_embedding(self, rows: int) -> ClientMemory:
+        """The same for a client that holds ``rows`` rows of the token embedding alone."""
+        return replace(self, constant=self.constant - self._model.unread_embedding_bytes(rows))
+
+    def peak_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
+        """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
+        vector = self._model.rank_vector(ranks) * (self._model.weight_layer < split)
+        return round(float(self.constant[split] + self.per_rank @ vector))
+
+
+class _Client:
+    """Parts of a client's bytes, see :meth:`ClientMemory.of`."""
+
+    def __init__(self, model: CountedModel, codes: bool) -> None:
+        self._model, self._codes = model, codes
+
+    @property
     def constant(self) -> Floats:
-        """Bytes of a client at each split from 0 to ``layers`` apart from its ranks, ``(L + 1,)``."""
-        model = self._model
-        codes = model.client_codes is not None
+        model, codes = self._model, self._codes
         layers = prefix(model.stored_bytes if codes else model.dense_bytes)
         fixed = layers + model.embedding_bytes + model.rotary_bytes + model.optimizer_bytes
         fixed[0] -= model.rotary_bytes
@@ -39,40 +72,13 @@ class ClientMemory:
         return total
 
     @cached_property
-    def per_rank(self) -> Floats:
-        """Bytes that one more unit of rank of each weight costs a client, ``(W,)``."""
-        return self._model.adapter_bytes + self._model.saved_per_rank
-
-    @cached_property
-    def training_bytes(self) -> int:
-        """Peak bytes of a node that trains every weight.
-
-        It always holds each value with two Adam moments in the master dtype; in a step also the gradients, activations,
-        and the logits of all positions with the loss's copies; to write or read a checkpoint, a copy of all.
-        """
-        model = self._model
-        nbytes = model.dense_bytes.sum() + model.embedding_bytes + model.tail_bytes(head=not model.tied)
-        values = model.master.itemsize * nbytes / model.dtype.itemsize
-        logits = 4 * model.master.itemsize * model.rows * model.words
-        # Inputs of linears are counted; trained norms keep theirs too, twice a layer and once at the end.
-        norms = (2 * model.layers + 1) * model.hidden_bytes
-        work = prefix(model.saved)[-1] + norms + model.transient.max() + logits
-        narrow = model.narrow_bytes * values / model.master.itemsize
-        step = 4 * values + narrow + UNSEEN * work + model.batch_bytes
-        return round(float(max(step, 2 * 3 * values)))
-
-    def peak_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
-        """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
-        vector = self._model.rank_vector(ranks) * (self._model.weight_layer < split)
-        return round(float(self.constant[split] + self.per_rank @ vector))
-
-    @cached_property
     def _step_bytes(self) -> Floats:
         """Bytes of a local step or an importance probe, beside those that a client always holds, by split."""
         model = self._model
         wire = model.wire_bytes(1)
         # The gradient as received; in the backward its converted form is its layer's.
-        layers = _running_maximum(model.transient) + wire.down
+        transient = model.transient_bytes(model.job.batch_size, model.job.base if self._codes else None)
+        layers = _running_maximum(transient) + wire.down
         layers = np.maximum(layers, model.stepping_bytes(prefix(model.copied_bytes)))
         # A client without layers, and the beginning of all others: the embedding's work, then the message.
         layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
@@ -114,7 +120,7 @@ class ClientMemory:
         Of the adapters only moments that outlive a change of plan exist; embedding and head are converted in chunks.
         """
         model = self._model
-        most = np.maximum(_running_maximum(model.loading_bytes(codes=model.client_codes is not None)), CHUNK_BYTES)
+        most = np.maximum(_running_maximum(model.loading_bytes(self._codes)), CHUNK_BYTES)
         if model.quantized:
             most[1:] -= model.by_layer(model.dtype.itemsize * model.residual_entries)
         values_and_gradients = 2 * model.master.itemsize * model.sides.astype(np.float64)
@@ -123,14 +129,26 @@ class ClientMemory:
         )
 
 
+def training_bytes(model: CountedModel) -> int:
+    """Peak bytes of a node that trains every weight.
+
+    It always holds each value with two Adam moments in the master dtype; in a step also the gradients, activations,
+    and the logits of all positions with the loss's copies; to write or read a checkpoint, a copy of all.
+    """
+    nbytes = model.dense_bytes.sum() + model.embedding_bytes + model.tail_bytes(head=not model.tied)
+    values = model.master.itemsize * nbytes / model.dtype.itemsize
+    logits = 4 * model.master.itemsize * model.rows * model.words
+    # Inputs of linears are counted; trained norms keep theirs too, twice a layer and once at the end.
+    norms = (2 * model.layers + 1) * model.hidden_bytes
+    work = prefix(model.saved)[-1] + norms + model.transient.max() + logits
+    narrow = model.narrow_bytes * values / model.master.itemsize
+    step = 4 * values + narrow + UNSEEN * work + model.batch_bytes
+    return round(float(max(step, 2 * 3 * values)))
+
+
 def _running_maximum(values: Floats) -> Floats:
     """Largest over layers ``[0, k)`` for every k from 0."""
     return np.concatenate([[0.0], np.maximum.accumulate(values)])
-
-
-# Every number of clients up to the first of these is counted, beyond it only these: counting takes time and memory that
-# grow with the rows.
-COUNTED_CLIENTS = (8, 16, 32, 64)
 
 
 class ServerMemory:
@@ -141,31 +159,34 @@ class ServerMemory:
 
     def __init__(self, model: CountedModel) -> None:
         self._model = model
+        self._one = model.at_rows(1)
         self._transients: dict[int, float] = {}
 
-    def constant(self, counts: Ints) -> Floats:
+    def constant(self, counts: Ints, rows: Ints | None = None) -> Floats:
         """Bytes of the server apart from its own ranks: ``(M,)``.
 
         Args:
             counts: rows of ``CountedModel.clients_at``, ``(M, L + 1)``, all with the same number of clients.
+            rows: examples that join a batch of the first server at each split, ``(M, L + 1)``; by default those of all
+                clients that it serves, ``job.batch_size`` each.
         """
-        model, served = self._model, self._model.served(counts)
-        clients, joined = int(served[0].sum()), model.joined_clients(served)
-        held = joined > 0
-        fixed = held @ model.stored_bytes + model.rotary_bytes + model.optimizer_bytes + float(self._store_bytes)
+        model, one = self._model, self._one
+        joined = self._joined_rows(counts, rows)
+        held, examples = model.joined_clients(counts) > 0, joined[:, -1]
+        fixed = held @ model.stored_bytes + examples * one.rotary_bytes + model.optimizer_bytes + self._store_bytes
         copies = held @ model.copied_bytes
-        working: Floats = np.maximum(self._transients_of(joined[:, -1]), model.stepping_bytes(copies))
-        wire = model.wire_bytes(1)
+        working: Floats = np.maximum(self._transients_of(joined[:, -2]), model.stepping_bytes(copies))
+        wire = one.wire_bytes(1)
         if not model.tail_at_client:
             fixed = fixed + model.tail_bytes(head=True)
-            tail = model.tail_run(SERVER_CHUNK_ROWS).peak_bytes(clients * model.rows)
-            working = np.maximum(working, clients * model.hidden_bytes + tail)
+            tail = model.tail_run(SERVER_CHUNK_ROWS).peak_bytes(examples * one.rows)
+            working = np.maximum(working, examples * one.hidden_bytes + tail)
         # Messages as received, each client's rows as a leaf of the graph, targets and owners of all tokens.
-        boundary = clients * (wire.to_server + model.hidden_bytes + 4 * 8 * model.rows)
+        boundary = examples * (wire.to_server + one.hidden_bytes + 4 * 8 * one.rows)
         if model.whole:
             # A step sends nothing to the server.
-            boundary = 0
-        step = UNSEEN * (joined @ model.saved + working + boundary)
+            boundary = 0 * examples
+        step = UNSEEN * (joined[:, :-1] @ one.saved + working + boundary)
         # The first server aggregates the adapters of all training clients and of the other servers.
         deepest = counts_of_deepest(counts, model.job.clients_per_round)
         received = deepest @ prefix(model.copied_bytes) + model.servers * copies
@@ -181,15 +202,23 @@ class ServerMemory:
         total: Floats = np.ceil(fixed + np.maximum.reduce([step, round_end, load]))
         return total
 
-    def per_rank(self, counts: Ints) -> Floats:
+    def per_rank(self, counts: Ints, rows: Ints | None = None) -> Floats:
         """Bytes that one more unit of rank of each weight costs, ``(M, W)``; 0 for weights that it does not hold.
 
         Args:
-            counts: as for :meth:`constant`.
+            counts, rows: as for :meth:`constant`.
         """
-        joined = self._model.joined_clients(self._model.served(counts))[:, self._model.weight_layer]
-        per_rank: Floats = np.where(joined > 0, self._model.adapter_bytes + joined * self._model.saved_per_rank, 0.0)
+        model, layer = self._model, self._model.weight_layer
+        held, joined = model.joined_clients(counts)[:, layer] > 0, self._joined_rows(counts, rows)[:, layer]
+        per_rank: Floats = np.where(held, model.adapter_bytes + joined * self._one.saved_per_rank, 0.0)
         return per_rank
+
+    def _joined_rows(self, counts: Ints, rows: Ints | None) -> Ints:
+        """Examples that have joined a batch by each layer, ``(M, L + 1)``; the last number is of all."""
+        if rows is None:
+            rows = self._model.job.batch_size * self._model.served(counts)
+        joined: Ints = np.cumsum(rows, axis=1)
+        return joined
 
     def peak_bytes(self, splits: Sequence[int], ranks: Mapping[str, int]) -> int:
         """Peak bytes of the server beside clients that split at ``splits``, with ``ranks`` of its own."""
@@ -213,32 +242,16 @@ class ServerMemory:
         return np.where(held, self._model.restart_bytes, 0.0).max(axis=1)
 
     def _transients_of(self, joined: Ints) -> Floats:
-        """Most bytes of a layer at once with the rows of ``joined`` clients, ``(M,)``."""
+        """Most bytes of a layer at once with ``joined`` examples, ``(M,)``."""
         distinct, places = np.unique(joined, return_inverse=True)
-        return np.array([self._transient(int(clients)) for clients in distinct])[places]
+        return np.array([self._transient(int(rows)) for rows in distinct])[places]
 
-    def _transient(self, clients: int) -> float:
-        """Most bytes of a layer at once: counted for few clients; for more, interpolated between counted numbers.
-
-        At each moment a layer's bytes are linear in the rows, so their maximum is convex: a chord is never below it.
-        Beyond the largest counted number the last chord is extended.
-        """
-        if clients <= COUNTED_CLIENTS[0]:
-            return self._counted_transient(clients)
-        above = bisect_left(COUNTED_CLIENTS, min(clients, COUNTED_CLIENTS[-1]))
-        few, many = COUNTED_CLIENTS[above - 1], COUNTED_CLIENTS[above]
-        least, most = self._counted_transient(few), self._counted_transient(many)
-        return least + (clients - few) * (most - least) / (many - few)
-
-    def _counted_transient(self, clients: int) -> float:
-        if clients == 0:
-            return 0.0
-        if clients not in self._transients:
+    def _transient(self, rows: int) -> float:
+        if rows not in self._transients:
             model = self._model
-            codes, rows = model.job.base if model.quantized else None, clients * model.job.batch_size
-            most = max(model.transient_bytes(layer, rows, codes) for layer in range(model.layers))
-            self._transients[clients] = float(most)
-        return self._transients[clients]
+            codes = model.job.base if model.quantized else None
+            self._transients[rows] = float(model.transient_bytes(rows, codes).max()) if rows else 0.0
+        return self._transients[rows]
 
     def _recompression_bytes(self, holders: int) -> float:
         """Bytes to join one weight's update to its residual: the decomposition in fp64 (``lora.low_rank.spectral``).

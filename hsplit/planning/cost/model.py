@@ -7,14 +7,14 @@ try thousands of splits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from hsplit.config import Job, RunConfig
+from hsplit.config import Job, Pace, RunConfig
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import ClientBudget
 from hsplit.planning.cost.counted_model import CountedModel, WireBytes
-from hsplit.planning.cost.memory import ClientMemory, ServerMemory
+from hsplit.planning.cost.memory import ClientMemory, ServerMemory, training_bytes
 from hsplit.planning.cost.step_time import StepTime, StepTimes
 
 
@@ -28,30 +28,74 @@ class CostModel:
     Args:
         model: the model; no weights are read.
         job: the run's settings.
+        pace: the policy's, see METHOD 10.
         setting: consequences of the policy, see :class:`~hsplit.planning.cost.counted_model.CountedModel`.
 
     Attributes:
         model: the counts.
         rank_set: ranks for a plan to choose from, increasing.
-        client, server: bytes of a client and of the server.
+        server: bytes of the server.
         times: virtual seconds.
     """
 
-    def __init__(self, model: ModelSpec, job: Job, **setting: Any) -> None:
+    def __init__(self, model: ModelSpec, job: Job, pace: Pace | None = None, **setting: Any) -> None:
+        self.pace = pace or Pace()
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.model = CountedModel(model, job, **setting)
-        self.client = ClientMemory(self.model)
+        self._client_memory: dict[tuple[int, bool], ClientMemory] = {}
         self.server = ServerMemory(self.model)
         self.times = StepTimes(self.model)
 
-    def client_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
-        """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""
-        return self.client.peak_bytes(split, ranks)
+    @property
+    def client(self) -> ClientMemory:
+        """Bytes of a client that brings ``job.batch_size`` examples and stores its layers dense."""
+        return self.client_memory(self.model.job.batch_size)
+
+    def client_memory(
+        self, rows: int, stored: Literal["dense", "codes"] = "dense", embedding_rows: int | None = None
+    ) -> ClientMemory:
+        """Bytes of a client.
+
+        Args:
+            rows: examples in each of its batches.
+            stored: how it keeps a quantized base; a client with the whole model always keeps codes.
+            embedding_rows: rows of the token embedding that it holds; ``None``: all, as with the tail.
+
+        Raises:
+            ValueError: codes of a base that is not quantized.
+        """
+        codes = self.model.client_codes is not None or stored == "codes"
+        if codes and not self.model.quantized:
+            raise ValueError(f"a base in {self.model.job.base} has no codes")
+        if (rows, codes) not in self._client_memory:
+            self._client_memory[rows, codes] = ClientMemory.of(self.model.at_rows(rows), codes)
+        memory = self._client_memory[rows, codes]
+        if embedding_rows is None or self.model.tail_at_client:
+            return memory
+        return memory.with_embedding(embedding_rows)
+
+    def client_bytes(
+        self,
+        split: int,
+        ranks: Mapping[str, int],
+        rows: int | None = None,
+        stored: Literal["dense", "codes"] = "dense",
+        embedding_rows: int | None = None,
+    ) -> int:
+        """Peak bytes of a client that holds layers ``[0, split)``.
+
+        Args:
+            split: its split point.
+            ranks: by weight name.
+            rows, stored, embedding_rows: as for :meth:`client_memory`; ``job.batch_size`` rows by default.
+        """
+        memory = self.client_memory(rows or self.model.job.batch_size, stored, embedding_rows)
+        return memory.peak_bytes(split, ranks)
 
     @property
     def training_bytes(self) -> int:
         """Peak bytes of a node that trains every weight of the model."""
-        return self.client.training_bytes
+        return training_bytes(self.model)
 
     def server_bytes(self, splits: Sequence[int], ranks: Mapping[str, int]) -> int:
         """Peak bytes of the server beside clients that split at ``splits``, with ``ranks`` of its own."""
@@ -68,6 +112,7 @@ class CostModel:
         return CostModel(
             model,
             job,
+            policy.pace,
             # Plans reserve memory for a residual only if the aggregation has one.
             residual=aggregation.keeps_residual,
             decomposes=aggregation.decomposes,

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hsplit.config import Job
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
+from hsplit.planning.plan import HolderPlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,30 @@ class StepTime:
     def total_s(self) -> float:
         """All of it, seconds (virtual)."""
         return self.up_s + self.turn_s + self.down_s
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Work of clients in a batch, where it is not the same for all.
+
+    Attributes:
+        rows: examples, ``(C,)``.
+        wires: formats of their messages, ``C`` of them.
+        codes: the base is stored as codes, which are dequantized in every pass, ``(C,)``.
+    """
+
+    rows: Ints
+    wires: Sequence[str]
+    codes: NDArray[np.bool_]
+
+    @staticmethod
+    def of_plan(parts: Sequence[HolderPlan], job: Job) -> Loads:
+        """The loads that a plan gives its clients."""
+        return Loads(
+            np.array([part.rows or job.batch_size for part in parts], dtype=np.int64),
+            [part.wire or job.wire for part in parts],
+            np.array([part.stored == "codes" for part in parts], dtype=bool),
+        )
 
 
 class StepTimes:
@@ -56,19 +83,42 @@ class StepTimes:
         layers = np.arange(self._model.layers + 1)
         return self._times(clients, layers[None], microbatches)
 
-    def times_at(self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None = None) -> Floats:
-        """:meth:`client_times` of many clients, each at its own split alone: ``(C, 3)`` for ``splits`` ``(C,)``."""
-        return self._times(clients, splits[:, None], microbatches)[:, 0]
+    def times_at(
+        self,
+        clients: Sequence[ClientBudget],
+        splits: Ints,
+        microbatches: int | None = None,
+        loads: Loads | None = None,
+    ) -> Floats:
+        """:meth:`client_times` of many clients, each at its own split alone: ``(C, 3)`` for ``splits`` ``(C,)``.
 
-    def _times(self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None) -> Floats:
+        Args:
+            clients: budgets of the clients.
+            splits: their splits.
+            microbatches: as for :meth:`client_times`; no more than a batch has examples.
+            loads: of the clients; by default ``job.batch_size`` examples each, as ``job.wire``, stored dense.
+        """
+        return self._times(clients, splits[:, None], microbatches, loads)[:, 0]
+
+    def _times(
+        self, clients: Sequence[ClientBudget], splits: Ints, microbatches: int | None, loads: Loads | None = None
+    ) -> Floats:
         """Seconds of the phases at ``splits``, ``(C, K)`` or ``(1, K)``: ``(C, K, 3)``."""
-        messages = microbatches or self._model.job.pipeline.microbatches
+        job, most = self._model.job, microbatches or self._model.job.pipeline.microbatches
+        if loads is None:
+            count = len(clients)
+            loads = Loads(np.full(count, job.batch_size), [job.wire] * count, np.zeros(count, dtype=bool))
+        messages = np.minimum(most, loads.rows)[:, None]
+        share = (loads.rows / job.batch_size)[:, None]
         budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         flops, bandwidth, latency = budgets.reshape(-1, 3).T[:, :, None]
-        wire = self._model.wire_bytes(1)
+        # Clients of a few loads have the same messages.
+        keys = list(zip(loads.wires, loads.rows.tolist(), strict=True))
+        wires = {key: self._model.wire_bytes(1, *key) for key in set(keys)}
 
-        def sent(nbytes: int) -> Floats:
+        def sent(message: str) -> Floats:
             # A client sends and computes alternately, so that every message's latency counts.
+            nbytes = np.array([getattr(wires[key], message) for key in keys], dtype=np.float64)[:, None]
             seconds: Floats = 8 * nbytes / bandwidth + messages * latency
             return seconds
 
@@ -76,12 +126,13 @@ class StepTimes:
         if self._model.whole:
             # Local steps of the client alone: no phase waits for another holder.
             work = prefix(self._model.forward_flops + self._model.backward_flops + self._weight_gradient_flops)
-            times[:, :, 0] = (work + self._tail_flops)[splits] / flops
+            times[:, :, 0] = (work + self.tail_flops)[splits] / flops
             return times * self._model.job.grad_accumulation
-        times[:, :, 0] = prefix(self._model.forward_flops)[splits] / flops + sent(wire.up)
+        widened = messages * loads.codes[:, None] * prefix(self._model.dequantization_flops)[splits]
+        times[:, :, 0] = (share * prefix(self._model.forward_flops)[splits] + widened) / flops + sent("up")
         if self._model.tail_at_client:
-            times[:, :, 1] = sent(wire.deep) + self._tail_flops / flops + sent(wire.slope)
-        back = prefix(self._model.backward_flops)[splits] / flops + sent(wire.down)
+            times[:, :, 1] = sent("deep") + share * self.tail_flops / flops + sent("slope")
+        back = (share * prefix(self._model.backward_flops)[splits] + widened) / flops + sent("down")
         times[:, :, 2] = np.where(splits > 0, back, 0.0)
         return times * self._model.job.grad_accumulation
 
@@ -120,7 +171,7 @@ class StepTimes:
         """Virtual seconds of one server's phase with exactly the clients ``served``: ``(M,)``."""
         flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
         if not self._model.tail_at_client:
-            flops = flops + served.sum(axis=1) * self._tail_flops
+            flops = flops + served.sum(axis=1) * self.tail_flops
         times: Floats = flops / server.flops * self._model.job.grad_accumulation
         return times
 
@@ -155,21 +206,37 @@ class StepTimes:
         forward = float(self._model.forward_flops.sum())
         return forward / (forward + float(self._model.backward_flops.sum()))
 
-    def forward_times_at(self, clients: Sequence[ClientBudget], splits: Ints) -> Floats:
+    def forward_times_at(self, clients: Sequence[ClientBudget], splits: Ints, loads: Loads) -> Floats:
         """Seconds of each client's forward of one batch, ``(C, 2)``: front and message up, and the tail if held."""
         budgets = np.array([(c.flops, c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         flops, bandwidth, latency = budgets.reshape(-1, 3).T
-        front = prefix(self._model.forward_flops)[splits]
+        share = loads.rows / self._model.job.batch_size
+        front, tail = share * prefix(self._model.forward_flops)[splits], share * self._tail_forward_flops
         times = np.zeros((len(clients), 2))
         if self._model.whole:
-            times[:, 0] = (front + self._tail_forward_flops) / flops
+            times[:, 0] = (front + tail) / flops
             return times
-        # Messages do not depend on the split: hidden states have the same width everywhere.
-        wire = self._model.wire_bytes(1)
-        times[:, 0] = front / flops + 8 * wire.up / bandwidth + latency
+        front = front + loads.codes * prefix(self._model.dequantization_flops)[splits]
+        keys = list(zip(loads.wires, loads.rows.tolist(), strict=True))
+        wires = [self._model.wire_bytes(1, *key) for key in keys]
+        times[:, 0] = front / flops + 8 * np.array([wire.up for wire in wires]) / bandwidth + latency
         if self._model.tail_at_client:
-            times[:, 1] = 8 * wire.deep / bandwidth + latency + self._tail_forward_flops / flops
+            times[:, 1] = 8 * np.array([wire.deep for wire in wires]) / bandwidth + latency + tail / flops
         return times
+
+    def turn_times(self, server: ServerBudget, splits: Ints, rows: Ints) -> tuple[Floats, Floats]:
+        """Virtual seconds of a server's forward and backward over one batch of each client, ``(C,)`` each."""
+        model, share = self._model, rows / self._model.job.batch_size
+        at_server = 0.0 if model.tail_at_client else self._tail_forward_flops
+        forward, backward = prefix(model.forward_flops), prefix(model.backward_flops)
+        return (
+            share * (forward[-1] - forward[splits] + at_server) / server.flops,
+            share * (backward[-1] - backward[splits] + at_server) / server.flops,
+        )
+
+    def widening_s(self, server: ServerBudget, split: int) -> float:
+        """Virtual seconds in which a server dequantizes its layers once, from ``split`` on."""
+        return float(self._model.dequantization_flops[split:].sum()) / server.flops
 
     def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
         """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""
@@ -185,7 +252,7 @@ class StepTimes:
         return 8 * nbytes / client.bandwidth_bps + client.latency_s
 
     @cached_property
-    def _tail_flops(self) -> float:
+    def tail_flops(self) -> float:
         """Operations of the head's forward and of the gradient at its input (and of the head, where it is trained),
         with all positions supervised.
         """
