@@ -53,6 +53,9 @@ class FixedClock:
     def steps_s(self, plan: Plan, clients: Sequence[str], start: int) -> list[float]:
         return [plan.makespan_s]
 
+    def watched_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
+        return 0.0625
+
     def probe_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
         return 0.125
 

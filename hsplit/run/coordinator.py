@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure, Executor, NotFinite, Ref, refusal
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.participant import Participant
@@ -24,11 +25,11 @@ from hsplit.actors.replica import Replica
 from hsplit.actors.server import Server
 from hsplit.config import SCHEDULER, SERVER, RunConfig
 from hsplit.config.reading import displayed
-from hsplit.errors import InputError
+from hsplit.errors import HsplitError, InputError
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.observe.observer import Observer
 from hsplit.observe.tables import MetricsRow
-from hsplit.planning.importance import ImportanceReport
+from hsplit.planning.importance import ImportanceReport, mean_report
 from hsplit.planning.plan import Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import SavePoint
@@ -208,7 +209,10 @@ class Coordinator:
             text = f"no probe after round {done}: by any scores everybody would have the same layers and ranks"
             context.events.write("unprobed", text, round=done)
             due = False
-        reports = self._membership.retry(self._probe) if due else []
+        found, self.state.probe = self.state.probe, None
+        reports: list[ImportanceReport] = []
+        if due:
+            reports = [found] if found is not None else self._membership.retry(self._probe)
         measured = self._records.peaks_with_probe()
         try:
             review = context.ask(
@@ -291,6 +295,30 @@ class Coordinator:
             self._executor.call(name, Participant.begin_round, at, passed)
         self._set_pace(cohort)
         self._set_lr_scales(cohort)
+        if self._watches:
+            for name in cohort:
+                # Not waited for: a failure is found by the next call that is.
+                last = self.round * self._job.local_steps - 1
+                self._executor.call(name, Client.watch, last, context.run.policy.importance.tokens)
+
+    @property
+    def _watches(self) -> bool:
+        """True if importance is scored in the last step of the round under way, for a probe that is due after it."""
+        run, round_ = self.context.run, self.round
+        due = run.policy.probes and round_ < self._job.rounds and self.state.planning.probe_due(round_)
+        return due and run.policy.placement == "split" and self.context.plan.scores_in_training(self._job)
+
+    def _take_scores(self) -> None:
+        """Keep the scores of the step just made; without those of every weight the review probes."""
+        context, executor = self.context, self._executor
+        cohort = context.cohort(self.round)
+        calls = [executor.call(name, HolderActor.take_scores) for name in [*cohort, *context.servers]]
+        until = time.monotonic() + self._job.faults.patience_s
+        # A failure is found again by the next call that matters.
+        found = [own for own in executor.wait(calls, until) if not isinstance(own, HsplitError)]
+        self.state.probe = mean_report([report for own in found for report in own], context.plan.weights)
+        tokens = context.run.policy.importance.tokens
+        self.state.virtual_time_s += context.clock.watched_s(context.plan, tokens, cohort)
 
     def local_step(self, step: int) -> StepOutcome:
         """One local step of the round's clients, the run's ``step``-th from 0 (METHOD 2)."""
@@ -301,6 +329,8 @@ class Coordinator:
         if not context.clients:
             context.fail_without_clients(next(iter(outcome.failed)))
         self._records.step(outcome, time.monotonic() - begun, self.step_times_s[step % len(self.step_times_s)])
+        if self.state.step == self.round * self._job.local_steps and self._watches:
+            self._take_scores()
         return outcome
 
     def aggregate(self) -> None:

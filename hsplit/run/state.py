@@ -13,6 +13,7 @@ from hsplit.config.reading import from_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.planning.cost.serving import drawn_cohort
+from hsplit.planning.importance import ImportanceReport
 from hsplit.planning.plan import Plan
 from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
 
@@ -77,6 +78,7 @@ class RunState:
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
         residual_lag: of the round under way: largest part of a weight's aggregated adapters that its holders lack of
             the residual (``residual.wait``), relative norm.
+        probe: importance found in the last step of a round, for the review after it; ``None``: it has to be probed.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
         validation_wall_s, validation_virtual_s: parts of them that went into validation.
         plan: the plan in force; ``None`` before the first.
@@ -99,6 +101,7 @@ class RunState:
     bytes_down: Whole = 0
     residual_cut: float = 0.0
     residual_lag: float = 0.0
+    probe: ImportanceReport | None = None
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
     validation_wall_s: float = 0.0
@@ -210,6 +213,7 @@ class RunState:
         plain |= {
             "plan": None if self.plan is None else self.plan.to_json(),
             "planning": asdict(self.planning),
+            "probe": None if self.probe is None else asdict(self.probe),
             "members": {name: asdict(member) for name, member in self.members.items()},
             "servers": asdict(self.servers),
             "joined": [client.model_dump() for client in self.joined],

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit.config import Policy
+from hsplit.lora.importance_probe import WATCHED_ROWS
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Floats, Ints, prefix
 from hsplit.planning.cost.cycle import Cycle, Turns, simulated_cycle
@@ -231,6 +232,27 @@ class VirtualClock:
         total = scored_flops.sum() * examples + fixed_flops.sum()
         deep += (total - scored) / self._server.flops
         return float(phases.max(axis=0).sum()) + self._of_busiest_server(plan, parts, deep)
+
+    def watched_s(self, plan: Plan, tokens: int, clients: Collection[str] | None = None) -> float:
+        """Seconds that a local step takes longer where weights are scored in its backward: part of each one's gradient,
+        and the backward of clients that would only compute forward.
+
+        Args:
+            plan, tokens, clients: as for :meth:`probe_s`.
+        """
+        model, splits = self._cost.model, _splits(plan, clients)
+        parts = self._training(plan, clients)
+        loads, at = Loads.of_plan(parts, model.job), _array(splits)
+        examples = np.minimum(math.ceil(tokens / model.job.max_length), loads.rows) / model.job.batch_size
+        gradients, fixed = model.weight_gradient_flops, model.weight_gradient_flops * _REDUCED / (2 * model.rows)
+        own = examples * prefix(gradients)[at] + prefix(fixed)[at]
+        deep = examples * gradients.sum() + fixed.sum() - own
+        members = [self._clients[name] for name in splits]
+        batch = self._cost.times.times_at(members, at, 1, loads) / model.job.grad_accumulation
+        backward = np.where(_among(splits, plan.forward_only), batch[:, 2], 0.0)
+        seconds = own / WATCHED_ROWS / np.array([client.flops for client in members]) + backward
+        deep_s = np.zeros(len(at)) if model.whole else deep / WATCHED_ROWS / self._server.flops
+        return float(seconds.max()) + self._of_busiest_server(plan, parts, deep_s)
 
     def _forward_s(self, plan: Plan, parts: Sequence[HolderPlan]) -> float:
         """Seconds of the servers' forward over one joined batch of the clients ``parts``."""
