@@ -15,11 +15,11 @@ import torch
 from benchmarks import common, rivals
 from benchmarks.common import Table
 from hsplit.actors.client import Client
-from hsplit.actors.messages import WIRE_DTYPES
 from hsplit.actors.profiling import PeakMemory
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
 from hsplit.lora.holder import RoundUpdate
+from hsplit.models.dtype import DTYPES
 from hsplit.models.lookup import ModelSource
 from hsplit.models.segment import BaseModel
 from hsplit.planning.plan import HolderPlan, Plan
@@ -153,7 +153,7 @@ def messages(options: argparse.Namespace) -> list[Message]:
         setting.server.end_step(0)
         (gradient,) = gradients
         assert gradient is not None
-        size = torch.int8.itemsize if wire == "int8" else WIRE_DTYPES[wire].itemsize
+        size = torch.int8.itemsize if wire == "int8" else DTYPES[wire].itemsize
         for what, value, tensor in (("activations up", message, message.hidden), ("gradient down", gradient, gradient)):
             entries = tensor.shape[0] * tensor.shape[1]
             found.append(Message(what, wire, entries * size, *_pickled(value)))

@@ -250,14 +250,21 @@ def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:
             "name": part.name,
             "available": part.available,
             "split": part.split,
+            "rows": part.rows,
+            "period": made.groups * part.every,
+            "phase": part.group + made.groups * part.offset,
+            "stored": part.stored,
+            "wire": part.wire,
             "ranks": part.ranks,
             "memory_bytes": {"declared": part.declared_bytes, "predicted": part.predicted_bytes},
             "step_time_s": part.step_time_s,
+            "busy_share": part.step_time_s / made.makespan_s if part.available and made.makespan_s else 0.0,
             "captured_share": part.captured_share,
         }
 
     return {
         "makespan_s": made.makespan_s,
+        "speed": None if made.speed is None else asdict(made.speed),
         "captured_importance": made.captured_importance,
         "importance": made.importance,
         "bottleneck": asdict(insight.bottleneck),

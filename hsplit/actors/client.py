@@ -109,7 +109,7 @@ class Client(Participant):
                 hidden = self._noise.added_to(self._front(batch, probing=scored[1] > 0))
         self._sent[step, micro] = hidden
         with watch.phase("pack"):
-            message = self._message(batch, hidden, supervised, scored)
+            message = self._message(batch, hidden, supervised, "step", step, micro, scored=scored)
         watch.pace(self._pace.get("up"))
         return ForwardReport(self.name, message.nbytes, watch.seconds), message
 
@@ -132,7 +132,7 @@ class Client(Participant):
             # Counted at the end: a skipped step has trained nothing.
             tokens = sum(batch.supervised for batch in batches.values())
             self.data.drop(step)
-            self.holder.tokens.add(range(self._split), tokens)
+            self.holder.tokens.add(range(self._split), tokens * self._weight)
             with watch.phase("optimizer"):
                 self.holder.step(step, self._lr_scale)
         watch.pace(self._pace.get("down"))
@@ -210,7 +210,7 @@ class Client(Participant):
         with probe.watching():
             hidden = self._noise.added_to(self._front(batch, probing=True))
         self._probed = probe, batch, hidden
-        message = self._message(batch, hidden, batch.supervised)
+        message = self._message(batch, hidden, batch.supervised, "probe", round_)
         return ForwardReport(self.name, message.nbytes), message
 
     @measured
@@ -248,7 +248,8 @@ class Client(Participant):
         batch = self.data.validation[index]
         self.holder.begin_phase(0, training=False)
         hidden = self._noise.added_to(self._front(batch))
-        message = self._message(batch, hidden, batch.supervised)
+        # Rounded by the same random numbers in every round: what changes between them is the model alone.
+        message = self._message(batch, hidden, batch.supervised, "validation", index)
         return ForwardReport(self.name, message.nbytes), message
 
     @measured_once_a_round
@@ -261,12 +262,6 @@ class Client(Participant):
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _wire(self) -> str:
-        """Format of the tensors that it sends, and that come back."""
-        assert self._part is not None
-        return self._part.wire or self._job.wire
-
     def _tail(self, deep: WireTensor, batch: Batch, pace_s: float | None) -> tuple[LossReport, WireTensor]:
         watch = Stopwatch(self._device)
         with watch.phase("unpack"):
@@ -276,24 +271,33 @@ class Client(Participant):
             loss.backward()
         assert hidden.grad is not None
         with watch.phase("pack"):
-            gradient = WireTensor.pack(hidden.grad, self._wire, self._job.transport)
+            gradient = deep.answer(hidden.grad, "slope", self._job.transport)
         watch.pace(pace_s)
         report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
         return report, gradient
 
+    @property
+    def _weight(self) -> float:
+        """Weight of its loss beside the number of its tokens."""
+        assert self._part is not None
+        return self._part.weight
+
     def _message(
-        self, batch: Batch, hidden: Tensor, step_supervised: int, scored: tuple[int, int] = (0, 0)
+        self, batch: Batch, hidden: Tensor, step_supervised: int, *purpose: object, scored: tuple[int, int] = (0, 0)
     ) -> Activations:
+        """Pack hidden states in this client's own format; ``purpose`` tells the message from all others of it."""
         at_home = self._job.privacy.labels == "client"
-        assert isinstance(self.holder, Holder)
+        assert isinstance(self.holder, Holder) and self._part is not None
+        wire, seed = self._part.wire or self._job.wire, hash_seed(self._job.seed, "wire", self.name, *purpose)
         return Activations(
             client=self.name,
             split=self._split,
-            hidden=WireTensor.pack(hidden, self._wire, self._job.transport),
+            hidden=WireTensor.pack(hidden, wire, self._job.transport, seed),
             lengths=batch.lengths,
             supervised=batch.supervised,
             step_supervised=step_supervised,
             targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
             trains=bool(self.holder.adapters.names) or scored[1] > 0,
             scored=scored if scored[1] else (0, 0),
+            weight=self._weight if purpose[0] == "step" else 1.0,
         )

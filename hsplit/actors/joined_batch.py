@@ -82,12 +82,14 @@ class JoinedBatch:
         sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
         return sums, torch.bincount(owner, minlength=count)
 
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the clients' losses, ``(clients,)``, fp64."""
+        return torch.tensor([message.weight for message in self.messages], dtype=torch.float64)
+
     def outputs(self, transport: str) -> dict[str, WireTensor]:
-        """Pack the last layer's output for each client's tokens ``(n_c, d)``, in its own wire format, by client."""
-        return {
-            m.client: WireTensor.pack(self.output[self.tokens[m.client]], m.hidden.wire, transport)
-            for m in self.messages
-        }
+        """Pack the last layer's output for each client's tokens ``(n_c, d)``, by client."""
+        return {m.client: m.hidden.answer(self.output[self.tokens[m.client]], "deep", transport) for m in self.messages}
 
     def gradients(self, transport: str) -> dict[str, WireTensor | None]:
         """Pack for client ``i`` the gradient of its own mean loss: that of the token sum, divided by its ``n_i``.
@@ -100,6 +102,6 @@ class JoinedBatch:
             if gradient is None or message.split == 0:
                 returned[message.client] = None
             else:
-                mean = gradient / max(message.step_supervised, 1)
-                returned[message.client] = WireTensor.pack(mean, message.hidden.wire, transport)
+                mean = gradient / (max(message.step_supervised, 1) * message.weight)
+                returned[message.client] = message.hidden.answer(mean, "down", transport)
         return returned

@@ -1,8 +1,7 @@
-"""Messages between client and server in a step or a probe, at the wire dtype, with their sizes."""
+"""Messages between client and server in a step or a probe, in their wire formats, with their sizes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,43 +9,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsplit.actors.wire_codes import dequantized, quantized
 from hsplit.data.batches import IGNORED
+from hsplit.models.dtype import DTYPES
 from hsplit.planning.importance import ImportanceReport
-
-WIRE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-_LARGEST_CODE = 127
-# Entries quantized at once: the fp32 copies that it takes stay small beside a message.
-_AT_ONCE = 1 << 15
+from hsplit.seeds import hash_seed
 
 
 @dataclass(frozen=True)
 class WireTensor:
-    """A tensor as it travels: raw bytes (which Ray moves without a copy) with dtype and shape.
-
-    ``int8`` has one code for each entry and one fp32 scale for each token (a row of the last dimension):
-    ``code * scale`` with ``scale = max |row| / 127``, so that no error exceeds half a scale. A row with an entry that
-    is not finite arrives as NaN throughout.
+    """A tensor as it travels: raw bytes (which Ray moves without a copy) with format and shape.
 
     Attributes:
-        data: uint8 array of the tensor's bytes, row-major; for ``int8`` the scales, then the codes. A tensor on its
-            own device where ``job.transport`` bypasses Ray's object store.
-        wire: ``fp32``, ``bf16``, ``int8`` or ``fp64``.
+        data: uint8 array of the tensor's bytes, row-major; for ``int8`` and ``int4`` the scales, then the codes (see
+            :mod:`hsplit.actors.wire_codes`). A tensor on its own device where ``job.transport`` bypasses Ray's object
+            store.
+        wire: ``fp64``, ``fp32``, ``bf16``, ``int8`` or ``int4``.
         shape: the tensor's shape.
+        seed: of the random numbers that ``int4`` rounds by; of its answers' seeds too.
     """
 
     data: np.ndarray | Tensor
     wire: str
     shape: tuple[int, ...]
+    seed: int = 0
 
     @staticmethod
-    def pack(tensor: Tensor, wire: str, transport: str = "store") -> WireTensor:
-        """Pack ``tensor`` in the type ``wire`` for ``job.transport``."""
+    def pack(tensor: Tensor, wire: str, transport: str = "store", seed: int = 0) -> WireTensor:
+        """Pack ``tensor`` in the format ``wire`` for ``job.transport``; the same ``seed`` gives the same bytes."""
         detached, shape = tensor.detach(), tuple(tensor.shape)
-        if wire == "int8":
-            flat = _quantized(detached)
+        if wire in DTYPES:
+            flat = detached.to(DTYPES[wire]).contiguous().view(-1).view(torch.uint8)
         else:
-            flat = detached.to(WIRE_DTYPES[wire]).contiguous().view(-1).view(torch.uint8)
-        return WireTensor(flat.cpu().numpy() if transport == "store" else flat, wire, shape)
+            flat = quantized(detached, wire, seed)
+        return WireTensor(flat.cpu().numpy() if transport == "store" else flat, wire, shape, seed)
+
+    def answer(self, tensor: Tensor, what: str, transport: str) -> WireTensor:
+        """Pack ``tensor`` as an answer to this message: in its format, by a seed that follows from its own.
+
+        Args:
+            tensor: the values.
+            what: name of the answer: two answers to one message are rounded by different random numbers.
+            transport: ``job.transport``.
+        """
+        return WireTensor.pack(tensor, self.wire, transport, hash_seed(self.seed, what))
 
     def unpack(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Return a new, writable tensor in ``dtype`` on ``device``."""
@@ -56,56 +62,14 @@ class WireTensor:
         else:
             own = torch.empty(self.nbytes, dtype=torch.uint8)
             own.numpy()[...] = self.data
-        if self.wire == "int8":
-            return _dequantized(own.to(device), self.shape, dtype)
-        return own.view(WIRE_DTYPES[self.wire]).view(self.shape).to(device, dtype)
+        if self.wire in DTYPES:
+            return own.view(DTYPES[self.wire]).view(self.shape).to(device, dtype)
+        return dequantized(own.to(device), self.wire, self.shape, dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the wire, scales included."""
         return int(self.data.nbytes)
-
-
-def _quantized(tensor: Tensor) -> Tensor:
-    """Quantize a tensor ``(..., d)`` of ``n`` rows to scales and codes, uint8 ``(n (d + 4),)``."""
-    rows, width = _rows_of(tuple(tensor.shape))
-    values = tensor.reshape(rows, width)
-    data = torch.empty(rows * (width + 4), dtype=torch.uint8, device=tensor.device)
-    scales, codes = _scales_and_codes(data, rows, width)
-    for part in _parts(rows, width):
-        exact = values[part].float()
-        # A NaN is the largest of its row, and so in the scale; an infinite scale makes NaN of every code.
-        scales[part] = exact.abs().amax(dim=1) / _LARGEST_CODE
-        # A row of zeros has no scale to divide by.
-        scaled = exact / torch.where(scales[part] == 0, 1.0, scales[part])[:, None]
-        codes[part] = scaled.nan_to_num_(nan=0.0).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
-    return data
-
-
-def _dequantized(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Restore the input of :func:`_quantized`, to half a scale."""
-    rows, width = _rows_of(shape)
-    scales, codes = _scales_and_codes(data, rows, width)
-    values = torch.empty(rows, width, dtype=dtype, device=data.device)
-    for part in _parts(rows, width):
-        values[part] = codes[part].float().mul_(scales[part, None])
-    return values.view(shape)
-
-
-def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the number of rows and their width; an empty tensor has no rows, a scalar one entry."""
-    size = math.prod(shape)
-    return (size // shape[-1], shape[-1]) if size and shape else (size, 1)
-
-
-def _scales_and_codes(data: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Views of ``data``: fp32 ``(rows,)`` and int8 ``(rows, width)``."""
-    return data[: 4 * rows].view(torch.float32), data[4 * rows :].view(torch.int8).view(rows, width)
-
-
-def _parts(rows: int, width: int) -> list[slice]:
-    at_once = max(1, _AT_ONCE // width)
-    return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
 
 def not_finite(tensor: Tensor) -> bool:
@@ -130,6 +94,8 @@ class Activations:
         trains: whether it needs the gradient at its split point in a step: to train adapters, or to score weights.
         scored: tokens at the beginning of ``hidden`` that weights are scored on in this step's backward, and the
             supervised ones among them; none by default.
+        weight: of its loss in a step, beside its number of tokens (``pace.weights``); the plan's, so that it does not
+            count as sent.
     """
 
     client: str
@@ -140,6 +106,7 @@ class Activations:
     step_supervised: int
     targets: np.ndarray | None
     trains: bool = True
+    weight: float = 1.0
     scored: tuple[int, int] = (0, 0)
 
     @property

@@ -135,7 +135,7 @@ class Replica(HolderActor[Holder]):
                 continue
             with watch.phase("tail"):
                 sums, counts = self._losses(joined)
-                total = sums.sum()
+                total = (sums * joined.weights.to(sums)).sum()
             with watch.phase("backward"), self._scoring(joined):
                 if total.requires_grad:
                     total.backward()
@@ -349,7 +349,7 @@ class Replica(HolderActor[Holder]):
         asked = [message for message in joined.messages if message.scored[1]]
         begun = {message.client: joined.tokens[message.client].start for message in asked}
         rows = [
-            ProbedRows(m.client, slice(begun[m.client], begun[m.client] + m.scored[0]), m.split, m.scored[1])
+            ProbedRows(m.client, slice(begun[m.client], begun[m.client] + m.scored[0]), m.split, m.scored[1] * m.weight)
             for m in asked
         ]
         with joined.probe.scoring(rows):
@@ -392,7 +392,7 @@ class Replica(HolderActor[Holder]):
             wire = arrived.get(message.client)
             slope = None if wire is None else self._sound(message.client, wire, tuple(rows.shape), refused)
             if slope is not None:
-                rows.copy_(slope)
+                rows.copy_(slope).mul_(message.weight)
                 own.append(message)
         return upstream, own
 
@@ -442,8 +442,8 @@ class Replica(HolderActor[Holder]):
         first = self.holder.segment.spec.first
         for message in messages:
             for layer in range(max(first, message.split), self._layers):
-                self._step_tokens[layer] += message.supervised
-                self.holder.tokens.add([layer], message.supervised)
+                self._step_tokens[layer] += message.supervised * message.weight
+                self.holder.tokens.add([layer], message.supervised * message.weight)
 
 
 def _report(

@@ -31,6 +31,10 @@ TORCH_OPTIMIZERS = frozenset({"adamw", "sgd"})
 """Torch's own optimizers; the others are of bitsandbytes and step in fp32."""
 
 
+Wire = Literal["fp32", "bf16", "int8", "int4", "fp64"]
+"""Format of the tensors in messages, see :mod:`hsplit.planning.wire`."""
+
+
 class Partition(OneKey):
     """An uneven partition of the data over the clients."""
 
@@ -250,9 +254,10 @@ class Job(Section):
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of everything drawn, budgets included")
     validation: Validation = Field(default=Validation(), description="held-out data")
-    wire: Literal["fp32", "bf16", "int8", "fp64"] = Field(
+    wire: Wire = Field(
         default="bf16",
-        description="type of the activations and gradients that are sent; int8 has one scale a token",
+        description="format of the activations and gradients that are sent; int8 has one scale a token; int4 one in 64"
+        " entries, and is rounded at random, so that its mean is right",
     )
     transport: Literal["store", "gloo", "cuda_ipc"] = Field(
         default="store",

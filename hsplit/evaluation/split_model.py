@@ -27,7 +27,7 @@ class Cut:
 
     Attributes:
         split: layers ``[0, split)`` are the client's.
-        wire: ``job.wire``, the type of hidden states on the wire.
+        wire: format of the hidden states on the wire.
         labels: ``job.privacy.labels``: with ``client`` the client has the tail, so that hidden states return to it.
     """
 
@@ -42,7 +42,8 @@ def split_model(
     """The run's model in eval mode, which computes as its holders do.
 
     The client's part stores the base dense, the server's part an int8 or NF4 base as codes with the residual beside it;
-    every hidden state at a cut is packed for the wire and unpacked. ``privacy.noise`` is not added.
+    every hidden state at a cut is packed for the wire and unpacked (``int4`` by the same random numbers in each call:
+    the same input gives the same output). ``privacy.noise`` is not added.
 
     Args:
         base: the run's base model.

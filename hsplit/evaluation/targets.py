@@ -149,12 +149,12 @@ def _cut(run: RunConfig, state: RunState, client: str | None, where: str) -> tup
             raise InputError(f"--client {client}: has no part in the run's last plan; give one of {names}")
         chosen = found[0]
     assert chosen.split is not None
-    job = run.job
+    wire = chosen.wire or run.job.wire
     how = (
-        f"through the split model, cut at layer {chosen.split} of {plan.layers} as {chosen.name} is, wire {job.wire}"
+        f"through the split model, cut at layer {chosen.split} of {plan.layers} as {chosen.name} is, wire {wire}"
         f"{_global_remark(run)}"
     )
-    return Cut(chosen.split, job.wire, job.privacy.labels), how
+    return Cut(chosen.split, wire, run.job.privacy.labels), how
 
 
 def _refuse_client(client: str | None, reason: str) -> None:

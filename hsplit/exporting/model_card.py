@@ -19,6 +19,7 @@ from hsplit.models.lookup import ModelSource
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import CUT, LAG, MetricsRow, cut_text, lag_text, perplexities, read_rows, residual_cuts
 from hsplit.planning.plan import HolderPlan
+from hsplit.planning.wire import WIRES
 from hsplit.run.state import RunState
 from hsplit.run_directory import RunDirectory
 
@@ -175,6 +176,8 @@ def _training(
     where = policy.split if policy.placement == "split" else "none"
     ranks = policy.ranks if policy.train == "adapters" else "none: every weight trained"
     scaled = " times the root of the number of clients that train" if run.scales_lr else ""
+    own = {part.wire or job.wire for part in state.plan.available} if state.plan is not None else set()
+    wires = sorted(own or {job.wire}, key=WIRES.index)
     rows = [
         ("base model", f"`{_named(job.model)}`"),
         ("base values (`job.base`)", f"{job.base}, computed in {job.dtype}"),
@@ -190,7 +193,7 @@ def _training(
         ),
         ("cut", cut_text(cuts, policy.aggregation) or "not recorded"),
         *([("lag", text)] if (text := lag_text(lags)) else []),
-        ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {job.wire}"),
+        ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {' and '.join(wires)}"),
         ("rounds done", f"{state.round} of {job.rounds}, {job.local_steps} local steps each"),
         ("batch size", f"{job.batch_size} a client, {job.grad_accumulation} accumulated"),
         (

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from hsplit.actors.messages import WIRE_DTYPES, WireTensor
+from hsplit.actors.messages import WireTensor
 from hsplit.config import Job, Policy
 from hsplit.measuring.compute import StepSeconds, StepWork
 from hsplit.measuring.free_memory import free_bytes
 from hsplit.models.segment import BaseModel
 from hsplit.planning.cost.fake_layer import LayerSetting
+from hsplit.planning.wire import row_bytes
 
 # Width of a message's tokens: large, so that a row's bytes beside its entries hardly count.
 _WIDTH = 1024
@@ -50,9 +51,9 @@ class MeasuringActor:
         return free_bytes(self._device)
 
     def message(self, nbytes: int) -> tuple[int, WireTensor]:
-        """Make a message of about ``nbytes`` at the run's wire dtype; returns its exact size, then the message."""
-        token = _WIDTH + 4 if self._job.wire == "int8" else _WIDTH * WIRE_DTYPES[self._job.wire].itemsize
-        hidden = torch.ones(max(1, nbytes // token), _WIDTH, dtype=self._base.dtype, device=self._device)
+        """Make a message of about ``nbytes`` in the run's wire format; returns its exact size, then the message."""
+        rows = max(1, nbytes // row_bytes(self._job.wire, _WIDTH))
+        hidden = torch.ones(rows, _WIDTH, dtype=self._base.dtype, device=self._device)
         message = WireTensor.pack(hidden, self._job.wire)
         return message.nbytes, message
 

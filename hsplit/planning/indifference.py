@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsplit.config import Policy
+from hsplit.config.policy import Pace
 from hsplit.config.section import is_reference
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Floats, Ints
@@ -24,12 +25,14 @@ def indifferent_to_scores(
 
     It is certain where every holder has memory for the largest rank of every weight at every split that the policy may
     choose, and there is either one such split for each client, or a plan captures the same at all of them. Clients that
-    may be frozen, and a user's own rules, may depend on scores in any way: false.
+    may be frozen, rows and turns that are planned, and a user's own rules may depend on scores in any way: false.
 
     Args:
         clients, server, cost, policy: as for the plan.
     """
-    if policy.freezes or policy.train == "weights" or any(map(is_reference, map(str, (policy.ranks, policy.split)))):
+    if policy.freezes or policy.pace != Pace() or policy.train == "weights":
+        return False
+    if is_reference(policy.ranks) or is_reference(policy.split):
         return False
     ranks, first = rank_choices(cost, policy), smallest_split(cost, policy)
     available = [c for c in clients if c.memory_bytes >= minimal_bytes(cost, int(ranks[0]))[first]]

@@ -8,9 +8,11 @@ out so that their sum is right. The objective is that of the other plans, captur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations, product
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ from hsplit.planning.cost.counted_model import Floats, Ints, prefix
 from hsplit.planning.problem import Problem
 
 Flags = NDArray[np.bool_]
+_Dealt = tuple[Ints, Ints, Flags]
+"""Pair of rows and period, split, and whether it is frozen, of each client, ``(N,)``."""
 
 MAX_TIMES_ROWS = 4
 """Most rows of a client, in multiples of ``job.batch_size``."""
@@ -28,14 +32,43 @@ EVERY = (1, 2, 3, 4)
 MAX_GROUPS = 32
 # Clients up to which the rows are dealt out exactly, and one group for each is tried.
 FEW = 12
+MAX_SIMULATED = 16
+"""Most choices that are simulated: the seconds of all others are estimates."""
+# Best choices that are improved client by client, and the changes of a split that are tried.
+_CLIMBED = 4
+_MOVES = (-4, -2, -1, 1, 2, 4)
 # Least common multiple of the periods: rows a step are counted in these parts of an example.
 _PARTS = 12
-# Deadlines tried at first, as multiples of the least one that may do, and after that around the best.
-_DEADLINES = np.geomspace(1.0, 4.0, 12)
-_NEARER = (0.9, 0.95, 0.98, 1.02, 1.05)
-_HALVINGS = 12
-# Parts of the longest exchange that plans are limited to, to find those that are worth it.
-_EXCHANGES = (1.0, 0.6, 0.3, 0.1)
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """Work of the search, which is limited by the number of clients and never by time.
+
+    Attributes:
+        exchanges: number of limits on the exchange at a round's end, from the least to the longest.
+        closer: limits tried around the best of these, as multiples.
+        deadlines: tried at first, as multiples of the least one that may do.
+        nearer: tried around the best of these.
+        prices: of the server's seconds, for one deadline.
+        kept: best choices within each limit that are simulated: their seconds are estimates.
+    """
+
+    exchanges: int
+    closer: tuple[float, ...]
+    deadlines: tuple[float, ...]
+    nearer: tuple[float, ...]
+    prices: int
+    kept: int
+
+
+_THOROUGH = _Effort(7, (0.75, 0.9, 1.15), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 10, 3)
+_LIGHT = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 5)), (0.92, 1.08), 4, 1)
+_QUICK = _Effort(3, (), (1.0, 1.5, 2.25), (1.2,), 3, 1)
+# Where splits are given, the exchange is too, and nothing is gained by a price.
+_FIXED = _Effort(1, (), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 1, 2)
+# Clients up to which the search is light, and beyond which it is quick.
+_MANY = 2000
 
 
 @dataclass(frozen=True)
@@ -79,7 +112,7 @@ class PacedProblem:
         pace: the policy's.
         allowed: splits that each kind may have, ``(K, L + 1)``.
         may_freeze: plans may leave clients' layers untrained.
-        unread: bytes of the embedding that each kind does not hold, ``(K,)``.
+        forms: in which a client may store the base, the faster first.
         wires: format of each kind's messages, ``K`` of them.
         shares: each client's share of the data, ``(N,)``.
     """
@@ -90,19 +123,23 @@ class PacedProblem:
         pace: Pace,
         allowed: Flags,
         may_freeze: bool,
-        unread: Floats,
+        forms: Sequence[Literal["dense", "codes"]],
         wires: Sequence[str],
         shares: Floats,
     ) -> None:
         self.problem, self.pace = problem, pace
         cost, job = problem.cost, problem.cost.model.job
         self._cost, self._job = cost, job
+        self._fixed = bool((allowed.sum(axis=1) <= 1).all())
         self.total_rows = job.batch_size * len(problem.clients)
         self.shares = shares
         unit = max(1, job.batch_size // 4)
         rows = [job.batch_size]
         if pace.batch_size == "planned":
-            rows = list(range(unit, MAX_TIMES_ROWS * job.batch_size + 1, unit))
+            most = MAX_TIMES_ROWS * job.batch_size // unit
+            few = len(problem.clients) <= FEW
+            numbers: Sequence[int] = range(1, most + 1) if few else (1, 2, 3, 4, 6, 8, 12, 16)
+            rows = [unit * number for number in numbers if number <= most]
         self._rows = np.array(rows, dtype=np.int64)
         whole_steps = pace.periods == "none" or pace.batch_size == "equal"
         pairs = [
@@ -115,25 +152,22 @@ class PacedProblem:
         self._pair_rows = np.array([row for row, _ in pairs], dtype=np.int64)
         self._pair_every = np.array([every for _, every in pairs], dtype=np.int64)
         self._quota: Ints = self._rows[self._pair_rows] * _PARTS // self._pair_every
-        self._forms(allowed, unread)
+        self._forms(allowed, forms)
         self._seconds(wires)
         self._frozen_choices = (False, True) if may_freeze else (False,)
         self._values()
 
-    def _forms(self, allowed: Flags, unread: Floats) -> None:
+    def _forms(self, allowed: Flags, forms: Sequence[Literal["dense", "codes"]]) -> None:
         """Find the stored form at every number of rows and split, and whether the memory allows one."""
         cost, smallest = self._cost, int(self.problem.rank_set[0])
         held = np.arange(cost.model.layers + 1)[:, None] > cost.model.weight_layer
-        memory = self.problem.memory + unread
-        forms = {"dense": ("dense",), "codes": ("codes",), "planned": ("dense", "codes")}[self.pace.stored]
-        if not cost.model.quantized:
-            forms = ("dense",)
+        memory = self.problem.memory
         shape = (len(memory), len(self._rows), cost.model.layers + 1)
         self._fits: Flags = np.zeros(shape, dtype=bool)
         self.codes: Flags = np.zeros(shape, dtype=bool)
         for place, rows in enumerate(self._rows.tolist()):
             for form in forms:
-                tables = cost.client_memory(rows, form)  # type: ignore[arg-type]  # one of the two
+                tables = cost.client_memory(rows, form)
                 needed = tables.constant + smallest * (held @ tables.per_rank)
                 fits = (needed <= memory[:, None]) & allowed & ~self._fits[:, place]
                 self._fits[:, place] |= fits
@@ -192,38 +226,107 @@ class PacedProblem:
 
     # -- the search -------------------------------------------------------------------------------------------------
 
-    def best(self, in_force: Choice | None = None) -> Choice | None:
-        """Find the choice with most captured importance per second; ``None``: the rows' sum cannot be dealt out.
+    @property
+    def _effort(self) -> _Effort:
+        count = len(self.problem.clients)
+        if self._fixed:
+            return _FIXED
+        return _THOROUGH if count <= FEW else _LIGHT if count <= _MANY else _QUICK
+
+    def best(self, in_force: Choice | None = None) -> list[Choice]:
+        """Find the choices with most captured importance per second, the best first; none where the rows' sum cannot
+        be dealt out.
 
         Args:
-            in_force: what is done now, which stays unless another choice is better.
+            in_force: what is done now, which is among them.
         """
-        found = in_force
-        for limit_s in self._exchange_limits():
-            least_s = self._least_s(limit_s)
-            tried: set[float] = set()
-            deadlines = [least_s * factor for factor in _DEADLINES]
-            local: tuple[float, float] | None = None
-            for deadline in deadlines + [0.0] * len(_NEARER):
-                if deadline == 0.0:
-                    if local is None:
-                        break
-                    deadline = next((local[1] * n for n in _NEARER if local[1] * n not in tried), 0.0)
-                tried.add(deadline)
-                choice = self._by_deadline(deadline, limit_s)
-                if choice is None:
-                    continue
-                if local is None or choice.objective > local[0]:
-                    local = choice.objective, deadline
-                if found is None or choice.objective > found.objective * (1 + 1e-9):
-                    found = choice
-        return found
+        chosen = [] if in_force is None else [in_force]
+        limits = self._exchange_limits()
+        for limit_s in limits:
+            chosen += self._within(limit_s)
+        if chosen:
+            top = max(chosen, key=lambda choice: choice.objective)
+            for factor in self._effort.closer:
+                chosen += self._within(top.exchange_s * factor)
+        chosen.sort(key=lambda choice: -choice.objective)
+        if len(self.problem.clients) <= FEW and not self._fixed:
+            chosen = [*map(self._climbed, chosen[:_CLIMBED]), *chosen]
+            chosen.sort(key=lambda choice: -choice.objective)
+        return chosen[:MAX_SIMULATED]
+
+    def _within(self, limit_s: float) -> list[Choice]:
+        """Find the best choices in which nobody's exchange takes longer than ``limit_s`` a step."""
+        effort, found = self._effort, dict[bytes, tuple[float, _Dealt]]()
+        least_s = self._least_s()
+        best: tuple[float, float] = (-np.inf, least_s)
+        for deadline in [least_s * factor for factor in effort.deadlines]:
+            best = max(best, self._try(deadline, limit_s, found))
+        for factor in effort.nearer:
+            self._try(best[1] * factor, limit_s, found)
+        ranked = sorted(found.values(), key=lambda one: -one[0])[: effort.kept]
+        return [self._completed(*dealt) for _, dealt in ranked]
+
+    def _climbed(self, choice: Choice) -> Choice:
+        """Change one client, or the rows of two, as long as it improves the choice."""
+        while True:
+            better = max(self._neighbours(choice), key=lambda other: other.objective, default=choice)
+            if better.objective <= choice.objective * (1 + 1e-9):
+                return choice
+            choice = better
+
+    def _neighbours(self, choice: Choice) -> Iterator[Choice]:
+        count = len(choice.splits)
+        for client in range(count):
+            for move in _MOVES:
+                yield from self._changed(choice, {client: move}, {})
+            if len(self._frozen_choices) > 1:
+                yield from self._changed(choice, {}, {}, client)
+        for giver, taker in permutations(range(count), 2):
+            # What one client brings less over its period, the other brings more.
+            least = int(np.lcm(choice.every[giver], choice.every[taker]))
+            less, more = least // int(choice.every[taker]), least // int(choice.every[giver])
+            rows = {giver: -int(choice.every[giver]) * less * more // least, taker: 0}
+            rows[taker] = -rows[giver] * int(choice.every[taker]) // int(choice.every[giver])
+            for first, second in product((0, 1, 2), (0, -1, -2)):
+                yield from self._changed(choice, {giver: first, taker: second}, rows)
+
+    def _changed(
+        self, choice: Choice, deeper: Mapping[int, int], more_rows: Mapping[int, int], thawed: int | None = None
+    ) -> Iterator[Choice]:
+        """``choice`` with some splits, rows, or one client frozen or not; nothing where that is no choice."""
+        splits, rows, frozen = choice.splits.copy(), choice.rows.copy(), choice.frozen.copy()
+        for client, by in deeper.items():
+            splits[client] += by
+        for client, by in more_rows.items():
+            rows[client] += by
+        if thawed is not None:
+            frozen[thawed] = not frozen[thawed]
+        if splits.min() < 0 or splits.max() > self._cost.model.layers or rows.min() < 1:
+            return
+        changed = self.again(splits, rows, choice.every, frozen)
+        if changed is not None:
+            yield changed
+
+    def _try(self, deadline: float, limit_s: float, found: dict[bytes, tuple[float, _Dealt]]) -> tuple[float, float]:
+        """Add what does best within ``deadline`` to ``found``; returns its estimated objective, and the deadline."""
+        top = -np.inf
+        for objective, dealt in self._by_deadline(deadline, limit_s):
+            found.setdefault(b"".join(part.tobytes() for part in dealt), (objective, dealt))
+            top = max(top, objective)
+        return top, deadline
 
     def _exchange_limits(self) -> list[float]:
-        longest = max(float(np.where(self._fits.any(axis=1), self.exchange_s[0], 0.0).max()), 1e-12)
-        return [longest * part for part in _EXCHANGES]
+        """From the least exchange that some client has whatever the plan to the longest that a plan may have."""
+        fits = self._fits.any(axis=1)
+        own = self.exchange_s[1] if len(self._frozen_choices) > 1 else self.exchange_s[0]
+        least = float(np.where(fits, own, np.inf).min(axis=1).max())
+        longest = float(np.where(fits, self.exchange_s[0], 0.0).max())
+        if self._effort.exchanges == 1:
+            return [longest]
+        limits: list[float] = np.geomspace(least, max(longest, least * 1.001), self._effort.exchanges).tolist()
+        return limits
 
-    def _least_s(self, limit_s: float) -> float:
+    def _least_s(self) -> float:
         """Seconds of a step below which no plan comes: of the server at the deepest splits, and of all together."""
         fits = self._fits.any(axis=1)
         deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
@@ -233,55 +336,72 @@ class PacedProblem:
             together, float(self.server_s[deepest[self.problem.kind]].mean()) * self.total_rows * 0.5
         )
 
-    def _by_deadline(self, deadline: float, limit_s: float) -> Choice | None:
-        """Find the best choice in which no client takes longer than ``deadline`` between two turns, a step apart."""
-        gains = self._gains(deadline, limit_s)
-        price, low, high, found = 0.0, 0.0, None, None
-        for _ in range(_HALVINGS):
+    def _by_deadline(self, deadline: float, limit_s: float) -> list[tuple[float, _Dealt]]:
+        """Deal out rows within ``deadline`` at several prices of the server's seconds.
+
+        Returns:
+            What was dealt, with its objective, estimated as if the server's turns fitted together without a gap.
+        """
+        gains, accumulated = self._gains(deadline, limit_s), self._job.grad_accumulation
+        price, low, high, found = 0.0, 0.0, None, list[tuple[float, _Dealt]]()
+        for _ in range(self._effort.prices):
             dealt = self._dealt(*gains, price)
             if dealt is None:
-                return found
-            choice = self._completed(*dealt)
-            if found is None or choice.objective > found.objective:
-                found = choice
-            server_s = float((self._quota[dealt[0]] / _PARTS * self.server_s[dealt[1]]).sum())
-            within = self.pace.periods == "none" or server_s * self._job.grad_accumulation <= deadline
+                break
+            pairs, splits, frozen = dealt
+            share = self._quota[pairs] / (_PARTS * self.total_rows)
+            server_s = float(share @ self.server_s[splits]) * self.total_rows * accumulated
+            within = self.pace.periods == "none" or server_s <= deadline
+            seconds = deadline + server_s if self.pace.periods == "none" else max(deadline, server_s)
+            captured = float(share @ self._of_choice(self.value, splits, frozen))
+            exchange_s = float(self._of_choice(self.exchange_s, splits, frozen).max())
+            found.append((captured / (seconds + exchange_s), dealt))
             if within and high is None and price == 0.0:
                 break
             low, high = (low, price) if within else (price, high)
             # Prices are importance per second of the server, of the objective's own size.
-            price = (low + high) / 2 if high is not None else max(2 * price, 0.25 * choice.objective)
+            price = (low + high) / 2 if high is not None else max(2 * price, 0.25 * found[-1][0])
         return found
 
+    @cached_property
+    def _own_s(self) -> Floats:
+        """Seconds of a client's own work for one batch, ``(F, K, P, L + 1)``; infinite where memory is short."""
+        place = self._pair_rows
+        rows, parts = self._rows[place], self._parts[place]
+        codes = self.codes[:, place]
+        own = []
+        for f in range(len(self._frozen_choices)):
+            messages = self._message_s[f][:, None] + codes * self._widened_s[f][:, None, :]
+            seconds = rows[:, None] * self._row_s[f][:, None, :] + parts[:, None] * messages
+            own.append(np.where(self._fits[:, place], seconds, np.inf))
+        return np.stack(own)
+
+    def _of_choice(self, table: tuple[Floats, Floats], splits: Ints, frozen: Flags) -> Floats:
+        """Values of two tables ``(K, L + 1)`` for trained and frozen clients, ``(N,)``."""
+        kind = self.problem.kind
+        values: Floats = np.where(frozen, table[1][kind, splits], table[0][kind, splits])
+        return values
+
     def _gains(self, deadline: float, limit_s: float) -> tuple[Floats, Floats, Flags]:
-        """Value and server's seconds of an example by kind, pair, split, and whether it is frozen; and what is feasible.
+        """Find what an example brings and costs, and what is feasible within a deadline.
 
         Returns:
             Value ``(F, K, 1, L + 1)``, server's seconds ``(L + 1,)``, feasible ``(F, K, P, L + 1)``.
         """
-        kinds, layers = self._fits.shape[0], self._fits.shape[2]
-        fits = self._fits[:, self._pair_rows]
         rows, parts = self._rows[self._pair_rows], self._parts[self._pair_rows]
-        codes = self.codes[:, self._pair_rows]
-        feasible = np.zeros((len(self._frozen_choices), kinds, len(rows), layers), dtype=bool)
         turn_s = rows[:, None] * self.server_s / parts[:, None]
+        wait_s = np.maximum(turn_s, deadline / self._most_groups / parts[:, None])
         if self.pace.periods == "none":
             wait_s = np.zeros_like(turn_s)
-        else:
-            wait_s = np.maximum(turn_s, deadline / self._most_groups / parts[:, None])
+        # A client that needs no gradient does not wait.
+        left_s = (deadline * self._pair_every[:, None] - np.stack([wait_s, 0 * wait_s])) / self._job.grad_accumulation
+        feasible = self._own_s <= left_s[: len(self._frozen_choices), None]
         for f in range(len(self._frozen_choices)):
-            own_s = rows[:, None] * self._row_s[f][:, None, :] + parts[:, None] * (
-                self._message_s[f][:, None] + codes * self._widened_s[f][:, None, :]
-            )
-            total_s = self._job.grad_accumulation * (own_s + (0.0 if f else wait_s))
-            feasible[f] = fits & (total_s <= deadline * self._pair_every[:, None])
-            feasible[f] &= self.exchange_s[f][:, None, :] <= limit_s * (1 + 1e-9)
+            feasible[f] &= (self.exchange_s[f] <= limit_s * (1 + 1e-9))[:, None, :]
         values = np.stack([self.value[f] for f in range(len(self._frozen_choices))])[:, :, None, :]
         return values, self.server_s, feasible
 
-    def _dealt(
-        self, values: Floats, server_s: Floats, feasible: Flags, price: float
-    ) -> tuple[Ints, Ints, Flags] | None:
+    def _dealt(self, values: Floats, server_s: Floats, feasible: Flags, price: float) -> _Dealt | None:
         """Choose a pair, a split and whether it is frozen for each client, so that rows have their sum.
 
         Returns:
@@ -291,8 +411,7 @@ class PacedProblem:
         best = worth.max(axis=(0, 3))
         gain = np.where(np.isfinite(best), best * self._quota, -np.inf)
         kind = self.problem.kind
-        floor = np.ceil(self.pace.min_share * self.shares * self.total_rows * _PARTS - 1e-9)
-        allowed = self._quota[None] >= (floor if self.pace.batch_size == "planned" else 0 * floor)[:, None]
+        allowed = self._quota[None] >= self._least_quota[:, None]
         of_client = np.where(allowed, gain[kind], -np.inf)
         if not np.isfinite(of_client.max(axis=1)).all():
             return None
@@ -302,6 +421,14 @@ class PacedProblem:
         flat = worth[:, kind, pairs].transpose(1, 0, 2).reshape(len(kind), -1).argmax(axis=1)
         frozen, splits = np.divmod(flat, worth.shape[3])
         return pairs, splits, frozen.astype(bool)
+
+    @cached_property
+    def _least_quota(self) -> Floats:
+        """Least rows a step of each client, in parts of an example, ``(N,)``."""
+        if self.pace.batch_size == "equal":
+            return np.zeros(len(self.shares))
+        least: Floats = np.ceil(self.pace.min_share * self.shares * self.total_rows * _PARTS - 1e-9)
+        return least
 
     def _dealt_exactly(self, gain: Floats) -> Ints | None:
         """Pairs ``(N,)`` with the largest sum of ``gain`` ``(N, P)`` whose rows have their sum."""
@@ -382,6 +509,18 @@ class PacedProblem:
         place, every = self._pair_rows[pairs], self._pair_every[pairs]
         return self.completed(splits, self._rows[place], every, frozen, self.codes[kind, place, splits])
 
+    def again(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags) -> Choice | None:
+        """The choice of these splits, rows and periods ``(N,)``; ``None`` if it is none of this problem's."""
+        kind = self.problem.kind
+        place = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
+        known = (self._rows[place] == rows).all() and set(every.tolist()) <= set(self._pair_every.tolist())
+        if not known or not self._fits[kind, place, splits].all() or (frozen.any() and len(self._frozen_choices) == 1):
+            return None
+        quota = rows * _PARTS // every
+        if int(quota.sum()) != self.total_rows * _PARTS or (quota < self._least_quota).any():
+            return None
+        return self.completed(splits, rows, every, frozen, self.codes[kind, place, splits])
+
     def completed(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags) -> Choice:
         """Make the choice of these splits, rows and periods ``(N,)``: its groups, and what it takes and captures."""
         kind = self.problem.kind
@@ -390,8 +529,8 @@ class PacedProblem:
         parts = self._parts[place]
         turn_s = rows * self.server_s[splits] * self._job.grad_accumulation
         share = rows / every / self.total_rows
-        values = np.where(frozen, self.value[1][kind, splits], self.value[0][kind, splits])
-        exchange = np.where(frozen, self.exchange_s[1][kind, splits], self.exchange_s[0][kind, splits])
+        values = self._of_choice(self.value, splits, frozen)
+        exchange = self._of_choice(self.exchange_s, splits, frozen)
         widened_s = 2 * self._cost.times.widening_s(self.problem.server, int(splits.min()))
         widened_s *= self._job.grad_accumulation * self._job.pipeline.microbatches
         least = (np.inf, 1, np.zeros(len(kind), dtype=np.int64))
@@ -422,11 +561,18 @@ class PacedProblem:
 
 
 def _balanced(seconds: Floats, groups: int) -> tuple[Ints, Floats]:
-    """Put clients into groups of about equal server time, the longest first; returns group ``(N,)`` and sums ``(G,)``."""
+    """Put clients into groups of about equal server time; returns each one's group ``(N,)`` and the sums ``(G,)``."""
     group, sums = np.zeros(len(seconds), dtype=np.int64), np.zeros(groups)
-    for client in np.argsort(-seconds, kind="stable").tolist():
-        group[client] = int(sums.argmin())
-        sums[group[client]] += seconds[client]
+    order = np.argsort(-seconds, kind="stable")
+    if len(seconds) <= FEW * FEW:
+        for client in order.tolist():
+            group[client] = int(sums.argmin())
+            sums[group[client]] += seconds[client]
+        return group, sums
+    # Back and forth over the groups.
+    place = np.arange(len(seconds)) % (2 * groups)
+    group[order] = np.minimum(place, 2 * groups - 1 - place)
+    np.add.at(sums, group, seconds)
     return group, sums
 
 

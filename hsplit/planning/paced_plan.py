@@ -3,41 +3,408 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
-from hsplit.config import Policy
-from hsplit.config.job import wires_up_to
-from hsplit.extension import is_reference
+from hsplit.config import Pace, Policy
+from hsplit.config.job import Wire
+from hsplit.config.section import is_reference
+from hsplit.errors import InputError
 from hsplit.planning.bound import speed_bound
 from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
+from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import Choice, Flags, PacedProblem
-from hsplit.planning.plan import HolderPlan, Plan
-from hsplit.planning.problem import Problem, minimal_bytes
-from hsplit.planning.rank_rules import Holders, RankRule, find_rank_rule
-from hsplit.planning.ranks import captured_by
+from hsplit.planning.pace import MAX_SIMULATED, Choice, Flags, PacedProblem
+from hsplit.planning.plan import HolderPlan, Plan, Speed
+from hsplit.planning.problem import Problem
+from hsplit.planning.rank_rules import Holders, RankRule
+from hsplit.planning.ranks import Levels, captured_by
 from hsplit.planning.split_rules import find_split_rule
+from hsplit.planning.wire import wires_within
 
-# Most seconds of a client's link, in those that the fleet needs for a step if nothing waits, for its fair share of the
-# rows: beyond, the link binds, and the next narrower format is taken.
-_LINK_PART = 0.5
+Stored = Literal["dense", "codes"]
+
+LINK_PART = 0.5
+"""Most seconds of a client's link for its fair share of the rows, as a part of a step in which nothing waits: beyond
+that the link binds, and the next narrower format is taken."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What the policy's stored forms leave of a client's memory.
+def paces(pace: Pace) -> bool:
+    """True if plans choose more than splits and ranks."""
+    return pace != Pace(min_share=pace.min_share, weights=pace.weights, server_step=pace.server_step)
 
-    Attributes:
-        needed: bytes of a client with one example a batch at each split, at the smallest ranks, ``(L + 1,)``.
-        usual: the same with ``job.batch_size``.
-        unread: bytes of the embedding that each client does not hold, ``(N,)``.
+
+def stored_forms(cost: CostModel) -> tuple[Stored, ...]:
+    """Forms in which the policy lets a client store the base, the faster first."""
+    if not cost.model.quantized:
+        return ("dense",)
+    forms: dict[str, tuple[Stored, ...]] = {"dense": ("dense",), "codes": ("codes",), "planned": ("dense", "codes")}
+    return forms[cost.pace.stored]
+
+
+def least_rows(cost: CostModel) -> int:
+    """Fewest examples that a client may bring to a step."""
+    return 1 if cost.pace.batch_size == "planned" else cost.model.job.batch_size
+
+
+def needed_bytes(cost: CostModel, rank: int, rows: int) -> Floats:
+    """Bytes of a client at each split in the stored form that takes least, every weight at ``rank``, ``(L + 1,)``."""
+    held = np.arange(cost.model.layers + 1)[:, None] > cost.model.weight_layer
+    tables = [cost.client_memory(rows, form) for form in stored_forms(cost)]
+    needed: Floats = np.min([table.constant + rank * (held @ table.per_rank) for table in tables], axis=0)
+    return needed
+
+
+def unread_bytes(cost: CostModel, clients: Sequence[ClientBudget], vocabulary: Mapping[str, int]) -> Floats:
+    """Bytes of the embedding that each client does not hold, ``(N,)``.
+
+    Args:
+        cost: what parts cost.
+        clients: budgets of the clients.
+        vocabulary: number of distinct token ids in a client's texts by name; the whole embedding where it is not known.
+    """
+    if cost.pace.embedding == "whole" or cost.model.tail_at_client:
+        return np.zeros(len(clients))
+    whole = cost.client_memory(cost.model.job.batch_size)
+    saved = {
+        rows: float(whole.constant[0] - whole.with_embedding(rows).constant[0]) for rows in set(vocabulary.values())
+    }
+    return np.array([saved[vocabulary[c.name]] if c.name in vocabulary else 0.0 for c in clients])
+
+
+def fleet_bound(cost: CostModel, problem: Problem, rank: int, wires: Sequence[str], shares: Floats) -> float:
+    """Most examples a second that the budgets of a problem's clients allow (METHOD 10), virtual.
+
+    Args:
+        cost: what parts cost.
+        problem: of the clients; memory counts for one example a batch.
+        rank: of every weight.
+        wires: format of each kind's messages.
+        shares: each client's share of the data, ``(N,)``.
+    """
+    count, layers = len(problem.distinct), cost.model.layers + 1
+    loads = Loads(np.ones(count, dtype=np.int64), wires, np.zeros(count, dtype=bool))
+    times = cost.times.all_client_times(problem.distinct, 1, loads).sum(axis=2) / cost.model.job.grad_accumulation
+    splits, ones = np.arange(layers), np.ones(layers, dtype=np.int64)
+    server_s = np.sum(cost.times.turn_times(problem.server, splits, ones), axis=0) / cost.model.servers
+    deepest = (needed_bytes(cost, rank, 1) <= problem.memory[:, None]).sum(axis=1) - 1
+    least = cost.pace.min_share * shares
+    return speed_bound(times[problem.kind], server_s, np.maximum(deepest, 1)[problem.kind], least)
+
+
+class PacedPlanner:
+    """Makes the plan of one fleet.
+
+    Args:
+        clients: every declared client.
+        server, cost, importance, policy: as for :func:`~hsplit.planning.planner.make_plan`.
+        rank_set: ranks to choose from, ``(Q,)``.
+        rule: chooses the ranks of each holder.
+        vocabulary: distinct token ids by client, see :func:`unread_bytes`.
+        examples: number of each client's examples by name; where it is not known all have as many.
+        source: where the importance comes from, in words.
     """
 
-    needed: Floats
-    usual: Floats
-    unread: Floats
+    def __init__(
+        self,
+        clients: Sequence[ClientBudget],
+        server: ServerBudget,
+        cost: CostModel,
+        importance: Mapping[str, float],
+        policy: Policy,
+        rank_set: Ints,
+        rule: RankRule,
+        vocabulary: Mapping[str, int],
+        examples: Mapping[str, int],
+        source: str,
+    ) -> None:
+        self._declared, self._server, self._cost = clients, server, cost
+        self._policy, self._pace, self._rank_set, self._rule, self._source = policy, policy.pace, rank_set, rule, source
+        self._smallest = policy.split if isinstance(policy.split, int) else 1
+        self._rank = int(rank_set[0])
+        unread = unread_bytes(cost, clients, vocabulary)
+        self.needed = needed_bytes(cost, self._rank, least_rows(cost))
+        held = [i for i, c in enumerate(clients) if c.memory_bytes + unread[i] >= self.needed[self._smallest]]
+        self._unread = unread[held]
+        # What the embedding leaves unread is as good as memory.
+        self._clients = [
+            Budget(c.name, c.memory_bytes + int(u), c.flops, c.bandwidth_bps, c.latency_s)
+            for c, u in ((clients[i], unread[i]) for i in held)
+        ]
+        counts = np.array([examples.get(c.name, 1) for c in self._clients], dtype=np.float64)
+        self._shares: Floats = counts / max(counts.sum(), 1.0)
+        if self._clients:
+            kind = OneRankProblem if rule.one_for_all else Problem
+            usual = needed_bytes(cost, self._rank, cost.model.job.batch_size)
+            apart = is_reference(policy.split)
+            self._problem = kind(self._clients, server, cost, importance, rank_set, rule, needed=usual, apart=apart)
+
+    @property
+    def available(self) -> list[str]:
+        """Names of the clients that fit the smallest part."""
+        return [client.name for client in self._clients]
+
+    # -- the choice -------------------------------------------------------------------------------------------------
+
+    def plan(self, current: Plan | None) -> Plan:
+        """Make the plan.
+
+        Args:
+            current: the plan in force; its choice stays unless another one is better.
+
+        Raises:
+            InputError: no choice fits the server, or the rows cannot be dealt out.
+        """
+        lacking = np.inf
+        for shallowest in self._shallowest():
+            found: Plan | None = None
+            for choice in self._chosen(shallowest, current):
+                made, lacking = self._made(choice)
+                if lacking <= 0:
+                    made = self._timed(made, choice)
+                    found = made if found is None or made.objective > found.objective else found
+            if found is not None:
+                return found
+        if np.isinf(lacking):
+            raise InputError(
+                "policy: pace: the rows of a step cannot be dealt out to these clients: lower pace.min_share, or set"
+                " pace.batch_size to 'equal'"
+            )
+        raise InputError(
+            f"server: memory_gb: {self._server.memory_bytes / 1e9:.3f} is {lacking / 1e9:.3f} GB too little"
+            f" for its layers and {len(self._clients)} clients; raise it, or lower job.batch_size,"
+            " job.max_length or job.residual.max_rank"
+        )
+
+    def _shallowest(self) -> list[int]:
+        """Least splits to try: deeper ones leave the server less to hold."""
+        layers = self._cost.model.layers
+        return [1, *(k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if k <= layers)]
+
+    def _chosen(self, shallowest: int, current: Plan | None) -> list[Choice]:
+        split, problem = self._policy.split, self._problem
+        layers = np.arange(self._cost.model.layers + 1)
+        if split == "planned":
+            allowed = np.broadcast_to(layers >= shallowest, (len(problem.members), len(layers)))
+            return self._best(allowed, current)
+        if shallowest > 1:
+            return []
+        if split != "uniform":
+            splits = find_split_rule(split)(problem, current)
+            allowed = np.zeros((len(problem.members), len(layers)), dtype=bool)
+            allowed[problem.kind, splits] = True
+            return self._best(allowed, current)
+        deepest = int((self.needed <= problem.memory[:, None]).sum(axis=1).min()) - 1
+        found: list[Choice] = []
+        for k in range(1, deepest + 1):
+            found += self._best(np.broadcast_to(layers == k, (len(problem.members), len(layers))), None)
+        return sorted(found, key=lambda choice: -choice.objective)[:MAX_SIMULATED]
+
+    def _best(self, allowed: Flags, current: Plan | None) -> list[Choice]:
+        problem = self._problem
+        paced = PacedProblem(
+            problem, self._pace, allowed, self._policy.freezes, stored_forms(self._cost), self.wires, self._shares
+        )
+        return paced.best(self._in_force(paced, allowed, current))
+
+    def _in_force(self, paced: PacedProblem, allowed: Flags, current: Plan | None) -> Choice | None:
+        """The choice of the plan in force, where it is one for these clients and budgets."""
+        if current is None:
+            return None
+        parts = {part.name: part for part in current.available}
+        if parts.keys() != set(self.available):
+            return None
+        own = [parts[client.name] for client in self._clients]
+        return paced.again(
+            np.array([part.split or 0 for part in own], dtype=np.int64),
+            np.array([part.rows or self._cost.model.job.batch_size for part in own], dtype=np.int64),
+            np.array([part.every for part in own], dtype=np.int64),
+            np.array([part.forward_only for part in own], dtype=bool),
+        )
+
+    @cached_property
+    def wires(self) -> list[Wire]:
+        """Format of each kind's messages."""
+        job, problem = self._cost.model.job, self._problem
+        formats = wires_within(job.wire) if self._pace.wire == "planned" else (job.wire,)
+        if len(formats) == 1:
+            return [job.wire] * len(problem.distinct)
+        period_s = len(self._clients) * job.batch_size / self._bound([formats[-1]] * len(problem.distinct))
+        chosen: list[Wire] = []
+        for kind in problem.distinct:
+            fair = [self._link_s(wire, kind) * job.batch_size for wire in formats]
+            fitting = [wire for wire, seconds in zip(formats, fair, strict=True) if seconds <= LINK_PART * period_s]
+            chosen.append(fitting[0] if fitting else formats[-1])
+        return chosen
+
+    def _link_s(self, wire: str, client: ClientBudget) -> float:
+        one = self._cost.model.wire_bytes(1, wire, 1)
+        return 8 * (one.up + one.deep + one.slope + one.down) / client.bandwidth_bps
+
+    # -- the bound --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def bound(self) -> float:
+        """Most examples a second that these budgets allow in the plan's wire formats (METHOD 10)."""
+        return self._bound(self.wires)
+
+    def _bound(self, wires: Sequence[str]) -> float:
+        return fleet_bound(self._cost, self._problem, self._rank, wires, self._shares)
+
+    # -- the plan ---------------------------------------------------------------------------------------------------
+
+    def _made(self, choice: Choice) -> tuple[Plan, float]:
+        """The plan of a choice without its seconds, and the bytes that the server lacks for it."""
+        cost, problem, job = self._cost, self._problem, self._cost.model.job
+        share = choice.rows / choice.every / (job.batch_size * len(self._clients))
+        server_ranks, lacking = self._server_levels(choice, share)
+        names = np.array([w.name for w in cost.model.weights], dtype=object)
+        gains, wires = np.zeros(len(self._clients)), self.wires
+        held: list[tuple[dict[str, int], int]] = [({}, 0)] * len(self._clients)
+        keys = np.stack([choice.splits, choice.rows, choice.codes], axis=1)
+        alike = [np.flatnonzero((keys == key).all(axis=1)) for key in np.unique(keys, axis=0)]
+        common: int | None = None
+        if self._rule.one_for_all:
+            least = min(int(self._holders(choice, members).largest_common_levels().min()) for members in alike)
+            common = max(0, min(least, server_ranks[1]))
+        for members in alike:
+            split, rows, codes = keys[members[0]].tolist()
+            flags = problem.held[split]
+            levels: Levels = np.full((len(members), len(flags)), common or 0, dtype=np.int8)
+            if common is None:
+                levels = self._rule.levels(self._holders(choice, members))
+            ranks = problem.rank_set[levels[:, flags]] * ~choice.frozen[members][:, None]
+            gains[members] = captured_by(ranks) @ problem.worth[flags]
+            distinct, of_member = np.unique(ranks, axis=0, return_inverse=True)
+            made: list[tuple[dict[str, int], int]] = []
+            for row in distinct:
+                by_name = dict(zip(map(str, names[flags]), row.tolist(), strict=True))
+                made.append((by_name, cost.client_bytes(split, by_name, rows, "codes" if codes else "dense")))
+            for member, which in zip(members.tolist(), of_member.tolist(), strict=True):
+                held[member] = made[which]
+        placed = {client.name: i for i, client in enumerate(self._clients)}
+        parts = []
+        for client in self._declared:
+            i = placed.get(client.name)
+            if i is None:
+                missing = int(np.ceil(self.needed[self._smallest])) - client.memory_bytes
+                part = HolderPlan(client.name, "client", False, None, {}, client.memory_bytes, lacking_bytes=missing)
+                parts.append(part)
+                continue
+            by_name, used = held[i]
+            parts.append(
+                HolderPlan(
+                    client.name,
+                    "client",
+                    available=True,
+                    split=int(choice.splits[i]),
+                    ranks=by_name,
+                    declared_bytes=client.memory_bytes,
+                    predicted_bytes=used - int(self._unread[i]),
+                    rows=int(choice.rows[i]),
+                    group=int(choice.group[i]),
+                    every=int(choice.every[i]),
+                    offset=int(choice.offset[i]),
+                    stored="codes" if choice.codes[i] else "dense",
+                    wire=wires[int(problem.kind[i])],
+                    weight=self._weight(i, share),
+                    captured_share=share[i] * gains[i],
+                )
+            )
+        at_server = server_ranks[0] if common is None else np.full(len(problem.worth), common)
+        first = int(choice.splits.min())
+        flags = cost.model.weight_layer >= first
+        passing = (share[:, None] * (choice.splits[:, None] <= cost.model.weight_layer)).sum(axis=0)
+        deep_gain = float((captured_by(problem.rank_set[at_server]) * passing) @ problem.worth)
+        captured = float(share @ gains) + deep_gain
+        deep_ranks = dict(zip(map(str, names[flags]), problem.rank_set[at_server[flags]].tolist(), strict=True))
+        parts = [replace(part, captured_share=float(part.captured_share / captured)) for part in parts]
+        deep = HolderPlan(
+            "server",
+            "server",
+            available=True,
+            split=first,
+            ranks=deep_ranks,
+            declared_bytes=self._server.memory_bytes,
+            predicted_bytes=self._server_bytes(choice, deep_ranks),
+            captured_share=deep_gain / captured if captured > 0 else 0.0,
+        )
+        rough = Plan(
+            cost.model.layers, deep, tuple(parts), 0.0, captured, self._source, cost.model.servers, groups=choice.groups
+        )
+        return rough, lacking
+
+    def _timed(self, plan: Plan, choice: Choice) -> Plan:
+        """``plan`` with its seconds, by the virtual clock."""
+        clock = VirtualClock(self._cost, self._clients, self._server)
+        seconds, busy = clock.step_s(plan), clock.busy_s(plan)
+        job = self._cost.model.job
+        rows = job.batch_size * len(self._clients) * job.grad_accumulation
+        parts = tuple(replace(part, step_time_s=busy.get(part.name, 0.0)) for part in plan.clients)
+        return replace(
+            plan,
+            server=replace(plan.server, step_time_s=busy[plan.server.name]),
+            clients=parts,
+            makespan_s=seconds,
+            exchange_s=choice.exchange_s,
+            speed=Speed(rows / seconds, self.bound, clock.binding(plan)),
+        )
+
+    def _weight(self, client: int, share: Floats) -> float:
+        """Weight of a client's loss beside its tokens' number."""
+        if self._pace.weights == "tokens":
+            return 1.0
+        return float(min(self._shares[client] / share[client], MAX_WEIGHT))
+
+    def _holders(self, choice: Choice, members: Ints) -> Holders:
+        """Clients of one split, number of rows and stored form as a rank rule sees them."""
+        cost, problem, first = self._cost, self._problem, members[0]
+        split, rows = int(choice.splits[first]), int(choice.rows[first])
+        tables = cost.client_memory(rows, "codes" if choice.codes[first] else "dense")
+        held = problem.held[split]
+        prices = held * tables.per_rank
+        slack = problem.memory[problem.kind[members]] - tables.constant[split] - self._rank * prices.sum()
+        names = tuple(w.name for w in cost.model.weights)
+        return Holders("client", names, problem.worth, held.astype(np.int64), prices, slack, self._rank_set)
+
+    def _turns(self, choice: Choice) -> Ints:
+        """Examples that join a turn of a server at each split, one row a group, ``(G, L + 1)``."""
+        width = self._cost.model.layers + 1
+        group = choice.group
+        if self._cost.model.tail_at_client:
+            # Every turn's graph is kept until the tails' gradients are there.
+            group = np.zeros_like(group)
+        rows = np.bincount(group * width + choice.splits, weights=choice.rows, minlength=(int(group.max()) + 1) * width)
+        per_server = -(-rows // self._cost.model.servers) if self._cost.model.servers > 1 else rows
+        return per_server.astype(np.int64).reshape(-1, width)
+
+    def _server_levels(self, choice: Choice, share: Floats) -> tuple[tuple[Ints, int], float]:
+        """The server's levels, with the largest common one, and the bytes that it lacks at the smallest ranks."""
+        cost, problem = self._cost, self._problem
+        turns = self._turns(choice)
+        counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
+        prices = cost.server.per_rank(counts, turns)
+        needed = cost.server.constant(counts, turns) + self._rank * prices.sum(axis=1)
+        worst = int(needed.argmax())
+        names = tuple(w.name for w in cost.model.weights)
+        joined = cost.model.joined_clients(counts[:1])[:, cost.model.weight_layer]
+        slack = np.array([self._server.memory_bytes - needed[worst]])
+        holders = Holders("server", names, problem.worth, joined, prices[worst : worst + 1], slack, self._rank_set)
+        levels = self._rule.levels(holders)[0].astype(np.int64)
+        return (levels, int(holders.largest_common_levels()[0])), float(needed[worst] - self._server.memory_bytes)
+
+    def _server_bytes(self, choice: Choice, ranks: Mapping[str, int]) -> int:
+        cost, turns = self._cost, self._turns(choice)
+        counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
+        vector = cost.model.rank_vector(ranks)
+        return round(float((cost.server.constant(counts, turns) + cost.server.per_rank(counts, turns) @ vector).max()))
+
+
+MAX_WEIGHT = 4.0
+"""Most that a client's loss is weighted by beside its tokens, with ``pace.weights: data``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hsplit.config import Job
 from hsplit.config.cluster import server_names
+from hsplit.config.job import Wire
 from hsplit.config.reading import from_plain
 from hsplit.config.section import EXACT, MAX_LAYERS, STRICT, Whole
 from hsplit.errors import InputError
@@ -37,6 +38,7 @@ class HolderPlan:
         group: the server's turn in a local step that a client comes to.
         every, offset: a client takes part in the local steps ``t``, counted over the run, with ``t % every == offset``.
         stored: how it keeps a quantized base.
+        weight: of its loss, beside the number of its tokens.
         wire: format of its messages; empty stands for ``job.wire``.
     """
 
@@ -55,7 +57,8 @@ class HolderPlan:
     every: Annotated[int, Field(ge=1)] = 1
     offset: Whole = 0
     stored: Literal["dense", "codes"] = "dense"
-    wire: str = ""
+    weight: _Figure = 1.0
+    wire: Wire | Literal[""] = ""
     __pydantic_config__ = EXACT
 
     @property
@@ -67,7 +70,17 @@ class HolderPlan:
     @property
     def given(self) -> tuple[Any, ...]:
         """All that the plan decides for it, without the figures that follow."""
-        return self.split, self.ranks, self.rows, self.group, self.every, self.offset, self.stored, self.wire
+        return (
+            self.split,
+            self.ranks,
+            self.rows,
+            self.group,
+            self.every,
+            self.offset,
+            self.stored,
+            self.weight,
+            self.wire,
+        )
 
     def takes_part_in(self, step: int) -> bool:
         """True if it takes part in local step ``step``, counted over the run."""
@@ -93,6 +106,27 @@ class HolderPlan:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Speed of a plan against what its budgets allow (METHOD 10, virtual).
+
+    Attributes:
+        rows_per_s: examples a second.
+        bound_rows_per_s: most that the fleet could take with everything overlapped.
+        binding: the holder, and what of it, that the plan's speed follows from.
+    """
+
+    rows_per_s: _Figure
+    bound_rows_per_s: _Figure
+    binding: str
+    __pydantic_config__ = EXACT
+
+    @property
+    def share(self) -> float:
+        """Part of the bound that is reached."""
+        return self.rows_per_s / self.bound_rows_per_s if self.bound_rows_per_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """The layers and ranks of all holders, with the figures that they were chosen by.
 
@@ -107,6 +141,7 @@ class Plan:
         exchange_s: predicted time of the exchange at a round's end on the clients' links, with the residual at its cap,
             spread over the round's local steps (virtual).
         groups: turns of the server in one local step; a client's period, METHOD 10's ``m``, is ``groups * every``.
+        speed: against the bound; ``None``: not found out, where nothing is split.
     """
 
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -118,6 +153,7 @@ class Plan:
     servers: Annotated[int, Field(ge=1, le=MAX_SERVERS)] = 1
     exchange_s: _Figure = 0.0
     groups: Annotated[int, Field(ge=1)] = 1
+    speed: Speed | None = None
     __pydantic_config__ = STRICT
 
     @property
@@ -145,6 +181,11 @@ class Plan:
         return list(dict.fromkeys(name for part in (self.server, *self.available) for name in part.ranks))
 
     @property
+    def paced(self) -> bool:
+        """True if not all clients bring as many rows to every step, all together."""
+        return self.groups > 1 or len({(part.rows, part.every) for part in self.available}) > 1
+
+    @property
     def server_names(self) -> tuple[str, ...]:
         """Names of the servers; the first one aggregates."""
         return server_names(self.servers)
@@ -166,7 +207,9 @@ class Plan:
         """Plain data, for a checkpoint and for the event log."""
         # asdict would copy each of the ranks on its own, which takes seconds for thousands of clients.
         whole = {f.name: getattr(self, f.name) for f in fields(self)}
-        return whole | {"server": _holder_json(self.server), "clients": tuple(map(_holder_json, self.clients))}
+        speed = None if self.speed is None else asdict(self.speed)
+        holders = {"server": _holder_json(self.server), "clients": tuple(map(_holder_json, self.clients))}
+        return whole | {"speed": speed} | holders
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:

@@ -7,18 +7,21 @@ exchange out, but layers on a client behind a slow link cost more to aggregate t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hsplit.config import Policy
 from hsplit.errors import InputError
 from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.freezing import with_frozen
 from hsplit.planning.holder_plans import planned, whole_model
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.plan import Plan
+from hsplit.planning.paced_plan import PacedPlanner, fleet_bound, paces
+from hsplit.planning.plan import Plan, Speed
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule
 from hsplit.planning.split_rules import find_split_rule
@@ -34,6 +37,8 @@ def make_plan(
     policy: Policy,
     current: Plan | None = None,
     source: str = EQUAL,
+    vocabulary: Mapping[str, int] | None = None,
+    examples: Mapping[str, int] | None = None,
 ) -> Plan:
     """Give every holder its layers and ranks.
 
@@ -45,6 +50,8 @@ def make_plan(
         policy: its ``placement``, ``train``, ``split`` and ``ranks``.
         current: the plan in force, a start of the search.
         source: where the importance comes from, in words.
+        vocabulary: distinct token ids in each client's texts by name, where known: rows of the embedding to hold.
+        examples: number of each client's examples by name, where known.
 
     Raises:
         InputError: the policy's split is no layer of the model, no client fits, or the server does not.
@@ -55,12 +62,18 @@ def make_plan(
     if policy.train == "weights":
         return whole_model(clients, server, cost, importance)
     smallest = smallest_split(cost, policy)
-    ranks = rank_choices(cost, policy)
+    ranks, rule = rank_choices(cost, policy), find_rank_rule(policy.ranks)
+    if policy.placement == "split" and paces(policy.pace):
+        paced = PacedPlanner(
+            clients, server, cost, importance, policy, ranks, rule, vocabulary or {}, examples or {}, source
+        )
+        if not paced.available:
+            raise _no_client(clients, float(paced.needed[smallest]), smallest, int(ranks[0]), policy)
+        return paced.plan(current)
     needed = minimal_bytes(cost, int(ranks[0]))
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
     if not available:
         raise _no_client(clients, float(needed[smallest]), smallest, int(ranks[0]), policy)
-    rule = find_rank_rule(policy.ranks)
 
     def problem_of(frozen: Collection[str]) -> Problem:
         kind = OneRankProblem if rule.one_for_all else Problem
@@ -73,7 +86,13 @@ def make_plan(
     _check_server(problem, splits)
     if policy.freezes:
         problem, splits = with_frozen(problem, splits, problem_of, split_rule, current)
-    return planned(problem, splits, clients, int(needed[smallest]), source)
+    made = planned(problem, splits, clients, int(needed[smallest]), source)
+    if policy.placement != "split":
+        return made
+    rows = cost.model.job.batch_size * cost.model.job.grad_accumulation * len(available)
+    even, wires = np.full(len(available), 1 / len(available)), [cost.model.job.wire] * len(problem.distinct)
+    bound = fleet_bound(cost, problem, int(ranks[0]), wires, even)
+    return replace(made, speed=Speed(rows / made.makespan_s, bound, VirtualClock(cost, clients, server).binding(made)))
 
 
 def smallest_split(cost: CostModel, policy: Policy) -> int:

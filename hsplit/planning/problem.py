@@ -58,6 +58,9 @@ class Problem:
         rank_set: ranks to choose from, ``(Q,)``.
         rule: chooses the ranks of each holder.
         frozen: names of clients that only compute forward.
+        needed: bytes of a client at each split with the smallest ranks; by default those of one that stores its layers
+            dense, with the whole embedding.
+        apart: each client is a kind of its own.
 
     Attributes:
         one_rank: all holders and weights have one rank.
@@ -82,6 +85,8 @@ class Problem:
         rank_set: Ints,
         rule: RankRule,
         frozen: Collection[str] = (),
+        needed: Floats | None = None,
+        apart: bool = False,
     ) -> None:
         self.clients, self.server, self.cost = clients, server, cost
         self.rank_set, self._rule = rank_set, rule
@@ -90,7 +95,7 @@ class Problem:
         self.worth: Floats = scores / scores.sum()
         self._names = tuple(w.name for w in cost.model.weights)
         kinds: dict[tuple[float, ...], int] = {}
-        keys = [(*budget_of(c), c.name in frozen) for c in clients]
+        keys = [(*budget_of(c), c.name in frozen, i * apart) for i, c in enumerate(clients)]
         self.kind: Ints = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
         first = np.unique(self.kind, return_index=True)[1].tolist()
         self.distinct = [clients[i] for i in first]
@@ -105,7 +110,7 @@ class Problem:
             self.times[self.frozen, :, AHEAD] = self.times[self.frozen, :, UP]
             self.times[self.frozen, :, UP] = 0.0
         self.times[self.frozen, :, EXCHANGE] = self.frozen_exchange(bool(self.frozen.all()))[self.frozen]
-        self.needed = minimal_bytes(cost, int(rank_set[0]))
+        self.needed = minimal_bytes(cost, int(rank_set[0])) if needed is None else needed
         # Bytes grow with the split, so the splits that fit are those up to the deepest.
         self.deepest_of_kind: Ints = (self.needed <= self.memory[:, None]).sum(axis=1) - 1
 

@@ -181,10 +181,7 @@ class _Simulation:
         ups, downs = self._exchange.aggregated(plan, cohort, present)
         aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
         validation_s = clock.validation_s(plan, validated)
-        wire, batches = self._scheduler.cost.wire_bytes(1), job.local_steps * job.grad_accumulation
-        training = set(cohort)
-        # No gradient comes back to forward-only clients.
-        trained = sum(part.name in training and not part.forward_only for part in plan.available)
+        sent, received = self._step_bytes(round_, plan, cohort)
         return self._row(
             round_,
             clock,
@@ -196,9 +193,23 @@ class _Simulation:
             validation_s=validation_s,
             probe_s=probe_s,
             replanning_s=replanning_s,
-            bytes_up=batches * len(cohort) * wire.to_server + sum(ups.values()),
-            bytes_down=batches * (len(cohort) * wire.deep + trained * wire.down) + sum(downs.values()) + down,
+            bytes_up=sent + sum(ups.values()),
+            bytes_down=received + sum(downs.values()) + down,
         )
+
+    def _step_bytes(self, round_: int, plan: Plan, cohort: Sequence[str]) -> tuple[int, int]:
+        """Bytes of all messages of a round's local steps, from the clients and to them, each in its own format."""
+        job, model, training = self._job, self._scheduler.cost.model, set(cohort)
+        first = (round_ - 1) * job.local_steps
+        sent = received = 0
+        for part in plan.available:
+            if part.name in training:
+                wire = model.wire_bytes(part.split or 0, part.wire, part.rows or job.batch_size)
+                batches = job.grad_accumulation * part.turns(first, first + job.local_steps)
+                sent += batches * wire.to_server
+                # No gradient comes back to forward-only clients.
+                received += batches * (wire.deep + (0 if part.forward_only else wire.down))
+        return sent, received
 
     def _row(
         self,

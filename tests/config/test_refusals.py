@@ -246,7 +246,7 @@ JOBS = [
     ),
     ("{base: fp16}", "base: must be 'fp32', 'bf16', 'int8' or 'nf4' (got 'fp16')"),
     ("{dtype: fp16}", "dtype: must be 'auto', 'fp32', 'bf16' or 'fp64' (got 'fp16')"),
-    ("{wire: int4}", "wire: must be 'fp32', 'bf16', 'int8' or 'fp64' (got 'int4')"),
+    ("{wire: int3}", "wire: must be 'fp32', 'bf16', 'int8', 'int4' or 'fp64' (got 'int3')"),
     ("{batch_size: 2, pipeline: {microbatches: 3}}", "pipeline.microbatches: must be at most batch_size = 2 (got 3)"),
     ("{clock: virtual}", "clock: must be 'real' or 'emulated' (got 'virtual')"),
     ("{model: ''}", "model: must not be empty (got '')"),

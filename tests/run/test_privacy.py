@@ -28,7 +28,7 @@ from tests.tiny import LAYERS, WORDS
 CLIENTS = ("c0", "c1")
 
 # Every field of a client's results, labels at home. Activations and gradients are the bytes of floats.
-_FLOATS = {"WireTensor.data: array uint8", "WireTensor.shape[]: int", "WireTensor.wire: str"}
+_FLOATS = {f"WireTensor.{field}" for field in ("data: array uint8", "seed: int", "shape[]: int", "wire: str")}
 _SECONDS = {"seconds{}.key: str", "seconds{}: float"}
 _ACTIVATIONS = {
     "Activations.client: str",

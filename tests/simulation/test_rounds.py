@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,30 @@ def test_with_a_residual_and_a_probe_it_tells_no_less_than_a_run(models: dict[st
     told, real = found.rounds[-1].virtual_time_s, recorder.rows[-1].virtual_time_s
     assert found.rounds[-1].probe_s > 0
     assert real <= told * (1 + 1e-9) and told == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_it_counts_each_clients_messages_in_its_own_format(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, labels: str
+) -> None:
+    run = a_run(models["llama"], wire="bf16", privacy={"labels": labels})
+    plain, first = simulation(run), Scheduler.first
+
+    def narrowed(*arguments: Any) -> Any:
+        review = first(*arguments)
+        wires = zip(review.made.clients, ("int4", "", "int8"), strict=True)
+        return replace(review, plan=replace(review.made, clients=tuple(replace(c, wire=w) for c, w in wires)))
+
+    monkeypatch.setattr(Scheduler, "first", narrowed)
+    found, model = simulation(run), Scheduler(run, ModelSpec.read(models["llama"])).cost.model
+    for before, after in zip(plain.rounds[1:], found.rounds[1:], strict=True):
+        wires = [model.wire_bytes(1, wire) for wire in ("bf16", "int4", "int8")]
+        up, down = ([getattr(w, which) for w in wires] for which in ("to_server", "down"))
+        deep = [wire.deep for wire in wires]
+        steps = run.job.local_steps
+        assert before.bytes_up - after.bytes_up == steps * (2 * up[0] - up[1] - up[2])
+        back = [own + turn for own, turn in zip(down, deep, strict=True)]
+        assert before.bytes_down - after.bytes_down == steps * (2 * back[0] - back[1] - back[2])
 
 
 def test_a_change_of_budget_that_the_file_foresees_makes_another_plan(models: dict[str, Path]) -> None:

@@ -122,6 +122,40 @@ class VirtualClock:
             ahead=job.runs_ahead or self._cost.pace.periods != "none",
         )
 
+    def _busiest(self, plan: Plan, clients: Collection[str] | None) -> dict[str, tuple[str, float]]:
+        """The server's seconds of a step, and compute and links of the busiest client, where turns overlap."""
+        parts = self._training(plan, clients)
+        steps = math.lcm(*(part.every for part in parts))
+        found = self.cycle(plan, clients, 0, steps)
+        index = int(found.busy.argmax())
+        part, busy = parts[index], float(found.busy[index]) / steps
+        link = (
+            self._cost.times.link_s(self._clients[part.name], Loads.of_plan([part], self._cost.model.job)) / part.every
+        )
+        link = min(link, busy)
+        server = (plan.server.name, found.server_busy / steps)
+        return {"compute": (part.name, busy - link), "link": (part.name, link), "server": server}
+
+    def busy_s(self, plan: Plan) -> dict[str, float]:
+        """Seconds that each holder computes or sends in a local step, on the average over its period, by name."""
+        steps = math.lcm(*(part.every for part in plan.available))
+        found = self.cycle(plan, None, 0, steps)
+        busy = dict(zip((part.name for part in plan.available), (found.busy / steps).tolist(), strict=True))
+        return busy | {plan.server.name: found.server_busy / steps}
+
+    def binding(self, plan: Plan) -> str:
+        """Name the holder that a plan's speed follows from, with what it spends most of its time on."""
+        busy = self.busy_s(plan)
+        server_s = busy.pop(plan.server.name)
+        name = max(busy, key=busy.__getitem__)
+        if server_s >= busy[name]:
+            return f"{plan.server.name} compute"
+        part = plan.client(name)
+        loads, at = Loads.of_plan([part], self._cost.model.job), np.array([part.split or 0])
+        links = self._cost.times.link_s(self._clients[name], loads)
+        spent = float(self._cost.times.times_at([self._clients[name]], at, loads=loads).sum())
+        return f"{name} {'link' if links > spent / 2 else 'compute'}"
+
     def _training(self, plan: Plan, clients: Collection[str] | None) -> list[HolderPlan]:
         members = None if clients is None else set(clients)
         return [part for part in plan.available if members is None or part.name in members]
@@ -137,6 +171,8 @@ class VirtualClock:
         Returns:
             For each part the holder's name (of several clients the one with most), and seconds (virtual).
         """
+        if self._cost.pace.periods != "none":
+            return self._busiest(plan, clients)
         splits = _splits(plan, clients)
         phases, names = self._phases(plan, splits), list(splits)
         model, times = self._cost.model, self._cost.times

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from hsplit.config import Job
 from hsplit.lora.optimizer import STEPPED_AT_ONCE, constant_bytes, moment_bytes, passing_bytes
 from hsplit.models.checkpoint_reader import CHUNK_BYTES
-from hsplit.models.dtype import DTYPES, resolve_dtype
+from hsplit.models.dtype import resolve_dtype
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.weights import NF4_BLOCK, QUANTIZED_AT_ONCE, is_quantized
 from hsplit.planning.cost.counting import LayerCounter, LayerRun, TailRun
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.serving import counts_at_first
+from hsplit.planning.wire import row_bytes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -363,22 +364,20 @@ class CountedModel:
         """Count norm, head and loss."""
         return self.counter.tail(self.dtype, chunk_rows)
 
-    def wire_bytes(self, split: int, wire: str | None = None, examples: int | None = None) -> WireBytes:
+    def wire_bytes(self, split: int, wire: str = "", examples: int | None = None) -> WireBytes:
         """Bytes of one full batch of a client that splits at ``split`` (see ``actors.messages``).
 
         Args:
             split: its split point.
-            wire: format of its messages; ``job.wire`` by default.
+            wire: format of its messages; empty stands for ``job.wire``.
             examples: in the batch; ``job.batch_size`` by default.
         """
         if self.whole:
             return WireBytes(0, 0, 0, 0)
-        job, wire = self.job, wire or self.job.wire
+        job = self.job
         examples = job.batch_size if examples is None else examples
         rows = examples * job.max_length
-        # In int8 every token has an fp32 scale beside its codes.
-        token = self.width + 4 if wire == "int8" else self.width * DTYPES[wire].itemsize
-        hidden = rows * token
+        hidden = rows * row_bytes(wire or job.wire, self.width)
         at_home = self.tail_at_client
         up = hidden + 4 * examples + 8 + (0 if at_home else 4 * rows)
         turn = hidden if at_home else 0

@@ -128,6 +128,6 @@ class CostModel:
         up, turn, down = self.times.client_times(client)[split]
         return StepTime(float(up), float(turn), float(down))
 
-    def wire_bytes(self, split: int) -> WireBytes:
-        """Bytes of one full batch of a client that splits at ``split``."""
-        return self.model.wire_bytes(split)
+    def wire_bytes(self, split: int, wire: str = "") -> WireBytes:
+        """Bytes of one full batch of a client that splits at ``split``; ``wire`` as in a plan."""
+        return self.model.wire_bytes(split, wire)

@@ -78,10 +78,12 @@ class StepTimes:
         """
         return self.all_client_times([client], microbatches)[0]
 
-    def all_client_times(self, clients: Sequence[ClientBudget], microbatches: int | None = None) -> Floats:
+    def all_client_times(
+        self, clients: Sequence[ClientBudget], microbatches: int | None = None, loads: Loads | None = None
+    ) -> Floats:
         """:meth:`client_times` of many clients at once: ``(C, L + 1, 3)``."""
         layers = np.arange(self._model.layers + 1)
-        return self._times(clients, layers[None], microbatches)
+        return self._times(clients, layers[None], microbatches, loads)
 
     def times_at(
         self,
@@ -135,6 +137,16 @@ class StepTimes:
         back = (share * prefix(self._model.backward_flops)[splits] + widened) / flops + sent("down")
         times[:, :, 2] = np.where(splits > 0, back, 0.0)
         return times * self._model.job.grad_accumulation
+
+    def link_s(self, client: ClientBudget, loads: Loads) -> float:
+        """Virtual seconds of a client's messages in a local step; ``loads`` are of this client alone."""
+        wire = self._model.wire_bytes(1, loads.wires[0], int(loads.rows[0]))
+        messages = min(self._model.job.pipeline.microbatches, int(loads.rows[0])) * (
+            4 if self._model.tail_at_client else 2
+        )
+        nbytes = wire.up + wire.deep + wire.slope + wire.down
+        once = 8 * nbytes / client.bandwidth_bps + messages * client.latency_s
+        return once * self._model.job.grad_accumulation
 
     def exchange_times(
         self, clients: Sequence[ClientBudget], *, forward_only: bool = False, learned_from: int = 0
