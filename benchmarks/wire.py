@@ -39,7 +39,7 @@ from hsplit.models.segment import BaseModel
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.displays import PlainDisplay
-from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
+from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, perplexities
 from hsplit.planning.scheduler import Scheduler
 from hsplit.planning.wire import row_bytes
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
@@ -307,11 +307,14 @@ def _learned_loss(
 def _row(wire: str, seed: int, finished: _Finished, first: _Finished) -> Narrowed:
     curve, last = finished.curve, finished.curve[-1]
     sent, received = sum(r.bytes_up for r in curve), sum(r.bytes_down for r in curve)
+    # There is a validation before any training, and after the last round.
+    assert last.val_loss is not None and first.curve[-1].val_loss is not None
+    (_, before), *_, (_, after) = perplexities(curve)
     return Narrowed(
         wire=wire,
         seed=seed,
-        val_ppl_before=curve[0].val_ppl,
-        val_ppl=last.val_ppl,
+        val_ppl_before=before,
+        val_ppl=after,
         learned_ppl=math.exp(finished.learned_loss),
         val_loss_difference=last.val_loss - first.curve[-1].val_loss,
         learned_loss_difference=finished.learned_loss - first.learned_loss,

@@ -236,7 +236,9 @@ class ServerMemory:
     @cached_property
     def _store_bytes(self) -> float:
         """Bytes that the aggregator keeps: residuals and common restarts of all weights."""
-        return self._residual_bytes + float(self._model.copied_bytes.sum())
+        # While changes wait, the residual that the holders have is kept too.
+        residuals = 1 + (self._model.job.residual.wait > 0)
+        return residuals * self._residual_bytes + float(self._model.copied_bytes.sum())
 
     def _restart_bytes(self, held: NDArray[np.bool_]) -> Floats:
         return np.where(held, self._model.restart_bytes, 0.0).max(axis=1)
