@@ -56,11 +56,20 @@ class FixedClock:
     def watched_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
         return 0.0625
 
+    def finished_s(self, plan: Plan, clients: Sequence[str], start: int) -> dict[str, float]:
+        return {}
+
     def probe_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
         return 0.125
 
     def aggregation_s(
-        self, plan: Plan, policy: Policy, up: dict[str, int], down: dict[str, int], clients: Sequence[str]
+        self,
+        plan: Plan,
+        policy: Policy,
+        up: dict[str, int],
+        down: dict[str, int],
+        clients: Sequence[str],
+        finished: dict[str, float],
     ) -> float:
         return 0.25
 

@@ -362,7 +362,9 @@ class Coordinator:
         executor.get([restarts.pop(server) for server in replicas])
         self._membership.await_calls(restarts)
         self._membership.bring_back()
-        aggregation_s = context.clock.aggregation_s(context.plan, context.run.policy, up, down, names)
+        start = self.state.round * self._job.local_steps
+        finished = context.clock.finished_s(context.plan, cohort, start)
+        aggregation_s = context.clock.aggregation_s(context.plan, context.run.policy, up, down, names, finished)
         self._count(aggregation_s, begun)
 
     def validate(self) -> tuple[float, int]:

@@ -179,7 +179,8 @@ class _Simulation:
         job, cohort = self._job, drawn_cohort(present, self._job.seed, round_, self._most)
         each_s = clock.steps_s(plan, cohort, (round_ - 1) * job.local_steps)
         ups, downs = self._exchange.aggregated(plan, cohort, present)
-        aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
+        finished = clock.finished_s(plan, cohort, (round_ - 1) * job.local_steps)
+        aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort, finished)
         validation_s = clock.validation_s(plan, validated)
         sent, received = self._step_bytes(round_, plan, cohort)
         return self._row(

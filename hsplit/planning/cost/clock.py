@@ -68,6 +68,18 @@ class VirtualClock:
         steps: list[float] = np.diff(ends, prepend=0.0).tolist()
         return steps
 
+    def finished_s(self, plan: Plan, clients: Collection[str] | None = None, start: int = 0) -> dict[str, float]:
+        """Seconds from the end of a round's last step to each client's end of it: before that, negative.
+
+        Nothing where all wait for all: then nobody sends adapters before the step has ended.
+        """
+        if self._cost.pace.periods == "none":
+            return {}
+        found = self.cycle(plan, clients, start, self._cost.model.job.local_steps)
+        parts = self._training(plan, clients)
+        own = dict(zip((part.name for part in parts), (found.finished - found.ends[-1]).tolist(), strict=True))
+        return own | {plan.server.name: found.server_finished - float(found.ends[-1])}
+
     def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
         """Seconds of a local step of a round that goes on, on the average over the clients' periods.
 
