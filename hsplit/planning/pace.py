@@ -37,6 +37,8 @@ MAX_SIMULATED = 16
 # Best choices that are improved client by client, and the changes of a split that are tried.
 _CLIMBED = 4
 _MOVES = (-4, -2, -1, 1, 2, 4)
+# Most times that the longest deadline is doubled where the rows cannot be dealt out within it.
+_DOUBLINGS = 12
 # Least common multiple of the periods: rows a step are counted in these parts of an example.
 _PARTS = 12
 
@@ -257,9 +259,16 @@ class PacedProblem:
     def _within(self, limit_s: float) -> list[Choice]:
         """Find the best choices in which nobody's exchange takes longer than ``limit_s`` a step."""
         effort, found = self._effort, dict[bytes, tuple[float, _Dealt]]()
-        least_s = self._least_s()
-        best: tuple[float, float] = (-np.inf, least_s)
-        for deadline in [least_s * factor for factor in effort.deadlines]:
+        if np.isinf(self._least_s):
+            return []
+        best: tuple[float, float] = (-np.inf, self._least_s)
+        for factor in effort.deadlines:
+            best = max(best, self._try(self._least_s * factor, limit_s, found))
+        deadline = self._least_s * effort.deadlines[-1]
+        for _ in range(_DOUBLINGS):
+            if found:
+                break
+            deadline *= 2
             best = max(best, self._try(deadline, limit_s, found))
         for factor in effort.nearer:
             self._try(best[1] * factor, limit_s, found)
@@ -329,15 +338,19 @@ class PacedProblem:
         limits: list[float] = np.geomspace(least, max(longest, least * 1.001), self._effort.exchanges).tolist()
         return limits
 
+    @cached_property
     def _least_s(self) -> float:
-        """Seconds of a step below which no plan comes: of the server at the deepest splits, and of all together."""
+        """Seconds of a step below which no plan comes: of all together, of the server, and of each client's floor."""
         fits = self._fits.any(axis=1)
         deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
         shallow_s = (self._row_s[0] + self.server_s)[:, 1:].min(axis=1)[self.problem.kind]
         together = self.total_rows / float((1 / shallow_s).sum())
-        return self._job.grad_accumulation * max(
-            together, float(self.server_s[deepest[self.problem.kind]].mean()) * self.total_rows * 0.5
-        )
+        serving = float(self.server_s[deepest[self.problem.kind]].mean()) * self.total_rows * 0.5
+        # Of each client the least that some rows above its floor take, over its period.
+        quickest = (self._own_s / self._pair_every[:, None]).min(axis=(0, 3))
+        enough = self._quota >= self._least_quota[:, None]
+        floors = np.where(enough, quickest[self.problem.kind], np.inf).min(axis=1)
+        return self._job.grad_accumulation * max(together, serving, float(floors.max()))
 
     def _by_deadline(self, deadline: float, limit_s: float) -> list[tuple[float, _Dealt]]:
         """Deal out rows within ``deadline`` at several prices of the server's seconds.
