@@ -183,7 +183,7 @@ class ImportanceProbe:
         stride = min(WATCHED_ROWS, shape.d_out) if self._training else 1
         first = hash_seed(shape.name, self._draw) % stride
         sums = [torch.zeros((), dtype=torch.float64, device=delta.device) for _ in owners]
-        weight = _EffectiveWeight(shape.name, linear, self._adapters, exact)
+        weight = _EffectiveWeight(shape.name, linear, self._adapters, exact, whole=stride == 1)
         rows = stride * max(1, PROBE_CHUNK_BYTES // (shape.d_in * exact.itemsize))
         for start in range(first, shape.d_out, rows):
             chunk = slice(start, start + rows, stride)
@@ -201,12 +201,12 @@ class _EffectiveWeight:
     """The weight ``W_0 + R + s B A`` of one linear, by chunks of rows in dtype ``exact``.
 
     The base's values are in the compute dtype, as in the forward: a dense store is read in place, codes are dequantized
-    whole.
+    whole, or, where few rows are wanted, row by row.
     """
 
-    def __init__(self, name: str, linear: AdaptedLinear, adapters: AdapterSet, exact: torch.dtype) -> None:
-        self._exact = exact
-        self._base = linear.weight.dense(linear.compute_dtype)
+    def __init__(self, name: str, linear: AdaptedLinear, adapters: AdapterSet, exact: torch.dtype, whole: bool) -> None:
+        self._exact, self._dtype, self._stored = exact, linear.compute_dtype, linear.weight
+        self._base = linear.weight.dense(linear.compute_dtype) if whole else None
         # A merged residual is part of the base's working weight; otherwise it is one of these two.
         self._matrix, residual = linear._residual_matrix, linear._residual
         self._terms: list[tuple[Tensor, Tensor, float]] = []
@@ -214,12 +214,13 @@ class _EffectiveWeight:
             self._terms.append((residual.B.to(exact), residual.A.to(exact), 1.0))
         if name in adapters.names:
             B, A = adapters.B(name).detach(), adapters.A(name).detach()
-            device = self._base.device
+            device = linear.device
             self._terms.append((B.to(device, exact), A.to(device, exact), adapters.scale(name)))
 
     def rows(self, chunk: slice) -> Tensor:
         """Return a copy of rows ``chunk`` of the weight: ``(rows, d_in)``."""
-        values = self._base[chunk].to(self._exact, copy=True)
+        base = self._stored.rows(chunk, self._dtype) if self._base is None else self._base[chunk]
+        values = base.to(self._exact, copy=True)
         if self._matrix is not None:
             values += self._matrix[chunk]
         for B, A, scale in self._terms:
