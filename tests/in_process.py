@@ -53,11 +53,23 @@ class FixedClock:
     def steps_s(self, plan: Plan, clients: Sequence[str], start: int) -> list[float]:
         return [plan.makespan_s]
 
+    def watched_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
+        return 0.0625
+
+    def finished_s(self, plan: Plan, clients: Sequence[str], start: int) -> dict[str, float]:
+        return {}
+
     def probe_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
         return 0.125
 
     def aggregation_s(
-        self, plan: Plan, policy: Policy, up: dict[str, int], down: dict[str, int], clients: Sequence[str]
+        self,
+        plan: Plan,
+        policy: Policy,
+        up: dict[str, int],
+        down: dict[str, int],
+        clients: Sequence[str],
+        finished: dict[str, float],
     ) -> float:
         return 0.25
 
@@ -85,6 +97,9 @@ class FixedScheduler:
     def review(self, round_: int, current: Plan, fleet: Fleet, state: PlanningState, *found: Any) -> Review:
         reasons = ("the test says so",) if round_ in self._later else ()
         return Review(self._later.get(round_), reasons, None, state)
+
+    def probe_matters(self, *given: Any) -> bool:
+        return True
 
     def clock(self, fleet: Fleet, state: PlanningState) -> Any:
         return FixedClock()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.messages import Activations, WireTensor
+from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.models.packing import Packing
 from hsplit.models.segment import Segment
 from hsplit.models.tail import Tail
@@ -23,12 +24,14 @@ class JoinedBatch:
         messages: the clients' messages, in the order given.
         inputs: each client's hidden states at its split point, leaves of the graph.
         tokens: each client's tokens of ``output``.
+        probe: scores weights in the backward, where a client asks for it.
     """
 
     output: Tensor
     messages: tuple[Activations, ...]
     inputs: dict[str, Tensor]
     tokens: dict[str, slice]
+    probe: ImportanceProbe | None = None
 
     @staticmethod
     def run(

@@ -151,9 +151,9 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
 
     # -- computation ------------------------------------------------------------------------------------------------
 
-    def _new_probe(self) -> ImportanceProbe:
+    def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
         assert isinstance(self.holder, Holder)
-        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw)
 
     def _front(self, batch: Batch, probing: bool = False) -> Tensor:
         """Embed ``batch`` and run layers ``[0, split)``: hidden states ``(n, d)``."""

@@ -320,6 +320,9 @@ class PacedProblem:
         fits = self._fits.any(axis=1)
         own = self.exchange_s[1] if len(self._frozen_choices) > 1 else self.exchange_s[0]
         least = float(np.where(fits, own, np.inf).min(axis=1).max())
+        if np.isinf(least):
+            # Some client has no split that may be chosen.
+            return []
         longest = float(np.where(fits, self.exchange_s[0], 0.0).max())
         if self._effort.exchanges == 1:
             return [longest]

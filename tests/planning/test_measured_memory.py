@@ -40,6 +40,9 @@ CLIENTS = [
     Case(LLAMA, "nf4", (4,), rank=4, batch_size=8, length=32, wire="fp32", labels="client"),
     Case(LLAMA, "int8", (3,), batch_size=1, length=128),
     Case(LLAMA, "nf4", (0,), batch_size=8, length=256),
+    Case(LLAMA, "nf4", (0,), batch_size=8, length=256, wire="int8"),
+    Case(LLAMA, "nf4", (0,), batch_size=8, length=256, wire="int4"),
+    Case(LLAMA, "fp32", (1,), batch_size=4, labels="client", wire="int4"),
     Case(LLAMA, "nf4", (2,), noise=0.1),
     Case(LLAMA, "nf4", (2,), dtype="bf16", length=16),
     Case(GROUPED, "int8", (3,), rank=16, batch_size=4, length=48, labels="client"),
@@ -89,7 +92,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def named(case: Case) -> str:
     batch = f"{case.batch_size}x{case.length}"
     held = f"{case.stored} {case.vocabulary or 'all'}"
-    return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {held}"
+    return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {case.wire} {held}"
 
 
 @pytest.mark.parametrize("case", CLIENTS, ids=named)
