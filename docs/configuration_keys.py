@@ -147,6 +147,7 @@ _NAMES = {
     "Faults": "faults",
     "FastPaths": "fast",
     "Policy": "policy",
+    "Pace": "pace",
     "Importance": "importance",
     "Replan": "replan",
     "SelfPruning": "self-pruning",
