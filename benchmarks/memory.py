@@ -388,7 +388,7 @@ CLIENTS = (
     Case(SMOLLM2, "nf4", (12,), rank=32, batch_size=8, stored="codes"),
     Case(SMOLLM2, "nf4", (24,), rank=4, batch_size=3, labels="client", stored="codes"),
     Case(SMOLLM2, "int8", (8,), rank=16, batch_size=1, length=256, stored="codes"),
-    Case(SMOLLM2, "int8", (16,), batch_size=5, labels="client", stored="codes"),
+    Case(SMOLLM2, "int8", (12,), labels="client", stored="codes"),
     Case(SMOLLM2, "nf4", (2,), batch_size=16, length=128, stored="codes"),
     Case(GPT2, "nf4", (3,), length=128, stored="codes"),
     Case(GPT2, "int8", (9,), rank=16, batch_size=6, stored="codes"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Importance, Job, Policy, ResidualConfig, RunConfig
+from hsplit.errors import InputError
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.models.spec import ModelSpec
@@ -234,3 +235,25 @@ def test_the_server_needs_what_its_rows_need_whoever_brings_them(
     more[:, 0] += 1
     assert (memory.constant(clients, more) >= memory.constant(clients)).all()
     assert (memory.per_rank(clients, more) >= memory.per_rank(clients)).all()
+
+
+def test_a_start_is_refused_only_if_no_texts_would_leave_room(tmp_path: Path) -> None:
+    from hsplit.planning.scheduler import Scheduler
+
+    config = tiny_config("llama")
+    config.vocab_size = 50_000
+    config.save_pretrained(tmp_path)
+    policy = Policy.model_validate({"pace": {"embedding": "own"}})
+    job = Job(dtype="fp32", base="fp32", max_length=16)
+
+    def scheduler(memory_bytes: float) -> Scheduler:
+        run = RunConfig(clients=(client("one", memory_bytes),), server=server(), job=job, policy=policy)
+        return Scheduler(run, ModelSpec.read(tmp_path))
+
+    whole = scheduler(1e9).cost.model.embedding_bytes
+    scheduler(whole).check_start()
+    with pytest.raises(InputError, match="none has the memory"):
+        scheduler(whole).plan()
+    with pytest.raises(InputError, match="none has the memory"):
+        scheduler(whole / 100).check_start()
+    scheduler(2 * whole).plan()
