@@ -27,8 +27,8 @@ from hsplit.seeds import hash_seed
 # Rows of G and of the effective weight are formed this many bytes at a time (or one row, if it is larger).
 PROBE_CHUNK_BYTES = 1 << 20
 # In a training backward one row of a weight of so many is scored. Against all rows, on SmolLM2-135M over five clients:
-# one in 4 ranks the weights alike (Spearman 0.997, L1 of the shares 0.04), one in 16 nearly (0.98, 0.08), one in 32 less
-# (0.96, 0.12); a plan follows importance that has moved by `replan.tau`, 0.1 by default.
+# one in 4 ranks the weights alike (Spearman 0.997, L1 of the shares 0.04), one in 16 nearly (0.98, 0.08), one in 32
+# less (0.96, 0.12); a plan follows importance that has moved by `replan.tau`, 0.1 by default.
 WATCHED_ROWS = 8
 
 

@@ -181,7 +181,11 @@ class StepTimes:
 
     def serving_times(self, server: ServerBudget, served: Ints) -> Floats:
         """Virtual seconds of one server's phase with exactly the clients ``served``: ``(M,)``."""
-        flops = self._model.joined_clients(served) @ (self._model.forward_flops + self._model.backward_flops)
+        joined = self._model.joined_clients(served)
+        flops = joined @ (self._model.forward_flops + self._model.backward_flops)
+        # Codes are dequantized once in each pass of a microbatch, whatever its rows.
+        parts = min(self._model.job.pipeline.microbatches, self._model.job.batch_size)
+        flops = flops + 2 * parts * ((joined > 0) @ self._model.dequantization_flops)
         if not self._model.tail_at_client:
             flops = flops + served.sum(axis=1) * self.tail_flops
         times: Floats = flops / server.flops * self._model.job.grad_accumulation
@@ -253,7 +257,8 @@ class StepTimes:
     def server_forward_s(self, server: ServerBudget, counts: Ints) -> float:
         """Virtual seconds of the server's forward of one joined batch; ``counts`` is ``(L + 1,)``."""
         served = self._model.served(counts[None])
-        flops = float((self._model.joined_clients(served) @ self._model.forward_flops)[0])
+        joined = self._model.joined_clients(served)
+        flops = float((joined @ self._model.forward_flops + (joined > 0) @ self._model.dequantization_flops)[0])
         if not self._model.tail_at_client:
             flops += int(served.sum()) * self._tail_forward_flops
         return flops / server.flops
