@@ -48,6 +48,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.planner import make_plan
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.run.inputs import read_inputs
 
 LEVELS = convergence.LEVELS
 SEEDS = (*convergence.SEEDS, *range(10, 20))
@@ -149,21 +150,23 @@ def configured(
     return made(convergence.budgets(h, seed, memory_gb))
 
 
-def _speed(name: str, h: float, seed: int, options: argparse.Namespace) -> Speed:
+def _speed(name: str, h: float, seed: int, options: argparse.Namespace, known: dict[int, dict[str, int]]) -> Speed:
+    """Plan one draw; ``known`` has the distinct token ids of each client by seed."""
     policy, pace = POLICIES[name]
     with tempfile.TemporaryDirectory() as folder:
         run = configured(Path(folder), h, seed, policy, [f"policy.pace.{key}" for key in pace], options)
-    source, inputs = common.read(run)
-    tokenizer, job = load_tokenizer(source.directory), run.job
-    # As clients report when they have read their texts.
-    own = {client: LocalData(client, share or [], tokenizer, job) for client, share in inputs.shares.items()}
-    vocabulary = {
-        client: len({token for example in [*data.train, *data.held_out] for token in example.ids})
-        for client, data in own.items()
-    }
+    source = find_model(run.job.model)
+    if seed not in known:
+        # As clients report when they have read their texts.
+        tokenizer, shares = load_tokenizer(source.directory), read_inputs(run, source).shares
+        own = {client: LocalData(client, share or [], tokenizer, run.job) for client, share in shares.items()}
+        known[seed] = {
+            client: len({token for example in [*data.train, *data.held_out] for token in example.ids})
+            for client, data in own.items()
+        }
     cost = CostModel.of_run(source.spec, run)
     equal = equal_importance(cost.model.weights)
-    plan = make_plan(run.clients, run.server, cost, equal, run.policy, vocabulary=vocabulary)
+    plan = make_plan(run.clients, run.server, cost, equal, run.policy, vocabulary=known[seed])
     assert plan.speed is not None
     return Speed(
         policy=name,
@@ -180,11 +183,11 @@ def _speed(name: str, h: float, seed: int, options: argparse.Namespace) -> Speed
 
 
 def _speeds(options: argparse.Namespace, console: Console, header: Mapping[str, Any]) -> str:
-    rows = []
+    rows, known = [], dict[int, dict[str, int]]()
     for h in options.levels:
         # Equal budgets are the same for every seed.
         for seed in options.seeds if h else options.seeds[:1]:
-            rows += [_speed(name, h, seed, options) for name in POLICIES]
+            rows += [_speed(name, h, seed, options, known) for name in POLICIES]
             shown = ", ".join(f"{row.policy} {row.ten_s:.3f} s ({row.share:.0%})" for row in rows[-len(POLICIES) :])
             console.print(f"h {h:g}, seed {seed}: {shown}")
     common.write_rows(options.to / "speed.csv", rows, header)
