@@ -102,7 +102,7 @@ class Server(Replica):
             if name in plan.server_names:
                 continue
             part, old = plan.client(name), had.get(name)
-            if old is not None and old.ranks == part.ranks and changed.isdisjoint(part.ranks):
+            if old is not None and old.given == part.given and changed.isdisjoint(part.ranks):
                 updates[name] = RoundUpdate(round_, {}, {})
                 continue
             new = part.ranks.keys() - (old.ranks.keys() if old is not None else set())
