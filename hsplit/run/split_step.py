@@ -3,7 +3,8 @@
 A local step is one cycle: the server serves the clients in groups, one turn after another, and steps its adapters once
 all have had theirs, or after each. Where turns overlap, a client begins its next batch as soon as its own backward
 allows, whoever else the step still waits for: what it sends was computed with the adapters that the gradient returns
-to, so that only waiting differs.
+to, so that only waiting differs. With ``pace.ahead`` it begins one batch earlier, and the gradient returns to the
+adapters of one step before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 from hsplit.actors.client import Client
@@ -44,6 +46,7 @@ class SplitTraining(Training):
         super().__init__(job, executor)
         self._labels_at_home = job.privacy.labels == "client"
         self._overlaps, self._steps_each_group = pace.periods != "none", pace.server_step == "group"
+        self._ahead = pace.ahead
         self._frozen_run_ahead = job.runs_ahead or (self._overlaps and not self._labels_at_home)
         # By client, step and microbatch: fronts begun, and the backwards begun in advance of clients that need no
         # gradient; by client and step the backwards begun before its first front.
@@ -54,9 +57,9 @@ class SplitTraining(Training):
         self._unread: dict[str, list[_Backward]] = defaultdict(list)
         # Microbatches of each client's batches by the plan in force.
         self._parts: dict[str, int] = {}
-        # Of the step under way: each client's next one in the round, its server, and the servers that have had a turn
+        # Of the step under way: each client's next two in the round, its server, and the servers that have had a turn
         # since they stepped, with the ends of their steps.
-        self._following: dict[str, int | None] = {}
+        self._following: dict[str, list[int]] = {}
         self._server_of: dict[str, str] = {}
         self._stepping: set[str] = set()
         self._ends: list[tuple[str, Ref[Mapping[str, float]]]] = []
@@ -87,7 +90,7 @@ class SplitTraining(Training):
         groups = [by_group[group] for group in sorted(by_group)]
         end = (step // job.local_steps + 1) * job.local_steps
         self._following = {
-            name: next((later for later in range(step + 1, end) if parts[name].takes_part_in(later)), None)
+            name: list(islice((later for later in range(step + 1, end) if parts[name].takes_part_in(later)), 2))
             for name in begun
         }
         for client in begun:
@@ -97,6 +100,9 @@ class SplitTraining(Training):
             for client in begun:
                 if outcome.takes_part(client):
                     self._begin_fronts(client, step, batch)
+                    if self._ahead and batch == job.grad_accumulation - 1:
+                        for later in self._following[client][:1]:
+                            self._begin_fronts(client, later, 0)
             turns = self._turns_at_home if self._labels_at_home else self._turns
             reports = turns(outcome, step, batch, groups)
             for server, report in reports:
@@ -140,7 +146,7 @@ class SplitTraining(Training):
         for micro in micros:
             self._fronts[client, step, micro] = self._executor.call_pair(client, Client.forward, step, micro)
 
-    def _run_ahead(self, client: str, step: int, following: int | None) -> None:
+    def _run_ahead(self, client: str, step: int, following: Sequence[int]) -> None:
         """Begin all calls of ``step`` of a forward-only client, and the fronts of its next one in the round.
 
         It waits for no gradient, and trains nothing that would change the next fronts. Its calls have the same order
@@ -151,9 +157,9 @@ class SplitTraining(Training):
             for micro in self._micros(client, batch):
                 self._early[client, step, micro] = self._executor.call(client, Client.backward, step, micro, None)
                 self._unread[client].append(self._early[client, step, micro])
-        if following is not None:
+        for later in following[:1]:
             for batch in range(self._job.grad_accumulation):
-                self._begin_fronts(client, following, batch)
+                self._begin_fronts(client, later, batch)
 
     def _begin_backwards(self, step: int, micro: int, gradients: Mapping[str, Ref[WireTensor | None]]) -> None:
         """Begin the backward of ``micro`` of the clients in ``gradients``; after a batch's last, what follows it."""
@@ -161,12 +167,14 @@ class SplitTraining(Training):
             if (client, step, micro) in self._early:
                 continue
             self._unread[client].append(self._executor.call(client, Client.backward, step, micro, gradient))
-            batch, later = micro // self._job.pipeline.microbatches, self._following[client]
+            batch = micro // self._job.pipeline.microbatches
             if not self._overlaps or micro != self._micros(client, batch)[-1]:
                 continue
             if batch + 1 < self._job.grad_accumulation:
                 self._begin_fronts(client, step, batch + 1)
-            elif later is not None:
+                continue
+            # With one batch ahead, the next fronts are under way, and those after them are what follows.
+            for later in self._following[client][self._ahead :][:1]:
                 self._begin_fronts(client, later, 0)
 
     def _sent(self, outcome: StepOutcome, step: int, micro: int, group: Sequence[str]) -> dict[str, Ref[Activations]]:

@@ -56,7 +56,7 @@ class Watching(Recorder):
         assert not any(training._unread.values())
         for name in self.run.context.clients:
             actor = self.run._executor.actors[name]  # type: ignore[attr-defined]  # in-process by construction
-            assert not actor._sent and not actor.data._begun, name
+            assert not actor._sent and not actor._behind and not actor.data._begun, name
             assert not actor.holder.adapters.flat.grad.any(), name
 
 
@@ -67,6 +67,7 @@ def made(
     clients: Sequence[Turns] = CLIENTS,
     servers: int = 1,
     periods: str = "planned",
+    ahead: bool = False,
     before: Any = None,
     later: dict[int, Plan] | None = None,
     directory: RunDirectory | None = None,
@@ -75,7 +76,7 @@ def made(
 ) -> Coordinator:
     """A run by the turns of ``clients`` that is hit by ``faults``, ready to run."""
     settings = SETTINGS | job
-    policy = Policy(name="hsplitlora", importance=Importance(metric="equal"), pace=Pace(periods=periods))
+    policy = Policy(name="hsplitlora", importance=Importance(metric="equal"), pace=Pace(periods=periods, ahead=ahead))
     shares = {f"c{i}": random_examples(24, seed=i) for i in range(len(clients))}
     to.mkdir(exist_ok=True)
     recorder, plan = Watching(after_step), plan_of(model, clients, servers, **settings)
@@ -152,7 +153,7 @@ def test_a_client_that_fails_is_back_and_nothing_of_it_is_left(
 
 @pytest.mark.parametrize(
     "settings",
-    [MORE, MORE | {"privacy": {"labels": "client"}}, {"servers": 2}, {"clients_per_round": 2}],
+    [MORE, MORE | {"privacy": {"labels": "client"}}, {"servers": 2}, {"clients_per_round": 2}, MORE | {"ahead": True}],
 )
 @pytest.mark.parametrize(
     "fault", [Fault("c0", "backward", 15), Fault("c1", "forward", 9, "hang"), Fault("c2", "forward", 16, "memory")]
@@ -288,7 +289,16 @@ def test_a_plan_with_other_turns_is_followed(models: dict[str, Path], tmp_path: 
         assert hit._executor.actors[part.name]._part.given == part.given  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("stop", "job"), [(2, {}), (9, MORE), (7, MORE | {"privacy": {"labels": "client"}})])
+@pytest.mark.parametrize(
+    ("stop", "job"),
+    [
+        (2, {}),
+        (9, MORE),
+        (7, MORE | {"privacy": {"labels": "client"}}),
+        (3, {"ahead": True}),
+        (9, MORE | {"ahead": True}),
+    ],
+)
 def test_a_run_stopped_in_the_middle_of_a_period_goes_on_as_if_it_had_not(
     models: dict[str, Path], tmp_path: Path, stop: int, job: dict[str, Any]
 ) -> None:
