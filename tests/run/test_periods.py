@@ -118,37 +118,36 @@ def test_without_faults_only_waiting_differs(models: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("client", "method", "nth"),
+    ("client", "method", "nth", "kinds"),
     [
         # The second round: its begin, its middle, and its end, where no front follows a backward.
-        ("c0", "forward", 7),
-        ("c0", "forward", 9),
-        ("c0", "backward", 9),
-        ("c0", "backward", 12),
+        ("c0", "forward", 7, "died hang"),
+        ("c0", "forward", 9, "died hang memory refused"),
+        ("c0", "backward", 9, "died hang memory"),
+        ("c0", "backward", 12, "died hang memory"),
         # Every other step, and nobody else is in its group.
-        ("c1", "forward", 5),
-        ("c1", "backward", 5),
-        ("c1", "backward", 6),
+        ("c1", "forward", 5, "memory hang"),
+        ("c1", "backward", 5, "died hang refused"),
         # The last one in a step.
-        ("c2", "forward", 10),
-        ("c2", "backward", 11),
+        ("c2", "forward", 10, "died hang"),
+        ("c2", "backward", 11, "memory hang"),
         # A step ahead.
-        ("c3", "forward", 5),
-        ("c3", "backward", 5),
+        ("c3", "forward", 5, "died hang"),
+        ("c3", "backward", 5, "memory hang"),
     ],
 )
-@pytest.mark.parametrize("kind", ["died", "hang", "memory", "refused"])
 def test_a_client_that_fails_is_back_and_nothing_of_it_is_left(
-    models: dict[str, Path], tmp_path: Path, client: str, method: str, nth: int, kind: str
+    models: dict[str, Path], tmp_path: Path, client: str, method: str, nth: int, kinds: str
 ) -> None:
-    fault = Fault(client, method, nth, kind)
-    run = trained(models["llama"], tmp_path / "run", fault)
-    assert run._executor.happened == [fault]  # type: ignore[attr-defined]
-    events = events_of(run, "lost", "left_out", "repeated", "set_aside")
-    assert {event["client"] for event in events} <= {client}
-    # Too early for a deadline, a late client is waited for.
-    assert [event["event"] for event in events] == ["lost"] or (kind == "hang" and not events_of(run, "lost"))
-    assert [row["available_clients"] for row in rows_of(run)][-1] == len(CLIENTS)
+    for kind in kinds.split():
+        fault = Fault(client, method, nth, kind)
+        run = trained(models["llama"], tmp_path / kind, fault)
+        assert run._executor.happened == [fault]  # type: ignore[attr-defined]
+        events = events_of(run, "lost", "left_out", "repeated", "set_aside")
+        assert {event["client"] for event in events} <= {client}
+        # Too early for a deadline, a late client is waited for.
+        assert [event["event"] for event in events] == ["lost"] or (kind == "hang" and not events_of(run, "lost"))
+        assert [row["available_clients"] for row in rows_of(run)][-1] == len(CLIENTS)
 
 
 @pytest.mark.parametrize(
