@@ -328,7 +328,7 @@ class SplitTraining(Training):
             if client in finished:
                 self._add_backwards(outcome, client, self._unread.pop(client))
             elif client in outcome.left_out and last:
-                self._busy[client] = self._unread.pop(client)
+                self._busy.setdefault(client, []).extend(self._unread.pop(client))
 
     def _under_way(self, besides: Collection[str], tails: Iterable[_Tails] = ()) -> list[Ref[Any]]:
         """The last call of each client that is not in ``besides``: an answer shows that the client is there."""
@@ -365,7 +365,7 @@ class SplitTraining(Training):
         """Have a client discard ``step``; it is busy until that, and all backwards that nobody has read, are done."""
         before = [call for (name, of, _), own in self._before.items() if (name, of) == (client, step) for call in own]
         skipped = self._executor.call(client, Client.skip, step)
-        self._busy[client] = [*self._busy.get(client, ()), *before, *self._unread.pop(client, ()), skipped]
+        self._busy.setdefault(client, []).extend([*before, *self._unread.pop(client, ()), skipped])
 
     # -- between steps ----------------------------------------------------------------------------------------------
 
