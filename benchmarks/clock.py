@@ -246,7 +246,8 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     batches = dict.fromkeys(up, 1)
     clock = scheduler.clock()
     steps_s = clock.steps_s(plan)
-    between = clock.aggregation_s(plan, run.policy, up, down, list(up)) + clock.validation_s(plan, batches)
+    between = clock.aggregation_s(plan, run.policy, up, down, list(up), clock.finished_s(plan))
+    between += clock.validation_s(plan, batches)
     if run.policy.probes:
         between += clock.probe_s(plan, run.policy.importance.tokens)
     return sum(steps_s) + between, steps_s[-1]

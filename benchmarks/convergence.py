@@ -316,7 +316,7 @@ class _Curve(SilentDisplay):
         self.figures: list[dict[str, Any]] = []
         self.plans: list[dict[str, Any]] = []
 
-    def _perplexity(self, row: MetricsRow) -> float:
+    def _perplexity(self, row: MetricsRow) -> float | None:
         if self._judge is None:
             return row.val_ppl
         assert self.coordinator is not None
@@ -328,8 +328,10 @@ class _Curve(SilentDisplay):
         self.plans.append({"makespan_s": plan.makespan_s, "captured": plan.captured_importance, "parts": parts})
 
     def round_done(self, row: MetricsRow, *more: Any) -> None:
+        if (perplexity := self._perplexity(row)) is None:
+            return
         kept = {k: v for k, v in asdict(row).items() if k != "val_loss"}
-        kept["ppl"] = self._perplexity(row)
+        kept["ppl"] = perplexity
         self.figures.append(kept)
         self._console.print(f"  round {row.round}: perplexity {kept['ppl']:.3f}, {row.virtual_time_s:.1f} s (virtual)")
 

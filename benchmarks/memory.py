@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from rich.console import Console
@@ -69,6 +69,8 @@ class Case:
         holds: ``front``, the whole ``model``, or all ``weights`` to train them.
         aggregation: the policy's.
         optimizer: the job's.
+        stored: how a client keeps a quantized base: ``dense`` or ``codes``.
+        vocabulary: distinct token ids of a client's texts, of which alone it holds the embedding; 0: it holds all.
     """
 
     model: str
@@ -87,13 +89,18 @@ class Case:
     holds: str = "front"
     aggregation: str = "concat"
     optimizer: str = "adamw"
+    stored: Literal["dense", "codes"] = "dense"
+    vocabulary: int = 0
 
     @property
     def policy(self) -> Policy:
         if self.holds == "weights":
             return Policy(placement="single", train="weights", aggregation="none")
         placement = "split" if self.holds == "front" else "full"
-        return Policy.model_validate({"placement": placement, "ranks": self.rank, "aggregation": self.aggregation})
+        chosen = {"placement": placement, "ranks": self.rank, "aggregation": self.aggregation}
+        if self.vocabulary:
+            chosen["pace"] = {"embedding": "own"}
+        return Policy.model_validate(chosen)
 
     def cost(self, model: ModelSpec) -> CostModel:
         """Return the cost model of a run of this job under this policy."""
@@ -185,9 +192,14 @@ def measured_client(directory: Path, case: Case) -> Measured:
     report = actor.load_data({actor.name: examples}, None)
     if report.too_long:
         raise RuntimeError("the examples are longer than they should be")
+    if case.vocabulary:
+        # As if its texts had so many words.
+        drawn = torch.randperm(spec.vocab_size)[: case.vocabulary]
+        actor.data.vocabulary = torch.cat([actor.data.vocabulary, drawn]).unique()
     holder = _Holder(actor)
     held = [s for s in shapes if s.name in ranks]
-    holder.call("load", Participant.configure, HolderPlan("one", "client", True, split, ranks))
+    part = HolderPlan("one", "client", True, split, ranks, stored=case.stored)
+    holder.call("load", Participant.configure, part)
     holder.call("round", Participant.restart, RoundUpdate(1, {}, {}))
     _client_steps(holder, case, spec.config.hidden_size, 0)
     # As after a resumption, which brings the state back and the residual whole.
@@ -201,7 +213,10 @@ def measured_client(directory: Path, case: Case) -> Measured:
     holder.call("round", Participant.collect)
     rest = holder.settle()
     cost = case.cost(spec)
-    predicted = cost.training_bytes if case.holds == "weights" else cost.client_bytes(split, ranks)
+    own = len(actor.data.vocabulary) if case.vocabulary else None
+    predicted = cost.client_bytes(split, ranks, stored=case.stored, embedding_rows=own)
+    if case.holds == "weights":
+        predicted = cost.training_bytes
     return Measured(rest, holder.peak, holder.parts, predicted)
 
 
@@ -369,6 +384,18 @@ CLIENTS = (
     Case(GPT2, "int8", (2,), batch_size=8, wire="fp32"),
     Case(GPT2, "nf4", (4,), dtype="bf16", rank=4, length=32),
     Case(GPT2, "nf4", (1,), rank=32, batch_size=1, length=32),
+    Case(SMOLLM2, "nf4", (4,), length=128, stored="codes"),
+    Case(SMOLLM2, "nf4", (12,), rank=32, batch_size=8, stored="codes"),
+    Case(SMOLLM2, "nf4", (24,), rank=4, batch_size=3, labels="client", stored="codes"),
+    Case(SMOLLM2, "int8", (8,), rank=16, batch_size=1, length=256, stored="codes"),
+    Case(SMOLLM2, "int8", (12,), labels="client", stored="codes"),
+    Case(SMOLLM2, "nf4", (2,), batch_size=16, length=128, stored="codes"),
+    Case(GPT2, "nf4", (3,), length=128, stored="codes"),
+    Case(GPT2, "int8", (9,), rank=16, batch_size=6, stored="codes"),
+    Case(SMOLLM2, "nf4", (0,), batch_size=8, length=128, vocabulary=3000),
+    Case(SMOLLM2, "nf4", (4,), length=128, stored="codes", vocabulary=3000),
+    Case(SMOLLM2, "fp32", (2,), batch_size=4, vocabulary=3000),
+    Case(GPT2, "int8", (4,), batch_size=3, stored="codes", vocabulary=2000),
     Case(SMOLLM2, "nf4", (30,), length=128, holds="model"),
     Case(GPT2, "fp32", (12,), rank=16, holds="model"),
     Case(SMOLLM2, "int8", (30,), batch_size=4, cap=16, holds="model"),

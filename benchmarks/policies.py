@@ -33,7 +33,8 @@ from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.lookup import ModelSource
 from hsplit.models.segment import BaseModel
 from hsplit.observe.observer import SilentDisplay
-from hsplit.observe.tables import MetricsRow
+from hsplit.observe.tables import MetricsRow, perplexities
+from hsplit.observe.wording import figure_text
 from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
@@ -98,7 +99,9 @@ class _Quiet(SilentDisplay):
 
     def round_done(self, row: MetricsRow, *more: Any) -> None:
         super().round_done(row, *more)
-        self._console.print(f"  round {row.round}: validation perplexity {row.val_ppl:.3f}, {row.tokens:,} tokens")
+        self._console.print(
+            f"  round {row.round}: validation perplexity {figure_text(row.val_ppl)}, {row.tokens:,} tokens"
+        )
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
         self._console.print(f"  {text}")
@@ -156,7 +159,7 @@ def measured(cluster: str, policy: str, overrides: Sequence[str], ft_lr: float, 
         bytes_down_mb=sum(row.bytes_down for row in display.rows) / 1e6,
         virtual_time_s=last.virtual_time_s,
         wall_time_s=wall,
-        val_ppl=last.val_ppl,
+        val_ppl=perplexities(display.rows)[-1][1],
         ppl=perplexity,
     )
 

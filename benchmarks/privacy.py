@@ -43,6 +43,7 @@ from hsplit.models.packing import Packing
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.observer import SilentDisplay
+from hsplit.observe.tables import perplexities
 from hsplit.run.coordinator import Inputs
 
 CLUSTER = """
@@ -382,12 +383,9 @@ class _Benchmark:
             loss, tokens = coordinator.validate()
             front = clients[0].holder.segment
         noiseless = min(loss / max(tokens, 1), 700.0)
-        perplexities = (
-            display.rows[0].val_ppl,
-            display.rows[-1].val_ppl,
-            float(torch.tensor(noiseless, dtype=torch.float64).exp()),
-        )
-        return Learned(split, noise, clip, *perplexities), front
+        (_, before), *_, (_, after) = perplexities(display.rows)
+        exact = float(torch.tensor(noiseless, dtype=torch.float64).exp())
+        return Learned(split, noise, clip, before, after, exact), front
 
     # -- labels ---------------------------------------------------------------------------------------------------
 

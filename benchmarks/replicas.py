@@ -29,6 +29,7 @@ from benchmarks.common import Table
 from hsplit.actors.replica import Replica
 from hsplit.config import SERVER, RunConfig
 from hsplit.observe.observer import SilentDisplay
+from hsplit.observe.tables import perplexities
 
 CLUSTER = """
 server: {{memory_gb: 4, tflops: {server_tflops}, num_cpus: 0.01, replicas: {servers}}}
@@ -241,7 +242,7 @@ def _learned(clients: int, servers: int, scaling: str, model: str | None) -> Lea
     watch = SilentDisplay()
     with common.in_process(run, source.directory, inputs, watch) as (coordinator, _):
         coordinator.run()
-    return Learned(clients, servers, scaling, watch.rows[-1].tokens, watch.rows[-1].val_ppl)
+    return Learned(clients, servers, scaling, watch.rows[-1].tokens, perplexities(watch.rows)[-1][1])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

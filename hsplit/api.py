@@ -104,7 +104,7 @@ def launch(
             inputs = read_inputs(run, source)
             waiting.update("making a plan")
             # The scheduler makes it again; here a fleet that does not fit is refused before anything starts.
-            Scheduler(run, source.spec).plan()
+            Scheduler(run, source.spec).check_start()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
         with remove_if_refused(directory):
@@ -148,7 +148,7 @@ def resume(
             source = find_model(run.job.model, progress=is_terminal(sys.stderr))
             inputs = read_inputs(run, source)
             if found is None:
-                Scheduler(run, source.spec).plan()
+                Scheduler(run, source.spec).check_start()
         complete = drive(
             run, source, inputs, directory, address, dashboard_host, display, helpers, found, passed_over, changes
         )
@@ -250,14 +250,21 @@ def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:
             "name": part.name,
             "available": part.available,
             "split": part.split,
+            "rows": part.rows,
+            "period": made.groups * part.every,
+            "phase": part.group + made.groups * part.offset,
+            "stored": part.stored,
+            "wire": part.wire,
             "ranks": part.ranks,
             "memory_bytes": {"declared": part.declared_bytes, "predicted": part.predicted_bytes},
             "step_time_s": part.step_time_s,
+            "busy_share": part.step_time_s / made.makespan_s if part.available and made.makespan_s else 0.0,
             "captured_share": part.captured_share,
         }
 
     return {
         "makespan_s": made.makespan_s,
+        "speed": None if made.speed is None else asdict(made.speed),
         "captured_importance": made.captured_importance,
         "importance": made.importance,
         "bottleneck": asdict(insight.bottleneck),

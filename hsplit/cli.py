@@ -438,7 +438,7 @@ _EXPERIMENTS = {
     "clock": "Time of a round as predicted, as emulated, and as measured under quotas of CPU time",
     "replicas": "What several servers give and cost as clients grow in number",
     "simulation": "Whether a simulation tells what emulated runs take, and what simulating itself costs",
-    "wire": "What sending activations and gradients in bf16 and int8 costs in perplexity",
+    "wire": "What sending activations and gradients in bf16, int8 and int4 costs in perplexity",
     "privacy": "What a curious server reads out of activations, by split and noise, and what noise costs",
 }
 

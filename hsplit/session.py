@@ -213,8 +213,8 @@ def _way_on_with_smaller_steps(directory: RunDirectory, address: str | None, coo
         return f"begin again with a smaller one, such as: {directory.resume_command(address, '--set', smaller)}"
     way = f"go on from the last finite checkpoint, {checkpoint.name}, with a smaller one, such as: "
     way += directory.resume_command(address, "--set", smaller)
-    rows = coordinator.rows
-    if rows and rows[-1].val_loss > rows[0].val_loss:
+    losses = [row.val_loss for row in coordinator.rows if row.val_loss is not None]
+    if losses and losses[-1] > losses[0]:
         way += f" (its validation loss is above that of round 0 already: better launch a new run with --set {smaller})"
     return way
 

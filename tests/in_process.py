@@ -53,11 +53,23 @@ class FixedClock:
     def steps_s(self, plan: Plan, clients: Sequence[str], start: int) -> list[float]:
         return [plan.makespan_s]
 
+    def watched_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
+        return 0.0625
+
+    def finished_s(self, plan: Plan, clients: Sequence[str], start: int) -> dict[str, float]:
+        return {}
+
     def probe_s(self, plan: Plan, tokens: int, clients: Sequence[str]) -> float:
         return 0.125
 
     def aggregation_s(
-        self, plan: Plan, policy: Policy, up: dict[str, int], down: dict[str, int], clients: Sequence[str]
+        self,
+        plan: Plan,
+        policy: Policy,
+        up: dict[str, int],
+        down: dict[str, int],
+        clients: Sequence[str],
+        finished: dict[str, float],
     ) -> float:
         return 0.25
 
@@ -85,6 +97,9 @@ class FixedScheduler:
     def review(self, round_: int, current: Plan, fleet: Fleet, state: PlanningState, *found: Any) -> Review:
         reasons = ("the test says so",) if round_ in self._later else ()
         return Review(self._later.get(round_), reasons, None, state)
+
+    def probe_matters(self, *given: Any) -> bool:
+        return True
 
     def clock(self, fleet: Fleet, state: PlanningState) -> Any:
         return FixedClock()
@@ -126,14 +141,21 @@ def random_examples(count: int, seed: int, longest: int = 8) -> list[Example]:
 
 
 def fixed_plan(
-    model: Path, job: Job, splits: Sequence[int], ranks: Sequence[int], server_rank: int, servers: int = 1
+    model: Path,
+    job: Job,
+    splits: Sequence[int],
+    ranks: Sequence[int],
+    server_rank: int,
+    servers: int = 1,
+    stored: Sequence[Any] | None = None,
 ) -> Plan:
-    """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``."""
+    """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``, dense or as ``stored`` says."""
     spec = ModelSpec.read(model)
     shapes = spec.targeted(job.targets)
+    forms = stored or ["dense"] * len(splits)
     clients = tuple(
-        HolderPlan(f"c{i}", "client", True, split, {s.name: rank for s in shapes if s.layer < split})
-        for i, (split, rank) in enumerate(zip(splits, ranks, strict=True))
+        HolderPlan(f"c{i}", "client", True, split, {s.name: rank for s in shapes if s.layer < split}, stored=form)
+        for i, (split, rank, form) in enumerate(zip(splits, ranks, forms, strict=True))
     )
     first = min(splits)
     server = HolderPlan("server", "server", True, first, {s.name: server_rank for s in shapes if s.layer >= first})

@@ -6,8 +6,8 @@ Ray-free. Noise on the activations that a client sends (``privacy.noise``) is ad
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from hsplit.actors.participant import Participant
 from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.config import Job, Policy
 from hsplit.data import Batch
+from hsplit.data.batches import IGNORED
 from hsplit.lora.holder import Holder
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
 from hsplit.models.packing import pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec
 from hsplit.planning.importance import ImportanceReport
+from hsplit.planning.plan import HolderPlan
 from hsplit.seeds import hash_seed
 
 
@@ -69,18 +71,32 @@ class Client(Participant):
         self._sent: dict[tuple[int, int], Tensor] = {}
         # Those of them that were computed with the adapters before the last optimizer step.
         self._behind: set[tuple[int, int]] = set()
+        # The step whose first batch weights are scored on, and the supervised tokens wanted; what is scored meanwhile.
+        self._watched: tuple[int, int] | None = None
+        self._scoring: dict[tuple[int, int], tuple[ImportanceProbe, ProbedRows, int]] = {}
 
     def _drop(self) -> None:
         super()._drop()
-        self._probed = None
+        self._probed = self._watched = None
         self._sent.clear()
         self._behind.clear()
+        self._scoring.clear()
+        self._scores.clear()
 
-    def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
-        spec = SegmentSpec(0, split, embedding=True, tail=self._job.privacy.labels == "client")
-        self._hold_segment(spec, ranks, kept, quantized=False)
+    def _hold(self, part: HolderPlan, kept: Segment | None) -> None:
+        spec = SegmentSpec(0, part.held_layers, embedding=True, tail=self._job.privacy.labels == "client")
+        self._hold_segment(spec, part, kept)
 
     # -- one local step -------------------------------------------------------------------------------------------
+
+    def watch(self, step: int, tokens: int) -> None:
+        """Score weights in the backward of local step ``step`` (counted over the run), if it comes to that.
+
+        Args:
+            step: the step; its first batch is used.
+            tokens: supervised tokens wanted: those of the fewest whole examples that have as many, or of the batch.
+        """
+        self._watched = step, tokens
 
     @measured_in_first_steps
     def forward(self, step: int, micro: int) -> tuple[ForwardReport, Activations]:
@@ -89,14 +105,15 @@ class Client(Participant):
         with watch.phase("data"):
             batches = self.data.step_batches(step)
             batch = batches[micro]
+        supervised = sum(b.supervised for b in batches.values())
+        scored = self._to_score(step, batch) if micro == min(batches) else (0, 0)
         with watch.phase("forward"):
             self.holder.begin_phase(hash_seed(step, micro), training=True)
-            with self._adapters_of(step, micro):
-                hidden = self._noise.added_to(self._front(batch))
+            with self._adapters_of(step, micro), self._scored_later(step, micro, scored, supervised):
+                hidden = self._noise.added_to(self._front(batch, probing=scored[1] > 0))
         self._sent[step, micro] = hidden
         with watch.phase("pack"):
-            supervised = sum(b.supervised for b in batches.values())
-            message = self._message(batch, hidden, supervised, "step", step, micro)
+            message = self._message(batch, hidden, supervised, "step", step, micro, scored=scored)
         watch.pace(self._pace.get("up"))
         return ForwardReport(self.name, message.nbytes, watch.seconds), message
 
@@ -112,7 +129,8 @@ class Client(Participant):
         if gradient is not None and hidden.requires_grad:
             with watch.phase("unpack"):
                 upstream = gradient.unpack(hidden.dtype, hidden.device)
-            with watch.phase("backward"), self._kept_adapters((step, micro) in self._behind):
+            behind = self._kept_adapters((step, micro) in self._behind)
+            with watch.phase("backward"), behind, self._scored_now(step, micro):
                 hidden.backward(upstream)
         self._behind.discard((step, micro))
         batches = self.data.step_batches(step)
@@ -120,7 +138,7 @@ class Client(Participant):
             # Counted at the end: a skipped step has trained nothing.
             tokens = sum(batch.supervised for batch in batches.values())
             self.data.drop(step)
-            self.holder.tokens.add(range(self._split), tokens)
+            self.holder.tokens.add(range(self._split), tokens * self._weight)
             with watch.phase("optimizer"):
                 if self._policy.pace.ahead and isinstance(self.holder, Holder):
                     self.holder.keep_earlier()
@@ -129,8 +147,46 @@ class Client(Participant):
         watch.pace(self._pace.get("down"))
         return watch.seconds
 
+    def _to_score(self, step: int, batch: Batch) -> tuple[int, int]:
+        """Count the tokens of the first examples to score on, and the supervised ones among them; 0 if not watched."""
+        if self._watched is None or self._watched[0] != step:
+            return 0, 0
+        carried = (batch.targets != IGNORED).sum(dim=1).cumsum(0)
+        examples = min(int((carried < self._watched[1]).sum()) + 1, len(carried))
+        return sum(batch.lengths[:examples]), int(carried[examples - 1])
+
+    @contextmanager
+    def _scored_later(self, step: int, micro: int, scored: tuple[int, int], supervised: int) -> Iterator[None]:
+        """Watch the forward inside, if there is something to score, until :meth:`_scored_now`.
+
+        Args:
+            step, micro: of the batch.
+            scored: tokens to score on, and the supervised ones among them.
+            supervised: of the step: the divisor of the gradient that will come.
+        """
+        if not (scored[1] and self._split):
+            yield
+            return
+        probe = self._new_probe(training=True, draw=step)
+        rows = ProbedRows(self.name, slice(0, scored[0]), 0, scored[1] / supervised)
+        self._scoring[step, micro] = probe, rows, scored[1]
+        with probe.watching():
+            yield
+
+    @contextmanager
+    def _scored_now(self, step: int, micro: int) -> Iterator[None]:
+        """Score in the backward inside what :meth:`_scored_later` watched, if anything."""
+        if (step, micro) not in self._scoring:
+            yield
+            return
+        probe, rows, tokens = self._scoring.pop((step, micro))
+        with probe.scoring([rows]):
+            yield
+        self._scores[self.name] = ImportanceReport(self.name, tokens, probe.found()[self.name])
+
     def skip(self, step: int) -> None:
         """Discard local step ``step``, begun here: the other clients have continued without this one."""
+        self._scoring = {of: probe for of, probe in self._scoring.items() if of[0] != step}
         self._sent = {of: hidden for of, hidden in self._sent.items() if of[0] != step}
         self._behind &= self._sent.keys()
         self.data.drop(step)
@@ -250,7 +306,15 @@ class Client(Participant):
         report = LossReport(self.name, float(loss.detach()), batch.supervised, gradient.nbytes, watch.seconds)
         return report, gradient
 
-    def _message(self, batch: Batch, hidden: Tensor, step_supervised: int, *purpose: object) -> Activations:
+    @property
+    def _weight(self) -> float:
+        """Weight of its loss beside the number of its tokens."""
+        assert self._part is not None
+        return self._part.weight
+
+    def _message(
+        self, batch: Batch, hidden: Tensor, step_supervised: int, *purpose: object, scored: tuple[int, int] = (0, 0)
+    ) -> Activations:
         """Pack hidden states in this client's own format; ``purpose`` tells the message from all others of it."""
         at_home = self._job.privacy.labels == "client"
         assert isinstance(self.holder, Holder) and self._part is not None
@@ -263,5 +327,7 @@ class Client(Participant):
             supervised=batch.supervised,
             step_supervised=step_supervised,
             targets=None if at_home else pack_rows(batch.targets, batch.lengths).to(torch.int32).numpy(),
-            trains=bool(self.holder.adapters.names),
+            trains=bool(self.holder.adapters.names) or scored[1] > 0,
+            scored=scored if scored[1] else (0, 0),
+            weight=self._weight if purpose[0] == "step" else 1.0,
         )

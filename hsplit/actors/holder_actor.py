@@ -14,6 +14,7 @@ from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import LinearShape
+from hsplit.planning.importance import ImportanceReport
 
 Held = TypeVar("Held", bound=Holder | WeightHolder)
 
@@ -40,6 +41,7 @@ class HolderActor(Generic[Held]):
         self._shapes: list[LinearShape] = []
         self._pace: Mapping[str, float] = {}
         self._lr_scale = 1.0
+        self._scores: dict[str, ImportanceReport] = {}
 
     @property
     def holder(self) -> Held:
@@ -81,6 +83,11 @@ class HolderActor(Generic[Held]):
     def set_lr_scale(self, scale: float) -> None:
         """Step with ``scale`` times the job's learning rate from now on."""
         self._lr_scale = scale
+
+    def take_scores(self) -> list[ImportanceReport]:
+        """Return what was scored in training backwards since the last call, one report for each client."""
+        found, self._scores = list(self._scores.values()), {}
+        return found
 
     def peak_bytes(self) -> int:
         """Return the most bytes allocated since the last call, see :meth:`PeakMemory.peak_bytes`."""

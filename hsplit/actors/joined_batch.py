@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsplit.actors.messages import Activations, WireTensor
+from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.models.packing import Packing
 from hsplit.models.segment import Segment
 from hsplit.models.tail import Tail
@@ -23,12 +24,14 @@ class JoinedBatch:
         messages: the clients' messages, in the order given.
         inputs: each client's hidden states at its split point, leaves of the graph.
         tokens: each client's tokens of ``output``.
+        probe: scores weights in the backward, where a client asks for it.
     """
 
     output: Tensor
     messages: tuple[Activations, ...]
     inputs: dict[str, Tensor]
     tokens: dict[str, slice]
+    probe: ImportanceProbe | None = None
 
     @staticmethod
     def run(
@@ -79,6 +82,11 @@ class JoinedBatch:
         sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, owner, losses)
         return sums, torch.bincount(owner, minlength=count)
 
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the clients' losses, ``(clients,)``, fp64."""
+        return torch.tensor([message.weight for message in self.messages], dtype=torch.float64)
+
     def outputs(self, transport: str) -> dict[str, WireTensor]:
         """Pack the last layer's output for each client's tokens ``(n_c, d)``, by client."""
         return {m.client: m.hidden.answer(self.output[self.tokens[m.client]], "deep", transport) for m in self.messages}
@@ -94,6 +102,6 @@ class JoinedBatch:
             if gradient is None or message.split == 0:
                 returned[message.client] = None
             else:
-                mean = gradient / max(message.step_supervised, 1)
+                mean = gradient / (max(message.step_supervised, 1) * message.weight)
                 returned[message.client] = message.hidden.answer(mean, "down", transport)
         return returned

@@ -91,7 +91,11 @@ class Activations:
         supervised: ``n_i`` of these rows: supervised positions, counted after the label shift.
         step_supervised: ``n_i`` of the whole local step (all its accumulated batches): the divisor of the mean loss.
         targets: ``(n,)`` int32, the id each position must predict or -100; ``None`` when labels stay at the client.
-        trains: whether it has adapters to train, so that in a step it needs the gradient at its split point.
+        trains: whether it needs the gradient at its split point in a step: to train adapters, or to score weights.
+        scored: tokens at the beginning of ``hidden`` that weights are scored on in this step's backward, and the
+            supervised ones among them; none by default.
+        weight: of its loss in a step, beside its number of tokens (``pace.weights``); the plan's, so that it does not
+            count as sent.
     """
 
     client: str
@@ -102,6 +106,8 @@ class Activations:
     step_supervised: int
     targets: np.ndarray | None
     trains: bool = True
+    weight: float = 1.0
+    scored: tuple[int, int] = (0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +126,8 @@ class Activations:
             return f"activations of shape {self.hidden.shape} where ({rows}, {width}) is right"
         if not 0 <= self.supervised <= min(rows, self.step_supervised):
             return f"{self.supervised} supervised tokens of {rows}, {self.step_supervised} in the step"
+        if not (0 <= self.scored[0] <= rows and 0 <= self.scored[1] <= min(self.scored[0], self.supervised)):
+            return f"{self.scored[1]} tokens of {self.scored[0]} to score on, where {self.supervised} are supervised"
         if self.targets is not None:
             if self.targets.shape != (rows,):
                 return f"targets of shape {self.targets.shape} where ({rows},) is right"

@@ -19,6 +19,7 @@ from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.weights import is_quantized
 from hsplit.planning.plan import HolderPlan
 
 
@@ -77,7 +78,7 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
             held, self._holder = self._holder.segment, None
             held.remove_adapters()
             last = min(part.held_layers, held.spec.last)
-            self._kept = load_segment(self._base, replace(held.spec, last=last), kept=held)
+            self._kept = self._load(replace(held.spec, last=last), part, held)
 
     @measured_with_part
     def reconfigure(self, part: HolderPlan, update: RoundUpdate) -> None:
@@ -114,27 +115,45 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         self.data.begin_round(step, examples)
 
     def _take(self, part: HolderPlan, kept: Segment | None) -> None:
+        if part.stored == "codes" and not is_quantized(self._base.base):
+            raise ValueError(f"{self.name}: a plan says codes, and a base in {self._base.base} has none")
         self._part = part
         self.data.follow(part)
-        self._hold(part.held_layers, part.ranks, kept)
+        self._hold(part, kept)
+
+    def _keeps_codes(self, part: HolderPlan) -> bool:
+        """True if it stores a quantized base as codes."""
+        return part.stored == "codes"
 
     @abstractmethod
-    def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
-        """Hold layers ``[0, split)``; layers of ``kept`` are not read again."""
+    def _hold(self, part: HolderPlan, kept: Segment | None) -> None:
+        """Hold the layers of ``part``; those of ``kept`` are not read again."""
 
-    def _hold_segment(self, spec: SegmentSpec, ranks: dict[str, int], kept: Segment | None, *, quantized: bool) -> None:
-        segment = load_segment(self._base, spec, quantized=quantized, device=self._device, kept=kept)
+    def _hold_segment(self, spec: SegmentSpec, part: HolderPlan, kept: Segment | None) -> None:
+        segment = self._load(spec, part, kept)
         shapes = self._base.spec.targeted(self._job.targets)
         self._split, self._shapes = spec.last, shapes
         self._holder = Holder(
-            self.name, segment, shapes, ranks, self._job, self._policy, self._base.dtype, self._device
+            self.name, segment, shapes, part.ranks, self._job, self._policy, self._base.dtype, self._device
+        )
+
+    def _load(self, spec: SegmentSpec, part: HolderPlan, kept: Segment | None) -> Segment:
+        # A tail has the whole embedding as its head, or as much beside it.
+        own = self._policy.pace.embedding == "own" and not spec.tail
+        return load_segment(
+            self._base,
+            spec,
+            quantized=self._keeps_codes(part),
+            device=self._device,
+            kept=kept,
+            vocabulary=self.data.vocabulary if own else None,
         )
 
     # -- computation ------------------------------------------------------------------------------------------------
 
-    def _new_probe(self) -> ImportanceProbe:
+    def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
         assert isinstance(self.holder, Holder)
-        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw)
 
     def _front(self, batch: Batch, probing: bool = False) -> Tensor:
         """Embed ``batch`` and run layers ``[0, split)``: hidden states ``(n, d)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Replica(HolderActor[Holder]):
         """
         self._holder = self._probed = None
         self._kept.clear()
+        self._scores.clear()
         self._step_tokens.clear()
         self._hold(plan, None)
 
@@ -133,8 +135,8 @@ class Replica(HolderActor[Holder]):
                 continue
             with watch.phase("tail"):
                 sums, counts = self._losses(joined)
-                total = sums.sum()
-            with watch.phase("backward"):
+                total = (sums * joined.weights.to(sums)).sum()
+            with watch.phase("backward"), self._scoring(joined):
                 if total.requires_grad:
                     total.backward()
             with watch.phase("pack"):
@@ -193,7 +195,7 @@ class Replica(HolderActor[Holder]):
         for joined in self._kept.pop((step, turn)):
             with watch.phase("unpack"):
                 upstream, own = self._upstream(joined, arrived, refused)
-            with watch.phase("backward"):
+            with watch.phase("backward"), self._scoring(joined):
                 if joined.output.requires_grad:
                     joined.output.backward(upstream)
             with watch.phase("pack"):
@@ -323,12 +325,37 @@ class Replica(HolderActor[Holder]):
         """
         self.holder.begin_phase(hash_seed(step, turn), training)
         with watch.phase("unpack"):
-            inputs = self._unpacked(messages, lambda m: training and m.trains and m.split > 0, refused)
+            inputs = self._unpacked(
+                messages, lambda m: training and (m.scored[1] > 0 or (m.trains and m.split > 0)), refused
+            )
         if not inputs:
             return None
         with watch.phase("forward"):
             sound = [message for message in messages if message.client in inputs]
-            return JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
+            if not (training and any(message.scored[1] for message in sound)):
+                return JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
+            probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training=True, draw=step)
+            with probe.watching():
+                joined = JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
+            joined.probe = probe
+            return joined
+
+    @contextmanager
+    def _scoring(self, joined: JoinedBatch) -> Iterator[None]:
+        """Score in the backward inside, of the token sum, what clients asked for in their messages."""
+        if joined.probe is None:
+            yield
+            return
+        asked = [message for message in joined.messages if message.scored[1]]
+        begun = {message.client: joined.tokens[message.client].start for message in asked}
+        rows = [
+            ProbedRows(m.client, slice(begun[m.client], begun[m.client] + m.scored[0]), m.split, m.scored[1] * m.weight)
+            for m in asked
+        ]
+        with joined.probe.scoring(rows):
+            yield
+        found = joined.probe.found()
+        self._scores |= {m.client: ImportanceReport(m.client, m.scored[1], found[m.client]) for m in asked}
 
     def _losses(self, joined: JoinedBatch) -> tuple[Tensor, Tensor]:
         return joined.losses(self._tail, self._job.fast.loss_rows)
@@ -365,7 +392,7 @@ class Replica(HolderActor[Holder]):
             wire = arrived.get(message.client)
             slope = None if wire is None else self._sound(message.client, wire, tuple(rows.shape), refused)
             if slope is not None:
-                rows.copy_(slope)
+                rows.copy_(slope).mul_(message.weight)
                 own.append(message)
         return upstream, own
 
@@ -415,8 +442,8 @@ class Replica(HolderActor[Holder]):
         first = self.holder.segment.spec.first
         for message in messages:
             for layer in range(max(first, message.split), self._layers):
-                self._step_tokens[layer] += message.supervised
-                self.holder.tokens.add([layer], message.supervised)
+                self._step_tokens[layer] += message.supervised * message.weight
+                self.holder.tokens.add([layer], message.supervised * message.weight)
 
 
 def _report(

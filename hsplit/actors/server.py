@@ -27,12 +27,15 @@ class AggregationReport:
         nbytes_up, nbytes_down: bytes of the adapters that each client sent, and of its update, by client name.
         residual_cut: largest part of a residual that the cap cut in this round, relative Frobenius norm.
         refused: by client name the reason for which its adapters were left out.
+        residual_lag: largest part of a weight's aggregated adapters that its holders lack of the residual, for changes
+            that wait (``residual.wait``), relative Frobenius norm.
     """
 
     nbytes_up: dict[str, int]
     nbytes_down: dict[str, int]
     residual_cut: float
     refused: dict[str, str] = field(default_factory=dict)
+    residual_lag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Server(Replica):
             name: {weight: rank for weight, rank in ranks.items() if weight not in there.get(name, {})}
             for name, ranks in _ranks_of(plan).items()
         }
-        cut = self.aggregator.aggregate(sound, absent)
+        cut = self.aggregator.aggregate(sound, absent, last=round_ > self._job.rounds)
         # A weight that a holder does not train has rank 0; pruned ranks are its own.
         updates = {h.holder: self.aggregator.update_for(round_, absent[h.holder] | h.ranks) for h in sound}
         self.aggregator.mark_sent()
@@ -157,6 +160,7 @@ class Server(Replica):
             nbytes_down={n: update.nbytes for n, update in updates.items() if n not in servers and n not in refused},
             residual_cut=cut,
             refused=refused,
+            residual_lag=self.aggregator.lag,
         )
         return report, *(updates[h.holder] for h in held)
 

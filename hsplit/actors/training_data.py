@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from hsplit.config import Job
 from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
-from hsplit.data.batches import probe_batch
+from hsplit.data.batches import PADDING, probe_batch
 from hsplit.data.local_data import LocalData
 from hsplit.errors import InputError
 from hsplit.models.spec import ModelSpec
@@ -27,6 +29,7 @@ class DataReport:
         train, validation: examples in use.
         too_long: examples over ``job.max_length``, left out whole.
         supervised, validation_supervised: tokens of either that the model is to predict.
+        vocabulary: number of distinct token ids in all of them.
     """
 
     client: str
@@ -35,6 +38,7 @@ class DataReport:
     too_long: int
     supervised: int
     validation_supervised: int
+    vocabulary: int
 
 
 class TrainingData:
@@ -49,11 +53,13 @@ class TrainingData:
     Attributes:
         clients: each client's examples.
         validation: batches of everything that is held out.
+        vocabulary: token ids that any batch may have, increasing, ``(n,)`` int64.
     """
 
     def __init__(self, name: str, job: Job, model: ModelSpec, cuts: bool) -> None:
         self.clients: list[LocalData] = []
         self.validation: list[Batch] = []
+        self.vocabulary = torch.empty(0, dtype=torch.int64)
         self._name, self._job, self._model, self._cuts = name, job, model, cuts
         self._begun: dict[int, dict[int, Batch]] = {}
         self._part: HolderPlan | None = None
@@ -111,6 +117,11 @@ class TrainingData:
             self.clients.append(data)
         held_out = [example for data in self.clients for example in data.held_out]
         self._make_validation()
+        ids = {token for data in self.clients for example in (*data.train, *data.held_out) for token in example.ids}
+        if not job.fast.packed:
+            # Padding is then embedded as any token is.
+            ids.add(PADDING)
+        self.vocabulary = torch.tensor(sorted(ids), dtype=torch.int64)
         return DataReport(
             client=self._name,
             train=sum(len(data.train) for data in self.clients),
@@ -118,6 +129,7 @@ class TrainingData:
             too_long=sum(data.too_long for data in self.clients),
             supervised=sum(example.supervised for data in self.clients for example in data.train),
             validation_supervised=sum(example.supervised for example in held_out),
+            vocabulary=len(ids),
         )
 
     def _read(self, own: str, tokenizer: Any) -> list[Example]:

@@ -17,21 +17,25 @@ from hsplit.lora.importance_probe import ProbedRows
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.segment import Segment, SegmentSpec, load_segment
 from hsplit.planning.importance import ImportanceReport
+from hsplit.planning.plan import HolderPlan
 from hsplit.seeds import hash_seed
 
 
 class WholeClient(Participant):
     """Trains the whole model on its data; a quantized base stays as codes, which saves memory."""
 
-    def _hold(self, split: int, ranks: dict[str, int], kept: Segment | None) -> None:
-        spec = SegmentSpec(0, split, embedding=True, tail=True)
+    def _hold(self, part: HolderPlan, kept: Segment | None) -> None:
+        spec = SegmentSpec(0, part.held_layers, embedding=True, tail=True)
         if self._policy.train == "adapters":
-            self._hold_segment(spec, ranks, kept, quantized=True)
+            self._hold_segment(spec, part, kept)
             return
         master = torch.promote_types(self._base.dtype, torch.float32)
         segment = load_segment(replace(self._base, dtype=master), spec, device=self._device, kept=kept)
-        self._split = split
+        self._split = spec.last
         self._holder = WeightHolder(self.name, segment, self._job)
+
+    def _keeps_codes(self, part: HolderPlan) -> bool:
+        return self._policy.train == "adapters"
 
     @measured_in_first_steps
     def train_step(self, step: int) -> LossReport:

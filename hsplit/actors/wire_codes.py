@@ -8,9 +8,9 @@ not finite arrives as NaN throughout.
 entries of a row (the last one filled up with zeros) is
 
 1. multiplied by the orthonormal Hadamard matrix, which is its own inverse: it spreads the few large entries that hidden
-   states have over their block;
+   states have over their block (the error of SmolLM2's is 12 % instead of 28 %, ``hsplit bench wire --only error``);
 2. divided by a bf16 scale that clips nothing: codes are -8 to 7 and the scale has a sign, so that the side with the
-   larger entries gets the eighth level;
+   larger entries gets the eighth level (an error of 11 % less than with codes from -7 to 7);
 3. rounded at random to one of the two integers beside it, so that its mean is kept (both as in arXiv 1611.00429).
 
 The random numbers are a function of the seed and the tensor's shape, on each kind of device. Entries of up to 1e37 are
@@ -26,11 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hsplit.planning.wire import INT4_BLOCK, row_bytes
+from hsplit.planning.wire import INT4_BLOCK, PACKED_AT_ONCE, row_bytes
 
 _LARGEST_INT8 = 127
-# Entries quantized at once: the fp32 copies that it takes stay small beside a message.
-_AT_ONCE = 1 << 15
 # A magnitude that is increased by this part is not less than before once it is rounded to bf16.
 _ROUNDING = 2.0**-8
 
@@ -94,11 +92,11 @@ def _int8_views(data: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
 def _to_int4(values: Tensor, data: Tensor, draw: torch.Generator) -> None:
     rows, width = values.shape
     scales, codes = _int4_views(data, rows, width)
-    blocks = scales.shape[1]
+    blocks, rotation = scales.shape[1], hadamard(INT4_BLOCK, values.device)
     for part in _parts(rows, blocks * INT4_BLOCK):
         filled = pad(values[part].float(), (0, blocks * INT4_BLOCK - width))
-        rotated = _rotated(filled.view(-1, blocks, INT4_BLOCK))
-        scales[part] = _signed_scales(rotated)
+        rotated = filled.view(-1, blocks, INT4_BLOCK) @ rotation
+        scales[part] = signed_scales(rotated)
         rotated /= scales[part].float()[..., None]
         rotated += torch.rand(rotated.shape, generator=draw, device=values.device)
         # A scale that is not finite makes NaN of every code.
@@ -106,8 +104,8 @@ def _to_int4(values: Tensor, data: Tensor, draw: torch.Generator) -> None:
         codes[part] = code[..., 0::2] | code[..., 1::2] << 4
 
 
-def _signed_scales(rotated: Tensor) -> Tensor:
-    """Scales by which blocks ``(..., 64)`` are from -8 to 7: ``(...)``, in bf16."""
+def signed_scales(rotated: Tensor) -> Tensor:
+    """Scales that divide blocks ``(..., b)`` to entries from -8 to 7: ``(...)``, in bf16."""
     above, below = rotated.amax(dim=-1), -rotated.amin(dim=-1)
     upright, turned = torch.maximum(above / 7, below / 8), torch.maximum(above / 8, below / 7)
     # The smallest one is a normal number, which a block of zeros can be divided by.
@@ -118,11 +116,11 @@ def _signed_scales(rotated: Tensor) -> Tensor:
 def _from_int4(data: Tensor, values: Tensor) -> None:
     rows, width = values.shape
     scales, codes = _int4_views(data, rows, width)
-    blocks = scales.shape[1]
+    blocks, rotation = scales.shape[1], hadamard(INT4_BLOCK, values.device)
     for part in _parts(rows, blocks * INT4_BLOCK):
         code = torch.stack((codes[part] & 15, codes[part] >> 4), dim=-1).flatten(-2)
         rotated = code.float().sub_(8).mul_(scales[part].float()[..., None])
-        values[part] = _rotated(rotated).flatten(1)[:, :width]
+        values[part] = (rotated @ rotation).flatten(1)[:, :width]
 
 
 def _int4_views(data: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -132,16 +130,12 @@ def _int4_views(data: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
     return scales, data[2 * rows * blocks :].view(rows, blocks, INT4_BLOCK // 2)
 
 
-def _rotated(blocks: Tensor) -> Tensor:
-    """Multiply blocks ``(..., 64)`` by the orthonormal Hadamard matrix."""
-    return blocks @ _hadamard(blocks.device)
-
-
 @cache
-def _hadamard(device: torch.device) -> Tensor:
-    places = range(INT4_BLOCK)
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """Orthonormal Hadamard matrix ``(size, size)``, fp32, for a power of 2."""
+    places = range(size)
     signs = [[(-1.0) ** (row & column).bit_count() for column in places] for row in places]
-    return torch.tensor(signs, device=device) / math.sqrt(INT4_BLOCK)
+    return torch.tensor(signs, dtype=torch.float32, device=device) / math.sqrt(size)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -154,5 +148,5 @@ def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _parts(rows: int, width: int) -> list[slice]:
-    at_once = max(1, _AT_ONCE // width)
+    at_once = max(1, PACKED_AT_ONCE // width)
     return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]

@@ -93,6 +93,11 @@ class Validation(Section):
 
     share: float = Field(default=0.1, gt=0, lt=1, description="part of each client's examples held out (0 to 1)")
     max_examples: Count = Field(default=16, description="most examples held out by one client")
+    every: Count = Field(
+        default=1,
+        description="rounds from one validation to the next; there is always one before any training, and one after the"
+        " last round",
+    )
 
 
 class Privacy(Section):
@@ -117,6 +122,14 @@ class ResidualConfig(Section):
 
     max_rank: Annotated[Count | Literal["full"], meaning("a whole number of at least 1, or 'full'")] = Field(
         default=128, description="most directions of a residual: what is beyond is cut, and reported; `full` = no cut"
+    )
+    wait: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="part of a weight's aggregated adapters (relative Frobenius norm) that holders may lack of its"
+        " residual, until it is more or the last round is done; what was lacking is reported, and the store is exact in"
+        " any case; 0 = every change is sent at once",
     )
 
 
@@ -271,6 +284,10 @@ class Job(Section):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.rounds * self.local_steps
+
+    def validates(self, round_: int) -> bool:
+        """Whether the held-out data is scored after ``round_`` rounds."""
+        return round_ % self.validation.every == 0 or round_ == self.rounds
 
     @property
     def batches_per_step(self) -> int:

@@ -124,7 +124,7 @@ class Pace(Section):
     embedding: Literal["whole", "own"] = Field(
         default="whole",
         description="rows of the embedding that a client without the tail reads: the `whole`, or those that its `own`"
-        " texts use",
+        " texts use (`hsplit plan`, which reads no texts, counts it whole)",
     )
     wire: Literal["job", "planned"] = Field(
         default="job",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 IGNORED = -100  # cross_entropy's own default for a target that carries no loss
+PADDING = 0
+"""Id of padded positions, by default."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
@@ -42,7 +44,7 @@ class Batch:
         return Batch(self.ids, self.targets, (self.ids.shape[1],) * len(self.lengths))
 
 
-def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
+def collate(examples: Sequence[TokenizedExample], padding: int = PADDING) -> Batch:
     """Make one batch of these examples, in their order.
 
     Args:
@@ -65,7 +67,7 @@ def collate(examples: Sequence[TokenizedExample], padding: int = 0) -> Batch:
     return Batch(ids, targets, lengths)
 
 
-def validation_batches(examples: Sequence[TokenizedExample], batch_size: int, padding: int = 0) -> list[Batch]:
+def validation_batches(examples: Sequence[TokenizedExample], batch_size: int, padding: int = PADDING) -> list[Batch]:
     """Batches with every example once, shortest first so that little is padded; the last may be smaller."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")

@@ -17,7 +17,7 @@ from hsplit.errors import InputError
 from hsplit.models.hub import is_hub_id
 from hsplit.models.lookup import ModelSource
 from hsplit.observe.events import read_events
-from hsplit.observe.tables import MetricsRow, cut_text, read_rows, residual_cuts
+from hsplit.observe.tables import CUT, LAG, MetricsRow, cut_text, lag_text, perplexities, read_rows, residual_cuts
 from hsplit.planning.plan import HolderPlan
 from hsplit.planning.wire import WIRES
 from hsplit.run.state import RunState
@@ -88,6 +88,7 @@ def model_card(
     )
     # A key of hsplit's own, for `hsplit eval`.
     setattr(data, METADATA, {"version": __version__, "base": job.base, "separator": job.data.separator})
+    events = read_events(directory.events)
     sections = [
         f"# {directory.name}",
         _introduction(run, source, format_),
@@ -95,7 +96,7 @@ def model_card(
         _snippet(run, source, format_, dtype),
         *(["## What to know", "\n".join(f"- {line}" for line in lines)] if lines else []),
         "## Training",
-        _training(run, source, state, residual_cuts(read_events(directory.events), state.round)),
+        _training(run, source, state, *(residual_cuts(events, state.round, field) for field in (CUT, LAG))),
         "## Plan",
         _plan(state),
         "## Results",
@@ -166,7 +167,9 @@ def _snippet(run: RunConfig, source: ModelSource, format_: str, dtype: str) -> s
     return f"{snippet}\n\n{remark}."
 
 
-def _training(run: RunConfig, source: ModelSource, state: RunState, cuts: Mapping[int, float]) -> str:
+def _training(
+    run: RunConfig, source: ModelSource, state: RunState, cuts: Mapping[int, float], lags: Mapping[int, float]
+) -> str:
     job, data, policy = run.job, run.job.data, run.policy
     spec = data.partition
     partition = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
@@ -189,6 +192,7 @@ def _training(run: RunConfig, source: ModelSource, state: RunState, cuts: Mappin
             f"{policy.placement}, {where}, {ranks}, {policy.aggregation} (reinit {policy.reinit})",
         ),
         ("cut", cut_text(cuts, policy.aggregation) or "not recorded"),
+        *([("lag", text)] if (text := lag_text(lags)) else []),
         ("clients", f"{len(run.clients)}, labels at the {job.privacy.labels}, wire {' and '.join(wires)}"),
         ("rounds done", f"{state.round} of {job.rounds}, {job.local_steps} local steps each"),
         ("batch size", f"{job.batch_size} a client, {job.grad_accumulation} accumulated"),
@@ -233,11 +237,13 @@ def _results(directory: RunDirectory, state: RunState, evaluation: _Evaluation |
     parts = []
     with suppress(InputError):
         # A table that is missing or was changed is not quoted.
-        rows = [row for row in read_rows(directory.metrics, MetricsRow) if row.round <= state.round]
-        if rows:
+        table = read_rows(directory.metrics, MetricsRow)
+        found = perplexities(row for row in table if row.round <= state.round)
+        if found:
+            (_, before), (round_, after) = found[0], found[-1]
             parts.append(
-                f"Validation perplexity {rows[-1].val_ppl:.4g} after round {rows[-1].round} ({rows[0].val_ppl:.4g} "
-                "before training), on examples that the clients held out."
+                f"Validation perplexity {after:.4g} after round {round_} ({before:.4g} before training), on examples"
+                " that the clients held out."
             )
     if evaluation is not None:
         scores = [(_METRIC_NAMES.get(n, n), f"{value:.4g}") for n, value in evaluation.scores.items()]

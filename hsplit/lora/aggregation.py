@@ -17,8 +17,8 @@ from torch import Tensor
 from hsplit.config import Job, Policy
 from hsplit.extension import find_part
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
-from hsplit.lora.learned import LearnedTerm, learned_parts
-from hsplit.lora.low_rank import LowRankSum, leading_and_rest, spectral
+from hsplit.lora.learned import LearnedTerm, held_parts, held_tensors, learned_parts
+from hsplit.lora.low_rank import LowRankSum, leading_and_rest, norm, spectral
 from hsplit.lora.residual import Residual
 from hsplit.models.factors import LowRank
 from hsplit.models.spec import LinearShape
@@ -138,7 +138,7 @@ def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -
     The averages carry the aggregation noise, and a holder loses what its rank cuts off. Adapters that have learned
     nothing yet have no weight; where none has, token weights are used.
     """
-    norms = [_product_norm(c.term) for c in contributions]
+    norms = [norm(c.term) for c in contributions]
     weights = norms if sum(norms) > 0 else [c.share for c in contributions]
     return Outcome(None, _averaged(contributions, [w / sum(weights) for w in weights]))
 
@@ -222,12 +222,6 @@ def _as_large_as_fresh(term: LowRank) -> LowRank:
     return LowRank(torch.ldexp(term.B, -powers), torch.ldexp(term.A, powers[:, None]))
 
 
-def _product_norm(term: LowRank) -> float:
-    """Compute ``||B A||_F`` without forming the product, as ``trace((B^T B)(A A^T))`` in fp64."""
-    B, A = term.B.double(), term.A.double()
-    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt())
-
-
 @dataclass(frozen=True)
 class Aggregation:
     """A rule, and its properties that the rest of hsplit depends on.
@@ -285,19 +279,20 @@ class Aggregator:
     def __init__(
         self, shapes: Sequence[LinearShape], job: Job, policy: Policy, master: torch.dtype, *, merges: bool
     ) -> None:
-        self._reinit, self._merges = policy.reinit, merges
+        self._reinit, self._merges, self._wait = policy.reinit, merges, job.residual.wait
         self._aggregation = find_aggregation(policy.aggregation)
         cap = None if job.residual.max_rank == "full" else job.residual.max_rank
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
         self._common: dict[str, LowRank] = {}
 
-    def aggregate(self, held: Sequence[HeldAdapters], absent: Ranks | None = None) -> float:
+    def aggregate(self, held: Sequence[HeldAdapters], absent: Ranks | None = None, last: bool = False) -> float:
         """Aggregate every weight over its holders.
 
         Args:
             held: every holder's adapters at the end of the round; they continue at the same ranks.
             absent: ranks, by holder and weight, of holders that sent no adapter and follow the others' result; 0 for a
                 client that computes with a weight without training it.
+            last: no round follows, so that no change may wait any longer.
 
         Returns:
             The largest part of a residual that its cap cut, as a relative Frobenius norm.
@@ -312,6 +307,8 @@ class Aggregator:
                 # Not trained: the adapters still are what they restarted with, and do so again.
                 if name in before:
                     self._common[name] = before[name]
+                if last:
+                    residual.release()
                 continue
             # Freed before the next one is made, so that two sets of restarts are never in memory together.
             began = before.pop(name, None)
@@ -325,7 +322,8 @@ class Aggregator:
             others = _ranks_of(name, absent or {})
             ranks = (*(h.terms[name].rank for h in holders), *others)
             outcome = self._aggregation.rule(contributions, self._restart(residual, ranks))
-            cut = max(cut, residual.add(outcome.residual, self._beside(outcome.common, ranks)))
+            allowed = 0.0 if last or not self._wait or outcome.common is None else self._wait * norm(outcome.common)
+            cut = max(cut, residual.join(outcome.residual, self._beside(outcome.common, ranks), allowed))
             if outcome.common is not None:
                 self._common[name] = outcome.common
         return cut
@@ -352,7 +350,7 @@ class Aggregator:
             beside = self._beside(stays, ranks)
             if joins is None and residual.has_room(beside):
                 continue
-            cut = max(cut, residual.add(joins, beside))
+            cut = max(cut, residual.join_everywhere(joins, beside))
             changed.add(name)
             if room:
                 self._common[name] = stays
@@ -371,8 +369,14 @@ class Aggregator:
             return 0
         return max(0, common.rank - min(ranks))
 
+    @property
+    def lag(self) -> float:
+        """Largest part of a weight's aggregated adapters that its holders lack of the residual: at most ``wait``."""
+        waiting = [(self.residuals[name].lag, common) for name, common in self._common.items()]
+        return max((lag / norm(common) for lag, common in waiting if lag), default=0.0)
+
     def update_for(self, round_: int, ranks: Mapping[str, int], whole: Iterable[str] = ()) -> RoundUpdate:
-        """Make a holder's update for ``round_``: changes since :meth:`mark_sent`, and restarts.
+        """Make a holder's update for ``round_``: changes since :meth:`mark_sent` that do not wait, and restarts.
 
         Args:
             ranks: its rank by weight name.
@@ -381,7 +385,7 @@ class Aggregator:
         new = set(whole)
         freezes = self._aggregation.freezes
         changes = {
-            n: self.residuals[n].update(self._merges or n in new, self._common.get(n) if freezes else None, rank)
+            n: self.residuals[n].update(n in new, self._common.get(n) if freezes else None, rank, self._merges)
             for n, rank in ranks.items()
         }
         restarting = {n: (self._common[n], rank) for n, rank in ranks.items() if rank and n in self._common}
@@ -389,7 +393,7 @@ class Aggregator:
         return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
 
     def mark_sent(self) -> None:
-        """Record that every holder has every residual as it is now."""
+        """Record that every holder has every residual, but for changes that wait, as it is now."""
         for residual in self.residuals.values():
             residual.mark_sent()
 
@@ -399,14 +403,16 @@ class Aggregator:
         for name, residual in self.residuals.items():
             factors = residual.factors if residual.rank else None
             tensors |= LearnedTerm(factors, residual.matrix, self._common.get(name)).tensors(name)
+            if residual.held is not None:
+                tensors |= held_tensors(name, residual.held.factors, residual.held.matrix, residual.lag)
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the result of :meth:`state`."""
-        parts = learned_parts(tensors)
+        parts, held = learned_parts(tensors), held_parts(tensors)
         for name, residual in self.residuals.items():
             term = parts.get(name, LearnedTerm())
-            residual.restore(term.residual, term.matrix)
+            residual.restore(term.residual, term.matrix, held.get(name))
             if term.common is not None:
                 self._common[name] = term.common
 

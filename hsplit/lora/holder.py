@@ -5,7 +5,7 @@ A holder counts the tokens that each of its layers was trained on in a round: th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ _SWAPPED = 1 << 18
 
 
 class TokenCounts:
-    """Supervised tokens that passed through each layer since the round began."""
+    """Supervised tokens that passed through each layer since the round began, each with the weight of its loss."""
 
     def __init__(self) -> None:
-        self._by_layer: Counter[int] = Counter()
+        self._by_layer: defaultdict[int, float] = defaultdict(float)
 
-    def add(self, layers: Iterable[int], tokens: int) -> None:
+    def add(self, layers: Iterable[int], tokens: float) -> None:
         """Add ``tokens`` to the count of each of ``layers``."""
         for layer in layers:
             self._by_layer[layer] += tokens
@@ -56,17 +56,17 @@ class TokenCounts:
         """Begin another round."""
         self._by_layer.clear()
 
-    def by_layer(self) -> dict[int, int]:
+    def by_layer(self) -> dict[int, float]:
         """Return a copy of the counts, by layer."""
         return dict(self._by_layer)
 
     def state(self) -> Tensor:
         """Return layer and tokens, ``(n, 2)``, for a checkpoint."""
-        return torch.tensor(sorted(self._by_layer.items()), dtype=torch.int64).reshape(-1, 2)
+        return torch.tensor(sorted(self._by_layer.items()), dtype=torch.float64).reshape(-1, 2)
 
     def load_state(self, state: Tensor) -> None:
         """Load the result of :meth:`state`."""
-        self._by_layer = Counter({int(layer): int(count) for layer, count in state.reshape(-1, 2)})
+        self._by_layer = defaultdict(float, {int(layer): float(count) for layer, count in state.reshape(-1, 2)})
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class HeldAdapters:
 
     holder: str
     terms: dict[str, LowRank]
-    tokens: dict[int, int]
+    tokens: dict[int, float]
     layers: dict[str, int]
 
     @property

@@ -1,8 +1,9 @@
 """Learned tensors and their names in a checkpoint, which are written and read here alone.
 
 A key is a kind and a name: ``residual.W.B``, ``residual.W.A``, ``residual.W.matrix``, ``common.W.B`` and ``common.W.A``
-of a weight ``W`` among the server's tensors, ``weight.P`` of a parameter ``P`` that a holder trains whole, and
-``optimizer.K`` of the state ``K`` of a holder's optimizer.
+of a weight ``W`` among the server's tensors; ``held.W.B``, ``held.W.A`` or ``held.W.matrix`` of the residual that its
+holders have while a change waits, and ``held.W.lag`` of what they lack; ``weight.P`` of a parameter ``P`` that a holder
+trains whole, and ``optimizer.K`` of the state ``K`` of a holder's optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from hsplit.lora.low_rank import concatenate
 from hsplit.models.factors import LowRank
 
-RESIDUAL, COMMON, WEIGHT, OPTIMIZER = "residual", "common", "weight", "optimizer"
+RESIDUAL, COMMON, HELD, WEIGHT, OPTIMIZER = "residual", "common", "held", "weight", "optimizer"
 
 
 def with_kind(kind: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,6 +75,28 @@ def learned_parts(server_state: Mapping[str, Tensor]) -> dict[str, LearnedTerm]:
         name: LearnedTerm(_factors(residuals, name), residuals.get(f"{name}.matrix"), _factors(commons, name))
         for name in names
     }
+
+
+def held_tensors(name: str, factors: LowRank, matrix: Tensor | None, lag: float) -> dict[str, Tensor]:
+    """Return what holders have of a weight's residual while a change waits, as a checkpoint keeps it.
+
+    Args:
+        name: the weight.
+        factors, matrix: the residual as they have it.
+        lag: upper bound of what they lack, Frobenius norm.
+    """
+    named = {} if matrix is None else {"matrix": matrix}
+    if factors.rank:
+        named |= {"B": factors.B.contiguous(), "A": factors.A.contiguous()}
+    named["lag"] = torch.tensor([lag], dtype=torch.float64)
+    return with_kind(HELD, {f"{name}.{part}": tensor for part, tensor in named.items()})
+
+
+def held_parts(server_state: Mapping[str, Tensor]) -> dict[str, tuple[LowRank | None, Tensor | None, float]]:
+    """Read what :func:`held_tensors` made, by weight name: factors, matrix and lag."""
+    named = of_kind(HELD, server_state)
+    names = [key.removesuffix(".lag") for key in named if key.endswith(".lag")]
+    return {n: (_factors(named, n), named.get(f"{n}.matrix"), float(named[f"{n}.lag"])) for n in names}
 
 
 def learned(server_state: Mapping[str, Tensor]) -> dict[str, LowRank]:

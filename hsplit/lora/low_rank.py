@@ -80,6 +80,12 @@ class LowRankSum:
         return list(zip(self.terms, self.weights, strict=True))
 
 
+def norm(matrix: LowRank | LowRankSum) -> float:
+    """Compute the Frobenius norm of ``B A``, or of a sum of such, as ``trace((B^T B)(A A^T))`` in fp64."""
+    factors = matrix.concatenated(torch.float64) if isinstance(matrix, LowRankSum) else matrix.to(torch.float64)
+    return float(((factors.B.T @ factors.B) * (factors.A @ factors.A.T)).sum().clamp_min(0.0).sqrt())
+
+
 def concatenate(terms: Sequence[LowRank]) -> LowRank:
     """Return the exact sum of ``terms`` as one pair of factors, concatenated along the rank (METHOD 6)."""
     return LowRank(torch.cat([t.B for t in terms], dim=1), torch.cat([t.A for t in terms], dim=0))

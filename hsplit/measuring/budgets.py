@@ -30,13 +30,14 @@ from hsplit.config.section import shown
 from hsplit.errors import InputError, RunError, os_reason
 from hsplit.files import write_text_atomically
 from hsplit.measuring.cluster_file import Figure, Figures, load_unmeasured, measured_file
-from hsplit.measuring.compute import StepSeconds, client_flops, joined_clients, server_flops
+from hsplit.measuring.compute import StepSeconds, client_flops, dequantization_flops, joined_clients, server_flops
 from hsplit.measuring.free_memory import HEADROOM, Location, shared_out
 from hsplit.measuring.link import SIZES, Link, measure_link
 from hsplit.measuring.measuring_actor import MeasuringActor
 from hsplit.models.lookup import ModelReference, find_model
 from hsplit.models.segment import BaseModel
 from hsplit.observe.wording import NOTHING, printable
+from hsplit.planning.cost.counted_model import DEQUANTIZATION_FLOPS
 from hsplit.planning.cost.model import CostModel
 from hsplit.run.inputs import check_model, resolved_config
 from hsplit.streams import is_terminal
@@ -59,11 +60,13 @@ class MeasuredBudgets:
         path: the cluster file that was written.
         machines: host name by holder; the clients, then the servers.
         figures: by holder and key of its budget.
+        dequantization_flops: operations in whose time a client dequantizes an entry of a quantized base, by client.
     """
 
     path: Path
     machines: dict[str, str]
     figures: Figures
+    dequantization_flops: Mapping[str, Figure]
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that ``hsplit probe --json`` prints."""
@@ -71,7 +74,8 @@ class MeasuredBudgets:
             {"name": name, "machine": machine, **{key: asdict(figure) for key, figure in self.figures[name].items()}}
             for name, machine in self.machines.items()
         ]
-        return {"cluster_file": str(self.path), "holders": holders}
+        flops = {name: asdict(figure) for name, figure in self.dequantization_flops.items()}
+        return {"cluster_file": str(self.path), "holders": holders, "dequantization_flops": flops}
 
 
 def measure_budgets(
@@ -118,14 +122,16 @@ def measure_budgets(
         ):
             measurement = BudgetMeasurement(run, cost, executor, repeats, seconds, progress)
             machines, figures = measurement.machines(), measurement.figures()
+            codes = measurement.dequantization_flops()
     for name, machine in machines.items():
         if figures[name]["memory_gb"].value <= 0:
             raise RunError(f"{name}: no memory is free on {machine}")
     try:
-        write_text_atomically(to, measured_file(config, figures, _header(run, cost, cluster, machines, seconds)))
+        header = _header(run, cost, cluster, machines, seconds, codes)
+        write_text_atomically(to, measured_file(config, figures, header))
     except OSError as error:
         raise InputError(f"--to {displayed(to)}: cannot be written: {os_reason(error)}") from error
-    return MeasuredBudgets(to, machines, figures)
+    return MeasuredBudgets(to, machines, figures, codes)
 
 
 def _as_measured(run: RunConfig) -> RunConfig:
@@ -165,6 +171,8 @@ class BudgetMeasurement:
         self._repeats, self._spell_s, self._progress = repeats, seconds / repeats, progress
         self._sizes, self._clock = sizes, clock
         self._clients, self._servers = [client.name for client in run.clients], run.server.names
+        # Of the clients, by name, on the dense base.
+        self._dense: dict[str, list[StepSeconds]] = {}
 
     def machines(self) -> dict[str, str]:
         """Return the host name by holder."""
@@ -233,19 +241,34 @@ class BudgetMeasurement:
         return nbytes, (self._clock() - begun) / hops
 
     def _client_flops(self) -> dict[str, list[float]]:
-        spells = self._spells(self._clients, 1)
-        return {name: [client_flops(self._cost, took) for took in spells[name]] for name in self._clients}
+        self._dense = self._spells(self._clients, 1, codes=False)
+        return {name: [client_flops(self._cost, took) for took in self._dense[name]] for name in self._clients}
+
+    def dequantization_flops(self) -> dict[str, Figure]:
+        """Measure each client's steps on codes too, after :meth:`figures`; empty for a base that is not quantized.
+
+        Returns:
+            Operations in whose time it dequantizes an entry, by client.
+        """
+        if not self._cost.model.quantized:
+            return {}
+        self._progress("computing: the clients side by side, on codes")
+        codes = self._spells(self._clients, 1, codes=True)
+        flops = {
+            name: [dequantization_flops(self._cost, *took) for took in zip(self._dense[name], codes[name], strict=True)]
+            for name in self._clients
+        }
+        return {name: Figure.median_of(samples) for name, samples in flops.items()}
 
     def _server_flops(self) -> dict[str, list[float]]:
         together = joined_clients(self._cost.model, len(self._clients))
-        spells = self._spells(self._servers, together)
+        spells = self._spells(self._servers, together, codes=self._cost.model.quantized)
         return {name: [server_flops(self._cost, together, took) for took in spells[name]] for name in self._servers}
 
-    def _spells(self, holders: Sequence[str], clients: int) -> dict[str, list[StepSeconds]]:
+    def _spells(self, holders: Sequence[str], clients: int, *, codes: bool) -> dict[str, list[StepSeconds]]:
         """Measure the seconds of local steps of ``holders``, all at the same time, in each of several spells."""
         model, job = self._cost.model, self._run.job
-        codes = job.base if model.quantized and SERVER in holders else None
-        setting = model.setting(model.top_rank, clients * job.batch_size, codes)
+        setting = model.setting(model.top_rank, clients * job.batch_size, job.base if codes else None)
         self._answers([self._executor.call(name, MeasuringActor.prepare, setting, clients) for name in holders])
         spells = []
         for _ in range(self._repeats):
@@ -274,7 +297,12 @@ def _check(to: Path, repeats: int, seconds: float) -> None:
 
 
 def _header(
-    run: RunConfig, cost: CostModel, cluster: str | Path, machines: dict[str, str], seconds: float
+    run: RunConfig,
+    cost: CostModel,
+    cluster: str | Path,
+    machines: dict[str, str],
+    seconds: float,
+    codes: Mapping[str, Figure],
 ) -> list[str]:
     job, servers = run.job, run.server.replicas
     together = joined_clients(cost.model, len(run.clients))
@@ -293,10 +321,24 @@ def _header(
         " its memory's",
         "latency_ms      one way, with all that Ray and the driver do for a message",
         *least,
+        *_lines_on_codes(job, codes),
         "",
         *(f"{name} was on {machine}" for name, machine in machines.items()),
     ]
     return lines
+
+
+def _lines_on_codes(job: Job, codes: Mapping[str, Figure]) -> list[str]:
+    if not codes:
+        return []
+    least, most = min(codes.values(), key=_value), max(codes.values(), key=_value)
+    found = f"{least.value:.0f}" if len(codes) == 1 else f"{least.value:.0f} to {most.value:.0f}"
+    counted = DEQUANTIZATION_FLOPS[job.base]
+    return ["", f"on codes a client dequantizes an entry in the time of {found} operations; plans count {counted:g}"]
+
+
+def _value(figure: Figure) -> float:
+    return figure.value
 
 
 def budget_table(machines: Mapping[str, str], figures: Figures) -> Table:

@@ -56,9 +56,9 @@ class StepWork:
     Args:
         base: the base model as the holder reads it.
         job, policy: the run's settings.
-        setting: ranks and residual as they are counted (``CountedModel.setting``).
+        setting: ranks, residual and how the base is kept, as they are counted (``CountedModel.setting``).
         device: where it computes.
-        at_server: the server's work: a quantized base stays as codes.
+        at_server: the server's work.
         clients: number of clients whose batches are computed at once.
         clock: seconds.
     """
@@ -81,7 +81,7 @@ class StepWork:
         self._first, self._last = (total - count, total) if at_server else (0, count)
         tail = (job.privacy.labels == "server") == at_server
         spec = SegmentSpec(self._first, self._last, tail=tail)
-        self.segment = load_segment(base, spec, quantized=at_server, device=device)
+        self.segment = load_segment(base, spec, quantized=setting.codes is not None, device=device)
         self._holder = self._holding(base, policy, setting)
         width, words = int(self.segment.config.hidden_size), int(self.segment.config.vocab_size)
         generator = torch.Generator().manual_seed(0)
@@ -185,6 +185,19 @@ def client_flops(cost: CostModel, took: StepSeconds) -> float:
     """Compute a client's FLOP/s from the seconds of :class:`StepWork`, with its tail in the U-shape."""
     counted = cost.step_time_s(_Unit(), timed_layers(cost.model.layers)).total_s
     return counted / (took.layers + took.tail)
+
+
+def dequantization_flops(cost: CostModel, dense: StepSeconds, codes: StepSeconds) -> float:
+    """Compute the operations in whose time a client dequantizes an entry of its base, once a pass.
+
+    Args:
+        cost: counts the work.
+        dense, codes: seconds of its :class:`StepWork` on either form of the base.
+    """
+    model, job = cost.model, cost.model.job
+    passes = 2 * job.grad_accumulation * job.pipeline.microbatches
+    entries = sum(kind.weight_parameters for kind in model.counter.kinds[: timed_layers(model.layers)])
+    return (codes.layers - dense.layers) * client_flops(cost, dense) / (passes * entries)
 
 
 def server_flops(cost: CostModel, clients: int, took: StepSeconds) -> float:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -139,30 +140,47 @@ class CheckpointReader:
         Raises:
             InputError: the checkpoint has no such tensor, or ends before it does.
         """
+        place = self._tensor(name)
+        shape = place.shape
+        result = torch.empty(shape[::-1] if transposed else shape, dtype=dtype or place.dtype)
+        with place.file.open("rb", buffering=0) as stream:
+            stream.seek(place.begin)
+            place.fill((result.T if transposed else result).view(shape or [1]), stream)
+        return result
+
+    def read_rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Read rows of the matrix ``name`` alone, as :meth:`read`: ``(n, d)``.
+
+        Args:
+            rows: their indices, increasing, ``n`` of them.
+            dtype: of the result.
+
+        Raises:
+            InputError: as :meth:`read`.
+        """
+        place = self._tensor(name)
+        count, width = place.shape
+        if rows and rows[-1] >= count:
+            raise IndexError(f"row {rows[-1]} of {name}, which has {count}")
+        result = torch.empty(len(rows), width, dtype=dtype)
+        with place.file.open("rb", buffering=0) as stream:
+            start = 0
+            for end in range(1, len(rows) + 1):
+                # Rows that follow one another are read together.
+                if end == len(rows) or rows[end] != rows[end - 1] + 1:
+                    stream.seek(place.begin + rows[start] * width * place.dtype.itemsize)
+                    place.fill(result[start:end], stream)
+                    start = end
+        return result
+
+    def _tensor(self, name: str) -> _StoredTensor:
         stored, file, start, entry = self._entry(name)
-        shape = entry["shape"]
-        own_dtype = _DTYPES[entry["dtype"]]
+        dtype = _DTYPES[entry["dtype"]]
         # A damaged shape must not be believed: no more than these bytes can be read.
         begin, end = entry["data_offsets"]
-        if math.prod(shape) * own_dtype.itemsize != end - begin:
+        if math.prod(entry["shape"]) * dtype.itemsize != end - begin:
             raise InputError(f"job.model: {file}: {stored}: its shape and its place in the file do not agree")
-        result = torch.empty(shape[::-1] if transposed else shape, dtype=dtype or own_dtype)
-        rows = (result.T if transposed else result).view(shape or [1])
-        at_once = max(1, CHUNK_BYTES // max(1, rows[:1].numel() * own_dtype.itemsize))
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(start + entry["data_offsets"][0])
-            for part in rows.split(at_once):
-                as_stored = part.dtype == own_dtype and part.is_contiguous()
-                chunk = part if as_stored else torch.empty(part.shape, dtype=own_dtype)
-                buffer: memoryview = chunk.view(-1).view(torch.uint8).numpy().data
-                while buffer:
-                    count = stream.readinto(buffer)
-                    if not count:
-                        raise InputError(f"job.model: {file}: ends within tensor {stored}; it is damaged")
-                    buffer = buffer[count:]
-                if not as_stored:
-                    part.copy_(chunk)
-        return result
+        return _StoredTensor(stored, file, start + begin, dtype, entry["shape"])
 
     def _entry(self, name: str) -> tuple[str, Path, int, dict[str, Any]]:
         """The stored name of ``name``, its file, the offset of the data there, and the header's entry."""
@@ -176,6 +194,32 @@ class CheckpointReader:
                 "take the original model, and job.base to quantize it"
             )
         return stored, file, start, entry
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor in a file: its name there, the place of its first byte, type and shape."""
+
+    name: str
+    file: Path
+    begin: int
+    dtype: torch.dtype
+    shape: list[int]
+
+    def fill(self, rows: Tensor, stream: FileIO) -> None:
+        """Read ``rows``, the first dimension of all or a part of it, from where ``stream`` is."""
+        at_once = max(1, CHUNK_BYTES // max(1, rows[:1].numel() * self.dtype.itemsize))
+        for part in rows.split(at_once):
+            as_stored = part.dtype == self.dtype and part.is_contiguous()
+            chunk = part if as_stored else torch.empty(part.shape, dtype=self.dtype)
+            buffer: memoryview = chunk.view(-1).view(torch.uint8).numpy().data
+            while buffer:
+                count = stream.readinto(buffer)
+                if not count:
+                    raise InputError(f"job.model: {self.file}: ends within tensor {self.name}; it is damaged")
+                buffer = buffer[count:]
+            if not as_stored:
+                part.copy_(chunk)
 
 
 @dataclass(frozen=True)

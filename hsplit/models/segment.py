@@ -14,11 +14,12 @@ from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.device_map import place_layers
 from hsplit.models.dtype import resolve_dtype
+from hsplit.models.embedding import OwnRows
 from hsplit.models.families import Family
 from hsplit.models.packing import Packing, rotary_tables
 from hsplit.models.spec import ModelSpec, linears_in
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
-from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense
+from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense, stored_again
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _adapt_linears(
         name = f"{path}.{inner}"
         reader.check(f"{name}.weight", cast(Tensor, module.weight).shape)
         bias = reader.read(f"{name}.bias", model.dtype) if module.bias is not None else None
-        read = partial(reader.read, f"{name}.weight", transposed=family.transposed)
+        read = _reading(name, family, reader)
         weight = freeze(read, model.base, model.dtype, quantized=quantized)
 
         def pristine(read: ReadWeight = read) -> Tensor:
@@ -170,6 +171,28 @@ def _adapt_linears(
         setattr(layer.get_submodule(owner), attribute, adapted)
 
 
+def _embedding(path: str, reader: CheckpointReader, model: BaseModel, rows: Tensor | None) -> nn.Module:
+    """Read an embedding, or ``rows`` of it alone."""
+    module = model.spec.module(path)
+    if rows is None:
+        _fill(module, path, reader, model.dtype)
+        return module
+    name = f"{path}.weight"
+    reader.check(name, cast(Tensor, module.weight).shape)
+    return OwnRows(rows, reader.read_rows(name, rows.tolist(), model.dtype))
+
+
+def _has_rows(embedding: nn.Module, rows: Tensor | None) -> bool:
+    """True if ``embedding`` has exactly ``rows``, or all where they are ``None``."""
+    if isinstance(embedding, OwnRows):
+        return rows is not None and torch.equal(embedding.ids.cpu(), rows)
+    return rows is None
+
+
+def _reading(name: str, family: Family, reader: CheckpointReader) -> ReadWeight:
+    return partial(reader.read, f"{name}.weight", transposed=family.transposed)
+
+
 def load_segment(
     model: BaseModel,
     spec: SegmentSpec,
@@ -177,16 +200,19 @@ def load_segment(
     quantized: bool = False,
     device: torch.device | str = "cpu",
     kept: Segment | None = None,
+    vocabulary: Tensor | None = None,
 ) -> Segment:
     """Read one segment; of the checkpoint only its own tensors are read.
 
     Args:
         model: the base.
         spec: the part to read.
-        quantized: keep an int8 or NF4 base as bitsandbytes codes, as the server does.
+        quantized: keep an int8 or NF4 base as bitsandbytes codes, as the server does; else dense.
         device: device to compute on; a server's layers are spread over all GPUs where it is ``cuda``.
         kept: the segment held so far: its modules that ``spec`` has too are taken over, residuals included, and not
-            read again.
+            read again, but for weights that become codes.
+        vocabulary: ids, increasing, ``(n,)`` int64: in a segment without the tail, only their rows of the token
+            embedding are read; ``None``: all are.
 
     Returns:
         The segment, frozen, in eval mode: the base's own dropout (GPT-2's) stays off in fine-tuning, so that the
@@ -196,16 +222,19 @@ def load_segment(
     segment = Segment(model.spec, spec)
     if spec.embedding:
         for path in family.embeddings:
+            rows = vocabulary if path == family.embeddings[0] else None
             name = path.rpartition(".")[2]
-            if kept is not None and name in kept.embeddings:
+            if kept is not None and name in kept.embeddings and _has_rows(kept.embeddings[name], rows):
                 segment.embeddings[name] = kept.embeddings[name]
-                continue
-            module = model.spec.module(path)
-            _fill(module, path, reader, model.dtype)
-            segment.embeddings[name] = module
+            else:
+                segment.embeddings[name] = _embedding(path, reader, model, rows)
     for index in range(spec.first, spec.last):
         if kept is not None and str(index) in kept.layers:
-            segment.layers[str(index)] = kept.layers[str(index)]
+            segment.layers[str(index)] = layer = kept.layers[str(index)]
+            for linear in layer.modules():
+                if isinstance(linear, AdaptedLinear):
+                    read = _reading(linear.name, family, reader)
+                    linear.weight = stored_again(linear.weight, read, model.base, model.dtype, quantized=quantized)
             continue
         path = family.layer_name(index)
         layer = model.spec.module(path)

@@ -125,6 +125,10 @@ class DenseWeight(nn.Module):
         """The values, shape ``(d_out, d_in)``, in ``dtype``."""
         return self.values.to(dtype)
 
+    def rows(self, chosen: slice, dtype: torch.dtype) -> Tensor:
+        """Rows ``chosen`` of :meth:`dense`, without forming the others."""
+        return self.values[chosen].to(dtype)
+
 
 class NF4Weight(nn.Module):
     """A weight of shape ``(d_out, d_in)`` as bitsandbytes NF4 codes: 4 bits an entry, an fp32 scale a block.
@@ -184,6 +188,19 @@ class NF4Weight(nn.Module):
         )
         return cast(Tensor, bnb.dequantize_4bit(self.codes, state)).to(dtype)
 
+    def rows(self, chosen: slice, dtype: torch.dtype) -> Tensor:
+        """Rows ``chosen`` of :meth:`dense`, without forming the others where rows are whole blocks."""
+        d_out, d_in = self.shape
+        if d_in % NF4_BLOCK:
+            return self.dense(dtype)[chosen]
+        codes = self.codes.view(d_out, d_in // 2)[chosen].contiguous()
+        part = NF4Weight.__new__(NF4Weight)
+        nn.Module.__init__(part)
+        part.shape = (len(codes), d_in)
+        part.codes, part.code_book = codes.view(-1, 1), self.code_book
+        part.scales = self.scales.view(d_out, d_in // NF4_BLOCK)[chosen].reshape(-1)
+        return part.dense(dtype)
+
 
 class Int8Weight(nn.Module):
     """A weight of shape ``(d_out, d_in)`` as bitsandbytes int8 codes with one fp32 scale a row."""
@@ -210,8 +227,12 @@ class Int8Weight(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values that the codes stand for, shape ``(d_out, d_in)``, in ``dtype``."""
+        return self.rows(slice(None), dtype)
+
+    def rows(self, chosen: slice, dtype: torch.dtype) -> Tensor:
+        """Rows ``chosen`` of :meth:`dense`, without forming the others."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        values = self.codes.to(exact).mul_((self.scales.to(exact) / 127.0).unsqueeze(1))
+        values = self.codes[chosen].to(exact).mul_((self.scales[chosen].to(exact) / 127.0).unsqueeze(1))
         return values.to(torch.float32).to(dtype)
 
 
@@ -257,6 +278,21 @@ def freeze(read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool) 
     # Int8 is quantized from fp16, whatever the checkpoint's dtype is.
     codes = Int8Weight(read(torch.float16)) if base == "int8" else NF4Weight(read(), once=True)
     return codes if quantized else DenseWeight(codes.dense(dtype))
+
+
+def stored_again(
+    weight: FrozenWeight, read: ReadWeight, base: str, dtype: torch.dtype, *, quantized: bool
+) -> FrozenWeight:
+    """Return ``weight``, or the same values in the other form where it is not stored as ``quantized`` says.
+
+    Args:
+        weight: as :func:`freeze` made it.
+        read, base, dtype, quantized: as for :func:`freeze`; codes are read again, dense values follow from codes.
+    """
+    dense = isinstance(weight, DenseWeight)
+    if not is_quantized(base) or dense != quantized:
+        return weight
+    return freeze(read, base, dtype, quantized=True) if dense else DenseWeight(weight.dense(dtype))
 
 
 class _DequantizedLinear(torch.autograd.Function):

@@ -26,7 +26,7 @@ from hsplit.observe.plan_text import (
     split_text,
 )
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow
-from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, printable
+from hsplit.observe.wording import bytes_text, duration_text, figure_text, number_text, printable
 from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.streams import encodable, is_terminal
 from hsplit.waiting import Waiting
@@ -164,7 +164,8 @@ class LiveDisplay(_Display):
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         # A round repeated from a checkpoint replaces those that it undoes.
         kept = tuple(done for done in self._perplexities if done[0] < row.round)
-        self._perplexities = (*kept, (row.round, row.val_ppl))[-_ROUNDS_SHOWN:]
+        known = () if row.val_ppl is None else ((row.round, row.val_ppl),)
+        self._perplexities = (*kept, *known)[-_ROUNDS_SHOWN:]
         self._waits_for = "training begins"
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
@@ -219,7 +220,7 @@ class LiveDisplay(_Display):
             split_text(holder, layers),
             ranks_range(holder.ranks),
             memory_text(holder),
-            NOTHING if loss is None else number_text(loss),
+            figure_text(loss),
             state,
         )
         table.add_row(*(Text(printable(cell)) for cell in cells), style=None if holder.available else "dim")
@@ -290,8 +291,8 @@ class PlainDisplay(_Display):
     def round_done(self, row: MetricsRow, holders: Sequence[PlanRow], timing: Sequence[TimingRow]) -> None:
         trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
         parts = [
-            f"round {row.round} done: {trained}validation loss {number_text(row.val_loss)}",
-            f"validation perplexity {number_text(row.val_ppl)}",
+            f"round {row.round} done: {trained}validation loss {figure_text(row.val_loss)}",
+            f"validation perplexity {figure_text(row.val_ppl)}",
             f"{row.tokens:,} tokens",
             f"{duration_text(row.wall_time_s)} (virtual {duration_text(row.virtual_time_s)})",
             f"{bytes_text(row.bytes_up)} up, {bytes_text(row.bytes_down)} down",

@@ -15,7 +15,9 @@ from pydantic import BeforeValidator
 
 from hsplit.planning.plan import Plan
 
-ROUTINE_EVENTS = frozenset({"started", "planned", "importance", "step", "validated", "round", "checkpoint", "finished"})
+ROUTINE_EVENTS = frozenset(
+    {"started", "planned", "importance", "unprobed", "step", "validated", "round", "checkpoint", "finished"}
+)
 """Kinds of events in the normal course of a run; a report lists all others, such as ``replanned`` and ``budget``."""
 
 RESERVED = ("time", "event", "text")

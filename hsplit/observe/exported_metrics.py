@@ -37,10 +37,10 @@ CLIENT_TRAIN_LOSS = ExportedMetric(
     "hsplit_client_train_loss", "short", "Mean training loss of a client in its last local step.", ("holder",)
 )
 VALIDATION_LOSS = ExportedMetric(
-    "hsplit_validation_loss", "short", "Mean loss over the held-out supervised tokens after the last round."
+    "hsplit_validation_loss", "short", "Mean loss over the held-out supervised tokens in the last validation."
 )
 PERPLEXITY = ExportedMetric(
-    "hsplit_validation_perplexity", "short", "Perplexity of the held-out supervised tokens after the last round."
+    "hsplit_validation_perplexity", "short", "Perplexity of the held-out supervised tokens in the last validation."
 )
 STEP_SECONDS = ExportedMetric(
     "hsplit_step_seconds",
@@ -59,6 +59,14 @@ VIRTUAL_SECONDS = ExportedMetric(
     "hsplit_virtual_seconds",
     "s",
     "Virtual seconds that the run would have taken by its last round at the declared budgets.",
+)
+TRAIN_WALL_SECONDS = ExportedMetric(
+    "hsplit_train_wall_seconds", "s", "Wall seconds that the run has taken by its last round, without validations."
+)
+TRAIN_VIRTUAL_SECONDS = ExportedMetric(
+    "hsplit_train_virtual_seconds",
+    "s",
+    "Virtual seconds that the run would have taken by its last round at the declared budgets, without validations.",
 )
 WIRE_BYTES = ExportedMetric(
     "hsplit_wire_bytes", "bytes", "Bytes that clients sent (up) and received (down) in the last round.", ("direction",)
@@ -100,6 +108,8 @@ METRICS = (
     VIRTUAL_STEP_SECONDS,
     WALL_SECONDS,
     VIRTUAL_SECONDS,
+    TRAIN_WALL_SECONDS,
+    TRAIN_VIRTUAL_SECONDS,
     WIRE_BYTES,
     MEMORY_DECLARED,
     MEMORY_PREDICTED,

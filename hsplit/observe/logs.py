@@ -103,8 +103,6 @@ class RunLog(Observer, ABC):
 def round_figures(row: MetricsRow, holders: Sequence[PlanRow]) -> dict[str, float]:
     """Return the figures of a round by the names that they are logged under."""
     figures: dict[str, float] = {
-        "validation/loss": row.val_loss,
-        "validation/perplexity": row.val_ppl,
         "progress/round": row.round,
         "progress/tokens": row.tokens,
         "progress/wall_time_s": row.wall_time_s,
@@ -114,8 +112,14 @@ def round_figures(row: MetricsRow, holders: Sequence[PlanRow]) -> dict[str, floa
         "plan/captured_importance": row.captured_importance,
         "plan/available_clients": row.available_clients,
     }
-    if row.train_loss is not None:
-        figures["train/loss"] = row.train_loss
+    optional = {
+        "train/loss": row.train_loss,
+        "validation/loss": row.val_loss,
+        "validation/perplexity": row.val_ppl,
+        "progress/train_wall_time_s": row.train_wall_time_s,
+        "progress/train_virtual_time_s": row.train_virtual_time_s,
+    }
+    figures |= {name: value for name, value in optional.items() if value is not None}
     if len(holders) > MOST_HOLDERS:
         return figures
     for holder in holders:

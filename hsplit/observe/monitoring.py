@@ -118,6 +118,8 @@ PANELS = (
         (
             Query(_series(metrics.WALL_SECONDS), "{{run}} wall"),
             Query(_series(metrics.VIRTUAL_SECONDS), "{{run}} virtual"),
+            Query(_series(metrics.TRAIN_WALL_SECONDS), "{{run}} wall, without validation"),
+            Query(_series(metrics.TRAIN_VIRTUAL_SECONDS), "{{run}} virtual, without validation"),
         ),
     ),
     Panel(

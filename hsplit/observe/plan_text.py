@@ -32,30 +32,39 @@ def plan_table(plan: Plan, insight: Insight | None = None) -> Group:
     table.add_column("name", overflow="fold", min_width=8)
     table.add_column("split", justify="right", no_wrap=True)
     table.add_column("layers", no_wrap=True)
+    if plan.paced:
+        # Examples in a step, and how often.
+        table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("ranks", overflow="fold", min_width=14)
     table.add_column("predicted /\ndeclared", no_wrap=True)
     table.add_column("step time\n(virtual)", justify="right", no_wrap=True)
+    if plan.paced:
+        table.add_column("busy", justify="right", no_wrap=True)
     table.add_column("share of\ncaptured", justify="right", no_wrap=True)
     for client in plan.clients:
-        _add_row(table, client, plan.layers)
+        _add_row(table, client, plan)
     table.add_section()
-    _add_row(table, plan.server, plan.layers)
+    _add_row(table, plan.server, plan)
     # Not as the table's caption, which would be wrapped at the table's width.
     return Group(table, Text("\n".join(map(printable, lines))))
 
 
-def _add_row(table: Table, holder: HolderPlan, layers: int) -> None:
+def _add_row(table: Table, holder: HolderPlan, plan: Plan) -> None:
     # two lines, so that the column stays narrow
     ranks = ranks_by_kind(holder.ranks) if holder.available else lacking_text(holder).replace(", ", ",\n")
-    cells = (
+    if own := forms_text(holder, plan):
+        ranks = f"{ranks}\n{own}"
+    cells = [
         printable(holder.name),
         NOTHING if holder.split is None else str(holder.split),
-        layers_held(holder, layers),
+        layers_held(holder, plan.layers),
+        *([rows_text(holder)] if plan.paced else []),
         ranks,
         memory_text(holder),
         number_text(holder.step_time_s, "s") if holder.available else NOTHING,
+        *([busy_text(holder, plan)] if plan.paced else []),
         share_text(holder),
-    )
+    ]
     table.add_row(*(Text(cell) for cell in cells), style=None if holder.available else "dim")
 
 
@@ -96,6 +105,11 @@ def _changed(past: HolderPlan, holder: HolderPlan, layers: int) -> list[str]:
     parts = []
     if past.split != holder.split:
         parts.append(f"split {NOTHING if past.split is None else past.split} → {split_text(holder, layers)}")
+    if holder.kind == "client" and rows_text(past) != rows_text(holder):
+        parts.append(f"rows {rows_text(past)} → {rows_text(holder)}")
+    parts += [
+        f"{then} → {now}" for then, now in ((past.stored, holder.stored), (past.wire, holder.wire)) if then != now
+    ]
     if past.ranks != holder.ranks:
         then, now = ranks_range(past.ranks), ranks_range(holder.ranks)
         parts.append(f"ranks {then} → {now}" if then != now else f"ranks {now} moved between weights")
@@ -124,6 +138,15 @@ def plan_lines(plan: Plan) -> list[str]:
         f"One local step takes {number_text(plan.makespan_s, 's')} (virtual: at the declared budgets).{exchange}",
         f"Captured importance: {number_text(plan.captured_importance)}, from {plan.importance}.",
     ]
+    if plan.speed is not None:
+        speed = plan.speed
+        lines.append(
+            f"Speed: {number_text(speed.rows_per_s)} examples a second (virtual), {speed.share:.0%} of the"
+            f" {number_text(speed.bound_rows_per_s)} that these budgets allow if nobody ever waits; bound by"
+            f" {speed.binding}."
+        )
+    if plan.groups > 1:
+        lines.append(f"The server serves the clients in {plan.groups} groups, one after another.")
     if available < len(plan.clients):
         lines.append(f"{available} of {len(plan.clients)} clients take part.")
     if frozen := [part.name for part in plan.available if part.forward_only]:
@@ -179,6 +202,26 @@ def memory_text(holder: HolderPlan) -> str:
 def lacking_text(holder: HolderPlan) -> str:
     """Return the reason why a client is unavailable."""
     return f"unavailable, lacks {bytes_text(holder.lacking_bytes)}"
+
+
+def rows_text(holder: HolderPlan) -> str:
+    """Format the examples of a client's batch, and how often it brings one: ``3``, or ``3 / 2 steps``."""
+    if not holder.available or holder.kind == "server":
+        return NOTHING
+    return str(holder.rows) if holder.every == 1 else f"{holder.rows} / {holder.every} steps"
+
+
+def busy_text(holder: HolderPlan, plan: Plan) -> str:
+    """Format the part of a step in which a holder computes or sends: ``87 %``."""
+    return f"{holder.step_time_s / plan.makespan_s:.0%}" if holder.available and plan.makespan_s else NOTHING
+
+
+def forms_text(holder: HolderPlan, plan: Plan) -> str:
+    """Name a client's stored form and wire format, where they are not the same for all."""
+    if not holder.available or holder.kind == "server":
+        return ""
+    stored, wires = {part.stored for part in plan.available}, {part.wire for part in plan.available}
+    return ", ".join([holder.stored] * (len(stored) > 1) + [holder.wire] * (len(wires) > 1))
 
 
 def share_text(holder: HolderPlan) -> str:

@@ -93,10 +93,12 @@ class RayMetrics(Observer):
                 metrics.STEP: {(): row.step},
                 metrics.TOKENS: {(): row.tokens},
                 metrics.TRAIN_LOSS: {} if row.train_loss is None else {(): row.train_loss},
-                metrics.VALIDATION_LOSS: {(): row.val_loss},
-                metrics.PERPLEXITY: {(): row.val_ppl},
+                **self._known(metrics.VALIDATION_LOSS, row.val_loss),
+                **self._known(metrics.PERPLEXITY, row.val_ppl),
                 metrics.WALL_SECONDS: {(): row.wall_time_s},
                 metrics.VIRTUAL_SECONDS: {(): row.virtual_time_s},
+                **self._known(metrics.TRAIN_WALL_SECONDS, row.train_wall_time_s),
+                **self._known(metrics.TRAIN_VIRTUAL_SECONDS, row.train_virtual_time_s),
                 metrics.WIRE_BYTES: {("up",): row.bytes_up, ("down",): row.bytes_down},
                 metrics.CAPTURED_IMPORTANCE: {(): row.captured_importance},
                 metrics.CLIENTS: {(): row.available_clients},
@@ -124,6 +126,11 @@ class RayMetrics(Observer):
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+
+    @staticmethod
+    def _known(metric: ExportedMetric, value: float | None) -> dict[ExportedMetric, _Series]:
+        """The series of a metric of the run; none for ``None``, so that the last known value stays."""
+        return {} if value is None else {metric: {(): value}}
 
     def _series_of(self, metric: ExportedMetric) -> _Series:
         return self._series.get(metric, {})

@@ -16,7 +16,7 @@ from rich.text import Text
 from hsplit.config import RunConfig
 from hsplit.errors import HsplitError
 from hsplit.observe.events import read_events
-from hsplit.observe.tables import MetricsRow, cut_text, read_rows, residual_cuts
+from hsplit.observe.tables import LAG, MetricsRow, cut_text, lag_text, perplexities, read_rows, residual_cuts
 from hsplit.observe.wording import age_text, printable
 from hsplit.run_directory import RunDirectory
 
@@ -39,7 +39,7 @@ class RunSummary:
             with an error, ``interrupted`` without a message (killed, or the machine went down): these can be resumed.
         policy: the name of its policy, or ``None`` if the configuration cannot be read.
         round, rounds: rounds done, and rounds requested; ``rounds`` is ``None`` if the configuration cannot be read.
-        val_ppl: validation perplexity after the last round done, or ``None`` before any.
+        val_ppl: the last validation perplexity, or ``None`` before any.
         clients: number of clients that took part in that round.
         changed: time of the last event, or ``None``.
         reason: cause of a failure; empty otherwise.
@@ -92,7 +92,7 @@ def run_state(directory: RunDirectory) -> RunSummary:
         policy=config.policy.name,
         round=last.round if last else 0,
         rounds=config.job.rounds,
-        val_ppl=last.val_ppl if last else None,
+        val_ppl=found[-1][1] if (found := perplexities(rows)) else None,
         clients=last.available_clients if last else None,
         changed=datetime.fromisoformat(events[-1]["time"]) if events else None,
         reason=reason,
@@ -114,8 +114,10 @@ def last_state(events: Iterable[Mapping[str, Any]]) -> tuple[State, str]:
 def results_lines(directory: RunDirectory) -> list[str]:
     """Return lines with the paths of a complete run's results, and with the loss if the residual's cap has cut."""
     exported = directory.model if directory.model.is_dir() else directory.adapter
-    cut = cut_text(residual_cuts(read_events(directory.events)), None)
-    return [f"{exported.name:<8} {exported}", f"report   {directory.report}", *([f"cut      {cut}"] if cut else [])]
+    events = list(read_events(directory.events))
+    cut, lag = cut_text(residual_cuts(events), None), lag_text(residual_cuts(events, field=LAG))
+    found = [f"{name:<8} {text}" for name, text in (("cut", cut), ("lag", lag)) if text]
+    return [f"{exported.name:<8} {exported}", f"report   {directory.report}", *found]
 
 
 def way_on(directory: RunDirectory, address: str | None = None) -> str:

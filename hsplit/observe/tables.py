@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
@@ -19,24 +19,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-FIELD = "residual_cut"
-"""Name of the cut in the event that closes a round; events of older versions lack it."""
+CUT, LAG = "residual_cut", "residual_lag"
+"""Names of the cut, and of what waits, in the event that closes a round; events of older versions lack them."""
 # Rounding errors of the fp32 factors come near this; a smaller loss is not due to the cap.
 _ROUNDING = 1e-6
 
 
-def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None) -> dict[int, float]:
+def residual_cuts(events: Iterable[Mapping[str, Any]], rounds: int | None = None, field: str = CUT) -> dict[int, float]:
     """Return the largest part of a weight's residual that was cut, by round; the last result counts.
 
     Args:
         events: of a run, oldest first.
         rounds: the last round that counts; by default all.
+        field: ``LAG`` for what holders lacked instead.
 
     Returns:
-        Frobenius norms relative to the residual, 0.0 for a round without a cut; rounds of older versions, whose events
-        lack the field, and the state before training are absent.
+        Relative Frobenius norms, 0.0 for a round without any; rounds of older versions, whose events lack the field,
+        and the state before training are absent.
     """
-    closed = {event.get("round"): event.get(FIELD) for event in events if event["event"] == "round"}
+    closed = {event.get("round"): event.get(field) for event in events if event["event"] == "round"}
     return {
         round_: float(cut)
         for round_, cut in closed.items()
@@ -66,6 +67,22 @@ def cut_text(cuts: Mapping[int, float], aggregation: object) -> str:
     return "residual.max_rank cut nothing: the adapters were summed exactly in every round" if exact else ""
 
 
+def lag_text(lags: Mapping[int, float]) -> str:
+    """Return one sentence on what holders lacked between rounds (``residual.wait``); empty if nothing waited.
+
+    Args:
+        lags: by round.
+    """
+    waited = [lag for lag in lags.values() if lag]
+    often = f"in {len(waited)} of {len(lags)} {'round' if len(lags) == 1 else 'rounds'}"
+    return (
+        f"residual.wait kept changes back {often}: holders trained on without at most {share_cut(lags)} of a weight's"
+        " aggregated adapters (relative Frobenius norm), which reached them later"
+        if waited
+        else ""
+    )
+
+
 def share_cut(cuts: Mapping[int, float]) -> str:
     """Format the largest of ``cuts`` in percent, such as ``27 %``."""
     return f"{100 * max(cuts.values()):.2g} %"
@@ -85,20 +102,23 @@ class MetricsRow:
         round: rounds done.
         step: local steps done.
         train_loss: mean over the round's supervised tokens; None in round 0.
-        val_loss, val_ppl: mean over the held-out supervised tokens, and its exponential.
+        val_loss, val_ppl: mean over the held-out supervised tokens, and its exponential; None in a round without a
+            validation (``job.validation.every``).
         tokens: supervised tokens trained on.
         wall_time_s: wall time of the run, without pauses between a kill and a resume.
         virtual_time_s: time that the run would have taken at the declared budgets (METHOD 8).
         bytes_up, bytes_down: sent and received by the clients in this round, validation included.
         captured_importance: of the round's plan (METHOD 5).
         available_clients: number of clients with a part in that plan.
+        train_wall_time_s, train_virtual_time_s: ``wall_time_s`` and ``virtual_time_s`` without the validations so far;
+            None in tables of older versions.
     """
 
     round: Whole
     step: Whole
     train_loss: float | None
-    val_loss: float
-    val_ppl: float
+    val_loss: float | None
+    val_ppl: float | None
     tokens: Whole
     wall_time_s: float
     virtual_time_s: float
@@ -106,6 +126,8 @@ class MetricsRow:
     bytes_down: Whole
     captured_importance: float
     available_clients: Whole
+    train_wall_time_s: float | None = None
+    train_virtual_time_s: float | None = None
     __pydantic_config__ = EXACT
 
 
@@ -133,6 +155,11 @@ class PlanRow:
     predicted_time_s: float
     measured_time_s: float | None
     __pydantic_config__ = EXACT
+
+
+def perplexities(rows: Iterable[MetricsRow]) -> list[tuple[int, float]]:
+    """Return round and validation perplexity of each round that was validated, in the order of ``rows``."""
+    return [(row.round, row.val_ppl) for row in rows if row.val_ppl is not None]
 
 
 PHASES = ("data", "unpack", "forward", "tail", "backward", "optimizer", "pack", "paced", "waiting")
@@ -275,6 +302,8 @@ class MetricsTable(Generic[Row]):
 def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     """Read the rows in ``path``, equal to the written ones, every float to its last digit.
 
+    The last columns may be missing where their fields have a default: older versions had fewer.
+
     Raises:
         InputError: there is no such file, or it is not such a table; the message names the line.
     """
@@ -286,6 +315,9 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{displayed(path)}: cannot be read ({error})") from None
     columns = [field.name for field in fields(row_type)]
+    required = [field.name for field in fields(row_type) if field.default is MISSING]
+    if table and table[0] == required:
+        columns = required
     if not table or table[0] != columns:
         raise InputError(f"{displayed(path)}:1: the columns must be {','.join(columns)}")
     types = get_type_hints(row_type)
@@ -300,7 +332,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
-    """Read ``metrics.csv`` as a frame with the columns of ``MetricsRow``; round 0's train_loss is NaN.
+    """Read ``metrics.csv`` as a frame with the columns of ``MetricsRow``; what a round does not have is NaN.
 
     Raises:
         InputError: there is no such file, or it is not such a table.

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from hsplit.errors import InputError
 from hsplit.observe.displays import Pace, display_for
@@ -29,6 +29,7 @@ _RESOLUTION_S = 0.001
 """Resolution of the times in a log."""
 _SILENT_EVENTS = ROUTINE_EVENTS | {"data", "training", "cohort", "budget", "failed"}
 """Kinds of events without a note: ``hsplit launch`` prints none either, or, for a failure, prints it at the end."""
+_OPTIONAL = frozenset(column for column, type_ in get_type_hints(MetricsRow).items() if type_ == float | None)
 
 
 def watch(path: str | Path, *, display: Observer | None = None) -> RunSummary:
@@ -202,7 +203,7 @@ def _seconds(event: Mapping[str, Any]) -> float:
 
 def _figure(value: Any, column: str) -> Any:
     """Return a value of ``metrics.csv`` from the log, which has non-finite numbers as text."""
-    known = isinstance(value, int | float) or (value is None and column == "train_loss")
+    known = isinstance(value, int | float) or (value is None and column in _OPTIONAL)
     return value if known else float(value)
 
 

@@ -76,6 +76,11 @@ def duration_text(seconds: float) -> str:
     return f"{whole} s"
 
 
+def figure_text(value: float | None) -> str:
+    """Format a number that may be missing: ``3.14``, or a dash for None."""
+    return NOTHING if value is None else number_text(value)
+
+
 def age_text(seconds: float) -> str:
     """Format the time since an event in its largest unit: ``42 s ago``, ``3 min ago``, ``2 h ago``, ``4 d ago``."""
     whole = max(0, int(seconds))  # below 0 where another machine's clock is ahead

@@ -59,6 +59,8 @@ def planned(
             predicted_bytes=held[i].predicted_bytes,
             step_time_s=seconds[i],
             captured_share=held[i].gain / len(problem.clients) / captured if captured > 0 else 0.0,
+            rows=problem.cost.model.job.batch_size,
+            wire=problem.cost.model.job.wire,
         )
         parts.append(part)
     deep = _server_part(problem, state, splits, 1.0 - sum(part.captured_share for part in parts))

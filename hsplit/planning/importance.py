@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hsplit.config.section import EXACT
 from hsplit.errors import InputError
 from hsplit.extension import find_part
 from hsplit.models.spec import LinearShape
@@ -33,6 +34,30 @@ class ImportanceReport:
     client: str
     tokens: int
     scores: dict[str, float]
+    __pydantic_config__ = EXACT
+
+
+def mean_report(reports: Sequence[ImportanceReport], weights: Collection[str]) -> ImportanceReport | None:
+    """Join the reports of many clients into one that gives the same :func:`scores`.
+
+    Args:
+        reports: of every client, from every holder of its layers; those of a client that lack a weight do not count.
+        weights: names of all that are adapted.
+
+    Returns:
+        Token-weighted means, of no client in particular; ``None`` if nothing is left, or is not finite, or above 0.
+    """
+    sums: dict[str, dict[str, float]] = defaultdict(dict)
+    for report in reports:
+        if report.tokens:
+            sums[report.client].update(report.scores)
+    whole = {
+        report.client: report.tokens for report in reports if weights and sums[report.client].keys() >= set(weights)
+    }
+    total = sum(whole.values())
+    mean = {name: sum(tokens / total * sums[client][name] for client, tokens in whole.items()) for name in weights}
+    useful = total and all(map(math.isfinite, mean.values())) and any(mean.values())
+    return ImportanceReport("", total, mean) if useful else None
 
 
 # Gives scores by weight name, from raw sums ``sum |W G|`` by weight name, and the weights.

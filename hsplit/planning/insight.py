@@ -10,6 +10,7 @@ import numpy as np
 from hsplit.config import Policy
 from hsplit.errors import InputError
 from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget, budget_of
+from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.moves import Prices, largest_of_others, server_prices
@@ -21,6 +22,8 @@ from hsplit.planning.rank_rules import RANK_RULES
 GIGABYTE = 10**9
 # Kinds of clients that are planned again with one more GB; of more kinds, those that promise most.
 MAX_KINDS = 6
+# As good as infinitely fast.
+_FAST = 1e9
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,43 @@ def explained(
         # The single node is the server's, and has been tried.
         try_plan("server", 1, clients, Budget("server", server.memory_bytes + GIGABYTE, server.flops))
     gains.sort(key=lambda g: -g.objective_change)
-    return Insight(bottleneck(made, clients, cost), tuple(gains), len(first) - len(tried))
+    holder = simulated_bottleneck(made, clients, server, cost) if overlaps(cost) else bottleneck(made, clients, cost)
+    return Insight(holder, tuple(gains), len(first) - len(tried))
+
+
+def overlaps(cost: CostModel) -> bool:
+    """True if clients do not wait for one another in a step."""
+    return cost.pace.periods != "none"
+
+
+def simulated_bottleneck(
+    made: Plan, clients: Sequence[ClientBudget], server: ServerBudget, cost: CostModel
+) -> Bottleneck:
+    """Find the holder that would shorten a step of overlapping turns most, by simulating without its seconds.
+
+    Args:
+        made: the plan.
+        clients, server: the budgets that it was made with.
+        cost: what steps cost.
+    """
+    taking_part = [next(c for c in clients if c.name == part.name) for part in made.available]
+    makespan = VirtualClock(cost, taking_part, server).step_s(made)
+    fast = Budget("server", server.memory_bytes, server.flops * _FAST)
+    best = Bottleneck("server", "server", 1, makespan - VirtualClock(cost, taking_part, fast).step_s(made))
+    first = _first_of_kind(taking_part)
+    busiest = sorted(first, key=lambda i: -made.available[i].step_time_s)[:MAX_KINDS]
+    for index in busiest:
+        alike = budget_of(taking_part[index])
+        faster: list[ClientBudget] = [
+            Budget(c.name, c.memory_bytes, c.flops * _FAST, c.bandwidth_bps * _FAST, 0.0)
+            if budget_of(c) == alike
+            else c
+            for c in taking_part
+        ]
+        shortens = makespan - VirtualClock(cost, faster, server).step_s(made)
+        if shortens > best.shortens_s:
+            best = Bottleneck(taking_part[index].name, "client", first[index], shortens)
+    return best
 
 
 def bottleneck(made: Plan, clients: Sequence[ClientBudget], cost: CostModel) -> Bottleneck:

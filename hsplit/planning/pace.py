@@ -37,6 +37,8 @@ MAX_SIMULATED = 16
 # Best choices that are improved client by client, and the changes of a split that are tried.
 _CLIMBED = 4
 _MOVES = (-4, -2, -1, 1, 2, 4)
+# Most times that the longest deadline is doubled where the rows cannot be dealt out within it.
+_DOUBLINGS = 12
 # Least common multiple of the periods: rows a step are counted in these parts of an example.
 _PARTS = 12
 
@@ -62,9 +64,11 @@ class _Effort:
     kept: int
 
 
-_THOROUGH = _Effort(7, (0.75, 0.9, 1.15), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 10, 3)
+_THOROUGH = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 6)), (0.95,), 4, 2)
 _LIGHT = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 5)), (0.92, 1.08), 4, 1)
 _QUICK = _Effort(3, (), (1.0, 1.5, 2.25), (1.2,), 3, 1)
+# Where splits are given, the exchange is too, and nothing is gained by a price.
+_FIXED = _Effort(1, (), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 1, 2)
 # Clients up to which the search is light, and beyond which it is quick.
 _MANY = 2000
 
@@ -128,13 +132,15 @@ class PacedProblem:
         self.problem, self.pace = problem, pace
         cost, job = problem.cost, problem.cost.model.job
         self._cost, self._job = cost, job
+        self._fixed = bool((allowed.sum(axis=1) <= 1).all())
         self.total_rows = job.batch_size * len(problem.clients)
         self.shares = shares
         unit = max(1, job.batch_size // 4)
         rows = [job.batch_size]
         if pace.batch_size == "planned":
             most = MAX_TIMES_ROWS * job.batch_size // unit
-            numbers = range(1, most + 1) if self._effort is _THOROUGH else (1, 2, 3, 4, 6, 8, 12, 16)
+            few = len(problem.clients) <= FEW
+            numbers: Sequence[int] = range(1, most + 1) if few else (1, 2, 3, 4, 6, 8, 12, 16)
             rows = [unit * number for number in numbers if number <= most]
         self._rows = np.array(rows, dtype=np.int64)
         whole_steps = pace.periods == "none" or pace.batch_size == "equal"
@@ -225,6 +231,8 @@ class PacedProblem:
     @property
     def _effort(self) -> _Effort:
         count = len(self.problem.clients)
+        if self._fixed:
+            return _FIXED
         return _THOROUGH if count <= FEW else _LIGHT if count <= _MANY else _QUICK
 
     def best(self, in_force: Choice | None = None) -> list[Choice]:
@@ -243,7 +251,7 @@ class PacedProblem:
             for factor in self._effort.closer:
                 chosen += self._within(top.exchange_s * factor)
         chosen.sort(key=lambda choice: -choice.objective)
-        if len(self.problem.clients) <= FEW:
+        if len(self.problem.clients) <= FEW and not self._fixed:
             chosen = [*map(self._climbed, chosen[:_CLIMBED]), *chosen]
             chosen.sort(key=lambda choice: -choice.objective)
         return chosen[:MAX_SIMULATED]
@@ -251,9 +259,16 @@ class PacedProblem:
     def _within(self, limit_s: float) -> list[Choice]:
         """Find the best choices in which nobody's exchange takes longer than ``limit_s`` a step."""
         effort, found = self._effort, dict[bytes, tuple[float, _Dealt]]()
-        least_s = self._least_s()
-        best: tuple[float, float] = (-np.inf, least_s)
-        for deadline in [least_s * factor for factor in effort.deadlines]:
+        if np.isinf(self._least_s):
+            return []
+        best: tuple[float, float] = (-np.inf, self._least_s)
+        for factor in effort.deadlines:
+            best = max(best, self._try(self._least_s * factor, limit_s, found))
+        deadline = self._least_s * effort.deadlines[-1]
+        for _ in range(_DOUBLINGS):
+            if found:
+                break
+            deadline *= 2
             best = max(best, self._try(deadline, limit_s, found))
         for factor in effort.nearer:
             self._try(best[1] * factor, limit_s, found)
@@ -314,19 +329,28 @@ class PacedProblem:
         fits = self._fits.any(axis=1)
         own = self.exchange_s[1] if len(self._frozen_choices) > 1 else self.exchange_s[0]
         least = float(np.where(fits, own, np.inf).min(axis=1).max())
+        if np.isinf(least):
+            # Some client has no split that may be chosen.
+            return []
         longest = float(np.where(fits, self.exchange_s[0], 0.0).max())
+        if self._effort.exchanges == 1:
+            return [longest]
         limits: list[float] = np.geomspace(least, max(longest, least * 1.001), self._effort.exchanges).tolist()
         return limits
 
+    @cached_property
     def _least_s(self) -> float:
-        """Seconds of a step below which no plan comes: of the server at the deepest splits, and of all together."""
+        """Seconds of a step below which no plan comes: of all together, of the server, and of each client's floor."""
         fits = self._fits.any(axis=1)
         deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
         shallow_s = (self._row_s[0] + self.server_s)[:, 1:].min(axis=1)[self.problem.kind]
         together = self.total_rows / float((1 / shallow_s).sum())
-        return self._job.grad_accumulation * max(
-            together, float(self.server_s[deepest[self.problem.kind]].mean()) * self.total_rows * 0.5
-        )
+        serving = float(self.server_s[deepest[self.problem.kind]].mean()) * self.total_rows * 0.5
+        # Of each client the least that some rows above its floor take, over its period.
+        quickest = (self._own_s / self._pair_every[:, None]).min(axis=(0, 3))
+        enough = self._quota >= self._least_quota[:, None]
+        floors = np.where(enough, quickest[self.problem.kind], np.inf).min(axis=1)
+        return self._job.grad_accumulation * max(together, serving, float(floors.max()))
 
     def _by_deadline(self, deadline: float, limit_s: float) -> list[tuple[float, _Dealt]]:
         """Deal out rows within ``deadline`` at several prices of the server's seconds.

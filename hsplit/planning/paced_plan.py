@@ -20,7 +20,7 @@ from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import MAX_SIMULATED, Choice, Flags, PacedProblem
+from hsplit.planning.pace import MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
@@ -76,6 +76,31 @@ def unread_bytes(cost: CostModel, clients: Sequence[ClientBudget], vocabulary: M
         rows: float(whole.constant[0] - whole.with_embedding(rows).constant[0]) for rows in set(vocabulary.values())
     }
     return np.array([saved[vocabulary[c.name]] if c.name in vocabulary else 0.0 for c in clients])
+
+
+def fleet_bound(cost: CostModel, problem: Problem, rank: int, wires: Sequence[str], shares: Floats) -> float:
+    """Most examples a second that the budgets of a problem's clients allow (METHOD 10), virtual.
+
+    For clients that train what they hold: one that only computes forward takes less time.
+
+    Args:
+        cost: what parts cost.
+        problem: of the clients; memory counts for one example a batch.
+        rank: of every weight.
+        wires: format of each kind's messages.
+        shares: each client's share of the data, ``(N,)``.
+    """
+    count, layers = len(problem.distinct), cost.model.layers + 1
+    # A message's latency is shared by all its rows.
+    most = cost.model.job.batch_size * (MAX_TIMES_ROWS if cost.pace.batch_size == "planned" else 1)
+    loads = Loads(np.full(count, most), wires, np.zeros(count, dtype=bool))
+    times = cost.times.all_client_times(problem.distinct, 1, loads).sum(axis=2)
+    times /= most * cost.model.job.grad_accumulation
+    splits, ones = np.arange(layers), np.ones(layers, dtype=np.int64)
+    server_s = np.sum(cost.times.turn_times(problem.server, splits, ones), axis=0) / cost.model.servers
+    deepest = (needed_bytes(cost, rank, 1) <= problem.memory[:, None]).sum(axis=1) - 1
+    least = cost.pace.min_share * shares
+    return speed_bound(times[problem.kind], server_s, np.maximum(deepest, 1)[problem.kind], least)
 
 
 class PacedPlanner:
@@ -235,16 +260,7 @@ class PacedPlanner:
         return self._bound(self.wires)
 
     def _bound(self, wires: Sequence[str]) -> float:
-        cost, job, problem = self._cost, self._cost.model.job, self._problem
-        count, layers = len(problem.distinct), cost.model.layers + 1
-        loads = Loads(np.ones(count, dtype=np.int64), wires, np.zeros(count, dtype=bool))
-        times = cost.times.all_client_times(problem.distinct, 1, loads).sum(axis=2) / job.grad_accumulation
-        splits, ones = np.arange(layers), np.ones(layers, dtype=np.int64)
-        server_s = np.sum(cost.times.turn_times(self._server, splits, ones), axis=0)
-        needed = needed_bytes(cost, self._rank, 1)
-        deepest = (needed <= problem.memory[:, None]).sum(axis=1) - 1
-        least = self._pace.min_share * self._shares
-        return speed_bound(times[problem.kind], server_s, np.maximum(deepest, 1)[problem.kind], least)
+        return fleet_bound(self._cost, self._problem, self._rank, wires, self._shares)
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 

@@ -171,6 +171,20 @@ class Plan:
         """Names of the clients that take part and train nothing."""
         return frozenset(client.name for client in self.available if client.forward_only)
 
+    def scores_in_training(self, job: Job) -> bool:
+        """True if every weight can be scored in a training backward: no client is ahead of its gradients."""
+        return not (job.runs_ahead and self.forward_only)
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the weights that any holder has a rank for, 0 included."""
+        return list(dict.fromkeys(name for part in (self.server, *self.available) for name in part.ranks))
+
+    @property
+    def paced(self) -> bool:
+        """True if not all clients bring as many rows to every step, all together."""
+        return self.groups > 1 or len({(part.rows, part.every) for part in self.available}) > 1
+
     @property
     def server_names(self) -> tuple[str, ...]:
         """Names of the servers; the first one aggregates."""

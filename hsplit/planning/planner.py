@@ -7,19 +7,21 @@ exchange out, but layers on a client behind a slow link cost more to aggregate t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hsplit.config import Policy
 from hsplit.errors import InputError
 from hsplit.planning.budgets import ClientBudget, ServerBudget
+from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.freezing import with_frozen
 from hsplit.planning.holder_plans import planned, whole_model
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.paced_plan import PacedPlanner, paces
-from hsplit.planning.plan import Plan
+from hsplit.planning.paced_plan import PacedPlanner, fleet_bound, paces
+from hsplit.planning.plan import Plan, Speed
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule
 from hsplit.planning.split_rules import find_split_rule
@@ -84,7 +86,13 @@ def make_plan(
     _check_server(problem, splits)
     if policy.freezes:
         problem, splits = with_frozen(problem, splits, problem_of, split_rule, current)
-    return planned(problem, splits, clients, int(needed[smallest]), source)
+    made = planned(problem, splits, clients, int(needed[smallest]), source)
+    if policy.placement != "split":
+        return made
+    rows = cost.model.job.batch_size * cost.model.job.grad_accumulation * len(available)
+    even, wires = np.full(len(available), 1 / len(available)), [cost.model.job.wire] * len(problem.distinct)
+    bound = fleet_bound(cost, problem, int(ranks[0]), wires, even)
+    return replace(made, speed=Speed(rows / made.makespan_s, bound, VirtualClock(cost, clients, server).binding(made)))
 
 
 def smallest_split(cost: CostModel, policy: Policy) -> int:

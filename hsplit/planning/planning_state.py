@@ -33,6 +33,8 @@ class Fleet:
         aside: names of clients that have been set aside.
         left: names of clients that have left.
         shortages: by client name, or ``server`` for any of the servers.
+        examples, vocabulary: number of examples to train on in a client's data, and of distinct token ids, by its name;
+            unknown for the others.
     """
 
     clients: tuple[ClientConfig, ...]
@@ -40,6 +42,8 @@ class Fleet:
     aside: frozenset[str] = frozenset()
     left: frozenset[str] = frozenset()
     shortages: Mapping[str, Shortage] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of_run(run: RunConfig) -> Fleet:

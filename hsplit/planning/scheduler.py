@@ -13,6 +13,7 @@ from hsplit.planning.budgets import BudgetRequest
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
+from hsplit.planning.indifference import indifferent_to_scores
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import EQUAL, make_plan, smallest_part_bytes
 from hsplit.planning.planning_state import Fleet, PlanningState, in_force
@@ -68,6 +69,15 @@ class Scheduler:
         """Make the plan that a run begins with if all its clients are there; errors as :meth:`first`."""
         return self.first(Fleet.of_run(self._config), PlanningState()).made
 
+    def check_start(self) -> None:
+        """Check that a run can have a plan, with all its clients there; no data are read yet.
+
+        Raises:
+            InputError: there is none, even if every client could do without the embedding; otherwise as :meth:`first`.
+        """
+        fleet = Fleet.of_run(self._config)
+        self.first(replace(fleet, vocabulary={client.name: 0 for client in fleet.clients}), PlanningState())
+
     def first(self, fleet: Fleet, state: PlanningState) -> Review:
         """Make the first plan; no score exists yet, so all parameters have equal importance.
 
@@ -118,16 +128,8 @@ class Scheduler:
         policy = self._config.policy
         changes = state.changes_of(fleet)
         reasons = [*state.pending, *(change for change in changes if change not in state.pending)]
-        state, short = self._with_shortages(fleet, state)
-        reasons += short
-        state = state.with_budgets(requests)
-        for request in requests:
-            new = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
-            reasons.append(f"the budget of {request.holder} is now {new}")
-        if policy.replan.measured and policy.placement != "single":
-            # There is no other holder to give a single node's layers to.
-            state, overruns = _overruns(state, current, measured_bytes)
-            reasons += overruns
+        state, found = self._heeded(current, fleet, state, measured_bytes, requests)
+        reasons += found
         waited = state.probe_after
         if reports:
             state, moved = self._blended(state, round_, reports)
@@ -148,6 +150,25 @@ class Scheduler:
         state = replace(state, pending=[], planned=fleet.planned, planned_in=round_, planned_with=dict(importance))
         return Review(made, tuple(reasons), probed, state)
 
+    def probe_matters(
+        self,
+        current: Plan,
+        fleet: Fleet,
+        state: PlanningState,
+        measured_bytes: Mapping[str, int],
+        requests: Sequence[BudgetRequest],
+    ) -> bool:
+        """False if no scores could change a rank or a split of the next plan, so that none need be probed (METHOD 5).
+
+        Args:
+            current, fleet, state, measured_bytes, requests: as for the :meth:`review` that the probe would be for.
+        """
+        state, _ = self._heeded(current, fleet, state, measured_bytes, requests)
+        # A server that ran out of memory is planned for with several budgets.
+        return SERVER in state.shrunk or not indifferent_to_scores(
+            self._clients(fleet, state), self._server(state), self.cost, self._config.policy
+        )
+
     def clock(self, fleet: Fleet | None = None, state: PlanningState | None = None) -> VirtualClock:
         """Make the virtual clock for the budgets in force; by default for those of a run that has not begun."""
         return VirtualClock(self.cost, *self.budgets(fleet, state))
@@ -160,6 +181,27 @@ class Scheduler:
         return self._declared(fleet or Fleet.of_run(self._config), state), self._server(state)
 
     # -- private ---------------------------------------------------------------------------------------------------
+
+    def _heeded(
+        self,
+        current: Plan,
+        fleet: Fleet,
+        state: PlanningState,
+        measured_bytes: Mapping[str, int],
+        requests: Sequence[BudgetRequest],
+    ) -> tuple[PlanningState, list[str]]:
+        """Take shortages, requests and overruns into the budgets; returns them as reasons for another plan."""
+        policy = self._config.policy
+        state, reasons = self._with_shortages(fleet, state)
+        state = state.with_budgets(requests)
+        for request in requests:
+            new = ", ".join(f"{field} {value:g}" for field, value in request.values.items())
+            reasons.append(f"the budget of {request.holder} is now {new}")
+        if policy.replan.measured and policy.placement != "single":
+            # There is no other holder to give a single node's layers to.
+            state, overruns = _overruns(state, current, measured_bytes)
+            reasons += overruns
+        return state, reasons
 
     def _importance(self, state: PlanningState) -> Mapping[str, float]:
         """Scores that the plan in force was made with."""
@@ -217,9 +259,18 @@ class Scheduler:
         for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
             try:
                 policy = self._config.policy
-                return make_plan(
-                    clients, _divided(server, divisor), self.cost, importance, policy, current, source
-                ), lacking
+                made = make_plan(
+                    clients,
+                    _divided(server, divisor),
+                    self.cost,
+                    importance,
+                    policy,
+                    current,
+                    source,
+                    vocabulary=fleet.vocabulary,
+                    examples=fleet.examples,
+                )
+                return made, lacking
             except InputError as error:
                 if divisor == 1.0:
                     raise

@@ -78,8 +78,14 @@ class Curve:
         """Return the known points; NaN for figures that are not finite."""
         # a validation loss of exactly 0 is one over no tokens
         known = [row for row in rows if (row.val_loss if self.y == "val_ppl" else row.train_loss is not None)]
-        pairs = [(getattr(row, self.x), getattr(row, self.y)) for row in known]
+        pairs = [(_across(row, self.x), getattr(row, self.y)) for row in known]
         return [(x, y if math.isfinite(y) else math.nan) for x, y in pairs]
+
+
+def _across(row: MetricsRow, column: str) -> float:
+    """A figure to plot against; in tables of older versions, which lack training times, the whole time."""
+    value = getattr(row, column)
+    return float(getattr(row, column.removeprefix("train_")) if value is None else value)
 
 
 CURVES = tuple(
@@ -89,8 +95,8 @@ CURVES = tuple(
         ("train_loss", "train loss", "no round of training yet"),
     )
     for x, across, x_label in (
-        ("virtual_time_s", "virtual time", "virtual time (s)"),
-        ("wall_time_s", "wall time", "wall time (s)"),
+        ("train_virtual_time_s", "virtual time", "virtual time (s), without validation"),
+        ("train_wall_time_s", "wall time", "wall time (s), without validation"),
         ("tokens", "tokens", "supervised tokens trained on"),
         ("round", "round", "round"),
     )

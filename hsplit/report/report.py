@@ -14,7 +14,7 @@ from hsplit.config.cluster import CENTRAL
 from hsplit.config.reading import displayed
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.observe.tables import cut_text, plan_rows, share_cut
+from hsplit.observe.tables import MetricsRow, cut_text, lag_text, perplexities, plan_rows, share_cut
 from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, of_budget
 from hsplit.report import figures
 from hsplit.report.figures import MAX_HOLDERS, WARNING
@@ -148,9 +148,10 @@ def outcome_text(record: RunRecord) -> str:
     if not record.metrics:
         ended = ending if record.state == "failed" else f"is {record.state}"
         return f"No round has been validated yet. The run {ended}."
-    first, last = record.metrics[0], record.metrics[-1]
+    last = record.metrics[-1]
     if record.validated:
-        change = _change("Validation perplexity", first.val_ppl, last.val_ppl)
+        found = perplexities(record.metrics)
+        change = _change("Validation perplexity", found[0][1], found[-1][1])
     else:
         losses = [row.train_loss for row in record.metrics if row.train_loss is not None]
         change = "Nothing was held out to validate on; "
@@ -159,7 +160,8 @@ def outcome_text(record: RunRecord) -> str:
     parts = [
         f"{change} in {last.round}{of} round{'s' if of or last.round != 1 else ''}"
         + (f" ({ending})" if ending else ""),
-        f"taking {duration_text(last.wall_time_s)} on the wall, {duration_text(last.virtual_time_s)} of virtual time",
+        f"taking {duration_text(last.wall_time_s)} on the wall, {duration_text(last.virtual_time_s)} of virtual time"
+        + _without_validation(last),
     ]
     if (names := record.participants) == [CENTRAL]:
         parts.append(f"on one node with the data of {len(record.clients())} clients")
@@ -167,10 +169,18 @@ def outcome_text(record: RunRecord) -> str:
         total = max(len(record.clients()), len(names))
         parts.append(f"with {len(names)} of {total} client{'s' if total > 1 else ''} ({_first(names)})")
     aggregation = record.setting("policy", "aggregation")
-    cut = cut_text(record.cuts, aggregation)
+    cut, lag = cut_text(record.cuts, aggregation), lag_text(record.lags)
     if aggregation and not (aggregation == "concat" and cut):
         parts.append(_AGGREGATED.get(str(aggregation), f"adapters aggregated by {_setting_text(aggregation)}"))
-    return f"{', '.join(parts)}{'; ' * bool(cut)}{cut}."
+    return "; ".join([", ".join(parts), *filter(None, (cut, lag))]) + "."
+
+
+def _without_validation(row: MetricsRow) -> str:
+    """Return the training times of ``row`` in brackets; nothing for tables of older versions, which lack them."""
+    if row.train_wall_time_s is None or row.train_virtual_time_s is None:
+        return ""
+    wall, virtual = duration_text(row.train_wall_time_s), duration_text(row.train_virtual_time_s)
+    return f" ({wall} and {virtual} without validation)"
 
 
 def _change(what: str, before: float, after: float) -> str:

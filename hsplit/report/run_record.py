@@ -13,7 +13,7 @@ from hsplit.config.section import STRICT
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, plan_of, read_events
 from hsplit.observe.run_list import State, last_state
-from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, read_rows, residual_cuts
+from hsplit.observe.tables import LAG, MetricsRow, PlanRow, TimingRow, read_rows, residual_cuts
 from hsplit.observe.wording import layer_of
 from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory
@@ -76,6 +76,7 @@ class RunRecord:
         plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
         events: all but the routine ones, oldest first.
         cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events have it.
+        lags: largest part of a weight's aggregated adapters that ``residual.wait`` kept back, by round, likewise.
         client_tokens: supervised tokens that each client has trained on; empty for runs of older versions.
         state: ``complete``, ``running``, ``stopped``, ``failed`` or ``interrupted``.
         reason: cause of a failure; empty otherwise.
@@ -90,6 +91,7 @@ class RunRecord:
     plan: Plan | None
     events: tuple[Mapping[str, Any], ...]
     cuts: Mapping[int, float] = field(default_factory=dict)
+    lags: Mapping[int, float] = field(default_factory=dict)
     client_tokens: Mapping[str, int] = field(default_factory=dict)
     state: State = "interrupted"
     reason: str = ""
@@ -104,7 +106,7 @@ class RunRecord:
     @property
     def validated(self) -> bool:
         """True if any held-out token was scored; without one, every validation loss is a plain 0."""
-        return any(row.val_loss != 0 for row in self.metrics)
+        return any(row.val_loss for row in self.metrics)
 
     @property
     def trains_weights(self) -> bool:
@@ -185,6 +187,7 @@ def load_run(path: str | Path) -> RunRecord:
         plan=history.plans[max(history.plans)] if history.plans else _newest_plan(directory.checkpoints),
         events=tuple(event for event in events if event["event"] not in ROUTINE_EVENTS),
         cuts=residual_cuts(events),
+        lags=residual_cuts(events, field=LAG),
         client_tokens=_client_tokens(events),
         state=state,
         reason=reason,

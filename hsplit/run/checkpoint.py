@@ -310,7 +310,8 @@ class SavePoint:
         context.adopt(context.plan)
         active = [part.name for part in context.plan.clients if state.status(part.name) is Status.ACTIVE]
         reading = [name for name in active if fresh is None or name in fresh]
-        context.data.finish(context.data.begin(context.named(reading)), context.unavailable)
+        unreadable = context.data.receive(context.data.begin(context.named(reading)))
+        context.data.check(reading, unreadable, context.unavailable)
         context.configure()
         holders = [*context.clients, *context.servers[1:]]
         for name in (SERVER, *holders):

@@ -15,6 +15,7 @@ from hsplit.data.local_data import nothing_supervised
 from hsplit.errors import InputError
 from hsplit.observe.events import EventLog
 from hsplit.planning.plan import Plan
+from hsplit.run.state import RunState
 
 
 class ClientData:
@@ -26,6 +27,7 @@ class ClientData:
         job: the run's.
         events: the run's log.
         note: writes an event to the log and shows it to the user: kind, text, fields.
+        state: gives the run's state, which keeps the sizes that plans depend on.
 
     Attributes:
         held_out: number of held-out examples by client.
@@ -38,9 +40,10 @@ class ClientData:
         job: Job,
         events: EventLog,
         note: Callable[..., None],
+        state: Callable[[], RunState],
     ) -> None:
         self._executor, self._shares, self._job = executor, shares, job
-        self._events, self._note = events, note
+        self._events, self._note, self._state = events, note, state
         self._examples: dict[str, int] = {}
         # Supervised tokens for training and validation, by client.
         self._supervised: dict[str, tuple[int, int]] = {}
@@ -59,25 +62,24 @@ class ClientData:
             calls[client.name] = self._executor.call(client.name, Participant.load_data, shares, client.data)
         return calls
 
-    def finish(self, calls: Mapping[str, Ref[DataReport]], unavailable: Collection[str]) -> None:
+    def receive(self, calls: Mapping[str, Ref[DataReport]]) -> dict[str, InputError]:
         """Wait for the calls of :meth:`begin`, and report the sizes.
 
         Args:
             calls: by client.
-            unavailable: the clients that the plan has no part for, whose data cannot fail the run.
+
+        Returns:
+            Why the data of some cannot be read, by client.
 
         Raises:
-            InputError: an available client cannot read its data, or none has a supervised token.
             ActorFailure: a client failed.
         """
+        unreadable = {}
         for name, call in calls.items():
             try:
                 report = self._executor.value(call)
             except InputError as error:
-                if name not in unavailable:
-                    raise
-                self._examples[name] = 0
-                self._note("data", f"{name}, which is unavailable: {error}", client=name)
+                unreadable[name] = error
                 continue
             self.record(report)
             text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
@@ -85,8 +87,28 @@ class ClientData:
             if report.too_long:
                 text = f"{report.client}: {report.too_long} examples over {self._job.max_length} tokens are left out"
                 self._note("too_long", text, client=report.client, count=report.too_long)
+        return unreadable
+
+    def check(
+        self, clients: Collection[str], unreadable: Mapping[str, InputError], unavailable: Collection[str]
+    ) -> None:
+        """Check that there is something to learn.
+
+        Args:
+            clients: whose data :meth:`receive` has waited for.
+            unreadable: its result.
+            unavailable: the clients that the plan has no part for, whose data cannot fail the run.
+
+        Raises:
+            InputError: an available client cannot read its data, or none has a supervised token.
+        """
+        for name, error in unreadable.items():
+            if name not in unavailable:
+                raise error
+            self._examples[name] = 0
+            self._note("data", f"{name}, which is unavailable: {error}", client=name)
         self._refuse_without_supervised(unavailable)
-        for name in calls:
+        for name in clients:
             train, _ = self._supervised.get(name, (1, 1))
             if not train and name not in unavailable:
                 text = (
@@ -107,6 +129,8 @@ class ClientData:
         self._examples[report.client] = report.train + report.validation
         self._supervised[report.client] = (report.supervised, report.validation_supervised)
         self.held_out[report.client] = report.validation
+        self._state().train_examples[report.client] = report.train
+        self._state().vocabulary[report.client] = report.vocabulary
 
     def note_unavailable(self, plan: Plan) -> None:
         """Report how many clients, and how much of the data, ``plan`` has no part for, if any."""

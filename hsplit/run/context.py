@@ -74,7 +74,7 @@ class RunContext:
         self.executor, self.directory, self.inputs, self.display = executor, directory, inputs, display
         self.events = EventLog(directory.events)
         self.state, self.round = self.new_state(), 0
-        self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note)
+        self.data = ClientData(executor, inputs.shares, run.job, self.events, self.note, lambda: self.state)
         self.training: Training = (
             SplitTraining(run.job, run.policy.pace, executor)
             if run.policy.placement == "split"

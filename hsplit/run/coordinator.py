@@ -2,6 +2,8 @@
 
 prepare → validate → [review the plan → local steps → aggregate → validate → checkpoint] per round → export
 
+Rounds that ``job.validation.every`` leaves out are not validated.
+
 A client that fails is lost, and returns for the next round (:mod:`hsplit.run.membership`). After any other failure the
 round is repeated from the last checkpoint (:mod:`hsplit.run.recovery`, :mod:`hsplit.run.checkpoint`). Counts and
 tables are in :mod:`hsplit.run.records`. All of them share :mod:`hsplit.run.context`, and the run's state in it.
@@ -15,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure, Executor, NotFinite, Ref, refusal
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.participant import Participant
@@ -22,11 +25,11 @@ from hsplit.actors.replica import Replica
 from hsplit.actors.server import Server
 from hsplit.config import SCHEDULER, SERVER, RunConfig
 from hsplit.config.reading import displayed
-from hsplit.errors import InputError
+from hsplit.errors import HsplitError, InputError
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.observe.observer import Observer
 from hsplit.observe.tables import MetricsRow
-from hsplit.planning.importance import ImportanceReport
+from hsplit.planning.importance import ImportanceReport, mean_report
 from hsplit.planning.plan import Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import SavePoint
@@ -124,19 +127,18 @@ class Coordinator:
         return self._save_point.path
 
     def start(self) -> None:
-        """Bring all actors to the run's start: the first plan, data, layers, and a validation before any training."""
+        """Bring all actors to the run's start: data, the first plan, layers, and a validation before any training."""
         context, data = self.context, self.context.data
         self._save_point.go_back_to_the_start()
-        planned = self._executor.call(SCHEDULER, Scheduler.first, context.fleet, self.state.planning)
-        # Clients read while the plan is made, also those that it will have no part for: their examples are counted.
+        # Also those read that the plan will have no part for: their examples are counted.
         present = [one for one in context.run.participants if self.state.status(one.name) is Status.ACTIVE]
-        reading = data.begin(present)
-        review = self._executor.value(planned)
+        unreadable = data.receive(data.begin(present))
+        review = context.ask(Scheduler.first, context.fleet, self.state.planning)
         self.state.planning = review.state
         if review.reasons:
             context.note("replanned", f"planned again: {'; '.join(review.reasons)}", round=0, reasons=review.reasons)
         context.adopt(review.made)
-        data.finish(reading, context.unavailable)
+        data.check([one.name for one in present], unreadable, context.unavailable)
         data.note_unavailable(context.plan)
         if not context.clients:
             names = ", ".join(self.state.to_return)
@@ -156,7 +158,7 @@ class Coordinator:
                     " damaged"
                 ) from failure
             raise
-        self._records.close_round(*validation)
+        self._records.close_round(validation)
         self._checkpoint()
 
     def _rounds(self) -> bool:
@@ -179,7 +181,8 @@ class Coordinator:
             self.aggregate()
             state.count_examples(job)
             state.round += 1
-            self._records.close_round(*self._membership.retry(self.validate))
+            validated = job.validates(state.round)
+            self._records.close_round(self._membership.retry(self.validate) if validated else None)
             self._checkpoint()
             self._recovery.round_is_done()
         return True
@@ -194,7 +197,21 @@ class Coordinator:
         context, done = self.context, self.state.round
         requests = self._membership.requests()
         due = context.run.policy.probes and self.state.planning.probe_due(done)
-        reports = self._membership.retry(self._probe) if due else []
+        if due and not context.ask(
+            Scheduler.probe_matters,
+            context.plan,
+            context.fleet,
+            self.state.planning,
+            self.state.measured_bytes,
+            requests,
+        ):
+            text = f"no probe after round {done}: by any scores everybody would have the same layers and ranks"
+            context.events.write("unprobed", text, round=done)
+            due = False
+        found, self.state.probe = self.state.probe, None
+        reports: list[ImportanceReport] = []
+        if due:
+            reports = [found] if found is not None else self._membership.retry(self._probe)
         measured = self._records.peaks_with_probe()
         try:
             review = context.ask(
@@ -277,6 +294,30 @@ class Coordinator:
             self._executor.call(name, Participant.begin_round, at, passed)
         self._set_pace(cohort)
         self._set_lr_scales(cohort)
+        if self._watches:
+            for name in cohort:
+                # Not waited for: a failure is found by the next call that is.
+                last = self.round * self._job.local_steps - 1
+                self._executor.call(name, Client.watch, last, context.run.policy.importance.tokens)
+
+    @property
+    def _watches(self) -> bool:
+        """True if importance is scored in the last step of the round under way, for a probe that is due after it."""
+        run, round_ = self.context.run, self.round
+        due = run.policy.probes and round_ < self._job.rounds and self.state.planning.probe_due(round_)
+        return due and run.policy.placement == "split" and self.context.plan.scores_in_training(self._job)
+
+    def _take_scores(self) -> None:
+        """Keep the scores of the step just made; without those of every weight the review probes."""
+        context, executor = self.context, self._executor
+        cohort = context.cohort(self.round)
+        calls = [executor.call(name, HolderActor.take_scores) for name in [*cohort, *context.servers]]
+        until = time.monotonic() + self._job.faults.patience_s
+        # A failure is found again by the next call that matters.
+        found = [own for own in executor.wait(calls, until) if not isinstance(own, HsplitError)]
+        self.state.probe = mean_report([report for own in found for report in own], context.plan.weights)
+        tokens = context.run.policy.importance.tokens
+        self.state.virtual_time_s += context.clock.watched_s(context.plan, tokens, cohort)
 
     def local_step(self, step: int) -> StepOutcome:
         """One local step of the round's clients, the run's ``step``-th from 0 (METHOD 2)."""
@@ -287,6 +328,8 @@ class Coordinator:
         if not context.clients:
             context.fail_without_clients(next(iter(outcome.failed)))
         self._records.step(outcome, time.monotonic() - begun, self.step_times_s[step % len(self.step_times_s)])
+        if self.state.step == self.round * self._job.local_steps and self._watches:
+            self._take_scores()
         return outcome
 
     def aggregate(self) -> None:
@@ -310,6 +353,7 @@ class Coordinator:
         self.state.bytes_up += sum(up.values())
         self.state.bytes_down += sum(down.values())
         self._records.cut(report.residual_cut)
+        self.state.residual_lag = max(self.state.residual_lag, report.residual_lag)
         restarts = {
             name: executor.call(name, HolderActor.restart, update)
             for name, update in zip([*names, *replicas, *not_drawn], updates, strict=True)
@@ -318,17 +362,22 @@ class Coordinator:
         executor.get([restarts.pop(server) for server in replicas])
         self._membership.await_calls(restarts)
         self._membership.bring_back()
-        aggregation_s = context.clock.aggregation_s(context.plan, context.run.policy, up, down, names)
+        start = self.state.round * self._job.local_steps
+        finished = context.clock.finished_s(context.plan, cohort, start)
+        aggregation_s = context.clock.aggregation_s(context.plan, context.run.policy, up, down, names, finished)
         self._count(aggregation_s, begun)
 
     def validate(self) -> tuple[float, int]:
         """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
         context, begun = self.context, time.monotonic()
         batches = context.validation_batches
-        outcome = context.training.validation(context.plan, batches)
-        self.state.bytes_up += outcome.bytes_up
-        self.state.bytes_down += outcome.bytes_down
-        self._count(context.clock.validation_s(context.plan, batches), begun)
+        with self._records.validating():
+            outcome = context.training.validation(context.plan, batches)
+            self.state.bytes_up += outcome.bytes_up
+            self.state.bytes_down += outcome.bytes_down
+            virtual_s = context.clock.validation_s(context.plan, batches)
+            self.state.validation_virtual_s += virtual_s
+            self._count(virtual_s, begun)
         loss_sum = sum(loss.loss_sum for loss in outcome.losses)
         if not math.isfinite(loss_sum):
             raise ActorFailure(SERVER, "validation", "the validation loss is not finite", "diverged")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.messages import LossReport
 from hsplit.errors import HsplitError
-from hsplit.observe.tables import FIELD, MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
+from hsplit.observe.tables import CUT, LAG, MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
 from hsplit.run.context import RunContext
 from hsplit.run.step import StepOutcome
 
@@ -164,24 +165,32 @@ class Records:
             )
             self._context.note("residual_cut", text, relative_norm=relative_norm)
 
-    def close_round(self, loss_sum: float, tokens: int) -> None:
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Count the wall time inside as a validation's."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._context.state.validation_wall_s += time.monotonic() - begun
+
+    def close_round(self, validation: tuple[float, int] | None) -> None:
         """Write the round's rows and reset the counts.
 
         Args:
-            loss_sum: of the validation: cross-entropy in nats.
-            tokens: supervised tokens of the validation.
+            validation: cross-entropy summed in nats, and supervised tokens; ``None`` in a round without a validation.
         """
         context = self._context
         state, plan = context.state, context.plan
         state.wall_time_s = self.wall_time_s
-        val_loss = loss_sum / max(tokens, 1)
+        val_loss = None if validation is None else validation[0] / max(validation[1], 1)
         trained = state.round_tokens > 0
         row = MetricsRow(
             round=state.round,
             step=state.step,
             train_loss=state.round_loss_sum / state.round_tokens if trained else None,
             val_loss=val_loss,
-            val_ppl=math.exp(min(val_loss, 700.0)),
+            val_ppl=None if val_loss is None else math.exp(min(val_loss, 700.0)),
             tokens=state.tokens,
             wall_time_s=state.wall_time_s,
             virtual_time_s=state.virtual_time_s,
@@ -189,6 +198,8 @@ class Records:
             bytes_down=state.bytes_down,
             captured_importance=plan.captured_importance,
             available_clients=len(context.clients),
+            train_wall_time_s=state.wall_time_s - state.validation_wall_s,
+            train_virtual_time_s=state.virtual_time_s - state.validation_virtual_s,
         )
         self._metrics.append(row)
         measured_s = {name: sum(own.values()) / context.job.local_steps for name, own in self._spent_s.items()}
@@ -199,11 +210,12 @@ class Records:
         self._plans.append(*holders)
         self._timing.append(*timing)
         self._note_overran()
-        closed = {**asdict(row), FIELD: state.residual_cut}
+        closed = {**asdict(row), CUT: state.residual_cut, LAG: state.residual_lag}
         state.bytes_up = state.bytes_down = state.round_tokens = 0
-        state.round_loss_sum = state.residual_cut = 0.0
+        state.round_loss_sum = state.residual_cut = state.residual_lag = 0.0
         self._clear_round()
-        text = f"round {row.round}: validation perplexity {row.val_ppl:.3f}"
+        found = "not validated" if row.val_ppl is None else f"validation perplexity {row.val_ppl:.3f}"
+        text = f"round {row.round}: {found}"
         context.events.write("round", text, **closed, client_tokens=state.client_tokens)
         context.display.round_done(row, holders, timing)
 

@@ -13,6 +13,7 @@ from hsplit.config.reading import from_json
 from hsplit.config.section import EXACT, Whole
 from hsplit.errors import InputError
 from hsplit.planning.cost.serving import drawn_cohort
+from hsplit.planning.importance import ImportanceReport
 from hsplit.planning.plan import Plan
 from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
 
@@ -72,10 +73,16 @@ class RunState:
         tokens: supervised tokens trained on.
         client_tokens: the same by client.
         examples: of each client, passed over in its data by the completed rounds, by name.
+        train_examples, vocabulary: number of examples to train on in each client's data, and of distinct token ids in
+            all of them, where it has read them, by name.
         round_loss_sum, round_tokens: of the round under way: cross-entropy sum in nats, supervised tokens.
         bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
+        residual_lag: of the round under way: largest part of a weight's aggregated adapters that its holders lack of
+            the residual (``residual.wait``), relative norm.
+        probe: importance found in the last step of a round, for the review after it; ``None``: it has to be probed.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
+        validation_wall_s, validation_virtual_s: parts of them that went into validation.
         plan: the plan in force; ``None`` before the first.
         planning: input to later plans.
         members: records by client name; an active client that has never failed may have none.
@@ -90,13 +97,19 @@ class RunState:
     tokens: Whole = 0
     client_tokens: dict[str, Whole] = field(default_factory=dict)
     examples: dict[str, Whole] = field(default_factory=dict)
+    train_examples: dict[str, Whole] = field(default_factory=dict)
+    vocabulary: dict[str, Whole] = field(default_factory=dict)
     round_loss_sum: float = 0.0
     round_tokens: Whole = 0
     bytes_up: Whole = 0
     bytes_down: Whole = 0
     residual_cut: float = 0.0
+    residual_lag: float = 0.0
+    probe: ImportanceReport | None = None
     wall_time_s: float = 0.0
     virtual_time_s: float = 0.0
+    validation_wall_s: float = 0.0
+    validation_virtual_s: float = 0.0
     plan: Plan | None = None
     planning: PlanningState = field(default_factory=PlanningState)
     members: dict[str, Member] = field(default_factory=dict)
@@ -177,14 +190,17 @@ class RunState:
             aside=frozenset(self.with_status(Status.ASIDE)),
             left=frozenset(self.with_status(Status.LEFT)),
             shortages={n: Shortage(m.shortages, m.held_bytes) for n, m in short.items() if m.shortages},
+            examples=dict(self.train_examples),
+            vocabulary=dict(self.vocabulary),
         )
 
     def remember(self, since: RunState) -> None:
-        """Keep what going back to this state does not undo: failures, shortages and clients set aside.
+        """Keep what going back to this state does not undo: failures, shortages, clients set aside, the wall's seconds.
 
         Args:
             since: the later state, which is given up.
         """
+        self.validation_wall_s = max(self.validation_wall_s, since.validation_wall_s)
         for name, now in (*since.members.items(), (SERVER, since.servers)):
             then = self.member(name)
             then.failures = max(then.failures, now.failures)
@@ -203,6 +219,7 @@ class RunState:
         plain |= {
             "plan": None if self.plan is None else self.plan.to_json(),
             "planning": asdict(self.planning),
+            "probe": None if self.probe is None else asdict(self.probe),
             "members": {name: asdict(member) for name, member in self.members.items()},
             "servers": asdict(self.servers),
             "joined": [client.model_dump() for client in self.joined],

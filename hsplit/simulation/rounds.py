@@ -27,6 +27,7 @@ class Round:
         round: counted from 1; 0 is the validation before training.
         present, training: number of present clients, and of those that train.
         virtual_time_s: since the run's start.
+        train_virtual_time_s: of that, without the validations.
         round_s: of the whole round.
         step_s: of one local step.
         steps_s, aggregation_s, validation_s, probe_s, replanning_s: parts of ``round_s``.
@@ -52,6 +53,7 @@ class Round:
     holder: str
     bytes_up: int
     bytes_down: int
+    train_virtual_time_s: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class _Simulation:
             for name, holder in [(SERVER, run.server), *((c.name, c) for c in run.clients)]
             for change in holder.schedule
         ]
-        self._time_s = 0.0
+        self._time_s = self._validation_s = 0.0
 
     def simulated(self, rounds: int) -> Simulated:
         fleet, state = Fleet.of_run(self._run), PlanningState()
@@ -129,10 +131,13 @@ class _Simulation:
             probe_s = replanning_s = 0.0
             down = 0
             if round_ > 1:
-                probed = drawn_cohort([n for n in here if n in available], self._job.seed, round_, self._most)
-                if self._run.policy.probes and probed:
-                    probe_s = clock.probe_s(plan, self._run.policy.importance.tokens, probed)
                 requests = [request for when, request in self._scheduled if when == round_]
+                probed = drawn_cohort([n for n in here if n in available], self._job.seed, round_, self._most)
+                probes = self._run.policy.probes and self._scheduler.probe_matters(plan, fleet, state, {}, requests)
+                if probes and probed:
+                    watched = self._run.policy.placement == "split" and plan.scores_in_training(self._job)
+                    seconds = clock.watched_s if watched else clock.probe_s
+                    probe_s = seconds(plan, self._run.policy.importance.tokens, probed)
                 review = self._scheduler.review(round_ - 1, plan, fleet, state, (), {}, requests)
                 state = review.state
                 if requests:
@@ -147,7 +152,8 @@ class _Simulation:
             if not present:
                 raise InputError(f"round {round_}: no client is there; lower --leave, or raise --return")
             returned = self._exchange.whole(plan, [name for name in present if name not in before])
-            done.append(self._round(round_, clock, plan, present, probe_s, replanning_s, down + returned))
+            validated = self._validated(present) if self._validates(round_, rounds) else {}
+            done.append(self._round(round_, clock, plan, present, validated, probe_s, replanning_s, down + returned))
             before = set(present)
         return Simulated(first, tuple(done), plans)
 
@@ -165,6 +171,7 @@ class _Simulation:
         clock: VirtualClock,
         plan: Plan,
         present: Sequence[str],
+        validated: Mapping[str, int],
         probe_s: float,
         replanning_s: float,
         down: int,
@@ -172,8 +179,9 @@ class _Simulation:
         job, cohort = self._job, drawn_cohort(present, self._job.seed, round_, self._most)
         each_s = clock.steps_s(plan, cohort, (round_ - 1) * job.local_steps)
         ups, downs = self._exchange.aggregated(plan, cohort, present)
-        aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort)
-        validation_s = clock.validation_s(plan, self._validated(present))
+        finished = clock.finished_s(plan, cohort, (round_ - 1) * job.local_steps)
+        aggregation_s = clock.aggregation_s(plan, self._run.policy, ups, downs, cohort, finished)
+        validation_s = clock.validation_s(plan, validated)
         sent, received = self._step_bytes(round_, plan, cohort)
         return self._row(
             round_,
@@ -225,6 +233,7 @@ class _Simulation:
             self._time_s += seconds
         self._time_s += aggregation_s
         self._time_s += validation_s
+        self._validation_s += validation_s
         waits = clock.waits_s(plan, cohort)
         bottleneck = max(waits, key=lambda what: waits[what][1])
         return Round(
@@ -244,7 +253,11 @@ class _Simulation:
             holder=waits[bottleneck][0],
             bytes_up=bytes_up,
             bytes_down=bytes_down,
+            train_virtual_time_s=self._time_s - self._validation_s,
         )
+
+    def _validates(self, round_: int, rounds: int) -> bool:
+        return round_ % self._job.validation.every == 0 or round_ == rounds
 
     def _validated(self, present: Sequence[str]) -> dict[str, int]:
         if self._batches is None:

@@ -104,14 +104,22 @@ job:
   {{model: {models["llama"]}, rank_set: [1, 2], data: {{examples: 40}}, validation: {{max_examples: 2}}}}
 """
     )
-    flags = ["--wires", "fp32", "int8", "--to", str(tmp_path / "results")]
+    flags = ["--wires", "fp32", "int8", "int4", "--seeds", "2", "--to", str(tmp_path / "results")]
     assert "narrower wire" in _bench("wire", "--cluster", str(cluster), "--rounds", "1", "--steps", "1", *flags)
-    wires = pandas.read_csv(tmp_path / "results" / "wire.csv", comment="#").set_index("wire")
-    assert wires.index.tolist() == ["fp32", "int8"]
-    assert wires.bytes_up.is_monotonic_decreasing and wires.bytes_down.is_monotonic_decreasing
-    assert (wires.val_loss_difference.abs() < 0.1).all()
+    wires = pandas.read_csv(tmp_path / "results" / "wire.csv", comment="#")
+    assert wires.seed.tolist() == [0, 0, 0, 1, 1, 1]
+    for _, own in wires.groupby("seed"):
+        assert own.wire.tolist() == ["fp32", "int8", "int4"]
+        assert own.bytes_up.is_monotonic_decreasing and own.bytes_down.is_monotonic_decreasing
+        assert own.val_loss_difference.iloc[0] == own.learned_loss_difference.iloc[0] == 0
+        assert own.learned_loss_difference.abs().iloc[1:].between(0, 0.1, inclusive="right").all()
+        # Through an exact wire the holders compute what the model does that they have learned.
+        assert own.learned_ppl.iloc[0] == pytest.approx(own.val_ppl.iloc[0], rel=1e-4)
     rounds = pandas.read_csv(tmp_path / "results" / "rounds.csv", comment="#")
     assert rounds.groupby("wire")["round"].max().eq(1).all()
+    errors = pandas.read_csv(tmp_path / "results" / "error.csv", comment="#").groupby("wire").activations
+    assert errors.max()["bf16"] < errors.max()["int8"] < errors.min()["int4"]
+    assert (tmp_path / "results" / "wire.md").read_text().count("\n## ") == 2
 
 
 def test_the_policies_benchmark_counts_who_and_what_is_lost(tmp_path: Path, models: dict[str, Path]) -> None:

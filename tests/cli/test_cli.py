@@ -69,9 +69,14 @@ def test_plan_as_json_has_the_documented_keys(cluster_file: Path) -> None:
     assert small["name"] == "small" and small["available"]
     assert small["split"] <= large["split"]
     assert small["memory_bytes"]["predicted"] <= small["memory_bytes"]["declared"] == 1_130_000
-    assert set(small["ranks"].values()) <= {1, 2, 4}
+    # 0 where it only computes forward.
+    assert set(small["ranks"].values()) <= {0, 1, 2, 4}
     assert all(name.startswith("model.layers.") for name in small["ranks"])
-    assert small["step_time_s"] > 0
+    assert small["step_time_s"] > 0 and 0 < small["busy_share"] <= 1
+    assert 0 <= small["phase"] < small["period"] and small["stored"] in ("dense", "codes")
+    assert small["rows"] >= 1 and small["wire"] in ("bf16", "int8", "int4")
+    speed = plan["speed"]
+    assert speed["rows_per_s"] > 0 and speed["bound_rows_per_s"] > 0 and speed["binding"]
 
 
 def test_plan_as_a_table_names_everybody(cluster_file: Path) -> None:

@@ -159,7 +159,7 @@ class Drill:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.csv without the wall's clock."""
-        return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in rows_of(self.coordinator)]
+        return [{k: v for k, v in row.items() if not k.endswith("wall_time_s")} for row in rows_of(self.coordinator)]
 
 
 def drill(
@@ -235,7 +235,7 @@ class RandomKills:
 
 
 def without_wall_time(metrics: Path) -> list[list[str]]:
-    """The cells of a ``metrics.csv`` as they are written, but for the column of the wall's clock."""
+    """The cells of a ``metrics.csv`` as they are written, but for the columns of the wall's clock."""
     heads, *rows = [line.split(",") for line in metrics.read_text().splitlines()]
-    column = heads.index("wall_time_s")
-    return [[*row[:column], *row[column + 1 :]] for row in (heads, *rows)]
+    kept = [column for column, head in enumerate(heads) if not head.endswith("wall_time_s")]
+    return [[row[column] for column in kept] for row in (heads, *rows)]

@@ -89,6 +89,8 @@ def test_the_endpoint_shows_what_the_observer_is_told_and_nothing_when_it_ends()
             ("virtual_step_seconds", "laptop"): 0.125,
             ("wall_seconds",): row.wall_time_s,
             ("virtual_seconds",): row.virtual_time_s,
+            ("train_wall_seconds",): row.train_wall_time_s,
+            ("train_virtual_seconds",): row.train_virtual_time_s,
             ("wire_bytes", "up"): row.bytes_up,
             ("wire_bytes", "down"): row.bytes_down,
             ("memory_declared_bytes", "server"): 8_000,

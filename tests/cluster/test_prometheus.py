@@ -197,6 +197,8 @@ def _is_what_the_run_wrote(prometheus: Prometheus, run: Path) -> None:
         "validation_perplexity": "val_ppl",
         "wall_seconds": "wall_time_s",
         "virtual_seconds": "virtual_time_s",
+        "train_wall_seconds": "train_wall_time_s",
+        "train_virtual_seconds": "train_virtual_time_s",
         "clients": "available_clients",
     }.items():
         assert one[f"hsplit_{name}"] == pytest.approx(last[column], rel=1e-12), name

@@ -78,9 +78,10 @@ def _learned(aggregator: Aggregator) -> torch.Tensor:
     merges=st.booleans(),
     reinit=st.sampled_from(["svd", "mean"]),
     max_rank=st.sampled_from([40, 128]),
+    wait=st.sampled_from([0.0, 0.02, 0.5]),
     seed=st.integers(0, 2**16),
 )
-def test_everybody_computes_with_the_exact_sum(
+def test_everybody_computes_with_the_exact_sum_but_for_what_waits(
     ranks: list[int],
     tokens: list[int],
     later: list[int],
@@ -88,10 +89,11 @@ def test_everybody_computes_with_the_exact_sum(
     merges: bool,
     reinit: str,
     max_rank: int,
+    wait: float,
     seed: int,
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    job = Job.model_validate({"residual": {"max_rank": max_rank}})
+    job = Job.model_validate({"residual": {"max_rank": max_rank, "wait": wait}})
 
     def made() -> Aggregator:
         return Aggregator([WEIGHT], job, Policy.model_validate({"reinit": reinit}), torch.float32, merges=merges)
@@ -109,30 +111,43 @@ def test_everybody_computes_with_the_exact_sum(
             learned = follower.learn(draw) if follower.tokens and follower.rank else 0.0
             delta += follower.tokens / max(total, 1) * learned
         frozen = {f.name: {WEIGHT.name: 0} for f in followers if not f.rank}
-        cut = aggregator.aggregate([f.collect() for f in followers], frozen)
+        cut = aggregator.aggregate([f.collect() for f in followers], frozen, last=round_ == 4)
         after = _learned(aggregator)
         residual = after if cut == 0 else after - _common(aggregator)
         allowed = 1e-5 * delta.norm() + cut * 1.001 * residual.norm() / max(1e-12, 1 - cut**2) ** 0.5
         assert (after - before - delta).norm() <= allowed
-        if round_ == 3:
-            # Another plan: other ranks, and nothing changes but who trains how much of it.
-            for follower, rank in zip(followers, later, strict=False):
-                follower.rank = rank
-            cut, _ = aggregator.fit_restarts({f.name: {WEIGHT.name: f.rank} for f in followers})
-            assert cut > 0 or (_learned(aggregator) - after).norm() <= 1e-5 * after.norm()
+        assert aggregator.lag <= (0.0 if round_ == 4 else wait)
         whole = ()
         if resumed and round_ == 2:
             state, aggregator = aggregator.state(), made()
             aggregator.load_state(state)
             whole = (WEIGHT.name,)
-        updates = [aggregator.update_for(round_, {WEIGHT.name: f.rank}, whole) for f in followers]
-        aggregator.mark_sent()
-        expected = _learned(aggregator)
-        for follower, update in zip(followers, updates, strict=True):
-            follower.take(update, draw)
-            assert (follower.weight - expected).norm() <= 1e-6 * expected.norm()
+        send(aggregator, followers, round_, draw, whole)
+        for follower in followers:
             # What plans reserve for.
             assert cap is not None and follower.beside.rank <= cap
+        if round_ == 3:
+            # Another plan: other ranks, and nothing changes but who trains how much of it.
+            weights = [follower.weight for follower in followers]
+            for follower, rank in zip(followers, later, strict=False):
+                follower.rank = rank
+            cut, _ = aggregator.fit_restarts({f.name: {WEIGHT.name: f.rank} for f in followers})
+            send(aggregator, followers, round_, draw)
+            for follower, weight in zip(followers, weights, strict=True):
+                assert cut > 0 or (follower.weight - weight).norm() <= 1e-5 * weight.norm()
+
+
+def send(
+    aggregator: Aggregator, followers: list[Follower], round_: int, draw: torch.Generator, whole: tuple[str, ...] = ()
+) -> None:
+    """Begin a round: everybody has the same weight, the exact sum less what waits."""
+    updates = [aggregator.update_for(round_, {WEIGHT.name: f.rank}, whole) for f in followers]
+    aggregator.mark_sent()
+    expected, lag = _learned(aggregator), aggregator.residuals[WEIGHT.name].lag
+    for follower, update in zip(followers, updates, strict=True):
+        follower.take(update, draw)
+        assert (follower.weight - expected).norm() <= 1e-6 * expected.norm() + lag
+        assert (follower.weight - followers[0].weight).norm() <= 1e-6 * expected.norm()
 
 
 def _common(aggregator: Aggregator) -> torch.Tensor:

@@ -230,3 +230,51 @@ def test_one_batch_ahead_a_clients_own_layers_alone_are_a_step_behind(
         made.zero_grad()
         assert recorder.losses[step]["c0"] == pytest.approx(float(loss.detach()), rel=1e-12), step
     assert apart
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_weighted_loss_counts_as_so_many_tokens(
+    models: dict[str, Path], tmp_path: Path, labels: str, accumulation: int
+) -> None:
+    """A client of weight 2 and one of weight 1 bring the same texts: the server learns the weighted mean of two steps.
+
+    With SGD and one step a round, the server's update is linear in the gradients, so that it is known from the runs in
+    which either client is alone.
+    """
+    job: dict[str, Any] = {
+        "base": "fp32",
+        "dtype": "fp64",
+        "wire": "fp64",
+        "local_steps": 1,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "batch_size": 2,
+        "grad_accumulation": accumulation,
+        "privacy": {"labels": labels},
+    }
+    shares = {f"c{i}": random_examples(8, seed=i) for i in range(2)}
+
+    def moved(weights: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        plan = fixed_plan(models["llama"], Job.model_validate(job), [1, 1], [2, 2], 2)
+        parts = tuple(replace(part, weight=weights[part.name]) for part in plan.clients if part.name in weights)
+        policy = Policy(name="hsplitlora", init="shared", importance=Importance(metric="equal"))
+        to = tmp_path / "-".join(f"{name}{weight:g}" for name, weight in weights.items())
+        own = {name: shares[name] for name in weights}
+        run = coordinator(models["llama"], to, replace(plan, clients=parts), own, Recorder(), policy, **job)
+        run.start()
+        actors = run._executor.actors  # type: ignore[attr-defined]
+        before = {name: actors[name].state()["parameters"] for name in (*weights, "server")}
+        run.begin_round()
+        outcome = run.local_step(0)
+        tokens = {name: sum(loss.tokens for loss in outcome.losses if loss.client == name) for name in weights}
+        return {name: actors[name].state()["parameters"] - start for name, start in before.items()}, tokens
+
+    both, tokens = moved({"c0": 2.0, "c1": 1.0})
+    first, _ = moved({"c0": 1.0})
+    second, _ = moved({"c1": 1.0})
+    # Each client's own layers see its own mean loss, whatever its weight.
+    assert torch.allclose(both["c0"], first["c0"], rtol=1e-9) and torch.allclose(both["c1"], second["c1"], rtol=1e-9)
+    share = 2 * tokens["c0"] / (2 * tokens["c0"] + tokens["c1"])
+    expected = share * first["server"] + (1 - share) * second["server"]
+    assert torch.allclose(both["server"], expected, rtol=1e-9, atol=1e-15) and expected.any()

@@ -44,6 +44,7 @@ def _loss(run: Any) -> float:
     reinit=st.sampled_from(["svd", "random", "mean"]),
     moments=st.sampled_from(["drop", "keep", "fit"]),
     max_rank=st.sampled_from(["full", Job().residual.max_rank]),
+    wait=st.sampled_from([0.0, 0.9]),
     seed=st.integers(0, 2**16),
 )
 @example(
@@ -55,6 +56,7 @@ def _loss(run: Any) -> float:
     reinit="svd",
     moments="keep",
     max_rank="full",
+    wait=0.9,
     seed=1,
 )
 @example(
@@ -66,6 +68,7 @@ def _loss(run: Any) -> float:
     reinit="svd",
     moments="drop",
     max_rank="full",
+    wait=0.0,
     seed=2,
 )
 @example(
@@ -77,6 +80,7 @@ def _loss(run: Any) -> float:
     reinit="svd",
     moments="fit",
     max_rank=128,
+    wait=0.9,
     seed=3,
 )
 @example(
@@ -88,6 +92,7 @@ def _loss(run: Any) -> float:
     reinit="svd",
     moments="fit",
     max_rank=128,
+    wait=0.9,
     seed=4,
 )
 @example(
@@ -99,6 +104,7 @@ def _loss(run: Any) -> float:
     reinit=Policy().reinit,
     moments=Policy().moments,
     max_rank=Job().residual.max_rank,
+    wait=0.0,
     seed=5,
 )
 def test_e4_another_plan_changes_no_output(
@@ -112,6 +118,7 @@ def test_e4_another_plan_changes_no_output(
     reinit: str,
     moments: str,
     max_rank: int | str,
+    wait: float,
     seed: int,
 ) -> None:
     job: dict[str, Any] = {
@@ -123,7 +130,7 @@ def test_e4_another_plan_changes_no_output(
         "privacy": {"labels": labels},
         "seed": seed,
     }
-    job["residual"] = {"max_rank": max_rank}
+    job["residual"] = {"max_rank": max_rank, "wait": wait}
     settings_ = Job.model_validate({"dtype": "fp32", **job})
     before_splits, before_ranks, after_splits, after_ranks = zip(*holdings, strict=True)
 

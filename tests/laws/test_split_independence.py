@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hsplit.lora.importance_probe import ProbedRows
 from hsplit.planning.importance import scores
-from hsplit.run.step import probe_importance
+from hsplit.run.probe import probe_importance
 from tests.laws.reference import keep_double
 from tests.probing import job_of, probed_actors, shapes_of, sums_by_client
 from tests.tiny import LAYERS

@@ -11,7 +11,7 @@ import torch
 from hsplit.config import Importance, Job
 from hsplit.data import restaurants
 from hsplit.models.lookup import find_model
-from hsplit.run.step import probe_importance
+from hsplit.run.probe import probe_importance
 from tests.probing import probed_actors, sums_by_client
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -18,7 +18,7 @@ from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_work
 from hsplit.models.packing import Packing
 from hsplit.models.spec import LinearShape
 from hsplit.planning.importance import ImportanceHistory, ImportanceReport, scores
-from hsplit.run.step import probe_importance
+from hsplit.run.probe import probe_importance
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import keep_double
 from tests.probing import effective_model, job_of, probed_actors, shapes_of, sums_by_autograd, sums_by_client

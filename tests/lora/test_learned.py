@@ -9,6 +9,8 @@ from hsplit.lora.learned import (
     OPTIMIZER,
     WEIGHT,
     LearnedTerm,
+    held_parts,
+    held_tensors,
     learned,
     learned_parts,
     of_kind,
@@ -47,6 +49,19 @@ def test_every_part_is_read_as_it_was_written() -> None:
         parts = [part.dense() for part in (term.residual, term.common) if part is not None]
         parts += [] if term.matrix is None else [term.matrix]
         assert torch.allclose(whole.dense(), sum(parts[1:], parts[0]))
+
+
+def test_what_holders_have_while_a_change_waits_is_read_as_it_was_written() -> None:
+    some, matrix, none = factors(2), torch.randn(3, 4, dtype=torch.float64), factors(0)
+    tensors = held_tensors("layers.0.q", some, None, 0.25) | held_tensors("layers.0.k", none, matrix, 0.5)
+    tensors |= held_tensors("layers.1.q", none, None, 1e-9)
+    parts = held_parts(LearnedTerm(common=factors(1)).tensors("layers.0.q") | tensors)
+    assert parts == {
+        "layers.0.q": (some, None, 0.25),
+        "layers.0.k": (None, matrix, 0.5),
+        "layers.1.q": (None, None, 1e-9),
+    }
+    assert learned_parts(tensors) == {}
 
 
 def test_a_weight_without_both_factors_is_refused() -> None:

@@ -136,6 +136,22 @@ def test_clients_compute_together_and_the_server_when_they_are_done(models: dict
     ]
 
 
+def test_dequantizing_is_what_steps_on_codes_take_longer(models: dict[str, Path]) -> None:
+    run, world = _run(models, "a"), World()
+    cost = CostModel.of_run(ModelSpec.read(models["llama"]), run)
+    actors = {name: KnownActor(name, world, "here", 10_000, 1.0) for name in ("a", "server")}
+    probe = BudgetMeasurement(run, cost, InProcess(actors), 1, 6.0, clock=lambda: world.now)
+    probe.figures()
+    found = probe.dequantization_flops()
+    assert ("prepare", "a", ("nf4", 1)) in world.asked
+    # A step took 1.5 s, and half a second more on codes, for the entries of two layers, forward and backward.
+    entries = sum(kind.weight_parameters for kind in cost.model.counter.kinds[:2])
+    assert found["a"].value == pytest.approx(client_flops(cost, StepSeconds(1.5, 0.25)) * 0.5 / (2 * entries), rel=1e-3)
+    run = _run(models, "a", base="fp32")
+    dense = BudgetMeasurement(run, CostModel.of_run(ModelSpec.read(models["llama"]), run), InProcess(actors), 1, 6.0)
+    assert dense.dequantization_flops() == {}
+
+
 def test_several_servers_share_the_memory_and_compute_together_for_their_own_clients(models: dict[str, Path]) -> None:
     names = [f"c{number}" for number in range(8)]
     run, world = _run(models, *names, replicas=4), World()

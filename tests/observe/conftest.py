@@ -98,6 +98,8 @@ def metrics_row(round: int, **changes: float) -> MetricsRow:
         "bytes_down": 9_000_000,
         "captured_importance": 42.5,
         "available_clients": 2,
+        "train_wall_time_s": 10.0 * round,
+        "train_virtual_time_s": 12.0 * round,
     }
     return MetricsRow(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -225,6 +225,17 @@ def test_a_repeated_round_takes_the_place_of_its_first_try(plan: Plan, clock: Ti
     assert "validation perplexity 21.75 (round 0) → 9.500 (round 1)" in written(console).rpartition("┏")[2]
 
 
+def test_a_round_without_a_validation_has_a_dash(plan: Plan, clock: Ticking) -> None:
+    stream, console = io.StringIO(), recorded()
+    row = metrics_row(2, val_loss=None, val_ppl=None)  # type: ignore[arg-type]
+    PlainDisplay(stream, pace=Pace(clock)).round_done(row, [], [])
+    assert "validation loss –, validation perplexity –" in stream.getvalue()
+    with LiveDisplay(console=console, pace=Pace(clock)) as display:
+        play(display, plan, clock)
+        display.round_done(row, [], [])
+    assert "(round 2)" not in written(console)
+
+
 def test_plain_lines_come_every_few_steps_where_not_every_step_is_told(clock: Ticking) -> None:
     stream = io.StringIO()
     display = PlainDisplay(stream, pace=Pace(clock))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +23,7 @@ FLOATS = st.floats(allow_nan=False)
 def test_columns_are_the_documented_ones() -> None:
     assert ",".join(field.name for field in fields(MetricsRow)) == (
         "round,step,train_loss,val_loss,val_ppl,tokens,wall_time_s,virtual_time_s,bytes_up,bytes_down,"
-        "captured_importance,available_clients"
+        "captured_importance,available_clients,train_wall_time_s,train_virtual_time_s"
     )
     assert ",".join(field.name for field in fields(PlanRow)) == (
         "round,name,kind,available,split,rank_total,declared_bytes,predicted_bytes,measured_bytes,"
@@ -101,6 +101,16 @@ def test_a_table_is_cut_to_the_rounds_of_a_checkpoint(tmp_path: Path) -> None:
     assert [row.tokens for row in read_rows(path, MetricsRow)] == [0, 1234, 7]
     resumed.cut(0)
     assert read_rows(path, MetricsRow) == [metrics_row(0)]
+
+
+def test_a_table_of_an_older_version_has_no_training_times(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    MetricsTable(path, MetricsRow).append(metrics_row(0), metrics_row(1))
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line.rsplit(',', 2)[0]}\n" for line in lines))
+    older = [replace(metrics_row(round), train_wall_time_s=None, train_virtual_time_s=None) for round in (0, 1)]
+    assert read_rows(path, MetricsRow) == older
+    assert read_metrics(path)["train_virtual_time_s"].isna().all()
 
 
 def test_failed_append_leaves_file_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

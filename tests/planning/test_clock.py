@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hsplit.config import Policy
 from hsplit.planning.cost.clock import VirtualClock
@@ -48,6 +50,34 @@ def test_an_aggregation_is_transfers_and_arithmetic() -> None:
     fresh = CLOCK.aggregation_s(shared, Policy(reinit="random"), up, down)
     restarted = CLOCK.aggregation_s(shared, Policy(reinit="svd"), up, down)
     assert averaged < fresh < restarted
+
+
+MB = 10**6
+TIMES = st.floats(-2, 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.tuples(TIMES, TIMES, TIMES), st.tuples(*[st.integers(0, 8 * MB)] * 4))
+def test_adapters_travel_while_others_compute(done: tuple[float, float, float], sizes: tuple[int, ...]) -> None:
+    # The step ends when the last of them has finished.
+    finished = {name: at - max(done) for name, at in zip(("one", "two", "server"), done, strict=True)}
+    up, down = dict(zip(("one", "two"), sizes[:2], strict=True)), dict(zip(("one", "two"), sizes[2:], strict=True))
+    model = CostModel(tiny_spec("llama"), JOB, residual=False, decomposes=False)
+    clock, policy = VirtualClock(model, CLIENTS, server()), Policy(aggregation="fedavg", ranks="uniform")
+
+    def sent(size: int) -> float:
+        return 8 * size / 1e8 + 1e-3
+
+    begun = max(finished["server"], *(finished[name] + sent(size) for name, size in up.items()))
+    restarts = clock.restarts_s(PLAN, policy, up, down, None, finished)
+    expected = {name: max(finished[name], begun + sent(size)) for name, size in down.items()} | {"server": begun}
+    assert restarts == pytest.approx(expected)
+    taken = clock.aggregation_s(PLAN, policy, up, down, None, finished)
+    at_once = clock.aggregation_s(PLAN, policy, up, down)
+    # Nobody begins before its own adapters have travelled, and the end of the step is when all of them are done.
+    assert max(expected.values()) == pytest.approx(taken) and 0 <= taken <= at_once
+    everybody = dict.fromkeys(finished, 0.0)
+    assert clock.aggregation_s(PLAN, policy, up, down, None, everybody) == at_once
 
 
 def test_validation_takes_up_each_batch_when_the_last_client_has_sent_it() -> None:

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Importance, Job, Policy, ResidualConfig, RunConfig
+from hsplit.errors import InputError
 from hsplit.lora.adapters import AdapterSet
 from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
+from hsplit.planning.cost.counted_model import DEQUANTIZATION_FLOPS
 from hsplit.planning.cost.counting import LayerCounter, LayerRun
 from hsplit.planning.cost.fake_layer import LayerKind, LayerSetting
 from hsplit.planning.cost.model import CostModel
@@ -193,6 +195,14 @@ def test_codes_take_less_to_keep_and_only_of_a_quantized_base() -> None:
         dense.client_memory(2, "codes")
 
 
+def test_dequantizing_is_counted_by_entries_whatever_the_rows() -> None:
+    coded = cost(base="int8").model
+    entries = [sum(w.parameters for w in coded.weights if w.layer == layer) for layer in range(LAYERS)]
+    assert list(coded.dequantization_flops) == [DEQUANTIZATION_FLOPS["int8"] * n for n in entries]
+    assert list(coded.at_rows(7).dequantization_flops) == list(coded.dequantization_flops)
+    assert not cost(base="fp32").model.dequantization_flops.any()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_own_rows_of_the_embedding_cost_themselves_and_their_ids(family: str, labels: str) -> None:
@@ -225,3 +235,25 @@ def test_the_server_needs_what_its_rows_need_whoever_brings_them(
     more[:, 0] += 1
     assert (memory.constant(clients, more) >= memory.constant(clients)).all()
     assert (memory.per_rank(clients, more) >= memory.per_rank(clients)).all()
+
+
+def test_a_start_is_refused_only_if_no_texts_would_leave_room(tmp_path: Path) -> None:
+    from hsplit.planning.scheduler import Scheduler
+
+    config = tiny_config("llama")
+    config.vocab_size = 50_000
+    config.save_pretrained(tmp_path)
+    policy = Policy.model_validate({"pace": {"embedding": "own"}})
+    job = Job(dtype="fp32", base="fp32", max_length=16)
+
+    def scheduler(memory_bytes: float) -> Scheduler:
+        run = RunConfig(clients=(client("one", memory_bytes),), server=server(), job=job, policy=policy)
+        return Scheduler(run, ModelSpec.read(tmp_path))
+
+    whole = scheduler(1e9).cost.model.embedding_bytes
+    scheduler(whole).check_start()
+    with pytest.raises(InputError, match="none has the memory"):
+        scheduler(whole).plan()
+    with pytest.raises(InputError, match="none has the memory"):
+        scheduler(whole / 100).check_start()
+    scheduler(2 * whole).plan()

@@ -40,6 +40,9 @@ CLIENTS = [
     Case(LLAMA, "nf4", (4,), rank=4, batch_size=8, length=32, wire="fp32", labels="client"),
     Case(LLAMA, "int8", (3,), batch_size=1, length=128),
     Case(LLAMA, "nf4", (0,), batch_size=8, length=256),
+    Case(LLAMA, "nf4", (0,), batch_size=8, length=256, wire="int8"),
+    Case(LLAMA, "nf4", (0,), batch_size=8, length=256, wire="int4"),
+    Case(LLAMA, "fp32", (1,), batch_size=4, labels="client", wire="int4"),
     Case(LLAMA, "nf4", (2,), noise=0.1),
     Case(LLAMA, "nf4", (2,), dtype="bf16", length=16),
     Case(GROUPED, "int8", (3,), rank=16, batch_size=4, length=48, labels="client"),
@@ -50,6 +53,15 @@ CLIENTS = [
     Case(GPT2, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128),
     Case(GPT2_OWN, "int8", (2,), batch_size=1, length=128),
     Case(GPT2_OWN, "fp32", (0,), labels="client"),
+    Case(LLAMA, "nf4", (0,), batch_size=8, length=256, vocabulary=300),
+    Case(GROUPED, "fp32", (1,), batch_size=3, vocabulary=700),
+    Case(GPT2, "nf4", (2,), rank=16, stored="codes", vocabulary=50),
+    Case(LLAMA, "nf4", (3,), rank=16, stored="codes"),
+    Case(LLAMA, "int8", (4,), rank=4, batch_size=7, length=32, labels="client", stored="codes"),
+    Case(GROUPED, "nf4", (2,), batch_size=5, dtype="bf16", length=16, stored="codes"),
+    Case(GROUPED, "nf4", (4,), batch_size=3, length=48, stored="codes"),
+    Case(GPT2, "int8", (1,), batch_size=8, stored="codes"),
+    Case(GPT2_OWN, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128, labels="client", stored="codes"),
 ]
 SERVERS = [
     Case(LLAMA, "fp32", (1,)),
@@ -79,7 +91,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def named(case: Case) -> str:
     batch = f"{case.batch_size}x{case.length}"
-    return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels}"
+    held = f"{case.stored} {case.vocabulary or 'all'}"
+    return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {case.wire} {held}"
 
 
 @pytest.mark.parametrize("case", CLIENTS, ids=named)

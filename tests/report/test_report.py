@@ -115,7 +115,7 @@ def test_report_of_one_run(fake_run: MakeRun, tmp_path: Path) -> None:
         assert figure in page.text
     for holder in ("phone-0", "laptop", "watch", "server", "unavailable"):
         assert holder in page.text
-    for axis in ("wall time (s)", "virtual time (s)"):
+    for axis in ("wall time (s), without validation", "virtual time (s), without validation"):
         assert page.text.count(f"\n{axis}\n") == 2
     assert "\n24\n" in page.text  # the server's rank in a layer, written into the heat map
     assert "measured" in page.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from hsplit.config import ClientConfig, Job, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import read_metrics
+from hsplit.planning.planning_state import Fleet, PlanningState
+from hsplit.planning.scheduler import Review, Scheduler
+from hsplit.run.checkpoint import read_state
 from hsplit.run.coordinator import Coordinator
 from hsplit.run_directory import RunDirectory
 from tests.in_process import Recorder, planned_run
@@ -71,6 +75,27 @@ def test_a_validation_that_would_measure_nothing_is_refused(wordless: Path, tmp_
     file.write_text("\n".join(rows) + "\n")
     with pytest.raises(InputError, match=rf"^data {file}: no validation example .* has a token to predict"):
         made.run()
+
+
+def test_the_first_plan_knows_how_many_tokens_each_client_has_and_a_resumed_run_too(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    first = Scheduler.first
+
+    @functools.wraps(first)
+    def watched(self: Scheduler, fleet: Fleet, state: PlanningState) -> Review:
+        seen.append((dict(fleet.vocabulary), set(fleet.examples.values())))
+        return first(self, fleet, state)
+
+    monkeypatch.setattr(Scheduler, "first", watched)
+    made = a_run(models["llama"], tmp_path, {"a": "w5 w6", "b": "w7"}, rounds=1)
+    assert made.run()
+    # Twelve prompts w2 to w13, which have the responses' words too, and the end of a text.
+    assert seen == [({"a": 13, "b": 13}, {11})]
+    kept = read_state(made.last_checkpoint or tmp_path)
+    assert kept.vocabulary == {"a": 13, "b": 13}
+    assert kept.fleet(made.context.run.clients).vocabulary == kept.vocabulary
 
 
 def held_out_prompts(made: Coordinator) -> list[str]:

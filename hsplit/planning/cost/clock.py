@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit.config import Policy
+from hsplit.lora.importance_probe import WATCHED_ROWS
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Floats, Ints, prefix
 from hsplit.planning.cost.cycle import Cycle, Turns, simulated_cycle
@@ -67,6 +68,18 @@ class VirtualClock:
         steps: list[float] = np.diff(ends, prepend=0.0).tolist()
         return steps
 
+    def finished_s(self, plan: Plan, clients: Collection[str] | None = None, start: int = 0) -> dict[str, float]:
+        """Seconds from the end of a round's last step to each client's end of it: before that, negative.
+
+        Nothing where all wait for all: then nobody sends adapters before the step has ended.
+        """
+        if self._cost.pace.periods == "none":
+            return {}
+        found = self.cycle(plan, clients, start, self._cost.model.job.local_steps)
+        parts = self._training(plan, clients)
+        own = dict(zip((part.name for part in parts), (found.finished - found.ends[-1]).tolist(), strict=True))
+        return own | {plan.server.name: found.server_finished - float(found.ends[-1])}
+
     def step_s(self, plan: Plan, clients: Collection[str] | None = None) -> float:
         """Seconds of a local step of a round that goes on, on the average over the clients' periods.
 
@@ -121,6 +134,20 @@ class VirtualClock:
             ahead=job.runs_ahead or self._cost.pace.periods != "none",
         )
 
+    def _busiest(self, plan: Plan, clients: Collection[str] | None) -> dict[str, tuple[str, float]]:
+        """The server's seconds of a step, and compute and links of the busiest client, where turns overlap."""
+        parts = self._training(plan, clients)
+        steps = math.lcm(*(part.every for part in parts))
+        found = self.cycle(plan, clients, 0, steps)
+        index = int(found.busy.argmax())
+        part, busy = parts[index], float(found.busy[index]) / steps
+        link = (
+            self._cost.times.link_s(self._clients[part.name], Loads.of_plan([part], self._cost.model.job)) / part.every
+        )
+        link = min(link, busy)
+        server = (plan.server.name, found.server_busy / steps)
+        return {"compute": (part.name, busy - link), "link": (part.name, link), "server": server}
+
     def busy_s(self, plan: Plan) -> dict[str, float]:
         """Seconds that each holder computes or sends in a local step, on the average over its period, by name."""
         steps = math.lcm(*(part.every for part in plan.available))
@@ -156,6 +183,8 @@ class VirtualClock:
         Returns:
             For each part the holder's name (of several clients the one with most), and seconds (virtual).
         """
+        if self._cost.pace.periods != "none":
+            return self._busiest(plan, clients)
         splits = _splits(plan, clients)
         phases, names = self._phases(plan, splits), list(splits)
         model, times = self._cost.model, self._cost.times
@@ -252,6 +281,27 @@ class VirtualClock:
         deep += (total - scored) / self._server.flops
         return float(phases.max(axis=0).sum()) + self._of_busiest_server(plan, parts, deep)
 
+    def watched_s(self, plan: Plan, tokens: int, clients: Collection[str] | None = None) -> float:
+        """Seconds that a local step takes longer where weights are scored in its backward: part of each one's gradient,
+        and the backward of clients that would only compute forward.
+
+        Args:
+            plan, tokens, clients: as for :meth:`probe_s`.
+        """
+        model, splits = self._cost.model, _splits(plan, clients)
+        parts = self._training(plan, clients)
+        loads, at = Loads.of_plan(parts, model.job), _array(splits)
+        examples = np.minimum(math.ceil(tokens / model.job.max_length), loads.rows) / model.job.batch_size
+        gradients, fixed = model.weight_gradient_flops, model.weight_gradient_flops * _REDUCED / (2 * model.rows)
+        own = examples * prefix(gradients)[at] + prefix(fixed)[at]
+        deep = examples * gradients.sum() + fixed.sum() - own
+        members = [self._clients[name] for name in splits]
+        batch = self._cost.times.times_at(members, at, 1, loads) / model.job.grad_accumulation
+        backward = np.where(_among(splits, plan.forward_only), batch[:, 2], 0.0)
+        seconds = own / WATCHED_ROWS / np.array([client.flops for client in members]) + backward
+        deep_s = np.zeros(len(at)) if model.whole else deep / WATCHED_ROWS / self._server.flops
+        return float(seconds.max()) + self._of_busiest_server(plan, parts, deep_s)
+
     def _forward_s(self, plan: Plan, parts: Sequence[HolderPlan]) -> float:
         """Seconds of the servers' forward over one joined batch of the clients ``parts``."""
         times, job = self._cost.times, self._cost.model.job
@@ -275,26 +325,52 @@ class VirtualClock:
         up_bytes: Mapping[str, int],
         down_bytes: Mapping[str, int],
         clients: Collection[str] | None = None,
+        finished: Mapping[str, float] | None = None,
     ) -> float:
-        """Seconds of a round's end: adapters up, the aggregation, residual changes and restarts down, and forming a
-        dense base's working weights again.
+        """Seconds from the end of a round's last step until everybody may begin the next round.
+
+        Args:
+            plan, policy, up_bytes, down_bytes, clients, finished: as for :meth:`restarts_s`.
+        """
+        return max(self.restarts_s(plan, policy, up_bytes, down_bytes, clients, finished).values())
+
+    def restarts_s(
+        self,
+        plan: Plan,
+        policy: Policy,
+        up_bytes: Mapping[str, int],
+        down_bytes: Mapping[str, int],
+        clients: Collection[str] | None = None,
+        finished: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Seconds from the end of a round's last step until each holder may begin the next round, by name.
+
+        Adapters go up, the server aggregates once it has them all, residual changes and restarts go down, and a dense
+        base's working weights are formed again. Each client's messages travel while others compute and send.
 
         Args:
             plan: the plan with the adapters' ranks.
             policy: its aggregation.
             up_bytes, down_bytes: by client name.
             clients: clients that send adapters; all available ones by default.
+            finished: when each client, and the server, has done its part of the last step, by name: 0 is that step's
+                end, earlier is negative. Those that it lacks are done at the end, as all are by default.
         """
+        done = finished or {}
         ranks, splits = self._ranks(plan, clients), _splits(plan)
         merged_flops = self._merged_flops(ranks, policy)
         first = self._cost.model.layers if self._cost.model.whole else min(splits.values(), default=0)
         server_flops = self._aggregation_flops(ranks, policy) + float(merged_flops[first:].sum())
         merged, sent = prefix(merged_flops).tolist(), self._cost.times.sent_s
-        restarted = (
-            sent(size, self._clients[name]) + merged[splits[name]] / self._clients[name].flops
-            for name, size in down_bytes.items()
-        )
-        return self.transfer_s(up_bytes) + server_flops / self._server.flops + max(restarted, default=0.0)
+        arrived = [done.get(name, 0.0) + sent(size, self._clients[name]) for name, size in up_bytes.items()]
+        aggregated = max([done.get(plan.server.name, 0.0), *arrived]) + server_flops / self._server.flops
+        restarts = {plan.server.name: aggregated}
+        for name, size in down_bytes.items():
+            client = self._clients[name]
+            # Who is still computing takes the update afterwards.
+            waited = max(sent(size, client), done.get(name, 0.0) - aggregated)
+            restarts[name] = aggregated + (waited + merged[splits[name]] / client.flops)
+        return restarts
 
     def transfer_s(self, nbytes: Mapping[str, int]) -> float:
         """Seconds for ``nbytes`` by client name, each over the client's own link, until the last is done."""

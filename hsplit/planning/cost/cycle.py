@@ -66,12 +66,14 @@ class Cycle:
         finished: seconds at which each client has done its last backward, ``(C,)``.
         busy: seconds that each client computes or sends, ``(C,)``.
         server_busy: seconds that the busiest server computes.
+        server_finished: seconds at which the last server has done its last turn.
     """
 
     ends: Floats
     finished: Floats
     busy: Floats
     server_busy: float
+    server_finished: float
 
 
 def simulated_cycle(turns: Turns, first_step: int, steps: int) -> Cycle:
@@ -104,7 +106,8 @@ class _Simulation:
                 self._wait_for_all(members)
             ends.append(max(ends[-1], float(self._server_free.max())))
         ends[-1] = max(ends[-1], float(self._free.max(initial=0.0)))
-        return Cycle(np.array(ends[2:]), self._free, self._busy, float(self._server_busy.max()))
+        busy, done = float(self._server_busy.max()), float(self._server_free.max())
+        return Cycle(np.array(ends[2:]), self._free, self._busy, busy, done)
 
     def _wait_for_all(self, members: Ints) -> None:
         waiting = members[~self._runs_ahead[members]]

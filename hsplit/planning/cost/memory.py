@@ -14,6 +14,7 @@ from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS
 from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
 from hsplit.planning.cost.counting import UNSEEN
 from hsplit.planning.cost.serving import counts_of_deepest
+from hsplit.planning.wire import packing_bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class _Client:
         layers = _running_maximum(transient) + wire.down
         layers = np.maximum(layers, model.stepping_bytes(prefix(model.copied_bytes)))
         # A client without layers, and the beginning of all others: the embedding's work, then the message.
-        layers = np.maximum(layers, max(model.embedding_working_bytes, model.hidden_bytes + wire.up))
+        message = model.hidden_bytes + wire.up + packing_bytes(model.job.wire, model.rows * model.width)
+        layers = np.maximum(layers, max(model.embedding_working_bytes, message))
         if model.tail_at_client:
             # The front's output, the deep layers' output as received and unpacked, then norm, head and loss.
             unpacked = 2 * model.hidden_bytes + wire.deep
@@ -234,7 +236,9 @@ class ServerMemory:
     @cached_property
     def _store_bytes(self) -> float:
         """Bytes that the aggregator keeps: residuals and common restarts of all weights."""
-        return self._residual_bytes + float(self._model.copied_bytes.sum())
+        # While changes wait, the residual that the holders have is kept too.
+        residuals = 1 + (self._model.job.residual.wait > 0)
+        return residuals * self._residual_bytes + float(self._model.copied_bytes.sum())
 
     def _restart_bytes(self, held: NDArray[np.bool_]) -> Floats:
         return np.where(held, self._model.restart_bytes, 0.0).max(axis=1)

@@ -1,0 +1,161 @@
+"""Properties of paced plans on small random instances (METHOD 10)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsplit.config import Pace, Policy
+from hsplit.errors import InputError
+from hsplit.planning.cost.clock import VirtualClock
+from hsplit.planning.cost.model import CostModel
+from hsplit.planning.importance import equal_importance
+from hsplit.planning.plan import Plan
+from hsplit.planning.planner import make_plan
+from tests.planning.test_planner import DEEP, JOB, LARGEST, SMALLEST, between, client, server
+from tests.tiny import tiny_spec
+
+ALL: dict[str, Any] = {"batch_size": "planned", "periods": "planned", "stored": "planned", "wire": "planned"}
+PACES = [
+    ALL,
+    {"batch_size": "planned"},
+    {"periods": "planned"},
+    {"periods": 2},
+    {"stored": "planned"},
+    {"stored": "codes", "batch_size": "planned", "periods": "planned"},
+]
+POLICIES: list[dict[str, Any]] = [
+    {},
+    {"freeze": "never"},
+    {"split": "uniform", "ranks": "uniform", "aggregation": "fedavg"},
+    {"split": 1},
+    {"ranks": "budget"},
+]
+
+
+@lru_cache
+def cost(labels: str, base: str, **pace: Any) -> CostModel:
+    job = JOB.model_copy(update={"base": base, "privacy": JOB.privacy.model_copy(update={"labels": labels})})
+    return CostModel(tiny_spec("llama"), job, Pace.model_validate(pace))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Any], Any, CostModel, Policy]:
+    count = draw(st.integers(1, 5))
+    clients = [
+        client(
+            f"c{i}",
+            draw(between(SMALLEST * 0.8, LARGEST * 1.2)),
+            draw(between(1e8, 1e10)),
+            draw(between(1e6, 1e9)),
+        )
+        for i in range(count)
+    ]
+    pace = draw(st.sampled_from(PACES))
+    base, labels = draw(st.sampled_from(["nf4", "fp32"])), draw(st.sampled_from(["server", "client"]))
+    policy = Policy.model_validate({**draw(st.sampled_from(POLICIES)), "pace": pace})
+    return (
+        clients,
+        server(draw(between(DEEP * 1.5, DEEP * 6)), draw(between(1e9, 1e11))),
+        cost(labels, base, **pace),
+        policy,
+    )
+
+
+def made(case: tuple[list[Any], Any, CostModel, Policy], current: Plan | None = None) -> Plan | None:
+    clients, deep, model, policy = case
+    try:
+        return make_plan(clients, deep, model, equal_importance(model.model.weights), policy, current)
+    except InputError:
+        # Nobody fits, or the server does not.
+        return None
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_a_paced_plan_keeps_what_it_promises(case: tuple[list[Any], Any, CostModel, Policy]) -> None:
+    plan = made(case)
+    if plan is None:
+        return
+    clients, deep, model, policy = case
+    pace, own, batch = policy.pace, plan.available, model.model.job.batch_size
+    plan.check()
+    for part in own:
+        assert part.predicted_bytes <= part.declared_bytes
+        assert part.predicted_bytes == model.client_bytes(part.split or 0, part.ranks, part.rows, part.stored)
+        assert part.stored == "dense" or model.model.quantized
+    assert plan.server.predicted_bytes <= plan.server.declared_bytes
+    # The rows' sum is that of equal ones, and nobody brings less than the floor.
+    rows = np.array([part.rows / part.every for part in own])
+    assert rows.sum() == pytest.approx(batch * len(own))
+    assert (rows >= pace.min_share * batch - 1e-9).all()
+    if pace.batch_size == "equal":
+        assert {part.rows for part in own} == {batch}
+    assert plan.groups == 1 or pace.periods != "none"
+    assert plan.groups <= (2 if pace.periods == 2 else len(own))
+    if policy.split == "uniform":
+        assert len({part.split for part in own}) == 1
+        assert len({rank for part in (plan.server, *own) for rank in part.ranks.values()}) == 1
+    assert sum(part.captured_share for part in (plan.server, *own)) == pytest.approx(1.0)
+    # The seconds are the virtual clock's, and below the bound.
+    clock = VirtualClock(model, clients, deep)
+    assert plan.makespan_s == pytest.approx(clock.step_s(plan))
+    assert plan.speed is not None and (plan.speed.share <= 1 + 1e-9 or plan.forward_only)
+    assert made(case) == plan, "the same input gives the same plan"
+
+
+@settings(deadline=None, max_examples=25)
+@given(case=cases())
+def test_the_plan_in_force_is_left_only_for_a_better_one(case: tuple[list[Any], Any, CostModel, Policy]) -> None:
+    plan = made(case)
+    if plan is None:
+        return
+    again = made(case, plan)
+    assert again is not None and again.objective >= plan.objective * (1 - 1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(case=cases())
+def test_no_plan_in_which_all_wait_is_better(case: tuple[list[Any], Any, CostModel, Policy]) -> None:
+    """What the levers are for: with the same splits rule and ranks, the plan without them is one of the choices."""
+    clients, deep, model, policy = case
+    if not policy.freezes or policy.split != "planned":
+        return
+    case = clients, deep, cost("server", model.model.job.base, **ALL), policy.model_copy(update={"pace": Pace(**ALL)})
+    plan = made(case)
+    still = cost("server", model.model.job.base)
+    try:
+        waiting = make_plan(clients, deep, still, equal_importance(still.model.weights), Policy(ranks=policy.ranks))
+    except InputError:
+        return
+    if plan is None or len(plan.available) != len(waiting.available):
+        return
+    assert plan.objective >= 0.97 * waiting.objective
+
+
+def test_a_client_behind_a_slow_link_sends_narrower_messages_and_less_often() -> None:
+    model = cost("server", "nf4", **ALL)
+    clients = [client("slow", LARGEST, 1e9, 2e5), *(client(f"c{i}", LARGEST, 1e9, 1e9) for i in range(3))]
+    plan = make_plan(clients, server(flops=3e9), model, equal_importance(model.model.weights), Policy(pace=Pace(**ALL)))
+    slow = plan.client("slow")
+    assert slow.wire == "int4" and {part.wire for part in plan.available if part.name != "slow"} == {"bf16"}
+    assert slow.rows / slow.every < 2
+
+
+def test_weights_by_data_make_up_for_rows_up_to_four_times() -> None:
+    pace = {**ALL, "weights": "data"}
+    model = cost("server", "nf4", **pace)
+    clients = [client("slow", LARGEST, 1e8, 1e7), client("fast", LARGEST, 1e10, 1e9)]
+    policy = Policy(pace=Pace(**pace))
+    plan = make_plan(clients, server(flops=1e10), model, equal_importance(model.model.weights), policy)
+    shares = {part.name: part.rows / part.every / 4 for part in plan.available}
+    for part in plan.available:
+        assert part.weight == pytest.approx(min(4.0, 0.5 / shares[part.name]))
+    assert plan.client("slow").weight > 1 > plan.client("fast").weight
+    assert replace(plan.client("slow"), weight=1.0).given != plan.client("slow").given

@@ -1,0 +1,87 @@
+"""Residual changes that wait: fewer bytes, a size that is told everywhere, and nothing lost."""
+
+from __future__ import annotations
+
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hsplit.config import Importance, Job, Policy
+from hsplit.observe.events import read_events
+from hsplit.observe.tables import LAG, lag_text, residual_cuts
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
+from hsplit.run.coordinator import Coordinator
+from hsplit.run_directory import RunDirectory
+from tests.finished_run import finished_run
+from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, rows_of
+from tests.observe.test_residual_cuts import everything_said
+
+POLICY = Policy(importance=Importance(metric="equal"))
+
+
+def a_run(
+    model: Path, to: Path, wait: float, directory: RunDirectory | None = None, after_step: Any = None, **job: Any
+) -> Coordinator:
+    # Unequal ranks, so that some directions are frozen beside the residual.
+    plan = fixed_plan(model, Job(), [2, 3], [2, 4], 4)
+    shares = {f"c{i}": random_examples(12, i) for i in range(2)}
+    settings = {"rounds": 4, "local_steps": 2, "lr": 1e-3, **job, "residual": {"wait": wait, "max_rank": 8}}
+    return coordinator(model, to, plan, shares, Recorder(after_step), POLICY, directory, **settings)
+
+
+def lags_of(run: Coordinator) -> dict[int, float]:
+    return residual_cuts(read_events(run.context.directory.events), field=LAG)
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp32"])
+def test_what_waits_is_not_sent_and_is_all_there_at_the_end(models: dict[str, Path], tmp_path: Path, base: str) -> None:
+    runs = {wait: a_run(models["llama"], tmp_path / str(wait), wait, base=base) for wait in (0.0, 0.9)}
+    for run in runs.values():
+        assert run.run()
+    assert set(lags_of(runs[0.0]).values()) == {0.0}
+    *waited, last = lags_of(runs[0.9]).values()
+    assert all(0 < lag <= 0.9 for lag in waited) and last == 0
+    sent = {wait: [row["bytes_down"] for row in rows_of(run)] for wait, run in runs.items()}
+    assert all(less < more for less, more in zip(sent[0.9][1:-1], sent[0.0][1:-1], strict=True))
+    # The last validation is of the model that is exported.
+    path, _ = latest_checkpoint(runs[0.9].context.directory.checkpoints)
+    assert not [key for key in read_checkpoint(path)[1]["server"] if key.startswith("held.")]
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp32"])
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_run_that_is_resumed_while_changes_wait_ends_as_an_uninterrupted_one(
+    models: dict[str, Path], tmp_path: Path, base: str, stop: int
+) -> None:
+    def run(to: str, directory: RunDirectory | None = None, after_step: Any = None) -> Coordinator:
+        # A threshold that some rounds pass and others do not.
+        return a_run(models["llama"], tmp_path / to, 0.02, directory, after_step, base=base)
+
+    whole = run("whole")
+    assert whole.run()
+    interrupted = run("cut", None, lambda step: setattr(interrupted, "stopping", step == stop))
+    assert not interrupted.run()
+    directory = interrupted.context.directory
+    path, _ = latest_checkpoint(directory.checkpoints)
+    assert any(key.startswith("held.") for key in read_checkpoint(path)[1]["server"])
+    resumed = run("cut", directory)
+    assert resumed.run(path)
+    for one, other in zip(rows_of(resumed), rows_of(whole), strict=True):
+        assert {k: v for k, v in one.items() if not k.endswith("wall_time_s")} == {
+            k: v for k, v in other.items() if not k.endswith("wall_time_s")
+        }
+    ends = [read_checkpoint(latest_checkpoint(r.context.directory.checkpoints)[0])[1] for r in (resumed, whole)]
+    for holder, tensors in ends[0].items():
+        assert tensors.keys() == ends[1][holder].keys()
+        assert all(torch.equal(tensor, ends[1][holder][key]) for key, tensor in tensors.items())
+
+
+def test_what_holders_lacked_is_told_everywhere(models: dict[str, Path], tmp_path: Path) -> None:
+    run = finished_run(tmp_path, models["llama"], residual={"wait": 0.9})
+    text = lag_text(residual_cuts(read_events(run.directory.events), field=LAG))
+    assert "in 1 of 2 rounds" in text
+    for place, said in everything_said(run, tmp_path / "said").items():
+        assert text in unescape(said), place
