@@ -9,6 +9,7 @@ adapters of one step before.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -57,6 +58,8 @@ class SplitTraining(Training):
         self._unread: dict[str, list[_Backward]] = defaultdict(list)
         # Microbatches of each client's batches by the plan in force.
         self._parts: dict[str, int] = {}
+        # When the batch under way began, by time.monotonic.
+        self._batch_begun = 0.0
         # Of the step under way: each client's next two in the round, its server, and the servers that have had a turn
         # since they stepped, with the ends of their steps.
         self._following: dict[str, list[int]] = {}
@@ -103,6 +106,7 @@ class SplitTraining(Training):
                     if self._ahead and batch == job.grad_accumulation - 1:
                         for later in self._following[client][:1]:
                             self._begin_fronts(client, later, 0)
+            self._batch_begun = time.monotonic()
             turns = self._turns_at_home if self._labels_at_home else self._turns
             reports = turns(outcome, step, batch, groups)
             for server, report in reports:
@@ -190,7 +194,10 @@ class SplitTraining(Training):
             for client in present
         }
 
-        arrived = self._in_time(outcome, reports, counts, partial(self._under_way, present))
+        # All turns' fronts could begin when the servers had done all before them: several late clients, each in a turn
+        # of its own, are waited for together.
+        others = partial(self._under_way, present)
+        arrived = self._in_time(outcome, reports, counts, others, self._batch_begun)
         for client, report in arrived.items():
             outcome.bytes_up += report.nbytes
             # An actor does its calls in order: the backwards before this front are done.

@@ -46,12 +46,13 @@ class Deadlines:
         """Add the time of one call, by the client's own clock."""
         self._measured[client, method].append(seconds)
 
-    def until(self, client: str, calls: Mapping[str, int]) -> float | None:
-        """Deadline, by ``time.monotonic``, of calls that begin now; ``None``: there is none.
+    def until(self, client: str, calls: Mapping[str, int], since: float) -> float | None:
+        """Deadline, by ``time.monotonic``, of calls that begin at ``since``; ``None``: there is none.
 
         Args:
             client: its name.
             calls: their number by method.
+            since: by ``time.monotonic``.
         """
         if self._multiple is None:
             return None
@@ -61,7 +62,7 @@ class Deadlines:
             if count and len(measured) < _TRUSTED:
                 return None
             expected_s += count * statistics.median(measured) if count else 0.0
-        return time.monotonic() + SLACK_S + self._multiple * expected_s
+        return since + SLACK_S + self._multiple * expected_s
 
 
 @dataclass
@@ -192,6 +193,7 @@ class Training(ABC):
         calls: Mapping[str, Ref[R]],
         counts: Mapping[str, Mapping[str, int]],
         others: Callable[[], Sequence[Ref[Any]]] = tuple,
+        since: float | None = None,
     ) -> dict[str, R]:
         """Wait for one call of each client; returns the values of the clients that answered in time.
 
@@ -203,9 +205,11 @@ class Training(ABC):
             calls: by client, each the last of those begun.
             counts: by client, for its deadline: the number of calls that have begun, by method.
             others: calls of other clients.
+            since: when the calls could begin, by ``time.monotonic``; by default now.
         """
         patience_ends = self._patience_ends()
-        deadlines = {client: self._deadlines.until(client, counts[client]) for client in calls}
+        begun = time.monotonic() if since is None else since
+        deadlines = {client: self._deadlines.until(client, counts[client], begun) for client in calls}
         values = {
             client: self._executor.wait([call], deadlines[client] or patience_ends)[0] for client, call in calls.items()
         }

@@ -16,6 +16,7 @@ from hsplit.planning.plan import Plan
 from hsplit.run.checkpoint import latest_checkpoint
 from hsplit.run.coordinator import Coordinator
 from hsplit.run.split_step import SplitTraining
+from hsplit.run.step import Deadlines
 from hsplit.run_directory import RunDirectory
 from tests.faulty import Fault, FaultyInProcess
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, reached_by, rows_of
@@ -186,6 +187,25 @@ def test_a_late_client_misses_its_turn_and_has_the_next(
     assert calls[client, "skip"] == 1 and calls[client, "backward"] == calls[client, "forward"] - 1
     turns = sum(run.context.plan.client(client).takes_part_in(step) for step in range(18))
     assert calls[client, "forward"] == turns
+
+
+def test_clients_late_in_turns_of_their_own_are_waited_for_together(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their deadlines have one begin, however long the first was waited for."""
+    begins: dict[int, list[float]] = {}
+    until = Deadlines.until
+
+    def recorded(self: Deadlines, client: str, calls: Any, since: float) -> float | None:
+        if "forward" in calls:
+            begins.setdefault(run.state.step, []).append(since)
+        return until(self, client, calls, since)
+
+    monkeypatch.setattr(Deadlines, "until", recorded)
+    run = made(models["llama"], tmp_path / "run", Fault("c0", "forward", 9, "hang"))
+    assert run.run()
+    assert [(event["client"], event["step"]) for event in events_of(run, "left_out")] == [("c0", 9)]
+    assert all(len(own) >= 2 and len(set(own)) == 1 for own in begins.values()) and len(begins) == 18
 
 
 def test_a_client_that_alone_has_a_turn_is_not_waited_for_by_those_with_another(
