@@ -279,7 +279,7 @@ def test_adapters_that_are_no_numbers_are_not_aggregated(models: dict[str, Path]
 def test_a_wrong_shape_is_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
     def cut(actor: str, method: str, client: Any) -> None:
         if (actor, method) == ("c2", "forward"):
-            client._message = lambda *given: _without_a_row(type(client)._message(client, *given))
+            client._message = lambda *given, **named: _without_a_row(type(client)._message(client, *given, **named))
 
     run = run_with(models["llama"], tmp_path, before=cut, rounds=1, faults={"max_failures": 1})
     assert [event["kind"] for event in events_of(run, "lost")] == ["refused"]
