@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class Client(Participant):
         self._noise = ActivationNoise(job.privacy.noise, job.privacy.noise_clip)
         self._probed: tuple[ImportanceProbe, Batch, Tensor] | None = None
         self._sent: dict[tuple[int, int], Tensor] = {}
+        # Those of them that were computed with the adapters before the last optimizer step.
+        self._behind: set[tuple[int, int]] = set()
         # The step whose first batch weights are scored on, and the supervised tokens wanted; what is scored meanwhile.
         self._watched: tuple[int, int] | None = None
         self._scoring: dict[tuple[int, int], tuple[ImportanceProbe, ProbedRows, int]] = {}
@@ -77,6 +79,7 @@ class Client(Participant):
         super()._drop()
         self._probed = self._watched = None
         self._sent.clear()
+        self._behind.clear()
         self._scoring.clear()
         self._scores.clear()
 
@@ -106,7 +109,7 @@ class Client(Participant):
         scored = self._to_score(step, batch) if micro == min(batches) else (0, 0)
         with watch.phase("forward"):
             self.holder.begin_phase(hash_seed(step, micro), training=True)
-            with self._scored_later(step, micro, scored, supervised):
+            with self._adapters_of(step, micro), self._scored_later(step, micro, scored, supervised):
                 hidden = self._noise.added_to(self._front(batch, probing=scored[1] > 0))
         self._sent[step, micro] = hidden
         with watch.phase("pack"):
@@ -126,8 +129,10 @@ class Client(Participant):
         if gradient is not None and hidden.requires_grad:
             with watch.phase("unpack"):
                 upstream = gradient.unpack(hidden.dtype, hidden.device)
-            with watch.phase("backward"), self._scored_now(step, micro):
+            behind = self._kept_adapters((step, micro) in self._behind)
+            with watch.phase("backward"), behind, self._scored_now(step, micro):
                 hidden.backward(upstream)
+        self._behind.discard((step, micro))
         batches = self.data.step_batches(step)
         if micro == max(batches):
             # Counted at the end: a skipped step has trained nothing.
@@ -135,6 +140,9 @@ class Client(Participant):
             self.data.drop(step)
             self.holder.tokens.add(range(self._split), tokens * self._weight)
             with watch.phase("optimizer"):
+                if self._policy.pace.ahead and isinstance(self.holder, Holder):
+                    self.holder.keep_earlier()
+                    self._behind = set(self._sent)
                 self.holder.step(step, self._lr_scale)
         watch.pace(self._pace.get("down"))
         return watch.seconds
@@ -180,6 +188,7 @@ class Client(Participant):
         """Discard local step ``step``, begun here: the other clients have continued without this one."""
         self._scoring = {of: probe for of, probe in self._scoring.items() if of[0] != step}
         self._sent = {of: hidden for of, hidden in self._sent.items() if of[0] != step}
+        self._behind &= self._sent.keys()
         self.data.drop(step)
         assert isinstance(self.holder, Holder)
         self.holder.drop_gradient()
@@ -262,6 +271,26 @@ class Client(Participant):
         return LossReport(self.name, float(self._loss_sum(hidden, batch)), batch.supervised)
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _adapters_of(self, step: int, micro: int) -> AbstractContextManager[None]:
+        """Compute a front with the adapters that it has ahead of the batch before it (``pace.ahead``).
+
+        Where that batch is done, since the run was stopped in between, these are the ones before its optimizer step.
+        """
+        behind = self._policy.pace.ahead and micro < self._job.pipeline.microbatches and self._has_earlier
+        behind = behind and all(of == step for of, _ in self._sent)
+        if behind:
+            self._behind.add((step, micro))
+        return self._kept_adapters(behind)
+
+    def _kept_adapters(self, kept: bool) -> AbstractContextManager[None]:
+        """Compute with the adapters before the last optimizer step, if ``kept``."""
+        assert isinstance(self.holder, Holder)
+        return self.holder.earlier() if kept else nullcontext()
+
+    @property
+    def _has_earlier(self) -> bool:
+        return isinstance(self.holder, Holder) and self.holder.has_earlier
 
     def _tail(self, deep: WireTensor, batch: Batch, pace_s: float | None) -> tuple[LossReport, WireTensor]:
         watch = Stopwatch(self._device)

@@ -105,6 +105,12 @@ class Pace(Section):
         " others compute and send, and a slow client may sit out whole steps; a number: so many groups; `none`: all"
         " wait for all",
     )
+    ahead: bool = Field(
+        default=False,
+        description="with `periods`: whether a client computes its next batch before the gradient of the one under way"
+        " is there, so that its own layers learn from gradients at its adapters of one step before; holds a second"
+        " batch and a second copy of the adapters",
+    )
     server_step: Literal["cycle", "group"] = Field(
         default="cycle",
         description="when the server steps its own adapters: once all groups have had their turn (as without groups, to"
@@ -228,6 +234,8 @@ class Policy(Section):
             yield "train", f"'weights' needs placement 'single' (got {shown(self.placement)})"
         if self.placement != "split" and self.pace != Pace():
             yield "pace", f"placement {self.placement!r} has no steps that holders share: leave pace out"
+        if self.pace.ahead and self.pace.periods == "none":
+            yield "pace.ahead", "needs pace.periods: where all wait for all, nobody has anything to compute ahead"
         if self.self_pruning is not None and self.moments != "drop":
             yield "self_pruning", "needs moments 'drop': kept moments would move directions that were given up"
         if self.self_pruning is not None and self.aggregation != "hetlora":

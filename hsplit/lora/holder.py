@@ -6,8 +6,10 @@ A holder counts the tokens that each of its layers was trained on in a round: th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,9 @@ from hsplit.models.factors import LowRank
 from hsplit.models.segment import Segment, set_adapter_dropout
 from hsplit.models.spec import LinearShape
 from hsplit.seeds import hash_seed
+
+_SWAPPED = 1 << 18
+"""Entries of two copies of the adapters that are exchanged at once."""
 
 
 class TokenCounts:
@@ -166,6 +171,8 @@ class Holder:
         self._limits = None if job.clip is None else clip_limits(shapes, job.clip)
         self._optimizer = self._new_optimizer()
         self._steps = DirectionSteps(self.adapters)
+        # The adapters' values before the last optimizer step, (n,), where they are kept.
+        self._earlier: Tensor | None = None
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         if self._job.fast.flat_optimizer or not self.adapters.names:
@@ -199,9 +206,51 @@ class Holder:
             self._pruner.add_gradient()
         if self._limits is not None:
             clip_each(self.adapters.gradients(), self._limits)
-        self._optimizer.step()
-        self._steps.correct(self._optimizer)
+        with self._unnoticed_by_autograd():
+            self._optimizer.step()
+            self._steps.correct(self._optimizer)
         flat.grad.zero_()
+
+    # -- a step behind --------------------------------------------------------------------------------------------
+
+    def keep_earlier(self) -> None:
+        """Keep a copy of the adapters, ahead of :meth:`step`, for :meth:`earlier`; the last copy goes."""
+        values = self.adapters.flat.detach()
+        if self._earlier is None:
+            self._earlier = values.clone()
+        else:
+            self._earlier.copy_(values)
+
+    @property
+    def has_earlier(self) -> bool:
+        """True if :meth:`keep_earlier` has kept something in this round."""
+        return self._earlier is not None
+
+    @contextmanager
+    def earlier(self) -> Iterator[None]:
+        """Compute with the adapters that were kept: forward, or the backward of a forward that was computed so."""
+        self._swap_earlier()
+        try:
+            yield
+        finally:
+            self._swap_earlier()
+
+    def _swap_earlier(self) -> None:
+        assert self._earlier is not None
+        # Through .data, which autograd does not watch: what a backward reads is what its forward has read.
+        for now, then in zip(self.adapters.flat.data.split(_SWAPPED), self._earlier.split(_SWAPPED), strict=True):
+            kept = now.clone()
+            now.copy_(then)
+            then.copy_(kept)
+
+    def _unnoticed_by_autograd(self) -> AbstractContextManager[Any]:
+        """Where a graph may be under way, change the adapters without a notice to it: they are put back for it."""
+        if self._earlier is None:
+            return nullcontext()
+        leaves = tuple(factor for n in self.adapters.names for factor in (self.adapters.A(n), self.adapters.B(n)))
+        return torch.autograd._unsafe_preserve_version_counter(leaves)
+
+    # -- rounds ---------------------------------------------------------------------------------------------------
 
     def drop_gradient(self) -> None:
         """Discard the gradients of a step that is not made."""
@@ -230,6 +279,7 @@ class Holder:
         if self._pruner is not None:
             self._pruner.begin_round()
         self.tokens.clear()
+        self._earlier = None
         self._restart_moments({name: common.rank for name, common in update.common.items()}, changed)
 
     def _restart_moments(self, stay: Mapping[str, int], changed: Sequence[str]) -> None:
@@ -289,6 +339,8 @@ class Holder:
         }
         if self._pruner is not None:
             tensors["pruning"] = self._pruner.state()
+        if self._earlier is not None:
+            tensors["earlier"] = self._earlier.cpu().clone()
         return tensors | with_kind(OPTIMIZER, kept_state(self._optimizer))
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -304,5 +356,6 @@ class Holder:
             self._pruner.load_state(tensors["pruning"])
         self.tokens.load_state(tensors["tokens"])
         self._steps.load_state(tensors.get("begun"))
+        self._earlier = tensors["earlier"].to(flat.device, copy=True) if "earlier" in tensors else None
         self._optimizer = self._new_optimizer()
         restore_state(self._optimizer, of_kind(OPTIMIZER, tensors))

@@ -23,7 +23,6 @@ from hsplit.run.inbox import JoinRequest, refuse_request, take_requests
 from hsplit.run.state import Status
 
 _Value = TypeVar("_Value")
-_Part = tuple[int | None, Mapping[str, int]]
 
 
 class Membership:
@@ -37,7 +36,7 @@ class Membership:
     def __init__(self, context: RunContext, kept: Callable[[str], dict[str, Tensor] | None]) -> None:
         self._context, self._kept = context, kept
         # Of clients that are to return, by name: their part, and the calls by which they read it and their data.
-        self._preparing: dict[str, tuple[_Part, list[Ref[Any]]]] = {}
+        self._preparing: dict[str, tuple[tuple[Any, ...], list[Ref[Any]]]] = {}
 
     # -- clients that fail ------------------------------------------------------------------------------------------
 
@@ -224,10 +223,9 @@ class Membership:
         """Forget the calls of clients that are to return: they are restarted, since the round is repeated."""
         self._preparing.clear()
 
-    def _part(self, name: str) -> _Part:
-        """A client's part of the plan in force: split point and ranks."""
-        part = self._context.plan.client(name)
-        return part.split, part.ranks
+    def _part(self, name: str) -> tuple[Any, ...]:
+        """All that the plan in force decides for a client."""
+        return self._context.plan.client(name).given
 
     # -- clients that join and leave --------------------------------------------------------------------------------
 

@@ -3,13 +3,17 @@
 A local step is one cycle: the server serves the clients in groups, one turn after another, and steps its adapters once
 all have had theirs, or after each. Where turns overlap, a client begins its next batch as soon as its own backward
 allows, whoever else the step still waits for: what it sends was computed with the adapters that the gradient returns
-to, so that only waiting differs.
+to, so that only waiting differs. With ``pace.ahead`` it begins one batch earlier, and the gradient returns to the
+adapters of one step before.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 from hsplit.actors.client import Client
@@ -24,6 +28,7 @@ from hsplit.run.probe import ProbeOutcome, probe_importance
 from hsplit.run.step import StepOutcome, Training, failure_in_step
 
 _Front = tuple[Ref[ForwardReport], Ref[Activations]]
+_Tails = dict[str, tuple[Ref[LossReport], Ref[WireTensor]]]
 _Backward = Ref[Mapping[str, float]]
 # Of one turn of the servers with labels at home: the microbatch, and by server its clients' outputs.
 _Turn = tuple[int, int, dict[str, tuple[Ref[ServerReport], dict[str, Ref[WireTensor | None]]]]]
@@ -42,6 +47,7 @@ class SplitTraining(Training):
         super().__init__(job, executor)
         self._labels_at_home = job.privacy.labels == "client"
         self._overlaps, self._steps_each_group = pace.periods != "none", pace.server_step == "group"
+        self._ahead = pace.ahead
         self._frozen_run_ahead = job.runs_ahead or (self._overlaps and not self._labels_at_home)
         # By client, step and microbatch: fronts begun, and the backwards begun in advance of clients that need no
         # gradient; by client and step the backwards begun before its first front.
@@ -52,9 +58,11 @@ class SplitTraining(Training):
         self._unread: dict[str, list[_Backward]] = defaultdict(list)
         # Microbatches of each client's batches by the plan in force.
         self._parts: dict[str, int] = {}
-        # Of the step under way: each client's next one in the round, its server, and the servers that have had a turn
+        # When the batch under way began, by time.monotonic.
+        self._batch_begun = 0.0
+        # Of the step under way: each client's next two in the round, its server, and the servers that have had a turn
         # since they stepped, with the ends of their steps.
-        self._following: dict[str, int | None] = {}
+        self._following: dict[str, list[int]] = {}
         self._server_of: dict[str, str] = {}
         self._stepping: set[str] = set()
         self._ends: list[tuple[str, Ref[Mapping[str, float]]]] = []
@@ -72,8 +80,9 @@ class SplitTraining(Training):
     def step(self, plan: Plan, step: int, clients: Sequence[str]) -> StepOutcome:
         job, parts = self._job, {part.name: part for part in plan.available}
         self._parts = {name: part.parts(job) for name, part in parts.items()}
-        outcome = self._begin([name for name in clients if parts[name].takes_part_in(step)])
-        begun = [name for name in clients if parts[name].takes_part_in(step) and outcome.takes_part(name)]
+        turn = [name for name in clients if parts[name].takes_part_in(step)]
+        outcome = self._begin(turn, clients)
+        begun = [name for name in turn if outcome.takes_part(name)]
         served = _served_by(plan, begun)
         self._server_of = {client: server for server, own in served.items() for client in own}
         self._stepping.clear()
@@ -84,7 +93,7 @@ class SplitTraining(Training):
         groups = [by_group[group] for group in sorted(by_group)]
         end = (step // job.local_steps + 1) * job.local_steps
         self._following = {
-            name: next((later for later in range(step + 1, end) if parts[name].takes_part_in(later)), None)
+            name: list(islice((later for later in range(step + 1, end) if parts[name].takes_part_in(later)), 2))
             for name in begun
         }
         for client in begun:
@@ -94,6 +103,10 @@ class SplitTraining(Training):
             for client in begun:
                 if outcome.takes_part(client):
                     self._begin_fronts(client, step, batch)
+                    if self._ahead and batch == job.grad_accumulation - 1:
+                        for later in self._following[client][:1]:
+                            self._begin_fronts(client, later, 0)
+            self._batch_begun = time.monotonic()
             turns = self._turns_at_home if self._labels_at_home else self._turns
             reports = turns(outcome, step, batch, groups)
             for server, report in reports:
@@ -108,7 +121,7 @@ class SplitTraining(Training):
         if self._overlaps and step == end - 1:
             self._read_backwards(outcome, list(self._unread), last=True)
         self._clear(outcome, step, begun)
-        self._raise_if_all_failed(outcome)
+        self._raise_if_all_failed(outcome, clients)
         return outcome
 
     def settle(self) -> StepOutcome:
@@ -117,13 +130,15 @@ class SplitTraining(Training):
         Clients are then as after the last step, so that a checkpoint may be made in the middle of a round.
         """
         outcome = StepOutcome()
+        for (client, _, _), calls in reversed(self._before.items()):
+            self._unread[client] = [*calls, *self._unread[client]]
+        self._before.clear()
         self._read_backwards(outcome, list(self._unread), last=True)
         for client, step in dict.fromkeys((client, step) for client, step, _ in self._fronts):
-            if outcome.takes_part(client):
+            if client not in outcome.failed:
                 self._executor.call(client, Client.skip, step)
         self._fronts.clear()
         self._early.clear()
-        self._before.clear()
         return outcome
 
     def _begin_fronts(self, client: str, step: int, batch: int) -> None:
@@ -135,7 +150,7 @@ class SplitTraining(Training):
         for micro in micros:
             self._fronts[client, step, micro] = self._executor.call_pair(client, Client.forward, step, micro)
 
-    def _run_ahead(self, client: str, step: int, following: int | None) -> None:
+    def _run_ahead(self, client: str, step: int, following: Sequence[int]) -> None:
         """Begin all calls of ``step`` of a forward-only client, and the fronts of its next one in the round.
 
         It waits for no gradient, and trains nothing that would change the next fronts. Its calls have the same order
@@ -146,9 +161,9 @@ class SplitTraining(Training):
             for micro in self._micros(client, batch):
                 self._early[client, step, micro] = self._executor.call(client, Client.backward, step, micro, None)
                 self._unread[client].append(self._early[client, step, micro])
-        if following is not None:
+        for later in following[:1]:
             for batch in range(self._job.grad_accumulation):
-                self._begin_fronts(client, following, batch)
+                self._begin_fronts(client, later, batch)
 
     def _begin_backwards(self, step: int, micro: int, gradients: Mapping[str, Ref[WireTensor | None]]) -> None:
         """Begin the backward of ``micro`` of the clients in ``gradients``; after a batch's last, what follows it."""
@@ -156,17 +171,17 @@ class SplitTraining(Training):
             if (client, step, micro) in self._early:
                 continue
             self._unread[client].append(self._executor.call(client, Client.backward, step, micro, gradient))
-            batch, later = micro // self._job.pipeline.microbatches, self._following[client]
+            batch = micro // self._job.pipeline.microbatches
             if not self._overlaps or micro != self._micros(client, batch)[-1]:
                 continue
             if batch + 1 < self._job.grad_accumulation:
                 self._begin_fronts(client, step, batch + 1)
-            elif later is not None:
+                continue
+            # With one batch ahead, the next fronts are under way, and those after them are what follows.
+            for later in self._following[client][self._ahead :][:1]:
                 self._begin_fronts(client, later, 0)
 
-    def _sent(
-        self, outcome: StepOutcome, step: int, micro: int, group: Sequence[str], groups: Sequence[Sequence[str]]
-    ) -> dict[str, Ref[Activations]]:
+    def _sent(self, outcome: StepOutcome, step: int, micro: int, group: Sequence[str]) -> dict[str, Ref[Activations]]:
         """Wait for one microbatch's fronts of a group and count them; returns the activations by client."""
         present = [c for c in group if outcome.takes_part(c) and (c, step, micro) in self._fronts]
         # The small reports come first: a client that failed is found before its tensors are passed on.
@@ -179,11 +194,10 @@ class SplitTraining(Training):
             for client in present
         }
 
-        def others() -> list[Ref[ForwardReport]]:
-            ahead = [client for other in groups if other is not group for client in other if outcome.takes_part(client)]
-            return [self._fronts[c, step, micro][0] for c in ahead if (c, step, micro) in self._fronts]
-
-        arrived = self._in_time(outcome, reports, counts, others)
+        # All turns' fronts could begin when the servers had done all before them: several late clients, each in a turn
+        # of its own, are waited for together.
+        others = partial(self._under_way, present)
+        arrived = self._in_time(outcome, reports, counts, others, self._batch_begun)
         for client, report in arrived.items():
             outcome.bytes_up += report.nbytes
             # An actor does its calls in order: the backwards before this front are done.
@@ -214,7 +228,7 @@ class SplitTraining(Training):
         reports = []
         for index, group in enumerate(groups):
             for micro in self._micros_of(group, batch):
-                sent = self._sent(outcome, step, micro, group, groups)
+                sent = self._sent(outcome, step, micro, group)
                 back: dict[str, Ref[WireTensor | None]] = {}
                 for server, served in self._by_server(sent).items():
                     rows = [sent[client] for client in served]
@@ -244,7 +258,7 @@ class SplitTraining(Training):
         forwards: list[_Turn] = []
         for index, group in enumerate(groups):
             for micro in self._micros_of(group, batch):
-                sent = self._sent(outcome, step, micro, group, groups)
+                sent = self._sent(outcome, step, micro, group)
                 turn = micro * len(groups) + index
                 deep: dict[str, Any] = {}
                 for server, served in self._by_server(sent).items():
@@ -252,9 +266,9 @@ class SplitTraining(Training):
                     report, out = executor.call_each(server, Replica.forward, step, turn, rows)
                     deep[server] = report, dict(zip(served, out, strict=True))
                 forwards.append((micro, turn, deep))
-        tails: list[dict[str, tuple[Ref[LossReport], Ref[WireTensor]]]] = []
+        tails: list[_Tails] = []
         for micro, _, deep in forwards:
-            own_tails: dict[str, tuple[Ref[LossReport], Ref[WireTensor]]] = {}
+            own_tails: _Tails = {}
             for server, (report, outputs) in deep.items():
                 outcome.add_server_report(server, executor.value(report))
                 for client, output in outputs.items():
@@ -267,7 +281,9 @@ class SplitTraining(Training):
         for (micro, turn, deep), own_tails in zip(forwards, tails, strict=True):
             losses = {client: report for client, (report, _) in own_tails.items() if outcome.takes_part(client)}
             count = 1 + micro % self._job.pipeline.microbatches
-            for client, loss in self._in_time(outcome, losses, {client: {"tail": count} for client in losses}).items():
+            counts = {client: {"tail": count} for client in losses}
+            others = partial(self._under_way, losses, tails)
+            for client, loss in self._in_time(outcome, losses, counts, others).items():
                 outcome.bytes_up += loss.nbytes
                 outcome.add_loss(loss)
                 self._add_time(outcome, client, "tail", loss.seconds)
@@ -295,7 +311,9 @@ class SplitTraining(Training):
 
     def _step_servers(self, step: int) -> None:
         """Have the servers that have had a turn step their adapters."""
-        self._ends += [(server, self._executor.call(server, Replica.end_step, step)) for server in self._stepping]
+        self._ends += [
+            (server, self._executor.call(server, Replica.end_step, step)) for server in sorted(self._stepping)
+        ]
         self._stepping.clear()
 
     # -- the ends of backwards --------------------------------------------------------------------------------------
@@ -308,15 +326,24 @@ class SplitTraining(Training):
             clients: their names.
             last: a client whose backward is late has had its part in the step all the same, and is busy with it.
         """
-        calls = {client: self._unread.pop(client) for client in list(clients) if self._unread.get(client)}
+        calls = {client: self._unread[client] for client in clients if self._unread.get(client)}
         calls = {client: own for client, own in calls.items() if outcome.takes_part(client)}
         ends = {client: own[-1] for client, own in calls.items()}
-        finished = self._in_time(outcome, ends, {client: {"backward": len(own)} for client, own in calls.items()})
-        for client, own in calls.items():
+        counts = {client: {"backward": len(own)} for client, own in calls.items()}
+        finished = self._in_time(outcome, ends, counts, partial(self._under_way, ends))
+        for client in calls:
             if client in finished:
-                self._add_backwards(outcome, client, own)
+                self._add_backwards(outcome, client, self._unread.pop(client))
             elif client in outcome.left_out and last:
-                self._busy[client] = own[-1]
+                self._busy.setdefault(client, []).extend(self._unread.pop(client))
+
+    def _under_way(self, besides: Collection[str], tails: Iterable[_Tails] = ()) -> list[Ref[Any]]:
+        """The last call of each client that is not in ``besides``: an answer shows that the client is there."""
+        calls: dict[str, Ref[Any]] = {client: own[-1] for (client, _, _), own in self._before.items() if own}
+        calls |= {client: own[-1] for client, own in self._unread.items() if own}
+        calls |= {client: front for (client, _, _), (front, _) in self._fronts.items()}
+        calls |= {client: report for own in tails for client, (report, _) in own.items()}
+        return [call for client, call in calls.items() if client not in besides and client not in self._busy]
 
     def _add_backwards(self, outcome: StepOutcome, client: str, calls: Sequence[_Backward]) -> None:
         """Count finished backwards of a client; one that failed fails the client."""
@@ -331,15 +358,21 @@ class SplitTraining(Training):
         for client in begun:
             # Clients whose last backward alone was late are in _busy already: they took part in the step.
             if client in outcome.left_out and client not in self._busy:
-                self._busy[client] = self._executor.call(client, Client.skip, step)
+                self._discard(client, step)
         passed = [key for key in self._fronts if key[1] <= step]
         for client, ahead in dict.fromkeys((client, ahead) for client, ahead, _ in passed):
             if client not in begun and client not in outcome.failed:
                 # It computed ahead for a step that it was left out of.
-                self._busy[client] = self._executor.call(client, Client.skip, ahead)
+                self._discard(client, ahead)
         for calls in (self._fronts, self._early, self._before):
             for key in [key for key in calls if key[1] <= step]:
                 del calls[key]
+
+    def _discard(self, client: str, step: int) -> None:
+        """Have a client discard ``step``; it is busy until that, and all backwards that nobody has read, are done."""
+        before = [call for (name, of, _), own in self._before.items() if (name, of) == (client, step) for call in own]
+        skipped = self._executor.call(client, Client.skip, step)
+        self._busy.setdefault(client, []).extend([*before, *self._unread.pop(client, ()), skipped])
 
     # -- between steps ----------------------------------------------------------------------------------------------
 

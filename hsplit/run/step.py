@@ -46,12 +46,13 @@ class Deadlines:
         """Add the time of one call, by the client's own clock."""
         self._measured[client, method].append(seconds)
 
-    def until(self, client: str, calls: Mapping[str, int]) -> float | None:
-        """Deadline, by ``time.monotonic``, of calls that begin now; ``None``: there is none.
+    def until(self, client: str, calls: Mapping[str, int], since: float) -> float | None:
+        """Deadline, by ``time.monotonic``, of calls that begin at ``since``; ``None``: there is none.
 
         Args:
             client: its name.
             calls: their number by method.
+            since: by ``time.monotonic``.
         """
         if self._multiple is None:
             return None
@@ -61,7 +62,7 @@ class Deadlines:
             if count and len(measured) < _TRUSTED:
                 return None
             expected_s += count * statistics.median(measured) if count else 0.0
-        return time.monotonic() + SLACK_S + self._multiple * expected_s
+        return since + SLACK_S + self._multiple * expected_s
 
 
 @dataclass
@@ -127,8 +128,8 @@ class Training(ABC):
     def __init__(self, job: Job, executor: Executor) -> None:
         self._job, self._executor = job, executor
         self._deadlines = Deadlines(job.faults.deadline)
-        # The last call of each client that was not in time.
-        self._busy: dict[str, Ref[Any]] = {}
+        # Of each client that was not in time, the calls that end before it takes part again.
+        self._busy: dict[str, list[Ref[Any]]] = {}
 
     @abstractmethod
     def step(self, plan: Plan, step: int, clients: Sequence[str]) -> StepOutcome:
@@ -164,20 +165,26 @@ class Training(ABC):
     def _patience_ends(self) -> float:
         return time.monotonic() + self._job.faults.patience_s
 
-    def _begin(self, clients: Sequence[str]) -> StepOutcome:
-        """Begin a step; clients that have not finished an earlier one are left out of it."""
+    def _begin(self, clients: Sequence[str], cohort: Sequence[str]) -> StepOutcome:
+        """Begin a step of ``clients``; those that have not finished an earlier one are left out of it.
+
+        Args:
+            clients: those with a turn in the step.
+            cohort: all clients of the round.
+        """
         outcome = StepOutcome()
-        free = [client for client in clients if client not in self._busy]
+        others = any(client not in self._busy for client in cohort)
         for client in [client for client in self._busy if client in clients]:
-            # Without another client in the step, this one is waited for.
-            (value,) = self._executor.wait([self._busy[client]], 0.0 if free else self._patience_ends())
-            if free and is_late(value):
+            # Without another client in the round, this one is waited for.
+            values = self._executor.wait(self._busy[client], 0.0 if others else self._patience_ends())
+            if others and any(map(is_late, values)):
                 outcome.left_out.add(client)
                 continue
             del self._busy[client]
-            if isinstance(value, HsplitError):
-                outcome.failed[client] = failure_in_step(client, value)
-            free.append(client)
+            failures = [value for value in values if isinstance(value, HsplitError)]
+            if failures:
+                outcome.failed[client] = failure_in_step(client, failures[0])
+            others = True
         return outcome
 
     def _in_time(
@@ -186,20 +193,23 @@ class Training(ABC):
         calls: Mapping[str, Ref[R]],
         counts: Mapping[str, Mapping[str, int]],
         others: Callable[[], Sequence[Ref[Any]]] = tuple,
+        since: float | None = None,
     ) -> dict[str, R]:
         """Wait for one call of each client; returns the values of the clients that answered in time.
 
         Clients that failed are added to ``outcome.failed``, late ones to ``outcome.left_out``; if all are late, and
-        none of the ``others`` has answered either, they are waited for.
+        the run's other clients have not answered either, they are waited for.
 
         Args:
             outcome: of the step.
             calls: by client, each the last of those begun.
             counts: by client, for its deadline: the number of calls that have begun, by method.
-            others: calls of the step's other clients.
+            others: calls of other clients.
+            since: when the calls could begin, by ``time.monotonic``; by default now.
         """
         patience_ends = self._patience_ends()
-        deadlines = {client: self._deadlines.until(client, counts[client]) for client in calls}
+        begun = time.monotonic() if since is None else since
+        deadlines = {client: self._deadlines.until(client, counts[client], begun) for client in calls}
         values = {
             client: self._executor.wait([call], deadlines[client] or patience_ends)[0] for client, call in calls.items()
         }
@@ -220,9 +230,9 @@ class Training(ABC):
         outcome.add_seconds(client, seconds)
         self._deadlines.record(client, method, sum(seconds.values()))
 
-    def _raise_if_all_failed(self, outcome: StepOutcome) -> None:
-        """Raise the first failure if no client trained."""
-        if not outcome.losses and outcome.failed:
+    def _raise_if_all_failed(self, outcome: StepOutcome, cohort: Sequence[str]) -> None:
+        """Raise the first failure if no client of the round trained or is left to."""
+        if not outcome.losses and outcome.failed and outcome.failed.keys() >= set(cohort):
             first, *others = outcome.failed.values()
             if isinstance(first, NotFinite) and all(isinstance(other, NotFinite) for other in others):
                 raise first.of_all()
@@ -243,7 +253,7 @@ class WholeTraining(Training):
     """Training where every participant holds the full model, so that nothing of a step travels."""
 
     def step(self, plan: Plan, step: int, clients: Sequence[str]) -> StepOutcome:
-        outcome = self._begin(clients)
+        outcome = self._begin(clients, clients)
         calls = {c: self._executor.call(c, WholeClient.train_step, step) for c in clients if outcome.takes_part(c)}
         for client, loss in self._in_time(outcome, calls, {client: {"train_step": 1} for client in calls}).items():
             if not math.isfinite(loss.loss_sum):
@@ -251,8 +261,8 @@ class WholeTraining(Training):
                 continue
             outcome.losses.append(loss)
             self._add_time(outcome, client, "train_step", loss.seconds)
-        self._busy |= {client: call for client, call in calls.items() if client in outcome.left_out}
-        self._raise_if_all_failed(outcome)
+        self._busy |= {client: [call] for client, call in calls.items() if client in outcome.left_out}
+        self._raise_if_all_failed(outcome, clients)
         return outcome
 
     def validation(self, plan: Plan, batches: Mapping[str, int]) -> StepOutcome:

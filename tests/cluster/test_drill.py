@@ -9,7 +9,9 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,61 @@ def test_a_straggler_is_left_out_of_steps_and_not_of_the_round(
     check(run, faultless, record_property)
     assert {event["client"] for event in run.events_of("left_out")} == {"large-1"}
     assert not run.events_of("lost", "repeated")
+
+
+TEN = """
+  - {name: small, count: 4, memory_gb: 0.00113, tflops: 0.001, num_cpus: 0.5}
+  - {name: large, count: 6, memory_gb: 0.0014, tflops: 0.01, num_cpus: 0.5}
+"""
+# The stop lasts for so many seconds and steps of the others, but on a fast machine not until the round's end.
+STOPPED_S, STEPS_MEANWHILE, MOST_MEANWHILE, LOCAL_STEPS = 5.0, 10, 60, 100
+
+
+def test_nine_clients_go_on_while_the_tenth_is_stopped(
+    cluster_file: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """It is alone in its turn of the step; continued, it takes part again."""
+    head, _, rest = cluster_file.read_text().partition("clients:")
+    file = tmp_path / "ten.yaml"
+    file.write_text(head + "clients:" + TEN + rest[rest.index("job:") :])
+    ends: list[float] = []
+    stopped: dict[str, float] = {}
+
+    def stop(executor: KillingExecutor) -> None:
+        stopped.update(pid=executor.pid("large-0"), at=time.monotonic(), step=len(ends))
+        os.kill(int(stopped["pid"]), signal.SIGSTOP)
+
+    def go_on(step: int) -> None:
+        ends.append(time.monotonic())
+        meanwhile = len(ends) - stopped.get("step", len(ends))
+        enough = meanwhile >= STEPS_MEANWHILE and ends[-1] >= stopped["at"] + STOPPED_S
+        if "until" not in stopped and (enough or meanwhile >= MOST_MEANWHILE):
+            stopped["until"] = len(ends)
+            os.kill(int(stopped["pid"]), signal.SIGCONT)
+
+    overrides = {
+        "policy.pace.periods": "planned",
+        "policy.pace.batch_size": "planned",
+        "rounds": 1,
+        "local_steps": LOCAL_STEPS,
+        "faults.deadline": 8.0,
+        "faults.patience_s": 60,
+    }
+    happening = Happening("large-0", "forward", 20, stop)
+    run = drill(file, tmp_path, happening, overrides=overrides, after_step=go_on)
+    clients = run.coordinator.context.plan.clients
+    own = run.coordinator.context.plan.client("large-0")
+    assert len({client.group for client in clients}) > 1 and [c.group for c in clients].count(own.group) == 1
+    assert run.complete and not run.events_of("lost", "repeated")
+    begun, until = int(stopped["step"]), int(stopped["until"])
+    gaps = [later - earlier for earlier, later in pairwise(ends[begun - 1 : until])]
+    record_property("longest_step_s", round(max(gaps), 2))
+    record_property("steps_while_stopped", until - begun)
+    left_out = [event["step"] for event in run.events_of("left_out")]
+    assert {event["client"] for event in run.events_of("left_out")} == {"large-0"}
+    # It missed the steps in which it was stopped, perhaps some more for what it had to catch up with, and no others.
+    assert left_out == [*range(left_out[0], left_out[-1] + 1)]
+    assert left_out[0] > begun and int(stopped["until"]) <= left_out[-1] < LOCAL_STEPS
 
 
 def test_a_client_that_sends_nan_is_refused_by_name(

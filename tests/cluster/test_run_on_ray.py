@@ -189,6 +189,24 @@ def test_two_servers_and_clients_that_are_drawn_are_the_same_in_process(cluster_
     _assert_same_in_process(run, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy.pace.batch_size": "planned", "policy.pace.ahead": True},
+        {"privacy.labels": "client", "pipeline.microbatches": 2},
+    ],
+)
+def test_clients_in_turn_and_ahead_of_the_server_are_the_same_in_process(
+    cluster_file: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Law E6 on Ray, where calls overlap; in one process each call is over before the next begins."""
+    overrides = {"policy.pace.periods": 3, "rounds": 2, **settings}
+    run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
+    clients = _plan(run).clients
+    assert len({client.group for client in clients}) > 1
+    _assert_same_in_process(run, tmp_path)
+
+
 def test_a_client_joins_and_another_leaves_on_the_way(cluster_file: Path, tmp_path: Path) -> None:
     import ray
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from hsplit.config import Importance, Job, Pace, Policy
 from hsplit.lora.learned import learned
+from hsplit.models.spec import ModelSpec
 from hsplit.planning.plan import Plan
 from hsplit.run.coordinator import Coordinator
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, rows_of
-from tests.laws.reference import keep_double
+from tests.laws.reference import keep_double, lora_A, lora_B, mean_loss, peft_model
 from tests.tiny import LAYERS
 
 laws = settings(
@@ -180,6 +181,55 @@ def test_e6_overlap_changes_no_number(
         )
         for name, term in sums.items():
             assert (term.dense() - same[name].dense()).norm() <= 1e-10 * term.dense().norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "split", "optimizer", "job"),
+    [
+        ("llama", 2, "sgd", {}),
+        ("llama", 2, "adamw", {"pipeline": {"microbatches": 2}}),
+        ("llama", 4, "adamw", {"fast": {"flat_optimizer": False}}),
+        ("gpt2", 1, "adamw", {"fast": {"fused_lora": False, "flat_optimizer": False}}),
+        ("gpt2", 3, "adamw", {"privacy": {"labels": "client"}, "base": "nf4"}),
+    ],
+)
+def test_one_batch_ahead_a_clients_own_layers_alone_are_a_step_behind(
+    models: dict[str, Path], tmp_path: Path, family: str, split: int, optimizer: str, job: dict[str, Any]
+) -> None:
+    """Equal to the unsplit model whose shallow adapters have the gradient at their values of one step before."""
+    steps, lr = 12, 2e-2
+    settings: dict[str, Any] = {"base": "fp32", "dtype": "fp64", "wire": "fp64", "local_steps": steps, "lr": lr}
+    settings |= {"batch_size": 3, "optimizer": optimizer} | job
+    plan = fixed_plan(models[family], Job.model_validate(settings), [split], [2], 2)
+    policy = Policy(init="shared", importance=Importance(metric="equal"), pace=Pace(periods=1, ahead=True))
+    recorder, shares = Recorder(), {"c0": random_examples(30, 5)}
+    run = coordinator(models[family], tmp_path, plan, shares, recorder, policy, **settings)
+    run.run()
+    client = run._executor.actors["c0"]  # type: ignore[attr-defined]  # in-process by construction
+    assert not client._sent and not client._behind
+
+    parsed = run.context.job
+    reference = peft_model(models[family], settings["base"], torch.float64, 2, parsed.alpha, "0|shared|{name}|1")
+    shapes = ModelSpec.read(models[family]).linears
+    own = [f(reference, s.name) for s in shapes if s.layer < split for f in (lora_A, lora_B)]
+    every = [p for p in reference.parameters() if p.requires_grad]
+    made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](every, lr=lr, weight_decay=0.0)
+    before = [factor.detach().clone() for factor in own]
+    apart = False
+    for step in range(steps):
+        now = [factor.detach().clone() for factor in own]
+        for factor, then in zip(own, before, strict=True):
+            factor.data.copy_(then)
+        loss = mean_loss(reference, client.data.step_batches(step).values())
+        loss.backward()
+        for factor, value in zip(own, now, strict=True):
+            factor.data.copy_(value)
+        apart |= any(not torch.equal(then, value) for then, value in zip(before, now, strict=True))
+        before = now
+        made.step()
+        made.zero_grad()
+        assert recorder.losses[step]["c0"] == pytest.approx(float(loss.detach()), rel=1e-12), step
+    assert apart
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
