@@ -235,7 +235,7 @@ class Policy(Section):
         if self.placement != "split" and self.pace != Pace():
             yield "pace", f"placement {self.placement!r} has no steps that holders share: leave pace out"
         if self.pace.ahead and self.pace.periods == "none":
-            yield "pace.ahead", "needs pace.periods: where all wait for all, nobody has anything to compute ahead"
+            yield "pace", "ahead needs periods: where all wait for all, nobody has anything to compute ahead"
         if self.self_pruning is not None and self.moments != "drop":
             yield "self_pruning", "needs moments 'drop': kept moments would move directions that were given up"
         if self.self_pruning is not None and self.aggregation != "hetlora":

@@ -251,7 +251,7 @@ def test_every_preset_runs(models: dict[str, Path], tmp_path: Path, preset: str)
         ({"aggregation": "fedavg", "ranks": "budget"}, "aggregation", "needs one rank for all"),
         ({"self_pruning": {"decay": 0.5}, "moments": "drop"}, "self_pruning", "needs aggregation 'hetlora'"),
         ({"aggregation": "hetlora2"}, "aggregation", "package.module:name"),
-        ({"pace": {"ahead": True}}, "pace.ahead", "needs pace.periods"),
+        ({"pace": {"ahead": True}}, "pace", "ahead needs periods"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_with_the_reason(
