@@ -174,7 +174,8 @@ def _passing(source: ModelSource, inputs: Inputs) -> tuple[list[Tensor], list[Te
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32, trust_remote_code=False)
+    model = model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(source.directory)
     examples = [example for share in inputs.shares.values() for example in share or ()]
     layers = source.spec.layers

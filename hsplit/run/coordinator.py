@@ -295,10 +295,12 @@ class Coordinator:
         self._set_pace(cohort)
         self._set_lr_scales(cohort)
         if self._watches:
-            for name in cohort:
-                # Not waited for: a failure is found by the next call that is.
-                last = self.round * self._job.local_steps - 1
-                self._executor.call(name, Client.watch, last, context.run.policy.importance.tokens)
+            end = self.round * self._job.local_steps
+            for part in (part for part in context.plan.available if part.name in cohort):
+                steps = [step for step in range(end - self._job.local_steps, end) if part.takes_part_in(step)]
+                if steps:
+                    # Not waited for: a failure is found by the next call that is.
+                    self._executor.call(part.name, Client.watch, steps[-1], context.run.policy.importance.tokens)
 
     @property
     def _watches(self) -> bool:

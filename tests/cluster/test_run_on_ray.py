@@ -257,7 +257,7 @@ def test_law_e1_on_ray(cluster_file: Path, tmp_path: Path) -> None:
     overrides = {**settings, "policy.init": "shared", "policy.ranks": 2, "residual.max_rank": "full"}
     run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
     config = RunConfig.load(run.path / "config.yaml")
-    batches = [batch for client in _twins(config) for batch in client.data.step_batches(0)]
+    batches = [batch for client in _twins(config) for batch in client.data.step_batches(0).values()]
     reference = peft_model(_model(run), "nf4", torch.float32, 2, config.job.alpha, "0|shared|{name}|1")
     optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.05)
     mean_loss(reference, batches).backward()
@@ -290,7 +290,7 @@ def test_law_e2_on_ray_with_data_that_the_driver_cannot_read(cluster_file: Path,
     reference = peft_model(_model(run), "nf4", torch.float32, 2, config.job.alpha, "0|shared|{name}|1")
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     for step, losses in enumerate(recorder.losses):
-        loss = mean_loss(reference, client.data.step_batches(step))
+        loss = mean_loss(reference, list(client.data.step_batches(step).values()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

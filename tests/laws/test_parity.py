@@ -215,7 +215,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
             drawn = original[name](step)
             if (name, step) not in seen:
                 seen.add((name, step))
-                batches.extend(drawn)
+                batches.extend(drawn.values())
             return drawn
 
         return step_batches
@@ -306,7 +306,7 @@ def test_e2_losses_of_twenty_adamw_steps_are_those_of_the_unsplit_model(
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     names, clipped = [shape.name for shape in ModelSpec.read(models[family]).linears], 0
     for step in range(steps):
-        loss = mean_loss(reference, client.data.step_batches(step))
+        loss = mean_loss(reference, list(client.data.step_batches(step).values()))
         optimizer.zero_grad()
         loss.backward()
         clipped += clip_each_weight(reference, names, clip)

@@ -45,7 +45,7 @@ def _assert_parity(tmp_path: Path, split: int, labels: str, base: str, steps: in
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     clipped = 0
     for step in range(steps):
-        loss = mean_loss(reference, client.data.step_batches(step))
+        loss = mean_loss(reference, list(client.data.step_batches(step).values()))
         optimizer.zero_grad()
         loss.backward()
         clipped += clip_each_weight(reference, names, clip)

@@ -61,7 +61,7 @@ def actors(run: Coordinator) -> dict[str, Any]:
 def batches_of(run: Coordinator, steps: int) -> list[list[Batch]]:
     """The rows of all clients, by step."""
     holders = [actor for name, actor in actors(run).items() if hasattr(actor, "data")]
-    return [[batch for holder in holders for batch in holder.data.step_batches(step)] for step in range(steps)]
+    return [[batch for holder in holders for batch in holder.data.step_batches(step).values()] for step in range(steps)]
 
 
 @pytest.mark.parametrize(
