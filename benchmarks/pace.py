@@ -4,7 +4,7 @@
     hsplit bench pace --data devset.csv --only speed # a minute: plans alone
     hsplit bench pace --only learning --list         # the runs that are left
 
-**Speed** (virtual): budgets as in ``benchmarks/convergence.py``, and of ten further seeds. For each level of
+**Speed** (virtual): budgets and job as in ``benchmarks/convergence.py``, and ten further seeds. For each level of
 heterogeneity and seed the plans of ``splitlora`` and ``hsplitlora`` without ``policy.pace`` and with all of it: seconds
 of local steps for ten examples, of the exchange at a round's end beside them, the speed as a share of the bound, and
 what binds. The bound is that of the plan's own stored forms and wire formats, with every client training, one example
@@ -60,7 +60,6 @@ POLICIES = {
     "hsplitlora, no pace": ("hsplitlora", OFF),
     "hsplitlora": ("hsplitlora", PACED),
 }
-JOB = ("job.base=bf16", "job.dtype=bf16", "job.rank_set=[1, 2, 4, 8]", "job.residual.max_rank=8")
 LEARNING_LEVELS, LEARNING_SEEDS = (0.0, 0.9), (0, 1, 2)
 NOTHING = "nothing"
 LEVERS: dict[str, tuple[str, ...]] = {
@@ -143,7 +142,9 @@ def configured(
         for i, own in enumerate(clients):
             budget = ", ".join(f"{field}: {value:.9f}" for field, value in own.items())
             lines.append(f"  - {{name: client-{i}, latency_ms: {convergence.LATENCY_MS}, {budget}}}")
-        return common.configured(folder, "\n".join([*lines, ""]), policy, [*JOB, f"job.seed={seed}", *data, *overrides])
+        return common.configured(
+            folder, "\n".join([*lines, ""]), policy, [*convergence.JOB, f"job.seed={seed}", *data, *overrides]
+        )
 
     model = find_model(made([{"memory_gb": 1.0, **convergence.MEAN}]).job.model)
     memory_gb = convergence.mean_memory_gb(convergence._parameters(model.directory))

@@ -37,7 +37,7 @@ from hsplit.models.segment import Segment, set_adapter_dropout
 from hsplit.models.spec import LinearShape
 from hsplit.seeds import hash_seed
 
-_SWAPPED = 1 << 18
+SWAPPED_AT_ONCE = 1 << 18
 """Entries of two copies of the adapters that are exchanged at once."""
 
 
@@ -238,7 +238,9 @@ class Holder:
     def _swap_earlier(self) -> None:
         assert self._earlier is not None
         # Through .data, which autograd does not watch: what a backward reads is what its forward has read.
-        for now, then in zip(self.adapters.flat.data.split(_SWAPPED), self._earlier.split(_SWAPPED), strict=True):
+        for now, then in zip(
+            self.adapters.flat.data.split(SWAPPED_AT_ONCE), self._earlier.split(SWAPPED_AT_ONCE), strict=True
+        ):
             kept = now.clone()
             now.copy_(then)
             then.copy_(kept)

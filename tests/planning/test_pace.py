@@ -159,3 +159,10 @@ def test_weights_by_data_make_up_for_rows_up_to_four_times() -> None:
         assert part.weight == pytest.approx(min(4.0, 0.5 / shares[part.name]))
     assert plan.client("slow").weight > 1 > plan.client("fast").weight
     assert replace(plan.client("slow"), weight=1.0).given != plan.client("slow").given
+
+
+def test_a_client_that_is_a_batch_ahead_has_room_for_two() -> None:
+    ahead, still = cost("server", "nf4", **ALL, ahead=True), cost("server", "nf4", **ALL)
+    ranks = {w.name: 4 for w in still.model.weights if w.layer < 2}
+    adapters = sum(4 * 4 * (w.d_out + w.d_in) for w in still.model.weights if w.layer < 2)
+    assert ahead.client_bytes(2, ranks, 1) >= still.client_bytes(2, ranks, 2) + adapters

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit.lora.holder import SWAPPED_AT_ONCE
 from hsplit.models.checkpoint_reader import CHUNK_BYTES
 from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS
 from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
@@ -45,6 +46,12 @@ class ClientMemory:
     def with_embedding(self, rows: int) -> ClientMemory:
         """The same for a client that holds ``rows`` rows of the token embedding alone."""
         return replace(self, constant=self.constant - self._model.unread_embedding_bytes(rows))
+
+    def with_adapters_kept(self) -> ClientMemory:
+        """The same for a client that keeps a copy of its adapters, which it swaps in a part at a time."""
+        model, item = self._model, self._model.master.itemsize
+        scratch = item * SWAPPED_AT_ONCE
+        return replace(self, constant=self.constant + scratch, per_rank=self.per_rank + item * model.sides)
 
     def peak_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
         """Peak bytes of a client that holds layers ``[0, split)`` with ``ranks`` by weight name."""

@@ -68,7 +68,10 @@ class CostModel:
         if codes and not self.model.quantized:
             raise ValueError(f"a base in {self.model.job.base} has no codes")
         if (rows, codes) not in self._client_memory:
-            self._client_memory[rows, codes] = ClientMemory.of(self.model.at_rows(rows), codes)
+            ahead = self.pace.ahead
+            # A second batch's graph is alive, and the adapters as they were before the last step.
+            memory = ClientMemory.of(self.model.at_rows(2 * rows if ahead else rows), codes)
+            self._client_memory[rows, codes] = memory.with_adapters_kept() if ahead else memory
         memory = self._client_memory[rows, codes]
         if embedding_rows is None or self.model.tail_at_client:
             return memory
