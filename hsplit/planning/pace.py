@@ -290,6 +290,11 @@ class PacedProblem:
                 yield from self._changed(choice, {client: move}, {})
             if len(self._frozen_choices) > 1:
                 yield from self._changed(choice, {}, {}, client)
+        for kind in np.flatnonzero(self.problem.members > 1).tolist():
+            # One of several alike alone would still wait for the others.
+            alike = np.flatnonzero(self.problem.kind == kind).tolist()
+            for move in _MOVES:
+                yield from self._changed(choice, dict.fromkeys(alike, move), {})
         for giver, taker in permutations(range(count), 2):
             # What one client brings less over its period, the other brings more.
             least = int(np.lcm(choice.every[giver], choice.every[taker]))
