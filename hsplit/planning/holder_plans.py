@@ -59,7 +59,8 @@ def planned(
             predicted_bytes=held[i].predicted_bytes,
             step_time_s=seconds[i],
             captured_share=held[i].gain / len(problem.clients) / captured if captured > 0 else 0.0,
-            rows=problem.cost.model.job.batch_size,
+            # A single node brings as many of each client's data.
+            rows=0 if problem.cost.model.whole else problem.cost.model.job.batch_size,
             wire=problem.cost.model.job.wire,
         )
         parts.append(part)

@@ -213,16 +213,25 @@ def test_a_model_that_is_no_number_from_the_first_is_the_model_s_fault(tmp_path:
 def test_what_has_no_gradient_left_to_score_does_not_end_a_run(models: dict[str, Path], tmp_path: Path) -> None:
     """Drawn examples may all be without a supervised token, or known by heart."""
     made = a_run(models["llama"], tmp_path)
-    take_scores = HolderActor.take_scores
+    take_scores, probe = HolderActor.take_scores, made.context.training.probe
 
-    def nothing(actor: Any) -> Any:
-        found = take_scores(actor)
-        for report in found:
+    def nothing(reports: Any) -> None:
+        for report in reports:
             report.scores.update(dict.fromkeys(report.scores, 0.0))
+
+    def taken(actor: Any) -> Any:
+        found = take_scores(actor)
+        nothing(found)
         return found
 
+    def probed(*given: Any) -> Any:
+        found = probe(*given)
+        nothing(found.reports)
+        return found
+
+    made.context.training.probe = probed  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HolderActor, "take_scores", nothing)
+        patch.setattr(HolderActor, "take_scores", taken)
         assert made.run()
     assert not [e for e in read_events(made.context.directory.events) if e["event"] in ("importance", "repeated")]
 
