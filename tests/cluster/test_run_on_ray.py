@@ -26,7 +26,6 @@ from hsplit.models.segment import BaseModel
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import read_plan
 from hsplit.planning.plan import Plan
-from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Coordinator
 from hsplit.run.inputs import read_inputs
 from hsplit.run_directory import RunDirectory
@@ -116,8 +115,11 @@ def test_every_actor_holds_its_own_segment_only(whole: tuple[hsplit.Run, dict[st
     for name in ("small", "large-0"):
         split = splits[name]
         assert _layers(held[name]) == set(range(split))
-        # Embedding, the layers' linears and norms, rotary tables; no tail: the labels are the server's.
-        assert sum(held[name].values()) == 96 * 32 + split * (_linear_values() + 2 * 32) + 2 * 4
+        # Rows of the embedding that its texts use and their ids, the layers' linears and norms, rotary tables; no tail:
+        # the labels are the server's.
+        own = sum(size for key, size in held[name].items() if not key.startswith("embeddings"))
+        assert own == split * (_linear_values() + 2 * 32) + 2 * 4
+        assert held[name]["embeddings.embed_tokens.weight"] <= 96 * 32
     assert _layers(held["server"]) == set(range(plan.server.split or 0, 4))
     assert not any(name.startswith("embeddings") for name in held["server"])
     assert any(name.startswith("tail") for name in held["server"])
@@ -192,7 +194,8 @@ def test_two_servers_and_clients_that_are_drawn_are_the_same_in_process(cluster_
 @pytest.mark.parametrize(
     "settings",
     [
-        {"policy.pace.batch_size": "planned", "policy.pace.ahead": True},
+        # A batch ahead takes memory for a second one.
+        {"batch_size": 1, "policy.pace.batch_size": "planned", "policy.pace.ahead": True},
         {"privacy.labels": "client", "pipeline.microbatches": 2},
     ],
 )
@@ -257,7 +260,7 @@ def test_law_e1_on_ray(cluster_file: Path, tmp_path: Path) -> None:
     overrides = {**settings, "policy.init": "shared", "policy.ranks": 2, "residual.max_rank": "full"}
     run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
     config = RunConfig.load(run.path / "config.yaml")
-    batches = [batch for client in _twins(config) for batch in client.data.step_batches(0).values()]
+    batches = [batch for client in _twins(config, _plan(run)) for batch in client.data.step_batches(0).values()]
     reference = peft_model(_model(run), "nf4", torch.float32, 2, config.job.alpha, "0|shared|{name}|1")
     optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.05)
     mean_loss(reference, batches).backward()
@@ -286,7 +289,7 @@ def test_law_e2_on_ray_with_data_that_the_driver_cannot_read(cluster_file: Path,
     assert "small: 54 examples to train on, 6 held out" in (run.path / "events.jsonl").read_text()
 
     config = RunConfig.load(run.path / "config.yaml")
-    (client,) = _twins(config)
+    (client,) = _twins(config, _plan(run))
     reference = peft_model(_model(run), "nf4", torch.float32, 2, config.job.alpha, "0|shared|{name}|1")
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     for step, losses in enumerate(recorder.losses):
@@ -432,8 +435,7 @@ def _model(run: hsplit.Run) -> Path:
 
 def _plan(run: hsplit.Run) -> Plan:
     """The plan that the run began with."""
-    config = RunConfig.load(run.path / "config.yaml")
-    return Scheduler(config, find_model(config.job.model).spec).plan()
+    return Plan.from_json(next(e for e in read_events(run.path / "events.jsonl") if e["event"] == "planned")["plan"])
 
 
 def _single(cluster_file: Path, tmp_path: Path) -> Path:
@@ -444,7 +446,7 @@ def _single(cluster_file: Path, tmp_path: Path) -> Path:
     return single
 
 
-def _twins(config: RunConfig) -> list[Client]:
+def _twins(config: RunConfig, plan: Plan) -> list[Client]:
     """The run's clients once more in this process, to see the batches that they drew."""
     source = find_model(config.job.model)
     shares = read_inputs(config, source).shares
@@ -452,6 +454,7 @@ def _twins(config: RunConfig) -> list[Client]:
     for client in config.clients:
         twin = Client(client.name, config.job, config.policy, BaseModel.of_job(source.spec, config.job))
         twin.load_data({client.name: shares[client.name]}, client.data)
+        twin.data.follow(plan.client(client.name))
         twins.append(twin)
     return twins
 

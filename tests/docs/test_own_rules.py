@@ -110,5 +110,5 @@ def test_a_rule_that_is_wrong_is_one_line_that_names_it(
 
 
 def test_every_row_of_the_pages_table_is_a_preset() -> None:
-    rows = set(re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE))
+    rows = set(re.findall(r"^\| `([\w-]+)` \|", PAGE, flags=re.MULTILINE))
     assert rows == {path.stem for path in preset_directory("policies").glob("*.yaml")}

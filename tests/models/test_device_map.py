@@ -145,7 +145,7 @@ def test_a_step_crosses_the_gpus_and_its_gradients_come_back(
     for name in adapters.names:
         for factor in (adapters.A(name), adapters.B(name)):
             assert factor.grad is not None and factor.device == factor.grad.device == FIRST
-        effective = _EffectiveWeight(name, segment.linears[name], adapters, torch.float32)
+        effective = _EffectiveWeight(name, segment.linears[name], adapters, torch.float32, whole=True)
         assert effective.rows(slice(0, 4)).device == segment.linears[name].device
 
 

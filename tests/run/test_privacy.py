@@ -37,6 +37,7 @@ _ACTIVATIONS = {
     "Activations.split: int",
     "Activations.step_supervised: int",
     "Activations.trains: bool",
+    "Activations.weight: float",
     "Activations.supervised: int",
 }
 _REPORT = {"ForwardReport.client: str", "ForwardReport.nbytes: int"}
@@ -50,13 +51,12 @@ LEAVES = {
         "DataReport.train: int",
         "DataReport.validation: int",
         "DataReport.validation_supervised: int",
+        "DataReport.vocabulary: int",
     },
     "forward": _ACTIVATIONS | _REPORT | {f"ForwardReport.{field}" for field in _SECONDS},
     "tail": _TAIL,
     "backward": {"dict{}.key: str", "dict{}: float"},  # seconds by phase
-    "probe_forward": _ACTIVATIONS | _REPORT,
-    "probe_tail": _TAIL,
-    "probe_backward": {
+    "take_scores": {
         "ImportanceReport.client: str",
         "ImportanceReport.scores{}.key: str",
         "ImportanceReport.scores{}: float",
@@ -73,7 +73,7 @@ LEAVES = {
         "HeldAdapters.terms{}.B: tensor float32",
         "HeldAdapters.terms{}.key: str",
         "HeldAdapters.tokens{}.key: int",
-        "HeldAdapters.tokens{}: int",
+        "HeldAdapters.tokens{}: float",
     },
     # Adapters and moments; the integers are tokens by layer.
     "state": {"dict{}.key: str", "dict{}: tensor float32", "dict{}: tensor int64"},
@@ -166,7 +166,7 @@ def test_with_labels_at_home_no_id_and_no_text_leaves_a_client(
 ) -> None:
     run = recorded_run(models["llama"], tmp_path, monkeypatch, microbatches=microbatches, labels="client")
     methods = {p.method for p in run.returned()}
-    assert methods >= {"forward", "tail", "backward", "probe_forward", "probe_tail", "probe_backward"}
+    assert methods >= {"forward", "tail", "backward", "take_scores"}
     assert methods >= {"validation_forward", "validation_tail", "collect", "reconfigure", "state", "peak_bytes"}
     assert {p.actor for p in run.passed} == {*CLIENTS, "server", SCHEDULER}
     for value in run.outside():
@@ -191,8 +191,8 @@ def test_the_recorder_finds_the_labels_that_a_server_is_given(
     """Otherwise finding none in the U-shape would prove nothing."""
     run = recorded_run(models["llama"], tmp_path, monkeypatch, microbatches=microbatches, labels="server")
     found = {(p.actor, p.method, p.way) for p in run.outside() if run.secrets.ids_in(p)}
-    sent = {(c, m, "returned") for c in CLIENTS for m in ("forward", "probe_forward", "validation_forward")}
-    assert found == sent | {("server", m, "given") for m in ("train_step", "probe", "evaluate")}
+    sent = {(c, m, "returned") for c in CLIENTS for m in ("forward", "validation_forward")}
+    assert found == sent | {("server", m, "given") for m in ("train_step", "evaluate")}
     # In the bytes too, and not only where arrays are looked at.
     in_bytes = {(p.actor, p.method, p.way) for p in run.outside() if run.secrets.ids_in_bytes(p.blob)}
     assert in_bytes == found
