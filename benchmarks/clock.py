@@ -249,7 +249,8 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     between = clock.aggregation_s(plan, run.policy, up, down, list(up), clock.finished_s(plan))
     between += clock.validation_s(plan, batches)
     if run.policy.probes:
-        between += clock.probe_s(plan, run.policy.importance.tokens)
+        probed_s = clock.watched_s if plan.scores_in_training(job) else clock.probe_s
+        between += probed_s(plan, run.policy.importance.tokens)
     return sum(steps_s) + between, steps_s[-1]
 
 
