@@ -237,8 +237,7 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     """
     scheduler = Scheduler(run, ModelSpec.read(model))
     plan = scheduler.plan()
-    job = run.job
-    sides = {s.name: s.d_in + s.d_out for s in ModelSpec.read(model).targeted(job.targets)}
+    sides = {s.name: s.d_in + s.d_out for s in ModelSpec.read(model).targeted(run.job.targets)}
     counted = scheduler.cost.model
     caps = dict(zip((w.name for w in counted.weights), counted.residual_entries.tolist(), strict=True))
     up = {c.name: sum(4 * rank * sides[w] for w, rank in c.ranks.items()) for c in plan.available}
@@ -249,8 +248,7 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     between = clock.aggregation_s(plan, run.policy, up, down, list(up), clock.finished_s(plan))
     between += clock.validation_s(plan, batches)
     if run.policy.probes:
-        probed_s = clock.watched_s if plan.scores_in_training(job) else clock.probe_s
-        between += probed_s(plan, run.policy.importance.tokens)
+        between += clock.watched_s(plan, run.policy.importance.tokens)
     return sum(steps_s) + between, steps_s[-1]
 
 

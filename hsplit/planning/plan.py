@@ -171,10 +171,6 @@ class Plan:
         """Names of the clients that take part and train nothing."""
         return frozenset(client.name for client in self.available if client.forward_only)
 
-    def scores_in_training(self, job: Job) -> bool:
-        """True if every weight can be scored in a training backward: no client is ahead of its gradients."""
-        return not (job.runs_ahead and self.forward_only)
-
     @property
     def weights(self) -> list[str]:
         """Names of the weights that any holder has a rank for, 0 included."""

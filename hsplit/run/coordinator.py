@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure, Executor, NotFinite, Ref, refusal
 from hsplit.actors.holder_actor import HolderActor
 from hsplit.actors.participant import Participant
@@ -299,15 +298,14 @@ class Coordinator:
             for part in (part for part in context.plan.available if part.name in cohort):
                 steps = [step for step in range(end - self._job.local_steps, end) if part.takes_part_in(step)]
                 if steps:
-                    # Not waited for: a failure is found by the next call that is.
-                    self._executor.call(part.name, Client.watch, steps[-1], context.run.policy.importance.tokens)
+                    context.training.watch(part.name, steps[-1], context.run.policy.importance.tokens)
 
     @property
     def _watches(self) -> bool:
         """True if importance is scored in the last step of the round under way, for a probe that is due after it."""
         run, round_ = self.context.run, self.round
         due = run.policy.probes and round_ < self._job.rounds and self.state.planning.probe_due(round_)
-        return due and run.policy.placement == "split" and self.context.plan.scores_in_training(self._job)
+        return due and run.policy.placement == "split"
 
     def _take_scores(self) -> None:
         """Keep the scores of the step just made; without those of every weight the review probes."""

@@ -58,6 +58,8 @@ class SplitTraining(Training):
         self._unread: dict[str, list[_Backward]] = defaultdict(list)
         # Microbatches of each client's batches by the plan in force.
         self._parts: dict[str, int] = {}
+        # The step in whose backward each client's weights are scored.
+        self._watched: dict[str, int] = {}
         # When the batch under way began, by time.monotonic.
         self._batch_begun = 0.0
         # Of the step under way: each client's next two in the round, its server, and the servers that have had a turn
@@ -74,6 +76,11 @@ class SplitTraining(Training):
                 del calls[key]
         for name in [name for name in self._unread if client in (None, name)]:
             del self._unread[name]
+
+    def watch(self, client: str, step: int, tokens: int) -> None:
+        self._watched[client] = step
+        # Not waited for: a failure is found by the next call that is.
+        self._executor.call(client, Client.watch, step, tokens)
 
     # -- one local step -------------------------------------------------------------------------------------------
 
@@ -97,7 +104,8 @@ class SplitTraining(Training):
             for name in begun
         }
         for client in begun:
-            if self._frozen_run_ahead and client in plan.forward_only:
+            watched = self._watched.get(client) == step
+            if self._frozen_run_ahead and client in plan.forward_only and not watched:
                 self._run_ahead(client, step, self._following[client])
         for batch in range(job.grad_accumulation):
             for client in begun:

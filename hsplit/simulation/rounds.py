@@ -135,7 +135,7 @@ class _Simulation:
                 probed = drawn_cohort([n for n in here if n in available], self._job.seed, round_, self._most)
                 probes = self._run.policy.probes and self._scheduler.probe_matters(plan, fleet, state, {}, requests)
                 if probes and probed:
-                    watched = self._run.policy.placement == "split" and plan.scores_in_training(self._job)
+                    watched = self._run.policy.placement == "split"
                     seconds = clock.watched_s if watched else clock.probe_s
                     probe_s = seconds(plan, self._run.policy.importance.tokens, probed)
                 review = self._scheduler.review(round_ - 1, plan, fleet, state, (), {}, requests)

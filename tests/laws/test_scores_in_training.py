@@ -110,12 +110,17 @@ def test_training_does_not_know_that_it_is_watched(models: dict[str, Path], labe
         assert all(torch.equal(tensor, states[1][name][key]) for key, tensor in plain.items())
 
 
-def test_clients_that_train_nothing_are_scored_and_stay_as_they_are(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("periods", ["none", 2])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_clients_that_train_nothing_are_scored_and_stay_as_they_are(
+    models: dict[str, Path], tmp_path: Path, periods: str | int, ahead: bool
+) -> None:
+    """Also where they run ahead of the others: not in the step that scores them."""
+    policy, pipeline = Policy.model_validate({"pace": {"periods": periods}}), {"ahead": ahead}
     plan = fixed_plan(models["llama"], job_of("nf4"), [2, 1], [0, 4], 4)
     data = {f"c{i}": random_examples(12, i) for i in range(2)}
-    run = coordinator(
-        models["llama"], tmp_path, plan, data, Recorder(), Policy(), rounds=2, local_steps=2, base="nf4", batch_size=4
-    )
+    settings: dict[str, Any] = {"rounds": 2, "local_steps": 2, "base": "nf4", "batch_size": 4, "pipeline": pipeline}
+    run = coordinator(models["llama"], tmp_path, plan, data, Recorder(), policy, **settings)
     run.start()
     run.begin_round()
     run.local_step(0)
