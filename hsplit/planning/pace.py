@@ -133,7 +133,6 @@ class PacedProblem:
         cost, job = problem.cost, problem.cost.model.job
         self._cost, self._job = cost, job
         self._fixed = bool((allowed.sum(axis=1) <= 1).all())
-        self.total_rows = job.batch_size * len(problem.clients)
         self.shares = shares
         unit = max(1, job.batch_size // 4)
         rows = [job.batch_size]
@@ -155,6 +154,9 @@ class PacedProblem:
         self._pair_every = np.array([every for _, every in pairs], dtype=np.int64)
         self._quota: Ints = self._rows[self._pair_rows] * _PARTS // self._pair_every
         self._forms(allowed, forms)
+        # Rows by which shares are counted, and those of a step: fewer where memory is short.
+        self._usual_rows = job.batch_size * len(problem.clients)
+        self.total_rows = min(self._usual_rows, self._most_rows(unit))
         self._seconds(wires)
         self._frozen_choices = (False, True) if may_freeze else (False,)
         self._values()
@@ -174,6 +176,16 @@ class PacedProblem:
                 fits = (needed <= memory[:, None]) & allowed & ~self._fits[:, place]
                 self._fits[:, place] |= fits
                 self.codes[:, place] |= fits & (form == "codes")
+
+    def _most_rows(self, unit: int) -> int:
+        """Most rows of a step that the clients' memory allows, each one's floor included: a multiple of ``unit``."""
+        fits = self._fits.any(axis=2)
+        most = np.where(fits, self._rows, 0).max(axis=1)[self.problem.kind]
+        rows = float(most.sum())
+        floors = self.pace.min_share * self.shares
+        if self.pace.batch_size == "planned" and floors.any():
+            rows = min(rows, float((most[floors > 0] / floors[floors > 0]).min()))
+        return max(unit, int(rows + 1e-9) // unit * unit)
 
     def _seconds(self, wires: Sequence[str]) -> None:
         """Count each kind's seconds for one microbatch's fixed part and for one example, by split."""
@@ -370,8 +382,8 @@ class PacedProblem:
             if dealt is None:
                 break
             pairs, splits, frozen = dealt
-            share = self._quota[pairs] / (_PARTS * self.total_rows)
-            server_s = float(share @ self.server_s[splits]) * self.total_rows * accumulated
+            share = self._quota[pairs] / (_PARTS * self._usual_rows)
+            server_s = float(share @ self.server_s[splits]) * self._usual_rows * accumulated
             within = self.pace.periods == "none" or server_s <= deadline
             seconds = deadline + server_s if self.pace.periods == "none" else max(deadline, server_s)
             captured = float(share @ self._of_choice(self.value, splits, frozen))
@@ -411,9 +423,12 @@ class PacedProblem:
         """
         rows, parts = self._rows[self._pair_rows], self._parts[self._pair_rows]
         turn_s = rows[:, None] * self.server_s / parts[:, None]
-        wait_s = np.maximum(turn_s, deadline / self._most_groups / parts[:, None])
+        wait_s = turn_s
         if self.pace.periods == "none":
             wait_s = np.zeros_like(turn_s)
+        elif self._most_groups > 1:
+            # The turn is shared with the rest of the group.
+            wait_s = np.maximum(turn_s, deadline / self._most_groups / parts[:, None])
         # A client that needs no gradient does not wait.
         left_s = (deadline * self._pair_every[:, None] - np.stack([wait_s, 0 * wait_s])) / self._job.grad_accumulation
         feasible = self._own_s <= left_s[: len(self._frozen_choices), None]
@@ -428,7 +443,7 @@ class PacedProblem:
         Returns:
             ``(N,)`` each; ``None``: there is none.
         """
-        worth = np.where(feasible, values - price * server_s * self.total_rows, -np.inf)
+        worth = np.where(feasible, values - price * server_s * self._usual_rows, -np.inf)
         best = worth.max(axis=(0, 3))
         gain = np.where(np.isfinite(best), best * self._quota, -np.inf)
         kind = self.problem.kind
@@ -549,7 +564,7 @@ class PacedProblem:
         own_s = self.own_s(kind, place, splits, frozen)
         parts = self._parts[place]
         turn_s = rows * self.server_s[splits] * self._job.grad_accumulation
-        share = rows / every / self.total_rows
+        share = rows / every / self._usual_rows
         values = self._of_choice(self.value, splits, frozen)
         exchange = self._of_choice(self.exchange_s, splits, frozen)
         widened_s = 2 * self._cost.times.widening_s(self.problem.server, int(splits.min()))

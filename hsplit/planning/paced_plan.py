@@ -178,8 +178,8 @@ class PacedPlanner:
                 return found
         if np.isinf(lacking):
             raise InputError(
-                "policy: pace: the rows of a step cannot be dealt out to these clients: lower pace.min_share, or set"
-                " pace.batch_size to 'equal'"
+                "policy: pace: no rows, splits and periods of a step fit these clients: raise memory_gb, lower"
+                " pace.min_share, or set pace.batch_size to 'equal'"
             )
         raise InputError(
             f"server: memory_gb: {self._server.memory_bytes / 1e9:.3f} is {lacking / 1e9:.3f} GB too little"
@@ -350,7 +350,7 @@ class PacedPlanner:
         clock = VirtualClock(self._cost, self._clients, self._server)
         seconds, busy = clock.step_s(plan), clock.busy_s(plan)
         job = self._cost.model.job
-        rows = job.batch_size * len(self._clients) * job.grad_accumulation
+        rows = float((choice.rows / choice.every).sum()) * job.grad_accumulation
         parts = tuple(replace(part, step_time_s=busy.get(part.name, 0.0)) for part in plan.clients)
         return replace(
             plan,
@@ -365,7 +365,7 @@ class PacedPlanner:
         """Weight of a client's loss beside its tokens' number."""
         if self._pace.weights == "tokens":
             return 1.0
-        return float(min(self._shares[client] / share[client], MAX_WEIGHT))
+        return float(min(self._shares[client] / (share[client] / share.sum()), MAX_WEIGHT))
 
     def _holders(self, choice: Choice, members: Ints) -> Holders:
         """Clients of one split, number of rows and stored form as a rank rule sees them."""

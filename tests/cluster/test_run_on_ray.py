@@ -118,7 +118,12 @@ def test_every_actor_holds_its_own_segment_only(whole: tuple[hsplit.Run, dict[st
         # Rows of the embedding that its texts use and their ids, the layers' linears and norms, rotary tables; no tail:
         # the labels are the server's.
         own = sum(size for key, size in held[name].items() if not key.startswith("embeddings"))
-        assert own == split * (_linear_values() + 2 * 32) + 2 * 4
+        beside = split * 2 * 32 + 2 * 4
+        if plan.client(name).stored == "codes":
+            # Two NF4 codes a byte, and the scales of blocks and of blocks of scales.
+            assert 0.5 < (own - beside) / (split * _linear_values()) < 0.6
+        else:
+            assert own == split * _linear_values() + beside
         assert held[name]["embeddings.embed_tokens.weight"] <= 96 * 32
     assert _layers(held["server"]) == set(range(plan.server.split or 0, 4))
     assert not any(name.startswith("embeddings") for name in held["server"])
@@ -195,7 +200,7 @@ def test_two_servers_and_clients_that_are_drawn_are_the_same_in_process(cluster_
     "settings",
     [
         # A batch ahead takes memory for a second one.
-        {"batch_size": 1, "policy.pace.batch_size": "planned", "policy.pace.ahead": True},
+        {"policy.pace.batch_size": "planned", "policy.pace.ahead": True, "clients.small.memory_gb": 0.0026},
         {"privacy.labels": "client", "pipeline.microbatches": 2},
     ],
 )
@@ -258,6 +263,8 @@ def test_law_e1_on_ray(cluster_file: Path, tmp_path: Path) -> None:
 
     settings = {"optimizer": "sgd", "rounds": 1, "local_steps": 1, "lr": 0.05, "clip": None, "wire": "fp32"}
     overrides = {**settings, "policy.init": "shared", "policy.ranks": 2, "residual.max_rank": "full"}
+    # All layers train on the loss of the union, with nothing rounded on the way.
+    overrides |= {"policy.freeze": "never", "policy.pace.weights": "tokens", "policy.pace.wire": "job"}
     run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
     config = RunConfig.load(run.path / "config.yaml")
     batches = [batch for client in _twins(config, _plan(run)) for batch in client.data.step_batches(0).values()]
@@ -280,7 +287,7 @@ def test_law_e2_on_ray_with_data_that_the_driver_cannot_read(cluster_file: Path,
     own = tmp_path / "private.txt"
     own.write_text("\n".join(f"{e.prompt}||{e.response.strip()}" for e in random_examples(60, seed=9)))
     overrides = {"rounds": 1, "local_steps": 20, "wire": "fp32", "clip": None, "policy.init": "shared"}
-    overrides |= {"policy.ranks": 2, "clients.small.data": str(own)}
+    overrides |= {"policy.ranks": 2, "policy.freeze": "never", "policy.pace.wire": "job", "clients.small.data": str(own)}
     recorder = Recorder()
     with _unreadable_here(own):
         with pytest.raises(PermissionError):

@@ -16,6 +16,7 @@ from hsplit.errors import InputError
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
+from hsplit.planning.paced_plan import needed_bytes
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan
 from tests.planning.test_planner import DEEP, JOB, LARGEST, SMALLEST, between, client, server
@@ -72,8 +73,8 @@ def made(case: tuple[list[Any], Any, CostModel, Policy], current: Plan | None = 
     clients, deep, model, policy = case
     try:
         return make_plan(clients, deep, model, equal_importance(model.model.weights), policy, current)
-    except InputError:
-        # Nobody fits, or the server does not.
+    except InputError as error:
+        assert str(error).startswith(("clients: none has the memory", "server: memory_gb")), error
         return None
 
 
@@ -91,10 +92,13 @@ def test_a_paced_plan_keeps_what_it_promises(case: tuple[list[Any], Any, CostMod
         assert part.predicted_bytes == model.client_bytes(part.split or 0, part.ranks, part.rows, part.stored)
         assert part.stored == "dense" or model.model.quantized
     assert plan.server.predicted_bytes <= plan.server.declared_bytes
-    # The rows' sum is that of equal ones, and nobody brings less than the floor.
+    # The rows' sum is that of equal ones, where all have the memory for these, and nobody brings less than the floor.
     rows = np.array([part.rows / part.every for part in own])
-    assert rows.sum() == pytest.approx(batch * len(own))
-    assert (rows >= pace.min_share * batch - 1e-9).all()
+    least = needed_bytes(model, JOB.rank_set[0], batch)[1:].min()
+    if all(client.memory_bytes >= least for client in clients if client.name in {part.name for part in own}):
+        assert rows.sum() == pytest.approx(batch * len(own))
+    assert 0 < rows.sum() <= batch * len(own) + 1e-9
+    assert (rows >= pace.min_share * rows.sum() / len(own) - 1e-9).all()
     if pace.batch_size == "equal":
         assert {part.rows for part in own} == {batch}
     assert plan.groups == 1 or pace.periods != "none"
@@ -146,6 +150,15 @@ def test_a_client_behind_a_slow_link_sends_narrower_messages_and_less_often() ->
     slow = plan.client("slow")
     assert slow.wire == "int4" and {part.wire for part in plan.available if part.name != "slow"} == {"bf16"}
     assert slow.rows / slow.every < 2
+
+
+def test_clients_with_memory_for_fewer_rows_bring_what_they_can() -> None:
+    """A fleet that cannot hold the rows of equal clients has a smaller step, and is not refused."""
+    model = cost("server", "nf4", batch_size="planned")
+    one = float(needed_bytes(model, JOB.rank_set[0], 1)[1])
+    fleet, policy = [client(f"c{i}", one * 1.001) for i in range(3)], Policy(pace=Pace(batch_size="planned"))
+    plan = make_plan(fleet, server(DEEP * 4, 1e10), model, equal_importance(model.model.weights), policy)
+    assert [part.rows for part in plan.available] == [1, 1, 1] and model.model.job.batch_size == 2
 
 
 def test_weights_by_data_make_up_for_rows_up_to_four_times() -> None:

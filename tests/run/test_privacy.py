@@ -34,6 +34,7 @@ _ACTIVATIONS = {
     "Activations.client: str",
     *(field.replace("WireTensor", "Activations.hidden") for field in _FLOATS),
     "Activations.lengths[]: int",
+    "Activations.scored[]: int",
     "Activations.split: int",
     "Activations.step_supervised: int",
     "Activations.trains: bool",
@@ -57,10 +58,10 @@ LEAVES = {
     "tail": _TAIL,
     "backward": {"dict{}.key: str", "dict{}: float"},  # seconds by phase
     "take_scores": {
-        "ImportanceReport.client: str",
-        "ImportanceReport.scores{}.key: str",
-        "ImportanceReport.scores{}: float",
-        "ImportanceReport.tokens: int",
+        "list[].client: str",
+        "list[].scores{}.key: str",
+        "list[].scores{}: float",
+        "list[].tokens: int",
     },
     "validation_forward": _ACTIVATIONS | _REPORT,
     "validation_tail": {f"LossReport.{field}" for field in _LOSS},
@@ -76,7 +77,7 @@ LEAVES = {
         "HeldAdapters.tokens{}: float",
     },
     # Adapters and moments; the integers are tokens by layer.
-    "state": {"dict{}.key: str", "dict{}: tensor float32", "dict{}: tensor int64"},
+    "state": {"dict{}.key: str", "dict{}: tensor float32", "dict{}: tensor float64", "dict{}: tensor int64"},
     "peak_bytes": {"int: int"},
 }
 
@@ -222,7 +223,7 @@ def test_all_that_leaves_a_client_is_known_by_name(
     # The integers of a checkpoint: a row a layer that was trained, its index and its number of tokens.
     for state in (p.value for p in run.returned() if p.method == "state"):
         # Of each direction of its adapters the step of the run at which it began.
-        assert [name for name, tensor in state.items() if tensor.dtype == torch.int64] == ["tokens", "begun"]
+        assert [name for name, tensor in state.items() if tensor.dtype == torch.int64] == ["begun"]
         counted = state["tokens"].tolist()
         assert all(0 <= layer < LAYERS and count >= 0 for layer, count in counted)
     # Of a probe's gradients only one number for each weight leaves.
