@@ -244,7 +244,8 @@ def _show_training(options: argparse.Namespace, overrides: list[str], header: di
         finished: dict[str, _Finished] = {}
         first = None
         for wire in options.wires:
-            seeded = [*overrides, f"job.wire={wire}", f"job.seed={seed}"]
+            # All messages in this format, whatever a plan would choose for some.
+            seeded = [*overrides, f"job.wire={wire}", "policy.pace.wire=job", f"job.seed={seed}"]
             run = resolved_config(load_run_config(options.cluster, options.policy, seeded))
             source, inputs = common.read(run)
             first = first or run
@@ -281,7 +282,7 @@ class _PlannedAsFirst:
         self._own, self._first = Scheduler(run, ModelSpec.read(model)), Scheduler(first, ModelSpec.read(model))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._own if name.endswith("_time_s") else self._first, name)
+        return getattr(self._own if name == "clock" else self._first, name)
 
 
 def _run(run: RunConfig, first: RunConfig, model: Path, inputs: Inputs) -> _Finished:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsplit.actors.executor import LOCALHOST
 from hsplit.cluster.ray_session import helpers_of
-from hsplit.config import RunConfig, load_run_config
+from hsplit.config import Job, RunConfig, load_run_config
 from hsplit.config.overrides import Overrides
 from hsplit.config.reading import displayed, parse_yaml
 from hsplit.errors import InputError
@@ -166,13 +166,13 @@ def plan(
 
 def explained_plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
-) -> tuple[Plan, Insight]:
-    """:func:`plan` with its bottleneck, and the gain of one more GB of memory at each holder."""
+) -> tuple[Plan, Insight, Job]:
+    """:func:`plan` with its bottleneck, the gain of one more GB of memory at each holder, and the job planned for."""
     with Waiting("reading the model, making a plan"):
         run, scheduler = _planning(cluster, policy, overrides, cpu)
         made, cost = scheduler.plan(), scheduler.cost
         importance = equal_importance(cost.model.weights)
-        return made, explained(made, run.participants, run.server, cost, importance, run.policy)
+        return made, explained(made, run.participants, run.server, cost, importance, run.policy), run.job
 
 
 def _planning(
@@ -242,7 +242,7 @@ def leave(path: str | Path, client: str) -> None:
     post_leave(RunDirectory.open(Path(path)), client)
 
 
-def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:
+def plan_summary(made: Plan, insight: Insight, job: Job) -> dict[str, Any]:
     """The plan as ``hsplit plan --json`` prints it."""
 
     def holder(part: Any) -> dict[str, Any]:
@@ -250,11 +250,11 @@ def plan_summary(made: Plan, insight: Insight) -> dict[str, Any]:
             "name": part.name,
             "available": part.available,
             "split": part.split,
-            "rows": part.rows,
+            "rows": part.rows or job.batch_size,
             "period": made.groups * part.every,
             "phase": part.group + made.groups * part.offset,
             "stored": part.stored,
-            "wire": part.wire,
+            "wire": part.wire or job.wire,
             "ranks": part.ranks,
             "memory_bytes": {"declared": part.declared_bytes, "predicted": part.predicted_bytes},
             "step_time_s": part.step_time_s,

@@ -196,11 +196,11 @@ def plan(cluster: str, policy: str | None, overrides: tuple[str, ...], cpu: bool
     """Show who would hold which layers at which ranks, without training."""
     from hsplit.api import explained_plan
 
-    made, insight = explained_plan(cluster, policy, overrides, cpu=cpu)
+    made, insight, job = explained_plan(cluster, policy, overrides, cpu=cpu)
     if as_json:
         from hsplit.api import plan_summary
 
-        click.echo(json.dumps(plan_summary(made, insight), indent=2))
+        click.echo(json.dumps(plan_summary(made, insight, job), indent=2))
         return
     from rich.console import Console
 

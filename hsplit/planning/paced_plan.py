@@ -317,7 +317,7 @@ class PacedPlanner:
                     every=int(choice.every[i]),
                     offset=int(choice.offset[i]),
                     stored="codes" if choice.codes[i] else "dense",
-                    wire=wires[int(problem.kind[i])],
+                    wire=wires[int(problem.kind[i])] if self._pace.wire == "planned" else "",
                     weight=self._weight(i, share),
                     captured_share=share[i] * gains[i],
                 )

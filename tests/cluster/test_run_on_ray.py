@@ -200,7 +200,7 @@ def test_two_servers_and_clients_that_are_drawn_are_the_same_in_process(cluster_
     "settings",
     [
         # A batch ahead takes memory for a second one.
-        {"policy.pace.batch_size": "planned", "policy.pace.ahead": True, "clients.small.memory_gb": 0.0026},
+        {"policy.pace.ahead": True, "clients.small.memory_gb": 0.0026, "clients.large.memory_gb": 0.003},
         {"privacy.labels": "client", "pipeline.microbatches": 2},
     ],
 )
@@ -287,7 +287,8 @@ def test_law_e2_on_ray_with_data_that_the_driver_cannot_read(cluster_file: Path,
     own = tmp_path / "private.txt"
     own.write_text("\n".join(f"{e.prompt}||{e.response.strip()}" for e in random_examples(60, seed=9)))
     overrides = {"rounds": 1, "local_steps": 20, "wire": "fp32", "clip": None, "policy.init": "shared"}
-    overrides |= {"policy.ranks": 2, "policy.freeze": "never", "policy.pace.wire": "job", "clients.small.data": str(own)}
+    overrides |= {"policy.ranks": 2, "policy.freeze": "never", "policy.pace.wire": "job"}
+    overrides |= {"clients.small.data": str(own)}
     recorder = Recorder()
     with _unreadable_here(own):
         with pytest.raises(PermissionError):
