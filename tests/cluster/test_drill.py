@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from hsplit.config import SCHEDULER, SERVER
+from hsplit.run.coordinator import Coordinator
 from tests.cluster.killing import Drill, Happening, Kill, KillingExecutor, RandomKills, drill, without_wall_time
 from tests.in_process import holders_of
 
@@ -34,8 +35,7 @@ PHASES = {
     "restart": ("restart", 3),
     "validation": ("validation_forward", 4),
     "checkpoint": ("state", 3),
-    "probe": ("probe_forward", 1),
-    "probe backward": ("probe_backward", 1),
+    "importance": ("take_scores", 1),
 }
 
 
@@ -65,6 +65,26 @@ def test_a_client_killed_in_any_phase(
     assert run.metrics[-1]["available_clients"] == 3
 
 
+@pytest.mark.parametrize(
+    ("actor", "method"), [("large-0", "probe_forward"), ("large-0", "probe_backward"), (SERVER, "probe")]
+)
+def test_a_kill_in_a_probe(
+    cluster_file: Path,
+    tmp_path: Path,
+    faultless: Drill,
+    record_property: Record,
+    monkeypatch: pytest.MonkeyPatch,
+    actor: str,
+    method: str,
+) -> None:
+    """As where no training step has scored every weight."""
+    monkeypatch.setattr(Coordinator, "_watches", False)
+    run = drill(cluster_file, tmp_path, Kill(actor, actor, method, 1))
+    check(run, faultless, record_property)
+    assert [event.get("client", event.get("actor")) for event in run.events_of("lost", "repeated")] == [actor]
+    assert run.metrics[-1]["available_clients"] == 3
+
+
 def test_a_client_killed_while_the_server_computes(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
@@ -88,7 +108,7 @@ def test_a_client_killed_while_the_server_aggregates(
         (SERVER, "train_step", 6),
         (SERVER, "aggregate", 2),
         (SERVER, "evaluate", 4),
-        (SERVER, "probe", 1),
+        (SERVER, "take_scores", 1),
         (SERVER, "state", 3),
         (SERVER, "reconfigure", 1),
         (SCHEDULER, "first", 1),
