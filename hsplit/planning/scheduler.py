@@ -14,6 +14,7 @@ from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
 from hsplit.planning.indifference import indifferent_to_scores
+from hsplit.planning.paced_plan import unread_bytes
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import EQUAL, make_plan, smallest_part_bytes
 from hsplit.planning.planning_state import Fleet, PlanningState, in_force
@@ -288,14 +289,16 @@ class Scheduler:
         A client that was short of memory keeps enough for the smallest part: without any it would be of no use.
         """
         least_bytes = smallest_part_bytes(self.cost, self._config.policy) if state.shrunk else 0
-        clients = []
-        for client in self._declared(fleet, state):
+        clients, declared = [], self._declared(fleet, state)
+        unread = unread_bytes(self.cost, declared, fleet.vocabulary) if state.shrunk else [0.0] * len(declared)
+        for client, unread_here in zip(declared, unread, strict=True):
             if client.name in fleet.aside | fleet.left:
                 continue
             budget = _divided(client, state.excess.get(client.name, 1.0))
             shrunk = state.shrunk.get(client.name, 1.0)
             if shrunk > 1:
-                budget = _divided(budget, min(shrunk, max(1.0, budget.memory_bytes / least_bytes)))
+                most = budget.memory_bytes / (least_bytes - unread_here)
+                budget = _divided(budget, min(shrunk, max(1.0, most)))
             clients.append(budget)
         return clients
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import hsplit
 from hsplit.config import SCHEDULER, SERVER
 from hsplit.run.coordinator import Coordinator
 from tests.cluster.killing import Drill, Happening, Kill, KillingExecutor, RandomKills, drill, without_wall_time
@@ -187,11 +188,24 @@ def test_nine_clients_go_on_while_the_tenth_is_stopped(
     head, _, rest = cluster_file.read_text().partition("clients:")
     file = tmp_path / "ten.yaml"
     file.write_text(head + "clients:" + TEN + rest[rest.index("job:") :])
+    overrides = {
+        "policy.pace.periods": "planned",
+        "policy.pace.batch_size": "planned",
+        # The plan is then known before the data.
+        "policy.pace.embedding": "whole",
+        "rounds": 1,
+        "local_steps": LOCAL_STEPS,
+        "faults.deadline": 8.0,
+        "faults.patience_s": 60,
+    }
+    clients = hsplit.plan(file, None, overrides).clients
+    groups = [client.group for client in clients]
+    tenth = next(client.name for client in clients if client.kind == "client" and groups.count(client.group) == 1)
     ends: list[float] = []
     stopped: dict[str, float] = {}
 
     def stop(executor: KillingExecutor) -> None:
-        stopped.update(pid=executor.pid("large-0"), at=time.monotonic(), step=len(ends))
+        stopped.update(pid=executor.pid(tenth), at=time.monotonic(), step=len(ends))
         os.kill(int(stopped["pid"]), signal.SIGSTOP)
 
     def go_on(step: int) -> None:
@@ -202,39 +216,30 @@ def test_nine_clients_go_on_while_the_tenth_is_stopped(
             stopped["until"] = len(ends)
             os.kill(int(stopped["pid"]), signal.SIGCONT)
 
-    overrides = {
-        "policy.pace.periods": "planned",
-        "policy.pace.batch_size": "planned",
-        "rounds": 1,
-        "local_steps": LOCAL_STEPS,
-        "faults.deadline": 8.0,
-        "faults.patience_s": 60,
-    }
-    happening = Happening("large-0", "forward", 20, stop)
+    happening = Happening(tenth, "forward", 20, stop)
     run = drill(file, tmp_path, happening, overrides=overrides, after_step=go_on)
-    clients = run.coordinator.context.plan.clients
-    own = run.coordinator.context.plan.client("large-0")
-    assert len({client.group for client in clients}) > 1 and [c.group for c in clients].count(own.group) == 1
+    assert [client.group for client in run.coordinator.context.plan.clients] == groups
     assert run.complete and not run.events_of("lost", "repeated")
     begun, until = int(stopped["step"]), int(stopped["until"])
     gaps = [later - earlier for earlier, later in pairwise(ends[begun - 1 : until])]
     record_property("longest_step_s", round(max(gaps), 2))
     record_property("steps_while_stopped", until - begun)
     left_out = [event["step"] for event in run.events_of("left_out")]
-    assert {event["client"] for event in run.events_of("left_out")} == {"large-0"}
+    assert {event["client"] for event in run.events_of("left_out")} == {tenth}
     # It missed the steps in which it was stopped, perhaps some more for what it had to catch up with, and no others.
-    assert left_out == [*range(left_out[0], left_out[-1] + 1)]
-    assert left_out[0] > begun and int(stopped["until"]) <= left_out[-1] < LOCAL_STEPS
+    every = run.coordinator.context.plan.client(tenth).every
+    assert left_out == [*range(left_out[0], left_out[-1] + 1, every)]
+    assert left_out[0] > begun and int(stopped["until"]) < left_out[-1] + every <= LOCAL_STEPS + every - 1
 
 
 def test_a_client_that_sends_nan_is_refused_by_name(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
-    happening = Happening("small", "forward", 6, lambda executor: executor.within("small", _poisoned))
+    happening = Happening("large-0", "begin_round", 2, lambda executor: executor.within("large-0", _poisoned))
     run = drill(cluster_file, tmp_path, happening)
     check(run, faultless, record_property)
     (lost,) = run.events_of("lost")
-    assert lost["client"] == "small" and "values that are no numbers" in lost["text"]
+    assert lost["client"] == "large-0" and "values that are no numbers" in lost["text"]
 
 
 def _poisoned(client: Any) -> None:
@@ -245,7 +250,7 @@ def _poisoned(client: Any) -> None:
 def test_a_client_out_of_memory_gets_a_smaller_plan(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
-    happening = Happening("large-0", "forward", 6, lambda executor: executor.within("large-0", _starved))
+    happening = Happening("large-0", "begin_round", 2, lambda executor: executor.within("large-0", _starved))
     run = drill(cluster_file, tmp_path, happening)
     check(run, faultless, record_property)
     (lost,) = run.events_of("lost")
@@ -274,7 +279,6 @@ def _starved(client: Any) -> None:
 def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_is_used(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
-    import hsplit
     from hsplit.errors import RunError
     from tests.in_process import Recorder
 
@@ -317,8 +321,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     run = drill(
         cluster_file,
         tmp_path,
-        Happening(SERVER, "train_step", 10, spoil),
-        Kill(SERVER, SERVER, "train_step", 10),
+        Happening(SERVER, "end_step", 10, spoil),
+        Kill(SERVER, SERVER, "end_step", 10),
     )
     check(run, faultless, record_property)
     assert run.metrics == faultless.metrics
