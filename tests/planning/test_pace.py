@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplit.config import Pace, Policy
+from hsplit.config import Pace, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
-from hsplit.planning.paced_plan import needed_bytes
+from hsplit.planning.paced_plan import needed_bytes, unread_bytes
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan
+from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
+from hsplit.planning.scheduler import Scheduler
 from tests.planning.test_planner import DEEP, JOB, LARGEST, SMALLEST, between, client, server
 from tests.tiny import tiny_spec
 
@@ -179,3 +181,25 @@ def test_a_client_that_is_a_batch_ahead_has_room_for_two() -> None:
     ranks = {w.name: 4 for w in still.model.weights if w.layer < 2}
     adapters = sum(4 * 4 * (w.d_out + w.d_in) for w in still.model.weights if w.layer < 2)
     assert ahead.client_bytes(2, ranks, 1) >= still.client_bytes(2, ranks, 2) + adapters
+
+
+def test_a_client_short_of_memory_has_a_smaller_part_though_the_whole_embedding_would_not_fit() -> None:
+    """What it does not read of the embedding counts for the smallest part that it keeps, too."""
+    spec, pace = tiny_spec("llama"), {"batch_size": "planned", "embedding": "own"}
+    own = {"c0": 8, "c1": 8}
+    unread = float(unread_bytes(CostModel(spec, JOB, Pace.model_validate(pace)), [client("c0", 1)], own)[0])
+    small = float(needed_bytes(CostModel(spec, JOB, Pace.model_validate(pace)), JOB.rank_set[0], 1)[1])
+    memory = small - unread / 2
+    run = RunConfig(
+        server=server(DEEP * 4, 1e10),
+        clients=(client("c0", memory), client("c1", memory)),
+        job=JOB,
+        policy=Policy(freeze="never", pace=Pace.model_validate(pace)),
+    )
+    scheduler, fleet = Scheduler(run, spec), Fleet(run.clients, vocabulary=own)
+    first = scheduler.first(fleet, PlanningState())
+    held = first.made.client("c0").predicted_bytes
+    short = replace(fleet, shortages={"c0": Shortage(1, held)})
+    after = scheduler.review(1, first.made, short, first.state, (), {}, ())
+    assert after.plan is not None and after.plan.client("c0").available
+    assert after.plan.client("c0").predicted_bytes < held == after.plan.client("c1").predicted_bytes
