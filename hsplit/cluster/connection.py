@@ -21,7 +21,7 @@ import psutil
 import ray
 
 from hsplit.actors.executor import LOCALHOST
-from hsplit.cluster.fork_server import ForkServer
+from hsplit.cluster.fork_server import PASSIVE_THREADS, ForkServer
 from hsplit.errors import InputError, RunError, os_reason
 
 # The last line of a traceback, and of the log of one of Ray's processes that are not in Python.
@@ -131,6 +131,7 @@ WORKER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # A call that waits for a dead actor's result fails too; the coordinator has already reported the cause.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    **PASSIVE_THREADS,
 }
 ANSWERED_WITHIN_S = 10.0
 # Workers that Ray starts in advance are not forked.

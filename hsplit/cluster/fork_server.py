@@ -47,6 +47,9 @@ MODULES = (
 )
 
 
+# Read by OpenMP when it is loaded. A server and clients compute at the same time; threads that spin while they wait for
+# one another would take the cores from other processes.
+PASSIVE_THREADS = {"OMP_WAIT_POLICY": "passive"}
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
 
@@ -74,7 +77,7 @@ class ForkServer:
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
-            env=os.environ | NO_GPU,
+            env={**PASSIVE_THREADS, **os.environ, **NO_GPU},
             # A Ctrl-C in the terminal is for the run to handle.
             start_new_session=True,
         )

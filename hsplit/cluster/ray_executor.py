@@ -35,8 +35,8 @@ def settle_process(threads: int | None, sharing: int = 1) -> None:
     """Set the number of threads, and silence libraries.
 
     Processes with idle thread pools compete for cores. A client therefore has as many threads as it reserved CPUs, by
-    default one, which needs no pool. A server computes while the clients wait, and uses every core of its node, shared
-    equally among the servers there.
+    default one, which needs no pool. A server, for which clients wait, uses every core of its node, shared equally
+    among the servers there.
     """
     import torch
     import transformers
