@@ -61,7 +61,6 @@ def planned(
             captured_share=held[i].gain / len(problem.clients) / captured if captured > 0 else 0.0,
             # A single node brings as many of each client's data.
             rows=0 if problem.cost.model.whole else problem.cost.model.job.batch_size,
-            wire=problem.cost.model.job.wire,
         )
         parts.append(part)
     deep = _server_part(problem, state, splits, 1.0 - sum(part.captured_share for part in parts))

@@ -8,6 +8,7 @@ out so that their sum is right. The objective is that of the other plans, captur
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -295,6 +296,18 @@ class PacedProblem:
                 return choice
             choice = better
 
+    @cached_property
+    def _together(self) -> list[list[int]]:
+        """All clients, and those of one speed: one of several alone that is deeper changes little for the others.
+
+        Memory may differ within a speed, if only by the rows of the embedding that each client reads.
+        """
+        by_speed: dict[tuple[float, float, float], list[int]] = defaultdict(list)
+        for place, client in enumerate(self.problem.clients):
+            by_speed[client.flops, client.bandwidth_bps, client.latency_s].append(place)
+        together = [list(range(len(self.problem.clients))), *by_speed.values()]
+        return [clients for n, clients in enumerate(together) if len(clients) > 1 and clients not in together[:n]]
+
     def _neighbours(self, choice: Choice) -> Iterator[Choice]:
         count = len(choice.splits)
         for client in range(count):
@@ -302,11 +315,9 @@ class PacedProblem:
                 yield from self._changed(choice, {client: move}, {})
             if len(self._frozen_choices) > 1:
                 yield from self._changed(choice, {}, {}, client)
-        for kind in np.flatnonzero(self.problem.members > 1).tolist():
-            # One of several alike alone would still wait for the others.
-            alike = np.flatnonzero(self.problem.kind == kind).tolist()
+        for clients in self._together:
             for move in _MOVES:
-                yield from self._changed(choice, dict.fromkeys(alike, move), {})
+                yield from self._changed(choice, dict.fromkeys(clients, move), {})
         for giver, taker in permutations(range(count), 2):
             # What one client brings less over its period, the other brings more.
             least = int(np.lcm(choice.every[giver], choice.every[taker]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
-from hsplit.config import Pace, Policy, RunConfig
+from hsplit.config import Job, Pace, Policy, RunConfig
 from hsplit.errors import InputError
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
@@ -22,7 +24,7 @@ from hsplit.planning.planner import make_plan
 from hsplit.planning.planning_state import Fleet, PlanningState, Shortage
 from hsplit.planning.scheduler import Scheduler
 from tests.planning.test_planner import DEEP, JOB, LARGEST, SMALLEST, between, client, server
-from tests.tiny import tiny_spec
+from tests.tiny import spec_of, tiny_spec
 
 ALL: dict[str, Any] = {"batch_size": "planned", "periods": "planned", "stored": "planned", "wire": "planned"}
 PACES = [
@@ -203,3 +205,31 @@ def test_a_client_short_of_memory_has_a_smaller_part_though_the_whole_embedding_
     after = scheduler.review(1, first.made, short, first.state, (), {}, ())
     assert after.plan is not None and after.plan.client("c0").available
     assert after.plan.client("c0").predicted_bytes < held == after.plan.client("c1").predicted_bytes
+
+
+@pytest.mark.parametrize("pace", [{}, {"batch_size": "planned"}, {"wire": "planned"}])
+def test_only_a_plan_that_chooses_formats_names_them(pace: dict[str, Any]) -> None:
+    """Elsewhere the job's format is in force, whatever it becomes."""
+    model = cost("server", "nf4", **pace)
+    fleet, policy = [client("c0", LARGEST), client("c1", LARGEST)], Policy(pace=Pace.model_validate(pace))
+    plan = make_plan(fleet, server(), model, equal_importance(model.model.weights), policy)
+    assert {part.wire for part in plan.available} == ({model.model.job.wire} if "wire" in pace else {""})
+
+
+def test_equal_clients_go_as_deep_whatever_rows_of_the_embedding_each_one_reads() -> None:
+    """Budgets that differ by the size of a vocabulary are moved together, as equal ones are."""
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    settings = {"base": "bf16", "dtype": "bf16", "rank_set": [1, 2, 4, 8]}
+    job = Job.model_validate({**settings, "residual": {"max_rank": 8}, "pipeline": {"microbatches": 2}})
+    policy = Policy(freeze="planned", pace=Pace(**ALL, embedding="own"))
+    model = CostModel(spec_of(LlamaConfig(**sizes, **heads)), job, policy.pace)
+    clients = [client(f"c{i}", 249_471_454, 5e11, 2e8).model_copy(update={"latency_ms": 5.0}) for i in range(5)]
+
+    def splits(vocabulary: Sequence[int]) -> list[int | None]:
+        own = {c.name: count for c, count in zip(clients, vocabulary, strict=True)}
+        scores = equal_importance(model.model.weights)
+        plan = make_plan(clients, server(64e9, 2e12), model, scores, policy, vocabulary=own)
+        return [part.split for part in plan.available]
+
+    assert splits([1800, 1810, 1820, 1830, 1840]) == splits([1840] * 5)
