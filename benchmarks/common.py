@@ -24,11 +24,17 @@ from rich.table import Table as TerminalTable
 
 from hsplit.config import SERVER, RunConfig, load_run_config
 from hsplit.config.overrides import Overrides
+from hsplit.evaluation.perplexity import CrossEntropy, cross_entropy
+from hsplit.evaluation.split_model import split_model
 from hsplit.experiments import results_directory
+from hsplit.lora.learned import learned_parts
 from hsplit.models.lookup import ModelSource, find_model
+from hsplit.models.segment import BaseModel
 from hsplit.models.spec import ModelSpec
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.observer import Observer, SilentDisplay
 from hsplit.planning.scheduler import Scheduler
+from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.coordinator import Coordinator, Inputs
 from hsplit.run.in_process import local_run
 from hsplit.run.inputs import check_model, read_inputs, resolved_config
@@ -143,6 +149,21 @@ def call_times_s(run: RunConfig, model: Path) -> dict[str, dict[str, float]]:
 def joined_turn_s(calls: Mapping[str, Mapping[str, float]]) -> float:
     """Virtual seconds of a server's turn over a microbatch of every client, from :func:`call_times_s`."""
     return sum(seconds for call, seconds in calls[SERVER].items() if call.split()[0] == "step")
+
+
+def learned_losses(
+    run: RunConfig, model: Path, coordinator: Coordinator, directory: RunDirectory
+) -> dict[str, CrossEntropy]:
+    """Loss on the held-out texts of each client of the plan, of one model with what the last checkpoint has learned."""
+    _, tensors = read_checkpoint(latest_checkpoint(directory.checkpoints)[0])
+    learned = learned_parts({key: tensor for own in tensors.values() for key, tensor in own.items()})
+    whole = split_model(BaseModel.of_job(ModelSpec.read(model), run.job), learned, None)
+    actors, tokenizer = coordinator._executor.actors, load_tokenizer(model)  # type: ignore[attr-defined]
+    held_out = {
+        part.name: [example for data in actors[part.name].data.clients for example in data.held_out]
+        for part in coordinator.context.plan.available
+    }
+    return {name: cross_entropy(whole, tokenizer, own, run.job.batch_size) for name, own in held_out.items()}
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:

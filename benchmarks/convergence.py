@@ -236,6 +236,22 @@ def usual_lr(variant: str) -> float:
     return FT_LR if VARIANTS[variant].policy == "ft" else USUAL_LR
 
 
+def drawn_run(h: float, seed: int, policy: str, overrides: Sequence[str]) -> tuple[RunConfig, list[dict[str, float]]]:
+    """The run of one draw of budgets, with :data:`JOB`, and the clients' budgets."""
+    with tempfile.TemporaryDirectory() as name:
+
+        def configured(clients: Sequence[Mapping[str, float]]) -> RunConfig:
+            lines = [f"server: {{memory_gb: 64, tflops: {SERVER_TFLOPS}}}", "clients:"]
+            for i, own in enumerate(clients):
+                budget = ", ".join(f"{field}: {value:.9f}" for field, value in own.items())
+                lines.append(f"  - {{name: client-{i}, latency_ms: {LATENCY_MS}, {budget}}}")
+            return common.configured(Path(name), "\n".join([*lines, ""]), policy, [*JOB, *overrides])
+
+        source = find_model(configured([{"memory_gb": 1.0, **MEAN}]).job.model)
+        drawn = budgets(h, seed, mean_memory_gb(_parameters(source.directory)))
+        return configured(drawn), drawn
+
+
 def run_cell(
     cell: Cell, scale: Scale, data: str | None, model: str | None, console: Console, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -246,19 +262,7 @@ def run_cell(
     settings += [f"job.seed={cell.seed}", f"job.lr={cell.lr:g}"]
     settings += [f"job.model={model}"] if model else []
     settings += [f"job.data.source={data}"] if data else []
-    with tempfile.TemporaryDirectory() as name:
-
-        def configured(clients: Sequence[Mapping[str, float]]) -> RunConfig:
-            lines = [f"server: {{memory_gb: 64, tflops: {SERVER_TFLOPS}}}", "clients:"]
-            for i, own in enumerate(clients):
-                budget = ", ".join(f"{field}: {value:.9f}" for field, value in own.items())
-                lines.append(f"  - {{name: client-{i}, latency_ms: {LATENCY_MS}, {budget}}}")
-            overrides = [*JOB, *settings, *variant.overrides]
-            return common.configured(Path(name), "\n".join([*lines, ""]), variant.policy, overrides)
-
-        source = find_model(configured([{"memory_gb": 1.0, **MEAN}]).job.model)
-        drawn = budgets(cell.h, cell.seed, mean_memory_gb(_parameters(source.directory)))
-        run = configured(drawn)
+    run, drawn = drawn_run(cell.h, cell.seed, variant.policy, [*settings, *variant.overrides])
     source, inputs = common.read(run)
     found: dict[str, Any] = {
         **asdict(cell),

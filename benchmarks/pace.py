@@ -22,10 +22,8 @@ import argparse
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -35,19 +33,13 @@ from benchmarks.common import Table
 from hsplit.config import RunConfig
 from hsplit.config.reading import read_json
 from hsplit.data.local_data import LocalData
-from hsplit.evaluation.perplexity import cross_entropy
-from hsplit.evaluation.split_model import split_model
 from hsplit.files import write_text_atomically
-from hsplit.lora.learned import learned_parts
 from hsplit.models.lookup import find_model
-from hsplit.models.segment import BaseModel
-from hsplit.models.spec import ModelSpec
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.observer import SilentDisplay
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.planner import make_plan
-from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.inputs import read_inputs
 
 LEVELS = convergence.LEVELS
@@ -130,32 +122,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # -- speed ----------------------------------------------------------------------------------------------------------
 
 
-def configured(
-    folder: Path, h: float, seed: int, policy: str, overrides: Sequence[str], options: argparse.Namespace
-) -> RunConfig:
+def drawn(h: float, seed: int, policy: str, overrides: Sequence[str], options: argparse.Namespace) -> RunConfig:
     """The run of one draw of budgets."""
-    data = [f"job.data.source={options.data}"] if options.data else []
-    data += [f"job.model={options.model}"] if options.model else []
-
-    def made(clients: Sequence[Mapping[str, float]]) -> RunConfig:
-        lines = [f"server: {{memory_gb: 64, tflops: {convergence.SERVER_TFLOPS}}}", "clients:"]
-        for i, own in enumerate(clients):
-            budget = ", ".join(f"{field}: {value:.9f}" for field, value in own.items())
-            lines.append(f"  - {{name: client-{i}, latency_ms: {convergence.LATENCY_MS}, {budget}}}")
-        return common.configured(
-            folder, "\n".join([*lines, ""]), policy, [*convergence.JOB, f"job.seed={seed}", *data, *overrides]
-        )
-
-    model = find_model(made([{"memory_gb": 1.0, **convergence.MEAN}]).job.model)
-    memory_gb = convergence.mean_memory_gb(convergence._parameters(model.directory))
-    return made(convergence.budgets(h, seed, memory_gb))
+    own = [f"job.data.source={options.data}"] if options.data else []
+    own += [f"job.model={options.model}"] if options.model else []
+    run, _ = convergence.drawn_run(h, seed, policy, [f"job.seed={seed}", *own, *overrides])
+    return run
 
 
 def _speed(name: str, h: float, seed: int, options: argparse.Namespace, known: dict[int, dict[str, int]]) -> Speed:
     """Plan one draw; ``known`` has the distinct token ids of each client by seed."""
     policy, pace = POLICIES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        run = configured(Path(folder), h, seed, policy, [f"policy.pace.{key}" for key in pace], options)
+    run = drawn(h, seed, policy, [f"policy.pace.{key}" for key in pace], options)
     source = find_model(run.job.model)
     if seed not in known:
         # As clients report when they have read their texts.
@@ -248,23 +226,15 @@ def cells() -> list[Cell]:
 
 def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the perplexity of what was learned: everybody's, and each client's."""
-    with tempfile.TemporaryDirectory() as folder:
-        own = [*LEVERS[cell.lever], *DATA[cell.data], f"job.rounds={ROUNDS}", f"job.local_steps={STEPS}"]
-        off = [f"policy.pace.{key}" for key in OFF]
-        run = configured(Path(folder), cell.h, cell.seed, "hsplitlora", [*off, "policy.freeze=never", *own], options)
+    own = [*LEVERS[cell.lever], *DATA[cell.data], f"job.rounds={ROUNDS}", f"job.local_steps={STEPS}"]
+    off = [f"policy.pace.{key}" for key in OFF]
+    run = drawn(cell.h, cell.seed, "hsplitlora", [*off, "policy.freeze=never", *own], options)
     source, inputs = common.read(run)
     with common.in_process(run, source.directory, inputs, SilentDisplay()) as (coordinator, directory):
         wall_s = common.seconds_of(coordinator.run)
         rows = [asdict(row) for row in coordinator.rows]
-        _, tensors = read_checkpoint(latest_checkpoint(directory.checkpoints)[0])
-        learned = learned_parts({key: tensor for held in tensors.values() for key, tensor in held.items()})
-        whole = split_model(BaseModel.of_job(ModelSpec.read(source.directory), run.job), learned, None)
-        actors = coordinator._executor.actors  # type: ignore[attr-defined]  # in-process by construction
-        tokenizer, losses = load_tokenizer(source.directory), {}
-        for part in coordinator.context.plan.available:
-            held_out = [e for data in actors[part.name].data.clients for e in data.held_out]
-            found = cross_entropy(whole, tokenizer, held_out, run.job.batch_size)
-            losses[part.name] = (found.total, found.tokens)
+        found = common.learned_losses(run, source.directory, coordinator, directory)
+        losses = {client: (loss.total, loss.tokens) for client, loss in found.items()}
         plan = coordinator.context.plan.to_json()
     total, tokens = (sum(loss[i] for loss in losses.values()) for i in (0, 1))
     return {

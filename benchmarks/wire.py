@@ -31,19 +31,14 @@ from benchmarks import common
 from hsplit.actors.messages import WireTensor
 from hsplit.actors.wire_codes import hadamard, signed_scales
 from hsplit.config import RunConfig, load_run_config
-from hsplit.evaluation.perplexity import cross_entropy
-from hsplit.evaluation.split_model import split_model
-from hsplit.lora.learned import learned_parts
 from hsplit.models.lookup import ModelSource
-from hsplit.models.segment import BaseModel
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.displays import PlainDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, perplexities
 from hsplit.planning.scheduler import Scheduler
 from hsplit.planning.wire import row_bytes
-from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
-from hsplit.run.coordinator import Coordinator, Inputs
+from hsplit.run.coordinator import Inputs
 from hsplit.run.inputs import resolved_config
 
 WIRES = ("bf16", "int8", "int4")
@@ -289,21 +284,8 @@ def _run(run: RunConfig, first: RunConfig, model: Path, inputs: Inputs) -> _Fini
     display, scheduler = _Rows(), _PlannedAsFirst(run, first, model)
     with common.in_process(run, model, inputs, display, scheduler=scheduler) as (coordinator, directory):
         coordinator.run()
-        checkpoint, _ = latest_checkpoint(directory.checkpoints)
-        _, tensors = read_checkpoint(checkpoint)
-        return _Finished(display.rows, _learned_loss(run, model, coordinator, tensors))
-
-
-def _learned_loss(
-    run: RunConfig, model: Path, coordinator: Coordinator, tensors: dict[str, dict[str, Tensor]]
-) -> float:
-    """Validation loss of the model with what a checkpoint has learned, as one model."""
-    learned = learned_parts({key: tensor for own in tensors.values() for key, tensor in own.items()})
-    whole = split_model(BaseModel.of_job(ModelSpec.read(model), run.job), learned, None)
-    actors = coordinator._executor.actors  # type: ignore[attr-defined]
-    held_out = [e for client in run.participants for data in actors[client.name].data.clients for e in data.held_out]
-    found = cross_entropy(whole, load_tokenizer(model), held_out, run.job.batch_size)
-    return found.total / found.tokens
+        losses = common.learned_losses(run, model, coordinator, directory).values()
+        return _Finished(display.rows, sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses))
 
 
 def _row(wire: str, seed: int, finished: _Finished, first: _Finished) -> Narrowed:

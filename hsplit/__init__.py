@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hsplit.api import Run, change_budget, join, launch, leave, plan, resume
     from hsplit.evaluation.evaluate import evaluate
     from hsplit.exporting.export import export
-    from hsplit.measuring.budgets import measure_budgets
+    from hsplit.measuring.measured_budgets import measure_budgets
     from hsplit.observe.watch import watch
 
 __all__ = [
@@ -44,9 +44,9 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "measure_budgets":
-        from hsplit.measuring import budgets
+        from hsplit.measuring import measured_budgets
 
-        return budgets.measure_budgets
+        return measured_budgets.measure_budgets
     if name == "export":
         from hsplit.exporting.export import export
 

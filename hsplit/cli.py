@@ -276,7 +276,7 @@ def probe(cluster: str, overrides: tuple[str, ...], to: Path, as_json: bool, **o
     """
     from rich.console import Console
 
-    from hsplit.measuring.budgets import budget_table, measure_budgets
+    from hsplit.measuring.measured_budgets import budget_table, measure_budgets
 
     with status("looking for the model") as update:
         found = measure_budgets(cluster, to, overrides, **options, progress=update)

@@ -114,6 +114,11 @@ def test_no_folders_import_in_a_circle() -> None:
     fail_on_circle(graph)
 
 
+def test_no_two_files_have_one_name() -> None:
+    names = [file.stem for file in files().values() if file.stem != "__init__"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_only_these_files_know_ray() -> None:
     sources = {file.relative_to(HSPLIT).as_posix(): file.read_text() for file in files().values()}
     know = {path for path, source in sources.items() if "ray" in {name.split(".")[0] for name in imported(source)}}

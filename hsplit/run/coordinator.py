@@ -35,6 +35,7 @@ from hsplit.run.checkpoint import SavePoint
 from hsplit.run.context import ClockOf, Inputs, RunContext
 from hsplit.run.records import Records
 from hsplit.run.recovery import Recovery
+from hsplit.run.split_step import SplitTraining
 from hsplit.run.state import RunState, Status
 from hsplit.run.step import StepOutcome
 from hsplit.run_directory import RunDirectory
@@ -293,19 +294,20 @@ class Coordinator:
             self._executor.call(name, Participant.begin_round, at, passed)
         self._set_pace(cohort)
         self._set_lr_scales(cohort)
-        if self._watches:
+        training = context.training
+        if self._watches and isinstance(training, SplitTraining):
             end = self.round * self._job.local_steps
             for part in (part for part in context.plan.available if part.name in cohort):
                 steps = [step for step in range(end - self._job.local_steps, end) if part.takes_part_in(step)]
                 if steps:
-                    context.training.watch(part.name, steps[-1], context.run.policy.importance.tokens)
+                    training.watch(part.name, steps[-1], context.run.policy.importance.tokens)
 
     @property
     def _watches(self) -> bool:
         """True if importance is scored in the last step of the round under way, for a probe that is due after it."""
         run, round_ = self.context.run, self.round
         due = run.policy.probes and round_ < self._job.rounds and self.state.planning.probe_due(round_)
-        return due and run.policy.placement == "split"
+        return due and isinstance(self.context.training, SplitTraining)
 
     def _take_scores(self) -> None:
         """Keep the scores of the step just made; without those of every weight the review probes."""

@@ -78,6 +78,7 @@ class SplitTraining(Training):
             del self._unread[name]
 
     def watch(self, client: str, step: int, tokens: int) -> None:
+        """Have a client's weights scored in the backward of a step to come, over ``tokens`` supervised tokens."""
         self._watched[client] = step
         # Not waited for: a failure is found by the next call that is.
         self._executor.call(client, Client.watch, step, tokens)

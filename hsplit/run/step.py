@@ -147,10 +147,6 @@ class Training(ABC):
     def probe(self, plan: Plan, clients: Sequence[str], round_: int, tokens: int) -> ProbeOutcome:
         """Score every adapted weight on a probe batch of each client (METHOD 3); nothing else changes."""
 
-    def watch(self, client: str, step: int, tokens: int) -> None:
-        """Have a client's weights scored in the backward of a step to come, over ``tokens`` supervised tokens."""
-        raise AssertionError("only split models are scored in training")
-
     def settle(self) -> StepOutcome:
         """Bring all clients to the end of the last step, wherever some have begun the next one."""
         return StepOutcome()

@@ -187,6 +187,6 @@ def test_who_stops_watching_is_told_that_the_run_goes_on(tmp_path: Path, monkeyp
 
 def test_no_module_takes_the_name_of_a_public_function() -> None:
     """Importing a module makes it an attribute of the package, in place of a function of that name."""
-    modules = "hsplit.api, hsplit.evaluation.evaluate, hsplit.exporting.export, hsplit.measuring.budgets"
+    modules = "hsplit.api, hsplit.evaluation.evaluate, hsplit.exporting.export, hsplit.measuring.measured_budgets"
     code = f"import hsplit, {modules}; assert all(callable(getattr(hsplit, n)) for n in hsplit.__all__ if n[0] != '_')"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

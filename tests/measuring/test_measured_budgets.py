@@ -14,9 +14,9 @@ from hsplit.actors.executor import ActorFailure, InProcess
 from hsplit.cluster.placement import Node, Placement, requests_of
 from hsplit.config import RunConfig
 from hsplit.errors import InputError
-from hsplit.measuring.budgets import BudgetMeasurement, measure_budgets
 from hsplit.measuring.compute import StepSeconds, client_flops, server_flops
 from hsplit.measuring.free_memory import HEADROOM
+from hsplit.measuring.measured_budgets import BudgetMeasurement, measure_budgets
 from hsplit.measuring.measuring_actor import MeasuringActor
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import ModelSpec
@@ -190,7 +190,7 @@ def test_a_server_joins_as_many_as_are_drawn_for_a_round(models: dict[str, Path]
 
 
 def test_a_measuring_actor_stands_for_every_holder(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsplit.measuring.budgets import MeasuringExecutor
+    from hsplit.measuring.measured_budgets import MeasuringExecutor
 
     begun: dict[str, Any] = {}
 
@@ -216,7 +216,7 @@ def test_a_late_client_that_is_away_is_refused_by_name(
         raise AssertionError("an actor was started")
 
     for what in ("helpers_of", "ray_of"):
-        monkeypatch.setattr(f"hsplit.measuring.budgets.{what}", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(f"hsplit.measuring.measured_budgets.{what}", lambda *_, **__: nullcontext())
     monkeypatch.setattr("hsplit.cluster.placement.alive_nodes", lambda: [_node()])
     monkeypatch.setattr("hsplit.cluster.ray_executor._remote", starting)
     given, to = tmp_path / "given.yaml", tmp_path / "measured.yaml"
@@ -281,7 +281,7 @@ def test_wrong_input_is_refused_before_anything_starts(
         raise AssertionError("something was started")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hsplit.measuring.budgets.helpers_of", starting)
+    monkeypatch.setattr("hsplit.measuring.measured_budgets.helpers_of", starting)
     given = {"cluster": "hetero", "to": "out.yaml"} | changes
     with pytest.raises(InputError) as refused:
         measure_budgets(given.pop("cluster"), given.pop("to"), **given)
