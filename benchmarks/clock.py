@@ -90,7 +90,10 @@ importance: {{tokens: {tokens}, back_off: false}}
 replan: {{tau: null, measured: false}}
 reinit: svd
 freeze: never
+pace: {pace}
 """
+# Rows and turns; codes and narrow messages have nothing to do here, where the base is dense and links are wide.
+PACED = "{batch_size: planned, periods: planned}"
 WORDS = 512
 # The first round that counts: the one before it has no probe, and whatever is done for the first time.
 FIRST = 2
@@ -107,6 +110,31 @@ _Calls = tuple[Ref[ForwardReport], Ref[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a run differs in from the others.
+
+    Attributes:
+        heterogeneity: coefficient of variation that the shares were drawn with.
+        microbatches: of a batch.
+        labels: their place.
+        paced: rows planned, and clients in turn (``policy.pace``); otherwise equal rows, and all wait for all.
+    """
+
+    heterogeneity: float
+    microbatches: int
+    labels: str
+    paced: bool
+
+    @property
+    def way(self) -> str:
+        """How clients bring their rows."""
+        return "in turn" if self.paced else f"{self.microbatches} parts"
+
+    def __str__(self) -> str:
+        return f"h {self.heterogeneity:g}, {self.way}, labels: {self.labels}"
+
+
+@dataclass(frozen=True)
 class Scale:
     """Sizes of the benchmark.
 
@@ -118,7 +146,7 @@ class Scale:
         steps, rounds: local steps of a round; rounds measured.
         calibration_s: seconds of the wall that speeds are measured for.
         heterogeneity: coefficients of variation of the clients' shares.
-        parts: numbers of microbatches.
+        parts: microbatches of a batch where all clients wait for all; a step of turns has one.
     """
 
     hidden: int = 384
@@ -131,11 +159,19 @@ class Scale:
     steps: int = 3
     rounds: int = 3
     calibration_s: float = 8.0
-    heterogeneity: tuple[float, ...] = (0.0, 0.3, 0.6)
-    parts: tuple[int, ...] = (1, 2)
+    heterogeneity: tuple[float, ...] = (0.0, 0.6, 0.9)
+    parts: int = 2
+
+    def settings(self) -> list[Setting]:
+        """All that is run, level by level."""
+        settings = [Setting(h, parts, "server", paced) for h in self.heterogeneity for parts, paced in self._ways()]
+        return [*settings, replace(settings[-1], labels="client")]
+
+    def _ways(self) -> list[tuple[int, bool]]:
+        return [(self.parts, False), (1, True)]
 
 
-QUICK = Scale(hidden=256, clients=2, steps=1, rounds=1, calibration_s=2.0, heterogeneity=(0.3,), parts=(1,))
+QUICK = Scale(hidden=256, clients=2, steps=1, rounds=1, calibration_s=2.0, heterogeneity=(0.3,), parts=1)
 
 
 @dataclass(frozen=True)
@@ -157,14 +193,12 @@ class Budgets:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting.
+class Row(Setting):
+    """One setting's times.
 
     Attributes:
-        heterogeneity: coefficient of variation that the shares were drawn with.
-        microbatches: of a batch.
-        labels: their place.
         splits: layers of each client, by the plan.
+        rows: that each client brings to a step.
         predicted_s: a round, before anything runs (virtual).
         accounted_s: a round by the virtual clock of the run itself (virtual).
         emulated_s: a round, of the wall, times the speed-up.
@@ -175,10 +209,8 @@ class Row:
         attempts: measured runs that it took until the pace held.
     """
 
-    heterogeneity: float
-    microbatches: int
-    labels: str
     splits: str
+    rows: str
     predicted_s: float
     accounted_s: float
     emulated_s: float
@@ -200,7 +232,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class HolderRow:
+class HolderRow(Setting):
     """One holder in one setting: seconds of its own part of a local step, messages left out where measured.
 
     Attributes:
@@ -210,9 +242,6 @@ class HolderRow:
         emulated_time_s, measured_time_s: of ``plan.csv`` too, in either run.
     """
 
-    heterogeneity: float
-    microbatches: int
-    labels: str
     name: str
     share: float
     gflops: float
@@ -242,7 +271,8 @@ def predicted(run: RunConfig, model: Path) -> tuple[float, float]:
     caps = dict(zip((w.name for w in counted.weights), counted.residual_entries.tolist(), strict=True))
     up = {c.name: sum(4 * rank * sides[w] for w, rank in c.ranks.items()) for c in plan.available}
     down = {c.name: up[c.name] + sum(4 * round(caps[w]) for w in c.ranks) for c in plan.available}
-    batches = dict.fromkeys(up, 1)
+    # Validated in batches of a step's rows.
+    batches = {c.name: math.ceil(run.job.validation.max_examples / c.rows) for c in plan.available}
     clock = scheduler.clock()
     steps_s = clock.steps_s(plan)
     between = clock.aggregation_s(plan, run.policy, up, down, list(up), clock.finished_s(plan))
@@ -272,7 +302,7 @@ class Experiment:
         self._data = common.texts(folder / "texts.csv", count, WORDS, length, prompt="w2")
 
     def configured(
-        self, budgets: Budgets, parts: int, labels: str, split: str | int = "planned", emulated: bool = False
+        self, budgets: Budgets, setting: Setting, split: str | int = "planned", emulated: bool = False
     ) -> RunConfig:
         """The run of one setting."""
         scale = self._scale
@@ -293,11 +323,12 @@ class Experiment:
             steps=scale.steps,
             clock="emulated" if emulated else "real",
             speedup=self._speedup,
-            parts=parts,
-            labels=labels,
+            parts=setting.microbatches,
+            labels=setting.labels,
         )
         # Two examples' supervised tokens.
-        return common.configured(self._folder, cluster, POLICY.format(split=split, tokens=2 * (scale.length - 1)))
+        tokens, pace = 2 * (scale.length - 1), PACED if setting.paced else "{}"
+        return common.configured(self._folder, cluster, POLICY.format(split=split, tokens=tokens, pace=pace))
 
     def calibrated(self, shares: Mapping[str, float]) -> Budgets:
         """Measure processes with these shares: FLOP/s at a front of two layers, and messages between them."""
@@ -305,7 +336,7 @@ class Experiment:
         # The server's share is given to a client too, so that all do the same work.
         names = {name if name != "server" else "as-server": share for name, share in shares.items()}
         trial = Budgets(dict.fromkeys([*names, "server"], 1e10), 1e-3, 1e9)
-        run = self.configured(trial, 1, "server", FRONT)
+        run = self.configured(trial, Setting(0.0, 1, "server", False), FRONT)
         scheduler = Scheduler(run, ModelSpec.read(self._model))
         plan, model = scheduler.plan(), scheduler.cost.model
         flops = float((model.forward_flops + model.backward_flops)[:FRONT].sum())
@@ -353,7 +384,7 @@ class Experiment:
             pids = {common.pid_of(executor, name): share for name, share in shares.items()}
             stack.enter_context(self._quotas.applied(pids))
 
-    def _measured(self, shares: Mapping[str, float], parts: int, labels: str) -> tuple[Budgets, _Trained, float, int]:
+    def _measured(self, shares: Mapping[str, float], setting: Setting) -> tuple[Budgets, _Trained, float, int]:
         """Measure a run under quotas at a steady pace, or the steadiest of several.
 
         The speed of a process of a given share changes with the machine's pace, by up to a third within minutes where
@@ -366,7 +397,7 @@ class Experiment:
         found = []
         before = self.calibrated(shares)
         for _ in range(ATTEMPTS):
-            run = self._trained(self.configured(before, parts, labels), shares)
+            run = self._trained(self.configured(before, setting), shares)
             after = self.calibrated(shares)
             found.append((before, run, before.pace_of(after)))
             if abs(found[-1][-1] - 1) <= STEADY:
@@ -374,19 +405,16 @@ class Experiment:
             before = after
         return *min(found, key=lambda tried: abs(tried[-1] - 1)), len(found)
 
-    def row(
-        self, variation: float, shares: Mapping[str, float], parts: int, labels: str
-    ) -> tuple[Row, list[HolderRow]]:
+    def row(self, setting: Setting, shares: Mapping[str, float]) -> tuple[Row, list[HolderRow]]:
         """One setting by all three routes, and its holders."""
-        budgets, measured, pace, attempts = self._measured(shares, parts, labels)
-        expected_s, step_s = predicted(self.configured(budgets, parts, labels), self._model)
-        emulated = self._trained(self.configured(budgets, parts, labels, emulated=True), None)
-        splits = " ".join(str(row.split) for row in emulated.plan if row.kind == "client")
+        budgets, measured, pace, attempts = self._measured(shares, setting)
+        expected_s, step_s = predicted(self.configured(budgets, setting), self._model)
+        emulated = self._trained(self.configured(budgets, setting, emulated=True), None)
+        clients = [row for row in emulated.plan if row.kind == "client"]
         row = Row(
-            variation,
-            parts,
-            labels,
-            splits,
+            **asdict(setting),
+            splits=" ".join(str(row.split) for row in clients),
+            rows=" ".join(str(row.rows) for row in clients),
             predicted_s=expected_s,
             accounted_s=emulated.virtual_s,
             emulated_s=emulated.round_s * self._speedup,
@@ -402,7 +430,8 @@ class Experiment:
             assert one.split is not None and one.measured_time_s is not None and other.measured_time_s is not None
             gflops, emulated_s = budgets.flops[one.name] / 1e9, one.measured_time_s * self._speedup
             times = one.predicted_time_s, emulated_s, other.measured_time_s
-            holders.append(HolderRow(variation, parts, labels, one.name, shares[one.name], gflops, one.split, *times))
+            of = setting.heterogeneity, setting.microbatches, setting.labels, setting.paced
+            holders.append(HolderRow(*of, one.name, shares[one.name], gflops, one.split, *times))
         return row, holders
 
     def _trained(self, run: RunConfig, shares: Mapping[str, float] | None) -> _Trained:
@@ -506,29 +535,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, scale = Console(width=140), QUICK if options.quick else Scale()
     rows: list[Row] = []
     holders: list[HolderRow] = []
-    drawn_variation = []
+    drawn_variation: dict[str, float] = {}
     quotas = CpuQuotas()
     with quotas.ahead(), common.local_ray(scale.clients + 4) as folder:
         experiment = Experiment(folder, scale, options.speedup, quotas)
-        for variation in scale.heterogeneity:
-            shares = shares_of(scale, variation, options.seed)
-            drawn_variation.append(f"{variation:g}: {pstdev(shares.values()) / mean(shares.values()):.2f}")
-            shares["server"] = scale.server_share
-            settings = [(parts, "server") for parts in scale.parts]
-            if variation == scale.heterogeneity[-1]:
-                settings += [(scale.parts[-1], "client")]
-            for parts, labels in settings:
-                row, its = experiment.row(variation, shares, parts, labels)
-                rows.append(row)
-                holders += its
-                seconds = ", ".join(f"{value:.2f}" for value in (row.predicted_s, row.emulated_s, row.measured_s))
-                console.print(
-                    f"h {variation:g}, {parts} parts, labels: {labels}: {seconds} s a round, pace {row.pace:.3f}"
-                    f" after {row.attempts} runs"
-                )
+        for setting in scale.settings():
+            shares = shares_of(scale, setting.heterogeneity, options.seed)
+            drawn_variation[f"{setting.heterogeneity:g}"] = pstdev(shares.values()) / mean(shares.values())
+            row, its = experiment.row(setting, shares | {"server": scale.server_share})
+            rows.append(row)
+            holders += its
+            seconds = ", ".join(f"{value:.2f}" for value in (row.predicted_s, row.emulated_s, row.measured_s))
+            console.print(f"{setting}: {seconds} s a round, pace {row.pace:.3f} after {row.attempts} runs")
     facts = {"cores": os.cpu_count(), "seed": options.seed, "speedup": options.speedup, **asdict(scale)}
     header = common.header_of("clock", arguments, "ray", "torch", **facts)
-    header["variation drawn"] = ", ".join(drawn_variation)
+    header["variation drawn"] = ", ".join(f"{h}: {value:.2f}" for h, value in drawn_variation.items())
     tables = [table(rows), holder_table(holders)]
     for columns, cells in tables:
         common.show_table(console, columns, cells)
@@ -546,23 +567,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def table(rows: Sequence[Row]) -> Table:
     """Columns and cells: a round by the three routes."""
-    columns = ["h", "microbatches", "labels", "splits", "predicted, s (virtual)", "emulated, s", "measured, s"]
+    columns = ["h", "way", "labels", "splits", "rows", "predicted, s (virtual)", "emulated, s", "measured, s"]
     columns += ["emulated / predicted", "measured / predicted", "measured / emulated", "pace"]
     cells = []
     for row in rows:
         seconds = (row.predicted_s, row.emulated_s, row.measured_s)
-        setting = [f"{row.heterogeneity:g}", str(row.microbatches), row.labels, row.splits]
+        setting = [f"{row.heterogeneity:g}", row.way, row.labels, row.splits, row.rows]
         cells.append([*setting, *(f"{value:.2f}" for value in (*seconds, *row.ratios, row.pace))])
     return columns, cells
 
 
 def holder_table(holders: Sequence[HolderRow]) -> Table:
-    """Columns and cells: each holder's own part of a local step, by level, with the fewest microbatches."""
+    """Columns and cells: each holder's own part of a local step, by level, where all wait for all."""
     columns = ["h", "holder", "of a core", "GFLOP/s", "split", "predicted, s (virtual)", "emulated, s", "measured, s"]
-    first = min(row.microbatches for row in holders)
     cells = []
     for row in holders:
-        if (row.microbatches, row.labels) == (first, "server"):
+        if not row.paced and row.labels == "server":
             seconds = (row.predicted_time_s, row.emulated_time_s, row.measured_time_s)
             budget = [f"{row.share:.2f}", f"{row.gflops:.1f}", str(row.split)]
             cells.append([f"{row.heterogeneity:g}", row.name, *budget, *(f"{value:.2f}" for value in seconds)])
@@ -577,7 +597,7 @@ def plot(rows: Sequence[Row], to: Path) -> None:
     for index, (name, field) in enumerate(routes.items()):
         at = [position + 0.27 * (index - 1) for position in range(len(rows))]
         axes.bar(at, [getattr(row, field) for row in rows], width=0.25, label=name)
-    names = [f"h {row.heterogeneity:g}\n{row.microbatches} parts\nlabels: {row.labels}" for row in rows]
+    names = [f"h {row.heterogeneity:g}\n{row.way}\nlabels: {row.labels}" for row in rows]
     axes.set_xticks(range(len(rows)), names)
     axes.set(ylabel="seconds a round (median)", ylim=(0, None))
     # Above the bars.

@@ -10,7 +10,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from hsplit.observe.wording import NOTHING, bytes_text, kind_labels, number_text, of_budget, printable, weight_kind
+from hsplit.observe.wording import (
+    NOTHING,
+    batch_text,
+    bytes_text,
+    kind_labels,
+    number_text,
+    of_budget,
+    printable,
+    weight_kind,
+)
 from hsplit.planning.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
@@ -208,7 +217,7 @@ def rows_text(holder: HolderPlan) -> str:
     """Format the examples of a client's batch, and how often it brings one: ``3``, or ``3 / 2 steps``."""
     if not holder.available or holder.kind == "server":
         return NOTHING
-    return str(holder.rows) if holder.every == 1 else f"{holder.rows} / {holder.every} steps"
+    return batch_text(holder.rows, holder.every)
 
 
 def busy_text(holder: HolderPlan, plan: Plan) -> str:

@@ -141,6 +141,9 @@ class PlanRow:
         rank_total: sum of the ranks of its adapters.
         predicted_time_s: virtual.
         measured_bytes, measured_time_s: None where nothing was measured.
+        rows: examples of a client's batch, of which it brings one every ``every`` local steps; None for others.
+        stored: how it keeps the base, ``dense`` or ``codes``.
+        wire: format of its messages; empty stands for ``job.wire``.
     """
 
     round: Whole
@@ -154,6 +157,10 @@ class PlanRow:
     measured_bytes: Whole | None
     predicted_time_s: float
     measured_time_s: float | None
+    rows: Whole | None = None
+    every: Whole | None = None
+    stored: str = ""
+    wire: str = ""
     __pydantic_config__ = EXACT
 
 
@@ -217,6 +224,10 @@ def plan_rows(
             measured_bytes=sizes.get(holder.name),
             predicted_time_s=holder.step_time_s,
             measured_time_s=times.get(holder.name),
+            rows=holder.rows or None,
+            every=holder.every if holder.rows else None,
+            stored=holder.stored if holder.available else "",
+            wire=holder.wire,
         )
 
     servers = [replace(plan.server, name=name) for name in plan.server_names]

@@ -104,3 +104,8 @@ def _amount(value: float, unit: str) -> str:
     if unit == "B":
         return f"{value:.0f}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def batch_text(rows: int, every: int) -> str:
+    """Format the examples of a client's batch, of which it brings one every ``every`` local steps."""
+    return str(rows) if every == 1 else f"{rows} / {every} steps"

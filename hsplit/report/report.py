@@ -14,8 +14,8 @@ from hsplit.config.cluster import CENTRAL
 from hsplit.config.reading import displayed
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
-from hsplit.observe.tables import MetricsRow, cut_text, lag_text, perplexities, plan_rows, share_cut
-from hsplit.observe.wording import NOTHING, bytes_text, duration_text, number_text, of_budget
+from hsplit.observe.tables import MetricsRow, PlanRow, cut_text, lag_text, perplexities, plan_rows, share_cut
+from hsplit.observe.wording import NOTHING, batch_text, bytes_text, duration_text, number_text, of_budget
 from hsplit.report import figures
 from hsplit.report.figures import MAX_HOLDERS, WARNING
 from hsplit.report.page import render
@@ -92,6 +92,8 @@ def report_page(records: Sequence[RunRecord]) -> str:
         largest_cut=lambda cuts: share_cut(cuts) if cuts else NOTHING,
         sizes=figures.memory_sizes,
         of_budget=of_budget,
+        rows=_rows_text,
+        part=_part_text,
         setting=_setting_text,
         few=_first,
         capped=lambda items, what: (
@@ -277,6 +279,18 @@ def _span(members: Sequence[Mapping[str, Any]], key: str) -> str:
         return NOTHING
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+
+
+def _rows_text(row: PlanRow) -> str:
+    """Format the examples of a client's batch, and how often it brings one."""
+    return batch_text(row.rows, row.every or 1) if row.rows and row.available else NOTHING
+
+
+def _part_text(row: PlanRow) -> str:
+    """Say that a holder takes part, how it keeps the base where that is as codes, and its wire format, if its own."""
+    if not row.available:
+        return "unavailable"
+    return ", ".join(["takes part", *(["codes"] if row.stored == "codes" else []), *([row.wire] if row.wire else [])])
 
 
 def _setting_text(value: object) -> str:

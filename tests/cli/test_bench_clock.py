@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clock import QUICK, Budgets, Experiment, HolderRow, Row, Scale, holder_table, plot, predicted, shares_of
+from benchmarks.clock import (
+    QUICK,
+    Budgets,
+    Experiment,
+    HolderRow,
+    Row,
+    Scale,
+    Setting,
+    holder_table,
+    plot,
+    predicted,
+    shares_of,
+)
 from benchmarks.clock import table as clock_table
 from benchmarks.cpu_quota import PERIOD_US, CpuQuotas
 from hsplit.errors import InputError
@@ -31,15 +43,18 @@ def test_shares_have_their_mean_and_spread_with_heterogeneity() -> None:
     assert set(levels[0].values()) == {scale.mean_share}
     spreads = [max(shares.values()) - min(shares.values()) for shares in levels]
     assert spreads == sorted(spreads) and spreads[1] > 0
-    assert shares_of(scale, 0.3, 1) == levels[1] != shares_of(scale, 0.3, 2)
+    assert shares_of(scale, 0.6, 1) == levels[1] != shares_of(scale, 0.6, 2)
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_what_is_predicted_from_the_file_is_what_a_run_accounts(tmp_path: Path, labels: str, parts: int) -> None:
+@pytest.mark.parametrize(("parts", "paced"), [(1, False), (2, False), (1, True)])
+def test_what_is_predicted_from_the_file_is_what_a_run_accounts(
+    tmp_path: Path, labels: str, parts: int, paced: bool
+) -> None:
+    setting = Setting(0.3, parts, labels, paced)
     experiment = Experiment(tmp_path, TINY, 1.0, None)
     budgets = Budgets({"client-0": 2e8, "client-1": 1e8, "server": 5e8}, 1e-3, 1e8)
-    run = experiment.configured(budgets, parts, labels)
+    run = experiment.configured(budgets, setting)
     model = find_model(run.job.model)
     round_s, step_s = predicted(run, model.directory)
     assert 0 < TINY.steps * step_s < round_s
@@ -50,15 +65,16 @@ def test_what_is_predicted_from_the_file_is_what_a_run_accounts(tmp_path: Path, 
     # All examples have the tokens that plans reckon with, so a late round is what was predicted: the residual is at its
     # cap. Nothing is scored for a plan in the last one.
     assert virtual[-2] - virtual[-3] == pytest.approx(round_s, rel=1e-6)
-    emulated = experiment.configured(budgets, parts, labels, emulated=True)
+    emulated = experiment.configured(budgets, setting, emulated=True)
     assert predicted(emulated, model.directory) == (round_s, step_s)
 
 
 def test_tables_and_figure_have_every_setting(tmp_path: Path) -> None:
-    rows = [Row(0.3, parts, "server", "1 2", 4.0, 4.0, 4.4, 4.2, 1.0, 1.1, 1.0, 0.97, 2) for parts in (1, 2)]
+    ways = [(0.3, 1, "server", True), (0.3, 2, "server", False)]
+    rows = [Row(*way, "1 2", "3 1", 4.0, 4.0, 4.4, 4.2, 1.0, 1.1, 1.0, 0.97, 2) for way in ways]
     columns, cells = clock_table(rows)
     assert len(columns) == len(cells[0]) and cells[1][-4:] == ["1.10", "1.05", "0.95", "0.97"]
-    holders = [HolderRow(0.3, parts, "server", "client-0", 0.2, 10.0, 1, 0.5, 0.5, 0.45) for parts in (1, 2)]
+    holders = [HolderRow(*way, "client-0", 0.2, 10.0, 1, 0.5, 0.5, 0.45) for way in ways]
     columns, cells = holder_table(holders)
     assert len(cells) == 1 and len(cells[0]) == len(columns)
     plot(rows, tmp_path / "clock.svg")

@@ -27,7 +27,7 @@ def test_columns_are_the_documented_ones() -> None:
     )
     assert ",".join(field.name for field in fields(PlanRow)) == (
         "round,name,kind,available,split,rank_total,declared_bytes,predicted_bytes,measured_bytes,"
-        "predicted_time_s,measured_time_s"
+        "predicted_time_s,measured_time_s,rows,every,stored,wire"
     )
 
 
@@ -44,7 +44,7 @@ def test_every_float_comes_back_to_its_last_digit(loss: float, train: float | No
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["nan", "None", "1", "a,b", 'q"', "l\nine", "server"]), st.none() | st.integers(0, 99))
 def test_plan_rows_come_back(name: str, split: int | None) -> None:
-    row = PlanRow(3, name, "client", split is not None, split, 7, 10, 9, None, 0.1, None)
+    row = PlanRow(3, name, "client", split is not None, split, 7, 10, 9, None, 0.1, None, split, split, name, "int8")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "plan.csv"
         MetricsTable(path, PlanRow).append(row)
