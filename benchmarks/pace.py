@@ -250,7 +250,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 def _learning(options: argparse.Namespace, console: Console, header: Mapping[str, Any]) -> str:
     folder = options.to / "cells"
-    left = [cell for cell in cells() if not (folder / f"{cell.key}.json").is_file()]
+    left = [c for c in cells() if c.seed in options.seeds and not (folder / f"{c.key}.json").is_file()]
     if options.list:
         console.print("\n".join(cell.key for cell in left))
         return ""

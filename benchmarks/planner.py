@@ -3,14 +3,14 @@
     python benchmarks/planner.py                    # or: hsplit bench planner
 
 First part: clients of as many different budgets, drawn, plan for a Llama-2-7B that is built as its configuration
-alone. All seconds are processor time of ``planner.make_plan`` on one core, so that other work on the machine counts as
+alone, by the default policy, and by the same without ``policy.pace``, where all clients wait for all. All seconds are processor time of ``planner.make_plan`` on one core, so that other work on the machine counts as
 little as it can. The first plan is timed apart, since the cost model counts new shapes as it meets them, and keeps
 the results. A server with ample memory gives every adapter the largest rank; a short one has 80 % of the memory of that
 plan, so that splits and ranks compete for its memory.
 
 Second part: captured importance per second, as plans maximize it (of a step with its part of the round's end), on a
-cluster file by the default policy; against the same policy with every client training, against uniform splits and
-ranks, and against splits chosen by memory alone.
+cluster file by the default policy; against the same policy without pace, with every client training, and with uniform
+splits and ranks, and against splits chosen by memory alone, without pace.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Timing:
     """One row of the first table.
 
     Attributes:
+        pace: true if rows, turns and forms are planned too.
         server_memory: ``ample`` or ``short``.
         clients, distinct_budgets: their number, and the number of different ones.
         first_s: processor seconds of the first plan, counting of the cost model included.
@@ -70,6 +71,7 @@ class Timing:
         objective: captured importance per second (virtual) of the plan, with its part of the round's end.
     """
 
+    pace: bool
     server_memory: str
     clients: int
     distinct_budgets: int
@@ -134,22 +136,25 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _timings(options: argparse.Namespace, console: Console) -> list[Timing]:
 
     job = Job(model=options.model, base="nf4", dtype="bf16")
-    begun = time.process_time()
-    cost = CostModel(shape_of(MODELS[options.model]), job)
-    # The tables over splits and weights are counted once too.
-    _ = cost.client.constant, cost.client.per_rank
-    console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.process_time() - begun:.2f} s")
+    default = load_run_config(options.cluster).policy
+    model = shape_of(MODELS[options.model])
     timings: list[Timing] = []
-    for count in options.clients:
-        clients = _drawn(count, options.seed)
-        # Without a limit first, to find the memory needed; compute grows with the clients.
-        server = Budget("server", 10**18, 3e14 * max(1.0, count / 100))
-        ample, seconds = _timed(clients, server, cost, options.repeat)
-        timings.append(_timing("ample", clients, seconds, ample, timings))
-        short = replace(server, memory_bytes=int(SHORT * ample.server.predicted_bytes))
-        tight, seconds = _timed(clients, short, cost, options.repeat)
-        timings.append(_timing("short", clients, seconds, tight, timings))
-    timings.sort(key=lambda t: t.server_memory)
+    for policy in (default, default.model_copy(update={"pace": Pace()})):
+        begun = time.process_time()
+        cost = CostModel(model, job, policy.pace)
+        # The tables over splits and weights are counted once too.
+        _ = cost.client.constant, cost.client.per_rank
+        console.print(f"counted {len(cost.model.weights)} adapted weights once in {time.process_time() - begun:.2f} s")
+        for count in options.clients:
+            clients = _drawn(count, options.seed)
+            # Without a limit first, to find the memory needed; compute grows with the clients.
+            server = Budget("server", 10**18, 3e14 * max(1.0, count / 100))
+            ample, seconds = _timed(clients, server, cost, policy, options.repeat)
+            timings.append(_timing("ample", clients, seconds, ample, policy, timings))
+            short = replace(server, memory_bytes=int(SHORT * ample.server.predicted_bytes))
+            tight, seconds = _timed(clients, short, cost, policy, options.repeat)
+            timings.append(_timing("short", clients, seconds, tight, policy, timings))
+    timings.sort(key=lambda t: (not t.pace, t.server_memory))
     title = "Planning on one core, in processor seconds (what is captured a second is virtual)"
     common.show_table(console, *_timing_table(timings), title=title)
     return timings
@@ -170,25 +175,31 @@ def _drawn(count: int, seed: int) -> list[Budget]:
     ]
 
 
-def _timed(clients: list[Budget], server: Budget, cost: CostModel, repeat: int) -> tuple[Plan, list[float]]:
+def _timed(
+    clients: list[Budget], server: Budget, cost: CostModel, policy: Policy, repeat: int
+) -> tuple[Plan, list[float]]:
     importance = equal_importance(cost.model.weights)
     seconds = []
     for _ in range(1 + repeat):
         begun = time.process_time()
-        made = make_plan(clients, server, cost, importance, Policy())
+        made = make_plan(clients, server, cost, importance, policy)
         seconds.append(time.process_time() - begun)
     return made, seconds
 
 
-def _timing(memory: str, clients: list[Budget], seconds: list[float], made: Plan, before: list[Timing]) -> Timing:
+def _timing(
+    memory: str, clients: list[Budget], seconds: list[float], made: Plan, policy: Policy, before: list[Timing]
+) -> Timing:
     first, *repeats = seconds
     median, count = statistics.median(repeats), len(clients)
-    smaller = [t for t in before if t.server_memory == memory]
+    pace = policy.pace != Pace()
+    smaller = [t for t in before if (t.pace, t.server_memory) == (pace, memory)]
     exponent = None
     if smaller:
         last = smaller[-1]
         exponent = math.log(median / last.seconds_median) / math.log(count / last.clients)
     return Timing(
+        pace,
         memory,
         count,
         len({budget_of(c) for c in clients}),
@@ -202,9 +213,10 @@ def _timing(memory: str, clients: list[Budget], seconds: list[float], made: Plan
 
 
 def _timing_table(timings: list[Timing]) -> Table:
-    columns = ["server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"]
+    columns = ["pace", "server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"]
     cells = [
         [
+            "planned" if t.pace else "none",
             t.server_memory,
             str(t.clients),
             str(t.distinct_budgets),
@@ -223,9 +235,10 @@ def _timing_table(timings: list[Timing]) -> Table:
 def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
     figure = common.new_figure(6.4, 4.0)
     axes = figure.subplots()
-    for memory, rows in groupby(timings, key=lambda t: t.server_memory):
+    for (pace, memory), rows in groupby(timings, key=lambda t: (t.pace, t.server_memory)):
         own = list(rows)
-        axes.loglog([t.clients for t in own], [t.seconds_median for t in own], "o-", label=f"server memory {memory}")
+        label = f"pace {'planned' if pace else 'none'}, server memory {memory}"
+        axes.loglog([t.clients for t in own], [t.seconds_median for t in own], "o-", label=label)
     axes.set(xlabel="clients, all of different budgets", ylabel="processor seconds to plan (median)")
     axes.set_title(machine["processor"], fontsize="small")
     axes.grid(True, which="both", alpha=0.3)
@@ -238,19 +251,22 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
 
 def _worths(cluster: str) -> list[Worth]:
     run = resolved_config(load_run_config(cluster))
-    cost = CostModel(find_model(run.job.model).spec, run.job)
-    importance = equal_importance(cost.model.weights)
+    spec = find_model(run.job.model).spec
+    costs = {pace: CostModel(spec, run.job, pace) for pace in (run.policy.pace, Pace())}
+    importance = equal_importance(costs[Pace()].model.weights)
 
-    def by(**choices: str) -> Plan:
-        return make_plan(run.clients, run.server, cost, importance, run.policy.model_copy(update=choices))
+    def by(**choices: str | Pace) -> Plan:
+        policy = run.policy.model_copy(update=choices)
+        return make_plan(run.clients, run.server, costs[policy.pace], importance, policy)
 
-    best = by()
+    best, waiting = by(), costs[Pace()]
     taking_part = [c for c in run.clients if best.client(c.name).available]
-    problem = Problem(taking_part, run.server, cost, importance, np.array(cost.rank_set), RANK_RULES["importance"])
+    problem = Problem(taking_part, run.server, waiting, importance, np.array(waiting.rank_set), RANK_RULES["importance"])
     by_memory = planned(problem, problem.deepest, run.clients, int(problem.needed[1]), EQUAL)
     made = {
         "planned": best,
         "planned, everybody trains": by(freeze="never"),
+        "planned, no pace": by(pace=Pace()),
         "uniform split and rank": by(split="uniform", ranks="uniform", freeze="never"),
         "by memory alone": by_memory,
     }

@@ -76,6 +76,7 @@ def _unsupervised(client: Any) -> None:
 @given(
     family=st.sampled_from(["llama", "gpt2"]),
     splits=st.lists(st.integers(0, LAYERS), min_size=1, max_size=4),
+    rows=st.lists(st.integers(1, 4), min_size=4, max_size=4),
     labels=st.sampled_from(["server", "client"]),
     base=st.sampled_from(["fp32", "bf16", "int8", "nf4"]),
     dtype=st.sampled_from(["fp32", "fp64"]),
@@ -90,6 +91,7 @@ def _unsupervised(client: Any) -> None:
 @example(
     family="llama",
     splits=[0, 2, 4],
+    rows=[1, 4, 2, 1],
     labels="server",
     base="nf4",
     dtype="fp64",
@@ -104,6 +106,7 @@ def _unsupervised(client: Any) -> None:
 @example(
     family="gpt2",
     splits=[0, 0],
+    rows=[3, 1, 1, 1],
     labels="client",
     base="int8",
     dtype="fp64",
@@ -118,6 +121,7 @@ def _unsupervised(client: Any) -> None:
 @example(
     family="llama",
     splits=[4, 4],
+    rows=[2, 2, 1, 1],
     labels="server",
     base="bf16",
     dtype="fp32",
@@ -132,6 +136,7 @@ def _unsupervised(client: Any) -> None:
 @example(
     family="gpt2",
     splits=[1, 3],
+    rows=[1, 3, 1, 1],
     labels="server",
     base="nf4",
     dtype="fp64",
@@ -146,6 +151,7 @@ def _unsupervised(client: Any) -> None:
 @example(
     family="llama",
     splits=[1, 3],
+    rows=[1, 3, 1, 1],
     labels="client",
     base="fp32",
     dtype="fp64",
@@ -162,6 +168,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
     tmp_path_factory: pytest.TempPathFactory,
     family: str,
     splits: list[int],
+    rows: list[int],
     labels: str,
     base: str,
     dtype: str,
@@ -194,6 +201,8 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
     shares = {f"c{i}": random_examples(8, seed + i) for i in range(len(splits))}
     plan_job = _job(job)
     plan = fixed_plan(models[family], plan_job, splits, [rank] * len(splits), rank, servers)
+    clients = tuple(replace(client, rows=own) for client, own in zip(plan.clients, rows, strict=False))
+    plan = replace(plan, clients=clients)
     run = coordinator(
         models[family], tmp_path_factory.mktemp("e1"), plan, shares, Recorder(), Policy(init="shared"), **job
     )
@@ -227,6 +236,7 @@ def test_e1_one_aggregated_step_is_the_centralized_step(
         run.run()
     assert not any(clipped) and bool(clipped) == shipped
 
+    assert sum(len(batch.lengths) for batch in batches) == accumulation * sum(rows[: len(splits)])
     reference = peft_model(models[family], base, DTYPES[dtype], rank, alpha, f"{seed}|shared|{{name}}|1")
     optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=LR)
     mean_loss(reference, batches).backward()
