@@ -56,16 +56,16 @@ LEARNING_LEVELS, LEARNING_SEEDS = (0.0, 0.9), (0, 1, 2)
 NOTHING = "nothing"
 LEVERS: dict[str, tuple[str, ...]] = {
     NOTHING: (),
+    "all": tuple(f"policy.pace.{key}" for key in PACED),
     "rows": ("policy.pace.batch_size=planned",),
-    "rows, weighted by data": ("policy.pace.batch_size=planned", "policy.pace.weights=data"),
-    "periods": ("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
+    "wire int4": ("job.wire=int4",),
     "a step a group": (
         *("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
         "policy.pace.server_step=group",
     ),
+    "rows, weighted by data": ("policy.pace.batch_size=planned", "policy.pace.weights=data"),
     "wire int8": ("job.wire=int8",),
-    "wire int4": ("job.wire=int4",),
-    "all": tuple(f"policy.pace.{key}" for key in PACED),
+    "periods": ("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
 }
 DATA = {"iid": (), "dirichlet 0.1": ("job.data.partition={dirichlet: 0.1}",)}
 ROUNDS, STEPS = 4, 10
@@ -226,7 +226,9 @@ def cells() -> list[Cell]:
 
 def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the perplexity of what was learned: everybody's, and each client's."""
-    own = [*LEVERS[cell.lever], *DATA[cell.data], f"job.rounds={ROUNDS}", f"job.local_steps={STEPS}"]
+    # What is learned is scored at the end, on more texts.
+    length = [f"job.rounds={ROUNDS}", f"job.local_steps={STEPS}", f"job.validation.every={ROUNDS}"]
+    own = [*LEVERS[cell.lever], *DATA[cell.data], *length]
     off = [f"policy.pace.{key}" for key in OFF]
     run = drawn(cell.h, cell.seed, "hsplitlora", [*off, "policy.freeze=never", *own], options)
     source, inputs = common.read(run)

@@ -3,10 +3,11 @@
     python benchmarks/planner.py                    # or: hsplit bench planner
 
 First part: clients of as many different budgets, drawn, plan for a Llama-2-7B that is built as its configuration
-alone, by the default policy, and by the same without ``policy.pace``, where all clients wait for all. All seconds are processor time of ``planner.make_plan`` on one core, so that other work on the machine counts as
-little as it can. The first plan is timed apart, since the cost model counts new shapes as it meets them, and keeps
-the results. A server with ample memory gives every adapter the largest rank; a short one has 80 % of the memory of that
-plan, so that splits and ranks compete for its memory.
+alone, by the default policy, and by the same without ``policy.pace``, where all clients wait for all. All seconds are
+processor time of ``planner.make_plan`` on one core, so that other work on the machine counts as little as it can. The
+first plan is timed apart, since the cost model counts new shapes as it meets them, and keeps the results. A server with
+ample memory gives every adapter the largest rank; a short one has 80 % of the memory of that plan, so that splits and
+ranks compete for its memory.
 
 Second part: captured importance per second, as plans maximize it (of a step with its part of the round's end), on a
 cluster file by the default policy; against the same policy without pace, with every client training, and with uniform
@@ -37,7 +38,7 @@ from rich.console import Console  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 from benchmarks.common import Table  # noqa: E402
-from hsplit.config import Job, Policy, load_run_config  # noqa: E402
+from hsplit.config import Job, Pace, Policy, load_run_config  # noqa: E402
 from hsplit.models.lookup import find_model  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
 from hsplit.planning.budgets import Budget, budget_of  # noqa: E402
@@ -213,7 +214,17 @@ def _timing(
 
 
 def _timing_table(timings: list[Timing]) -> Table:
-    columns = ["pace", "server\nmemory", "clients", "distinct\nbudgets", "first", "min", "median", "a client\n(ms)", "growth"]
+    columns = [
+        "pace",
+        "server\nmemory",
+        "clients",
+        "distinct\nbudgets",
+        "first",
+        "min",
+        "median",
+        "a client\n(ms)",
+        "growth",
+    ]
     cells = [
         [
             "planned" if t.pace else "none",
@@ -261,7 +272,9 @@ def _worths(cluster: str) -> list[Worth]:
 
     best, waiting = by(), costs[Pace()]
     taking_part = [c for c in run.clients if best.client(c.name).available]
-    problem = Problem(taking_part, run.server, waiting, importance, np.array(waiting.rank_set), RANK_RULES["importance"])
+    problem = Problem(
+        taking_part, run.server, waiting, importance, np.array(waiting.rank_set), RANK_RULES["importance"]
+    )
     by_memory = planned(problem, problem.deepest, run.clients, int(problem.needed[1]), EQUAL)
     made = {
         "planned": best,

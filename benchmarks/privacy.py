@@ -380,9 +380,9 @@ class _Benchmark:
             clients: list[Client] = [a for name, a in executor.actors.items() if name.startswith("client")]
             for client in clients:
                 client._noise = ActivationNoise(0.0, clip)
-            loss, tokens = coordinator.validate()
+            found = coordinator.validate()
             front = clients[0].holder.segment
-        noiseless = min(loss / max(tokens, 1), 700.0)
+        noiseless = min(found.loss, 700.0)
         (_, before), *_, (_, after) = perplexities(display.rows)
         exact = float(torch.tensor(noiseless, dtype=torch.float64).exp())
         return Learned(split, noise, clip, before, after, exact), front

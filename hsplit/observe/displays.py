@@ -129,6 +129,7 @@ class LiveDisplay(_Display):
         self._round = ""
         self._losses: Mapping[str, float] = {}
         self._states: Mapping[str, str] = {}
+        self._worst = ""
         self._perplexities: tuple[tuple[int, float], ...] = ()
         self._waiting = Waiting("the actors are reading their data")
         self._live = Live(
@@ -166,6 +167,7 @@ class LiveDisplay(_Display):
         kept = tuple(done for done in self._perplexities if done[0] < row.round)
         known = () if row.val_ppl is None else ((row.round, row.val_ppl),)
         self._perplexities = (*kept, *known)[-_ROUNDS_SHOWN:]
+        self._worst = _worst(row)
         self._waits_for = "training begins"
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:
@@ -234,7 +236,14 @@ class LiveDisplay(_Display):
         if not self._perplexities:
             return Text()
         rounds = " → ".join(f"{number_text(ppl)} (round {round})" for round, ppl in self._perplexities)
-        return Text(f"validation perplexity {rounds}")
+        return Text(f"validation perplexity {rounds}{self._worst}")
+
+
+def _worst(row: MetricsRow) -> str:
+    """Name the worst client's validation perplexity, where it is another than the mean."""
+    if row.worst_ppl is None or row.worst_ppl == row.val_ppl:
+        return ""
+    return f" (worst client {number_text(row.worst_ppl)})"
 
 
 class PlainDisplay(_Display):
@@ -292,7 +301,7 @@ class PlainDisplay(_Display):
         trained = "" if row.train_loss is None else f"train loss {number_text(row.train_loss)}, "
         parts = [
             f"round {row.round} done: {trained}validation loss {figure_text(row.val_loss)}",
-            f"validation perplexity {figure_text(row.val_ppl)}",
+            f"validation perplexity {figure_text(row.val_ppl)}{_worst(row)}",
             f"{row.tokens:,} tokens",
             f"{duration_text(row.wall_time_s)} (virtual {duration_text(row.virtual_time_s)})",
             f"{bytes_text(row.bytes_up)} up, {bytes_text(row.bytes_down)} down",

@@ -42,6 +42,9 @@ VALIDATION_LOSS = ExportedMetric(
 PERPLEXITY = ExportedMetric(
     "hsplit_validation_perplexity", "short", "Perplexity of the held-out supervised tokens in the last validation."
 )
+WORST_PERPLEXITY = ExportedMetric(
+    "hsplit_worst_client_perplexity", "short", "Largest perplexity of a client's own held-out tokens."
+)
 STEP_SECONDS = ExportedMetric(
     "hsplit_step_seconds",
     "s",
@@ -104,6 +107,7 @@ METRICS = (
     CLIENT_TRAIN_LOSS,
     VALIDATION_LOSS,
     PERPLEXITY,
+    WORST_PERPLEXITY,
     STEP_SECONDS,
     VIRTUAL_STEP_SECONDS,
     WALL_SECONDS,

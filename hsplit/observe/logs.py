@@ -116,6 +116,7 @@ def round_figures(row: MetricsRow, holders: Sequence[PlanRow]) -> dict[str, floa
         "train/loss": row.train_loss,
         "validation/loss": row.val_loss,
         "validation/perplexity": row.val_ppl,
+        "validation/worst_client_perplexity": row.worst_ppl,
         "progress/train_wall_time_s": row.train_wall_time_s,
         "progress/train_virtual_time_s": row.train_virtual_time_s,
     }
@@ -125,6 +126,8 @@ def round_figures(row: MetricsRow, holders: Sequence[PlanRow]) -> dict[str, floa
     for holder in holders:
         own = {
             "split": holder.split,
+            "rows": holder.rows,
+            "validation_perplexity": holder.val_ppl,
             "rank_total": holder.rank_total,
             "memory_predicted_bytes": holder.predicted_bytes,
             "memory_measured_bytes": holder.measured_bytes,

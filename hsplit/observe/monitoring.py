@@ -71,6 +71,7 @@ PANELS = (
         metrics.PERPLEXITY.unit,
         (
             Query(_series(metrics.PERPLEXITY), "{{run}}"),
+            Query(_series(metrics.WORST_PERPLEXITY), "{{run}}, worst client"),
             Query(_series(metrics.ROUND), "{{run}} rounds done", right=True),
         ),
     ),

@@ -95,6 +95,7 @@ class RayMetrics(Observer):
                 metrics.TRAIN_LOSS: {} if row.train_loss is None else {(): row.train_loss},
                 **self._known(metrics.VALIDATION_LOSS, row.val_loss),
                 **self._known(metrics.PERPLEXITY, row.val_ppl),
+                **self._known(metrics.WORST_PERPLEXITY, row.worst_ppl),
                 metrics.WALL_SECONDS: {(): row.wall_time_s},
                 metrics.VIRTUAL_SECONDS: {(): row.virtual_time_s},
                 **self._known(metrics.TRAIN_WALL_SECONDS, row.train_wall_time_s),

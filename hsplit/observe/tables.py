@@ -112,6 +112,8 @@ class MetricsRow:
         available_clients: number of clients with a part in that plan.
         train_wall_time_s, train_virtual_time_s: ``wall_time_s`` and ``virtual_time_s`` without the validations so far;
             None in tables of older versions.
+        worst_ppl: validation perplexity of the client where it is largest, each on its own held-out tokens; None
+            where nothing was validated or held out.
     """
 
     round: Whole
@@ -128,6 +130,7 @@ class MetricsRow:
     available_clients: Whole
     train_wall_time_s: float | None = None
     train_virtual_time_s: float | None = None
+    worst_ppl: float | None = None
     __pydantic_config__ = EXACT
 
 
@@ -144,6 +147,8 @@ class PlanRow:
         rows: examples of a client's batch, of which it brings one every ``every`` local steps; None for others.
         stored: how it keeps the base, ``dense`` or ``codes``.
         wire: format of its messages; empty stands for ``job.wire``.
+        val_ppl: validation perplexity of a client's own held-out tokens; None where it has none, or in a round without
+            a validation.
     """
 
     round: Whole
@@ -161,6 +166,7 @@ class PlanRow:
     every: Whole | None = None
     stored: str = ""
     wire: str = ""
+    val_ppl: float | None = None
     __pydantic_config__ = EXACT
 
 
@@ -207,9 +213,10 @@ def plan_rows(
     plan: Plan,
     measured_bytes: Mapping[str, int] | None = None,
     measured_time_s: Mapping[str, float] | None = None,
+    val_ppl: Mapping[str, float] | None = None,
 ) -> list[PlanRow]:
     """Return the rows of ``plan`` in ``round``, the servers first; measurements are by holder name."""
-    sizes, times = measured_bytes or {}, measured_time_s or {}
+    sizes, times, perplexity = measured_bytes or {}, measured_time_s or {}, val_ppl or {}
 
     def row(holder: HolderPlan) -> PlanRow:
         return PlanRow(
@@ -228,6 +235,7 @@ def plan_rows(
             every=holder.every if holder.rows else None,
             stored=holder.stored if holder.available else "",
             wire=holder.wire,
+            val_ppl=perplexity.get(holder.name),
         )
 
     servers = [replace(plan.server, name=name) for name in plan.server_names]
@@ -326,16 +334,14 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{displayed(path)}: cannot be read ({error})") from None
     columns = [field.name for field in fields(row_type)]
-    required = [field.name for field in fields(row_type) if field.default is MISSING]
-    if table and table[0] == required:
-        columns = required
-    if not table or table[0] != columns:
+    required = sum(field.default is MISSING for field in fields(row_type))
+    if not table or len(table[0]) < required or table[0] != columns[: len(table[0])]:
         raise InputError(f"{displayed(path)}:1: the columns must be {','.join(columns)}")
     types = get_type_hints(row_type)
     rows = []
     for number, cells in enumerate(table[1:], start=2):
         try:
-            named = zip(columns, cells, strict=True)
+            named = zip(table[0], cells, strict=True)
             rows.append(row_type(**{column: _value(cell, types[column]) for column, cell in named}))
         except ValueError as error:
             raise InputError(f"{displayed(path)}:{number}: is no row of the table ({error})") from None

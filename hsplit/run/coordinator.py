@@ -37,7 +37,7 @@ from hsplit.run.records import Records
 from hsplit.run.recovery import Recovery
 from hsplit.run.split_step import SplitTraining
 from hsplit.run.state import RunState, Status
-from hsplit.run.step import StepOutcome
+from hsplit.run.step import StepOutcome, Validation
 from hsplit.run_directory import RunDirectory
 
 
@@ -369,8 +369,8 @@ class Coordinator:
         aggregation_s = context.clock.aggregation_s(context.plan, context.run.policy, up, down, names, finished)
         self._count(aggregation_s, begun)
 
-    def validate(self) -> tuple[float, int]:
-        """Pooled validation loss over every client's held-out share: sum of cross-entropy, supervised tokens."""
+    def validate(self) -> Validation:
+        """Compute the loss over every client's held-out share."""
         context, begun = self.context, time.monotonic()
         batches = context.validation_batches
         with self._records.validating():
@@ -380,10 +380,10 @@ class Coordinator:
             virtual_s = context.clock.validation_s(context.plan, batches)
             self.state.validation_virtual_s += virtual_s
             self._count(virtual_s, begun)
-        loss_sum = sum(loss.loss_sum for loss in outcome.losses)
-        if not math.isfinite(loss_sum):
+        found = Validation.of(outcome.losses)
+        if not math.isfinite(found.loss_sum):
             raise ActorFailure(SERVER, "validation", "the validation loss is not finite", "diverged")
-        return loss_sum, sum(loss.tokens for loss in outcome.losses)
+        return found
 
     # -- the virtual clock, and the emulated one (METHOD 8) -----------------------------------------------------------
 

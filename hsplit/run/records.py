@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from hsplit.actors.messages import LossReport
 from hsplit.errors import HsplitError
 from hsplit.observe.tables import CUT, LAG, MetricsRow, MetricsTable, PlanRow, TimingRow, plan_rows, timing_rows
 from hsplit.run.context import RunContext
-from hsplit.run.step import StepOutcome
+from hsplit.run.step import StepOutcome, Validation, perplexity
 
 
 class Records:
@@ -174,23 +173,23 @@ class Records:
         finally:
             self._context.state.validation_wall_s += time.monotonic() - begun
 
-    def close_round(self, validation: tuple[float, int] | None) -> None:
+    def close_round(self, validation: Validation | None) -> None:
         """Write the round's rows and reset the counts.
 
         Args:
-            validation: cross-entropy summed in nats, and supervised tokens; ``None`` in a round without a validation.
+            validation: at its end; ``None`` in a round without one.
         """
         context = self._context
         state, plan = context.state, context.plan
         state.wall_time_s = self.wall_time_s
-        val_loss = None if validation is None else validation[0] / max(validation[1], 1)
+        own_ppl = {} if validation is None else validation.perplexities()
         trained = state.round_tokens > 0
         row = MetricsRow(
             round=state.round,
             step=state.step,
             train_loss=state.round_loss_sum / state.round_tokens if trained else None,
-            val_loss=val_loss,
-            val_ppl=None if val_loss is None else math.exp(min(val_loss, 700.0)),
+            val_loss=None if validation is None else validation.loss,
+            val_ppl=None if validation is None else perplexity(validation.loss),
             tokens=state.tokens,
             wall_time_s=state.wall_time_s,
             virtual_time_s=state.virtual_time_s,
@@ -200,12 +199,13 @@ class Records:
             available_clients=len(context.clients),
             train_wall_time_s=state.wall_time_s - state.validation_wall_s,
             train_virtual_time_s=state.virtual_time_s - state.validation_virtual_s,
+            worst_ppl=max(own_ppl.values(), default=None),
         )
         self._metrics.append(row)
         measured_s = {name: sum(own.values()) / context.job.local_steps for name, own in self._spent_s.items()}
         state.measured_bytes = _larger(self.peaks([*context.clients, *context.servers]), self._probe_peaks)
         self._probe_peaks = {}
-        holders = plan_rows(state.round, plan, state.measured_bytes, measured_s)
+        holders = plan_rows(state.round, plan, state.measured_bytes, measured_s, own_ppl)
         timing = timing_rows(state.round, self._spent_s, self._steps_s)
         self._plans.append(*holders)
         self._timing.append(*timing)
@@ -214,7 +214,10 @@ class Records:
         state.bytes_up = state.bytes_down = state.round_tokens = 0
         state.round_loss_sum = state.residual_cut = state.residual_lag = 0.0
         self._clear_round()
-        found = "not validated" if row.val_ppl is None else f"validation perplexity {row.val_ppl:.3f}"
+        found = "not validated"
+        if row.val_ppl is not None:
+            worst = "" if row.worst_ppl is None else f", of the worst client {row.worst_ppl:.3f}"
+            found = f"validation perplexity {row.val_ppl:.3f}{worst}"
         text = f"round {row.round}: {found}"
         context.events.write("round", text, **closed, client_tokens=state.client_tokens)
         context.display.round_done(row, holders, timing)

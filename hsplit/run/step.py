@@ -11,7 +11,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,50 @@ class Deadlines:
                 return None
             expected_s += count * statistics.median(measured) if count else 0.0
         return since + SLACK_S + self._multiple * expected_s
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss over the clients' held-out shares.
+
+    Attributes:
+        losses: cross-entropy summed over supervised tokens, nats, and their number, by client.
+    """
+
+    losses: Mapping[str, tuple[float, int]]
+
+    @staticmethod
+    def of(reports: Iterable[LossReport]) -> Validation:
+        """Sum the reports of each client's batches."""
+        losses: dict[str, tuple[float, int]] = {}
+        for report in reports:
+            loss_sum, tokens = losses.get(report.client, (0.0, 0))
+            losses[report.client] = (loss_sum + report.loss_sum, tokens + report.tokens)
+        return Validation(losses)
+
+    @property
+    def loss_sum(self) -> float:
+        """Cross-entropy summed over all tokens, nats."""
+        return sum(loss_sum for loss_sum, _ in self.losses.values())
+
+    @property
+    def tokens(self) -> int:
+        """Number of supervised tokens."""
+        return sum(tokens for _, tokens in self.losses.values())
+
+    @property
+    def loss(self) -> float:
+        """Mean over all tokens, nats; 0 where nothing is held out."""
+        return self.loss_sum / max(self.tokens, 1)
+
+    def perplexities(self) -> dict[str, float]:
+        """Perplexity of each client's own held-out tokens, of those that have any."""
+        return {client: perplexity(loss / tokens) for client, (loss, tokens) in self.losses.items() if tokens}
+
+
+def perplexity(loss: float) -> float:
+    """Exponential of a mean loss in nats, kept finite."""
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass

@@ -100,6 +100,7 @@ def metrics_row(round: int, **changes: float) -> MetricsRow:
         "available_clients": 2,
         "train_wall_time_s": 10.0 * round,
         "train_virtual_time_s": 12.0 * round,
+        "worst_ppl": 23.5 / (round + 1),
     }
     return MetricsRow(**{**values, **changes})  # type: ignore[arg-type]
 

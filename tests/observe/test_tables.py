@@ -23,11 +23,11 @@ FLOATS = st.floats(allow_nan=False)
 def test_columns_are_the_documented_ones() -> None:
     assert ",".join(field.name for field in fields(MetricsRow)) == (
         "round,step,train_loss,val_loss,val_ppl,tokens,wall_time_s,virtual_time_s,bytes_up,bytes_down,"
-        "captured_importance,available_clients,train_wall_time_s,train_virtual_time_s"
+        "captured_importance,available_clients,train_wall_time_s,train_virtual_time_s,worst_ppl"
     )
     assert ",".join(field.name for field in fields(PlanRow)) == (
         "round,name,kind,available,split,rank_total,declared_bytes,predicted_bytes,measured_bytes,"
-        "predicted_time_s,measured_time_s,rows,every,stored,wire"
+        "predicted_time_s,measured_time_s,rows,every,stored,wire,val_ppl"
     )
 
 
@@ -44,7 +44,9 @@ def test_every_float_comes_back_to_its_last_digit(loss: float, train: float | No
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["nan", "None", "1", "a,b", 'q"', "l\nine", "server"]), st.none() | st.integers(0, 99))
 def test_plan_rows_come_back(name: str, split: int | None) -> None:
-    row = PlanRow(3, name, "client", split is not None, split, 7, 10, 9, None, 0.1, None, split, split, name, "int8")
+    row = PlanRow(
+        3, name, "client", split is not None, split, 7, 10, 9, None, 0.1, None, split, split, name, "int8", 0.1
+    )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "plan.csv"
         MetricsTable(path, PlanRow).append(row)
@@ -103,14 +105,18 @@ def test_a_table_is_cut_to_the_rounds_of_a_checkpoint(tmp_path: Path) -> None:
     assert read_rows(path, MetricsRow) == [metrics_row(0)]
 
 
-def test_a_table_of_an_older_version_has_no_training_times(tmp_path: Path) -> None:
+def test_a_table_of_an_older_version_has_fewer_columns(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     MetricsTable(path, MetricsRow).append(metrics_row(0), metrics_row(1))
     lines = path.read_text().splitlines()
-    path.write_text("".join(f"{line.rsplit(',', 2)[0]}\n" for line in lines))
-    older = [replace(metrics_row(round), train_wall_time_s=None, train_virtual_time_s=None) for round in (0, 1)]
-    assert read_rows(path, MetricsRow) == older
-    assert read_metrics(path)["train_virtual_time_s"].isna().all()
+    newer = [metrics_row(0), metrics_row(1)]
+    for missing in (["worst_ppl"], ["worst_ppl", "train_virtual_time_s", "train_wall_time_s"]):
+        path.write_text("".join(f"{line.rsplit(',', len(missing))[0]}\n" for line in lines))
+        assert read_rows(path, MetricsRow) == [replace(row, **dict.fromkeys(missing)) for row in newer]
+        assert read_metrics(path)["worst_ppl"].isna().all()
+    path.write_text("".join(f"{line.rsplit(',', 4)[0]}\n" for line in lines))
+    with pytest.raises(InputError, match="the columns must be"):
+        read_rows(path, MetricsRow)
 
 
 def test_failed_append_leaves_file_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hsplit.config import Job
 from hsplit.observe.events import read_events
 from hsplit.observe.run_list import run_state
-from hsplit.observe.tables import MetricsRow, read_rows
+from hsplit.observe.tables import MetricsRow, PlanRow, read_rows
 from hsplit.report.report import outcome_text
 from hsplit.report.run_record import load_run
 from hsplit.run.checkpoint import latest_checkpoint
@@ -28,7 +28,16 @@ def a_run(model: Path, to: Path, recorder: Recorder, directory: RunDirectory | N
 
 
 def without_validation(run: Coordinator) -> list[dict[str, Any]]:
-    other = ("val_loss", "val_ppl", "wall_time_s", "virtual_time_s", "train_wall_time_s", "bytes_up", "bytes_down")
+    other = (
+        "val_loss",
+        "val_ppl",
+        "worst_ppl",
+        "wall_time_s",
+        "virtual_time_s",
+        "train_wall_time_s",
+        "bytes_up",
+        "bytes_down",
+    )
     return [{key: value for key, value in row.items() if key not in other} for row in rows_of(run)]
 
 
@@ -47,7 +56,14 @@ def test_rounds_in_between_are_not_validated(
     assert [row.val_loss for row in recorder.rows if row.round in validated] == [
         row.val_loss for row in always.rows if row.round in validated
     ]
+    own = {(row.round, row.name): row.val_ppl for row in read_rows(run.context.directory.plan, PlanRow)}
     for row in recorder.rows:
+        of_clients = [own[row.round, name] for name in ("c0", "c1")]
+        if row.val_ppl is None:
+            assert of_clients == [None, None] and row.worst_ppl is None
+        else:
+            assert row.worst_ppl == max(of_clients) > row.val_ppl > min(of_clients)
+        assert own[row.round, "server"] is None
         done = sum(round_ <= row.round for round_ in validated)
         # Half a second each, by the test's clock.
         assert row.train_virtual_time_s == row.virtual_time_s - 0.5 * done
