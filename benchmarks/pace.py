@@ -44,8 +44,8 @@ from hsplit.run.inputs import read_inputs
 
 LEVELS = convergence.LEVELS
 SEEDS = (*convergence.SEEDS, *range(10, 20))
-PACED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned")
-OFF = ("batch_size=equal", "periods=none", "stored=dense", "embedding=whole", "wire=job")
+PACED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned", "exchange=bf16")
+OFF = ("batch_size=equal", "periods=none", "stored=dense", "embedding=whole", "wire=job", "exchange=whole")
 POLICIES = {
     "splitlora": ("splitlora", OFF),
     "splitlora, paced": ("splitlora", PACED),
@@ -56,9 +56,11 @@ LEARNING_LEVELS, LEARNING_SEEDS = (0.0, 0.9), (0, 1, 2)
 NOTHING = "nothing"
 LEVERS: dict[str, tuple[str, ...]] = {
     NOTHING: (),
-    "all": tuple(f"policy.pace.{key}" for key in PACED),
+    "all": (*(f"policy.pace.{key}" for key in PACED), "job.residual.wait=0.25"),
     "rows": ("policy.pace.batch_size=planned",),
     "wire int4": ("job.wire=int4",),
+    "exchange bf16": ("policy.pace.exchange=bf16",),
+    "residual waits": ("job.residual.wait=0.25",),
     "a step a group": (
         *("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
         "policy.pace.server_step=group",
@@ -104,6 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="CSV of the texts (E2E's development set); built-in texts by default")
     parser.add_argument("--only", choices=("speed", "learning"), help="one part")
     parser.add_argument("--list", action="store_true", help="list the runs that are left, and end")
+    parser.add_argument(
+        "--part",
+        type=int,
+        nargs=2,
+        default=(0, 1),
+        metavar=("I", "N"),
+        help="learning: every N-th run from the I-th on",
+    )
     parser.add_argument("--model", help="as job.model")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -219,9 +229,9 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All runs: iid data at both levels, data that differ at the first level, the seeds one after another."""
+    """All runs, lever by lever: iid data at both levels, and data that differ at the first level."""
     settings = [("iid", h) for h in LEARNING_LEVELS] + [("dirichlet 0.1", LEARNING_LEVELS[0])]
-    return [Cell(lever, data, h, seed) for seed in LEARNING_SEEDS for data, h in settings for lever in LEVERS]
+    return [Cell(lever, data, h, seed) for lever in LEVERS for seed in LEARNING_SEEDS for data, h in settings]
 
 
 def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -252,7 +262,8 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 def _learning(options: argparse.Namespace, console: Console, header: Mapping[str, Any]) -> str:
     folder = options.to / "cells"
-    left = [c for c in cells() if c.seed in options.seeds and not (folder / f"{c.key}.json").is_file()]
+    which, of = options.part
+    left = [cell for cell in cells()[which::of] if not (folder / f"{cell.key}.json").is_file()]
     if options.list:
         console.print("\n".join(cell.key for cell in left))
         return ""

@@ -130,6 +130,11 @@ class Pace(Section):
         default="job",
         description="format of a client's messages: `job.wire`, or `planned`: a narrower one where its link binds",
     )
+    exchange: Literal["whole", "bf16"] = Field(
+        default="whole",
+        description="adapters at a round's end: sent `whole`, as they are trained, or rounded to `bf16` by their"
+        " holder, in half the time; what is aggregated, and what holders restart with, are the rounded ones, exactly",
+    )
 
 
 class Policy(Section):

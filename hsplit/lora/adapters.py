@@ -177,6 +177,14 @@ class AdapterSet:
         for slot in self._slots.values():
             self.flat.grad[slot.start : slot.stop].mul_(factors[slot.shape.layer])
 
+    @torch.no_grad()
+    def round_live(self, dtype: torch.dtype) -> None:
+        """Round every live term's factors, scale folded in, to what ``dtype`` can hold."""
+        for name in self.names:
+            A, B, scale = self.A(name), self.B(name), self.scale(name)
+            A.copy_(A.to(dtype))
+            B.copy_((B * scale).to(dtype).to(B) / scale)
+
     def live(self, name: str, rank: int | None = None) -> LowRank:
         """Copy the live term ``s B A``, scale folded into ``B``, or its leading ``rank`` directions."""
         return LowRank(self.B(name).detach()[:, :rank] * self.scale(name), self.A(name).detach()[:rank].clone())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hsplit.config import Job, Policy
 from hsplit.extension import find_part
-from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.holder import HeldAdapters, RoundUpdate, exchange_dtype
 from hsplit.lora.learned import LearnedTerm, held_parts, held_tensors, learned_parts
 from hsplit.lora.low_rank import LowRankSum, leading_and_rest, norm, spectral
 from hsplit.lora.residual import Residual
@@ -46,6 +46,7 @@ class Restart:
 
     Attributes:
         reinit: the policy's: ``random``, ``svd`` or ``mean``.
+        sent: dtype of the restart on its way, if another than that of the factors: what it cannot hold is not in it.
         ranks: rank of each next holder of the weight; empty where it has none.
         spare: directions that a holder can keep frozen beside its adapter, for a rule that freezes.
     """
@@ -53,6 +54,11 @@ class Restart:
     reinit: str
     ranks: tuple[int, ...]
     spare: int = 0
+    sent: torch.dtype | None = None
+
+    def rounded(self, term: LowRank) -> LowRank:
+        """Round a restart to what can be sent, in the dtype that it has."""
+        return term if self.sent is None else term.to(self.sent).to(term.A.dtype)
 
     @property
     def smallest(self) -> int:
@@ -117,10 +123,13 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
         return Outcome(None, contributions[0].term)
     if restart.reinit == "mean":
         mean = _mean_factors(contributions)
-        common = mean if mean.rank <= restart.kept else mean.up_to_rank(restart.kept)
+        common = restart.rounded(mean if mean.rank <= restart.kept else mean.up_to_rank(restart.kept))
         return Outcome(LowRankSum((*total.terms, common), (*total.weights, -1.0)), common)
-    common, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
-    return Outcome(rest, _as_large_as_fresh(common))
+    leading, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
+    common = restart.rounded(_as_large_as_fresh(leading))
+    if restart.sent is not None:
+        return Outcome(LowRankSum((*total.terms, common), (*total.weights, -1.0)), common)
+    return Outcome(rest, common)
 
 
 def average_factors(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -128,7 +137,7 @@ def average_factors(contributions: Sequence[Contribution], restart: Restart) -> 
 
     ``mean(B) mean(A)`` is not ``mean(B A)``; holders continue from the averages and the residual does not change.
     """
-    return Outcome(None, _averaged(contributions, [c.share for c in contributions]))
+    return Outcome(None, restart.rounded(_averaged(contributions, [c.share for c in contributions])))
 
 
 def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -140,7 +149,7 @@ def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -
     """
     norms = [norm(c.term) for c in contributions]
     weights = norms if sum(norms) > 0 else [c.share for c in contributions]
-    return Outcome(None, _averaged(contributions, [w / sum(weights) for w in weights]))
+    return Outcome(None, restart.rounded(_averaged(contributions, [w / sum(weights) for w in weights])))
 
 
 def averaged_products(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -209,7 +218,7 @@ def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
         return Outcome(None, None)
     leading, root = parts.part(0, kept, torch.float64), parts.S[:kept].sqrt()
     # From balanced factors to U diag(S) and V.
-    return Outcome(None, LowRank(leading.B * root, leading.A / root[:, None]).to(dtype))
+    return Outcome(None, restart.rounded(LowRank(leading.B * root, leading.A / root[:, None]).to(dtype)))
 
 
 def _as_large_as_fresh(term: LowRank) -> LowRank:
@@ -280,6 +289,7 @@ class Aggregator:
         self, shapes: Sequence[LinearShape], job: Job, policy: Policy, master: torch.dtype, *, merges: bool
     ) -> None:
         self._reinit, self._merges, self._wait = policy.reinit, merges, job.residual.wait
+        self._sent, self._master = exchange_dtype(policy), master
         self._aggregation = find_aggregation(policy.aggregation)
         cap = None if job.residual.max_rank == "full" else job.residual.max_rank
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
@@ -313,7 +323,7 @@ class Aggregator:
             # Freed before the next one is made, so that two sets of restarts are never in memory together.
             began = before.pop(name, None)
             contributions = [
-                Contribution(LowRank(h.terms[name].B.cpu(), h.terms[name].A.cpu()), count / total)
+                Contribution(LowRank(h.terms[name].B.cpu(), h.terms[name].A.cpu()).to(self._master), count / total)
                 for h, count in zip(holders, tokens, strict=True)
                 if count
             ]
@@ -361,7 +371,7 @@ class Aggregator:
     def _restart(self, residual: Residual, ranks: tuple[int, ...]) -> Restart:
         # Half of the directions that holders keep room for: what restarts is the leading part.
         spare = (residual.cap or 0) // 2 if self._aggregation.freezes else 0
-        return Restart(self._reinit, ranks, spare)
+        return Restart(self._reinit, ranks, spare, self._sent)
 
     def _beside(self, common: LowRank | None, ranks: tuple[int, ...]) -> int:
         """Count the directions of ``common`` that the holder of the smallest rank keeps frozen beside the residual."""
@@ -390,6 +400,8 @@ class Aggregator:
         }
         restarting = {n: (self._common[n], rank) for n, rank in ranks.items() if rank and n in self._common}
         common = {n: term if term.rank <= rank else term.up_to_rank(rank) for n, (term, rank) in restarting.items()}
+        if self._sent is not None:
+            common = {n: term.to(self._sent) for n, term in common.items()}
         return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
 
     def mark_sent(self) -> None:

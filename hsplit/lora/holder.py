@@ -135,6 +135,11 @@ class RoundUpdate:
         return sum(u.nbytes for u in self.residuals.values()) + sum(c.nbytes for c in self.common.values())
 
 
+def exchange_dtype(policy: Policy) -> torch.dtype | None:
+    """Return the dtype of adapters on their way; ``None``: that in which they are trained."""
+    return torch.bfloat16 if policy.pace.exchange == "bf16" else None
+
+
 class Holder:
     """Trains the adapters of a segment.
 
@@ -260,14 +265,17 @@ class Holder:
             self.adapters.flat.grad.zero_()
 
     def held(self) -> HeldAdapters:
-        """Return the live adapters at the round's end."""
-        names = self.adapters.names
+        """Return the live adapters at the round's end, which are rounded to the exchange's format first."""
+        names, sent = self.adapters.names, exchange_dtype(self._policy)
         if self._pruner is not None:
             self._pruner.end_round()
         ranks = self.adapters.ranks if self._pruner is None else self._pruner.ranks
+        if sent is not None:
+            self.adapters.round_live(sent)
+        live = {n: self.adapters.live(n, ranks[n]) for n in names}
         return HeldAdapters(
             self.name,
-            {n: self.adapters.live(n, ranks[n]) for n in names},
+            live if sent is None else {n: term.to(sent) for n, term in live.items()},
             self.tokens.by_layer(),
             {n: self.adapters.layer(n) for n in names},
         )

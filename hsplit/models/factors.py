@@ -23,14 +23,18 @@ class LowRank:
 
     def __getstate__(self) -> tuple[Any, Any]:
         # Adapters travel as many small factors, and a tensor takes fifty times as long to pickle as an array does.
-        if self.B.device.type != "cpu" or self.B.dtype not in (torch.float32, torch.float64):
+        if self.B.device.type != "cpu" or self.B.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             return self.B, self.A
+        if self.B.dtype == torch.bfloat16:
+            # NumPy has no such type: its bits.
+            return self.B.detach().view(torch.int16).numpy(), self.A.detach().view(torch.int16).numpy()
         return self.B.detach().numpy(), self.A.detach().numpy()
 
     def __setstate__(self, state: tuple[Any, Any]) -> None:
         # Copied: an array that has travelled may be read-only.
         for name, factor in zip(("B", "A"), state, strict=True):
-            object.__setattr__(self, name, factor if isinstance(factor, Tensor) else torch.tensor(factor))
+            tensor = factor if isinstance(factor, Tensor) else torch.tensor(factor)
+            object.__setattr__(self, name, tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor)
 
     @property
     def rank(self) -> int:

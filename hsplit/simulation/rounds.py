@@ -302,7 +302,7 @@ class _Exchange:
         if id(ranks) not in self._adapters:
             self._kept.append(ranks)
             entries = int(self._model.rank_vector(ranks) @ self._model.sides)
-            self._adapters[id(ranks)] = self._model.master.itemsize * entries
+            self._adapters[id(ranks)] = self._model.sent_itemsize * entries
         return self._adapters[id(ranks)]
 
     def _down(self, plan: Plan, name: str) -> int:

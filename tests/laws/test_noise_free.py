@@ -33,6 +33,7 @@ def _dense64(*terms: LowRank | None) -> torch.Tensor:
     rounds=st.integers(1, 4),
     seed=st.integers(0, 2**16),
     max_rank=st.sampled_from([None, 128]),
+    sent=st.sampled_from([None, torch.bfloat16]),
 )
 def test_e3_residual_and_restart_hold_the_exact_sum(
     shape: tuple[int, int],
@@ -42,6 +43,7 @@ def test_e3_residual_and_restart_hold_the_exact_sum(
     rounds: int,
     seed: int,
     max_rank: int | None,
+    sent: torch.dtype | None,
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     counts = tokens[: len(ranks)]
@@ -61,13 +63,19 @@ def test_e3_residual_and_restart_hold_the_exact_sum(
                 start_B[:, : common.rank], start_A[: common.rank] = common.B, common.A
             B = start_B + 1e-3 * torch.randn(shape[0], rank, generator=draw)
             A = start_A + 1e-3 * torch.randn(rank, shape[1], generator=draw)
+            if sent is not None:
+                # As a holder rounds what it has learned before it hands it in.
+                B, A = B.to(sent).float(), A.to(sent).float()
             share = count / total
             # METHOD's Delta: what the holder learned, without what it started the round with.
             expected += share * (B.double() @ A.double() - start_B.double() @ start_A.double())
             if count:
                 contributions.append(Contribution(LowRank(B, A), share))
         started = _dense64(common)
-        outcome = noise_free(contributions, Restart(reinit, tuple(ranks)))
+        outcome = noise_free(contributions, Restart(reinit, tuple(ranks), sent=sent))
+        if sent is not None and outcome.common is not None:
+            assert torch.equal(outcome.common.to(sent).B.float(), outcome.common.B)
+            assert torch.equal(outcome.common.to(sent).A.float(), outcome.common.A)
         cut = 0.0 if outcome.residual is None else residual.add(outcome.residual)
         common = outcome.common
         after = _dense64(residual.factors) if residual.matrix is None else residual.matrix.double()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplit.config import ClientConfig, Job, Policy, ServerConfig
+from hsplit.config import ClientConfig, Job, Pace, Policy, ServerConfig
 from hsplit.errors import InputError
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
@@ -299,3 +299,15 @@ def test_layers_behind_a_slow_link_have_to_be_worth_a_rounds_exchange() -> None:
     often, seldom = at(2), at(10_000)
     assert often.client("slow").split == 1 < (seldom.client("slow").split or 0)
     assert often.exchange_s > 0 and often.objective < often.captured_importance / often.makespan_s
+
+
+def test_a_narrow_exchange_takes_less_of_a_slow_link_by_what_its_adapters_are_smaller() -> None:
+    slow = client("slow", LARGEST, 1e11, 1e6)
+    whole, narrow = (CostModel(tiny_spec("llama"), JOB, Pace(exchange=form)) for form in ("whole", "bf16"))  # type: ignore[arg-type]
+    saved = whole.times.exchange_times([slow]) - narrow.times.exchange_times([slow])
+    # Up and down, with half of the bytes of fp32.
+    adapters = np.concatenate([[0.0], np.cumsum(whole.model.copied_bytes)])
+    np.testing.assert_allclose(saved[0], 8 * adapters / slow.bandwidth_bps / JOB.local_steps)
+    # Who only computes forward sends and gets none.
+    forward = [c.times.exchange_times([slow], forward_only=True) for c in (whole, narrow)]
+    np.testing.assert_array_equal(*forward)

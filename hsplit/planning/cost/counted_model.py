@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class CountedModel:
             is stored, and a step sends nothing.
         trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
         servers: number of servers that share the clients.
+        exchange: format of adapters at a round's end, as ``pace.exchange``.
         counter: counts layers; a new one by default.
 
     Attributes:
@@ -102,6 +103,7 @@ class CountedModel:
         whole: bool = False,
         trains_weights: bool = False,
         servers: int = 1,
+        exchange: Literal["whole", "bf16"] = "whole",
         counter: LayerCounter | None = None,
     ) -> None:
         self._model = model
@@ -113,6 +115,7 @@ class CountedModel:
             "whole": whole,
             "trains_weights": trains_weights,
             "servers": servers,
+            "exchange": exchange,
         }
         self._at_rows: dict[int, CountedModel] = {job.batch_size: self}
         self.servers = servers
@@ -128,6 +131,7 @@ class CountedModel:
         if trains_weights:
             # Weights are kept in the master dtype, and so is what flows between layers under autocast.
             self.dtype = self.master
+        self.sent_itemsize = self.master.itemsize if exchange == "whole" else torch.bfloat16.itemsize
         self.quantized = is_quantized(job.base)
         # A client with the full model stores a quantized base as its codes, as the server does.
         self.client_codes = job.base if whole and self.quantized and not trains_weights else None
@@ -294,6 +298,11 @@ class CountedModel:
     def copied_bytes(self) -> Floats:
         """Bytes of a copy of each layer's adapters at the largest rank, ``(L,)``."""
         return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
+
+    @cached_property
+    def sent_bytes(self) -> Floats:
+        """Bytes of each layer's adapters on their way at a round's end, at the largest rank, ``(L,)``."""
+        return self.by_layer(self.sent_itemsize * self.top_rank * self.sides)
 
     @cached_property
     def restart_bytes(self) -> Floats:

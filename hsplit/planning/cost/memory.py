@@ -198,10 +198,11 @@ class ServerMemory:
         step = UNSEEN * (joined[:, :-1] @ one.saved + working + boundary)
         # The first server aggregates the adapters of all training clients and of the other servers.
         deepest = counts_of_deepest(counts, model.job.clients_per_round)
-        received = deepest @ prefix(model.copied_bytes) + model.servers * copies
+        sent = held @ model.sent_bytes
+        received = deepest @ prefix(model.sent_bytes) + model.servers * sent
         if model.truncates:
             # Each holder's part of the restarts is a copy of its own.
-            received = received + counts @ prefix(model.copied_bytes) + model.servers * copies
+            received = received + counts @ prefix(model.sent_bytes) + model.servers * sent
         holders = model.training(int(counts[0].sum())) + model.servers - 1
         passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._restart_bytes(held))
         # At a resumption instead: own factors and moments as received.

@@ -41,7 +41,7 @@ class CostModel:
     def __init__(self, model: ModelSpec, job: Job, pace: Pace | None = None, **setting: Any) -> None:
         self.pace = pace or Pace()
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
-        self.model = CountedModel(model, job, **setting)
+        self.model = CountedModel(model, job, exchange=self.pace.exchange, **setting)
         self._client_memory: dict[tuple[int, bool], ClientMemory] = {}
         self.server = ServerMemory(self.model)
         self.times = StepTimes(self.model)

@@ -167,7 +167,7 @@ class StepTimes:
         bandwidth, latency = budgets.reshape(-1, 2).T[:, :, None]
         residual = model.by_layer(model.master.itemsize * model.residual_entries)
         residual[:learned_from] = 0
-        nbytes = prefix(residual if forward_only else 2 * model.copied_bytes + residual)
+        nbytes = prefix(residual if forward_only else 2 * model.sent_bytes + residual)
         messages = 1 if forward_only else 2
         seconds: Floats = (8 * nbytes / bandwidth + messages * latency) / model.job.local_steps
         return seconds
