@@ -20,6 +20,7 @@ from hsplit.lora.holder import HeldAdapters, RoundUpdate, exchange_dtype
 from hsplit.lora.learned import LearnedTerm, held_parts, held_tensors, learned_parts
 from hsplit.lora.low_rank import LowRankSum, leading_and_rest, norm, spectral
 from hsplit.lora.residual import Residual
+from hsplit.models.dtype import resolve_dtype
 from hsplit.models.factors import LowRank
 from hsplit.models.spec import LinearShape
 
@@ -292,7 +293,10 @@ class Aggregator:
         self._sent, self._master = exchange_dtype(policy), master
         self._aggregation = find_aggregation(policy.aggregation)
         cap = None if job.residual.max_rank == "full" else job.residual.max_rank
-        self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master) for shape in shapes}
+        # What holders narrow when they get it may be narrowed before.
+        dtype = resolve_dtype(job.dtype)
+        sent = dtype if not merges or dtype == self._sent else master
+        self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master, sent) for shape in shapes}
         self._common: dict[str, LowRank] = {}
 
     def aggregate(self, held: Sequence[HeldAdapters], absent: Ranks | None = None, last: bool = False) -> float:

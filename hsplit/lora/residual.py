@@ -21,7 +21,7 @@ class ResidualUpdate:
 
     Attributes:
         start_rank: directions that the holder keeps.
-        factors: fp32 (fp64) factors to append after them; ``None`` when ``matrix`` is given.
+        factors: to append after them, in the dtype in which holders get them; ``None`` when ``matrix`` is given.
         matrix: the whole residual as one matrix ``(d_out, d_in)``.
     """
 
@@ -43,17 +43,25 @@ class Residual:
         max_rank: cap (``residual.max_rank``), or ``None`` for none: then factors become one matrix as soon as they
             would be larger than it.
         dtype: fp32; fp64 in fp64 runs.
+        sent: dtype in which holders get it, ``dtype`` by default.
 
     Attributes:
         held: the residual as its holders have it, while a change waits; ``None``: they have all of it.
         lag: upper bound of the Frobenius norm of what they lack.
     """
 
-    def __init__(self, d_out: int, d_in: int, max_rank: int | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        d_out: int,
+        d_in: int,
+        max_rank: int | None,
+        dtype: torch.dtype = torch.float32,
+        sent: torch.dtype | None = None,
+    ) -> None:
         self.cap = None if max_rank is None else min(max_rank, min(d_out, d_in) // 2)
         self.factors = empty(d_out, d_in, dtype)
         self.matrix: Tensor | None = None
-        self._shape, self._dtype = (d_out, d_in), dtype
+        self._shape, self._dtype, self._sent_dtype = (d_out, d_in), dtype, sent or dtype
         self.held: Residual | None = None
         self.lag = 0.0
         self._sent = 0
@@ -189,7 +197,8 @@ class Residual:
         if self.held is not None:
             return self.held.update(whole, common, rank, merges)
         if self.matrix is not None:
-            return None if self._matrix_sent and not whole else ResidualUpdate(0, None, self.matrix)
+            sent = self._matrix_sent and not whole
+            return None if sent else ResidualUpdate(0, None, self.matrix.to(self._sent_dtype))
         beside = 0 if common is None else max(0, common.rank - rank)
         self._has_beside |= beside > 0
         have = 0 if whole else self._sent
@@ -201,7 +210,7 @@ class Residual:
             factors = self.factors.from_rank(start)
             if common is not None and beside:
                 factors = concatenate([factors, common.from_rank(rank)])
-            self._updates[start, beside] = ResidualUpdate(start, factors)
+            self._updates[start, beside] = ResidualUpdate(start, factors.to(self._sent_dtype))
         return self._updates[start, beside]
 
     def mark_sent(self) -> None:

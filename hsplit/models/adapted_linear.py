@@ -149,14 +149,14 @@ class AdaptedLinear(nn.Module):
         self._adapter = _NO_ADAPTER
 
     def append_residual(self, start_rank: int, factors: LowRank) -> None:
-        """Keep the first ``start_rank`` directions of the residual and append ``factors`` (fp32 or fp64).
+        """Keep the first ``start_rank`` directions of the residual and append ``factors``.
 
         A merged base needs the whole residual, so ``start_rank`` is 0 there.
         """
         if self._pristine is not None:
             if start_rank:
                 raise ValueError(f"{self.name}: a merged base takes its residual whole, not from rank {start_rank}")
-            self._merge(factors.dense())
+            self._merge(factors.to(torch.promote_types(factors.A.dtype, torch.float32)).dense())
             return
         new = factors.to(self.compute_dtype)
         if self._residual is not None and start_rank:
@@ -169,7 +169,7 @@ class AdaptedLinear(nn.Module):
         """Take the residual as one matrix ``(d_out, d_in)``: of ``residual.max_rank: full``, once that is smaller."""
         self._residual = None
         if self.merges:
-            self._merge(matrix)
+            self._merge(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
         else:
             self._residual_matrix = matrix.to(self.compute_dtype)
 

@@ -273,7 +273,7 @@ class _Exchange:
         self._model = model
         # Random restarts are drawn by each holder itself.
         self._restarts = run.policy.reinit != "random" or not model.keeps_residual
-        self._residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries)).tolist()
+        self._residual = prefix(model.by_layer(model.residual_itemsize * model.residual_entries)).tolist()
         self._adapters: dict[int, int] = {}
         # Kept, so that no later mapping gets the id() of a freed one.
         self._kept: list[Mapping[str, int]] = []

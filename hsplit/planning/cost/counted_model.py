@@ -133,6 +133,9 @@ class CountedModel:
             self.dtype = self.master
         self.sent_itemsize = self.master.itemsize if exchange == "whole" else torch.bfloat16.itemsize
         self.quantized = is_quantized(job.base)
+        # A residual's factors travel as holders compute with them, where nothing is lost by that.
+        narrow = self.quantized or self.dtype.itemsize == self.sent_itemsize
+        self.residual_itemsize = self.dtype.itemsize if narrow else self.master.itemsize
         # A client with the full model stores a quantized base as its codes, as the server does.
         self.client_codes = job.base if whole and self.quantized and not trains_weights else None
         self._family = model.family
@@ -308,18 +311,20 @@ class CountedModel:
     def restart_bytes(self) -> Floats:
         """Most bytes that each layer's linears need, one at a time, to begin a round, ``(L,)``.
 
-        A quantized base narrows its residual's new factors to the compute dtype. A dense one forms the residual and
+        A quantized base keeps its residual's new factors as they come. A dense one widens them, forms the residual and
         ``W_0`` and adds them (``AdaptedLinear``); ``W_0`` is read in chunks, and a bf16 base is read as such before it
         is widened. Then a new ``A`` is drawn, in three tensors of its size (``initial_A``).
         """
         exact = self.master.itemsize
         drawn = [3 * exact * self.top_rank * w.d_in for w in self.weights]
         formed = [0 for _ in self.weights]
-        if self.keeps_residual and self.quantized:
-            formed = [self.dtype.itemsize * int(n) * (self.dtype != self.master) for n in self.residual_entries]
-        elif self.keeps_residual:
+        if self.keeps_residual and not self.quantized:
             entry = 2 * exact + (2 if self.job.base == "bf16" else 0)
-            formed = [entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters) for w in self.weights]
+            widened = exact * self.residual_entries * (self.residual_itemsize != exact)
+            formed = [
+                entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters) + int(more)
+                for w, more in zip(self.weights, widened, strict=True)
+            ]
         return self.by_layer(np.maximum(formed, drawn), np.maximum)
 
     def loading_bytes(self, codes: bool) -> Floats:

@@ -110,10 +110,10 @@ class _Client:
         the largest rank, as far as they exceed the activations in :attr:`per_rank`.
         """
         model = self._model
-        residual = prefix(model.by_layer(model.master.itemsize * model.residual_entries))
-        kept_as_received = model.quantized and model.dtype == model.master
+        residual = prefix(model.by_layer(model.residual_itemsize * model.residual_entries))
         restart = residual + self._copies(1)
-        resumption = (0.0 if kept_as_received else residual) + self._copies(2 + model.moments) + model.optimizer_bytes
+        # A quantized base keeps it beside its codes as received.
+        resumption = (0.0 if model.quantized else residual) + self._copies(2 + model.moments) + model.optimizer_bytes
         return np.maximum(restart, resumption) + _running_maximum(model.restart_bytes)
 
     def _copies(self, count: float) -> Floats:

@@ -165,7 +165,7 @@ class StepTimes:
         model = self._model
         budgets = np.array([(c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         bandwidth, latency = budgets.reshape(-1, 2).T[:, :, None]
-        residual = model.by_layer(model.master.itemsize * model.residual_entries)
+        residual = model.by_layer(model.residual_itemsize * model.residual_entries)
         residual[:learned_from] = 0
         nbytes = prefix(residual if forward_only else 2 * model.sent_bytes + residual)
         messages = 1 if forward_only else 2
