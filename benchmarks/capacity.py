@@ -38,7 +38,7 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks.common import Table
 from hsplit.config import RunConfig
-from hsplit.config.reading import read_json
+from hsplit.config.reading import from_json, read_json
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.observe.observer import SilentDisplay
@@ -204,7 +204,7 @@ def as_read(source: str, folder: Path, seed: int) -> str:
     path = Path(source)
     if path.suffix != ".jsonl":
         return source
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    rows = [from_json(line, dict[str, Any], str(path)) for line in path.read_text().splitlines() if line]
     for prompt, response in PAIRS:
         if all(prompt in row and response in row for row in rows):
             return str(_table(folder / f"{path.stem}.csv", ((row[prompt], row[response]) for row in rows)))

@@ -56,7 +56,8 @@ job: {{model: {models["llama"]}, max_length: 32, rank_set: [1, 2, 4]}}
     )  # fmt: skip
     assert "by memory alone" in done.stdout
     timings = pandas.read_csv(tmp_path / "results" / "planner.csv", comment="#")
-    assert timings.clients.tolist() == timings.distinct_budgets.tolist() == [2, 4, 2, 4]
+    assert timings.clients.tolist() == timings.distinct_budgets.tolist() == 2 * [2, 4, 2, 4]
+    assert timings.pace.tolist() == 4 * [True] + 4 * [False]
     assert (timings.seconds_min <= timings.seconds_median).all()
     worths = pandas.read_csv(tmp_path / "results" / "configurations.csv", comment="#")
     assert worths.of_planned.max() == 1.0
@@ -231,11 +232,11 @@ def test_an_experiment_is_a_script_and_a_module(way: list[str], tmp_path: Path) 
 
 def test_pace_lists_the_runs_that_are_left(tmp_path: Path) -> None:
     shown = _bench("pace", "--only", "learning", "--list", "--to", str(tmp_path))
-    # Eight levers by three settings and three seeds; each run is compared with the one without any lever.
-    assert len(set(shown.split())) == 72
+    # Ten levers by three settings and three seeds; each run is compared with the one without any lever.
+    assert len(set(shown.split())) == 90
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "nothing-iid-h0-s0.json").write_text("{}")
     assert (
         "nothing-iid-h0-s0" in shown
-        and len(_bench("pace", "--only", "learning", "--list", "--to", str(tmp_path)).split()) == 71
+        and len(_bench("pace", "--only", "learning", "--list", "--to", str(tmp_path)).split()) == 89
     )

@@ -82,6 +82,7 @@ def test_the_endpoint_shows_what_the_observer_is_told_and_nothing_when_it_ends()
             ("client_train_loss", "phone"): 1.5,
             ("validation_loss",): row.val_loss,
             ("validation_perplexity",): row.val_ppl,
+            ("worst_client_perplexity",): row.worst_ppl,
             ("step_seconds", "phone", "forward"): 0.5,
             ("step_seconds", "server", "waiting"): 0.25,
             ("virtual_step_seconds", "server"): 0.25,

@@ -93,7 +93,7 @@ def test_everybody_computes_with_the_exact_sum_but_for_what_waits(
     seed: int,
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    job = Job.model_validate({"residual": {"max_rank": max_rank, "wait": wait}})
+    job = Job.model_validate({"dtype": "fp32", "residual": {"max_rank": max_rank, "wait": wait}})
 
     def made() -> Aggregator:
         return Aggregator([WEIGHT], job, Policy.model_validate({"reinit": reinit}), torch.float32, merges=merges)
