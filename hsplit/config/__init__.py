@@ -15,7 +15,7 @@ from hsplit.config.cluster import (
     ServerConfig,
 )
 from hsplit.config.job import DataSpec, Job, Partition, Privacy, ResidualConfig, Validation
-from hsplit.config.policy import DEFAULT_POLICY, Importance, Pace, Policy, Replan, SelfPruning
+from hsplit.config.policy import DEFAULT_POLICY, Importance, Objective, Pace, Policy, Replan, SelfPruning
 from hsplit.config.reading import find_preset, preset_directory, read_yaml, to_yaml
 from hsplit.config.run import RunConfig, load_run_config
 
@@ -31,6 +31,7 @@ __all__ = [
     "HolderConfig",
     "Importance",
     "Job",
+    "Objective",
     "Pace",
     "Partition",
     "Policy",

@@ -137,6 +137,26 @@ class Pace(Section):
     )
 
 
+class Objective(Section):
+    """The constants of what plans maximize, ``learning ** gamma`` a second (METHOD.md section 5), as measured by
+    ``hsplit bench capacity``.
+    """
+
+    gamma: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="exponent of what a plan learns by: below 1, speed counts for more than ranks and trained layers",
+    )
+    kappa: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="discount of a layer that several holders train apart: their learning counts by the sum of their"
+        " squared shares of tokens to the power of `kappa`",
+    )
+
+
 class Policy(Section):
     """The choices by which published methods differ; the defaults are HSplitLoRA's."""
 
@@ -198,6 +218,7 @@ class Policy(Section):
     pace: Pace = Field(default=Pace(), description="what keeps holders from waiting; only for placement `split`")
     importance: Importance = Field(default=Importance(), description="which weights matter")
     replan: Replan = Field(default=Replan(), description="when a new plan is made")
+    objective: Objective = Field(default=Objective(), description="the constants of what plans maximize")
 
     @property
     def freezes(self) -> bool:

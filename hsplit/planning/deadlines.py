@@ -92,7 +92,7 @@ class DeadlineScan:
         seconds += self._server_seconds()
         more_bytes = np.cumsum(members * (prices.bytes[1:][now] - prices.bytes[1:][before]))
         lacking = prices.fixed_bytes + clients * prices.bytes[1] + more_bytes - worth.room
-        ratio = captured / seconds
+        ratio = problem.per_second(captured, seconds)
         best_of_all = last = int(ratio.argmax())
         if lacking[last] > 0:
             fitting = lacking <= 0

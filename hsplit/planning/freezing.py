@@ -104,7 +104,7 @@ def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
     lost = np.concatenate([[0.0], np.cumsum(gains[order])]) / count
     captured = problem.captured(state)[0] - lost
     server_s = float(cost.times.server_times(problem.server, state.counts)[0])
-    objective = captured / problem.pace(slowest, np.full(count + 1, server_s))
+    objective = problem.per_second(captured, problem.pace(slowest, np.full(count + 1, server_s)))
     objective[lost > FREEZABLE * captured[0]] = -np.inf
     # A number of clients may not divide equal ones, or count one that saves nothing.
     ordered = saved_s[order]

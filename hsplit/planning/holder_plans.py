@@ -67,7 +67,17 @@ def planned(
     makespan = float(problem.makespan(state)[0])
     model = problem.cost.model
     exchange = float(state.slowest[0, -1])
-    return Plan(model.layers, deep, tuple(parts), makespan, captured, importance, model.servers, exchange)
+    return Plan(
+        model.layers,
+        deep,
+        tuple(parts),
+        makespan,
+        captured,
+        importance,
+        model.servers,
+        exchange,
+        gamma=problem.constants.gamma,
+    )
 
 
 def whole_model(

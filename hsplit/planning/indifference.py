@@ -71,7 +71,8 @@ def _captures_the_same(
     # Later layers matter more, so that what moves between client and server would show.
     equal = equal_importance(cost.model.weights)
     scores = {weight.name: (1 + weight.layer) * equal[weight.name] for weight in cost.model.weights}
-    problem = Problem(clients, server, cost, scores, ranks, find_rank_rule(policy.ranks))
+    rule = find_rank_rule(policy.ranks)
+    problem = Problem(clients, server, cost, scores, ranks, rule, constants=policy.objective)
     splits = np.minimum(np.arange(1, int(last.max()) + 1)[:, None], last)
     captured: Floats = problem.captured(problem.state(splits))
     return bool(np.ptp(captured) <= 1e-9 * captured.max())

@@ -254,5 +254,5 @@ def _worth(made: Plan, problem: Problem, prices: Prices) -> Floats:
     slowest = problem.times[problem.kind[members], splits].max(axis=0, initial=0.0)
     beyond = np.maximum(problem.times - slowest, 0.0).sum(axis=2)
     captured = (problem.client_gains + prices.captured) / len(made.available)
-    worth: Floats = captured - made.objective * (prices.seconds + beyond)
+    worth: Floats = captured - made.price_of_a_second * (prices.seconds + beyond)
     return worth

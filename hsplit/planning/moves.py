@@ -35,13 +35,14 @@ class Prices:
     fixed_bytes: float
 
 
-def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
+def server_prices(problem: Problem, counts: Ints, levels: Ints, discount: Floats | None = None) -> Prices:
     """Find the prices at ``counts`` ``(L + 1,)``, from the change when one client is moved to each split.
 
     Args:
         problem: with the server.
         counts: clients at each split.
         levels: the server's ranks, as indices into the rank set, ``(W,)``.
+        discount: of each layer's learning, ``(L,)``; none by default.
     """
     cost = problem.cost
     layers, servers = cost.model.layers, cost.model.servers
@@ -60,8 +61,9 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints) -> Prices:
     by_layer = np.bincount(
         cost.model.weight_layer, weights=captured_by(problem.rank_set)[levels] * problem.worth, minlength=layers
     )
+    worth = by_layer if discount is None else by_layer * discount
     # A client at split k has its rows joined at the layers from k on.
-    captured = np.append(np.cumsum(by_layer[::-1])[::-1], 0.0)
+    captured = np.append(np.cumsum(worth[::-1])[::-1], 0.0)
     relative = share * (size[1:] - size[0])
     return Prices(captured, share * (seconds[1:] - seconds[0]), relative, float(size[0] - counts @ relative))
 
@@ -120,7 +122,8 @@ class Moves:
         self._kind, self._now = self._groups.kind[self.group], self._groups.split[self.group]
         self._size: Ints = np.where(self.alone, 1, self._groups.size[self.group])
         levels, counts = problem.server_levels(self.state)[0], self.state.counts[0]
-        self._prices = server_prices(problem, counts, levels)
+        self._discount: Floats = problem.discounts(self.state)[0]
+        self._prices = server_prices(problem, counts, levels, self._discount)
         self._per_byte = next_byte(problem, counts, levels)
 
     @property
@@ -140,7 +143,7 @@ class Moves:
             server_s = problem.cost.times.server_times(problem.server, self.state.counts)[0]
             server_s = server_s + size * (prices.seconds - prices.seconds[now][:, None])
             slowest = np.maximum(self._others_slowest[:, None], problem.times[kind])
-            score = self._captured() / problem.pace(slowest, server_s)
+            score = problem.per_second(self._captured(), problem.pace(slowest, server_s))
         score = np.where(problem.fits[kind], score, -np.inf)
         score[np.arange(len(now)), now] = -np.inf
         return score
@@ -148,7 +151,8 @@ class Moves:
     def _captured(self) -> Floats:
         problem, prices, kind, now = self._problem, self._prices, self._kind, self._now
         clients = len(problem.clients)
-        gain = problem.joint_gains(prices.captured - clients * self._per_byte * prices.bytes)[kind]
+        by_server = prices.captured - clients * self._per_byte * prices.bytes
+        gain = problem.joint_gains(by_server, self._discount)[kind]
         before = gain[np.arange(len(now)), now]
         level = np.minimum(self._others_level[:, None], problem.common_levels[kind])
         return problem.captured_at(self.state, level) + (self._size / clients)[:, None] * (gain - before[:, None])
@@ -174,10 +178,17 @@ class Moves:
         each = np.arange(len(rows))
         counts[each, now] -= size
         counts[each, targets] += size
-        gain = problem.client_gains
+        gain, trains = problem.client_gains, ~problem.frozen[kind]
+        training = np.repeat(self.state.training, len(rows), axis=0)
+        training[each, now] -= size * trains
+        training[each, targets] += size * trains
+        gains = np.repeat(self.state.gain, len(rows), axis=0)
+        gains[each, now] -= size * gain[kind, now]
+        gains[each, targets] += size * gain[kind, targets]
         return State(
             counts,
-            self.state.gain + size * (gain[kind, targets] - gain[kind, now]),
+            training,
+            gains,
             np.maximum(self._others_slowest[rows], problem.times[kind, targets]),
             np.minimum(self._others_level[rows], problem.common_levels[kind, targets]),
         )

@@ -33,16 +33,22 @@ class OneRankProblem(Problem):
         return np.where(self.frozen[:, None], -(self.held @ self.worth), 0.0)
 
     def captured(self, state: State) -> Floats:
-        """METHOD 5's ``captured(K, r)``, ``(M,)``."""
-        captured: Floats = captured_by(self.rank_set)[self._level(state)] * (
-            self.worth.sum() + state.gain / len(self.clients)
-        )
-        return captured
+        """METHOD 5's ``learning``, ``(M,)``: captured importance, with the discount of what is learned apart."""
+        rank = captured_by(self.rank_set)[self._level(state)]
+        if self.constants.kappa == 0.0:
+            captured: Floats = rank * (self.worth.sum() + state.gain.sum(axis=1) / len(self.clients))
+            return captured
+        model, passed = self.cost.model, state.counts - state.training
+        frozen = passed[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] / len(self.clients)
+        worth = np.bincount(model.weight_layer, weights=self.worth, minlength=model.layers)
+        discounted: Floats = rank * ((1 - frozen) * self.discounts(state) @ worth)
+        return discounted
 
     def client_captured(self, splits: Ints) -> Floats:
         """Importance that each client's own layers capture of its own tokens, ``(N,)`` for ``splits`` ``(N,)``."""
-        level = self._level(self.state(splits))
-        captured: Floats = (self.held @ self.worth)[splits] * captured_by(self.rank_set)[level]
+        state = self.state(splits)
+        front = (self.held @ self.worth) * self.of_front(self.discounts(state))[0]
+        captured: Floats = front[splits] * captured_by(self.rank_set)[self._level(state)]
         return captured
 
     def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
@@ -53,9 +59,12 @@ class OneRankProblem(Problem):
         """The common level for each weight, ``(M, W)``."""
         return np.repeat(self._level(state)[:, None], len(self.worth), axis=1).astype(np.int8)
 
-    def joint_gains(self, by_server: Floats) -> Floats:
-        """No gain by a split, ``(K, L + 1)``."""
-        return np.zeros(self.fits.shape)
+    def joint_gains(self, by_server: Floats, discount: Floats) -> Floats:
+        """No gain by a split, but what is lost by learning apart, at the largest rank, ``(K, L + 1)``."""
+        if self.constants.kappa == 0.0:
+            return np.zeros(self.fits.shape)
+        lost = (self.held @ self.worth) * (self.of_front(discount[None])[0] - 1.0)
+        return np.repeat(captured_by(self.rank_set)[-1] * lost[None], len(self.members), axis=0)
 
     def common_gain(self, level: Ints | int) -> Floats:
         """Importance that is captured by a common ``level``, were no layers frozen."""

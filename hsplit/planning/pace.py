@@ -86,7 +86,8 @@ class Choice:
         group, offset: of each client, ``(N,)``.
         seconds: of one local step, on the average (virtual).
         exchange_s: of the round's end, spread over its local steps (virtual).
-        captured: METHOD 5's.
+        captured: METHOD 5's ``learning``.
+        gamma: the objective's exponent.
     """
 
     splits: Ints
@@ -100,11 +101,12 @@ class Choice:
     seconds: float
     exchange_s: float
     captured: float
+    gamma: float = 1.0
 
     @property
     def objective(self) -> float:
-        """Captured importance per second."""
-        return self.captured / (self.seconds + self.exchange_s)
+        """Captured importance, to the power of ``gamma``, per second."""
+        return float(self.captured**self.gamma) / (self.seconds + self.exchange_s)
 
 
 class PacedProblem:
@@ -225,8 +227,28 @@ class PacedProblem:
             if not problem.one_rank
             else np.repeat((problem.held @ problem.worth)[None], len(problem.members), axis=0)
         )
-        frozen = np.zeros_like(trained)
-        self.value = (trained + deep, frozen + deep)
+        self._trained = trained
+        # Before it is known who holds what, as if all clients trained their layers, each its own.
+        apart = float(np.square(self.shares / max(self.shares.sum(), 1e-300)).sum())
+        discount = apart**problem.constants.kappa if apart else 1.0
+        self.value = (discount * trained + deep, np.zeros_like(trained) + deep)
+
+    def learned(self, splits: Ints, share: Floats, frozen: Flags) -> float:
+        """Compute METHOD 5's ``learning`` of a choice: what is captured, with the discount of what is learned apart.
+
+        Args:
+            splits, frozen: of each client, ``(N,)``.
+            share: of the usual rows of a step, ``(N,)``.
+        """
+        problem, kind = self.problem, self.problem.kind
+        if problem.constants.kappa == 0.0:
+            return float(share @ self._of_choice(self.value, splits, frozen))
+        discount = problem.discounts_of(splits, share, frozen)
+        front = problem.of_front(discount[None])[0]
+        layers = self._cost.model.layers
+        passing = np.bincount(splits, weights=share, minlength=layers + 1).cumsum()[:layers]
+        own = share * ~frozen * self._trained[kind, splits]
+        return float(own @ front[splits] + (-np.diff(problem.deep_gains) * discount) @ passing)
 
     def own_s(self, kind: Ints, place: Ints, split: Ints, frozen: Flags) -> Floats:
         """Seconds of a client's own work for a batch, waiting left out, elementwise."""
@@ -397,14 +419,14 @@ class PacedProblem:
             server_s = float(share @ self.server_s[splits]) * self._usual_rows * accumulated
             within = self.pace.periods == "none" or server_s <= deadline
             seconds = deadline + server_s if self.pace.periods == "none" else max(deadline, server_s)
-            captured = float(share @ self._of_choice(self.value, splits, frozen))
+            captured = self.learned(splits, share, frozen)
             exchange_s = float(self._of_choice(self.exchange_s, splits, frozen).max())
-            found.append((captured / (seconds + exchange_s), dealt))
+            found.append((captured**self.problem.constants.gamma / (seconds + exchange_s), dealt))
             if within and high is None and price == 0.0:
                 break
             low, high = (low, price) if within else (price, high)
-            # Prices are importance per second of the server, of the objective's own size.
-            price = (low + high) / 2 if high is not None else max(2 * price, 0.25 * found[-1][0])
+            # Prices are importance per second of the server, of the size of what is captured in a second.
+            price = (low + high) / 2 if high is not None else max(2 * price, 0.25 * captured / (seconds + exchange_s))
         return found
 
     @cached_property
@@ -576,7 +598,6 @@ class PacedProblem:
         parts = self._parts[place]
         turn_s = rows * self.server_s[splits] * self._job.grad_accumulation
         share = rows / every / self._usual_rows
-        values = self._of_choice(self.value, splits, frozen)
         exchange = self._of_choice(self.exchange_s, splits, frozen)
         widened_s = 2 * self._cost.times.widening_s(self.problem.server, int(splits.min()))
         widened_s *= self._job.grad_accumulation * self._job.pipeline.microbatches
@@ -603,7 +624,8 @@ class PacedProblem:
             _offsets(every, turn_s),
             seconds,
             float(exchange.max()),
-            float(share @ values),
+            self.learned(splits, share, frozen),
+            self.problem.constants.gamma,
         )
 
 

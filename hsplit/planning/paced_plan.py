@@ -148,7 +148,17 @@ class PacedPlanner:
             kind = OneRankProblem if rule.one_for_all else Problem
             usual = needed_bytes(cost, self._rank, cost.model.job.batch_size)
             apart = is_reference(policy.split)
-            self._problem = kind(self._clients, server, cost, importance, rank_set, rule, needed=usual, apart=apart)
+            self._problem = kind(
+                self._clients,
+                server,
+                cost,
+                importance,
+                rank_set,
+                rule,
+                needed=usual,
+                apart=apart,
+                constants=policy.objective,
+            )
 
     @property
     def available(self) -> list[str]:
@@ -271,6 +281,7 @@ class PacedPlanner:
         server_ranks, lacking = self._server_levels(choice, share)
         names = np.array([w.name for w in cost.model.weights], dtype=object)
         gains, wires = np.zeros(len(self._clients)), self.wires
+        worth = problem.worth * problem.discounts_of(choice.splits, share, choice.frozen)[cost.model.weight_layer]
         held: list[tuple[dict[str, int], int]] = [({}, 0)] * len(self._clients)
         keys = np.stack([choice.splits, choice.rows, choice.codes], axis=1)
         alike = [np.flatnonzero((keys == key).all(axis=1)) for key in np.unique(keys, axis=0)]
@@ -285,7 +296,7 @@ class PacedPlanner:
             if common is None:
                 levels = self._rule.levels(self._holders(choice, members))
             ranks = problem.rank_set[levels[:, flags]] * ~choice.frozen[members][:, None]
-            gains[members] = captured_by(ranks) @ problem.worth[flags]
+            gains[members] = captured_by(ranks) @ worth[flags]
             distinct, of_member = np.unique(ranks, axis=0, return_inverse=True)
             made: list[tuple[dict[str, int], int]] = []
             for row in distinct:
@@ -326,7 +337,7 @@ class PacedPlanner:
         first = int(choice.splits.min())
         flags = cost.model.weight_layer >= first
         passing = (share[:, None] * (choice.splits[:, None] <= cost.model.weight_layer)).sum(axis=0)
-        deep_gain = float((captured_by(problem.rank_set[at_server]) * passing) @ problem.worth)
+        deep_gain = float((captured_by(problem.rank_set[at_server]) * passing) @ worth)
         captured = float(share @ gains) + deep_gain
         deep_ranks = dict(zip(map(str, names[flags]), problem.rank_set[at_server[flags]].tolist(), strict=True))
         parts = [replace(part, captured_share=float(part.captured_share / captured)) for part in parts]
@@ -341,7 +352,15 @@ class PacedPlanner:
             captured_share=deep_gain / captured if captured > 0 else 0.0,
         )
         rough = Plan(
-            cost.model.layers, deep, tuple(parts), 0.0, captured, self._source, cost.model.servers, groups=choice.groups
+            cost.model.layers,
+            deep,
+            tuple(parts),
+            0.0,
+            captured,
+            self._source,
+            cost.model.servers,
+            groups=choice.groups,
+            gamma=problem.constants.gamma,
         )
         return rough, lacking
 

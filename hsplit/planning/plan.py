@@ -135,13 +135,14 @@ class Plan:
         server: the server's part.
         clients: every declared client's part, in the cluster's order.
         makespan_s: predicted time of one local step (METHOD 5, virtual).
-        captured_importance: METHOD 5's ``captured``.
+        captured_importance: METHOD 5's ``learning``: captured importance, less what learning apart takes from it.
         importance: where the scores come from, in words.
         servers: number of servers; ``server`` is the part of each.
         exchange_s: predicted time of the exchange at a round's end on the clients' links, with the residual at its cap,
             spread over the round's local steps (virtual).
         groups: turns of the server in one local step; a client's period, METHOD 10's ``m``, is ``groups * every``.
         speed: against the bound; ``None``: not found out, where nothing is split.
+        gamma: the objective's exponent.
     """
 
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -154,12 +155,20 @@ class Plan:
     exchange_s: _Figure = 0.0
     groups: Annotated[int, Field(ge=1)] = 1
     speed: Speed | None = None
+    gamma: _Figure = 1.0
     __pydantic_config__ = STRICT
 
     @property
     def objective(self) -> float:
-        """The objective of planning: captured importance per second of a local step and its part of the exchange."""
-        return self.captured_importance / (self.makespan_s + self.exchange_s)
+        """The objective of planning: captured importance, to the power of ``gamma``, per second of a local step and its
+        part of the exchange.
+        """
+        return float(self.captured_importance**self.gamma) / (self.makespan_s + self.exchange_s)
+
+    @property
+    def price_of_a_second(self) -> float:
+        """Captured importance that is worth as much as a second."""
+        return self.captured_importance / (self.gamma * (self.makespan_s + self.exchange_s))
 
     @property
     def available(self) -> tuple[HolderPlan, ...]:

@@ -77,7 +77,7 @@ def make_plan(
 
     def problem_of(frozen: Collection[str]) -> Problem:
         kind = OneRankProblem if rule.one_for_all else Problem
-        return kind(available, server, cost, importance, ranks, rule, frozen)
+        return kind(available, server, cost, importance, ranks, rule, frozen, constants=policy.objective)
 
     # A client with the full model holds every layer.
     split_rule = find_split_rule(policy.split if policy.placement == "split" else layers)

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit.config import Objective
 from hsplit.planning.budgets import ClientBudget, ServerBudget, budget_of
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
@@ -35,12 +36,14 @@ class State:
 
     Attributes:
         counts: clients at each split, ``(M, L + 1)``.
-        gain: sum of the clients' ``client_gains``, ``(M,)``.
+        training: those of them that train, ``(M, L + 1)``.
+        gain: sum of the clients' ``client_gains`` by their splits, ``(M, L + 1)``.
         slowest: longest time of any client in each phase, ``(M, PHASES)``.
         level: least :attr:`Problem.common_levels` of the clients, ``(M,)``.
     """
 
     counts: Ints
+    training: Ints
     gain: Floats
     slowest: Floats
     level: Ints
@@ -61,6 +64,7 @@ class Problem:
         needed: bytes of a client at each split with the smallest ranks; by default those of one that stores its layers
             dense, with the whole embedding.
         apart: each client is a kind of its own.
+        constants: of the objective; by default all that is captured counts alike, and in full.
 
     Attributes:
         one_rank: all holders and weights have one rank.
@@ -87,7 +91,9 @@ class Problem:
         frozen: Collection[str] = (),
         needed: Floats | None = None,
         apart: bool = False,
+        constants: Objective | None = None,
     ) -> None:
+        self.constants = constants or Objective()
         self.clients, self.server, self.cost = clients, server, cost
         self.rank_set, self._rule = rank_set, rule
         scores = np.array([importance[w.name] for w in cost.model.weights], dtype=np.float64)
@@ -196,20 +202,44 @@ class Problem:
         splits = np.atleast_2d(splits)
         width = self.cost.model.layers + 1
         rows = np.arange(len(splits))[:, None]
-        counts = np.bincount((splits + rows * width).ravel(), minlength=len(splits) * width)
+        places, shape = (splits + rows * width).ravel(), (len(splits), width)
+        counts = np.bincount(places, minlength=len(splits) * width).reshape(shape)
+        trains = np.broadcast_to(~self.frozen[self.kind], splits.shape).ravel()
+        training = counts if trains.all() else np.bincount(places[trains], minlength=counts.size).reshape(shape)
+        gains = self.client_gains[self.kind, splits].ravel()
+        gain = np.bincount(places, weights=gains, minlength=counts.size).reshape(shape).astype(np.float64)
         return State(
-            counts.reshape(len(splits), width),
-            self.client_gains[self.kind, splits].sum(axis=1),
+            counts,
+            training,
+            gain,
             # Phase by phase takes less memory.
             np.stack([self.times[self.kind, splits, phase].max(axis=1) for phase in range(PHASES)], axis=1),
             self.common_levels[self.kind, splits].min(axis=1),
         )
 
     def objective(self, state: State) -> Floats:
-        """Captured importance per second, ``(M,)``; without room at the server, minus the bytes lacking."""
+        """What is learned, to the power of ``gamma``, per second, ``(M,)``; without room at the server, minus the bytes
+        lacking.
+        """
         lacking = self.server_lacking(state.counts)
         server_s = self.cost.times.server_times(self.server, state.counts)
-        return np.where(lacking > 0, -lacking, self.captured(state) / self.pace(state.slowest, server_s))
+        return np.where(
+            lacking > 0, -lacking, self.per_second(self.captured(state), self.pace(state.slowest, server_s))
+        )
+
+    def per_second(self, captured: Floats, seconds: Floats) -> Floats:
+        """Compute the objective, elementwise."""
+        if self.constants.gamma == 1.0:
+            return captured / seconds
+        return np.maximum(captured, 0.0) ** self.constants.gamma / seconds
+
+    def price_of_a_second(self, state: State) -> float:
+        """Captured importance that is worth as much as a second, at the only row of ``state``; 0 without room."""
+        if self.server_lacking(state.counts)[0] > 0:
+            return 0.0
+        server_s = self.cost.times.server_times(self.server, state.counts)
+        seconds = self.constants.gamma * self.pace(state.slowest, server_s)
+        return float((self.captured(state) / seconds)[0])
 
     def pace(self, slowest: Floats, server_s: Floats) -> Floats:
         """Seconds of a local step with its part of the exchange at the round's end (virtual).
@@ -226,16 +256,55 @@ class Problem:
         return self.cost.times.makespan(state.slowest[:, :-1], server_s)
 
     def captured(self, state: State) -> Floats:
-        """METHOD 5's ``captured(K, r)``, ``(M,)``."""
+        """METHOD 5's ``learning``, ``(M,)``: captured importance, with the discount of what is learned apart."""
         share = self.cost.model.joined_clients(state.counts)[:, self.cost.model.weight_layer] / len(self.clients)
-        by_server = (captured_by(self.rank_set)[self.server_levels(state)] * share) @ self.worth
-        total: Floats = state.gain / len(self.clients) + by_server
-        return total
+        levels = captured_by(self.rank_set)[self.server_levels(state)]
+        if self.constants.kappa == 0.0:
+            total: Floats = state.gain.sum(axis=1) / len(self.clients) + (levels * share) @ self.worth
+            return total
+        discount = self.discounts(state)
+        by_server = (levels * share * discount[:, self.cost.model.weight_layer]) @ self.worth
+        own: Floats = (state.gain * self.of_front(discount)).sum(axis=1) / len(self.clients) + by_server
+        return own
 
     def client_captured(self, splits: Ints) -> Floats:
         """Importance that each client's own layers capture of its own tokens, ``(N,)`` for ``splits`` ``(N,)``."""
-        captured: Floats = self.client_gains[self.kind, splits]
+        front = self.of_front(self.discounts(self.state(splits)))[0]
+        captured: Floats = self.client_gains[self.kind, splits] * front[splits]
         return captured
+
+    def discounts(self, state: State) -> Floats:
+        """Compute METHOD 5's ``e`` of every layer: below 1 where several holders train it apart, ``(M, L)``.
+
+        All clients have equal shares of the tokens; those that pass through a layer without training it do not count.
+        """
+        model = self.cost.model
+        if self.constants.kappa == 0.0:
+            return np.ones((len(state.counts), model.layers))
+        apart = state.training[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:].astype(np.float64)
+        joined = model.joined_clients(state.counts)[:, : model.layers].astype(np.float64)
+        return apart_discounts(apart, joined**2 / model.servers, apart + joined, self.constants.kappa)
+
+    def discounts_of(self, splits: Ints, share: Floats, frozen: NDArray[np.bool_]) -> Floats:
+        """Compute the discounts of clients of unequal shares of the tokens, ``(L,)``.
+
+        Args:
+            splits, frozen: of each client, ``(N,)``.
+            share: of the tokens, in any unit, ``(N,)``.
+        """
+        model, own = self.cost.model, share * ~frozen
+        by_split = [
+            np.bincount(splits, weights=weights, minlength=model.layers + 1) for weights in (own**2, own, share)
+        ]
+        squares, apart = (values[::-1].cumsum()[::-1][1:] for values in by_split[:2])
+        passing = by_split[2].cumsum()[: model.layers]
+        return apart_discounts(squares, passing**2 / model.servers, apart + passing, self.constants.kappa)
+
+    def of_front(self, discount: Floats) -> Floats:
+        """Average a discount of layers, ``(M, L)``, over a client's front by the layers' worth, ``(M, L + 1)``."""
+        layers = self.cost.model.layers
+        worth = np.bincount(self.cost.model.weight_layer, weights=self.worth, minlength=layers)
+        return front_means(discount, worth.astype(np.float64))
 
     def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
         """Levels of clients of ``kinds`` at ``split``, ``(len(kinds), W)``; 0 where a weight is not held.
@@ -258,13 +327,14 @@ class Problem:
 
     # -- estimates of the search, with the server's ranks held ------------------------------------------------------
 
-    def joint_gains(self, by_server: Floats) -> Floats:
+    def joint_gains(self, by_server: Floats, discount: Floats) -> Floats:
         """Importance that a client's tokens bring at each split, at all holders, ``(K, L + 1)``.
 
         Args:
             by_server: at the server, ``(L + 1,)``.
+            discount: of each layer, ``(L,)``.
         """
-        return self.client_gains + by_server
+        return self.client_gains * self.of_front(discount[None])[0] + by_server
 
     def common_gain(self, level: Ints | int) -> Floats | float:
         """Importance that is captured by a common ``level`` of all holders: here nothing."""
@@ -273,3 +343,24 @@ class Problem:
     def captured_at(self, state: State, level: Ints) -> Floats:
         """Importance that the only row of ``state`` captures if the clients' common level were ``level``."""
         return self.captured(state)
+
+
+def apart_discounts(squares: Floats, server_square: Floats, total: Floats, kappa: float) -> Floats:
+    """Compute METHOD 5's discount of layers that are learned apart, elementwise.
+
+    Args:
+        squares: sum of the squared token shares of the clients that train the layer.
+        server_square: that of the servers.
+        total: sum of the shares of all that train it; in the same unit, which drops out.
+        kappa: the measured constant.
+    """
+    alike = (squares + server_square) / np.maximum(total, 1e-100) ** 2
+    discount: Floats = np.where(total > 0, np.minimum(alike, 1.0), 1.0) ** kappa
+    return discount
+
+
+def front_means(discount: Floats, worth: Floats) -> Floats:
+    """Average ``discount`` ``(M, L)`` over a front's layers by their ``worth`` ``(L,)``, by split ``(M, L + 1)``."""
+    sums = np.cumsum(discount * worth, axis=1) / np.maximum(np.cumsum(worth), 1e-300)
+    means: Floats = np.concatenate([np.ones((len(discount), 1)), sums], axis=1)
+    return means

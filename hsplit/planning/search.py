@@ -114,8 +114,8 @@ class Search:
     def rescanned(self, found: Found) -> Found:
         """Choose all splits again for the best deadline, on all phases together and on each, while it improves.
 
-        The objective is a ratio, so the price of a second is the ratio reached so far (Dinkelbach's method); at a
-        server short of memory, several prices of a byte are tried. Equal clients stay together.
+        The objective is a ratio, so the price of a second follows from the ratio reached so far (Dinkelbach's method);
+        at a server short of memory, several prices of a byte are tried. Equal clients stay together.
         """
         levels = range(len(self._problem.rank_set))
         byte_prices: Sequence[float] = BYTE_PRICES
@@ -166,7 +166,8 @@ class Search:
         problem, state, last = self._problem, self._problem.state(found.splits), -np.inf
         best, best_level, best_price = found, levels[-1], 1.0
         for level in reversed(levels):
-            prices = server_prices(problem, state.counts[0], np.full(len(problem.worth), level))
+            discount = problem.discounts(state)[0]
+            prices = server_prices(problem, state.counts[0], np.full(len(problem.worth), level), discount)
             proposals, short = self._proposed(found, state, prices, level, byte_prices)
             if not proposals:
                 continue
@@ -190,12 +191,13 @@ class Search:
             Prices of a byte and the splits ``(N,)`` for them; and True if the server's memory had a part in these.
         """
         problem, scan = self._problem, self.scan
-        captured, fixed = problem.joint_gains(prices.captured), float(problem.common_gain(level))
+        discount = problem.discounts(state)[0]
+        captured, fixed = problem.joint_gains(prices.captured, discount), float(problem.common_gain(level))
         allowed = problem.fits & (problem.common_levels >= level)
         if not allowed[:, 1].all():
             return [], False
         within = allowed & (problem.times <= state.slowest[0]).all(axis=2)
-        per_second, room = max(found.objective, 0.0), float(problem.server.memory_bytes)
+        per_second, room = problem.price_of_a_second(state), float(problem.server.memory_bytes)
         proposals, short = [], False
         for clock in scan.clocks:
             # A deadline on one phase may make no other phase longer.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplit.config import ClientConfig, Job, Pace, Policy, ServerConfig
+from hsplit.config import ClientConfig, Job, Objective, Pace, Policy, ServerConfig
 from hsplit.errors import InputError
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import equal_importance
@@ -178,9 +178,10 @@ def problem_of(rule: str, *args: Any, **kwargs: Any) -> Problem:
     return (OneRankProblem if rule == "uniform" else Problem)(*args, RANK_RULES[rule], **kwargs)
 
 
-def every_split_tried(instance: Instance, model: CostModel, rule: str) -> float:
+def every_split_tried(instance: Instance, model: CostModel, policy: Policy) -> float:
     """The largest objective of any splits."""
-    problem = problem_of(rule, instance.clients, instance.server, model, instance.scores, np.array(JOB.rank_set))
+    args = instance.clients, instance.server, model, instance.scores, np.array(JOB.rank_set)
+    problem = problem_of(str(policy.ranks), *args, constants=policy.objective)
     choices = [range(1, int(d) + 1) for d in problem.deepest]
     return float(problem.objective(problem.state(np.array(list(itertools.product(*choices))))).max())
 
@@ -193,6 +194,9 @@ def every_split_tried(instance: Instance, model: CostModel, rule: str) -> float:
         (100, 4, "client", Policy()),
         (50, 4, "server", Policy(ranks="uniform")),
         (50, 4, "client", Policy(ranks="uniform")),
+        (100, 4, "server", Policy(objective=Objective(gamma=0.3, kappa=0.2))),
+        (50, 4, "client", Policy(objective=Objective(gamma=0.5, kappa=0.05))),
+        (50, 4, "server", Policy(ranks="uniform", objective=Objective(gamma=0.3, kappa=0.2))),
     ],
 )
 def test_objective_is_close_to_that_of_every_split_tried(
@@ -206,15 +210,75 @@ def test_objective_is_close_to_that_of_every_split_tried(
         except InputError as error:
             # The tail makes some instances too large for the clients, and no splits fit some servers.
             if "none has" not in str(error):
-                assert every_split_tried(instance, cost(labels), str(policy.ranks)) <= 0
+                assert every_split_tried(instance, cost(labels), policy) <= 0
             continue
         taking_part = {c.name for c in made.available}
         fitting = tuple(c for c in instance.clients if c.name in taking_part)
-        best = every_split_tried(dataclasses.replace(instance, clients=fitting), cost(labels), str(policy.ranks))
+        best = every_split_tried(dataclasses.replace(instance, clients=fitting), cost(labels), policy)
         losses.append(1 - objective(made) / best)
     assert len(losses) > 0.75 * instances
     assert statistics.median(losses) <= 0.01
     assert max(losses) <= 0.05
+
+
+def learning_by_definition(made: Plan, scores: dict[str, float], kappa: float) -> float:
+    """METHOD 5's sum over weights and holders, each with its share of the tokens and the discount of learning apart."""
+    rows = {part.name: (part.rows or JOB.batch_size) / part.every for part in made.available}
+    total, learning = sum(rows.values()), 0.0
+    for weight in cost().model.weights:
+        shares = {n: rows[n] / total for n in rows if weight.layer < (made.client(n).split or 0)}
+        held = {name: (share, made.client(name).ranks[weight.name]) for name, share in shares.items()}
+        at_server = 1 - sum(shares.values())
+        if at_server > 1e-12:
+            held["server"] = at_server, made.server.ranks[weight.name]
+        own = {name: (share, rank) for name, (share, rank) in held.items() if rank}
+        trained = sum(share for share, _ in own.values())
+        alike = sum(share**2 for share, _ in own.values()) / trained**2 if trained else 1.0
+        captured = sum(share * np.log2(1 + rank) for share, rank in own.values())
+        learning += scores[weight.name] / sum(scores.values()) * captured * alike**kappa
+    return float(learning)
+
+
+@pytest.mark.parametrize("pace", [Pace(), Pace(batch_size="planned", periods="planned")])
+@pytest.mark.parametrize("freeze", ["never", "planned"])
+@pytest.mark.parametrize("kappa", [0.0, 0.3])
+def test_a_plan_has_the_learning_of_its_definition(pace: Pace, freeze: Any, kappa: float) -> None:
+    model = CostModel(tiny_spec("llama"), JOB, pace)
+    policy = Policy(ranks=8, pace=pace, freeze=freeze, objective=Objective(gamma=0.5, kappa=kappa))
+    frozen = 0
+    for seed in range(12):
+        one = random_instance(seed, 4)
+        ample = tuple(c.model_copy(update={"memory_gb": 1.0}) for c in one.clients)
+        made = make_plan(ample, server(1e12, 1e10), model, one.scores, policy)
+        frozen += len(made.forward_only)
+        assert made.captured_importance == pytest.approx(learning_by_definition(made, one.scores, kappa))
+        seconds = made.makespan_s + made.exchange_s
+        assert made.objective == pytest.approx(made.captured_importance**0.5 / seconds)
+    assert (frozen > 0) == (freeze == "planned")
+
+
+def test_the_more_learning_apart_costs_the_less_clients_train() -> None:
+    equal = [client(f"c{i}", LARGEST, 1e9, 1e9) for i in range(4)]
+
+    def trained_apart(kappa: float) -> float:
+        policy = Policy(ranks=8, freeze="never", objective=Objective(kappa=kappa))
+        made = make_plan(equal, server(1e12, 2e9), cost(), importance(1), policy)
+        return float(np.mean([part.split or 0 for part in made.available]))
+
+    depths = [trained_apart(kappa) for kappa in (0.0, 0.2, 1.0)]
+    assert depths == sorted(depths, reverse=True) and depths[0] > depths[-1]
+
+
+def test_the_less_learning_counts_the_faster_the_plan() -> None:
+    fleet = [client("slow", LARGEST, 2e8, 1e6), client("fast", LARGEST, 1e10, 1e9)]
+
+    def seconds(gamma: float) -> float:
+        policy = Policy(ranks=8, objective=Objective(gamma=gamma))
+        made = make_plan(fleet, server(1e12, 1e10), cost(), importance(1), policy)
+        return made.makespan_s + made.exchange_s
+
+    times = [seconds(gamma) for gamma in (1.0, 0.3, 0.05)]
+    assert times == sorted(times, reverse=True)
 
 
 def test_a_client_that_fits_nothing_is_named_with_what_it_lacks() -> None:
