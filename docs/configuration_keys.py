@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hsplit.config.cluster import ClientGroup, Distribution, ScheduledChange, ServerConfig
 from hsplit.config.job import DataSpec, FastPaths, Faults, Job, Partition, Pipeline, Privacy, ResidualConfig, Validation
-from hsplit.config.policy import Importance, Pace, Policy, Replan, SelfPruning
+from hsplit.config.policy import Importance, Objective, Pace, Policy, Replan, SelfPruning
 from hsplit.config.section import LARGEST, REFERENCE, OneKey
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -22,7 +22,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     for model in (
         *(ServerConfig, ClientGroup, Distribution, ScheduledChange),
         *(Job, DataSpec, Partition, Validation, Privacy, ResidualConfig, Pipeline, Faults, FastPaths),
-        *(Policy, Pace, Importance, Replan, SelfPruning),
+        *(Policy, Pace, Importance, Replan, Objective, SelfPruning),
     )
 }
 """Every section of a cluster or a policy file, by its model's name."""
@@ -147,6 +147,7 @@ _NAMES = {
     "Faults": "faults",
     "FastPaths": "fast",
     "Policy": "policy",
+    "Objective": "objective",
     "Pace": "pace",
     "Importance": "importance",
     "Replan": "replan",
