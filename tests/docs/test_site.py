@@ -70,7 +70,7 @@ def test_no_page_loads_anything_from_outside(site: Path) -> None:
 
 
 def test_references_are_made_from_the_code(site: Path) -> None:
-    of_policies = ["Policy", "Pace", "Importance", "Replan", "SelfPruning"]
+    of_policies = ["Policy", "Pace", "Importance", "Replan", "Objective", "SelfPruning"]
     for name in ("cluster", "policy"):
         text = (site / "reference" / f"{name}.html").read_text()
         assert "<!-- keys" not in text
