@@ -52,8 +52,8 @@ class Partition(OneKey):
 
 _PartitionChoice = Annotated[
     Annotated[
-        Literal["iid"],
-        meaning("'iid', {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [...]}"),
+        Literal["iid", "label", "length"],
+        meaning("'iid', 'label', 'length', {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [...]}"),
         Tag("<plain>"),
     ]
     | Annotated[Partition, Tag("<mapping>")],
@@ -68,9 +68,13 @@ class DataSpec(Section):
     examples: int = Field(
         default=3000, ge=1, le=MAX_EXAMPLES, description="examples to make, where the source is a generator"
     )
-    partition: _PartitionChoice = Field(default="iid", description="how examples are dealt out to clients")
+    partition: _PartitionChoice = Field(
+        default="iid",
+        description="how examples are dealt out to clients: `iid`, at random; `label`, each label's to one client;"
+        " `length`, the shortest to the first client, and so on; or unevenly",
+    )
     label: Text | None = Field(
-        default=None, description="column or slot that `dirichlet` splits by; null = the source's own"
+        default=None, description="column or slot that `label` and `dirichlet` split by; null = the source's own"
     )
     separator: AnyText | None = Field(
         default=None, description="text between an example's prompt and its answer; null = the source's own"

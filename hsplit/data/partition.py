@@ -1,4 +1,4 @@
-"""Sharing examples out over clients: evenly at random, by label skew, or in unequal sizes."""
+"""Sharing examples out over clients: at random, in unequal sizes, by label, or by length."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 SMALLEST_SHARE = 2  # one example to train on and one to hold out
 
+PLAIN = ("iid", "label", "length")
+"""Partitions without a number of their own."""
+
 PartitionSpec = str | Mapping[str, Any]
-_KNOWN = "iid, {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [one number for each client]}"
+_KNOWN = "iid, label, length, {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [one number for each client]}"
 
 
 def partition(examples: Sequence[Example], clients: int, spec: PartitionSpec, seed: int) -> list[list[int]]:
@@ -25,7 +28,10 @@ def partition(examples: Sequence[Example], clients: int, spec: PartitionSpec, se
     Args:
         examples: to be shared out.
         clients: number of clients.
-        spec: ``"iid"``: random, sizes equal to within one. ``{"dirichlet": alpha}``: for each label the
+        spec: ``"iid"``: random, sizes equal to within one. ``"label"``: each label's examples go to one client, the
+            larger labels first and always to the client with the fewest so far; with fewer labels than clients the
+            largest are shared out evenly, at random, among several. ``"length"``: sizes equal to within one, by the
+            length of the text: the first client has the shortest. ``{"dirichlet": alpha}``: for each label the
             clients' shares of it are one draw of ``Dirichlet(alpha)`` (arXiv 1909.06335), a small alpha
             meaning a strong skew. ``{"unequal": sigma}``: random, sizes in proportion to ``LogNormal(0,
             sigma)`` draws. ``{"shares": [...]}``: random, sizes in proportion to these, one for each client.
@@ -36,7 +42,7 @@ def partition(examples: Sequence[Example], clients: int, spec: PartitionSpec, se
 
     Raises:
         InputError: for a specification that is none of these, for fewer than two examples a client, and for a
-            Dirichlet partition of examples without labels.
+            partition by label of examples without labels.
     """
     import numpy as np
 
@@ -50,7 +56,12 @@ def partition(examples: Sequence[Example], clients: int, spec: PartitionSpec, se
     rng = np.random.default_rng(seed)
     kind, value = _parsed(spec, clients)
     if kind == "dirichlet":
-        shares = _by_label(examples, clients, value, rng)
+        shares = _by_skew(examples, clients, value, rng)
+    elif kind == "label":
+        shares = _by_label(examples, clients, rng)
+    elif kind == "length":
+        drawn = rng.permutation(len(examples)).tolist()
+        shares = _cut(sorted(drawn, key=lambda index: _length(examples[index])), [1.0] * clients)
     else:
         if kind == "iid":
             weights = [1.0] * clients
@@ -62,8 +73,8 @@ def partition(examples: Sequence[Example], clients: int, spec: PartitionSpec, se
 
 
 def _parsed(spec: PartitionSpec, clients: int) -> tuple[str, Any]:
-    if spec == "iid":
-        return "iid", None
+    if isinstance(spec, str) and spec in PLAIN:
+        return spec, None
     if not isinstance(spec, Mapping) or len(spec) != 1:
         raise InputError(f"data.partition: {spec!r} is unknown; give {_KNOWN}")
     ((kind, value),) = spec.items()
@@ -88,16 +99,43 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _by_label(examples: Sequence[Example], clients: int, alpha: float, rng: np.random.Generator) -> list[list[int]]:
+def _length(example: Example) -> int:
+    return len(example.prompt) + len(example.response)
+
+
+def _labels(examples: Sequence[Example], kind: str) -> dict[str, list[int]]:
+    """Return the indices of each label's examples."""
     of_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         if example.label is None:
             raise InputError(
-                f"data.label: a dirichlet partition needs a label for each example, and example {index + 1} "
+                f"data.label: a {kind} partition needs a label for each example, and example {index + 1} "
                 f"of {len(examples)} has none; set data.label to a column, key or slot, "
                 "or data.partition to iid"
             )
         of_label[example.label].append(index)
+    return of_label
+
+
+def _by_label(examples: Sequence[Example], clients: int, rng: np.random.Generator) -> list[list[int]]:
+    of_label = _labels(examples, "label")
+    labels = sorted(of_label, key=lambda label: (-len(of_label[label]), label))
+    # Of fewer labels than clients, always the one with the most examples for a client gets another.
+    holders = dict.fromkeys(labels, 1)
+    for _ in range(clients - len(labels)):
+        crowded = max(labels, key=lambda label: len(of_label[label]) / holders[label])
+        holders[crowded] += 1
+    parts = [
+        part for label in labels for part in _cut(rng.permutation(of_label[label]).tolist(), [1.0] * holders[label])
+    ]
+    shares: list[list[int]] = [[] for _ in range(clients)]
+    for part in sorted(parts, key=len, reverse=True):
+        min(shares, key=len).extend(part)
+    return shares
+
+
+def _by_skew(examples: Sequence[Example], clients: int, alpha: float, rng: np.random.Generator) -> list[list[int]]:
+    of_label = _labels(examples, "dirichlet")
     shares: list[list[int]] = [[] for _ in range(clients)]
     for label in sorted(of_label):
         proportions = rng.dirichlet([alpha] * clients).tolist()

@@ -301,7 +301,8 @@ JOBS = [
     ("{data: {limit: 0}}", "data.limit: must be at least 1 (got 0)"),
     (
         "{data: {partition: even}}",
-        "data.partition: must be 'iid', {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [...]} (got 'even')",
+        "data.partition: must be 'iid', 'label', 'length', {dirichlet: ALPHA}, {unequal: SIGMA} or {shares: [...]} (got"
+        " 'even')",
     ),
     ("{data: {partition: {dirichlet: 0}}}", "data.partition.dirichlet: must be greater than 0 (got 0)"),
     ("{data: {partition: {unequal: '1'}}}", "data.partition.unequal: must be a number (got '1')"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -25,7 +26,7 @@ def problems(draw: st.DrawFn) -> tuple[int, int, Any]:
     positive = st.floats(1e-6, 1e6)
     spec = draw(
         st.one_of(
-            st.just("iid"),
+            st.sampled_from(["iid", "label", "length"]),
             st.fixed_dictionaries({"dirichlet": positive}),
             st.fixed_dictionaries({"unequal": st.floats(0, 5)}),
             st.fixed_dictionaries({"shares": st.lists(positive, min_size=clients, max_size=clients)}),
@@ -49,7 +50,7 @@ def test_every_example_has_one_client_and_every_client_two_examples(
 
 
 def test_seeds_differ() -> None:
-    for spec in ("iid", {"dirichlet": 0.5}, {"unequal": 1.0}):
+    for spec in ("iid", "length", {"dirichlet": 0.5}, {"unequal": 1.0}):
         assert partition(labelled(100), 4, spec, 0) != partition(labelled(100), 4, spec, 1)
 
 
@@ -77,6 +78,30 @@ def test_a_small_alpha_skews_the_labels() -> None:
     assert dominance(1e4) < 0.25 < dominance(0.5) < dominance(0.02)
 
 
+@pytest.mark.parametrize(("labels", "clients"), [(5, 5), (7, 3), (2, 5), (1, 4)])
+def test_a_label_goes_to_one_client_and_only_among_too_few_to_several(labels: int, clients: int) -> None:
+    examples = labelled(210, labels)
+    shares = partition(examples, clients, "label", 0)
+    holders = {k: {c for c, share in enumerate(shares) if any(examples[i].label == f"l{k}" for i in share)}
+               for k in range(labels)}  # fmt: skip
+    if labels >= clients:
+        assert all(len(own) == 1 for own in holders.values())
+        assert max(map(len, shares)) - min(map(len, shares)) <= 210 / labels + 1
+    else:
+        assert sum(map(len, holders.values())) == clients
+        sizes = sorted(map(len, holders.values()))
+        assert sizes[-1] - sizes[0] <= 1
+
+
+def test_by_length_the_first_client_has_the_shortest() -> None:
+    draw = [Example("p" * (index * 7 % 60), "r" * (index % 13), None) for index in range(60)]
+    shares = partition(draw, 4, "length", 0)
+    lengths = [[len(draw[i].prompt) + len(draw[i].response) for i in share] for share in shares]
+    for shorter, longer in itertools.pairwise(lengths):
+        assert max(shorter) <= min(longer)
+    assert {len(share) for share in shares} == {15}
+
+
 @pytest.mark.parametrize("alpha", [1e-300, 1e300])
 def test_extreme_alphas_still_share_out(alpha: float) -> None:
     shares = partition(labelled(50), 5, {"dirichlet": alpha}, 0)
@@ -88,7 +113,7 @@ def test_extreme_alphas_still_share_out(alpha: float) -> None:
     [
         (5, 3, "iid", "data: more clients than examples to share out: 3 clients need at least 6 examples"),
         (5, 0, "iid", "clients: 0 is too few, at least 1 is needed"),
-        (9, 2, "even", "data.partition: 'even' is unknown; give iid, {dirichlet: ALPHA}"),
+        (9, 2, "even", "data.partition: 'even' is unknown; give iid, label, length, {dirichlet: ALPHA}"),
         (9, 2, {}, "data.partition: {} is unknown; give iid"),
         (9, 2, {"zipf": 1}, "data.partition: 'zipf' is unknown; give iid"),
         (9, 2, {"dirichlet": 0}, "data.partition.dirichlet: 0 is not allowed; must be a number above 0"),
@@ -105,8 +130,9 @@ def test_refusals(count: int, clients: int, spec: Any, line: str) -> None:
         partition(labelled(count), clients, spec, 0)
 
 
-def test_dirichlet_needs_labels() -> None:
+@pytest.mark.parametrize("spec", [{"dirichlet": 1}, "label"])
+def test_a_partition_by_label_needs_labels(spec: Any) -> None:
     examples = [*labelled(6), Example("p", "r", None)]
     with pytest.raises(InputError, match=r"^data\.label: .* example 7 of 7 has none; set data\.label to"):
-        partition(examples, 2, {"dirichlet": 1}, 0)
+        partition(examples, 2, spec, 0)
     assert len(partition(examples, 2, "iid", 0)) == 2
