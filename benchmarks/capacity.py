@@ -10,10 +10,11 @@ SmolLM2-135M in this process, a step of ten examples, validated as it learns. Th
 - **apart**: five clients hold the first layers and train them, each its own copy, aggregated after every ten steps.
 
 Each sweep says how many tokens a setting needs to the loss that the worst of its settings ends with, as a share of the
-most: ``learning ** -gamma`` in METHOD 5's objective. ``gamma`` is fitted to ranks and to frozen layers, where
-``learning`` is the sum of ``log2(1 + rank)`` over all parameters' shares; ``kappa``, given ``gamma``, to layers apart,
-whose discount is ``(sum of squared token shares) ** kappa``. A spread of the final loss below three times that of
-seeds says that on these data the sweep shows nothing, and the table says so.
+most: ``learning ** -gamma`` in METHOD 5's objective. ``gamma`` is fitted to ranks and to frozen layers, each by itself,
+where ``learning`` is the sum of ``log2(1 + rank)`` over all parameters' shares; ``kappa`` to layers apart, whose
+discount is ``(sum of squared token shares) ** kappa``, given the ``gamma`` of frozen layers (of ranks without these). A
+spread of the final loss below three times that of seeds says that on these data the sweep shows nothing, and the table
+says so.
 
 Data are files as ``job.data.source`` reads them, JSON lines of questions and answers, or ``tasks``: a mixture of
 procedural tasks of the package ``reasoning-gym`` (``pip install reasoning-gym``). Finished runs stay in ``cells/``.

@@ -33,7 +33,7 @@ from hsplit.config import ClientConfig as ClientConfig
 from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
 from hsplit.experiments import call_of
-from hsplit.lora.holder import HeldAdapters, RoundUpdate
+from hsplit.lora.holder import HeldAdapters, RoundUpdate, exchange_dtype
 from hsplit.lora.learned import LearnedTerm
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.dtype import DTYPES
@@ -42,6 +42,7 @@ from hsplit.models.lookup import find_model
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.tokenizer import load_tokenizer
+from hsplit.models.weights import is_quantized
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.plan import HolderPlan, Plan
 
@@ -71,6 +72,7 @@ class Case:
         optimizer: the job's.
         stored: how a client keeps a quantized base: ``dense`` or ``codes``.
         vocabulary: distinct token ids of a client's texts, of which alone it holds the embedding; 0: it holds all.
+        exchange: format of adapters at a round's end, as ``pace.exchange``.
     """
 
     model: str
@@ -91,6 +93,7 @@ class Case:
     optimizer: str = "adamw"
     stored: Literal["dense", "codes"] = "dense"
     vocabulary: int = 0
+    exchange: str = "whole"
 
     @property
     def policy(self) -> Policy:
@@ -98,8 +101,8 @@ class Case:
             return Policy(placement="single", train="weights", aggregation="none")
         placement = "split" if self.holds == "front" else "full"
         chosen = {"placement": placement, "ranks": self.rank, "aggregation": self.aggregation}
-        if self.vocabulary:
-            chosen["pace"] = {"embedding": "own"}
+        if self.holds == "front":
+            chosen["pace"] = {"embedding": "own" if self.vocabulary else "whole", "exchange": self.exchange}
         return Policy.model_validate(chosen)
 
     def cost(self, model: ModelSpec) -> CostModel:
@@ -336,15 +339,25 @@ def _factors(shape: LinearShape, rank: int, case: Case) -> LowRank:
     return LowRank(B.mul_(1e-3), A.mul_(1e-3))
 
 
+def _sent(term: LowRank, case: Case) -> LowRank:
+    """An adapter or a restart in the exchange's format."""
+    sent = exchange_dtype(case.policy)
+    return term if sent is None else term.to(sent)
+
+
 def _update(shapes: Sequence[LinearShape], case: Case) -> RoundUpdate:
-    residuals = {s.name: ResidualUpdate(0, _factors(s, _cap(s, case), case)) for s in shapes}
-    return RoundUpdate(2, residuals, {s.name: _factors(s, case.rank, case) for s in shapes})
+    dtype = DTYPES[case.dtype]
+    narrow = is_quantized(case.base) or dtype == exchange_dtype(case.policy)
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = {s.name: _factors(s, _cap(s, case), case).to(dtype if narrow else wide) for s in shapes}
+    residuals = {name: ResidualUpdate(0, own) for name, own in factors.items()}
+    return RoundUpdate(2, residuals, {s.name: _sent(_factors(s, case.rank, case), case) for s in shapes})
 
 
 def _held(client: HolderPlan, shapes: Sequence[LinearShape], case: Case) -> HeldAdapters:
     own = [s for s in shapes if s.name in client.ranks]
     tokens = case.batch_size * case.length
-    terms = {s.name: _factors(s, case.rank, case) for s in own}
+    terms = {s.name: _sent(_factors(s, case.rank, case), case) for s in own}
     return HeldAdapters(client.name, terms, {s.layer: tokens for s in own}, {s.name: s.layer for s in own})
 
 

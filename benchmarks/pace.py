@@ -56,7 +56,7 @@ LEARNING_LEVELS, LEARNING_SEEDS = (0.0, 0.9), (0, 1, 2)
 NOTHING = "nothing"
 LEVERS: dict[str, tuple[str, ...]] = {
     NOTHING: (),
-    "all": (*(f"policy.pace.{key}" for key in PACED), "job.residual.wait=0.25"),
+    "everything": (*(f"policy.pace.{key}" for key in PACED), "job.residual.wait=0.25"),
     "rows": ("policy.pace.batch_size=planned",),
     "wire int4": ("job.wire=int4",),
     "exchange bf16": ("policy.pace.exchange=bf16",),

@@ -229,7 +229,8 @@ class Policy(Section):
     def probes(self) -> bool:
         """True if a run has to measure importance, since some plan depends on it."""
         by_importance = self.ranks in ("importance", "budget") or is_reference(self.ranks)
-        # One rank for all captures the same at every split.
+        # One rank for all captures the same at every split, unless learning apart has its price.
+        by_importance = by_importance or self.objective.kappa > 0
         searched = self.placement == "split" and self.split == "planned" and by_importance
         by_importance = self.ranks == "importance" or is_reference(self.ranks)
         split_by_importance = searched or (self.placement == "split" and is_reference(self.split))

@@ -149,7 +149,7 @@ class AdapterSet:
             if name in common:
                 shared = common[name]
                 A[: shared.rank].copy_(shared.A)
-                B[:, : shared.rank].copy_(shared.B / self.scale(name))
+                B[:, : shared.rank].copy_(shared.B.to(B) / self.scale(name))
 
         return changed
 
@@ -185,6 +185,7 @@ class AdapterSet:
             A.copy_(A.to(dtype))
             B.copy_((B * scale).to(dtype).to(B) / scale)
 
-    def live(self, name: str, rank: int | None = None) -> LowRank:
-        """Copy the live term ``s B A``, scale folded into ``B``, or its leading ``rank`` directions."""
-        return LowRank(self.B(name).detach()[:, :rank] * self.scale(name), self.A(name).detach()[:rank].clone())
+    def live(self, name: str, rank: int | None = None, dtype: torch.dtype | None = None) -> LowRank:
+        """Copy the live term ``s B A``, scale folded into ``B``, or its leading ``rank`` directions, in ``dtype``."""
+        B, A = self.B(name).detach()[:, :rank] * self.scale(name), self.A(name).detach()[:rank]
+        return LowRank(B, A.clone()) if dtype is None else LowRank(B.to(dtype), A.to(dtype))

@@ -111,7 +111,8 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
     what they have learned, and all compute with the same weight. (With only as many as the smallest rank, as in
     METHOD 6, the larger ranks would start fresh every round.) Their ``A`` has the size of a fresh one: ``B`` learns at
     the pace of ``A``, and a decomposition's balanced factors would slow down every round but the first. A weight that
-    only one holder has trained stays as it is.
+    only one holder has trained stays as it is. Where restarts are rounded on their way, the residual takes the whole
+    sum less the rounded restart, which has as many directions more.
 
     With ``reinit: mean`` all holders restart with the mean factors, as in FedAvg, and the residual takes what these
     leave out of the exact sum: with ``B`` and ``A`` the means, ``sum_c p_c s_c (B_c - B)(A_c - A)``. Where the holders
@@ -138,7 +139,7 @@ def average_factors(contributions: Sequence[Contribution], restart: Restart) -> 
 
     ``mean(B) mean(A)`` is not ``mean(B A)``; holders continue from the averages and the residual does not change.
     """
-    return Outcome(None, restart.rounded(_averaged(contributions, [c.share for c in contributions])))
+    return Outcome(None, _averaged(contributions, [c.share for c in contributions]))
 
 
 def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -150,7 +151,7 @@ def sparsity_weighted(contributions: Sequence[Contribution], restart: Restart) -
     """
     norms = [norm(c.term) for c in contributions]
     weights = norms if sum(norms) > 0 else [c.share for c in contributions]
-    return Outcome(None, restart.rounded(_averaged(contributions, [w / sum(weights) for w in weights])))
+    return Outcome(None, _averaged(contributions, [w / sum(weights) for w in weights]))
 
 
 def averaged_products(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -219,7 +220,7 @@ def _redistributed(total: LowRankSum, restart: Restart) -> Outcome:
         return Outcome(None, None)
     leading, root = parts.part(0, kept, torch.float64), parts.S[:kept].sqrt()
     # From balanced factors to U diag(S) and V.
-    return Outcome(None, restart.rounded(LowRank(leading.B * root, leading.A / root[:, None]).to(dtype)))
+    return Outcome(None, LowRank(leading.B * root, leading.A / root[:, None]).to(dtype))
 
 
 def _as_large_as_fresh(term: LowRank) -> LowRank:
@@ -293,11 +294,14 @@ class Aggregator:
         self._sent, self._master = exchange_dtype(policy), master
         self._aggregation = find_aggregation(policy.aggregation)
         cap = None if job.residual.max_rank == "full" else job.residual.max_rank
-        # What holders narrow when they get it may be narrowed before.
+        # A quantized base's holders narrow what they get to the dtype that they compute in, so that it may be narrowed
+        # before. A dense bf16 base forms its working weight in fp32 and rounds it to bf16: factors of the residual that
+        # were rounded err far below that, and go so where adapters do.
         dtype = resolve_dtype(job.dtype)
         sent = dtype if not merges or dtype == self._sent else master
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master, sent) for shape in shapes}
         self._common: dict[str, LowRank] = {}
+        self._restarts: dict[tuple[str, int], LowRank] = {}
 
     def aggregate(self, held: Sequence[HeldAdapters], absent: Ranks | None = None, last: bool = False) -> float:
         """Aggregate every weight over its holders.
@@ -335,12 +339,30 @@ class Aggregator:
                 contributions += _frozen(began, contributions)
             others = _ranks_of(name, absent or {})
             ranks = (*(h.terms[name].rank for h in holders), *others)
-            outcome = self._aggregation.rule(contributions, self._restart(residual, ranks))
+            outcome = self._as_sent(self._aggregation.rule(contributions, self._restart(residual, ranks)))
             allowed = 0.0 if last or not self._wait or outcome.common is None else self._wait * norm(outcome.common)
             cut = max(cut, residual.join(outcome.residual, self._beside(outcome.common, ranks), allowed))
             if outcome.common is not None:
                 self._common[name] = outcome.common
         return cut
+
+    def _as_sent(self, outcome: Outcome) -> Outcome:
+        """Round the restart to the exchange's format; what that leaves out joins the residual, where there is one."""
+        common = outcome.common
+        if self._sent is None or common is None:
+            return outcome
+        rounded = common.to(self._sent).to(common.A.dtype)
+        if torch.equal(rounded.A, common.A) and torch.equal(rounded.B, common.B):
+            return outcome
+        if not self._aggregation.keeps_residual:
+            return Outcome(outcome.residual, rounded)
+        left = LowRankSum((common, rounded), (1.0, -1.0))
+        residual = outcome.residual
+        if isinstance(residual, LowRank):
+            left = left.plus(residual)
+        elif residual is not None:
+            left = LowRankSum((*residual.terms, *left.terms), (*residual.weights, *left.weights))
+        return Outcome(left, rounded)
 
     def fit_restarts(self, next_ranks: Ranks) -> tuple[float, set[str]]:
         """Make the common restarts fit holders of other ranks: what no longer fits joins the residual (law E4).
@@ -403,13 +425,22 @@ class Aggregator:
             for n, rank in ranks.items()
         }
         restarting = {n: (self._common[n], rank) for n, rank in ranks.items() if rank and n in self._common}
-        common = {n: term if term.rank <= rank else term.up_to_rank(rank) for n, (term, rank) in restarting.items()}
-        if self._sent is not None:
-            common = {n: term.to(self._sent) for n, term in common.items()}
+        common = {n: self._restart_as_sent(n, term, rank) for n, (term, rank) in restarting.items()}
         return RoundUpdate(round_, {n: change for n, change in changes.items() if change is not None}, common)
+
+    def _restart_as_sent(self, name: str, term: LowRank, rank: int) -> LowRank:
+        """Make the part of a restart that a holder of ``rank`` takes, in the exchange's format."""
+        if self._sent is None:
+            return term if term.rank <= rank else term.up_to_rank(rank)
+        if (name, rank) not in self._restarts:
+            # One copy for all holders of the weight with that rank.
+            own = term if term.rank <= rank else term.up_to_rank(rank)
+            self._restarts[name, rank] = own.to(self._sent)
+        return self._restarts[name, rank]
 
     def mark_sent(self) -> None:
         """Record that every holder has every residual, but for changes that wait, as it is now."""
+        self._restarts.clear()
         for residual in self.residuals.values():
             residual.mark_sent()
 

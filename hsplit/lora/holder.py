@@ -272,10 +272,9 @@ class Holder:
         ranks = self.adapters.ranks if self._pruner is None else self._pruner.ranks
         if sent is not None:
             self.adapters.round_live(sent)
-        live = {n: self.adapters.live(n, ranks[n]) for n in names}
         return HeldAdapters(
             self.name,
-            live if sent is None else {n: term.to(sent) for n, term in live.items()},
+            {n: self.adapters.live(n, ranks[n], sent) for n in names},
             self.tokens.by_layer(),
             {n: self.adapters.layer(n) for n in names},
         )

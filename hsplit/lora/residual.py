@@ -197,8 +197,11 @@ class Residual:
         if self.held is not None:
             return self.held.update(whole, common, rank, merges)
         if self.matrix is not None:
-            sent = self._matrix_sent and not whole
-            return None if sent else ResidualUpdate(0, None, self.matrix.to(self._sent_dtype))
+            if self._matrix_sent and not whole:
+                return None
+            if (0, 0) not in self._updates:
+                self._updates[0, 0] = ResidualUpdate(0, None, self.matrix.to(self._sent_dtype))
+            return self._updates[0, 0]
         beside = 0 if common is None else max(0, common.rank - rank)
         self._has_beside |= beside > 0
         have = 0 if whole else self._sent

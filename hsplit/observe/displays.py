@@ -167,7 +167,8 @@ class LiveDisplay(_Display):
         kept = tuple(done for done in self._perplexities if done[0] < row.round)
         known = () if row.val_ppl is None else ((row.round, row.val_ppl),)
         self._perplexities = (*kept, *known)[-_ROUNDS_SHOWN:]
-        self._worst = _worst(row)
+        if known:
+            self._worst = _worst(row)
         self._waits_for = "training begins"
 
     def note(self, text: str, event: str = "", /, **fields: Any) -> None:

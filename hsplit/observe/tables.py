@@ -113,7 +113,7 @@ class MetricsRow:
         train_wall_time_s, train_virtual_time_s: ``wall_time_s`` and ``virtual_time_s`` without the validations so far;
             None in tables of older versions.
         worst_ppl: validation perplexity of the client where it is largest, each on its own held-out tokens; None
-            where nothing was validated or held out.
+            where nothing was validated or held out, and on a single node, which has the data of all.
     """
 
     round: Whole

@@ -109,6 +109,7 @@ def whole_model(
 def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held]:
     """Each client's part, ``N`` of them; equal parts are one object."""
     names = np.array([w.name for w in problem.cost.model.weights], dtype=object)
+    worth = problem.worth * problem.discounts(state)[0][problem.cost.model.weight_layer]
     made: dict[tuple[int, bytes], _Held] = {}
     parts: list[_Held] = [_Held({}, 0, 0.0)] * len(splits)
     for split in np.unique(splits).tolist():
@@ -117,7 +118,7 @@ def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held
         flags = problem.held[split]
         levels = problem.client_levels(state, kinds, split)[:, flags]
         ranks = problem.rank_set[levels] * ~problem.frozen[kinds][:, None]
-        gains = (captured_by(ranks) @ problem.worth[flags]).tolist()
+        gains = (captured_by(ranks) @ worth[flags]).tolist()
         held = list(map(str, names[flags]))
         of_kind = []
         for row, gain in zip(ranks, gains, strict=True):

@@ -234,25 +234,29 @@ def _most_promising(
         return indices
     ranks = rank_choices(cost, policy)
     now = np.array([made.clients[i].split or 0 for i in indices])
-    before = Problem([clients[i] for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
-    after = Problem([_grown(clients[i]) for i in indices], server, cost, importance, ranks, RANK_RULES["importance"])
-    counts = cost.model.clients_at([part.split or 0 for part in made.available])
-    prices = server_prices(after, counts, np.full(len(after.worth), len(ranks) - 1))
-    worth_before = _worth(made, before, prices)[before.kind, now]
+    given = server, cost, importance, ranks, RANK_RULES["importance"]
+    before = Problem([clients[i] for i in indices], *given, constants=policy.objective)
+    after = Problem([_grown(clients[i]) for i in indices], *given, constants=policy.objective)
+    splits = np.array([part.split or 0 for part in made.available], dtype=np.int64)
+    alike, frozen = np.ones(len(splits)), np.array([part.forward_only for part in made.available], dtype=bool)
+    discount = after.discounts_of(splits, alike, frozen)
+    counts = cost.model.clients_at(splits.tolist())
+    prices = server_prices(after, counts, np.full(len(after.worth), len(ranks) - 1), discount)
+    worth_before = _worth(made, before, prices, discount)[before.kind, now]
     # A client that takes no part yet brings nothing.
     worth_before = np.where([made.clients[i].available for i in indices], worth_before, 0.0)
-    worth_after = np.where(after.fits, _worth(made, after, prices), -np.inf).max(axis=1)[after.kind]
+    worth_after = np.where(after.fits, _worth(made, after, prices, discount), -np.inf).max(axis=1)[after.kind]
     order = np.argsort(worth_before - worth_after, kind="stable")[:MAX_KINDS]
     return [indices[i] for i in order]
 
 
-def _worth(made: Plan, problem: Problem, prices: Prices) -> Floats:
+def _worth(made: Plan, problem: Problem, prices: Prices, discount: Floats) -> Floats:
     """Importance that a client of each kind brings at each split, less that of the seconds it takes, ``(K, L + 1)``."""
     taking_part = {part.name: part.split or 0 for part in made.available}
     members: Ints = np.array([i for i, c in enumerate(problem.clients) if c.name in taking_part], dtype=np.int64)
     splits = [taking_part[problem.clients[i].name] for i in members]
     slowest = problem.times[problem.kind[members], splits].max(axis=0, initial=0.0)
     beyond = np.maximum(problem.times - slowest, 0.0).sum(axis=2)
-    captured = (problem.client_gains + prices.captured) / len(made.available)
+    captured = problem.joint_gains(prices.captured, discount) / len(made.available)
     worth: Floats = captured - made.price_of_a_second * (prices.seconds + beyond)
     return worth

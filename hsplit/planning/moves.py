@@ -35,14 +35,14 @@ class Prices:
     fixed_bytes: float
 
 
-def server_prices(problem: Problem, counts: Ints, levels: Ints, discount: Floats | None = None) -> Prices:
+def server_prices(problem: Problem, counts: Ints, levels: Ints, discount: Floats) -> Prices:
     """Find the prices at ``counts`` ``(L + 1,)``, from the change when one client is moved to each split.
 
     Args:
         problem: with the server.
         counts: clients at each split.
         levels: the server's ranks, as indices into the rank set, ``(W,)``.
-        discount: of each layer's learning, ``(L,)``; none by default.
+        discount: of each layer's learning, ``(L,)``.
     """
     cost = problem.cost
     layers, servers = cost.model.layers, cost.model.servers
@@ -61,7 +61,7 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints, discount: Floats
     by_layer = np.bincount(
         cost.model.weight_layer, weights=captured_by(problem.rank_set)[levels] * problem.worth, minlength=layers
     )
-    worth = by_layer if discount is None else by_layer * discount
+    worth = by_layer * discount
     # A client at split k has its rows joined at the layers from k on.
     captured = np.append(np.cumsum(worth[::-1])[::-1], 0.0)
     relative = share * (size[1:] - size[0])

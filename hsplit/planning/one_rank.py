@@ -73,7 +73,12 @@ class OneRankProblem(Problem):
 
     def captured_at(self, state: State, level: Ints) -> Floats:
         """:meth:`common_gain` of ``level``, or of what the server fits where that is less."""
-        return self.common_gain(np.clip(level, 0, max(int(self._server_level(state)[0]), 0)))
+        gain = self.common_gain(np.clip(level, 0, max(int(self._server_level(state)[0]), 0)))
+        if self.constants.kappa == 0.0:
+            return gain
+        # As much of it as the state has by learning apart; a move changes its client's part.
+        whole = float(self.common_gain(self._level(state))[0])
+        return gain * (float(self.captured(state)[0]) / whole if whole else 1.0)
 
     def _server_level(self, state: State) -> Ints:
         return self.servers_as_holders(state.counts).largest_common_levels()

@@ -65,7 +65,7 @@ class _Effort:
     kept: int
 
 
-_THOROUGH = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 6)), (0.95,), 4, 2)
+_THOROUGH = _Effort(8, (0.8,), tuple(np.geomspace(1.0, 4.0, 6)), (0.95,), 4, 2)
 _LIGHT = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 5)), (0.92, 1.08), 4, 1)
 _QUICK = _Effort(3, (), (1.0, 1.5, 2.25), (1.2,), 3, 1)
 # Where splits are given, the exchange is too, and nothing is gained by a price.

@@ -256,7 +256,10 @@ class Problem:
         return self.cost.times.makespan(state.slowest[:, :-1], server_s)
 
     def captured(self, state: State) -> Floats:
-        """METHOD 5's ``learning``, ``(M,)``: captured importance, with the discount of what is learned apart."""
+        """METHOD 5's ``learning``, ``(M,)``: captured importance, with the discount of what is learned apart.
+
+        Where the weights of a client's front have unequal ranks, the discount is its layers' average by their worth.
+        """
         share = self.cost.model.joined_clients(state.counts)[:, self.cost.model.weight_layer] / len(self.clients)
         levels = captured_by(self.rank_set)[self.server_levels(state)]
         if self.constants.kappa == 0.0:

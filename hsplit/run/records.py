@@ -182,7 +182,8 @@ class Records:
         context = self._context
         state, plan = context.state, context.plan
         state.wall_time_s = self.wall_time_s
-        own_ppl = {} if validation is None else validation.perplexities()
+        # A single node's batches join the data of all clients.
+        own_ppl = {} if validation is None or context.single else validation.perplexities()
         trained = state.round_tokens > 0
         row = MetricsRow(
             round=state.round,

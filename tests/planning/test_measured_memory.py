@@ -53,6 +53,9 @@ CLIENTS = [
     Case(GPT2, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128),
     Case(GPT2_OWN, "int8", (2,), batch_size=1, length=128),
     Case(GPT2_OWN, "fp32", (0,), labels="client"),
+    Case(GROUPED, "fp32", (3,), rank=32, batch_size=1, length=16, cap=128, exchange="bf16"),
+    Case(GROUPED, "bf16", (3,), rank=32, batch_size=1, length=16, cap=128, dtype="bf16", exchange="bf16"),
+    Case(LLAMA, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128, dtype="bf16"),
     Case(LLAMA, "nf4", (0,), batch_size=8, length=256, vocabulary=300),
     Case(GROUPED, "fp32", (1,), batch_size=3, vocabulary=700),
     Case(GPT2, "nf4", (2,), rank=16, stored="codes", vocabulary=50),
@@ -70,6 +73,10 @@ SERVERS = [
     Case(GPT2, "nf4", (0, 1, 2, 4)),
     Case(GPT2_OWN, "fp32", (1, 1, 2)),
     Case(LLAMA, "fp32", (4, 4)),
+    # The round's end decides: many clients of large ranks, few tokens.
+    Case(LLAMA, "fp32", (3,) * 8, rank=32, batch_size=1, length=16, exchange="bf16"),
+    Case(LLAMA, "nf4", (3,) * 8, rank=32, batch_size=1, length=16, exchange="bf16", aggregation="fedavg"),
+    Case(GPT2, "nf4", (1, 3), rank=16, exchange="bf16"),
 ]
 
 
@@ -91,7 +98,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def named(case: Case) -> str:
     batch = f"{case.batch_size}x{case.length}"
-    held = f"{case.stored} {case.vocabulary or 'all'}"
+    held = f"{case.stored} {case.vocabulary or 'all'} {case.exchange}"
     return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {case.wire} {held}"
 
 

@@ -252,6 +252,7 @@ def test_a_plan_has_the_learning_of_its_definition(pace: Pace, freeze: Any, kapp
         made = make_plan(ample, server(1e12, 1e10), model, one.scores, policy)
         frozen += len(made.forward_only)
         assert made.captured_importance == pytest.approx(learning_by_definition(made, one.scores, kappa))
+        assert sum(part.captured_share for part in (made.server, *made.available)) == pytest.approx(1)
         seconds = made.makespan_s + made.exchange_s
         assert made.objective == pytest.approx(made.captured_importance**0.5 / seconds)
     assert (frozen > 0) == (freeze == "planned")
@@ -270,15 +271,17 @@ def test_the_more_learning_apart_costs_the_less_clients_train() -> None:
 
 
 def test_the_less_learning_counts_the_faster_the_plan() -> None:
-    fleet = [client("slow", LARGEST, 2e8, 1e6), client("fast", LARGEST, 1e10, 1e9)]
+    fleet = [client("slow", LARGEST, 1e8, 1e9), client("fast", LARGEST, 1e10, 1e9)]
 
-    def seconds(gamma: float) -> float:
-        policy = Policy(ranks=8, objective=Objective(gamma=gamma))
-        made = make_plan(fleet, server(1e12, 1e10), cost(), importance(1), policy)
-        return made.makespan_s + made.exchange_s
+    def made(gamma: float) -> tuple[float, float]:
+        # Layers apart learn less, so that deep splits are fast and shallow ones learn.
+        policy = Policy(ranks=8, freeze="never", objective=Objective(gamma=gamma, kappa=1.0))
+        plan = make_plan(fleet, server(1e12, 1e9), cost(), importance(1), policy)
+        return plan.makespan_s + plan.exchange_s, plan.captured_importance
 
-    times = [seconds(gamma) for gamma in (1.0, 0.3, 0.05)]
-    assert times == sorted(times, reverse=True)
+    times, learning = zip(*(made(gamma) for gamma in (1.0, 0.3, 0.05)), strict=True)
+    assert list(times) == sorted(times, reverse=True) and times[0] > times[-1]
+    assert list(learning) == sorted(learning, reverse=True) and learning[0] > learning[-1]
 
 
 def test_a_client_that_fits_nothing_is_named_with_what_it_lacks() -> None:

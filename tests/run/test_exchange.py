@@ -25,7 +25,13 @@ def a_run(model: Path, to: Path, recorder: Recorder, rounds: int, **policy: Any)
     importance = Importance(metric="equal")
     plan = fixed_plan(model, Job(), [1, 2, 2], [2, 4, 3], 4)
     shares = {f"c{i}": random_examples(12, i) for i in range(3)}
-    job: dict[str, Any] = {"alpha": ALPHA, "rounds": rounds, "local_steps": 2, "residual": {"max_rank": "full"}}
+    job: dict[str, Any] = {
+        "base": "fp32",
+        "alpha": ALPHA,
+        "rounds": rounds,
+        "local_steps": 2,
+        "residual": {"max_rank": "full"},
+    }
     policy = {"init": "shared", **policy}
     run = coordinator(model, to, plan, shares, recorder, Policy(importance=importance, **policy), **job)
     assert run.run()
@@ -53,7 +59,8 @@ def test_what_holders_handed_in_is_summed_exactly(
             # The holder itself has nothing else, but for the rounding of its scale.
             assert torch.equal(kept[name].A, term.A.float())
             torch.testing.assert_close(kept[name].B, term.B.float(), rtol=1e-6, atol=0)
-    sums = learned(run._executor.actors["server"].state())  # type: ignore[attr-defined]  # in-process by construction
+    actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
+    sums = learned(actors["server"].state())
     assert sums
     for name, total in sums.items():
         holders = [(one.terms[name], one.tokens[one.layers[name]]) for one in handed_in if name in one.terms]
@@ -61,6 +68,24 @@ def test_what_holders_handed_in_is_summed_exactly(
         expected = sum(count / tokens * term.to(torch.float64).dense() for term, count in holders)
         assert isinstance(expected, torch.Tensor)
         assert (total.dense().double() - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("reinit", ["mean", "svd", "random"])
+def test_after_every_restart_all_holders_have_the_weight_that_is_stored(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reinit: str
+) -> None:
+    """Law E4's ground: residual and live adapter of each holder are the aggregated sum, whatever its rank."""
+    run = a_run(models["llama"], tmp_path, Recorder(), 3, reinit=reinit, pace=Pace(exchange="bf16"))
+    actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
+    sums = learned(actors["server"].state())
+    for name in ("c0", "c1", "c2", "server"):
+        holder = actors[name].holder
+        for weight, linear in holder.segment.linears.items():
+            pristine = linear._pristine() if linear._pristine is not None else linear.weight.dense(torch.float32)
+            residual = linear.weight.dense(torch.float64) - pristine.double()
+            has = residual + holder.adapters.live(weight).to(torch.float64).dense()
+            expected = sums[weight].to(torch.float64).dense()
+            assert (has - expected).norm() <= 1e-4 * expected.norm(), (name, weight)
 
 
 def test_only_the_exchange_is_rounded_and_it_is_shorter(models: dict[str, Path], tmp_path: Path) -> None:

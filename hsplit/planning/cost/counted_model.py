@@ -322,7 +322,8 @@ class CountedModel:
             entry = 2 * exact + (2 if self.job.base == "bf16" else 0)
             widened = exact * self.residual_entries * (self.residual_itemsize != exact)
             formed = [
-                entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters) + int(more)
+                # Widened factors are gone once the residual is formed of them.
+                max(entry * w.parameters + min(CHUNK_BYTES, exact * w.parameters), exact * w.parameters + int(more))
                 for w, more in zip(self.weights, widened, strict=True)
             ]
         return self.by_layer(np.maximum(formed, drawn), np.maximum)

@@ -111,15 +111,20 @@ class _Client:
         """
         model = self._model
         residual = prefix(model.by_layer(model.residual_itemsize * model.residual_entries))
-        restart = residual + self._copies(1)
+        restart = residual + self._copies(model.sent_itemsize)
+        held = model.sent_itemsize + (1 + model.moments) * model.master.itemsize
         # A quantized base keeps it beside its codes as received.
-        resumption = (0.0 if model.quantized else residual) + self._copies(2 + model.moments) + model.optimizer_bytes
+        resumption = (0.0 if model.quantized else residual) + self._copies(held) + model.optimizer_bytes
         return np.maximum(restart, resumption) + _running_maximum(model.restart_bytes)
 
-    def _copies(self, count: float) -> Floats:
-        """Bytes of copies of the adapters at the largest rank, less the activations of a unit of rank, by split."""
+    def _copies(self, itemsize: float) -> Floats:
+        """Bytes of copies of the adapters at the largest rank, less the activations of a unit of rank, by split.
+
+        Args:
+            itemsize: bytes of an entry in all copies together.
+        """
         model = self._model
-        beyond = np.maximum(count * model.master.itemsize * model.sides - model.saved_per_rank, 0)
+        beyond = np.maximum(itemsize * model.sides - model.saved_per_rank, 0)
         return prefix(model.by_layer(model.top_rank * beyond))
 
     @cached_property
@@ -204,10 +209,12 @@ class ServerMemory:
             # Each holder's part of the restarts is a copy of its own.
             received = received + counts @ prefix(model.sent_bytes) + model.servers * sent
         holders = model.training(int(counts[0].sum())) + model.servers - 1
-        passing = np.maximum(self._recompression_bytes(holders), self._residual_bytes + self._restart_bytes(held))
+        joining = max(self._recompression_bytes(holders), self._widened_bytes(holders))
+        restarting = self._residual_bytes + self._restart_bytes(held) + self._rounded_restarts
+        passing = np.maximum(joining, restarting)
         # At a resumption instead: own factors and moments as received.
         resumed = (1 + model.moments) * copies + model.optimizer_bytes
-        round_end = np.maximum(received + passing, resumed + self._residual_bytes + self._restart_bytes(held))
+        round_end = np.maximum(received + passing, resumed + restarting)
         load = np.where(held, model.loading_bytes(codes=True), 0.0).max(axis=1)
         total: Floats = np.ceil(fixed + np.maximum.reduce([step, round_end, load]))
         return total
@@ -247,6 +254,19 @@ class ServerMemory:
         # While changes wait, the residual that the holders have is kept too.
         residuals = 1 + (self._model.job.residual.wait > 0)
         return residuals * self._residual_bytes + float(self._model.copied_bytes.sum())
+
+    @cached_property
+    def _rounded_restarts(self) -> float:
+        """Bytes of the common restarts in the exchange's format, where that is another than the aggregator's."""
+        model = self._model
+        return float(model.sent_bytes.sum()) if model.sent_itemsize != model.master.itemsize else 0.0
+
+    def _widened_bytes(self, holders: int) -> float:
+        """Bytes of one weight's adapters of all holders, widened from the exchange's format."""
+        model = self._model
+        if model.sent_itemsize == model.master.itemsize:
+            return 0.0
+        return float((1 + holders) * model.master.itemsize * model.top_rank * model.sides.max(initial=0))
 
     def _restart_bytes(self, held: NDArray[np.bool_]) -> Floats:
         return np.where(held, self._model.restart_bytes, 0.0).max(axis=1)
