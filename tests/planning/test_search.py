@@ -63,7 +63,8 @@ def test_a_scan_is_no_worse_than_any_deepest_start(labels: str) -> None:
     for start in scan.deepest(10**6)[::5]:
         before = problem.state(start[problem.kind])
         reached = float(problem.objective(before)[0])
-        prices = server_prices(problem, before.counts[0], np.full(len(problem.worth), len(RANKS) - 1))
+        levels, discount = np.full(len(problem.worth), len(RANKS) - 1), problem.discounts(before)[0]
+        prices = server_prices(problem, before.counts[0], levels, discount)
         worth = Worth(problem.client_gains + prices.captured, 0.0, reached, 0.0, 1e15, problem.fits)
         splits, passed_over = scan.splits(TOTAL, worth, prices)
         assert not passed_over
