@@ -341,13 +341,13 @@ def _factors(shape: LinearShape, rank: int, case: Case) -> LowRank:
 
 def _sent(term: LowRank, case: Case) -> LowRank:
     """An adapter or a restart in the exchange's format."""
-    sent = exchange_dtype(case.policy)
+    sent = exchange_dtype(case.policy, DTYPES[case.dtype])
     return term if sent is None else term.to(sent)
 
 
 def _update(shapes: Sequence[LinearShape], case: Case) -> RoundUpdate:
     dtype = DTYPES[case.dtype]
-    narrow = is_quantized(case.base) or dtype == exchange_dtype(case.policy)
+    narrow = is_quantized(case.base) or exchange_dtype(case.policy, dtype) is not None
     wide = torch.promote_types(dtype, torch.float32)
     factors = {s.name: _factors(s, _cap(s, case), case).to(dtype if narrow else wide) for s in shapes}
     residuals = {name: ResidualUpdate(0, own) for name, own in factors.items()}

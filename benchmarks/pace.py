@@ -44,7 +44,7 @@ from hsplit.run.inputs import read_inputs
 
 LEVELS = convergence.LEVELS
 SEEDS = (*convergence.SEEDS, *range(10, 20))
-PACED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned", "exchange=bf16")
+PACED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned", "exchange=compute")
 OFF = ("batch_size=equal", "periods=none", "stored=dense", "embedding=whole", "wire=job", "exchange=whole")
 POLICIES = {
     "splitlora": ("splitlora", OFF),
@@ -59,7 +59,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "everything": (*(f"policy.pace.{key}" for key in PACED), "job.residual.wait=0.25"),
     "rows": ("policy.pace.batch_size=planned",),
     "wire int4": ("job.wire=int4",),
-    "exchange bf16": ("policy.pace.exchange=bf16",),
+    "exchange as computed": ("policy.pace.exchange=compute",),
     "residual waits": ("job.residual.wait=0.25",),
     "a step a group": (
         *("policy.pace.batch_size=planned", "policy.pace.periods=planned"),

@@ -130,16 +130,18 @@ class Pace(Section):
         default="job",
         description="format of a client's messages: `job.wire`, or `planned`: a narrower one where its link binds",
     )
-    exchange: Literal["whole", "bf16"] = Field(
+    exchange: Literal["whole", "compute"] = Field(
         default="whole",
-        description="adapters at a round's end: sent `whole`, as they are trained, or rounded to `bf16` by their"
-        " holder, in half the time; what is aggregated, and what holders restart with, are the rounded ones, exactly",
+        description="adapters at a round's end: sent `whole`, as they are trained, or rounded by their holder to the"
+        " type to `compute` in (`job.dtype`), with bf16 in half the time; what is aggregated, and what holders restart"
+        " with, are the rounded ones, exactly",
     )
 
 
 class Objective(Section):
-    """The constants of what plans maximize, ``learning ** gamma`` a second (METHOD.md section 5), as measured by
-    ``hsplit bench capacity``.
+    """The constants of what plans maximize, ``learning ** gamma`` a second (METHOD.md section 5).
+
+    ``hsplit bench capacity`` measures them. The defaults are not measured: all that is learned counts in full.
     """
 
     gamma: float = Field(

@@ -47,7 +47,6 @@ class Restart:
 
     Attributes:
         reinit: the policy's: ``random``, ``svd`` or ``mean``.
-        sent: dtype of the restart on its way, if another than that of the factors: what it cannot hold is not in it.
         ranks: rank of each next holder of the weight; empty where it has none.
         spare: directions that a holder can keep frozen beside its adapter, for a rule that freezes.
     """
@@ -55,11 +54,6 @@ class Restart:
     reinit: str
     ranks: tuple[int, ...]
     spare: int = 0
-    sent: torch.dtype | None = None
-
-    def rounded(self, term: LowRank) -> LowRank:
-        """Round a restart to what can be sent, in the dtype that it has."""
-        return term if self.sent is None else term.to(self.sent).to(term.A.dtype)
 
     @property
     def smallest(self) -> int:
@@ -111,8 +105,7 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
     what they have learned, and all compute with the same weight. (With only as many as the smallest rank, as in
     METHOD 6, the larger ranks would start fresh every round.) Their ``A`` has the size of a fresh one: ``B`` learns at
     the pace of ``A``, and a decomposition's balanced factors would slow down every round but the first. A weight that
-    only one holder has trained stays as it is. Where restarts are rounded on their way, the residual takes the whole
-    sum less the rounded restart, which has as many directions more.
+    only one holder has trained stays as it is.
 
     With ``reinit: mean`` all holders restart with the mean factors, as in FedAvg, and the residual takes what these
     leave out of the exact sum: with ``B`` and ``A`` the means, ``sum_c p_c s_c (B_c - B)(A_c - A)``. Where the holders
@@ -125,13 +118,35 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
         return Outcome(None, contributions[0].term)
     if restart.reinit == "mean":
         mean = _mean_factors(contributions)
-        common = restart.rounded(mean if mean.rank <= restart.kept else mean.up_to_rank(restart.kept))
+        common = mean if mean.rank <= restart.kept else mean.up_to_rank(restart.kept)
         return Outcome(LowRankSum((*total.terms, common), (*total.weights, -1.0)), common)
-    leading, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
-    common = restart.rounded(_as_large_as_fresh(leading))
-    if restart.sent is not None:
-        return Outcome(LowRankSum((*total.terms, common), (*total.weights, -1.0)), common)
-    return Outcome(rest, common)
+    common, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
+    return Outcome(rest, _as_large_as_fresh(common))
+
+
+def rounded(outcome: Outcome, dtype: torch.dtype, keeps_residual: bool) -> Outcome:
+    """Round the restart of ``outcome`` to what ``dtype`` can hold; what that leaves out joins the residual, if one is
+    kept.
+    """
+    common = outcome.common
+    if common is None:
+        return outcome
+    restart = common.to(dtype).to(common.A.dtype)
+    if torch.equal(restart.A, common.A) and torch.equal(restart.B, common.B):
+        return outcome
+    if not keeps_residual:
+        return Outcome(outcome.residual, restart)
+    whole = outcome.residual
+    if whole is None:
+        whole = LowRankSum((), ())
+    elif isinstance(whole, LowRank):
+        whole = LowRankSum((whole,), (1.0,))
+    parts = list(zip(whole.terms, whole.weights, strict=True))
+    # A residual that is a sum less the restart is that sum less the rounded one: no directions more.
+    less = [(restart if term is common else term, weight) for term, weight in parts]
+    if all(term is not common for term, _ in parts):
+        less += [(common, 1.0), (restart, -1.0)]
+    return Outcome(LowRankSum(tuple(term for term, _ in less), tuple(weight for _, weight in less)), restart)
 
 
 def average_factors(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
@@ -291,14 +306,14 @@ class Aggregator:
         self, shapes: Sequence[LinearShape], job: Job, policy: Policy, master: torch.dtype, *, merges: bool
     ) -> None:
         self._reinit, self._merges, self._wait = policy.reinit, merges, job.residual.wait
-        self._sent, self._master = exchange_dtype(policy), master
+        dtype = resolve_dtype(job.dtype)
+        self._sent, self._master = exchange_dtype(policy, dtype), master
         self._aggregation = find_aggregation(policy.aggregation)
         cap = None if job.residual.max_rank == "full" else job.residual.max_rank
         # A quantized base's holders narrow what they get to the dtype that they compute in, so that it may be narrowed
-        # before. A dense bf16 base forms its working weight in fp32 and rounds it to bf16: factors of the residual that
+        # before. A dense base forms its working weight in fp32 and rounds it to bf16: factors of the residual that
         # were rounded err far below that, and go so where adapters do.
-        dtype = resolve_dtype(job.dtype)
-        sent = dtype if not merges or dtype == self._sent else master
+        sent = dtype if not merges or self._sent is not None else master
         self.residuals = {shape.name: Residual(shape.d_out, shape.d_in, cap, master, sent) for shape in shapes}
         self._common: dict[str, LowRank] = {}
         self._restarts: dict[tuple[str, int], LowRank] = {}
@@ -339,30 +354,14 @@ class Aggregator:
                 contributions += _frozen(began, contributions)
             others = _ranks_of(name, absent or {})
             ranks = (*(h.terms[name].rank for h in holders), *others)
-            outcome = self._as_sent(self._aggregation.rule(contributions, self._restart(residual, ranks)))
+            outcome = self._aggregation.rule(contributions, self._restart(residual, ranks))
+            if self._sent is not None:
+                outcome = rounded(outcome, self._sent, self._aggregation.keeps_residual)
             allowed = 0.0 if last or not self._wait or outcome.common is None else self._wait * norm(outcome.common)
             cut = max(cut, residual.join(outcome.residual, self._beside(outcome.common, ranks), allowed))
             if outcome.common is not None:
                 self._common[name] = outcome.common
         return cut
-
-    def _as_sent(self, outcome: Outcome) -> Outcome:
-        """Round the restart to the exchange's format; what that leaves out joins the residual, where there is one."""
-        common = outcome.common
-        if self._sent is None or common is None:
-            return outcome
-        rounded = common.to(self._sent).to(common.A.dtype)
-        if torch.equal(rounded.A, common.A) and torch.equal(rounded.B, common.B):
-            return outcome
-        if not self._aggregation.keeps_residual:
-            return Outcome(outcome.residual, rounded)
-        left = LowRankSum((common, rounded), (1.0, -1.0))
-        residual = outcome.residual
-        if isinstance(residual, LowRank):
-            left = left.plus(residual)
-        elif residual is not None:
-            left = LowRankSum((*residual.terms, *left.terms), (*residual.weights, *left.weights))
-        return Outcome(left, rounded)
 
     def fit_restarts(self, next_ranks: Ranks) -> tuple[float, set[str]]:
         """Make the common restarts fit holders of other ranks: what no longer fits joins the residual (law E4).
@@ -397,7 +396,7 @@ class Aggregator:
     def _restart(self, residual: Residual, ranks: tuple[int, ...]) -> Restart:
         # Half of the directions that holders keep room for: what restarts is the leading part.
         spare = (residual.cap or 0) // 2 if self._aggregation.freezes else 0
-        return Restart(self._reinit, ranks, spare, self._sent)
+        return Restart(self._reinit, ranks, spare)
 
     def _beside(self, common: LowRank | None, ranks: tuple[int, ...]) -> int:
         """Count the directions of ``common`` that the holder of the smallest rank keeps frozen beside the residual."""

@@ -135,9 +135,15 @@ class RoundUpdate:
         return sum(u.nbytes for u in self.residuals.values()) + sum(c.nbytes for c in self.common.values())
 
 
-def exchange_dtype(policy: Policy) -> torch.dtype | None:
-    """Return the dtype of adapters on their way; ``None``: that in which they are trained."""
-    return torch.bfloat16 if policy.pace.exchange == "bf16" else None
+def exchange_dtype(policy: Policy, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of adapters on their way; ``None``: that in which they are trained.
+
+    Args:
+        policy: its ``pace.exchange``.
+        dtype: compute dtype.
+    """
+    narrower = dtype != torch.promote_types(dtype, torch.float32)
+    return dtype if policy.pace.exchange == "compute" and narrower else None
 
 
 class Holder:
@@ -165,6 +171,7 @@ class Holder:
         self.name = name
         self.segment = segment
         self._job, self._policy = job, policy
+        self._sent = exchange_dtype(policy, dtype)
         master = torch.promote_types(dtype, torch.float32)
         self.adapters = AdapterSet(shapes, ranks, job.alpha, master, device)
         self.adapters.attach(segment, job.dropout)
@@ -266,7 +273,7 @@ class Holder:
 
     def held(self) -> HeldAdapters:
         """Return the live adapters at the round's end, which are rounded to the exchange's format first."""
-        names, sent = self.adapters.names, exchange_dtype(self._policy)
+        names, sent = self.adapters.names, self._sent
         if self._pruner is not None:
             self._pruner.end_round()
         ranks = self.adapters.ranks if self._pruner is None else self._pruner.ranks

@@ -264,7 +264,7 @@ def test_law_e1_on_ray(cluster_file: Path, tmp_path: Path) -> None:
     settings = {"optimizer": "sgd", "rounds": 1, "local_steps": 1, "lr": 0.05, "clip": None, "wire": "fp32"}
     overrides = {**settings, "policy.init": "shared", "policy.ranks": 2, "residual.max_rank": "full"}
     # All layers train on the loss of the union, with nothing rounded on the way.
-    overrides |= {"policy.freeze": "never", "policy.pace.wire": "job", "policy.pace.exchange": "whole"}
+    overrides |= {"policy.freeze": "never", "policy.pace.weights": "tokens", "policy.pace.wire": "job"}
     run = hsplit.launch(cluster_file, None, overrides, runs_dir=tmp_path, display=Recorder())
     config = RunConfig.load(run.path / "config.yaml")
     batches = [batch for client in _twins(config, _plan(run)) for batch in client.data.step_batches(0).values()]

@@ -53,8 +53,8 @@ CLIENTS = [
     Case(GPT2, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128),
     Case(GPT2_OWN, "int8", (2,), batch_size=1, length=128),
     Case(GPT2_OWN, "fp32", (0,), labels="client"),
-    Case(GROUPED, "fp32", (3,), rank=32, batch_size=1, length=16, cap=128, exchange="bf16"),
-    Case(GROUPED, "bf16", (3,), rank=32, batch_size=1, length=16, cap=128, dtype="bf16", exchange="bf16"),
+    Case(GROUPED, "fp32", (3,), rank=32, batch_size=1, length=16, cap=128, dtype="bf16", exchange="compute"),
+    Case(GROUPED, "bf16", (3,), rank=32, batch_size=1, length=16, cap=128, dtype="bf16", exchange="compute"),
     Case(LLAMA, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128, dtype="bf16"),
     Case(LLAMA, "nf4", (0,), batch_size=8, length=256, vocabulary=300),
     Case(GROUPED, "fp32", (1,), batch_size=3, vocabulary=700),
@@ -74,9 +74,11 @@ SERVERS = [
     Case(GPT2_OWN, "fp32", (1, 1, 2)),
     Case(LLAMA, "fp32", (4, 4)),
     # The round's end decides: many clients of large ranks, few tokens.
-    Case(LLAMA, "fp32", (3,) * 8, rank=32, batch_size=1, length=16, exchange="bf16"),
-    Case(LLAMA, "nf4", (3,) * 8, rank=32, batch_size=1, length=16, exchange="bf16", aggregation="fedavg"),
-    Case(GPT2, "nf4", (1, 3), rank=16, exchange="bf16"),
+    Case(LLAMA, "fp32", (3,) * 8, rank=32, batch_size=1, length=16, dtype="bf16", exchange="compute"),
+    Case(
+        LLAMA, "nf4", (3,) * 8, rank=32, batch_size=1, length=16, dtype="bf16", exchange="compute", aggregation="fedavg"
+    ),
+    Case(GPT2, "nf4", (1, 3), rank=16, dtype="bf16", exchange="compute"),
 ]
 
 

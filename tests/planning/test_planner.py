@@ -370,7 +370,8 @@ def test_layers_behind_a_slow_link_have_to_be_worth_a_rounds_exchange() -> None:
 
 def test_a_narrow_exchange_takes_less_of_a_slow_link_by_what_its_adapters_are_smaller() -> None:
     slow = client("slow", LARGEST, 1e11, 1e6)
-    whole, narrow = (CostModel(tiny_spec("llama"), JOB, Pace(exchange=form)) for form in ("whole", "bf16"))  # type: ignore[arg-type]
+    job, forms = JOB.model_copy(update={"dtype": "bf16"}), (Pace(), Pace(exchange="compute"))
+    whole, narrow = (CostModel(tiny_spec("llama"), job, pace) for pace in forms)
     saved = whole.times.exchange_times([slow]) - narrow.times.exchange_times([slow])
     # Up and down, with half of the bytes of fp32.
     adapters = np.concatenate([[0.0], np.cumsum(whole.model.copied_bytes)])

@@ -103,7 +103,7 @@ class CountedModel:
         whole: bool = False,
         trains_weights: bool = False,
         servers: int = 1,
-        exchange: Literal["whole", "bf16"] = "whole",
+        exchange: Literal["whole", "compute"] = "whole",
         counter: LayerCounter | None = None,
     ) -> None:
         self._model = model
@@ -131,7 +131,7 @@ class CountedModel:
         if trains_weights:
             # Weights are kept in the master dtype, and so is what flows between layers under autocast.
             self.dtype = self.master
-        self.sent_itemsize = self.master.itemsize if exchange == "whole" else torch.bfloat16.itemsize
+        self.sent_itemsize = self.master.itemsize if exchange == "whole" else self.dtype.itemsize
         self.quantized = is_quantized(job.base)
         # A residual's factors travel as holders compute with them, where nothing is lost by that.
         narrow = self.quantized or self.dtype.itemsize == self.sent_itemsize
