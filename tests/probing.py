@@ -45,6 +45,7 @@ def probed_actors(
     matrices: bool = False,
     plain: bool = False,
     data: Callable[[int, int], list[Example]] = random_examples,
+    metric: str = "rngwp",
 ) -> InProcess:
     """Clients ``c{i}`` and the server, every weight with the same adapter and residual wherever it is held.
 
@@ -52,8 +53,10 @@ def probed_actors(
         matrices: residuals as matrices instead of as factors.
         plain: no residuals and adapters that are zero, as at a run's start.
         data: a client's examples, from their number and the client's.
+        metric: of importance.
     """
-    policy, base = Policy(init="shared"), BaseModel.of_job(ModelSpec.read(model), job)
+    policy = Policy.model_validate({"init": "shared", "importance": {"metric": metric}})
+    base = BaseModel.of_job(ModelSpec.read(model), job)
     plan = fixed_plan(model, job, splits, [RANK] * len(splits), RANK)
     clients = {f"c{i}": Client(f"c{i}", job, policy, base) for i in range(len(splits))}
     server = Server("server", job, policy, base)

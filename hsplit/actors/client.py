@@ -20,7 +20,7 @@ from hsplit.config import Job, Policy
 from hsplit.data import Batch
 from hsplit.data.batches import IGNORED
 from hsplit.lora.holder import Holder
-from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
+from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, Score
 from hsplit.models.packing import pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec
 from hsplit.planning.importance import ImportanceReport
@@ -242,7 +242,7 @@ class Client(Participant):
         assert self._probed is not None
         probe, batch, hidden = self._probed
         self._probed = None
-        scores: dict[str, float] = {}
+        scores: dict[str, Score] = {}
         if self._split:
             upstream = None if gradient is None else gradient.unpack(hidden.dtype, hidden.device)
             rows = ProbedRows(self.name, slice(0, hidden.shape[0]), 0, 1)

@@ -153,7 +153,8 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
 
     def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
         assert isinstance(self.holder, Holder)
-        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw)
+        spectral = self._policy.importance.spectral
+        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw, spectral)
 
     def _front(self, batch: Batch, probing: bool = False) -> Tensor:
         """Embed ``batch`` and run layers ``[0, split)``: hidden states ``(n, d)``."""

@@ -334,7 +334,7 @@ class Replica(HolderActor[Holder]):
             sound = [message for message in messages if message.client in inputs]
             if not (training and any(message.scored[1] for message in sound)):
                 return JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
-            probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training=True, draw=step)
+            probe = self._new_probe(training=True, draw=step)
             with probe.watching():
                 joined = JoinedBatch.run(self.holder.segment, self._layers, sound, inputs)
             joined.probe = probe
@@ -407,9 +407,13 @@ class Replica(HolderActor[Holder]):
             return None
         return tensor
 
+    def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
+        spectral = self._policy.importance.spectral
+        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw, spectral)
+
     def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
         """Run a probe's joined batch without dropout, watched by the probe."""
-        probe = ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes)
+        probe = self._new_probe()
         refused: dict[str, str] = {}
         with probe.watching():
             self.holder.begin_phase(0, training=False)

@@ -39,7 +39,9 @@ _Aggregation = Annotated[
     _AGGREGATIONS | _Reference,
     meaning(f"'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'none', or {_OWN}"),
 ]
-_Metric = Annotated[Literal["rngwp", "equal"] | _Reference, meaning(f"'rngwp', 'equal', or {_OWN}")]
+_Metric = Annotated[
+    Literal["rngwp", "spectral", "equal"] | _Reference, meaning(f"'rngwp', 'spectral', 'equal', or {_OWN}")
+]
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,7 +52,8 @@ class Importance(Section):
 
     metric: _Metric = Field(
         default="rngwp",
-        description="`rngwp` probes gradients at rounds' ends; `equal` takes all parameters alike; or your own",
+        description="`rngwp` (gradient-weight products) and `spectral` (singular values of gradients) are probed at"
+        " rounds' ends; `equal` takes all parameters alike; or your own",
     )
     tokens: Count = Field(default=64, description="supervised tokens of one client's probe, at most those of a batch")
     back_off: bool = Field(
@@ -58,6 +61,11 @@ class Importance(Section):
     )
     lam_0: _Share = Field(default=0.9, description="trust in the newest probe at the run's start, falling to its end")
     lam_min: _Share = Field(default=0.1, description="the least trust in the newest probe")
+
+    @property
+    def spectral(self) -> bool:
+        """True if a probe finds spectra and not sums."""
+        return self.metric == "spectral"
 
 
 class Replan(Section):

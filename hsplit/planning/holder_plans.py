@@ -11,9 +11,10 @@ from hsplit.errors import InputError
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
+from hsplit.planning.importance import Score, size_of
 from hsplit.planning.plan import HolderPlan, Plan
 from hsplit.planning.problem import Problem, State
-from hsplit.planning.ranks import Flags, captured_by
+from hsplit.planning.ranks import Flags, at_levels, captured_by
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def planned(
 
 
 def whole_model(
-    clients: Sequence[ClientBudget], server: ServerBudget, cost: CostModel, importance: Mapping[str, float]
+    clients: Sequence[ClientBudget], server: ServerBudget, cost: CostModel, importance: Mapping[str, Score]
 ) -> Plan:
     """Make the plan of a node that trains every weight: no adapters, so nothing to choose.
 
@@ -98,9 +99,9 @@ def whole_model(
             f" {needed / 1e9:.3f} GB; raise it, or lower job.batch_size or job.max_length"
         )
     layers, seconds = cost.model.layers, float(cost.times.client_times(node)[cost.model.layers].sum())
-    total = sum(importance.values())
+    sizes = np.array([size_of(importance[w.name]) for w in cost.model.weights])
     full_rank = captured_by(np.array([min(w.d_out, w.d_in) for w in cost.model.weights]))
-    captured = float(full_rank @ np.array([importance[w.name] / total for w in cost.model.weights]))
+    captured = float(full_rank @ (sizes / sizes.sum()))
     part = HolderPlan(node.name, "client", True, layers, {}, node.memory_bytes, needed, seconds, captured_share=1.0)
     deep = HolderPlan("server", "server", True, layers, {}, server.memory_bytes, cost.server_bytes([layers], {}), 0.0)
     return Plan(layers, deep, (part,), seconds, captured, "every weight at its full rank")
@@ -109,7 +110,7 @@ def whole_model(
 def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held]:
     """Each client's part, ``N`` of them; equal parts are one object."""
     names = np.array([w.name for w in problem.cost.model.weights], dtype=object)
-    worth = problem.worth * problem.discounts(state)[0][problem.cost.model.weight_layer]
+    discount = problem.discounts(state)[0][problem.cost.model.weight_layer]
     made: dict[tuple[int, bytes], _Held] = {}
     parts: list[_Held] = [_Held({}, 0, 0.0)] * len(splits)
     for split in np.unique(splits).tolist():
@@ -118,7 +119,7 @@ def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held
         flags = problem.held[split]
         levels = problem.client_levels(state, kinds, split)[:, flags]
         ranks = problem.rank_set[levels] * ~problem.frozen[kinds][:, None]
-        gains = (captured_by(ranks) @ worth[flags]).tolist()
+        gains = (at_levels(problem.values[flags], levels) * (ranks > 0) @ discount[flags]).tolist()
         held = list(map(str, names[flags]))
         of_kind = []
         for row, gain in zip(ranks, gains, strict=True):

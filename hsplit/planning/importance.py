@@ -1,4 +1,8 @@
-"""Importance of each weight (METHOD 3): scores from the sums that probes report, and their history."""
+"""Importance of each weight (METHOD 3): scores from what probes report, and their history.
+
+A score is a number, which ``log2(1 + rank)`` multiplies, or a curve: what the first 1, 2, … of the weight's directions
+are worth together, concave and never falling, beyond whose end a rank adds nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from hsplit.config.section import EXACT
 from hsplit.errors import InputError
 from hsplit.extension import find_part
+from hsplit.lora.importance_probe import Score
 from hsplit.models.spec import LinearShape
-
-# fp32 parameter, gradient and two Adam moments (METHOD 3).
-BYTES_PER_PARAMETER = 16
 
 # The blend's eps, as a part of the mean score: a weight with less history than that has as good as none.
 RELATIVE_EPS = 1e-8
@@ -28,13 +31,26 @@ class ImportanceReport:
     Attributes:
         client: the client that the probe batch and its mean loss belong to.
         tokens: supervised tokens of that batch, the weight of these sums in the mean over clients.
-        scores: ``sum_ij |W_ij G_ij|`` by weight name, not yet divided by ``cost_w``.
+        scores: by weight name: ``sum_ij |W_ij G_ij|``, or the gradient's largest singular values, falling.
     """
 
     client: str
     tokens: int
-    scores: dict[str, float]
+    scores: dict[str, Score]
     __pydantic_config__ = EXACT
+
+
+def size_of(score: Score) -> float:
+    """Return a score as one number: a curve's end."""
+    return score[-1] if isinstance(score, tuple) else score
+
+
+def mean_score(scores: Sequence[Score], weights: Sequence[float]) -> Score:
+    """Average scores of one weight, all of them numbers or curves of one length."""
+    if isinstance(scores[0], tuple):
+        curves = [score for score in scores if isinstance(score, tuple)]
+        return tuple(math.fsum(w * v for w, v in zip(weights, at, strict=True)) for at in zip(*curves, strict=True))
+    return math.fsum(w * size_of(score) for w, score in zip(weights, scores, strict=True))
 
 
 def mean_report(reports: Sequence[ImportanceReport], weights: Collection[str]) -> ImportanceReport | None:
@@ -47,7 +63,7 @@ def mean_report(reports: Sequence[ImportanceReport], weights: Collection[str]) -
     Returns:
         Token-weighted means, of no client in particular; ``None`` if nothing is left, or is not finite, or above 0.
     """
-    sums: dict[str, dict[str, float]] = defaultdict(dict)
+    sums: dict[str, dict[str, Score]] = defaultdict(dict)
     for report in reports:
         if report.tokens:
             sums[report.client].update(report.scores)
@@ -55,36 +71,52 @@ def mean_report(reports: Sequence[ImportanceReport], weights: Collection[str]) -
         report.client: report.tokens for report in reports if weights and sums[report.client].keys() >= set(weights)
     }
     total = sum(whole.values())
-    mean = {name: sum(tokens / total * sums[client][name] for client, tokens in whole.items()) for name in weights}
-    useful = total and all(map(math.isfinite, mean.values())) and any(mean.values())
-    return ImportanceReport("", total, mean) if useful else None
+    if not whole or not total:
+        return None
+    parts = [tokens / total for tokens in whole.values()]
+    mean = {name: mean_score([sums[client][name] for client in whole], parts) for name in weights}
+    sizes = [size_of(score) for score in mean.values()]
+    return ImportanceReport("", total, mean) if all(map(math.isfinite, sizes)) and any(sizes) else None
 
 
-# Gives scores by weight name, from raw sums ``sum |W G|`` by weight name, and the weights.
-Metric = Callable[[Mapping[str, float], Sequence[LinearShape]], dict[str, float]]
+Metric = Callable[[Mapping[str, Any], Sequence[LinearShape]], Mapping[str, Score]]
+"""Gives scores by weight name, from raw sums ``sum |W G|`` by weight name (``spectral``: spectra), and the weights."""
 
 
-def equal_importance(shapes: Sequence[LinearShape]) -> dict[str, float]:
-    """Give equal importance per parameter, over the bytes to adapt the weight: ``H_w`` before any score exists.
+def equal_importance(shapes: Sequence[LinearShape]) -> dict[str, Score]:
+    """Give equal importance per parameter, ``d_in d_out`` by weight name: ``H_w`` before any score exists."""
+    return {s.name: float(s.parameters) for s in shapes}
 
-    Returns:
-        ``parameters / cost_w`` by weight name, with ``cost_w = 16 (d_in + d_out)`` bytes per unit of rank.
+
+def gradient_weight_product(sums: Mapping[str, float], shapes: Sequence[LinearShape]) -> dict[str, Score]:
+    """RNGWP: ``sum_ij |W_ij G_ij|`` by weight name.
+
+    The allocation resource-normalizes it: it ranks weights by their gain per byte, so that a rank's cost counts once.
     """
-    return {s.name: s.parameters / _cost_bytes(s) for s in shapes}
+    return {s.name: sums[s.name] for s in shapes}
 
 
-def resource_normalized(sums: Mapping[str, float], shapes: Sequence[LinearShape]) -> dict[str, float]:
-    """RNGWP: ``sum_ij |W_ij G_ij| / cost_w`` by weight name, with ``cost_w = 16 (d_in + d_out)``."""
-    return {s.name: sums[s.name] / _cost_bytes(s) for s in shapes}
+def spectral(spectra: Mapping[str, Sequence[float]], shapes: Sequence[LinearShape]) -> dict[str, Score]:
+    """Give each weight a curve: the fall of the loss by the best step of each rank, in one unit for all weights.
+
+    The best step of rank ``r`` and of given size lowers the loss in proportion to the root of the sum of the ``r``
+    largest squared singular values of the gradient (METHOD 3).
+
+    Args:
+        spectra: singular values of each weight's gradient, falling.
+        shapes: the weights.
+    """
+    return {s.name: tuple(map(math.sqrt, accumulate(value**2 for value in spectra[s.name]))) for s in shapes}
 
 
-def _equal(sums: Mapping[str, float], shapes: Sequence[LinearShape]) -> dict[str, float]:
+def _equal(sums: Mapping[str, Any], shapes: Sequence[LinearShape]) -> dict[str, Score]:
     return equal_importance(shapes)
 
 
 # A further metric is one function and one line.
 IMPORTANCE: dict[str, Metric] = {
-    "rngwp": resource_normalized,
+    "rngwp": gradient_weight_product,
+    "spectral": spectral,
     "equal": _equal,
 }
 
@@ -99,13 +131,9 @@ def find_metric(name: str) -> Metric:
     return found
 
 
-def _cost_bytes(shape: LinearShape) -> int:
-    return BYTES_PER_PARAMETER * (shape.d_in + shape.d_out)
-
-
 def scores(
     reports: Sequence[ImportanceReport], shapes: Sequence[LinearShape], metric: str = "rngwp"
-) -> dict[str, float]:
+) -> dict[str, Score]:
     """Compute ``I_w`` of one probe: the metric of the mean over clients, weighted by their supervised tokens.
 
     Args:
@@ -121,7 +149,7 @@ def scores(
         InputError: the metric gives a weight a score that is not finite or below 0, or gives all of them 0.
         ValueError: a weight has no sum or two sums for some client, or no client had a supervised token.
     """
-    sums: dict[str, dict[str, float]] = defaultdict(dict)
+    sums: dict[str, dict[str, Score]] = defaultdict(dict)
     tokens: dict[str, int] = {}
     for report in reports:
         tokens[report.client] = report.tokens
@@ -136,16 +164,45 @@ def scores(
         missing = [s.name for s in shapes if s.name not in own]
         if missing:
             raise ValueError(f"importance: missing for {client}: {', '.join(missing)}")
-        infinite = [s.name for s in shapes if not math.isfinite(own[s.name])]
+        infinite = [s.name for s in shapes if not _finite(own[s.name])]
         if infinite:
             raise FloatingPointError(f"the importance of {infinite[0]} for {client} is not finite")
-    mean = {s.name: sum(tokens[c] / total * own[s.name] for c, own in sums.items()) for s in shapes}
+    parts = [tokens[client] / total for client in sums]
+    mean = {s.name: mean_score([own[s.name] for own in sums.values()], parts) for s in shapes}
     found = find_metric(metric)(mean, shapes)
-    scored = {s.name: float(found.get(s.name, math.nan)) for s in shapes}
-    if not all(math.isfinite(score) and score >= 0 for score in scored.values()) or not any(scored.values()):
-        must = "must give every weight a finite score of at least 0, not all of them 0"
+    scored = {s.name: _as_score(found.get(s.name, math.nan)) for s in shapes}
+    if not all(map(_is_gain, scored.values())) or not any(map(size_of, scored.values())):
+        must = (
+            "must give every weight a finite score of at least 0, or a concave curve of such that never falls,"
+            " not all of them 0"
+        )
         raise InputError(f"policy: importance: metric: {metric} {must}")
     return scored
+
+
+def _as_score(found: float | Sequence[float]) -> Score:
+    return tuple(map(float, found)) if isinstance(found, Sequence) else float(found)
+
+
+def _finite(score: Score) -> bool:
+    return all(map(math.isfinite, score)) if isinstance(score, tuple) else math.isfinite(score)
+
+
+def _is_gain(score: Score) -> bool:
+    """True for a number of at least 0, or a concave curve that begins at one and never falls."""
+    if not isinstance(score, tuple):
+        return math.isfinite(score) and score >= 0
+    gains = increments_of(score)
+    rounding = 1e-9 * sum(gains)
+    falling = all(after <= before + rounding for before, after in pairwise(gains))
+    return bool(gains) and _finite(score) and falling and gains[-1] >= -rounding
+
+
+def increments_of(score: Score) -> tuple[float, ...]:
+    """Return what each direction of a curve adds; a number is one direction."""
+    if not isinstance(score, tuple):
+        return (score,)
+    return tuple(after - before for before, after in pairwise((0.0, *score)))
 
 
 class ImportanceHistory:
@@ -172,9 +229,9 @@ class ImportanceHistory:
         if rounds < 1 or not 0 <= lam_min <= 1 or not 0 <= lam_0 <= 1:
             raise ValueError(f"rounds must be at least 1, lam_0 and lam_min in [0, 1]: {rounds}, {lam_0}, {lam_min}")
         self._rounds, self._lam_0, self._lam_min = rounds, lam_0, lam_min
-        self.scores: dict[str, float] = {}
+        self.scores: dict[str, Score] = {}
 
-    def blend(self, round_: int, current: Mapping[str, float]) -> dict[str, float]:
+    def blend(self, round_: int, current: Mapping[str, Score]) -> dict[str, Score]:
         """Blend in the scores ``I_t`` of round ``t`` (``round_``) and return ``H_t``, both by weight name.
 
         Raises:
@@ -186,18 +243,24 @@ class ImportanceHistory:
         if current.keys() != self.scores.keys():
             differing = ", ".join(sorted(current.keys() ^ self.scores.keys()))
             raise ValueError(f"importance: in the new scores or in the history, not in both: {differing}")
-        eps = max(RELATIVE_EPS * sum(self.scores.values()) / len(self.scores), sys.float_info.min)
+        eps = max(RELATIVE_EPS * math.fsum(map(size_of, self.scores.values())) / len(self.scores), sys.float_info.min)
         weight = self._lam_0 * (1 - round_ / self._rounds)
         for name, past in self.scores.items():
-            fluctuation = abs(current[name] - past) / (past + eps)
+            # A curve moves as a whole, so that it stays concave.
+            fluctuation = abs(size_of(current[name]) - size_of(past)) / (size_of(past) + eps)
             lam = min(max(weight / (1 + fluctuation), self._lam_min), 1.0)
-            self.scores[name] = lam * current[name] + (1 - lam) * past
+            self.scores[name] = mean_score([current[name], past], [lam, 1 - lam])
         return dict(self.scores)
 
-    def moved(self, since: Mapping[str, float]) -> float:
-        """L1 distance from ``since`` (scores by the same names), each normalized to sum 1: from 0 to 2."""
-        now, then = _shares(self.scores), _shares(since)
-        return sum(abs(share - then[name]) for name, share in now.items())
+    def moved(self, since: Mapping[str, Score]) -> float:
+        """L1 distance from ``since`` (scores by the same names), each normalized to sum 1: from 0 to 2.
+
+        Between curves it is that of all their directions. Between a curve and a number, which says nothing of
+        directions, it is that of their sizes.
+        """
+        alike = all(isinstance(score, tuple) == isinstance(since[name], tuple) for name, score in self.scores.items())
+        now, then = (_shares(scores, alike) for scores in (self.scores, since))
+        return math.fsum(abs(share - then.get(of, 0.0)) for of, share in now.items())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a checkpoint."""
@@ -207,10 +270,16 @@ class ImportanceHistory:
     def from_json(data: Mapping[str, Any]) -> ImportanceHistory:
         """Read what :meth:`to_json` made."""
         history = ImportanceHistory(data["rounds"], data["lam_0"], data["lam_min"])
-        history.scores = dict(data["scores"])
+        history.scores = {name: _as_score(score) for name, score in data["scores"].items()}
         return history
 
 
-def _shares(scores: Mapping[str, float]) -> dict[str, float]:
-    total = sum(scores.values())
-    return {name: score / total if total else 0.0 for name, score in scores.items()}
+def _shares(scores: Mapping[str, Score], by_direction: bool) -> dict[tuple[str, int], float]:
+    """Return the share of each weight, or of each direction of it, in the sum of all, by name and direction."""
+    parts = {
+        (name, place): part
+        for name, score in scores.items()
+        for place, part in enumerate(increments_of(score) if by_direction else (size_of(score),))
+    }
+    total = math.fsum(parts.values())
+    return {of: part / total if total else 0.0 for of, part in parts.items()}

@@ -12,7 +12,7 @@ from hsplit.config.section import is_reference
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.importance import equal_importance
+from hsplit.planning.importance import Score, equal_importance, size_of
 from hsplit.planning.planner import rank_choices, smallest_split
 from hsplit.planning.problem import Problem, minimal_bytes
 from hsplit.planning.rank_rules import find_rank_rule
@@ -70,7 +70,7 @@ def _captures_the_same(
     ranks = rank_choices(cost, policy)
     # Later layers matter more, so that what moves between client and server would show.
     equal = equal_importance(cost.model.weights)
-    scores = {weight.name: (1 + weight.layer) * equal[weight.name] for weight in cost.model.weights}
+    scores: dict[str, Score] = {w.name: (1 + w.layer) * size_of(equal[w.name]) for w in cost.model.weights}
     rule = find_rank_rule(policy.ranks)
     problem = Problem(clients, server, cost, scores, ranks, rule, constants=policy.objective)
     splits = np.minimum(np.arange(1, int(last.max()) + 1)[:, None], last)

@@ -13,6 +13,7 @@ from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget, budget_o
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
+from hsplit.planning.importance import Score
 from hsplit.planning.moves import Prices, largest_of_others, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan, rank_choices
@@ -88,7 +89,7 @@ def explained(
     clients: Sequence[ClientBudget],
     server: ServerBudget,
     cost: CostModel,
-    importance: Mapping[str, float],
+    importance: Mapping[str, Score],
     policy: Policy,
 ) -> Insight:
     """Find the bottleneck of a plan and the gain of one more GB.
@@ -225,7 +226,7 @@ def _most_promising(
     clients: Sequence[ClientBudget],
     server: ServerBudget,
     cost: CostModel,
-    importance: Mapping[str, float],
+    importance: Mapping[str, Score],
     policy: Policy,
     indices: list[int],
 ) -> list[int]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.problem import PHASES, Problem, State
-from hsplit.planning.ranks import captured_by, increments
+from hsplit.planning.ranks import at_levels, steps_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints, discount: Floats
     rows, ranks = np.concatenate([base, moved]), problem.rank_set[levels]
     seconds = cost.times.server_times(problem.server, rows)
     size = cost.server.constant(rows) + cost.server.per_rank(rows) @ ranks
-    by_layer = np.bincount(
-        cost.model.weight_layer, weights=captured_by(problem.rank_set)[levels] * problem.worth, minlength=layers
-    )
+    by_layer = np.bincount(cost.model.weight_layer, weights=at_levels(problem.values, levels), minlength=layers)
     worth = by_layer * discount
     # A client at split k has its rows joined at the layers from k on.
     captured = np.append(np.cumsum(worth[::-1])[::-1], 0.0)
@@ -70,14 +68,14 @@ def server_prices(problem: Problem, counts: Ints, levels: Ints, discount: Floats
 
 def next_byte(problem: Problem, counts: Ints, levels: Ints) -> float:
     """Importance that one more byte at the server would capture if ranks were fractions; 0 with all at the top."""
-    steps, gains = increments(problem.rank_set)
+    steps, gains = steps_of(problem.rank_set), np.diff(problem.values, axis=1)
     unit = problem.cost.server.per_rank(counts[None])[0]
     joined = problem.cost.model.joined_clients(counts[None])[0][problem.cost.model.weight_layer]
     open_ = np.flatnonzero((joined > 0) & (levels < len(steps)))
     if not len(open_):
         return 0.0
     next_ = levels[open_]
-    gain = problem.worth[open_] * joined[open_] / len(problem.clients) * gains[next_]
+    gain = gains[open_, next_] * joined[open_] / len(problem.clients)
     return float((gain / (unit[open_] * steps[next_])).max())
 
 

@@ -8,17 +8,24 @@ import numpy as np
 
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.problem import Problem, State
-from hsplit.planning.ranks import Levels, captured_by
+from hsplit.planning.ranks import Levels
 
 
 class OneRankProblem(Problem):
     """A planning problem whose holders all have one rank.
 
     The common rank alone decides what is captured, wherever the model is split. So no client gains anything by its
-    split; ``client_gains`` is what is lost where layers are frozen, at ``g`` of 1.
+    split; ``client_gains`` is what is lost where layers are frozen, at ``g`` of 1. Weights have their proportions at
+    the largest rank.
     """
 
     one_rank = True
+
+    @cached_property
+    def _curve(self) -> Floats:
+        """``g`` of all weights together at each rank, ``(Q,)``."""
+        curve: Floats = self.values.sum(axis=0)
+        return curve
 
     @cached_property
     def common_levels(self) -> Ints:
@@ -34,7 +41,7 @@ class OneRankProblem(Problem):
 
     def captured(self, state: State) -> Floats:
         """METHOD 5's ``learning``, ``(M,)``: captured importance, with the discount of what is learned apart."""
-        rank = captured_by(self.rank_set)[self._level(state)]
+        rank = self._curve[self._level(state)]
         if self.constants.kappa == 0.0:
             captured: Floats = rank * (self.worth.sum() + state.gain.sum(axis=1) / len(self.clients))
             return captured
@@ -48,7 +55,7 @@ class OneRankProblem(Problem):
         """Importance that each client's own layers capture of its own tokens, ``(N,)`` for ``splits`` ``(N,)``."""
         state = self.state(splits)
         front = (self.held @ self.worth) * self.of_front(self.discounts(state))[0]
-        captured: Floats = front[splits] * captured_by(self.rank_set)[self._level(state)]
+        captured: Floats = front[splits] * self._curve[self._level(state)]
         return captured
 
     def client_levels(self, state: State, kinds: Ints, split: int) -> Levels:
@@ -64,11 +71,11 @@ class OneRankProblem(Problem):
         if self.constants.kappa == 0.0:
             return np.zeros(self.fits.shape)
         lost = (self.held @ self.worth) * (self.of_front(discount[None])[0] - 1.0)
-        return np.repeat(captured_by(self.rank_set)[-1] * lost[None], len(self.members), axis=0)
+        return np.repeat(self._curve[-1] * lost[None], len(self.members), axis=0)
 
     def common_gain(self, level: Ints | int) -> Floats:
         """Importance that is captured by a common ``level``, were no layers frozen."""
-        gain: Floats = captured_by(self.rank_set)[level] * self.worth.sum()
+        gain: Floats = self._curve[level] * self.worth.sum()
         return gain
 
     def captured_at(self, state: State, level: Ints) -> Floats:

@@ -19,12 +19,13 @@ from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
+from hsplit.planning.importance import Score
 from hsplit.planning.one_rank import OneRankProblem
 from hsplit.planning.pace import MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
-from hsplit.planning.ranks import Levels, captured_by
+from hsplit.planning.ranks import Levels, at_levels
 from hsplit.planning.split_rules import find_split_rule
 from hsplit.planning.wire import wires_within
 
@@ -121,7 +122,7 @@ class PacedPlanner:
         clients: Sequence[ClientBudget],
         server: ServerBudget,
         cost: CostModel,
-        importance: Mapping[str, float],
+        importance: Mapping[str, Score],
         policy: Policy,
         rank_set: Ints,
         rule: RankRule,
@@ -281,7 +282,7 @@ class PacedPlanner:
         server_ranks, lacking = self._server_levels(choice, share)
         names = np.array([w.name for w in cost.model.weights], dtype=object)
         gains, wires = np.zeros(len(self._clients)), self.wires
-        worth = problem.worth * problem.discounts_of(choice.splits, share, choice.frozen)[cost.model.weight_layer]
+        discount = problem.discounts_of(choice.splits, share, choice.frozen)[cost.model.weight_layer]
         held: list[tuple[dict[str, int], int]] = [({}, 0)] * len(self._clients)
         keys = np.stack([choice.splits, choice.rows, choice.codes], axis=1)
         alike = [np.flatnonzero((keys == key).all(axis=1)) for key in np.unique(keys, axis=0)]
@@ -296,7 +297,7 @@ class PacedPlanner:
             if common is None:
                 levels = self._rule.levels(self._holders(choice, members))
             ranks = problem.rank_set[levels[:, flags]] * ~choice.frozen[members][:, None]
-            gains[members] = captured_by(ranks) @ worth[flags]
+            gains[members] = (at_levels(problem.values[flags], levels[:, flags]) * (ranks > 0)) @ discount[flags]
             distinct, of_member = np.unique(ranks, axis=0, return_inverse=True)
             made: list[tuple[dict[str, int], int]] = []
             for row in distinct:
@@ -337,7 +338,7 @@ class PacedPlanner:
         first = int(choice.splits.min())
         flags = cost.model.weight_layer >= first
         passing = (share[:, None] * (choice.splits[:, None] <= cost.model.weight_layer)).sum(axis=0)
-        deep_gain = float((captured_by(problem.rank_set[at_server]) * passing) @ worth)
+        deep_gain = float((at_levels(problem.values, at_server) * passing) @ discount)
         captured = float(share @ gains) + deep_gain
         deep_ranks = dict(zip(map(str, names[flags]), problem.rank_set[at_server[flags]].tolist(), strict=True))
         parts = [replace(part, captured_share=float(part.captured_share / captured)) for part in parts]
@@ -395,7 +396,9 @@ class PacedPlanner:
         prices = held * tables.per_rank
         slack = problem.memory[problem.kind[members]] - tables.constant[split] - self._rank * prices.sum()
         names = tuple(w.name for w in cost.model.weights)
-        return Holders("client", names, problem.worth, held.astype(np.int64), prices, slack, self._rank_set)
+        return Holders(
+            "client", names, problem.values, problem.worth, held.astype(np.int64), prices, slack, self._rank_set
+        )
 
     def _turns(self, choice: Choice) -> Ints:
         """Examples that join a turn of a server at each split, one row a group, ``(G, L + 1)``."""
@@ -419,7 +422,9 @@ class PacedPlanner:
         names = tuple(w.name for w in cost.model.weights)
         joined = cost.model.joined_clients(counts[:1])[:, cost.model.weight_layer]
         slack = np.array([self._server.memory_bytes - needed[worst]])
-        holders = Holders("server", names, problem.worth, joined, prices[worst : worst + 1], slack, self._rank_set)
+        holders = Holders(
+            "server", names, problem.values, problem.worth, joined, prices[worst : worst + 1], slack, self._rank_set
+        )
         levels = self._rule.levels(holders)[0].astype(np.int64)
         return (levels, int(holders.largest_common_levels()[0])), float(needed[worst] - self._server.memory_bytes)
 

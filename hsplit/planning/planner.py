@@ -19,6 +19,7 @@ from hsplit.planning.cost.counted_model import Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.freezing import with_frozen
 from hsplit.planning.holder_plans import planned, whole_model
+from hsplit.planning.importance import Score
 from hsplit.planning.one_rank import OneRankProblem
 from hsplit.planning.paced_plan import PacedPlanner, fleet_bound, paces
 from hsplit.planning.plan import Plan, Speed
@@ -33,7 +34,7 @@ def make_plan(
     clients: Sequence[ClientBudget],
     server: ServerBudget,
     cost: CostModel,
-    importance: Mapping[str, float],
+    importance: Mapping[str, Score],
     policy: Policy,
     current: Plan | None = None,
     source: str = EQUAL,

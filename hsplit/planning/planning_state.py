@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from hsplit.config import ClientConfig, RunConfig
 from hsplit.config.section import EXACT, Whole
 from hsplit.planning.budgets import BudgetRequest
+from hsplit.planning.importance import Score
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class PlanningState:
     planned: list[str] | None = None
     pending: list[str] = field(default_factory=list)
     planned_in: Whole = 0
-    planned_with: dict[str, float] = field(default_factory=dict)
-    history: dict[str, float] = field(default_factory=dict)
+    planned_with: dict[str, Score] = field(default_factory=dict)
+    history: dict[str, Score] = field(default_factory=dict)
     probed_in: Whole = 0
     probe_after: Whole = 1
     __pydantic_config__ = EXACT

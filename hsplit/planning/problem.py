@@ -13,8 +13,9 @@ from hsplit.config import Objective
 from hsplit.planning.budgets import ClientBudget, ServerBudget, budget_of
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
+from hsplit.planning.importance import Score
 from hsplit.planning.rank_rules import Holders, RankRule
-from hsplit.planning.ranks import Levels, captured_by
+from hsplit.planning.ranks import Levels, at_levels, captured_by, gain_table
 
 
 def minimal_bytes(cost: CostModel, rank: int) -> Floats:
@@ -75,7 +76,8 @@ class Problem:
         times: seconds of its phases at each split, ``(K, L + 1, PHASES)``; they never fall with the split.
         needed: bytes of a client at each split with the smallest ranks, ``(L + 1,)``.
         deepest_of_kind: the deepest split that each kind fits, ``(K,)``.
-        worth: importance of each weight, as a share of the whole model's, ``(W,)``.
+        values: captured by each weight at each rank, ``(W, Q)``.
+        worth: importance of each weight, as a share of the whole model's: that at the largest rank, ``(W,)``.
     """
 
     one_rank = False
@@ -85,7 +87,7 @@ class Problem:
         clients: Sequence[ClientBudget],
         server: ServerBudget,
         cost: CostModel,
-        importance: Mapping[str, float],
+        importance: Mapping[str, Score],
         rank_set: Ints,
         rule: RankRule,
         frozen: Collection[str] = (),
@@ -96,10 +98,9 @@ class Problem:
         self.constants = constants or Objective()
         self.clients, self.server, self.cost = clients, server, cost
         self.rank_set, self._rule = rank_set, rule
-        scores = np.array([importance[w.name] for w in cost.model.weights], dtype=np.float64)
-        # Only proportions matter; shares make what plans capture comparable, whatever the scores' unit.
-        self.worth: Floats = scores / scores.sum()
         self._names = tuple(w.name for w in cost.model.weights)
+        self.values: Floats = gain_table(importance, self._names, rank_set)
+        self.worth: Floats = self.values[:, -1] / captured_by(rank_set[-1])
         kinds: dict[tuple[float, ...], int] = {}
         keys = [(*budget_of(c), c.name in frozen, i * apart) for i, c in enumerate(clients)]
         self.kind: Ints = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
@@ -168,9 +169,7 @@ class Problem:
         alike = len(self.clients) * np.eye(layers + 1, dtype=np.int64)
         shallowest = self.servers_as_holders(alike[1:2])
         levels = self._rule.levels(shallowest)[0]
-        by_layer = np.bincount(
-            self.cost.model.weight_layer, weights=captured_by(self.rank_set)[levels] * self.worth, minlength=layers
-        )
+        by_layer = np.bincount(self.cost.model.weight_layer, weights=at_levels(self.values, levels), minlength=layers)
         deep: Floats = np.concatenate([np.cumsum(by_layer[::-1])[::-1], [0.0]])
         return deep
 
@@ -187,7 +186,9 @@ class Problem:
         held = self.held[split]
         slack = self.memory[kinds] - self.needed[split]
         prices = held * self.cost.client.per_rank
-        return Holders("client", self._names, self.worth, held.astype(np.int64), prices, slack, self.rank_set)
+        return Holders(
+            "client", self._names, self.values, self.worth, held.astype(np.int64), prices, slack, self.rank_set
+        )
 
     def servers_as_holders(self, counts: Ints) -> Holders:
         """The server beside clients at ``counts`` ``(M, L + 1)``."""
@@ -195,7 +196,7 @@ class Problem:
         minimal = self.cost.server.constant(counts) + self.rank_set[0] * prices.sum(axis=1)
         joined = self.cost.model.joined_clients(counts)[:, self.cost.model.weight_layer]
         slack = self.server.memory_bytes - minimal
-        return Holders("server", self._names, self.worth, joined, prices, slack, self.rank_set)
+        return Holders("server", self._names, self.values, self.worth, joined, prices, slack, self.rank_set)
 
     def state(self, splits: Ints) -> State:
         """The state of one assignment ``(N,)`` as a single row, or of several ``(M, N)``."""
@@ -261,12 +262,12 @@ class Problem:
         Where the weights of a client's front have unequal ranks, the discount is its layers' average by their worth.
         """
         share = self.cost.model.joined_clients(state.counts)[:, self.cost.model.weight_layer] / len(self.clients)
-        levels = captured_by(self.rank_set)[self.server_levels(state)]
+        gains = at_levels(self.values, self.server_levels(state))
         if self.constants.kappa == 0.0:
-            total: Floats = state.gain.sum(axis=1) / len(self.clients) + (levels * share) @ self.worth
+            total: Floats = state.gain.sum(axis=1) / len(self.clients) + (gains * share).sum(axis=1)
             return total
         discount = self.discounts(state)
-        by_server = (levels * share * discount[:, self.cost.model.weight_layer]) @ self.worth
+        by_server = (gains * share * discount[:, self.cost.model.weight_layer]).sum(axis=1)
         own: Floats = (state.gain * self.of_front(discount)).sum(axis=1) / len(self.clients) + by_server
         return own
 

@@ -15,7 +15,7 @@ import numpy as np
 from hsplit.errors import InputError
 from hsplit.extension import find_part
 from hsplit.planning.cost.counted_model import Floats, Ints
-from hsplit.planning.ranks import Ladder, Levels, captured_by, greedy_levels
+from hsplit.planning.ranks import Ladder, Levels, at_levels, greedy_levels
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Holders:
     Attributes:
         kind: ``client`` or ``server``.
         weights: names of the model's weights, in layer order, ``W`` of them.
+        values: captured by each weight at each rank, ``(W, Q)``.
         importance: of each weight, as a share of the whole model's, ``(W,)``.
         tokens: number of clients whose tokens pass through each weight here; 0: it is not held.
         bytes_per_rank: of each weight for one more unit of rank; 0 where it is not held.
@@ -37,6 +38,7 @@ class Holders:
 
     kind: str
     weights: tuple[str, ...]
+    values: Floats
     importance: Floats
     tokens: Ints
     bytes_per_rank: Floats
@@ -65,7 +67,7 @@ class RankRule(ABC):
 
     def captured(self, holders: Holders) -> Floats:
         """Importance that clients at one split capture with these levels if all tokens were their own, ``(M,)``."""
-        captured: Floats = (captured_by(holders.rank_set)[self.levels(holders)] * holders.tokens) @ holders.importance
+        captured: Floats = (at_levels(holders.values, self.levels(holders)) * holders.tokens).sum(axis=1)
         return captured
 
 
@@ -75,8 +77,8 @@ class ByImportance(RankRule):
     def levels(self, holders: Holders) -> Levels:
         held = holders.tokens > 0
         if held.ndim > 1:
-            worth = holders.importance * holders.tokens
-            return greedy_levels(holders.slack_bytes, held, holders.bytes_per_rank, worth, holders.rank_set)
+            values = holders.values * holders.tokens[:, :, None]
+            return greedy_levels(holders.slack_bytes, held, holders.bytes_per_rank, values, holders.rank_set)
         levels = np.zeros((len(holders.slack_bytes), len(held)), dtype=np.int8)
         levels[:, held] = self._ladder(holders).levels(holders.slack_bytes)
         return levels
@@ -87,7 +89,7 @@ class ByImportance(RankRule):
 
     def _ladder(self, clients: Holders) -> Ladder:
         held = clients.tokens > 0
-        return Ladder(clients.bytes_per_rank[held], clients.importance[held], clients.rank_set)
+        return Ladder(clients.bytes_per_rank[held], clients.values[held], clients.rank_set)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class ByBudget(RankRule):
 
     def captured(self, holders: Holders) -> Floats:
         own = np.maximum(holders.largest_common_levels(), 0)
-        captured: Floats = captured_by(holders.rank_set)[own] * (holders.tokens @ holders.importance)
+        by_level = holders.values.T[own]
+        captured: Floats = (by_level * holders.tokens).sum(axis=1)
         return captured
 
 

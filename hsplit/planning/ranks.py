@@ -5,7 +5,7 @@ The ranks of many holders are found together where the same weights cost all of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit.planning.cost.counted_model import Floats, Ints
+from hsplit.planning.importance import Score
 
 Levels = NDArray[np.int8]
 Flags = NDArray[np.bool_]
@@ -23,9 +24,38 @@ def captured_by(rank: Ints | Floats) -> Floats:
     return np.log2(1.0 + np.asarray(rank, dtype=np.float64))
 
 
-def increments(rank_set: Ints) -> tuple[Floats, Floats]:
-    """Steps from each rank to the next, and their gains in ``g``: each ``(Q - 1,)``."""
-    return np.diff(rank_set).astype(np.float64), np.diff(captured_by(rank_set))
+def gain_table(importance: Mapping[str, Score], names: Sequence[str], rank_set: Ints) -> Floats:
+    """Compute what each weight captures at each rank, ``(W, Q)``.
+
+    Only proportions matter: the table is scaled so that all weights at the largest rank capture ``g`` of it, whatever
+    the scores' unit.
+
+    Args:
+        importance: ``H_w`` by weight name: a number, which ``g`` multiplies, or a curve of the weight's own.
+        names: of the weights, ``W`` of them.
+        rank_set: increasing ranks, ``(Q,)``.
+    """
+    shared, table = captured_by(rank_set), np.zeros((len(names), len(rank_set)))
+    for row, name in enumerate(names):
+        score = importance[name]
+        if isinstance(score, Sequence):
+            # What a rank beyond the curve's end adds is not known.
+            table[row] = np.concatenate([[0.0], score])[np.minimum(rank_set, len(score))]
+        else:
+            table[row] = score * shared
+    table *= shared[-1] / table[:, -1].sum()
+    return table
+
+
+def steps_of(rank_set: Ints) -> Floats:
+    """Compute the steps from each rank to the next, ``(Q - 1,)``."""
+    return np.diff(rank_set).astype(np.float64)
+
+
+def at_levels(values: Floats, levels: Levels | Ints) -> Floats:
+    """Look up what weights capture at ``levels`` ``(..., W)`` in ``values`` ``(W, Q)``, ``(..., W)``."""
+    captured: Floats = values[np.arange(len(values)), levels]
+    return captured
 
 
 def never_shrinking(steps: Floats) -> bool:
@@ -36,11 +66,11 @@ def never_shrinking(steps: Floats) -> bool:
     return bool((np.diff(steps) >= 0).all())
 
 
-def greedy_levels(slack: Floats, held: Flags, unit: Floats, worth: Floats, rank_set: Ints) -> Levels:
+def greedy_levels(slack: Floats, held: Flags, unit: Floats, values: Floats, rank_set: Ints) -> Levels:
     """Spend the bytes left on the increments with the largest gain per byte, skipping those that do not fit.
 
-    Every held weight starts at the smallest rank. Since ``g`` is concave and cost is linear in the rank, a
-    weight's increments come in their order by themselves, and more slack never captures less.
+    Every held weight starts at the smallest rank. Since what a weight captures is concave in its rank and cost is
+    linear, a weight's increments come in their order by themselves, and more slack never captures less.
 
     For holders whose weights have the same prices, :class:`Ladder` does the same faster.
 
@@ -48,39 +78,40 @@ def greedy_levels(slack: Floats, held: Flags, unit: Floats, worth: Floats, rank_
         slack: bytes left at the smallest ranks, ``(M,)``, one row a holder (or a variant of one).
         held: weights that each row holds, ``(M, W)``.
         unit: bytes a unit of rank, ``(W,)`` or ``(M, W)``.
-        worth: importance times share of tokens, ``(W,)`` or ``(M, W)``.
+        values: captured at each rank, ``(W, Q)`` or ``(M, W, Q)``.
         rank_set: increasing ranks, ``(Q,)``.
 
     Returns:
         Index into ``rank_set`` by row and weight, ``(M, W)``; 0 where a weight is not held.
     """
-    steps, gains = increments(rank_set)
+    steps = steps_of(rank_set)
     levels = np.where(held, len(steps), 0).astype(np.int8)
     whole = (held * unit).sum(axis=1) * steps.sum() <= slack
     tight = np.flatnonzero(~whole)
     if len(tight) and len(steps):
-        prices, values = np.broadcast_to(unit, held.shape)[tight], np.broadcast_to(worth, held.shape)[tight]
+        prices = np.broadcast_to(unit, held.shape)[tight]
+        gains = np.broadcast_to(np.diff(values, axis=-1), (*held.shape, len(steps)))[tight]
         # A weight that is not held costs nothing, and must never be taken.
         prices = np.where(held[tight], prices, np.inf)
         spend = _spend if never_shrinking(steps) else _spend_one_by_one
-        levels[tight] = spend(slack[tight], prices, values, steps, gains)
+        levels[tight] = spend(slack[tight], prices, gains, steps)
     return levels
 
 
-def _best_first(unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> tuple[Ints, Floats]:
+def _best_first(unit: Floats, gains: Floats, steps: Floats) -> tuple[Ints, Floats]:
     """Order all increments of each row by falling gain per byte: flat indices and sizes, each ``(M, W (Q - 1))``."""
-    density = (worth / unit)[:, :, None] * (gains / steps)
+    density = gains / (unit[:, :, None] * steps)
     order = np.argsort(-density.reshape(len(unit), -1), axis=1, kind="stable")
     sizes = np.take_along_axis((unit[:, :, None] * steps).reshape(len(unit), -1), order, axis=1)
     return order, sizes
 
 
-def _spend(slack: Floats, unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> Levels:
+def _spend(slack: Floats, unit: Floats, gains: Floats, steps: Floats) -> Levels:
     """Take runs of increments: all that fit one by one, up to the first that does not fit after those before it.
 
     The bytes left are then fewer than its size, so each run is over smaller increments than the last.
     """
-    order, sizes = _best_first(unit, worth, steps, gains)
+    order, sizes = _best_first(unit, gains, steps)
     taken = np.zeros(sizes.shape, dtype=bool)
     left, position = slack.astype(np.float64), np.arange(sizes.shape[1])
     smallest = sizes.min(axis=1)
@@ -101,13 +132,13 @@ def _spend(slack: Floats, unit: Floats, worth: Floats, steps: Floats, gains: Flo
     return levels
 
 
-def _spend_one_by_one(slack: Floats, unit: Floats, worth: Floats, steps: Floats, gains: Floats) -> Levels:
+def _spend_one_by_one(slack: Floats, unit: Floats, gains: Floats, steps: Floats) -> Levels:
     """Walk all increments once, best first, for all rows at the same time, each in its own order.
 
     Slower, but for any rank set: an increment is taken only after those before it of the same weight.
     """
     rows = np.arange(len(unit))
-    order, sizes = _best_first(unit, worth, steps, gains)
+    order, sizes = _best_first(unit, gains, steps)
     weights, step_of = np.divmod(order.T, len(steps))
     levels = np.zeros(unit.shape, dtype=np.int8)
     left = slack.astype(np.float64)
@@ -150,24 +181,24 @@ class Ladder:
 
     Args:
         unit: bytes a unit of rank, ``(W,)``.
-        worth: importance of the weights, ``(W,)``.
+        values: captured at each rank, ``(W, Q)``.
         rank_set: increasing ranks, ``(Q,)``.
     """
 
-    def __init__(self, unit: Floats, worth: Floats, rank_set: Ints) -> None:
-        self._unit, self._worth, self._rank_set = unit, worth, rank_set
-        self._steps, gains = increments(rank_set)
+    def __init__(self, unit: Floats, values: Floats, rank_set: Ints) -> None:
+        self._unit, self._values, self._rank_set = unit, values, rank_set
+        self._steps, gains = steps_of(rank_set), np.diff(values, axis=1)
         # In the order of greedy_levels, ties included.
-        density = (worth / unit)[:, None] * (gains / self._steps)
+        density = gains / (unit[:, None] * self._steps)
         self._order: Ints = np.argsort(-density.reshape(-1), kind="stable")
         self._sizes: Floats = (unit[:, None] * self._steps).reshape(-1)[self._order]
-        self._gains: Floats = (worth[:, None] * gains).reshape(-1)[self._order]
+        self._gains: Floats = gains.reshape(-1)[self._order]
 
     def captured(self, slack: Floats) -> Floats:
         """Importance captured, ``(M,)``, by holders with ``slack`` bytes left at the smallest ranks, ``(M,)``."""
         if not self._fast:
-            return captured_by(self._rank_set)[self.levels(slack)] @ self._worth
-        total = np.full(len(slack), captured_by(self._rank_set[:1])[0] * self._worth.sum())
+            return at_levels(self._values, self.levels(slack)).sum(axis=1)
+        total = np.full(len(slack), self._values[:, 0].sum())
         for run in self._runs(slack):
             total[run.rows] += run.gain[run.end] - run.gain[run.begin]
         return total
@@ -176,7 +207,7 @@ class Ladder:
         """Index into the rank set by holder and weight, ``(M, W)``: the same as by :func:`greedy_levels`."""
         if not self._fast:
             held = np.ones((len(slack), len(self._unit)), dtype=bool)
-            return greedy_levels(slack, held, self._unit, self._worth, self._rank_set)
+            return greedy_levels(slack, held, self._unit, self._values, self._rank_set)
         taken = np.zeros((len(slack), len(self._order)), dtype=bool)
         for run in self._runs(slack):
             some = run.end > run.begin

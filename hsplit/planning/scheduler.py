@@ -12,7 +12,7 @@ from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import BudgetRequest
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.importance import ImportanceHistory, ImportanceReport, equal_importance, scores
+from hsplit.planning.importance import ImportanceHistory, ImportanceReport, Score, equal_importance, scores
 from hsplit.planning.indifference import indifferent_to_scores
 from hsplit.planning.paced_plan import unread_bytes
 from hsplit.planning.plan import Plan
@@ -40,7 +40,7 @@ class Review:
 
     plan: Plan | None
     reasons: tuple[str, ...]
-    importance: dict[str, float] | None
+    importance: dict[str, Score] | None
     state: PlanningState
 
     @property
@@ -204,7 +204,7 @@ class Scheduler:
             reasons += overruns
         return state, reasons
 
-    def _importance(self, state: PlanningState) -> Mapping[str, float]:
+    def _importance(self, state: PlanningState) -> Mapping[str, Score]:
         """Scores that the plan in force was made with."""
         return state.planned_with or equal_importance(self.cost.model.weights)
 
@@ -245,7 +245,7 @@ class Scheduler:
         return holders[name].memory_bytes if name in holders else 0.0
 
     def _plan(
-        self, fleet: Fleet, state: PlanningState, importance: Mapping[str, float], current: Plan | None, source: str
+        self, fleet: Fleet, state: PlanningState, importance: Mapping[str, Score], current: Plan | None, source: str
     ) -> tuple[Plan, str]:
         """Make a plan in which holders that ran out of memory hold less, the server as little as there is a plan for.
 

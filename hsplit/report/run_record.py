@@ -283,8 +283,9 @@ def _shares(event: Mapping[str, Any]) -> dict[str, float]:
     scores = event.get("scores")
     if not isinstance(scores, Mapping):
         return {}
-    # infinite and undefined scores are text in the file
-    known = {str(name): float(score) for name, score in scores.items() if isinstance(score, int | float)}
+    # Infinite and undefined scores are text in the file; of a curve the end counts.
+    sizes = {name: score[-1] if isinstance(score, list) and score else score for name, score in scores.items()}
+    known = {str(name): float(size) for name, size in sizes.items() if isinstance(size, int | float)}
     total = math.fsum(score for score in known.values() if score > 0)
     return {name: max(score, 0.0) / total for name, score in known.items()} if 0 < total < math.inf else {}
 

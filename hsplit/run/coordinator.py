@@ -28,7 +28,7 @@ from hsplit.errors import HsplitError, InputError
 from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.observe.observer import Observer
 from hsplit.observe.tables import MetricsRow
-from hsplit.planning.importance import ImportanceReport, mean_report
+from hsplit.planning.importance import ImportanceReport, mean_report, size_of
 from hsplit.planning.plan import Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import SavePoint
@@ -245,7 +245,7 @@ class Coordinator:
         self.state.bytes_down += probe.bytes_down
         self._count(context.clock.probe_s(context.plan, tokens, cohort), begun)
         # The few examples drawn may have no supervised token, or be known by heart: the probe then shows nothing new.
-        has_scores = any(report.tokens and any(report.scores.values()) for report in probe.reports)
+        has_scores = any(report.tokens and any(map(size_of, report.scores.values())) for report in probe.reports)
         return probe.reports if has_scores else []
 
     def reconfigure(self, plan: Plan) -> None:

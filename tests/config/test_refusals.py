@@ -347,7 +347,7 @@ POLICIES = [
     ("{rank: 3}", "rank: unknown key (did you mean 'ranks'?)"),
     (
         "{importance: {metric: magic}}",
-        "importance.metric: must be 'rngwp', 'equal', or package.module:name (got 'magic')",
+        "importance.metric: must be 'rngwp', 'spectral', 'equal', or package.module:name (got 'magic')",
     ),
     ("{importance: {tokens: 0}}", "importance.tokens: must be at least 1 (got 0)"),
     ("{importance: {lam_0: 1.5}}", "importance.lam_0: must be at most 1 (got 1.5)"),

@@ -66,6 +66,32 @@ def test_e5_scores_are_those_of_each_client_alone_before_an_unsplit_server(
     assert scores(together, shapes) == pytest.approx(scores(alone, shapes), rel=TOLERANCE[dtype])
 
 
+@laws
+@given(
+    family=st.sampled_from(["llama", "gpt2"]),
+    splits=st.lists(st.integers(0, LAYERS), min_size=1, max_size=3),
+    labels=st.sampled_from(["server", "client"]),
+    round_=st.integers(0, 100),
+)
+@example(family="gpt2", splits=[4, 0, 2], labels="client", round_=3)
+def test_e5_spectra_are_those_of_each_client_alone_before_an_unsplit_server(
+    models: dict[str, Path], family: str, splits: list[int], labels: str, round_: int
+) -> None:
+    """In fp64: directions of nearly equal singular values turn with any rounding."""
+    model, job = models[family], job_of("fp32", dtype="fp64", wire="fp64", privacy={"labels": labels})
+    shapes, clients = shapes_of(model, job), [f"c{i}" for i in range(len(splits))]
+    together = probe_importance(
+        probed_actors(model, job, splits, metric="spectral"), {"server": clients}, round_, TOKENS, labels
+    ).reports
+    unsplit = probed_actors(model, job, [0] * len(splits), metric="spectral")
+    alone = [r for c in clients for r in probe_importance(unsplit, {"server": [c]}, round_, TOKENS, labels).reports]
+    found, expected = (scores(reports, shapes, "spectral") for reports in (together, alone))
+    assert found.keys() == expected.keys()
+    for name, curve in found.items():
+        assert isinstance(curve, tuple) and 16 <= len(curve) <= 32
+        assert curve == pytest.approx(expected[name], rel=1e-6), name
+
+
 def test_scoring_the_joint_sum_would_break_e5(models: dict[str, Path]) -> None:
     """The law can fail: unlike clients' tokens averaged into one gradient cancel, and score less."""
     model, job = models["llama"], job_of("fp32")

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hsplit.config import Policy
 from hsplit.data.batches import probe_batch
 from hsplit.data.tokens import TokenizedExample
+from hsplit.errors import InputError
 from hsplit.lora import importance_probe
-from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_working_bytes
+from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_working_bytes, shared_spectrum
 from hsplit.models.packing import Packing
 from hsplit.models.spec import LinearShape
-from hsplit.planning.importance import ImportanceHistory, ImportanceReport, scores
+from hsplit.planning.importance import IMPORTANCE, ImportanceHistory, ImportanceReport, scores
 from hsplit.run.probe import probe_importance
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
 from tests.laws.reference import keep_double
@@ -207,15 +208,15 @@ def test_batches_depend_on_seed_client_and_round_alone(models: dict[str, Path]) 
 SHAPES = [LinearShape("a", 0, 6, 4), LinearShape("b", 1, 3, 5)]
 
 
-def test_scores_are_the_token_weighted_mean_over_cost() -> None:
+def test_scores_are_the_token_weighted_mean() -> None:
     reports = [
         ImportanceReport("c0", 30, {"a": 2.0}),
         ImportanceReport("c0", 30, {"b": 1.0}),
         ImportanceReport("c1", 10, {"a": 4.0, "b": 5.0}),
         ImportanceReport("c1", 10, {}),
     ]
-    assert scores(reports, SHAPES) == pytest.approx({"a": 2.5 / (16 * 10), "b": 2.0 / (16 * 8)})
-    assert scores(reports, SHAPES, "equal") == {"a": 24 / 160, "b": 15 / 128}
+    assert scores(reports, SHAPES) == pytest.approx({"a": 2.5, "b": 2.0})
+    assert scores(reports, SHAPES, "equal") == {"a": 24, "b": 15}
 
 
 @pytest.mark.parametrize(
@@ -271,3 +272,62 @@ def test_history_moves_between_zero_and_two_and_survives_a_checkpoint() -> None:
     again = ImportanceHistory.from_json(json.loads(json.dumps(history.to_json())))
     assert again.blend(2, {"a": 0.3, "b": 0.1}) == history.blend(2, {"a": 0.3, "b": 0.1})
     assert again.to_json() == history.to_json()
+
+
+def test_spectra_are_average_curves_concave_and_in_one_unit() -> None:
+    reports = [
+        ImportanceReport("c0", 30, {"a": (3.0, 4.0, 0.0), "b": (1.0, 0.0, 0.0)}),
+        ImportanceReport("c1", 10, {"a": (3.0, 0.0, 0.0), "b": (5.0, 0.0, 0.0)}),
+    ]
+    # Spectra are averaged first: (3, 3, 0) and (2, 0, 0).
+    found = scores(reports, SHAPES, "spectral")
+    assert found["a"] == pytest.approx((3.0, 18**0.5, 18**0.5))
+    assert found["b"] == pytest.approx((2.0, 2.0, 2.0))
+
+
+def _planted(noise: float, seed: int, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slopes and inputs of tokens whose gradient has three directions, of 8, 4 and 2, and noise of each token's own."""
+    draw = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(64, 3, generator=draw)).Q for _ in range(2))
+    signs = torch.randint(0, 2, (tokens, 3), generator=draw) * 2.0 - 1.0
+    slopes = (signs * torch.tensor([8.0, 4.0, 2.0])) @ left.T / tokens
+    strays = torch.randn(tokens, 64, generator=draw) * noise / tokens
+    return slopes + strays, signs @ right.T + torch.randn(tokens, 64, generator=draw) * noise
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_spectrum_is_what_the_halves_share(seed: int) -> None:
+    exact = shared_spectrum(*_planted(0.0, seed), 0)
+    assert exact[:3].tolist() == pytest.approx([8.0, 4.0, 2.0], rel=0.1) and float(exact[3:].max()) < 1e-4
+    delta, x = _planted(0.7, seed)
+    noisy, whole = shared_spectrum(delta, x, 0), torch.linalg.svdvals(delta.T @ x)
+    assert noisy[:2].tolist() == pytest.approx([8.0, 4.0], rel=0.25)
+    # The tail of the singular values is noise, and most of it is gone.
+    assert float(noisy[4:].sum()) < 0.25 * float(whole[4:32].sum())
+    assert (noisy.diff() <= 0).all() and (noisy >= 0).all()
+
+
+def test_a_spectrum_of_a_single_token_or_of_none_has_nothing_in_common() -> None:
+    for tokens in (0, 1):
+        assert not shared_spectrum(torch.ones(tokens, 8), torch.ones(tokens, 6), 0).any()
+
+
+def test_history_blends_curves_as_a_whole() -> None:
+    history = ImportanceHistory(10)
+    history.blend(0, {"a": (3.0, 4.0), "b": (1.0, 1.0)})
+    blended = history.blend(1, {"a": (6.0, 8.0), "b": (1.0, 1.5)})
+    ratio = blended["a"][0] / 3.0  # type: ignore[index]
+    assert blended["a"] == pytest.approx((3.0 * ratio, 4.0 * ratio)) and 1.0 < ratio < 2.0
+    assert ImportanceHistory.from_json(json.loads(json.dumps(history.to_json()))).scores == history.scores
+    assert history.moved(history.scores) == 0.0
+    # All of a number's change, and of a curve's directions.
+    assert history.moved({"a": 1.0, "b": 0.0}) == pytest.approx(
+        2 * blended["b"][-1] / (blended["a"][-1] + blended["b"][-1])  # type: ignore[index]
+    )
+
+
+@pytest.mark.parametrize("curve", [(1.0, 3.0), (2.0, 1.0), (), (1.0, float("nan"))])
+def test_a_curve_that_is_not_concave_is_refused(curve: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(IMPORTANCE, "rngwp", lambda sums, shapes: {shape.name: curve for shape in shapes})
+    with pytest.raises(InputError, match="or a concave curve"):
+        scores([ImportanceReport("c0", 3, {"a": 1.0, "b": 1.0})], SHAPES)

@@ -87,15 +87,16 @@ def test_a_round_takes_as_long_as_its_events(microbatches: int, link: float, ser
 
 
 def test_one_who_is_ahead_is_waited_for_only_beyond_all_the_rest() -> None:
-    made = make_plan(SLOW, server(), AHEAD, EQUAL, Policy())
-    assert "slow" in made.forward_only
-    sends_s = float(AHEAD.times.client_times(SLOW[0])[1, 0])
+    fleet = [SLOW[0], client("a", 1e9, 2e9), client("b", 1e9, 2e9)]
+    made = make_plan(fleet, server(), AHEAD, EQUAL, Policy())
+    assert made.forward_only == {"slow"}
+    sends_s = float(AHEAD.times.client_times(fleet[0])[1, 0])
     assert made.makespan_s == pytest.approx(sends_s)
-    waits = bottleneck(made, SLOW, AHEAD)
+    waits = bottleneck(made, fleet, AHEAD)
     assert waits.name == "slow"
-    rest_s = made.server.step_time_s + float(AHEAD.times.client_times(SLOW[1])[made.client("a").split or 0].sum())
+    rest_s = made.server.step_time_s + float(AHEAD.times.client_times(fleet[1])[made.client("a").split or 0].sum())
     assert waits.shortens_s == pytest.approx(sends_s - rest_s)
-    waits_s = VirtualClock(AHEAD, SLOW, server()).waits_s(made)
+    waits_s = VirtualClock(AHEAD, fleet, server()).waits_s(made)
     assert sum(seconds for _, seconds in waits_s.values()) == pytest.approx(made.makespan_s)
 
 

@@ -77,6 +77,7 @@ class CountedModel:
         trains_weights: every weight is trained instead of adapters, so the model is kept in the master dtype.
         servers: number of servers that share the clients.
         exchange: format of adapters at a round's end, as ``pace.exchange``.
+        spectral: an importance probe finds spectra.
         counter: counts layers; a new one by default.
 
     Attributes:
@@ -104,6 +105,7 @@ class CountedModel:
         trains_weights: bool = False,
         servers: int = 1,
         exchange: Literal["whole", "compute"] = "whole",
+        spectral: bool = False,
         counter: LayerCounter | None = None,
     ) -> None:
         self._model = model
@@ -116,9 +118,10 @@ class CountedModel:
             "trains_weights": trains_weights,
             "servers": servers,
             "exchange": exchange,
+            "spectral": spectral,
         }
         self._at_rows: dict[int, CountedModel] = {job.batch_size: self}
-        self.servers = servers
+        self.servers, self._spectral = servers, spectral
         self.layers = model.layers
         self.job, self.whole, self.trains_weights = job, whole, trains_weights
         self.tail_at_client = whole or job.privacy.labels == "client"
@@ -169,7 +172,7 @@ class CountedModel:
         beside = cap_rank if self.quantized and self.keeps_residual else 0
         length = self.job.max_length
         dropout = self.job.dropout
-        return LayerSetting(rows, length, self.dtype, ranks, beside, codes, dropout, probed=not dropout)
+        return LayerSetting(rows, length, self.dtype, ranks, beside, codes, dropout, not dropout, self._spectral)
 
     def transient_bytes(self, rows: int, codes: str | None) -> Floats:
         """Most bytes of each layer at once beyond those kept for the backward, in a step or a probe, ``(L,)``.

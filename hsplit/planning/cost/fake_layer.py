@@ -70,6 +70,7 @@ class LayerSetting:
         codes: ``nf4`` or ``int8`` for a holder that dequantizes in every pass, ``None`` for a dense store.
         dropout: the adapters' dropout.
         probed: every adapted weight is scored in the backward, as an importance probe does.
+        spectral: such a probe finds spectra.
     """
 
     rows: int
@@ -80,6 +81,7 @@ class LayerSetting:
     codes: str | None = None
     dropout: float = 0.0
     probed: bool = False
+    spectral: bool = False
 
 
 class RotaryTables(nn.Module):
@@ -161,9 +163,10 @@ def watch_linears(linears: Iterable[AdaptedLinear], kind: LayerKind, setting: La
     for module, linear in zip(linears, kind.linears, strict=True):
         if linear.adapted:
             size, directions = linear.d_out * linear.d_in, min(setting.residual_rank, linear.rank_cap)
-            working = probe_working_bytes(linear.d_out, linear.d_in, tokens, directions, setting.dtype)
+            shape = linear.d_out, linear.d_in, tokens
+            working = probe_working_bytes(*shape, directions, setting.dtype, setting.spectral)
             # Each chunk is summed in fp64, of a copy.
-            working += 8 * min(max(PROBE_CHUNK_BYTES // 4, linear.d_in), size)
+            working += 0 if setting.spectral else 8 * min(max(PROBE_CHUNK_BYTES // 4, linear.d_in), size)
             _watch(module, working, setting.dtype)
 
 

@@ -124,6 +124,7 @@ class CostModel:
             whole=policy.placement != "split",
             trains_weights=policy.train == "weights",
             servers=run.server.replicas,
+            spectral=policy.importance.spectral,
         )
 
     def step_time_s(self, client: ClientBudget, split: int) -> StepTime:
