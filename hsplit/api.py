@@ -23,10 +23,11 @@ from hsplit.observe.tables import read_metrics
 from hsplit.planning.importance import equal_importance
 from hsplit.planning.insight import Insight, explained
 from hsplit.planning.plan import Plan
+from hsplit.planning.planning_state import Fleet
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_state
 from hsplit.run.inbox import post_budget, post_join, post_leave
-from hsplit.run.inputs import check_model, own_code, read_inputs, resolved_config
+from hsplit.run.inputs import check_model, own_code, read_fleet, read_inputs, resolved_config
 from hsplit.run_directory import RunDirectory
 from hsplit.session import drive, remove_if_refused
 from hsplit.streams import is_terminal
@@ -158,10 +159,10 @@ def resume(
 def plan(
     cluster: str | Path, policy: str | Path | None = None, overrides: Overrides = (), *, cpu: bool = False
 ) -> Plan:
-    """The plan that :func:`launch` would start with; reads the model's ``config.json`` only."""
+    """The plan that :func:`launch` would start with; reads no weights, and the shared data where plans depend on it."""
     with Waiting("reading the model, making a plan"):
-        _, scheduler = _planning(cluster, policy, overrides, cpu)
-        return scheduler.plan()
+        _, scheduler, fleet = _planning(cluster, policy, overrides, cpu)
+        return scheduler.plan(fleet)
 
 
 def explained_plan(
@@ -169,21 +170,24 @@ def explained_plan(
 ) -> tuple[Plan, Insight, Job]:
     """:func:`plan` with its bottleneck, the gain of one more GB of memory at each holder, and the job planned for."""
     with Waiting("reading the model, making a plan"):
-        run, scheduler = _planning(cluster, policy, overrides, cpu)
-        made, cost = scheduler.plan(), scheduler.cost
+        run, scheduler, fleet = _planning(cluster, policy, overrides, cpu)
+        made, cost = scheduler.plan(fleet), scheduler.cost
         importance = equal_importance(cost.model.weights)
-        return made, explained(made, run.participants, run.server, cost, importance, run.policy), run.job
+        return made, explained(made, run.participants, run.server, cost, importance, run.policy, fleet), run.job
 
 
 def _planning(
     cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool
-) -> tuple[RunConfig, Scheduler]:
+) -> tuple[RunConfig, Scheduler, Fleet]:
     run = resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu))
     source = find_model(run.job.model, progress=is_terminal(sys.stderr), weights=False)
     check_model(run, source)
     for line in own_code(run.policy):
         print(line, file=sys.stderr)
-    return run, Scheduler(run, source.spec)
+    fleet, unread = read_fleet(run, source)
+    if unread:
+        print(f"data not read, so plans hold the whole embedding at every client: {unread}", file=sys.stderr)
+    return run, Scheduler(run, source.spec), fleet
 
 
 def change_budget(path: str | Path, holder: str, values: Overrides) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from hsplit.config import Job
 from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
-from hsplit.data.batches import PADDING, probe_batch
+from hsplit.data.batches import probe_batch
 from hsplit.data.local_data import LocalData
 from hsplit.errors import InputError
 from hsplit.models.spec import ModelSpec
@@ -117,10 +117,7 @@ class TrainingData:
             self.clients.append(data)
         held_out = [example for data in self.clients for example in data.held_out]
         self._make_validation()
-        ids = {token for data in self.clients for example in (*data.train, *data.held_out) for token in example.ids}
-        if not job.fast.packed:
-            # Padding is then embedded as any token is.
-            ids.add(PADDING)
+        ids = {token for data in self.clients for token in data.token_ids(job)}
         self.vocabulary = torch.tensor(sorted(ids), dtype=torch.int64)
         return DataReport(
             client=self._name,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hsplit.config import Job
-from hsplit.data.batches import ExampleSampler
+from hsplit.data.batches import PADDING, ExampleSampler
 from hsplit.data.examples import Example
 from hsplit.data.holdout import hold_out
 from hsplit.data.tokens import TokenizedExample, tokenize
@@ -58,6 +58,12 @@ class LocalData:
                 raise _none_fits(where, what, len(part), job)
         self.too_long = too_long_train + too_long_held_out
         self._sampler = ExampleSampler(len(self.train), job.seed, client)
+
+    def token_ids(self, job: Job) -> set[int]:
+        """Collect the distinct ids that any batch of these examples may have."""
+        ids = {token for example in (*self.train, *self.held_out) for token in example.ids}
+        # Without packing padding is embedded as any token is.
+        return ids if job.fast.packed else ids | {PADDING}
 
     def draw(self, first: int, count: int) -> list[TokenizedExample]:
         """The ``count`` training examples from place ``first`` on, counted over the run."""

@@ -17,6 +17,7 @@ from hsplit.planning.importance import Score
 from hsplit.planning.moves import Prices, largest_of_others, server_prices
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan, rank_choices
+from hsplit.planning.planning_state import Fleet
 from hsplit.planning.problem import AHEAD, DOWN, EXCHANGE, UP, Problem
 from hsplit.planning.rank_rules import RANK_RULES
 
@@ -91,6 +92,7 @@ def explained(
     cost: CostModel,
     importance: Mapping[str, Score],
     policy: Policy,
+    fleet: Fleet | None = None,
 ) -> Insight:
     """Find the bottleneck of a plan and the gain of one more GB.
 
@@ -101,12 +103,23 @@ def explained(
         made: the plan.
         clients, server, cost, importance, policy: arguments of :func:`~hsplit.planning.planner.make_plan` that it was
             made with; of the importance only the proportions matter.
+        fleet: what was known of the clients' data.
     """
+    known = fleet or Fleet(())
     gains: list[OneMoreGB] = []
 
     def try_plan(name: str, alike: int, clients: Sequence[ClientBudget], server: ServerBudget) -> None:
         try:
-            after = make_plan(clients, server, cost, importance, policy, made)
+            after = make_plan(
+                clients,
+                server,
+                cost,
+                importance,
+                policy,
+                made,
+                vocabulary=known.vocabulary,
+                examples=known.examples,
+            )
         except InputError:
             # More memory can leave no plan at all: a client that joins may be one too many for the server.
             return

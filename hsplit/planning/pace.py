@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit.config import Pace
-from hsplit.planning.cost.counted_model import Floats, Ints, prefix
+from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
 from hsplit.planning.problem import Problem
 
 Flags = NDArray[np.bool_]
@@ -88,6 +88,7 @@ class Choice:
         exchange_s: of the round's end, spread over its local steps (virtual).
         captured: METHOD 5's ``learning``.
         gamma: the objective's exponent.
+        lacking: bytes that the server is short of at the smallest ranks; at most 0 where it has room.
     """
 
     splits: Ints
@@ -102,10 +103,13 @@ class Choice:
     exchange_s: float
     captured: float
     gamma: float = 1.0
+    lacking: float = 0.0
 
     @property
     def objective(self) -> float:
-        """Captured importance, to the power of ``gamma``, per second."""
+        """Captured importance, to the power of ``gamma``, per second; below 0 where the server lacks memory."""
+        if self.lacking > 0:
+            return -self.lacking
         return float(self.captured**self.gamma) / (self.seconds + self.exchange_s)
 
 
@@ -165,18 +169,21 @@ class PacedProblem:
         self._values()
 
     def _forms(self, allowed: Flags, forms: Sequence[Literal["dense", "codes"]]) -> None:
-        """Find the stored form at every number of rows and split, and whether the memory allows one."""
+        """Find the stored form at every number of rows and split, the first that the memory allows, if it does."""
         cost, smallest = self._cost, int(self.problem.rank_set[0])
         held = np.arange(cost.model.layers + 1)[:, None] > cost.model.weight_layer
         memory = self.problem.memory
         shape = (len(memory), len(self._rows), cost.model.layers + 1)
         self._fits: Flags = np.zeros(shape, dtype=bool)
         self.codes: Flags = np.zeros(shape, dtype=bool)
+        # In each form, by whether it is codes.
+        self._fits_in: Flags = np.zeros((2, *shape), dtype=bool)
         for place, rows in enumerate(self._rows.tolist()):
             for form in forms:
                 tables = cost.client_memory(rows, form)
                 needed = tables.constant + smallest * (held @ tables.per_rank)
-                fits = (needed <= memory[:, None]) & allowed & ~self._fits[:, place]
+                self._fits_in[int(form == "codes"), :, place] = (needed <= memory[:, None]) & allowed
+                fits = self._fits_in[int(form == "codes"), :, place] & ~self._fits[:, place]
                 self._fits[:, place] |= fits
                 self.codes[:, place] |= fits & (form == "codes")
 
@@ -250,10 +257,9 @@ class PacedProblem:
         own = share * ~frozen * self._trained[kind, splits]
         return float(own @ front[splits] + (-np.diff(problem.deep_gains) * discount) @ passing)
 
-    def own_s(self, kind: Ints, place: Ints, split: Ints, frozen: Flags) -> Floats:
+    def own_s(self, kind: Ints, place: Ints, split: Ints, frozen: Flags, codes: Flags) -> Floats:
         """Seconds of a client's own work for a batch, waiting left out, elementwise."""
         parts, rows = self._parts[place], self._rows[place]
-        codes = self.codes[kind, place, split]
         seconds = [
             rows * self._row_s[f][kind, split]
             + parts * (self._message_s[f][kind, 0] + codes * self._widened_s[f][kind, split])
@@ -314,7 +320,7 @@ class PacedProblem:
         """Change one client, or the rows of two, as long as it improves the choice."""
         while True:
             better = max(self._neighbours(choice), key=lambda other: other.objective, default=choice)
-            if better.objective <= choice.objective * (1 + 1e-9):
+            if better.objective - choice.objective <= 1e-9 * abs(choice.objective):
                 return choice
             choice = better
 
@@ -578,8 +584,13 @@ class PacedProblem:
         place, every = self._pair_rows[pairs], self._pair_every[pairs]
         return self.completed(splits, self._rows[place], every, frozen, self.codes[kind, place, splits])
 
-    def again(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags) -> Choice | None:
-        """The choice of these splits, rows and periods ``(N,)``; ``None`` if it is none of this problem's."""
+    def again(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags | None = None) -> Choice | None:
+        """The choice of these splits, rows and periods ``(N,)``; ``None`` if it is none of this problem's.
+
+        Args:
+            splits, rows, every, frozen: of each client, ``(N,)``.
+            codes: who stores codes, where that fits; by default those for whom a dense base does not.
+        """
         kind = self.problem.kind
         place = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
         known = (self._rows[place] == rows).all() and set(every.tolist()) <= set(self._pair_every.tolist())
@@ -588,20 +599,42 @@ class PacedProblem:
         quota = rows * _PARTS // every
         if int(quota.sum()) != self.total_rows * _PARTS or (quota < self._least_quota).any():
             return None
-        return self.completed(splits, rows, every, frozen, self.codes[kind, place, splits])
+        usual = self.codes[kind, place, splits]
+        if codes is not None:
+            usual = np.where(self._fits_in[codes.astype(np.int64), kind, place, splits], codes, usual)
+        return self.completed(splits, rows, every, frozen, usual)
+
+    def variants(self, choice: Choice) -> Iterator[Choice]:
+        """Change the split or the stored form of one client, or of several together.
+
+        What a choice captures is an estimate, of clients with the usual rows and in the form that takes least memory:
+        these are changes to try once it is known.
+        """
+        nothing = np.zeros(len(choice.splits), dtype=bool)
+        for clients in [*self._together, *([client] for client in range(len(nothing)))]:
+            turned = nothing.copy()
+            turned[clients] = True
+            for move, codes in ((0, choice.codes ^ turned), *((move, choice.codes) for move in (1, -1, 2, -2))):
+                splits = choice.splits + move * turned
+                if splits.min() < 0 or splits.max() > self._cost.model.layers:
+                    continue
+                changed = self.again(splits, choice.rows, choice.every, choice.frozen, codes)
+                if changed is not None and (move or (changed.codes != choice.codes).any()):
+                    yield changed
 
     def completed(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags) -> Choice:
         """Make the choice of these splits, rows and periods ``(N,)``: its groups, and what it takes and captures."""
         kind = self.problem.kind
         place = np.searchsorted(self._rows, rows)
-        own_s = self.own_s(kind, place, splits, frozen)
+        own_s = self.own_s(kind, place, splits, frozen, codes)
         parts = self._parts[place]
         turn_s = rows * self.server_s[splits] * self._job.grad_accumulation
         share = rows / every / self._usual_rows
         exchange = self._of_choice(self.exchange_s, splits, frozen)
         widened_s = 2 * self._cost.times.widening_s(self.problem.server, int(splits.min()))
         widened_s *= self._job.grad_accumulation * self._job.pipeline.microbatches
-        least = (np.inf, 1, np.zeros(len(kind), dtype=np.int64))
+        grouped = list[tuple[float, int, Ints]]()
+        least = 0
         for groups in self._group_numbers:
             group, turns = _balanced(turn_s / every, groups)
             if self.pace.periods == "none":
@@ -610,9 +643,13 @@ class PacedProblem:
                 full = np.bincount(group, weights=turn_s, minlength=groups)[group] + widened_s
                 waits = np.where(frozen, 0.0, full / parts)
                 seconds = max(float(turns.sum()) + groups * widened_s, float(((own_s + waits) / every).max()))
-            if seconds < least[0] * (1 - 1e-3):
-                least = (seconds, groups, group)
-        seconds, groups, group = least
+            grouped.append((seconds, groups, group))
+            # More groups have to gain something.
+            if seconds < grouped[least][0] * (1 - 1e-3):
+                least = len(grouped) - 1
+        first = grouped.pop(least)
+        grouped = [first, *sorted(grouped, key=lambda one: one[0])]
+        (seconds, groups, group), lacking = self._with_room(grouped, splits, rows)
         return Choice(
             splits,
             rows,
@@ -626,7 +663,61 @@ class PacedProblem:
             float(exchange.max()),
             self.learned(splits, share, frozen),
             self.problem.constants.gamma,
+            lacking,
         )
+
+    # -- the server's memory ----------------------------------------------------------------------------------------
+
+    def _with_room(
+        self, grouped: Sequence[tuple[float, int, Ints]], splits: Ints, rows: Ints
+    ) -> tuple[tuple[float, int, Ints], float]:
+        """Find the first grouping that the server has room for, or that lacks least: smaller turns hold fewer rows."""
+        if self._server_has_room:
+            return grouped[0], 0.0
+        least, best = np.inf, grouped[0]
+        for one in grouped:
+            lacking = self.server_lacks(splits, rows, one[2])
+            if lacking < least:
+                least, best = lacking, one
+            if lacking <= 0:
+                break
+        return best, least
+
+    @cached_property
+    def _server_has_room(self) -> bool:
+        """True if the server has room for any choice at the smallest ranks; else each choice is checked."""
+        cost, count = self._cost, len(self.problem.clients)
+        fits = self._fits.any(axis=(0, 1))
+        deepest = int(np.flatnonzero(fits).max(initial=0))
+        shallow, deep = (cost.model.clients_at([split] * count)[None] for split in (int(fits.argmax()), deepest))
+        # Shallow clients leave it most layers and rows; deep ones send it most adapters, which come on top at most.
+        most = cost.server.constant(shallow, shallow * int(self._rows.max())) + cost.server.constant(deep)
+        most += self.problem.rank_set[0] * cost.server.per_rank(shallow, shallow * int(self._rows.max())).sum(axis=1)
+        return float(most[0]) <= self.problem.server.memory_bytes
+
+    def server_lacks(self, splits: Ints, rows: Ints, group: Ints) -> float:
+        """Bytes that the server lacks for its part with every weight at the smallest rank; below 0 those left."""
+        turns = turns_of(self._cost.model, splits, rows, group)
+        counts = np.repeat(self._cost.model.clients_at(splits)[None], len(turns), axis=0)
+        needed = self._cost.server.constant(counts, turns)
+        needed = needed + self.problem.rank_set[0] * self._cost.server.per_rank(counts, turns).sum(axis=1)
+        return float(needed.max()) - self.problem.server.memory_bytes
+
+
+def turns_of(model: CountedModel, splits: Ints, rows: Ints, group: Ints) -> Ints:
+    """Count the examples that join a turn of a server at each split, one row a group, ``(G, L + 1)``.
+
+    Args:
+        model: the counts.
+        splits, rows, group: of each client, ``(N,)``.
+    """
+    width = model.layers + 1
+    if model.tail_at_client:
+        # Every turn's graph is kept until the tails' gradients are there.
+        group = np.zeros_like(group)
+    joined = np.bincount(group * width + splits, weights=rows, minlength=(int(group.max()) + 1) * width)
+    per_server = -(-joined // model.servers) if model.servers > 1 else joined
+    return per_server.astype(np.int64).reshape(-1, width)
 
 
 def _balanced(seconds: Floats, groups: int) -> tuple[Ints, Floats]:

@@ -21,7 +21,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.importance import Score
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem
+from hsplit.planning.pace import FEW, MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem, turns_of
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
@@ -31,6 +31,8 @@ from hsplit.planning.wire import wires_within
 
 Stored = Literal["dense", "codes"]
 
+MAX_POLISHED = 200
+"""Most changes that are tried to a plan in the end; only with few clients."""
 LINK_PART = 0.5
 """Most seconds of a client's link for its fair share of the rows, as a part of a step in which nothing waits: beyond
 that the link binds, and the next narrower format is taken."""
@@ -132,6 +134,7 @@ class PacedPlanner:
     ) -> None:
         self._declared, self._server, self._cost = clients, server, cost
         self._policy, self._pace, self._rank_set, self._rule, self._source = policy, policy.pace, rank_set, rule, source
+        self._searched: PacedProblem | None = None
         self._smallest = policy.split if isinstance(policy.split, int) else 1
         self._rank = int(rank_set[0])
         unread = unread_bytes(cost, clients, vocabulary)
@@ -179,14 +182,15 @@ class PacedPlanner:
         """
         lacking = np.inf
         for shallowest in self._shallowest():
-            found: Plan | None = None
+            found: tuple[Plan, Choice] | None = None
             for choice in self._chosen(shallowest, current):
                 made, lacking = self._made(choice)
                 if lacking <= 0:
                     made = self._timed(made, choice)
-                    found = made if found is None or made.objective > found.objective else found
+                    if found is None or made.objective > found[0].objective:
+                        found = made, choice
             if found is not None:
-                return found
+                return self._polished(*found)
         if np.isinf(lacking):
             raise InputError(
                 "policy: pace: no rows, splits and periods of a step fit these clients: raise memory_gb, lower"
@@ -197,6 +201,21 @@ class PacedPlanner:
             f" for its layers and {len(self._clients)} clients; raise it, or lower job.batch_size,"
             " job.max_length or job.residual.max_rank"
         )
+
+    def _polished(self, plan: Plan, choice: Choice) -> Plan:
+        """Change one thing after another in the plan of ``choice`` as long as what is then captured a second grows."""
+        if self._searched is None:
+            return plan
+        best = replace(choice, captured=plan.captured_importance)
+        tried, turn = 0, self._searched.variants(best)
+        while tried < MAX_POLISHED and (other := next(turn, None)) is not None:
+            made, lacking = self._made(other)
+            other, tried = replace(other, captured=made.captured_importance), tried + 1
+            if lacking <= 0 and other.objective > best.objective * (1 + 1e-4):
+                best, turn = other, self._searched.variants(other)
+        polished = self._timed(self._made(best)[0], best)
+        # The seconds of a choice are estimates.
+        return polished if polished.objective > plan.objective else plan
 
     def _shallowest(self) -> list[int]:
         """Least splits to try: deeper ones leave the server less to hold."""
@@ -227,6 +246,8 @@ class PacedPlanner:
         paced = PacedProblem(
             problem, self._pace, allowed, self._policy.freezes, stored_forms(self._cost), self.wires, self._shares
         )
+        if len(self._clients) <= FEW and self._policy.split == "planned":
+            self._searched = paced
         return paced.best(self._in_force(paced, allowed, current))
 
     def _in_force(self, paced: PacedProblem, allowed: Flags, current: Plan | None) -> Choice | None:
@@ -242,6 +263,7 @@ class PacedPlanner:
             np.array([part.rows or self._cost.model.job.batch_size for part in own], dtype=np.int64),
             np.array([part.every for part in own], dtype=np.int64),
             np.array([part.forward_only for part in own], dtype=bool),
+            np.array([part.stored == "codes" for part in own], dtype=bool),
         )
 
     @cached_property
@@ -400,21 +422,10 @@ class PacedPlanner:
             "client", names, problem.values, problem.worth, held.astype(np.int64), prices, slack, self._rank_set
         )
 
-    def _turns(self, choice: Choice) -> Ints:
-        """Examples that join a turn of a server at each split, one row a group, ``(G, L + 1)``."""
-        width = self._cost.model.layers + 1
-        group = choice.group
-        if self._cost.model.tail_at_client:
-            # Every turn's graph is kept until the tails' gradients are there.
-            group = np.zeros_like(group)
-        rows = np.bincount(group * width + choice.splits, weights=choice.rows, minlength=(int(group.max()) + 1) * width)
-        per_server = -(-rows // self._cost.model.servers) if self._cost.model.servers > 1 else rows
-        return per_server.astype(np.int64).reshape(-1, width)
-
     def _server_levels(self, choice: Choice, share: Floats) -> tuple[tuple[Ints, int], float]:
         """The server's levels, with the largest common one, and the bytes that it lacks at the smallest ranks."""
         cost, problem = self._cost, self._problem
-        turns = self._turns(choice)
+        turns = turns_of(cost.model, choice.splits, choice.rows, choice.group)
         counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
         prices = cost.server.per_rank(counts, turns)
         needed = cost.server.constant(counts, turns) + self._rank * prices.sum(axis=1)
@@ -429,7 +440,8 @@ class PacedPlanner:
         return (levels, int(holders.largest_common_levels()[0])), float(needed[worst] - self._server.memory_bytes)
 
     def _server_bytes(self, choice: Choice, ranks: Mapping[str, int]) -> int:
-        cost, turns = self._cost, self._turns(choice)
+        cost = self._cost
+        turns = turns_of(cost.model, choice.splits, choice.rows, choice.group)
         counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
         vector = cost.model.rank_vector(ranks)
         return round(float((cost.server.constant(counts, turns) + cost.server.per_rank(counts, turns) @ vector).max()))

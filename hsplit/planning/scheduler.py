@@ -66,9 +66,13 @@ class Scheduler:
 
     # -- planning -------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """Make the plan that a run begins with if all its clients are there; errors as :meth:`first`."""
-        return self.first(Fleet.of_run(self._config), PlanningState()).made
+    def plan(self, fleet: Fleet | None = None) -> Plan:
+        """Make the plan that a run begins with if all its clients are there; errors as :meth:`first`.
+
+        Args:
+            fleet: what is known of the clients' data too; by default nothing is.
+        """
+        return self.first(fleet or Fleet.of_run(self._config), PlanningState()).made
 
     def check_start(self) -> None:
         """Check that a run can have a plan, with all its clients there; no data are read yet.

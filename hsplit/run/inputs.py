@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,17 @@ from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.lookup import ModelSource
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.planning.importance import find_metric
+from hsplit.planning.paced_plan import paces
+from hsplit.planning.planning_state import Fleet
 from hsplit.planning.rank_rules import find_rank_rule
 from hsplit.planning.split_rules import find_split_rule
 from hsplit.run.context import Inputs
 
 if TYPE_CHECKING:
     from hsplit.data import Example
+
+MOST_READ = 20_000
+"""Most examples of shared data that are read for a plan alone: a few seconds of tokenizing."""
 
 
 def resolved_config(run: RunConfig) -> RunConfig:
@@ -146,6 +152,39 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
         digest = shared_sha256(run)
     _check_tokens(examples, run, source, tokenizer)
     return Inputs(shares, model_fingerprint(source.directory), digest)
+
+
+def read_fleet(run: RunConfig, source: ModelSource) -> tuple[Fleet, str]:
+    """Read what the first plan depends on of the shared data, as clients report it when a run starts.
+
+    Args:
+        run: resolved configuration.
+        source: the model; its weights are not read.
+
+    Returns:
+        The fleet of a run that has not begun, and why the data are not known; empty where they are, or do not matter.
+    """
+    from hsplit.data import partition
+    from hsplit.data.local_data import LocalData
+
+    fleet, sharing = Fleet.of_run(run), [client.name for client in run.clients if client.data is None]
+    if run.policy.placement != "split" or not paces(run.policy.pace) or not sharing:
+        return fleet, ""
+    job, spec = run.job, run.job.data.partition
+    try:
+        tokenizer = load_tokenizer(source.directory)
+        examples, _ = read_shared(run, source, tokenizer)
+        _check_count(len(examples), sharing, run)
+        if len(examples) > MOST_READ:
+            return fleet, f"{len(examples):,} examples, and a plan alone reads at most {MOST_READ:,}"
+        how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
+        parts = partition(examples, len(sharing), how, job.seed)
+        shares = zip(sharing, parts, strict=True)
+        known = {name: LocalData(name, [examples[i] for i in part], tokenizer, job) for name, part in shares}
+    except InputError as error:
+        return fleet, str(error)
+    vocabulary = {name: len(data.token_ids(job)) for name, data in known.items()}
+    return replace(fleet, examples={name: len(data.train) for name, data in known.items()}, vocabulary=vocabulary), ""
 
 
 def _check_count(count: int, clients: list[str], run: RunConfig) -> None:
