@@ -62,12 +62,34 @@ def test_main_jobs_clients_differ_in_split_points_and_ranks(main_run: Path) -> N
     assert (rows["predicted_bytes"] <= rows["declared_bytes"]).all()
 
 
-def test_main_jobs_kinds_of_clients_all_differ_where_bf16_is_native() -> None:
-    clients = json.loads(_hsplit("plan", "--cluster", "cluster/hetero.yaml", "--set", "dtype=bf16", "--json").stdout)
-    of = {client["name"]: client for client in clients["clients"]}
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_budget_of_the_main_cluster_is_felt(dtype: str) -> None:
+    """Whether bf16 is native or not: everybody trains, ranks are chosen, phones store codes, more memory has a use."""
+    plan = json.loads(_hsplit("plan", "--cluster", "cluster/hetero.yaml", "--set", f"dtype={dtype}", "--json").stdout)
+    of = {holder["name"]: holder for holder in (plan["server"], *plan["clients"])}
+    assert all(holder["available"] and min(holder["ranks"].values()) > 0 for holder in of.values())
     kinds = [of[name] for name in ("phone-0", "laptop-0", "workstation")]
     splits, ranks = [kind["split"] for kind in kinds], [sum(kind["ranks"].values()) for kind in kinds]
     assert splits == sorted(set(splits)) and ranks == sorted(set(ranks))
+    for name in ("phone-0", "workstation", "server"):
+        assert len(set(of[name]["ranks"].values())) > 1, name
+        memory = of[name]["memory_bytes"]
+        assert 0.97 * memory["declared"] <= memory["predicted"] <= memory["declared"], name
+    assert len({tuple(sorted(holder["ranks"].items())) for holder in of.values()}) > 3
+    assert {of[name]["stored"] for name in ("phone-0", "phone-1")} == {"codes"}
+    captured_a_second = plan["captured_importance"] / plan["makespan_s"]
+    assert max(gain["objective_change"] for gain in plan["one_more_gb"]) > 0.1 * captured_a_second
+
+
+def test_a_probe_moves_ranks_of_the_main_job(main_run: Path) -> None:
+    events = [json.loads(line) for line in (main_run / "events.jsonl").read_text().splitlines()]
+    plans = [event["plan"] for event in events if event["event"] == "planned"]
+    first, last = (
+        {part["name"]: part["ranks"] for part in (plan["server"], *plan["clients"])} for plan in (plans[0], plans[-1])
+    )
+    common = {name: first[name].keys() & last[name].keys() for name in first}
+    moved = {name: sum(first[name][w] != last[name][w] for w in weights) for name, weights in common.items()}
+    assert sum(moved.values()) > 0.1 * sum(map(len, common.values()))
 
 
 def test_adapter_of_the_nf4_run_gives_the_runs_loss_in_plain_peft(main_run: Path) -> None:

@@ -329,6 +329,20 @@ def test_a_fixed_split_is_everybodys(split: int) -> None:
     assert len(made.server.ranks) == len([w for w in cost().model.weights if w.layer >= split])
 
 
+@pytest.mark.parametrize("pace", [Pace(), Pace(batch_size="planned", periods="planned")])
+@pytest.mark.parametrize("policy", [{}, {"ranks": "budget"}, {"ranks": "uniform"}])
+def test_curves_that_are_logarithms_give_the_plan_of_numbers(pace: Pace, policy: dict[str, Any]) -> None:
+    scores = importance(3)
+    curves = {name: tuple(score * np.log2(2.0 + np.arange(32))) for name, score in scores.items()}
+    model, clients = CostModel(tiny_spec("llama"), JOB, pace), [client(f"c{i}", LARGEST * (0.6 + i)) for i in range(3)]
+    made = [
+        make_plan(clients, server(DEEP * 3), model, given_, Policy.model_validate({**policy, "pace": pace}))
+        for given_ in (scores, curves)
+    ]
+    assert made[0].gives_the_same_as(made[1])
+    assert made[0].captured_importance == pytest.approx(made[1].captured_importance)
+
+
 def test_one_rank_for_all() -> None:
     policy = Policy(split="uniform", ranks="uniform", aggregation="fedavg")
     made = make_plan([client("one", SMALLEST * 1.03), client("two", LARGEST)], server(), cost(), importance(0), policy)
