@@ -438,6 +438,7 @@ _EXPERIMENTS = {
     "clock": "Time of a round as predicted, as emulated, and as measured under quotas of CPU time",
     "pace": "How near plans come to the speed that budgets allow, and what it costs in learning",
     "capacity": "Where ranks, depth and holders apart change the loss: the constants of the objective (METHOD 5)",
+    "prediction": "Which importance metric predicts what ranks are worth (METHOD 3)",
     "replicas": "What several servers give and cost as clients grow in number",
     "simulation": "Whether a simulation tells what emulated runs take, and what simulating itself costs",
     "wire": "What sending activations and gradients in bf16, int8 and int4 costs in perplexity",
