@@ -97,7 +97,8 @@ def test_adapter_of_the_nf4_run_gives_the_runs_loss_in_plain_peft(main_run: Path
 
 
 def test_adapter_of_an_fp32_run_gives_the_runs_loss_in_plain_peft(tmp_path: Path) -> None:
-    fp32 = ("--set", "base=fp32", "--set", "dtype=fp32")
+    # An fp32 base takes more than the server's memory in the file.
+    fp32 = ("--set", "base=fp32", "--set", "dtype=fp32", "--set", "server.memory_gb=8")
     _assert_peft_agrees(_launch(tmp_path, "fp32", *SHORT, *fp32))
 
 
