@@ -31,6 +31,8 @@ MAX_TIMES_ROWS = 4
 EVERY = (1, 2, 3, 4)
 """Periods in local steps that a plan chooses from."""
 MAX_GROUPS = 32
+GAIN = 1e-6
+"""Least relative gain in the objective that counts: less is a tie, which the rounding of scores must not decide."""
 # Clients up to which the rows are dealt out exactly, and one group for each is tried.
 FEW = 12
 MAX_SIMULATED = 16
@@ -111,6 +113,11 @@ class Choice:
         if self.lacking > 0:
             return -self.lacking
         return float(self.captured**self.gamma) / (self.seconds + self.exchange_s)
+
+
+def _place(choice: Choice) -> float:
+    """Order choices, the best first; equal clients that change places are a tie, whatever the rounding of scores."""
+    return -float(f"{choice.objective:.7g}")
 
 
 class PacedProblem:
@@ -291,10 +298,10 @@ class PacedProblem:
             top = max(chosen, key=lambda choice: choice.objective)
             for factor in self._effort.closer:
                 chosen += self._within(top.exchange_s * factor)
-        chosen.sort(key=lambda choice: -choice.objective)
+        chosen.sort(key=_place)
         if len(self.problem.clients) <= FEW and not self._fixed:
             chosen = [*map(self._climbed, chosen[:_CLIMBED]), *chosen]
-            chosen.sort(key=lambda choice: -choice.objective)
+            chosen.sort(key=_place)
         return chosen[:MAX_SIMULATED]
 
     def _within(self, limit_s: float) -> list[Choice]:
@@ -319,10 +326,19 @@ class PacedProblem:
     def _climbed(self, choice: Choice) -> Choice:
         """Change one client, or the rows of two, as long as it improves the choice."""
         while True:
-            better = max(self._neighbours(choice), key=lambda other: other.objective, default=choice)
-            if better.objective - choice.objective <= 1e-9 * abs(choice.objective):
+            least = choice.objective + GAIN * abs(choice.objective)
+            promising = [other for other in self._neighbours(choice) if other.objective > least]
+            promising.sort(key=_place)
+            # The server's memory takes the longest to count, so the best are counted first.
+            better = next((own for own in map(self._counted, promising) if own.objective > least), None)
+            if better is None:
                 return choice
             choice = better
+
+    def _counted(self, choice: Choice) -> Choice:
+        """``choice`` with the groups that the server has memory for."""
+        parts = choice.splits, choice.rows, choice.every, choice.frozen, choice.codes
+        return choice if self._server_has_room else self.completed(*parts)
 
     @cached_property
     def _together(self) -> list[list[int]]:
@@ -368,7 +384,7 @@ class PacedProblem:
             frozen[thawed] = not frozen[thawed]
         if splits.min() < 0 or splits.max() > self._cost.model.layers or rows.min() < 1:
             return
-        changed = self.again(splits, rows, choice.every, frozen)
+        changed = self.again(splits, rows, choice.every, frozen, counted=False)
         if changed is not None:
             yield changed
 
@@ -584,12 +600,21 @@ class PacedProblem:
         place, every = self._pair_rows[pairs], self._pair_every[pairs]
         return self.completed(splits, self._rows[place], every, frozen, self.codes[kind, place, splits])
 
-    def again(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags | None = None) -> Choice | None:
+    def again(
+        self,
+        splits: Ints,
+        rows: Ints,
+        every: Ints,
+        frozen: Flags,
+        codes: Flags | None = None,
+        counted: bool = True,
+    ) -> Choice | None:
         """The choice of these splits, rows and periods ``(N,)``; ``None`` if it is none of this problem's.
 
         Args:
             splits, rows, every, frozen: of each client, ``(N,)``.
             codes: who stores codes, where that fits; by default those for whom a dense base does not.
+            counted: the server's memory counts.
         """
         kind = self.problem.kind
         place = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
@@ -602,7 +627,7 @@ class PacedProblem:
         usual = self.codes[kind, place, splits]
         if codes is not None:
             usual = np.where(self._fits_in[codes.astype(np.int64), kind, place, splits], codes, usual)
-        return self.completed(splits, rows, every, frozen, usual)
+        return self.completed(splits, rows, every, frozen, usual, counted)
 
     def variants(self, choice: Choice) -> Iterator[Choice]:
         """Change the split or the stored form of one client, or of several together.
@@ -622,8 +647,15 @@ class PacedProblem:
                 if changed is not None and (move or (changed.codes != choice.codes).any()):
                     yield changed
 
-    def completed(self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags) -> Choice:
-        """Make the choice of these splits, rows and periods ``(N,)``: its groups, and what it takes and captures."""
+    def completed(
+        self, splits: Ints, rows: Ints, every: Ints, frozen: Flags, codes: Flags, counted: bool = True
+    ) -> Choice:
+        """Make the choice of these splits, rows and periods ``(N,)``: its groups, and what it takes and captures.
+
+        Args:
+            splits, rows, every, frozen, codes: of each client, ``(N,)``.
+            counted: the server's memory counts, which takes a while.
+        """
         kind = self.problem.kind
         place = np.searchsorted(self._rows, rows)
         own_s = self.own_s(kind, place, splits, frozen, codes)
@@ -648,8 +680,10 @@ class PacedProblem:
             if seconds < grouped[least][0] * (1 - 1e-3):
                 least = len(grouped) - 1
         first = grouped.pop(least)
-        grouped = [first, *sorted(grouped, key=lambda one: one[0])]
-        (seconds, groups, group), lacking = self._with_room(grouped, splits, rows)
+        (seconds, groups, group), lacking = first, 0.0
+        if counted and not self._server_has_room:
+            ordered = [first, *sorted(grouped, key=lambda one: one[0])]
+            (seconds, groups, group), lacking = self._with_room(ordered, splits, rows)
         return Choice(
             splits,
             rows,
@@ -672,8 +706,6 @@ class PacedProblem:
         self, grouped: Sequence[tuple[float, int, Ints]], splits: Ints, rows: Ints
     ) -> tuple[tuple[float, int, Ints], float]:
         """Find the first grouping that the server has room for, or that lacks least: smaller turns hold fewer rows."""
-        if self._server_has_room:
-            return grouped[0], 0.0
         least, best = np.inf, grouped[0]
         for one in grouped:
             lacking = self.server_lacks(splits, rows, one[2])

@@ -21,7 +21,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.importance import Score
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import FEW, MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem, turns_of
+from hsplit.planning.pace import FEW, GAIN, MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem, turns_of
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
@@ -187,7 +187,7 @@ class PacedPlanner:
                 made, lacking = self._made(choice)
                 if lacking <= 0:
                     made = self._timed(made, choice)
-                    if found is None or made.objective > found[0].objective:
+                    if found is None or made.objective > found[0].objective * (1 + GAIN):
                         found = made, choice
             if found is not None:
                 return self._polished(*found)

@@ -52,9 +52,12 @@ def test_a_plan_needs_the_models_configuration_alone(
     (bare / "config.json").write_bytes((models["llama"] / "config.json").read_bytes())
     plan = ("plan", "--cluster", cluster_file)
     for form in ((), ("--json",)):
-        whole, planned = _call(*plan, *form), _call(*plan, *form, "--set", f"model={bare}")
-        assert whole.exit_code == planned.exit_code == 0, planned.output
-        assert planned.stdout == whole.stdout
+        # Plans with pace know what the texts use of the embedding, unless there is no tokenizer.
+        for policy in ((), ("--policy", "splitlora")):
+            whole, planned = (_call(*plan, *form, *policy, *m) for m in ((), ("--set", f"model={bare}")))
+            assert whole.exit_code == planned.exit_code == 0, planned.output
+            assert (planned.stdout == whole.stdout) == bool(policy)
+            assert ("data not read" in planned.stderr) == (not policy) and "data not read" not in whole.stderr
     launched = _call("launch", "--cluster", cluster_file, "--set", f"model={bare}", "--runs-dir", tmp_path / "runs")
     assert launched.exit_code == 2 and "has no weights: neither model.safetensors" in launched.output
     assert not (tmp_path / "runs").exists()
