@@ -31,7 +31,7 @@ from hsplit.planning.wire import wires_within
 
 Stored = Literal["dense", "codes"]
 
-MAX_POLISHED = 200
+MAX_POLISHED = 100
 """Most changes that are tried to a plan in the end; only with few clients."""
 LINK_PART = 0.5
 """Most seconds of a client's link for its fair share of the rows, as a part of a step in which nothing waits: beyond
