@@ -45,6 +45,13 @@ def size_of(score: Score) -> float:
     return score[-1] if isinstance(score, tuple) else score
 
 
+def rounded(score: Score) -> Score:
+    """Round a score to six digits: what follows is the rounding of sums in another order, and decides no plan."""
+    if isinstance(score, tuple):
+        return tuple(float(f"{value:.6g}") for value in score)
+    return float(f"{score:.6g}")
+
+
 def mean_score(scores: Sequence[Score], weights: Sequence[float]) -> Score:
     """Average scores of one weight, all of them numbers or curves of one length."""
     if isinstance(scores[0], tuple):

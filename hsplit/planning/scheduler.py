@@ -12,7 +12,7 @@ from hsplit.models.spec import ModelSpec
 from hsplit.planning.budgets import BudgetRequest
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.model import CostModel
-from hsplit.planning.importance import ImportanceHistory, ImportanceReport, Score, equal_importance, scores
+from hsplit.planning.importance import ImportanceHistory, ImportanceReport, Score, equal_importance, rounded, scores
 from hsplit.planning.indifference import indifferent_to_scores
 from hsplit.planning.paced_plan import unread_bytes
 from hsplit.planning.plan import Plan
@@ -219,7 +219,8 @@ class Scheduler:
         settings, replan = self._config.policy.importance, self._config.policy.replan
         history = ImportanceHistory(self._config.job.rounds, settings.lam_0, settings.lam_min)
         history.scores = dict(state.history)
-        history.blend(round_, scores(reports, self.cost.model.weights, settings.metric))
+        found = scores(reports, self.cost.model.weights, settings.metric)
+        history.blend(round_, {name: rounded(score) for name, score in found.items()})
         moved = history.moved(self._importance(state))
         far = replan.tau is not None and moved > replan.tau
         probe_after = 2 * state.probe_after if settings.back_off and not far else 1
