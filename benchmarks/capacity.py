@@ -23,7 +23,6 @@ procedural tasks of the package ``reasoning-gym`` (``pip install reasoning-gym``
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
 import tempfile
@@ -39,9 +38,8 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks.common import Table
 from hsplit.config import RunConfig
-from hsplit.config.reading import from_json, read_json
+from hsplit.config.reading import from_json
 from hsplit.errors import InputError
-from hsplit.files import write_text_atomically
 from hsplit.observe.observer import SilentDisplay
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.plan import Plan
@@ -132,25 +130,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.flags_of("capacity", __doc__)
     parser.add_argument("--data", nargs="+", default=["restaurants"], help="files, built-in texts, or 'tasks'")
     parser.add_argument("--model", help="as job.model")
-    parser.add_argument("--list", action="store_true", help="list the runs that are left, and end")
-    parser.add_argument(
-        "--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th run from I on"
-    )
+    common.cell_flags(parser)
     options = parser.parse_args(arguments)
     console, header = Console(width=140), common.header_of("capacity", arguments, "torch", "transformers")
     sources = {Path(source).stem: source for source in options.data}
-    folder: Path = options.to / "cells"
-    which, of = options.part
-    left = [cell for cell in cells(list(sources))[which::of] if not (folder / f"{cell.key}.json").is_file()]
-    if options.list:
-        console.print("\n".join(cell.key for cell in left))
-        return
-    for cell in left:
-        found = run_cell(cell, sources[cell.data], options.model) | {"machine": dict(header)}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
-        console.print(f"{cell.key}: loss {found['curve'][-1][1]:.4f} after {found['curve'][-1][0]:,} tokens")
-    every = [read_json(path, dict[str, Any]) for path in sorted(folder.glob("*.json"))]
+    every = common.finished_cells(
+        cells(list(sources)),
+        options,
+        console,
+        header,
+        run=lambda cell: run_cell(cell, sources[cell.data], options.model),
+        outcome=lambda found: f"loss {found['curve'][-1][1]:.4f} after {found['curve'][-1][0]:,} tokens",
+    )
     if not every:
         return
     table = swept(every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import platform
 import random
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -24,9 +25,11 @@ from rich.table import Table as TerminalTable
 
 from hsplit.config import SERVER, RunConfig, load_run_config
 from hsplit.config.overrides import Overrides
+from hsplit.config.reading import read_json
 from hsplit.evaluation.perplexity import CrossEntropy, cross_entropy
 from hsplit.evaluation.split_model import split_model
 from hsplit.experiments import results_directory
+from hsplit.files import write_text_atomically
 from hsplit.lora.learned import learned_parts
 from hsplit.models.lookup import ModelSource, find_model
 from hsplit.models.segment import BaseModel
@@ -276,6 +279,61 @@ def in_process(
     with tempfile.TemporaryDirectory() as name:
         directory = RunDirectory.create(Path(name), "run")
         yield local_run(run, ModelSpec.read(model), directory, inputs, display, **how), directory
+
+
+# -- experiments of many runs -------------------------------------------------------------------------------------
+
+
+class Keyed(Protocol):
+    """One run of an experiment."""
+
+    @property
+    def key(self) -> str:
+        """Of its file."""
+
+
+C = TypeVar("C", bound=Keyed)
+
+
+def cell_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that :func:`finished_cells` reads: which runs to make, or to list them only."""
+    parser.add_argument("--list", action="store_true", help="list the runs that are left, and end")
+    part = "every N-th run from the I-th on"
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help=part)
+
+
+def finished_cells(
+    cells: Sequence[C],
+    options: argparse.Namespace,
+    console: Console,
+    header: Mapping[str, Any],
+    run: Callable[[C], dict[str, Any]],
+    outcome: Callable[[Mapping[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Make the runs that are left, each into a file of its own in ``cells/``, so that a stopped experiment continues.
+
+    Args:
+        cells: all runs.
+        options: of :func:`flags_of` with :func:`cell_flags`.
+        header: facts to keep with each run.
+        run: makes one.
+        outcome: what to say of a finished one.
+
+    Returns:
+        The finished runs, of earlier calls too; none where they are only listed.
+    """
+    folder: Path = options.to / "cells"
+    which, of = options.part
+    left = [cell for cell in cells[which::of] if not (folder / f"{cell.key}.json").is_file()]
+    if options.list:
+        console.print("\n".join(cell.key for cell in left))
+        return []
+    for cell in left:
+        found = run(cell) | {"machine": dict(header)}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
+        console.print(f"{cell.key}: {outcome(found)}")
+    return [read_json(path, dict[str, Any]) for path in sorted(folder.glob("*.json"))]
 
 
 # -- results ------------------------------------------------------------------------------------------------------

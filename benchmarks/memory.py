@@ -73,6 +73,7 @@ class Case:
         stored: how a client keeps a quantized base: ``dense`` or ``codes``.
         vocabulary: distinct token ids of a client's texts, of which alone it holds the embedding; 0: it holds all.
         exchange: format of adapters at a round's end, as ``pace.exchange``.
+        metric: of importance, for which it is probed.
     """
 
     model: str
@@ -94,13 +95,15 @@ class Case:
     stored: Literal["dense", "codes"] = "dense"
     vocabulary: int = 0
     exchange: str = "whole"
+    metric: str = "rngwp"
 
     @property
     def policy(self) -> Policy:
         if self.holds == "weights":
             return Policy(placement="single", train="weights", aggregation="none")
         placement = "split" if self.holds == "front" else "full"
-        chosen = {"placement": placement, "ranks": self.rank, "aggregation": self.aggregation}
+        chosen: dict[str, Any] = {"placement": placement, "ranks": self.rank, "aggregation": self.aggregation}
+        chosen["importance"] = {"metric": self.metric}
         if self.holds == "front":
             chosen["pace"] = {"embedding": "own" if self.vocabulary else "whole", "exchange": self.exchange}
         return Policy.model_validate(chosen)

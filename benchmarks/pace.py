@@ -19,7 +19,6 @@ the levers. Finished runs stay in ``cells/``: a stopped experiment continues wit
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -31,9 +30,7 @@ from rich.console import Console
 from benchmarks import common, convergence
 from benchmarks.common import Table
 from hsplit.config import RunConfig
-from hsplit.config.reading import read_json
 from hsplit.data.local_data import LocalData
-from hsplit.files import write_text_atomically
 from hsplit.models.lookup import find_model
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.observer import SilentDisplay
@@ -105,15 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.flags_of("pace", __doc__)
     parser.add_argument("--data", help="CSV of the texts (E2E's development set); built-in texts by default")
     parser.add_argument("--only", choices=("speed", "learning"), help="one part")
-    parser.add_argument("--list", action="store_true", help="list the runs that are left, and end")
-    parser.add_argument(
-        "--part",
-        type=int,
-        nargs=2,
-        default=(0, 1),
-        metavar=("I", "N"),
-        help="learning: every N-th run from the I-th on",
-    )
+    common.cell_flags(parser)
     parser.add_argument("--model", help="as job.model")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -261,18 +250,16 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _learning(options: argparse.Namespace, console: Console, header: Mapping[str, Any]) -> str:
-    folder = options.to / "cells"
-    which, of = options.part
-    left = [cell for cell in cells()[which::of] if not (folder / f"{cell.key}.json").is_file()]
-    if options.list:
-        console.print("\n".join(cell.key for cell in left))
+    every = common.finished_cells(
+        cells(),
+        options,
+        console,
+        header,
+        run=lambda cell: run_cell(cell, options),
+        outcome=lambda found: f"perplexity {found['ppl']:.3f}, worst client {found['worst_ppl']:.3f}",
+    )
+    if not every:
         return ""
-    for cell in left:
-        found = run_cell(cell, options) | {"machine": dict(header)}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
-        console.print(f"{cell.key}: perplexity {found['ppl']:.3f}, worst client {found['worst_ppl']:.3f}")
-    every = [read_json(path, dict[str, Any]) for path in sorted(folder.glob("*.json"))]
     table = _learning_table(every)
     title = f"Perplexity after {ROUNDS} rounds of {STEPS} steps, at equal tokens: mean and range over the seeds"
     common.show_table(console, *table, title=title)

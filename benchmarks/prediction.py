@@ -18,7 +18,6 @@ Data are as for ``hsplit bench capacity``. Finished runs stay in ``cells/``.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,13 +33,11 @@ from benchmarks import common
 from benchmarks.capacity import BATCH, CLIENTS, CLUSTER, as_read
 from benchmarks.common import Table
 from hsplit.config import RunConfig
-from hsplit.config.reading import read_json
-from hsplit.files import write_text_atomically
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.observe.observer import SilentDisplay
 from hsplit.planning.importance import Score, equal_importance, scores
 from hsplit.planning.planning_state import Fleet, PlanningState
-from hsplit.planning.ranks import captured_by, gain_table, greedy_levels
+from hsplit.planning.ranks import at_levels, captured_by, gain_table, greedy_levels
 from hsplit.planning.scheduler import Review, Scheduler
 
 ALLOCATIONS, SEEDS = 24, (0, 1)
@@ -104,26 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.flags_of("prediction", __doc__)
     parser.add_argument("--data", nargs="+", default=["restaurants"], help="files, built-in texts, or 'tasks'")
     parser.add_argument("--model", help="as job.model")
-    parser.add_argument("--list", action="store_true", help="list the runs that are left, and end")
-    parser.add_argument(
-        "--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th run from I on"
-    )
+    common.cell_flags(parser)
     options = parser.parse_args(arguments)
     console, header = Console(width=140), common.header_of("prediction", arguments, "torch", "transformers")
     sources = {Path(source).stem: source for source in options.data}
-    folder: Path = options.to / "cells"
-    which, of = options.part
-    left = [cell for cell in cells(list(sources))[which::of] if not (folder / f"{cell.key}.json").is_file()]
-    if options.list:
-        console.print("\n".join(cell.key for cell in left))
+    every = common.finished_cells(
+        cells(list(sources)),
+        options,
+        console,
+        header,
+        run=lambda cell: run_cell(cell, sources[cell.data], options.model),
+        outcome=lambda found: f"loss fell by {found['fall']:.4f}" if "fall" in found else "probed",
+    )
+    if not every:
         return
-    for cell in left:
-        found = run_cell(cell, sources[cell.data], options.model) | {"machine": dict(header)}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
-        fell = f"loss fell by {found['fall']:.4f}" if "fall" in found else "probed"
-        console.print(f"{cell.key}: {fell}, {found['wall_s']:.0f} s")
-    every = [read_json(path, dict[str, Any]) for path in sorted(folder.glob("*.json"))]
     table = correlated(every)
     title = f"Spearman's correlation of predicted learning with the fall of loss in {ROUNDS * STEPS} steps"
     common.show_table(console, *table, title=title)
@@ -218,7 +209,7 @@ def predicted(metric: str, probe: Mapping[str, Any], ranks: Mapping[str, int]) -
         importance = {name: tuple(own) if isinstance(own, list) else own for name, own in probe[metric].items()}
     values = gain_table(importance, names, RANKS)
     levels = np.searchsorted(RANKS, [ranks[name] for name in names])
-    return float(values[np.arange(len(names)), levels].sum())
+    return float(at_levels(values, levels).sum())
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hsplit.actors.profiling import PeakMemory, measured, measured_with_part, measured_with_round
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
+from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import LinearShape
@@ -49,6 +50,12 @@ class HolderActor(Generic[Held]):
         if self._holder is None:
             raise RuntimeError(f"{self.name} has not been configured")
         return self._holder
+
+    def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
+        """Make a probe of the adapted weights held here; arguments as for it."""
+        assert isinstance(self.holder, Holder)
+        spectral = self._policy.importance.spectral
+        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw, spectral)
 
     @measured
     def collect(self) -> tuple[int, HeldAdapters]:

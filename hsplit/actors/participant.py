@@ -15,7 +15,6 @@ from hsplit.config import Job, Policy
 from hsplit.data import Batch, Example
 from hsplit.lora.carried_moments import CarriedMoments
 from hsplit.lora.holder import Holder, RoundUpdate
-from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.packing import Packing, pack_rows
 from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
@@ -150,11 +149,6 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         )
 
     # -- computation ------------------------------------------------------------------------------------------------
-
-    def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
-        assert isinstance(self.holder, Holder)
-        spectral = self._policy.importance.spectral
-        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw, spectral)
 
     def _front(self, batch: Batch, probing: bool = False) -> Tensor:
         """Embed ``batch`` and run layers ``[0, split)``: hidden states ``(n, d)``."""

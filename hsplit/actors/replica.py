@@ -407,10 +407,6 @@ class Replica(HolderActor[Holder]):
             return None
         return tensor
 
-    def _new_probe(self, training: bool = False, draw: int = 0) -> ImportanceProbe:
-        spectral = self._policy.importance.spectral
-        return ImportanceProbe(self.holder.segment, self.holder.adapters, self._shapes, training, draw, spectral)
-
     def _watched(self, messages: Sequence[Activations]) -> tuple[ImportanceProbe, JoinedBatch]:
         """Run a probe's joined batch without dropout, watched by the probe."""
         probe = self._new_probe()

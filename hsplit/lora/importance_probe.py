@@ -41,8 +41,8 @@ SPECTRUM = 32
 """Most singular values of a weight that are found."""
 # Further directions of a sketch: they make its leading ones more exact.
 _OVERSAMPLED = 8
-# Numbers that a sketch holds at once for each of its directions and each row and column of the weight and token.
-_SKETCHED = 4
+# Numbers that a sketch holds at once for each of its directions and each row and column of the weight, at most.
+_SKETCHED = 5
 
 
 def probe_working_bytes(
@@ -64,7 +64,7 @@ def probe_working_bytes(
     exact = torch.promote_types(dtype, torch.float32)
     if spectral:
         sketched = _sketched_directions(d_out, d_in)
-        sketches = _SKETCHED * sketched * (d_out + d_in + tokens) * exact.itemsize
+        sketches = sketched * (_SKETCHED * (d_out + d_in) + tokens) * exact.itemsize
         return sketches if dtype == exact else sketches + tokens * (d_out + d_in) * exact.itemsize
     chunks = 2 * max(PROBE_CHUNK_BYTES, d_in * exact.itemsize)
     chunks = min(chunks, 2 * d_out * d_in * exact.itemsize)

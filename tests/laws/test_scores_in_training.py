@@ -80,6 +80,23 @@ def test_e5_scores_of_a_training_step_do_not_depend_on_the_split_points(
         assert own == pytest.approx(expected[client], rel=TOLERANCE[dtype]), client
 
 
+@pytest.mark.parametrize("splits", [[0, 2, 4], [3, 1]])
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("watched", [importance_probe.WATCHED_TOKENS, 5])
+def test_e5_spectra_of_a_training_step_do_not_depend_on_the_split_points(
+    models: dict[str, Path], splits: list[int], labels: str, watched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance_probe, "WATCHED_TOKENS", watched)
+    model, job = models["llama"], job_of("nf4", dtype="fp64", wire="fp64", privacy={"labels": labels})
+    found, expected = (
+        scores(trained(probed_actors(model, job, at, metric="spectral"), labels), shapes_of(model, job), "spectral")
+        for at in (splits, [0] * len(splits))
+    )
+    for name, curve in found.items():
+        assert isinstance(curve, tuple) and curve[-1] > 0
+        assert curve == pytest.approx(expected[name], rel=1e-6), name
+
+
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_they_are_autograds_for_the_first_examples(
     models: dict[str, Path], labels: str, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from hsplit.lora import importance_probe
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_working_bytes, shared_spectrum
 from hsplit.models.packing import Packing
 from hsplit.models.spec import LinearShape
+from hsplit.planning.cost.counting import LiveBytes
 from hsplit.planning.importance import IMPORTANCE, ImportanceHistory, ImportanceReport, scores
 from hsplit.run.probe import probe_importance
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
@@ -305,6 +306,14 @@ def test_a_spectrum_is_what_the_halves_share(seed: int) -> None:
     # The tail of the singular values is noise, and most of it is gone.
     assert float(noisy[4:].sum()) < 0.25 * float(whole[4:32].sum())
     assert (noisy.diff() <= 0).all() and (noisy >= 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "d_out", "d_in"), [(100, 576, 576), (64, 512, 2752), (600, 48, 32), (9, 300, 40)])
+def test_sketches_take_no_more_than_is_counted(tokens: int, d_out: int, d_in: int) -> None:
+    delta, x = torch.randn(tokens, d_out), torch.randn(tokens, d_in)
+    with LiveBytes([delta, x]) as live:
+        shared_spectrum(delta, x, 0)
+    assert 0 < live.peak <= probe_working_bytes(d_out, d_in, tokens, 0, torch.float32, spectral=True)
 
 
 def test_a_spectrum_of_a_single_token_or_of_none_has_nothing_in_common() -> None:

@@ -65,6 +65,9 @@ CLIENTS = [
     Case(GROUPED, "nf4", (4,), batch_size=3, length=48, stored="codes"),
     Case(GPT2, "int8", (1,), batch_size=8, stored="codes"),
     Case(GPT2_OWN, "nf4", (3,), rank=32, batch_size=1, length=16, cap=128, labels="client", stored="codes"),
+    Case(LLAMA, "fp32", (2,), metric="spectral"),
+    Case(LLAMA, "nf4", (2,), batch_size=1, length=16, metric="spectral"),
+    Case(GPT2, "nf4", (3,), dtype="bf16", batch_size=1, length=128, metric="spectral"),
 ]
 SERVERS = [
     Case(LLAMA, "fp32", (1,)),
@@ -79,6 +82,7 @@ SERVERS = [
         LLAMA, "nf4", (3,) * 8, rank=32, batch_size=1, length=16, dtype="bf16", exchange="compute", aggregation="fedavg"
     ),
     Case(GPT2, "nf4", (1, 3), rank=16, dtype="bf16", exchange="compute"),
+    Case(GROUPED, "nf4", (1, 3), metric="spectral"),
 ]
 
 
@@ -100,7 +104,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def named(case: Case) -> str:
     batch = f"{case.batch_size}x{case.length}"
-    held = f"{case.stored} {case.vocabulary or 'all'} {case.exchange}"
+    held = f"{case.stored} {case.vocabulary or 'all'} {case.exchange} {case.metric}"
     return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {case.wire} {held}"
 
 
