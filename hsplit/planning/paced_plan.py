@@ -185,13 +185,14 @@ class PacedPlanner:
             found: tuple[Plan, Choice] | None = None
             for choice in self._chosen(shallowest, current):
                 made, lacking = self._made(choice)
-                if lacking <= 0:
+                # A plan in which nobody trains anything is none.
+                if lacking <= 0 and made.captured_importance > 0:
                     made = self._timed(made, choice)
                     if found is None or made.objective > found[0].objective * (1 + GAIN):
                         found = made, choice
             if found is not None:
                 return self._polished(*found)
-        if np.isinf(lacking):
+        if np.isinf(lacking) or lacking <= 0:
             raise InputError(
                 "policy: pace: no rows, splits and periods of a step fit these clients: raise memory_gb, lower"
                 " pace.min_share, or set pace.batch_size to 'equal'"
@@ -301,7 +302,7 @@ class PacedPlanner:
         """The plan of a choice without its seconds, and the bytes that the server lacks for it."""
         cost, problem, job = self._cost, self._problem, self._cost.model.job
         share = choice.rows / choice.every / (job.batch_size * len(self._clients))
-        server_ranks, lacking = self._server_levels(choice, share)
+        server_ranks, lacking = self._server_levels(choice)
         names = np.array([w.name for w in cost.model.weights], dtype=object)
         gains, wires = np.zeros(len(self._clients)), self.wires
         discount = problem.discounts_of(choice.splits, share, choice.frozen)[cost.model.weight_layer]
@@ -363,7 +364,8 @@ class PacedPlanner:
         deep_gain = float((at_levels(problem.values, at_server) * passing) @ discount)
         captured = float(share @ gains) + deep_gain
         deep_ranks = dict(zip(map(str, names[flags]), problem.rank_set[at_server[flags]].tolist(), strict=True))
-        parts = [replace(part, captured_share=float(part.captured_share / captured)) for part in parts]
+        whole = captured if captured > 0 else 1.0
+        parts = [replace(part, captured_share=float(part.captured_share / whole)) for part in parts]
         deep = HolderPlan(
             "server",
             "server",
@@ -372,7 +374,7 @@ class PacedPlanner:
             ranks=deep_ranks,
             declared_bytes=self._server.memory_bytes,
             predicted_bytes=self._server_bytes(choice, deep_ranks),
-            captured_share=deep_gain / captured if captured > 0 else 0.0,
+            captured_share=deep_gain / whole,
         )
         rough = Plan(
             cost.model.layers,
@@ -422,22 +424,31 @@ class PacedPlanner:
             "client", names, problem.values, problem.worth, held.astype(np.int64), prices, slack, self._rank_set
         )
 
-    def _server_levels(self, choice: Choice, share: Floats) -> tuple[tuple[Ints, int], float]:
+    def _server_levels(self, choice: Choice) -> tuple[tuple[Ints, int], float]:
         """The server's levels, with the largest common one, and the bytes that it lacks at the smallest ranks."""
         cost, problem = self._cost, self._problem
         turns = turns_of(cost.model, choice.splits, choice.rows, choice.group)
         counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
-        prices = cost.server.per_rank(counts, turns)
-        needed = cost.server.constant(counts, turns) + self._rank * prices.sum(axis=1)
-        worst = int(needed.argmax())
-        names = tuple(w.name for w in cost.model.weights)
+        constant, prices = cost.server.constant(counts, turns), cost.server.per_rank(counts, turns)
+        needed = constant + self._rank * prices.sum(axis=1)
+        worst, names = int(needed.argmax()), tuple(w.name for w in cost.model.weights)
         joined = cost.model.joined_clients(counts[:1])[:, cost.model.weight_layer]
-        slack = np.array([self._server.memory_bytes - needed[worst]])
-        holders = Holders(
-            "server", names, problem.values, problem.worth, joined, prices[worst : worst + 1], slack, self._rank_set
-        )
+
+        def holders_of(fixed: float, price: Floats) -> Holders:
+            slack = np.array([self._server.memory_bytes - fixed - self._rank * price.sum()])
+            return Holders("server", names, problem.values, problem.worth, joined, price[None], slack, self._rank_set)
+
+        holders = holders_of(float(constant[worst]), prices[worst])
         levels = self._rule.levels(holders)[0].astype(np.int64)
-        return (levels, int(holders.largest_common_levels()[0])), float(needed[worst] - self._server.memory_bytes)
+        common = int(holders.largest_common_levels()[0])
+        for ranks in (self._rank_set[levels], np.full(len(levels), self._rank_set[max(common, 0)])):
+            if (constant + prices @ ranks).max() > max(self._server.memory_bytes, needed[worst]):
+                # With larger ranks a turn of more rows takes more: what no turn exceeds.
+                holders = holders_of(float(constant.max()), prices.max(axis=0))
+                levels = self._rule.levels(holders)[0].astype(np.int64)
+                common = int(holders.largest_common_levels()[0])
+                break
+        return (levels, common), float(needed[worst] - self._server.memory_bytes)
 
     def _server_bytes(self, choice: Choice, ranks: Mapping[str, int]) -> int:
         cost = self._cost
