@@ -67,6 +67,7 @@ def planned(
     deep = _server_part(problem, state, splits, 1.0 - sum(part.captured_share for part in parts))
     makespan = float(problem.makespan(state)[0])
     model = problem.cost.model
+    rows = model.job.batch_size * model.job.grad_accumulation * len(problem.clients)
     exchange = float(state.slowest[0, -1])
     return Plan(
         model.layers,
@@ -78,6 +79,7 @@ def planned(
         model.servers,
         exchange,
         gamma=problem.constants.gamma,
+        rows=rows,
     )
 
 
@@ -104,7 +106,8 @@ def whole_model(
     captured = float(full_rank @ (sizes / sizes.sum()))
     part = HolderPlan(node.name, "client", True, layers, {}, node.memory_bytes, needed, seconds, captured_share=1.0)
     deep = HolderPlan("server", "server", True, layers, {}, server.memory_bytes, cost.server_bytes([layers], {}), 0.0)
-    return Plan(layers, deep, (part,), seconds, captured, "every weight at its full rank")
+    rows, source = cost.model.job.batch_size * cost.model.job.grad_accumulation, "every weight at its full rank"
+    return Plan(layers, deep, (part,), seconds, captured, source, rows=rows)
 
 
 def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held]:

@@ -96,8 +96,8 @@ def explained(
 ) -> Insight:
     """Find the bottleneck of a plan and the gain of one more GB.
 
-    Plans again for the server and for each of at most ``MAX_KINDS`` kinds of clients, with ``made`` as a start. Of more
-    kinds, it takes those with the largest gain if no other holder's part changed.
+    Plans again, around ``made``, for the server and for each of at most ``MAX_KINDS`` kinds of clients. Of more kinds,
+    it takes those with the largest gain if no other holder's part changed.
 
     Args:
         made: the plan.
@@ -119,6 +119,7 @@ def explained(
                 made,
                 vocabulary=known.vocabulary,
                 examples=known.examples,
+                near=True,
             )
         except InputError:
             # More memory can leave no plan at all: a client that joins may be one too many for the server.

@@ -15,13 +15,14 @@ from hsplit.config.section import is_reference
 from hsplit.errors import InputError
 from hsplit.planning.bound import speed_bound
 from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget
+from hsplit.planning.choices import FEW, MAX_TIMES_ROWS, Choice, Choices, Flags, PacedProblem, turns_of
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.importance import Score
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import FEW, GAIN, MAX_SIMULATED, MAX_TIMES_ROWS, Choice, Flags, PacedProblem, turns_of
+from hsplit.planning.pace import GAIN, MAX_SIMULATED, PaceSearch
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
@@ -31,8 +32,10 @@ from hsplit.planning.wire import wires_within
 
 Stored = Literal["dense", "codes"]
 
-MAX_POLISHED = 100
+MAX_POLISHED = 40
 """Most changes that are tried to a plan in the end; only with few clients."""
+NEAR = 0.97
+"""Least estimated objective of a change that is tried, in parts of that of the plan."""
 LINK_PART = 0.5
 """Most seconds of a client's link for its fair share of the rows, as a part of a step in which nothing waits: beyond
 that the link binds, and the next narrower format is taken."""
@@ -106,6 +109,18 @@ def fleet_bound(cost: CostModel, problem: Problem, rank: int, wires: Sequence[st
     return speed_bound(times[problem.kind], server_s, np.maximum(deepest, 1)[problem.kind], least)
 
 
+_Found = tuple[Plan, Choice]
+
+
+def _best(found: Sequence[_Found]) -> _Found:
+    """Return the plan with the largest objective, the first among ties."""
+    best = found[0]
+    for one in found[1:]:
+        if one[0].objective > best[0].objective * (1 + GAIN):
+            best = one
+    return best
+
+
 class PacedPlanner:
     """Makes the plan of one fleet.
 
@@ -134,7 +149,7 @@ class PacedPlanner:
     ) -> None:
         self._declared, self._server, self._cost = clients, server, cost
         self._policy, self._pace, self._rank_set, self._rule, self._source = policy, policy.pace, rank_set, rule, source
-        self._searched: PacedProblem | None = None
+        self._searched: tuple[PacedProblem, PaceSearch] | None = None
         self._smallest = policy.split if isinstance(policy.split, int) else 1
         self._rank = int(rank_set[0])
         unread = unread_bytes(cost, clients, vocabulary)
@@ -171,27 +186,30 @@ class PacedPlanner:
 
     # -- the choice -------------------------------------------------------------------------------------------------
 
-    def plan(self, current: Plan | None) -> Plan:
+    def plan(self, current: Plan | None, near: bool = False) -> Plan:
         """Make the plan.
 
         Args:
             current: the plan in force; its choice stays unless another one is better.
+            near: with few clients only improve the plan in force.
 
         Raises:
             InputError: no choice fits the server, or the rows cannot be dealt out.
         """
         lacking = np.inf
         for shallowest in self._shallowest():
-            found: tuple[Plan, Choice] | None = None
-            for choice in self._chosen(shallowest, current):
+            found = list[_Found]()
+            for choice in self._chosen(shallowest, current, near):
                 made, lacking = self._made(choice)
                 # A plan in which nobody trains anything is none.
                 if lacking <= 0 and made.captured_importance > 0:
-                    made = self._timed(made, choice)
-                    if found is None or made.objective > found[0].objective * (1 + GAIN):
-                        found = made, choice
-            if found is not None:
-                return self._polished(*found)
+                    found.append((self._timed(made, choice), choice))
+            if found:
+                first = _best(found)
+                # With others frozen, the search may lead further.
+                others = [one for one in found if (one[1].frozen != first[1].frozen).any()]
+                starts = [first, *([_best(others)] if others else [])]
+                return self._plainest(*_best([self._polished(*one) for one in starts]))
         if np.isinf(lacking) or lacking <= 0:
             raise InputError(
                 "policy: pace: no rows, splits and periods of a step fit these clients: raise memory_gb, lower"
@@ -203,55 +221,79 @@ class PacedPlanner:
             " job.max_length or job.residual.max_rank"
         )
 
-    def _polished(self, plan: Plan, choice: Choice) -> Plan:
-        """Change one thing after another in the plan of ``choice`` as long as what is then captured a second grows."""
+    def _polished(self, plan: Plan, choice: Choice) -> _Found:
+        """Change one thing after another in the plan of ``choice`` as long as the objective grows.
+
+        Estimates say which changes are worth being made and simulated.
+        """
+        searched, tried = self._searched, 0
+        while searched is not None and tried < MAX_POLISHED:
+            paced, search = searched
+            better: _Found | None = None
+            for other in paced.ranked(search.neighbours(choice), NEAR * choice.objective)[: MAX_POLISHED - tried]:
+                made, lacking = self._made(other)
+                tried += 1
+                if lacking <= 0 and made.captured_importance > 0:
+                    made = self._timed(made, other)
+                    if made.objective > plan.objective * (1 + 1e-4):
+                        better = made, other
+                        break
+            if better is None:
+                break
+            plan, choice = better
+        return plan, choice
+
+    def _plainest(self, plan: Plan, choice: Choice) -> Plan:
+        """Store dense what codes gain nothing for: they are dequantized in every pass."""
         if self._searched is None:
             return plan
-        best = replace(choice, captured=plan.captured_importance)
-        tried, turn = 0, self._searched.variants(best)
-        while tried < MAX_POLISHED and (other := next(turn, None)) is not None:
-            made, lacking = self._made(other)
-            other, tried = replace(other, captured=made.captured_importance), tried + 1
-            if lacking <= 0 and other.objective > best.objective * (1 + 1e-4):
-                best, turn = other, self._searched.variants(other)
-        polished = self._timed(self._made(best)[0], best)
-        # The seconds of a choice are estimates.
-        return polished if polished.objective > plan.objective else plan
+        paced = self._searched[0]
+        for client in np.flatnonzero(choice.codes):
+            codes = choice.codes.copy()
+            codes[client] = False
+            for other in paced.ranked(paced.legal(replace(choice, codes=codes).alone)):
+                made = self._timed(self._made(other)[0], other)
+                if not other.codes[client] and made.objective > plan.objective * (1 - GAIN):
+                    plan, choice = made, other
+        return plan
 
     def _shallowest(self) -> list[int]:
         """Least splits to try: deeper ones leave the server less to hold."""
         layers = self._cost.model.layers
         return [1, *(k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if k <= layers)]
 
-    def _chosen(self, shallowest: int, current: Plan | None) -> list[Choice]:
+    def _chosen(self, shallowest: int, current: Plan | None, near: bool) -> list[Choice]:
         split, problem = self._policy.split, self._problem
         layers = np.arange(self._cost.model.layers + 1)
         if split == "planned":
             allowed = np.broadcast_to(layers >= shallowest, (len(problem.members), len(layers)))
-            return self._best(allowed, current)
+            return self._searched_within(allowed, current, near)
         if shallowest > 1:
             return []
         if split != "uniform":
             splits = find_split_rule(split)(problem, current)
             allowed = np.zeros((len(problem.members), len(layers)), dtype=bool)
             allowed[problem.kind, splits] = True
-            return self._best(allowed, current)
+            return self._searched_within(allowed, current, near)
         deepest = int((self.needed <= problem.memory[:, None]).sum(axis=1).min()) - 1
         found: list[Choice] = []
         for k in range(1, deepest + 1):
-            found += self._best(np.broadcast_to(layers == k, (len(problem.members), len(layers))), None)
+            found += self._searched_within(
+                np.broadcast_to(layers == k, (len(problem.members), len(layers))), None, near
+            )
         return sorted(found, key=lambda choice: -choice.objective)[:MAX_SIMULATED]
 
-    def _best(self, allowed: Flags, current: Plan | None) -> list[Choice]:
+    def _searched_within(self, allowed: Flags, current: Plan | None, near: bool) -> list[Choice]:
         problem = self._problem
         paced = PacedProblem(
             problem, self._pace, allowed, self._policy.freezes, stored_forms(self._cost), self.wires, self._shares
         )
+        search = PaceSearch(paced)
         if len(self._clients) <= FEW and self._policy.split == "planned":
-            self._searched = paced
-        return paced.best(self._in_force(paced, allowed, current))
+            self._searched = paced, search
+        return search.best(self._in_force(paced, current), near)
 
-    def _in_force(self, paced: PacedProblem, allowed: Flags, current: Plan | None) -> Choice | None:
+    def _in_force(self, paced: PacedProblem, current: Plan | None) -> Choice | None:
         """The choice of the plan in force, where it is one for these clients and budgets."""
         if current is None:
             return None
@@ -259,13 +301,15 @@ class PacedPlanner:
         if parts.keys() != set(self.available):
             return None
         own = [parts[client.name] for client in self._clients]
-        return paced.again(
-            np.array([part.split or 0 for part in own], dtype=np.int64),
-            np.array([part.rows or self._cost.model.job.batch_size for part in own], dtype=np.int64),
-            np.array([part.every for part in own], dtype=np.int64),
-            np.array([part.forward_only for part in own], dtype=bool),
-            np.array([part.stored == "codes" for part in own], dtype=bool),
+        batch = self._cost.model.job.batch_size
+        choices = Choices(
+            np.array([[part.split or 0 for part in own]], dtype=np.int64),
+            np.array([[part.rows or batch for part in own]], dtype=np.int64),
+            np.array([[part.every for part in own]], dtype=np.int64),
+            np.array([[part.forward_only for part in own]], dtype=bool),
+            np.array([[part.stored == "codes" for part in own]], dtype=bool),
         )
+        return next(iter(paced.ranked(paced.legal(choices))), None)
 
     @cached_property
     def wires(self) -> list[Wire]:
@@ -300,8 +344,9 @@ class PacedPlanner:
 
     def _made(self, choice: Choice) -> tuple[Plan, float]:
         """The plan of a choice without its seconds, and the bytes that the server lacks for it."""
-        cost, problem, job = self._cost, self._problem, self._cost.model.job
-        share = choice.rows / choice.every / (job.batch_size * len(self._clients))
+        cost, problem = self._cost, self._problem
+        brought = choice.rows / choice.every
+        share = brought / brought.sum()
         server_ranks, lacking = self._server_levels(choice)
         names = np.array([w.name for w in cost.model.weights], dtype=object)
         gains, wires = np.zeros(len(self._clients)), self.wires
@@ -386,6 +431,7 @@ class PacedPlanner:
             cost.model.servers,
             groups=choice.groups,
             gamma=problem.constants.gamma,
+            rows=float(brought.sum()) * cost.model.job.grad_accumulation,
         )
         return rough, lacking
 
@@ -393,8 +439,6 @@ class PacedPlanner:
         """``plan`` with its seconds, by the virtual clock."""
         clock = VirtualClock(self._cost, self._clients, self._server)
         seconds, busy = clock.step_s(plan), clock.busy_s(plan)
-        job = self._cost.model.job
-        rows = float((choice.rows / choice.every).sum()) * job.grad_accumulation
         parts = tuple(replace(part, step_time_s=busy.get(part.name, 0.0)) for part in plan.clients)
         return replace(
             plan,
@@ -402,14 +446,14 @@ class PacedPlanner:
             clients=parts,
             makespan_s=seconds,
             exchange_s=choice.exchange_s,
-            speed=Speed(rows / seconds, self.bound, clock.binding(plan)),
+            speed=Speed(plan.rows / seconds, self.bound, clock.binding(plan)),
         )
 
     def _weight(self, client: int, share: Floats) -> float:
         """Weight of a client's loss beside its tokens' number."""
         if self._pace.weights == "tokens":
             return 1.0
-        return float(min(self._shares[client] / (share[client] / share.sum()), MAX_WEIGHT))
+        return float(min(self._shares[client] / share[client], MAX_WEIGHT))
 
     def _holders(self, choice: Choice, members: Ints) -> Holders:
         """Clients of one split, number of rows and stored form as a rank rule sees them."""
@@ -427,7 +471,7 @@ class PacedPlanner:
     def _server_levels(self, choice: Choice) -> tuple[tuple[Ints, int], float]:
         """The server's levels, with the largest common one, and the bytes that it lacks at the smallest ranks."""
         cost, problem = self._cost, self._problem
-        turns = turns_of(cost.model, choice.splits, choice.rows, choice.group)
+        turns = self._turns(choice)
         counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
         constant, prices = cost.server.constant(counts, turns), cost.server.per_rank(counts, turns)
         needed = constant + self._rank * prices.sum(axis=1)
@@ -450,9 +494,14 @@ class PacedPlanner:
                 break
         return (levels, common), float(needed[worst] - self._server.memory_bytes)
 
+    def _turns(self, choice: Choice) -> Ints:
+        """Examples that join each turn of the server at each split, ``(G, L + 1)``."""
+        one = choice.splits[None], choice.rows[None], choice.group[None]
+        return turns_of(self._cost.model, *one, choice.groups)[0]
+
     def _server_bytes(self, choice: Choice, ranks: Mapping[str, int]) -> int:
         cost = self._cost
-        turns = turns_of(cost.model, choice.splits, choice.rows, choice.group)
+        turns = self._turns(choice)
         counts = np.repeat(cost.model.clients_at(choice.splits)[None], len(turns), axis=0)
         vector = cost.model.rank_vector(ranks)
         return round(float((cost.server.constant(counts, turns) + cost.server.per_rank(counts, turns) @ vector).max()))

@@ -143,6 +143,7 @@ class Plan:
         groups: turns of the server in one local step; a client's period, METHOD 10's ``m``, is ``groups * every``.
         speed: against the bound; ``None``: not found out, where nothing is split.
         gamma: the objective's exponent.
+        rows: examples that all clients together bring to a local step, on the average.
     """
 
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -156,14 +157,17 @@ class Plan:
     groups: Annotated[int, Field(ge=1)] = 1
     speed: Speed | None = None
     gamma: _Figure = 1.0
+    rows: _Figure = 1.0
     __pydantic_config__ = STRICT
 
     @property
     def objective(self) -> float:
-        """The objective of planning: captured importance, to the power of ``gamma``, per second of a local step and its
-        part of the exchange.
+        """The objective of planning: captured importance, to the power of ``gamma``, times the examples a second of
+        local steps and their part of the exchange.
+
+        So plans with different clients, and rows, can be compared.
         """
-        return float(self.captured_importance**self.gamma) / (self.makespan_s + self.exchange_s)
+        return float(self.captured_importance**self.gamma) * self.rows / (self.makespan_s + self.exchange_s)
 
     @property
     def price_of_a_second(self) -> float:

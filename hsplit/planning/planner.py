@@ -40,6 +40,7 @@ def make_plan(
     source: str = EQUAL,
     vocabulary: Mapping[str, int] | None = None,
     examples: Mapping[str, int] | None = None,
+    near: bool = False,
 ) -> Plan:
     """Give every holder its layers and ranks.
 
@@ -53,6 +54,7 @@ def make_plan(
         source: where the importance comes from, in words.
         vocabulary: distinct token ids in each client's texts by name, where known: rows of the embedding to hold.
         examples: number of each client's examples by name, where known.
+        near: a paced plan of few clients is only looked for around the plan in force, which is quick.
 
     Raises:
         InputError: the policy's split is no layer of the model, no client fits, or the server does not.
@@ -70,7 +72,7 @@ def make_plan(
         )
         if not paced.available:
             raise _no_client(clients, float(paced.needed[smallest]), smallest, int(ranks[0]), policy)
-        return paced.plan(current)
+        return paced.plan(current, near)
     needed = minimal_bytes(cost, int(ranks[0]))
     available = [c for c in clients if c.memory_bytes >= needed[smallest]]
     if not available:
@@ -90,10 +92,10 @@ def make_plan(
     made = planned(problem, splits, clients, int(needed[smallest]), source)
     if policy.placement != "split":
         return made
-    rows = cost.model.job.batch_size * cost.model.job.grad_accumulation * len(available)
     even, wires = np.full(len(available), 1 / len(available)), [cost.model.job.wire] * len(problem.distinct)
     bound = fleet_bound(cost, problem, int(ranks[0]), wires, even)
-    return replace(made, speed=Speed(rows / made.makespan_s, bound, VirtualClock(cost, clients, server).binding(made)))
+    binding = VirtualClock(cost, clients, server).binding(made)
+    return replace(made, speed=Speed(made.rows / made.makespan_s, bound, binding))
 
 
 def smallest_split(cost: CostModel, policy: Policy) -> int:

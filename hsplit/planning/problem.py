@@ -190,6 +190,21 @@ class Problem:
             "client", self._names, self.values, self.worth, held.astype(np.int64), prices, slack, self.rank_set
         )
 
+    def captured_by_clients(self, held: NDArray[np.bool_], prices: Floats, slack: Floats) -> Floats:
+        """Importance that clients capture of their own tokens, ``(M,)``.
+
+        Args:
+            held: weights that all of them hold, ``(W,)``.
+            prices: bytes a unit of rank of each weight, 0 where it is not held, ``(W,)``.
+            slack: bytes left at the smallest ranks, ``(M,)``.
+        """
+        if not held.any():
+            return np.zeros(len(slack))
+        weights = held.astype(np.int64)
+        return self._rule.captured(
+            Holders("client", self._names, self.values, self.worth, weights, prices, slack, self.rank_set)
+        )
+
     def servers_as_holders(self, counts: Ints) -> Holders:
         """The server beside clients at ``counts`` ``(M, L + 1)``."""
         prices = self.cost.server.per_rank(counts)

@@ -254,7 +254,7 @@ def test_a_plan_has_the_learning_of_its_definition(pace: Pace, freeze: Any, kapp
         assert made.captured_importance == pytest.approx(learning_by_definition(made, one.scores, kappa))
         assert sum(part.captured_share for part in (made.server, *made.available)) == pytest.approx(1)
         seconds = made.makespan_s + made.exchange_s
-        assert made.objective == pytest.approx(made.captured_importance**0.5 / seconds)
+        assert made.objective == pytest.approx(made.captured_importance**0.5 * made.rows / seconds)
     assert (frozen > 0) == (freeze == "planned")
 
 
