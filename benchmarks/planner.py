@@ -9,7 +9,7 @@ first plan is timed apart, since the cost model counts new shapes as it meets th
 ample memory gives every adapter the largest rank; a short one has 80 % of the memory of that plan, so that splits and
 ranks compete for its memory.
 
-Second part: captured importance per second, as plans maximize it (of a step with its part of the round's end), on a
+Second part: captured importance times examples a second, as plans maximize it (with the round's end's part), on a
 cluster file by the default policy; against the same policy without pace, with every client training, and with uniform
 splits and ranks, and against splits chosen by memory alone, without pace.
 """
@@ -69,7 +69,7 @@ class Timing:
         seconds_min, seconds_median: processor seconds of planning once that is known, over the repeats.
         seconds_per_client: of the median.
         growth_exponent: of the median seconds against the next smaller number of clients.
-        objective: captured importance per second (virtual) of the plan, with its part of the round's end.
+        objective: captured importance times examples a second (virtual), with the round's end's part.
     """
 
     pace: bool
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _write(options.to / "planner.csv", timings, machine | {"model": options.model, "repeats": options.repeat})
     _draw(timings, options.to / "planner.svg", machine)
     worths = _worths(options.cluster)
-    title = "captured importance per second of a local step and its part of the round's end (virtual)"
+    title = "captured importance times examples a second, with the round's end's part (virtual)"
     common.show_table(console, *_worth_table(worths), title=f"{options.cluster}: {title}")
     _write(options.to / "configurations.csv", worths, machine | {"cluster": options.cluster, "importance": EQUAL})
     console.print(f"written to {options.to}")
@@ -240,7 +240,7 @@ def _timing_table(timings: list[Timing]) -> Table:
         ]
         for t in timings
     ]
-    return [*columns, "captured\na second"], cells
+    return [*columns, "captured x\nexamples a s"], cells
 
 
 def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
@@ -302,7 +302,7 @@ def _worth_table(worths: list[Worth]) -> Table:
         figures = number_text(w.captured_importance), *seconds, number_text(w.captured_per_second)
         parts = str(w.clients_taking_part), w.splits, w.only_forward
         cells.append([w.configuration, *parts, *figures, f"{w.of_planned:.1%}"])
-    return [*columns, "captured\na second", "of\nplanned"], cells
+    return [*columns, "captured x\nexamples a s", "of\nplanned"], cells
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class OneMoreGB:
         kind: ``client`` or ``server``.
         alike: number of holders with this budget; the gain is for one of them.
         joins: an unavailable client takes part then.
-        objective_change: change of captured importance per second of makespan and exchange.
+        objective_change: change of what plans maximize, captured importance times examples a second.
         captured_importance_change: change of captured importance.
         makespan_change_s: change of the makespan, seconds (virtual).
     """

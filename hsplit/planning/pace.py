@@ -234,10 +234,10 @@ class PaceSearch:
                     for client, pair in ((giver, first), (taker, second)):
                         rows[client], every[client] = paced.numbers[paced.pair_rows[pair]], paced.pair_every[pair]
                     same = bool((every == choice.every).all())
-                    for deeper, shallower in product((0, 1, 2) if same else (0,), (0, -1, -2)):
+                    for own, others in ((0, 1), *product((0, 1, 2) if same else (0,), (0, -1, -2))):
                         splits = choice.splits.copy()
-                        splits[giver] += deeper
-                        splits[taker] += shallower
+                        splits[giver] += own
+                        splits[taker] += others
                         moved.append(replace(choice, splits=splits, rows=rows, every=every))
         return moved
 
