@@ -22,6 +22,8 @@ from hsplit.observe.plan_text import (
     memory_text,
     plan_changes,
     plan_lines,
+    ranks_by_kind,
+    ranks_by_layer,
     ranks_range,
     split_text,
 )
@@ -90,6 +92,8 @@ REFRESH_PER_S = 4
 _ROUNDS_SHOWN = 8
 _BAR_WIDTH = 60
 _LINES_BESIDE_ROWS = 11
+# Columns of a terminal from which the ranks are shown by layer (beside one for each layer) and by weight kind.
+_WIDTH_OF_LAYERS, _WIDTH_OF_KINDS = 95, 150
 """Lines of the live part besides the clients' rows: the table's frame, server, progress, history, prompt."""
 
 
@@ -203,25 +207,38 @@ class LiveDisplay(_Display):
         table.add_column("name", overflow="ellipsis", no_wrap=True)
         table.add_column("split", no_wrap=True)
         table.add_column("ranks", no_wrap=True)
+        kinds, by_layer = (self._console.width >= width for width in (_WIDTH_OF_KINDS, _WIDTH_OF_LAYERS + plan.layers))
+        # Bars are no letters of every terminal.
+        by_layer = by_layer and self._console.encoding.lower().startswith("utf")
+        if by_layer:
+            table.add_column(f"by layer, 0–{plan.layers - 1}", no_wrap=True)
+        if kinds:
+            table.add_column("by kind", overflow="fold")
         table.add_column("memory", no_wrap=True)
         table.add_column("loss", justify="right", no_wrap=True)
         table.add_column("state", overflow="fold")
         shown = plan.clients[: max(1, self._console.height - _LINES_BESIDE_ROWS)]
+        largest = max((rank for part in (*plan.clients, plan.server) for rank in part.ranks.values()), default=1)
+
+        def ranks(holder: HolderPlan) -> list[str]:
+            own = [ranks_by_layer(holder.ranks, plan.layers, largest)] if by_layer else []
+            return [ranks_range(holder.ranks), *own, *([ranks_by_kind(holder.ranks)] if kinds else [])]
+
         for client in shown:
-            self._add_row(table, client, plan.layers)
+            self._add_row(table, client, plan.layers, ranks(client))
         if len(shown) < len(plan.clients):
             table.add_row(Text(f"… {len(plan.clients) - len(shown)} more"), style="dim")
         table.add_section()
-        self._add_row(table, plan.server, plan.layers)
+        self._add_row(table, plan.server, plan.layers, ranks(plan.server))
         return table
 
-    def _add_row(self, table: Table, holder: HolderPlan, layers: int) -> None:
+    def _add_row(self, table: Table, holder: HolderPlan, layers: int, ranks: Sequence[str]) -> None:
         state = self._states.get(holder.name, "") if holder.available else lacking_text(holder)
         loss = self._losses.get(holder.name) if holder.available else None
         cells = (
             holder.name,
             split_text(holder, layers),
-            ranks_range(holder.ranks),
+            *ranks,
             memory_text(holder),
             figure_text(loss),
             state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from hsplit.observe.wording import (
     batch_text,
     bytes_text,
     kind_labels,
+    layer_of,
     number_text,
     of_budget,
     printable,
@@ -24,6 +26,8 @@ from hsplit.planning.plan import HolderPlan, Plan
 
 if TYPE_CHECKING:
     from hsplit.planning.insight import Insight
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 SHOWN_GAINS = 3
 """Number of holders listed with their gain from one more GB of memory."""
@@ -274,6 +278,29 @@ def ranks_by_kind(ranks: Mapping[str, int]) -> str:
         return f"all {next(iter(spans.values()))}"
     # no space within a pair, where a narrow table would break the line
     return " ".join(f"{label}:{span}" for label, span in zip(kind_labels([*spans]), spans.values(), strict=True))
+
+
+def ranks_by_layer(ranks: Mapping[str, int], layers: int, largest: int) -> str:
+    """Draw the mean rank of each layer as a bar of eighths, on a scale of doublings: ``▁▁▃▅█``.
+
+    A layer that is not held is a space, one that is held and not trained a dot.
+
+    Args:
+        ranks: by weight name.
+        layers: of the model, one character each.
+        largest: rank of a full bar.
+    """
+    held: dict[int, list[int]] = {}
+    for weight, rank in ranks.items():
+        if (layer := layer_of(weight)) is not None:
+            held.setdefault(layer, []).append(rank)
+
+    def bar(own: list[int]) -> str:
+        mean = sum(own) / len(own)
+        part = math.log2(1 + mean) / math.log2(1 + max(largest, 1))
+        return _BARS[max(0, math.ceil(part * len(_BARS)) - 1)] if mean else "·"
+
+    return "".join(bar(held[layer]) if layer in held else " " for layer in range(layers)).rstrip()
 
 
 def _span(ranks: list[int]) -> str:

@@ -111,6 +111,18 @@ def test_live_table_shows_what_a_user_must_see(plan: Plan, clock: Ticking) -> No
     assert "laptop was late" in before
 
 
+@pytest.mark.parametrize(("width", "layers", "kinds"), [(80, False, False), (110, True, False), (170, True, True)])
+def test_a_wide_live_table_has_ranks_by_layer_and_by_kind(plan: Plan, width: int, layers: bool, kinds: bool) -> None:
+    console = recorded(width=width)
+    with LiveDisplay(console=console) as display:
+        display.plan(plan)
+        console.print(display._frame())
+    lines = written(console).splitlines()
+    server = [line for line in lines if "server" in line and "from 2" in line][-1]
+    assert ("  ████" in server) == layers and ("all 8" in server) == kinds
+    assert any("by layer, 0–5" in line for line in lines) == layers
+
+
 def test_live_table_fits_80_columns(plan: Plan, clock: Ticking) -> None:
     console = recorded(width=80)
     with LiveDisplay(console=console, pace=Pace(clock)) as display:

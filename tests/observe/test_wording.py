@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hsplit.observe.plan_text import ranks_by_kind, ranks_range
+from hsplit.observe.plan_text import ranks_by_kind, ranks_by_layer, ranks_range
 from hsplit.observe.wording import bytes_text, duration_text, number_text, of_budget
 
 
@@ -47,5 +47,7 @@ def test_ranks() -> None:
     assert ranks_by_kind(dict.fromkeys(mixed, 8)) == "all 8"
     assert (ranks_range({}), ranks_by_kind({})) == ("–", "–")
     assert (ranks_range({"a.0.b": 0}), ranks_by_kind({"a.0.b": 0})) == ("frozen", "frozen")
+    assert ranks_by_layer(mixed, 3, 8) == "▅█"
+    assert ranks_by_layer({"a.1.b": 1, "a.3.b": 32, "a.4.b": 0}, 6, 32) == " ▂ █·"
     gpt2 = {"transformer.h.0.attn.c_proj": 2, "transformer.h.0.mlp.c_proj": 4, "transformer.h.0.mlp.c_fc": 4}
     assert ranks_by_kind(gpt2) == "attn.c:2 mlp.c:4 c_fc:4"
