@@ -39,6 +39,7 @@ from rich.console import Console  # noqa: E402
 from benchmarks import common  # noqa: E402
 from benchmarks.common import Table  # noqa: E402
 from hsplit.config import Job, Pace, Policy, load_run_config  # noqa: E402
+from hsplit.errors import InputError  # noqa: E402
 from hsplit.models.lookup import find_model  # noqa: E402
 from hsplit.observe.wording import number_text  # noqa: E402
 from hsplit.planning.budgets import Budget, budget_of  # noqa: E402
@@ -47,9 +48,9 @@ from hsplit.planning.holder_plans import planned  # noqa: E402
 from hsplit.planning.importance import equal_importance  # noqa: E402
 from hsplit.planning.plan import Plan  # noqa: E402
 from hsplit.planning.planner import EQUAL, make_plan  # noqa: E402
-from hsplit.planning.problem import Problem  # noqa: E402
+from hsplit.planning.problem import Problem, minimal_bytes  # noqa: E402
 from hsplit.planning.rank_rules import RANK_RULES  # noqa: E402
-from hsplit.run.inputs import resolved_config  # noqa: E402
+from hsplit.run.inputs import read_fleet, resolved_config  # noqa: E402
 from hsplit.simulation.fleet import shape_of  # noqa: E402
 
 MODELS = {"llama-2-7b": "meta-llama/Llama-2-7b-hf"}
@@ -262,16 +263,31 @@ def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
 
 def _worths(cluster: str) -> list[Worth]:
     run = resolved_config(load_run_config(cluster))
-    spec = find_model(run.job.model).spec
+    source = find_model(run.job.model)
+    # As hsplit plan does: which rows of the embedding each client holds follows from its texts.
+    fleet, unread = read_fleet(run, source)
+    if unread:
+        raise InputError(f"{cluster}: job.data: what the clients' texts use is not known: {unread}")
+    spec = source.spec
     costs = {pace: CostModel(spec, run.job, pace) for pace in (run.policy.pace, Pace())}
     importance = equal_importance(costs[Pace()].model.weights)
 
     def by(**choices: str | Pace) -> Plan:
         policy = run.policy.model_copy(update=choices)
-        return make_plan(run.clients, run.server, costs[policy.pace], importance, policy)
+        cost = costs[policy.pace]
+        return make_plan(
+            run.clients,
+            run.server,
+            cost,
+            importance,
+            policy,
+            vocabulary=fleet.vocabulary,
+            examples=fleet.examples,
+        )
 
     best, waiting = by(), costs[Pace()]
-    taking_part = [c for c in run.clients if best.client(c.name).available]
+    smallest = minimal_bytes(waiting, waiting.rank_set[0])[1]
+    taking_part = [c for c in run.clients if c.memory_bytes >= smallest]
     problem = Problem(
         taking_part, run.server, waiting, importance, np.array(waiting.rank_set), RANK_RULES["importance"]
     )

@@ -5,7 +5,7 @@ Seconds and captured importance are estimates, good enough to tell which choices
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hsplit.config import Pace
 from hsplit.planning.cost.counted_model import CountedModel, Floats, Ints, prefix
 from hsplit.planning.problem import Problem
-from hsplit.planning.ranks import Ladder
+from hsplit.planning.ranks import Ladder, captured_by
 
 Flags = NDArray[np.bool_]
 
@@ -291,7 +291,9 @@ class PacedProblem:
         first = np.full((1, count), int(fits.any(axis=0).argmax()), dtype=np.int64)
         rows = np.full((1, count), self.job.batch_size, dtype=np.int64)
         turns = np.arange(count)[None] % self.group_numbers[-1]
-        part = self._server_part(first, rows, turns, self.group_numbers[-1])[0]
+        part = np.ones(1)
+        if not self.problem.one_rank:
+            part = self._server_part(first, rows, turns, self.group_numbers[-1])[0]
         deep = float(part[0]) * np.append(np.cumsum(self._by_layer[::-1])[::-1], 0.0)
         # Before it is known who holds what, as if all clients trained their layers, each its own.
         apart = float(np.square(self.shares / max(self.shares.sum(), 1e-300)).sum())
@@ -303,18 +305,25 @@ class PacedProblem:
         kind = self.problem.kind
         if not self.few or self.problem.one_rank:
             return np.where(choices.frozen, 0.0, self.trained[kind, choices.splits])
+        return np.where(choices.frozen, 0.0, self._looked_up(choices, self._gains_at))
+
+    def _looked_up(self, choices: Choices, of_kinds: Callable[[int, int, bool], Floats]) -> Floats:
+        """Values of clients that follow from split, number of rows and stored form, ``(M, N)``."""
         place = np.searchsorted(self.numbers, choices.rows)
-        gains = np.zeros(choices.splits.shape)
+        kind, gains = self.problem.kind, np.zeros(choices.splits.shape)
         keys = np.stack([choices.splits, place, choices.codes], axis=2).reshape(-1, 3)
         distinct, of_client = np.unique(keys, axis=0, return_inverse=True)
         of_client = of_client.reshape(gains.shape)
         for which, (split, at, codes) in enumerate(distinct.tolist()):
             members = of_client == which
-            gains[members] = self._gains_at(split, at, bool(codes))[np.broadcast_to(kind, gains.shape)[members]]
-        return np.where(choices.frozen, 0.0, gains)
+            gains[members] = of_kinds(split, at, bool(codes))[np.broadcast_to(kind, gains.shape)[members]]
+        return gains
 
     def _gains_at(self, split: int, place: int, codes: bool) -> Floats:
-        """Importance that each kind captures at ``split``, with some rows and in a stored form, ``(K,)``."""
+        """Importance that each kind captures at ``split``, with some rows and in a stored form, ``(K,)``.
+
+        With one rank for all: ``g`` of the largest rank that the kind fits.
+        """
         key = split, place, codes
         if key not in self._known_gains:
             problem = self.problem
@@ -324,10 +333,24 @@ class PacedProblem:
             slack = problem.memory - tables.constant[split] - problem.rank_set[0] * prices.sum()
             gains = np.zeros(len(slack))
             fits = slack >= 0
-            if fits.any():
+            if problem.one_rank:
+                gains = self._common_gain(prices.sum() + np.zeros(len(slack)), slack)
+            elif fits.any():
                 gains[fits] = problem.captured_by_clients(held, prices, slack[fits])
             self._known_gains[key] = gains
         return self._known_gains[key]
+
+    def _common_gain(self, prices: Floats, slack: Floats) -> Floats:
+        """Return ``g`` of the largest rank that all weights of a holder have room for, ``(M,)``.
+
+        Args:
+            prices: bytes of one more unit of rank of all its weights, ``(M,)``.
+            slack: bytes left at the smallest rank, ``(M,)``.
+        """
+        more = self.problem.rank_set - self.problem.rank_set[0]
+        level = (np.multiply.outer(prices, more) <= slack[:, None]).sum(axis=1) - 1
+        gain: Floats = captured_by(self.problem.rank_set)[np.maximum(level, 0)]
+        return gain
 
     @cached_property
     def _known_gains(self) -> dict[tuple[int, int, bool], Floats]:
@@ -424,7 +447,9 @@ class PacedProblem:
         def objective(captured: Floats, seconds: Floats, exchange_s: Floats) -> Floats:
             return np.maximum(captured, 0.0) ** gamma / (seconds + exchange_s)
 
-        at_most = self._learned(choices, gains, ones)
+        # One rank for all is that of the holder with least room.
+        common = self._looked_up(choices, self._gains_at).min(axis=1) if self.problem.one_rank else ones
+        at_most = self._learned(choices, gains, ones) * common
         seconds = np.stack([one.seconds for one in grouped], axis=1)
         promised = objective(at_most[:, None], seconds, exchange_s[:, None])
         order = np.argsort(-promised.max(axis=1), kind="stable")
@@ -436,7 +461,10 @@ class PacedProblem:
         if not self._server_has_all:
             for n, one in enumerate(grouped):
                 part, lacking[:, n] = self._server_part(near.splits, near.rows, one.group[order], one.groups)
-                learned[:, n] = self._learned(near, gains[order], part)
+                if self.problem.one_rank:
+                    learned[:, n] *= np.minimum(part / common[order], 1.0)
+                else:
+                    learned[:, n] = self._learned(near, gains[order], part)
         scores = objective(learned, seconds[order], exchange_s[order, None])
         scores = np.where(lacking > 0, -lacking, scores)
         for row, place_of in enumerate(order.tolist()):
@@ -489,9 +517,7 @@ class PacedProblem:
 
     @cached_property
     def _server_has_all(self) -> bool:
-        """True if the server has room for any choice at the largest ranks, or one rank is everybody's."""
-        if self.problem.one_rank and self._most_server_bytes(int(self.problem.rank_set[0])) <= self._server_memory:
-            return True
+        """True if the server has room for any choice at the largest ranks."""
         return self._most_server_bytes(int(self.problem.rank_set[-1])) <= self._server_memory
 
     @property
@@ -516,8 +542,8 @@ class PacedProblem:
             groups: number of turns.
 
         Returns:
-            Parts of what it would capture with the largest ranks, and the bytes that it lacks at the smallest ones (at
-            most 0: none), each ``(M,)``.
+            Parts of what it would capture with the largest ranks (with one rank for all: ``g`` of the largest that it
+            fits), and the bytes that it lacks at the smallest ones (at most 0: none), each ``(M,)``.
         """
         model, server, many, width = self._cost.model, self._cost.server, len(splits), self._cost.model.layers + 1
         turns = turns_of(model, splits, rows, group, groups)
@@ -525,13 +551,13 @@ class PacedProblem:
         counts = np.stack([model.clients_at(own) for own in splits])
         several = np.repeat(counts, each, axis=0)
         flat = turns.reshape(-1, width)
-        smallest = self.problem.rank_set[0] * server.per_rank(several, flat).sum(axis=1)
-        needed = (server.constant(several, flat) + smallest).reshape(many, each)
+        prices = server.per_rank(several, flat).sum(axis=1)
+        needed = (server.constant(several, flat) + self.problem.rank_set[0] * prices).reshape(many, each)
         worst, first = needed.argmax(axis=1), splits.min(axis=1)
         lacking: Floats = needed[np.arange(many), worst] - self._server_memory
         part = np.ones(many)
         if self.problem.one_rank:
-            return part, lacking
+            return self._common_gain(prices.reshape(many, each)[np.arange(many), worst], -lacking), lacking
         joined = turns[np.arange(many), worst].cumsum(axis=1)[:, :-1]
         held = np.arange(width - 1) >= first[:, None]
         examples = np.rint((joined * held).sum(axis=1) / np.maximum(held.sum(axis=1), 1)).astype(np.int64)

@@ -93,16 +93,17 @@ class PaceSearch:
             return _FIXED
         return _THOROUGH if self._count <= FEW else _LIGHT if self._count <= _MANY else _QUICK
 
-    def best(self, in_force: Choice | None = None, near: bool = False) -> list[Choice]:
+    def best(self, in_force: Choice | None = None, near: bool = False, climb: bool = True) -> list[Choice]:
         """Find the choices with the largest objective, the best first; none where the rows' sum cannot be dealt out.
 
         Args:
             in_force: what is done now, which is among them.
             near: with few clients only change what is in force, which is quick.
+            climb: with few clients change the best ones.
         """
         chosen = [] if in_force is None else [in_force]
         if chosen and near and self._paced.few:
-            return distinct([*chosen, *map(self._climbed, chosen)])
+            return distinct([*chosen, *map(self.climbed, chosen)])
         for limit_s in self._exchange_limits():
             chosen += self._within(limit_s)
         if chosen:
@@ -110,13 +111,13 @@ class PaceSearch:
             for factor in self._effort.closer:
                 chosen += self._within(top.exchange_s * factor)
         chosen = distinct(chosen)
-        alike = [] if self._paced.fixed else self._alike()
-        if self._paced.few and not self._paced.fixed:
+        alike = self._alike()
+        if self._paced.few and climb:
             # The best choice in which all train may be far from the others, as one in which none does.
             limits = self._exchange_limits(True)
             trained = distinct([choice for limit_s in limits for choice in self._within(limit_s, True)])[:_CLIMBED]
-            trained = [self._climbed(choice, True) for choice in trained if not choice.frozen.any()]
-            chosen += map(self._climbed, distinct([*chosen[:_CLIMBED], *distinct(trained)[:1], *alike]))
+            trained = [self.climbed(choice, True) for choice in trained if not choice.frozen.any()]
+            chosen += map(self.climbed, distinct([*chosen[:_CLIMBED], *distinct(trained)[:1], *alike]))
             chosen += trained
         return distinct([*chosen, *alike])[:MAX_SIMULATED]
 
@@ -164,7 +165,7 @@ class PaceSearch:
         pairs, splits, frozen = (np.stack(parts) for parts in zip(*(dealt for _, dealt in ranked), strict=True))
         return self._paced.ranked(self._paced.of_pairs(pairs, splits, frozen))
 
-    def _climbed(self, choice: Choice, everybody: bool = False) -> Choice:
+    def climbed(self, choice: Choice, everybody: bool = False) -> Choice:
         """Change one client, or the rows of two, as long as it improves the choice; ``everybody``: all train."""
         while True:
             least = choice.objective + GAIN * abs(choice.objective)

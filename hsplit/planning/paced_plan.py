@@ -15,14 +15,14 @@ from hsplit.config.section import is_reference
 from hsplit.errors import InputError
 from hsplit.planning.bound import speed_bound
 from hsplit.planning.budgets import Budget, ClientBudget, ServerBudget
-from hsplit.planning.choices import FEW, MAX_TIMES_ROWS, Choice, Choices, Flags, PacedProblem, turns_of
+from hsplit.planning.choices import FEW, MAX_TIMES_ROWS, Choice, Choices, Flags, PacedProblem, place_of_choice, turns_of
 from hsplit.planning.cost.clock import VirtualClock
 from hsplit.planning.cost.counted_model import Floats, Ints
 from hsplit.planning.cost.model import CostModel
 from hsplit.planning.cost.step_time import Loads
 from hsplit.planning.importance import Score
 from hsplit.planning.one_rank import OneRankProblem
-from hsplit.planning.pace import GAIN, MAX_SIMULATED, PaceSearch
+from hsplit.planning.pace import GAIN, MAX_SIMULATED, PaceSearch, distinct
 from hsplit.planning.plan import HolderPlan, Plan, Speed
 from hsplit.planning.problem import Problem
 from hsplit.planning.rank_rules import Holders, RankRule
@@ -34,6 +34,8 @@ Stored = Literal["dense", "codes"]
 
 MAX_POLISHED = 40
 """Most changes that are tried to a plan in the end; only with few clients."""
+# Uniform splits whose best rows and periods are improved client by client.
+_CLIMBED = 4
 NEAR = 0.97
 """Least estimated objective of a change that is tried, in parts of that of the plan."""
 LINK_PART = 0.5
@@ -267,31 +269,32 @@ class PacedPlanner:
         layers = np.arange(self._cost.model.layers + 1)
         if split == "planned":
             allowed = np.broadcast_to(layers >= shallowest, (len(problem.members), len(layers)))
-            return self._searched_within(allowed, current, near)
+            paced, search = self._search(allowed)
+            self._searched = (paced, search) if paced.few else None
+            return search.best(self._in_force(paced, current), near)
         if shallowest > 1:
             return []
         if split != "uniform":
             splits = find_split_rule(split)(problem, current)
             allowed = np.zeros((len(problem.members), len(layers)), dtype=bool)
             allowed[problem.kind, splits] = True
-            return self._searched_within(allowed, current, near)
+            paced, search = self._search(allowed)
+            return search.best(self._in_force(paced, current), near)
         deepest = int((self.needed <= problem.memory[:, None]).sum(axis=1).min()) - 1
-        found: list[Choice] = []
+        by_split = list[tuple[list[Choice], PaceSearch]]()
         for k in range(1, deepest + 1):
-            found += self._searched_within(
-                np.broadcast_to(layers == k, (len(problem.members), len(layers))), None, near
-            )
-        return sorted(found, key=lambda choice: -choice.objective)[:MAX_SIMULATED]
+            search = self._search(np.broadcast_to(layers == k, (len(problem.members), len(layers))))[1]
+            if own := search.best(climb=False):
+                by_split.append((own, search))
+        by_split.sort(key=lambda one: place_of_choice(one[0][0]))
+        climbed = [search.climbed(own[0]) for own, search in by_split[:_CLIMBED] if len(self._clients) <= FEW]
+        return distinct([*climbed, *(choice for own, _ in by_split for choice in own)])[:MAX_SIMULATED]
 
-    def _searched_within(self, allowed: Flags, current: Plan | None, near: bool) -> list[Choice]:
-        problem = self._problem
+    def _search(self, allowed: Flags) -> tuple[PacedProblem, PaceSearch]:
         paced = PacedProblem(
-            problem, self._pace, allowed, self._policy.freezes, stored_forms(self._cost), self.wires, self._shares
+            self._problem, self._pace, allowed, self._policy.freezes, stored_forms(self._cost), self.wires, self._shares
         )
-        search = PaceSearch(paced)
-        if len(self._clients) <= FEW and self._policy.split == "planned":
-            self._searched = paced, search
-        return search.best(self._in_force(paced, current), near)
+        return paced, PaceSearch(paced)
 
     def _in_force(self, paced: PacedProblem, current: Plan | None) -> Choice | None:
         """The choice of the plan in force, where it is one for these clients and budgets."""

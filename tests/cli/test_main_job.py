@@ -98,13 +98,14 @@ def test_adapter_of_the_nf4_run_gives_the_runs_loss_in_plain_peft(main_run: Path
 
 
 def test_adapter_of_an_fp32_run_gives_the_runs_loss_in_plain_peft(tmp_path: Path) -> None:
-    # An fp32 base takes more than the server's memory in the file.
-    fp32 = ("--set", "base=fp32", "--set", "dtype=fp32", "--set", "server.memory_gb=8")
+    # An fp32 base takes more than the memory of server and phones in the file.
+    memory = ("--set", "server.memory_gb=8", "--set", "clients.phone.memory_gb=0.04")
+    fp32 = ("--set", "base=fp32", "--set", "dtype=fp32", *memory)
     _assert_peft_agrees(_launch(tmp_path, "fp32", *SHORT, *fp32))
 
 
 def test_splitlora_and_labels_at_home(tmp_path: Path) -> None:
-    memory = ("--set", "clients.phone.memory_gb=0.25")
+    memory = ("--set", "clients.phone.memory_gb=0.25", "--set", "server.memory_gb=1")
     run = _launch(tmp_path, "both", "--policy", "splitlora", "--set", "privacy.labels=client", *SHORT, *memory)
     perplexity = read_metrics(run / "metrics.csv")["val_ppl"]
     assert perplexity.iloc[-1] < perplexity.iloc[0]
