@@ -37,7 +37,7 @@ from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.displays import PlainDisplay
 from hsplit.observe.tables import MetricsRow, PlanRow, TimingRow, perplexities
 from hsplit.planning.scheduler import Scheduler
-from hsplit.planning.wire import row_bytes
+from hsplit.planning.wire import BLOCK, row_bytes
 from hsplit.run.coordinator import Inputs
 from hsplit.run.inputs import resolved_config
 
@@ -193,12 +193,12 @@ def _passing(source: ModelSource, inputs: Inputs) -> tuple[list[Tensor], list[Te
 
 def _errors(activations: list[Tensor], gradients: list[Tensor]) -> Iterator[Error]:
     width = activations[0].shape[1]
-    for wire in ("bf16", "int8"):
+    for wire, block in (("bf16", None), ("int8", BLOCK)):
         found = [
             [_relative(tensor, WireTensor.pack(tensor, wire).unpack(torch.float32, "cpu") - tensor) for tensor in some]
             for some in (activations, gradients)
         ]
-        yield _error(wire, None, False, 8 * row_bytes(wire, width) / width, *found)
+        yield _error(wire, block, block is not None, 8 * row_bytes(wire, width) / width, *found)
     for block in BLOCKS:
         for rotated in (False, True):
             found = [

@@ -260,8 +260,8 @@ class Job(Section):
     validation: Validation = Field(default=Validation(), description="held-out data")
     wire: Wire = Field(
         default="bf16",
-        description="format of the activations and gradients that are sent; int8 has one scale a token; int4 one in 64"
-        " entries, and is rounded at random, so that its mean is right",
+        description="format of the activations and gradients that are sent; int8 and int4 have one scale in 64 entries,"
+        " and are rounded at random, so that their mean is right",
     )
     transport: Literal["store", "gloo", "cuda_ipc"] = Field(
         default="store",
