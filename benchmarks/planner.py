@@ -241,7 +241,7 @@ def _timing_table(timings: list[Timing]) -> Table:
         ]
         for t in timings
     ]
-    return [*columns, "captured x\nexamples a s"], cells
+    return [*columns, "objec-\ntive"], cells
 
 
 def _draw(timings: list[Timing], path: Path, machine: dict[str, str]) -> None:
@@ -318,7 +318,7 @@ def _worth_table(worths: list[Worth]) -> Table:
         figures = number_text(w.captured_importance), *seconds, number_text(w.captured_per_second)
         parts = str(w.clients_taking_part), w.splits, w.only_forward
         cells.append([w.configuration, *parts, *figures, f"{w.of_planned:.1%}"])
-    return [*columns, "captured x\nexamples a s", "of\nplanned"], cells
+    return [*columns, "objec-\ntive", "of\nplanned"], cells
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

@@ -176,6 +176,8 @@ class PacedProblem:
         ]
         self.pair_rows: Ints = np.array([row for row, _ in pairs], dtype=np.int64)
         self.pair_every: Ints = np.array([every for _, every in pairs], dtype=np.int64)
+        self._is_pair: Flags = np.zeros((len(rows), EVERY[-1] + 2), dtype=bool)
+        self._is_pair[self.pair_rows, self.pair_every] = True
         self.quota: Ints = self.numbers[self.pair_rows] * PARTS // self.pair_every
         self._forms(allowed, forms)
         self.total_rows = min(self.job.batch_size * len(problem.clients), self._most_rows(unit))
@@ -412,7 +414,7 @@ class PacedProblem:
         legal = (
             (self.numbers[place] == choices.rows).all(axis=1)
             & (splits == choices.splits).all(axis=1)
-            & np.isin(every, self.pair_every).all(axis=1)
+            & self._is_pair[place, np.minimum(every, EVERY[-1] + 1)].all(axis=1)
             & self.fits[kind, place, splits].all(axis=1)
             & (quota.sum(axis=1) == self.total_rows * PARTS)
             & (quota >= self.least_quota).all(axis=1)

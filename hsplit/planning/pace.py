@@ -70,8 +70,10 @@ _MANY = 2000
 
 
 def distinct(choices: Sequence[Choice]) -> list[Choice]:
-    """Sort choices, the best first, each once."""
-    known = {choice.decided: choice for choice in reversed(choices)}
+    """Sort choices, the best first, each once; equal ones in their order."""
+    known = dict[bytes, Choice]()
+    for choice in choices:
+        known.setdefault(choice.decided, choice)
     return sorted(known.values(), key=place_of_choice)
 
 
@@ -119,7 +121,10 @@ class PaceSearch:
             trained = [self.climbed(choice, True) for choice in trained if not choice.frozen.any()]
             chosen += map(self.climbed, distinct([*chosen[:_CLIMBED], *distinct(trained)[:1], *alike]))
             chosen += trained
-        return distinct([*chosen, *alike])[:MAX_SIMULATED]
+        first = distinct([*chosen, *alike])[:MAX_SIMULATED]
+        # Estimates are no reason to leave it.
+        left_out = in_force is not None and all(choice.decided != in_force.decided for choice in first)
+        return [*first, in_force] if in_force is not None and left_out else first
 
     def _alike(self) -> list[Choice]:
         """Find the best choices in which all clients do the same, one where they train and one where none does.
@@ -190,7 +195,7 @@ class PaceSearch:
         return [clients for n, clients in enumerate(together) if len(clients) > 1 and clients not in together[:n]]
 
     def neighbours(self, choice: Choice) -> Choices:
-        """Change one thing of a choice: splits, rows, periods, stored forms or who trains."""
+        """Change one thing of a choice: splits, rows and periods, stored forms or who trains."""
         base, several = choice.alone, list[Choices]()
         clients = np.eye(self._count, dtype=np.int64)
         groups = np.stack([*clients, *(clients[own].sum(axis=0) for own in self._together)])
@@ -207,12 +212,6 @@ class PaceSearch:
             changed(frozen=base.frozen | (groups > 0))
             changed(frozen=base.frozen & (groups == 0))
         changed(codes=base.codes ^ (groups > 0))
-        for period in sorted(set(self._paced.pair_every.tolist())):
-            # As many rows, brought together in fewer steps or part by part in more.
-            rows, left = np.divmod(choice.rows * period, choice.every)
-            own = clients[(left == 0) & (choice.every != period)] > 0
-            if len(own):
-                changed(rows=np.where(own, rows, choice.rows), every=np.where(own, period, choice.every))
         moved = self._rows_moved(choice)
         if moved:
             parts = (np.stack([getattr(one, name) for one in moved]) for name in ("splits", "rows", "every"))
