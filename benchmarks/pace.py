@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("speed", "learning"), help="one part")
     common.cell_flags(parser)
     parser.add_argument("--model", help="as job.model")
+    parser.add_argument("--gamma", type=float, help="policy.objective.gamma of the plans: below 1, speed is worth more")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args(arguments)
@@ -132,7 +133,8 @@ def drawn(h: float, seed: int, policy: str, overrides: Sequence[str], options: a
 def _speed(name: str, h: float, seed: int, options: argparse.Namespace, known: dict[int, dict[str, int]]) -> Speed:
     """Plan one draw; ``known`` has the distinct token ids of each client by seed."""
     policy, pace = POLICIES[name]
-    run = drawn(h, seed, policy, [f"policy.pace.{key}" for key in pace], options)
+    gamma = [] if options.gamma is None else [f"policy.objective.gamma={options.gamma}"]
+    run = drawn(h, seed, policy, [*gamma, *(f"policy.pace.{key}" for key in pace)], options)
     source = find_model(run.job.model)
     if seed not in known:
         # As clients report when they have read their texts.
