@@ -115,7 +115,9 @@ job:
         assert own.wire.tolist() == ["fp32", "int8", "int4"]
         assert (own[["bytes_up", "bytes_down"]].diff().iloc[1:] < 0).all(axis=None)
         assert own.val_loss_difference.iloc[0] == own.learned_loss_difference.iloc[0] == 0
-        assert own.learned_loss_difference.abs().iloc[1:].between(0, 0.1, inclusive="right").all()
+        differences = own.learned_loss_difference.abs()
+        # One step of Adam is hardly more than signs, which 8 bits need not change.
+        assert (differences < 0.1).all() and differences.iloc[2] > 0
         # Through an exact wire the holders compute what the model does that they have learned.
         assert own.learned_ppl.iloc[0] == pytest.approx(own.val_ppl.iloc[0], rel=1e-4)
     rounds = pandas.read_csv(tmp_path / "results" / "rounds.csv", comment="#")
