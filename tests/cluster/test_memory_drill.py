@@ -30,7 +30,7 @@ Record = Callable[[str, object], None]
 # By actor and phase the call that it does not come to; which of them, counted from the phase's own beginning.
 CELLS = {
     ("small", "start"): ("load_data", 1),
-    ("small", "training"): ("forward", 6),
+    ("small", "training"): ("forward", 3),
     ("small", "resuming"): ("resume_state", 1),
     ("server", "start"): ("configure", 1),
     ("server", "training"): ("train_step", 6),
