@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("speed", "learning"), help="one part")
     common.cell_flags(parser)
     parser.add_argument("--model", help="as job.model")
-    parser.add_argument("--gamma", type=float, help="policy.objective.gamma of the plans: below 1, speed is worth more")
+    parser.add_argument("--gamma", type=float, help="first part: policy.objective.gamma, below 1 speed is worth more")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args(arguments)

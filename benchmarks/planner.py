@@ -96,7 +96,7 @@ class Worth:
     captured_importance: float
     makespan_s: float
     exchange_s: float
-    captured_per_second: float
+    objective: float
     of_planned: float
 
 
@@ -315,7 +315,7 @@ def _worth_table(worths: list[Worth]) -> Table:
     cells = []
     for w in worths:
         seconds = number_text(w.makespan_s, "s"), number_text(w.exchange_s, "s")
-        figures = number_text(w.captured_importance), *seconds, number_text(w.captured_per_second)
+        figures = number_text(w.captured_importance), *seconds, number_text(w.objective)
         parts = str(w.clients_taking_part), w.splits, w.only_forward
         cells.append([w.configuration, *parts, *figures, f"{w.of_planned:.1%}"])
     return [*columns, "objec-\ntive", "of\nplanned"], cells

@@ -10,8 +10,8 @@ of 64 entries of a row (the last one filled up with zeros) is
    with the larger entries gets the eighth level (an error of 11 % less than with codes from -7 to 7);
 3. rounded at random to one of the two integers beside it, so that its mean is kept (both as in arXiv 1611.00429).
 
-Rounding to the nearest, with one scale for a token, made 8 bits worse than 4 are: most gradients of a token are less
-than half of a step of its largest one, and all of these became zero (``hsplit bench pace``: 0.05 of perplexity).
+Rounding to the nearest with one scale for a token, in 8 bits, errs by 2.7 % of an activation's norm,
+four times as much.
 
 The random numbers are a function of the seed and the tensor's shape, on each kind of device. Entries of up to 1e37 are
 represented. A block with one that is not finite arrives as NaN throughout.

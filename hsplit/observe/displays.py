@@ -92,9 +92,9 @@ REFRESH_PER_S = 4
 _ROUNDS_SHOWN = 8
 _BAR_WIDTH = 60
 _LINES_BESIDE_ROWS = 11
+"""Lines of the live part besides the clients' rows: the table's frame, server, progress, history, prompt."""
 # Columns of a terminal from which the ranks are shown by layer (beside one for each layer) and by weight kind.
 _WIDTH_OF_LAYERS, _WIDTH_OF_KINDS = 95, 150
-"""Lines of the live part besides the clients' rows: the table's frame, server, progress, history, prompt."""
 
 
 class _Display(Observer):

@@ -5,7 +5,7 @@ Seconds and captured importance are estimates, good enough to tell which choices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -29,10 +29,10 @@ FEW = 12
 """Clients up to which rows are dealt out exactly, one group for each is tried, and choices are changed one by one."""
 PARTS = int(np.lcm.reduce(EVERY))
 """Least common multiple of the periods: rows a step are counted in these parts of an example."""
-# Amounts of memory for which the importance that a server captures is looked up, and what lies between them drawn.
+# Amounts of memory for which the importance that a server captures is computed; between them it is interpolated.
 _SLACKS = 24
-# Choices whose server's memory is counted at a time.
-_AT_ONCE = 128
+# Most choices whose server's memory is counted, unless said otherwise.
+_COUNTED = 128
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class PacedProblem:
         shares: each client's share of the data, ``(N,)``.
 
     Attributes:
+        unit: examples by which numbers of rows differ at least.
         numbers: rows that a batch of a client may have, increasing, ``(R,)``.
         pair_rows, pair_every: pairs of rows, as indices into ``numbers``, and a period, ``(P,)``.
         quota: rows a step of each pair, in parts of an example, ``(P,)``.
@@ -160,7 +161,7 @@ class PacedProblem:
         self.problem, self.pace, self.shares = problem, pace, shares
         self._cost, self.job = problem.cost, problem.cost.model.job
         self.fixed = bool((allowed.sum(axis=1) <= 1).all())
-        unit = max(1, self.job.batch_size // 4)
+        self.unit = unit = max(1, self.job.batch_size // 4)
         rows = [self.job.batch_size]
         if pace.batch_size == "planned":
             most = MAX_TIMES_ROWS * self.job.batch_size // unit
@@ -307,10 +308,10 @@ class PacedProblem:
         kind = self.problem.kind
         if not self.few or self.problem.one_rank:
             return np.where(choices.frozen, 0.0, self.trained[kind, choices.splits])
-        return np.where(choices.frozen, 0.0, self._looked_up(choices, self._gains_at))
+        return np.where(choices.frozen, 0.0, self._looked_up(choices))
 
-    def _looked_up(self, choices: Choices, of_kinds: Callable[[int, int, bool], Floats]) -> Floats:
-        """Values of clients that follow from split, number of rows and stored form, ``(M, N)``."""
+    def _looked_up(self, choices: Choices) -> Floats:
+        """Look up :meth:`_gains_at` for every client, ``(M, N)``."""
         place = np.searchsorted(self.numbers, choices.rows)
         kind, gains = self.problem.kind, np.zeros(choices.splits.shape)
         keys = np.stack([choices.splits, place, choices.codes], axis=2).reshape(-1, 3)
@@ -318,7 +319,7 @@ class PacedProblem:
         of_client = of_client.reshape(gains.shape)
         for which, (split, at, codes) in enumerate(distinct.tolist()):
             members = of_client == which
-            gains[members] = of_kinds(split, at, bool(codes))[np.broadcast_to(kind, gains.shape)[members]]
+            gains[members] = self._gains_at(split, at, bool(codes))[np.broadcast_to(kind, gains.shape)[members]]
         return gains
 
     def _gains_at(self, split: int, place: int, codes: bool) -> Floats:
@@ -425,7 +426,7 @@ class PacedProblem:
         codes = np.where(self._fits_in[form, kind, place, splits], choices.codes, self.codes[kind, place, splits])
         return Choices(splits, choices.rows, every, choices.frozen, codes)[legal]
 
-    def ranked(self, choices: Choices, above: float = -np.inf, most: int = _AT_ONCE) -> list[Choice]:
+    def ranked(self, choices: Choices, above: float = -np.inf, most: int = _COUNTED) -> list[Choice]:
         """Estimate the objective of some choices; returns those above a bound, the best first, in the best groups.
 
         Args:
@@ -445,15 +446,11 @@ class PacedProblem:
         gains, gamma = self._own_gains(choices), self.problem.constants.gamma
         grouped = [self._grouped(choices, n, own_s, forward_s, served_s, offset) for n in self.group_numbers]
         ones = np.ones(len(choices))
-
-        def objective(captured: Floats, seconds: Floats, exchange_s: Floats) -> Floats:
-            return np.maximum(captured, 0.0) ** gamma / (seconds + exchange_s)
-
         # One rank for all is that of the holder with least room.
-        common = self._looked_up(choices, self._gains_at).min(axis=1) if self.problem.one_rank else ones
+        common = self._looked_up(choices).min(axis=1) if self.problem.one_rank else ones
         at_most = self._learned(choices, gains, ones) * common
         seconds = np.stack([one.seconds for one in grouped], axis=1)
-        promised = objective(at_most[:, None], seconds, exchange_s[:, None])
+        promised = self.problem.per_second(at_most[:, None], seconds + exchange_s[:, None])
         order = np.argsort(-promised.max(axis=1), kind="stable")
         order = order[promised.max(axis=1)[order] > above][:most]
         near, found = choices[order], list[Choice]()
@@ -467,7 +464,7 @@ class PacedProblem:
                     learned[:, n] *= np.minimum(part / common[order], 1.0)
                 else:
                     learned[:, n] = self._learned(near, gains[order], part)
-        scores = objective(learned, seconds[order], exchange_s[order, None])
+        scores = self.problem.per_second(learned, (seconds + exchange_s[:, None])[order])
         scores = np.where(lacking > 0, -lacking, scores)
         for row, place_of in enumerate(order.tolist()):
             best = 0
@@ -520,21 +517,14 @@ class PacedProblem:
     @cached_property
     def _server_has_all(self) -> bool:
         """True if the server has room for any choice at the largest ranks."""
-        return self._most_server_bytes(int(self.problem.rank_set[-1])) <= self._server_memory
-
-    @property
-    def _server_memory(self) -> int:
-        return self.problem.server.memory_bytes
-
-    def _most_server_bytes(self, rank: int) -> float:
         cost, count = self._cost, len(self.problem.clients)
         fits = self.fits.any(axis=(0, 1))
         deepest = int(np.flatnonzero(fits).max(initial=0))
         shallow, deep = (cost.model.clients_at([split] * count)[None] for split in (int(fits.argmax()), deepest))
         # Shallow clients leave it most layers and rows; deep ones send it most adapters, which come on top at most.
         most = cost.server.constant(shallow, shallow * int(self.numbers.max())) + cost.server.constant(deep)
-        most += rank * cost.server.per_rank(shallow, shallow * int(self.numbers.max())).sum(axis=1)
-        return float(most[0])
+        prices = cost.server.per_rank(shallow, shallow * int(self.numbers.max())).sum(axis=1)
+        return float((most + self.problem.rank_set[-1] * prices)[0]) <= self.problem.server.memory_bytes
 
     def _server_part(self, splits: Ints, rows: Ints, group: Ints, groups: int) -> tuple[Floats, Floats]:
         """Find what the server captures with the ranks that it has room for.
@@ -556,7 +546,7 @@ class PacedProblem:
         prices = server.per_rank(several, flat).sum(axis=1)
         needed = (server.constant(several, flat) + self.problem.rank_set[0] * prices).reshape(many, each)
         worst, first = needed.argmax(axis=1), splits.min(axis=1)
-        lacking: Floats = needed[np.arange(many), worst] - self._server_memory
+        lacking: Floats = needed[np.arange(many), worst] - self.problem.server.memory_bytes
         part = np.ones(many)
         if self.problem.one_rank:
             return self._common_gain(prices.reshape(many, each)[np.arange(many), worst], -lacking), lacking

@@ -115,10 +115,12 @@ class PaceSearch:
         chosen = distinct(chosen)
         alike = self._alike()
         if self._paced.few and climb:
-            # The best choice in which all train may be far from the others, as one in which none does.
-            limits = self._exchange_limits(True)
-            trained = distinct([choice for limit_s in limits for choice in self._within(limit_s, True)])[:_CLIMBED]
-            trained = [self.climbed(choice, True) for choice in trained if not choice.frozen.any()]
+            trained = list[Choice]()
+            if len(self._paced.frozen_choices) > 1:
+                # The best choice in which all train may be far from the others, as one in which none does.
+                limits = self._exchange_limits(True)
+                within = distinct([choice for limit_s in limits for choice in self._within(limit_s, True)])
+                trained = [self.climbed(choice, True) for choice in within[:_CLIMBED]]
             chosen += map(self.climbed, distinct([*chosen[:_CLIMBED], *distinct(trained)[:1], *alike]))
             chosen += trained
         first = distinct([*chosen, *alike])[:MAX_SIMULATED]
@@ -221,14 +223,12 @@ class PaceSearch:
         return near[np.any(other, axis=0)]
 
     def _rows_moved(self, choice: Choice) -> list[Choice]:
-        """Let one client bring at most an example a step less, and another one more, with splits to match."""
+        """Let one client bring at most a unit of rows a step less, another one as many more, with splits to match."""
         paced, moved = self._paced, list[Choice]()
         quota = choice.rows * PARTS // choice.every
         for giver, taker in permutations(range(self._count), 2):
             less = quota[giver] - paced.quota
-            for first in np.flatnonzero(
-                (less > 0) & (less <= PARTS * max(1, self._paced.job.batch_size // 4))
-            ).tolist():
+            for first in np.flatnonzero((less > 0) & (less <= PARTS * paced.unit)).tolist():
                 for second in np.flatnonzero(paced.quota == quota[taker] + less[first]).tolist():
                     rows, every = choice.rows.copy(), choice.every.copy()
                     for client, pair in ((giver, first), (taker, second)):

@@ -1,4 +1,4 @@
-"""Split points and ranks of all holders, for most captured importance per second (METHOD 5).
+"""Split points and ranks of all holders, for most captured importance times examples a second (METHOD 5).
 
 Seconds are those of a local step's makespan and of its part of the exchange at the round's end. METHOD 5 leaves the
 exchange out, but layers on a client behind a slow link cost more to aggregate than they save the server.
