@@ -131,19 +131,33 @@ class PaceSearch:
     def _alike(self) -> list[Choice]:
         """Find the best choices in which all clients do the same, one where they train and one where none does.
 
-        A search that starts at these misses no trivial plan.
+        A search that starts at these misses no trivial plan; and where a server is short of memory, few rows in every
+        turn are what it lacks least for. A client without memory for as many rows as the others brings what it can.
         """
         problem, found = self._paced, list[Choice]()
-        fits = problem.fits.any(axis=1)
-        deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)[self._kind]
+        rows = self._level_rows()
+        fits = problem.fits[self._kind, np.searchsorted(problem.numbers, rows)]
+        deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
         splits = np.unique(np.minimum(np.arange(1, int(deepest.max()) + 1)[:, None], deepest), axis=0)
         if len(splits) > MAX_ALIKE:
             splits = splits[np.unique(np.geomspace(1, len(splits), MAX_ALIKE).astype(np.int64)) - 1]
         ones = np.ones_like(splits)
         for frozen in problem.frozen_choices:
-            alike = Choices(splits, ones * problem.job.batch_size, ones, ones * int(frozen) > 0, ones < 0)
+            alike = Choices(splits, rows * ones, ones, ones * int(frozen) > 0, ones < 0)
             found += problem.ranked(problem.legal(alike))[:1]
         return found
+
+    def _level_rows(self) -> Ints:
+        """Deal out the rows of a step as evenly as the clients' memory allows, ``(N,)``."""
+        numbers = self._paced.numbers
+        most = np.where(self._paced.fits.any(axis=2), numbers, numbers[0]).max(axis=1)[self._kind]
+        # The level at which the sum is reached, then what is left over one by one.
+        level = next((n for n in numbers.tolist() if np.minimum(n, most).sum() >= self._paced.total_rows), numbers[-1])
+        rows = np.minimum(level, most)
+        over = (int(rows.sum()) - self._paced.total_rows) // self._paced.unit
+        less = np.flatnonzero((rows == level) & (rows > numbers[0]))[: max(over, 0)]
+        rows[less] -= self._paced.unit
+        return rows
 
     def _within(self, limit_s: float, everybody: bool = False) -> list[Choice]:
         """Find the best choices in which nobody's exchange takes longer than ``limit_s`` a step.

@@ -202,9 +202,10 @@ class PacedPlanner:
         for shallowest in self._shallowest():
             found = list[_Found]()
             for choice in self._chosen(shallowest, current, near):
-                made, lacking = self._made(choice)
+                made, lacks = self._made(choice)
+                lacking = min(lacking, lacks)
                 # A plan in which nobody trains anything is none.
-                if lacking <= 0 and made.captured_importance > 0:
+                if lacks <= 0 and made.captured_importance > 0:
                     found.append((self._timed(made, choice), choice))
             if found:
                 first = _best(found)

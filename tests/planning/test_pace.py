@@ -245,14 +245,18 @@ def test_only_a_plan_that_chooses_formats_names_them(pace: dict[str, Any]) -> No
     assert {part.wire for part in plan.available} == ({model.model.job.wire} if "wire" in pace else {""})
 
 
-def test_equal_clients_go_as_deep_whatever_rows_of_the_embedding_each_one_reads() -> None:
-    """Budgets that differ by the size of a vocabulary are moved together, as equal ones are."""
+def smollm2(pace: Pace, **job: Any) -> CostModel:
+    """Costs of a model of SmolLM2-135M's shape."""
     sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    return CostModel(spec_of(LlamaConfig(**sizes, **heads)), Job.model_validate(job), pace)
+
+
+def test_equal_clients_go_as_deep_whatever_rows_of_the_embedding_each_one_reads() -> None:
+    """Budgets that differ by the size of a vocabulary are moved together, as equal ones are."""
     settings = {"base": "bf16", "dtype": "bf16", "rank_set": [1, 2, 4, 8]}
-    job = Job.model_validate({**settings, "residual": {"max_rank": 8}, "pipeline": {"microbatches": 2}})
     policy = Policy(freeze="planned", pace=Pace(**ALL, embedding="own"))
-    model = CostModel(spec_of(LlamaConfig(**sizes, **heads)), job, policy.pace)
+    model = smollm2(policy.pace, **settings, residual={"max_rank": 8}, pipeline={"microbatches": 2})
     clients = [client(f"c{i}", 249_471_454, 5e11, 2e8).model_copy(update={"latency_ms": 5.0}) for i in range(5)]
 
     def splits(vocabulary: Sequence[int]) -> list[int | None]:

@@ -18,7 +18,7 @@ from hsplit.planning.paced_plan import PacedPlanner, stored_forms
 from hsplit.planning.plan import Plan
 from hsplit.planning.planner import make_plan, rank_choices
 from hsplit.planning.rank_rules import find_rank_rule
-from tests.planning.test_pace import ALL, cost
+from tests.planning.test_pace import ALL, cost, smollm2
 from tests.planning.test_planner import DEEP, LARGEST, SMALLEST, client, server
 
 VERIFIED = 25
@@ -162,3 +162,17 @@ def test_no_other_plan_is_better(seed: int) -> None:
 def test_no_other_plan_is_better_in_hundreds_of_fleets() -> None:
     worse = {seed: found for seed in range(200) if max((found := compared(seed)).values(), default=0.0) > 1.001}
     assert not worse
+
+
+@pytest.mark.parametrize("laptop", [85e6, 110e6])
+@pytest.mark.parametrize("short", [0.82e9, 0.9e9])
+def test_no_plan_is_missed_where_the_server_is_short(short: float, laptop: float) -> None:
+    """It has room only for few rows in every turn; the fastest choices have many in one."""
+    policy = Policy(pace=Pace(**ALL, embedding="own", exchange="compute"))
+    model = smollm2(policy.pace, base="nf4", dtype="fp32", local_steps=8, residual={"max_rank": 128})
+    kinds = [*[(24e6, 5e11, 1e8)] * 2, *[(laptop, 2e12, 2e8)] * 2, (0.55e9, 1e13, 1e9)]
+    clients = [client(f"c{i}", *kind) for i, kind in enumerate(kinds)]
+    vocabulary = {part.name: 600 for part in clients}
+    scores = equal_importance(model.model.weights)
+    plan = make_plan(clients, server(short, 1e12), model, scores, policy, vocabulary=vocabulary)
+    assert plan.server.predicted_bytes <= short and all(part.available for part in plan.clients)
