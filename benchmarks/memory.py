@@ -74,6 +74,7 @@ class Case:
         vocabulary: distinct token ids of a client's texts, of which alone it holds the embedding; 0: it holds all.
         exchange: format of adapters at a round's end, as ``pace.exchange``.
         metric: of importance, for which it is probed.
+        lr_scaling: the policy's.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Case:
     vocabulary: int = 0
     exchange: str = "whole"
     metric: str = "rngwp"
+    lr_scaling: str = "none"
 
     @property
     def policy(self) -> Policy:
@@ -103,7 +105,7 @@ class Case:
             return Policy(placement="single", train="weights", aggregation="none")
         placement = "split" if self.holds == "front" else "full"
         chosen: dict[str, Any] = {"placement": placement, "ranks": self.rank, "aggregation": self.aggregation}
-        chosen["importance"] = {"metric": self.metric}
+        chosen |= {"importance": {"metric": self.metric}, "lr_scaling": self.lr_scaling}
         if self.holds == "front":
             chosen["pace"] = {"embedding": "own" if self.vocabulary else "whole", "exchange": self.exchange}
         return Policy.model_validate(chosen)
@@ -163,8 +165,10 @@ class Measured:
 class _Holder:
     """Counts one holder's memory part by part."""
 
-    def __init__(self, actor: Participant | Server) -> None:
+    def __init__(self, actor: Participant | Server, case: Case, spec: ModelSpec) -> None:
         self.actor = actor
+        if case.lr_scaling != "none":
+            actor.set_lr_scales(dict.fromkeys(range(spec.layers), 2.0))
         self.parts: dict[str, int] = {}
         self._part = "start"
 
@@ -202,7 +206,7 @@ def measured_client(directory: Path, case: Case) -> Measured:
         # As if its texts had so many words.
         drawn = torch.randperm(spec.vocab_size)[: case.vocabulary]
         actor.data.vocabulary = torch.cat([actor.data.vocabulary, drawn]).unique()
-    holder = _Holder(actor)
+    holder = _Holder(actor, case, spec)
     held = [s for s in shapes if s.name in ranks]
     part = HolderPlan("one", "client", True, split, ranks, stored=case.stored)
     holder.call("load", Participant.configure, part)
@@ -263,7 +267,8 @@ def measured_server(directory: Path, case: Case) -> Measured:
     spec = ModelSpec.read(directory)
     shapes = spec.targeted(job.targets)
     plan = _plan(spec, shapes, case)
-    holder = _Holder(Server("server", job, policy, BaseModel(spec, case.base, DTYPES[case.dtype])))
+    base = BaseModel(spec, case.base, DTYPES[case.dtype])
+    holder = _Holder(Server("server", job, policy, base), case, spec)
     holder.call("load", Server.configure, plan)
     holder.call("round", Server.restart, RoundUpdate(1, {}, {}))
     messages = [_activations(f"c{i}", split, case, spec.config) for i, split in enumerate(case.splits)]

@@ -143,7 +143,7 @@ class Client(Participant):
                 if self._policy.pace.ahead and isinstance(self.holder, Holder):
                     self.holder.keep_earlier()
                     self._behind = set(self._sent)
-                self.holder.step(step, self._lr_scale)
+                self.holder.step(step, self._lr_scales)
         watch.pace(self._pace.get("down"))
         return watch.seconds
 

@@ -12,6 +12,7 @@ from hsplit.actors.profiling import PeakMemory, measured, measured_with_part, me
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe
+from hsplit.lora.optimizer import NOT_SCALED
 from hsplit.lora.weight_holder import WeightHolder
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import LinearShape
@@ -41,7 +42,7 @@ class HolderActor(Generic[Held]):
         self._holder: Held | None = None
         self._shapes: list[LinearShape] = []
         self._pace: Mapping[str, float] = {}
-        self._lr_scale = 1.0
+        self._lr_scales: Mapping[int, float] = NOT_SCALED
         self._scores: dict[str, ImportanceReport] = {}
 
     @property
@@ -87,9 +88,9 @@ class HolderActor(Generic[Held]):
         """
         self._pace = dict(seconds)
 
-    def set_lr_scale(self, scale: float) -> None:
-        """Step with ``scale`` times the job's learning rate from now on."""
-        self._lr_scale = scale
+    def set_lr_scales(self, scales: Mapping[int, float]) -> None:
+        """Step each layer with so many times the job's learning rate from now on; not named is 1."""
+        self._lr_scales = scales
 
     def take_scores(self) -> list[ImportanceReport]:
         """Return what was scored in training backwards since the last call, one report for each client."""

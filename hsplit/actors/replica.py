@@ -217,7 +217,7 @@ class Replica(HolderActor[Holder]):
         layers = range(self.holder.segment.spec.first, self._layers)
         with watch.phase("optimizer"):
             self.adapters.scale_grad_by_layer({layer: 1.0 / max(self._step_tokens[layer], 1) for layer in layers})
-            self.holder.step(step, self._lr_scale)
+            self.holder.step(step, self._lr_scales)
         self._step_tokens.clear()
         watch.pace(0.0 if self._pace else None)
         return watch.seconds

@@ -57,7 +57,7 @@ class WholeClient(Participant):
             loss_sum += float(loss.detach())
         self.holder.tokens.add(range(self._split), tokens)
         with watch.phase("optimizer"):
-            self.holder.step(step, self._lr_scale)
+            self.holder.step(step, self._lr_scales)
         self.data.drop(step)
         watch.pace(self._pace.get("up"))
         return LossReport(self.name, loss_sum, tokens, seconds=watch.seconds)

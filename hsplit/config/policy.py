@@ -215,9 +215,9 @@ class Policy(Section):
     )
     lr_scaling: Literal["none", "sqrt"] = Field(
         default="none",
-        description="`sqrt`: each of n clients that train (and of n servers) steps with the square root of n times"
-        " `job.lr`: the mean of n steps of Adam, each on data of its own, is shorter by that than one step on all of it"
-        " (plain SGD's is not, and keeps `job.lr`)",
+        description="`sqrt`: the n holders of a layer, clients and servers that train it, step it with the square root"
+        " of n times `job.lr`: the mean of n steps of Adam, each on data of its own, is shorter by that than one step"
+        " on all of it (plain SGD's is not, and keeps `job.lr`)",
     )
     freeze: Literal["never", "planned"] = Field(
         default="planned",

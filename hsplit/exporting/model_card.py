@@ -175,7 +175,7 @@ def _training(
     partition = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
     where = policy.split if policy.placement == "split" else "none"
     ranks = policy.ranks if policy.train == "adapters" else "none: every weight trained"
-    scaled = " times the root of the number of clients that train" if run.scales_lr else ""
+    scaled = " times the root of the number of holders that train a layer" if run.scales_lr else ""
     own = {part.wire or job.wire for part in state.plan.available} if state.plan is not None else set()
     wires = sorted(own or {job.wire}, key=WIRES.index)
     rows = [

@@ -178,6 +178,14 @@ class AdapterSet:
             self.flat.grad[slot.start : slot.stop].mul_(factors[slot.shape.layer])
 
     @torch.no_grad()
+    def lengthen_steps(self, before: Tensor, factors: Mapping[int, float]) -> None:
+        """Multiply the way from ``before``, the factors a step earlier ``(n,)``, by ``factors[l]`` in layer ``l``."""
+        for slot in self._slots.values():
+            factor, values = factors.get(slot.shape.layer, 1.0), self.flat[slot.start : slot.stop]
+            if factor != 1:
+                torch.lerp(before[slot.start : slot.stop], values, factor, out=values)
+
+    @torch.no_grad()
     def round_live(self, dtype: torch.dtype) -> None:
         """Round every live term's factors, scale folded in, to what ``dtype`` can hold."""
         for name in self.names:

@@ -21,6 +21,7 @@ from hsplit.lora.carried_moments import CarriedMoments, carried_moments, resume_
 from hsplit.lora.direction_steps import DirectionSteps
 from hsplit.lora.learned import OPTIMIZER, of_kind, with_kind
 from hsplit.lora.optimizer import (
+    NOT_SCALED,
     as_parameters,
     clip_each,
     clip_limits,
@@ -200,27 +201,32 @@ class Holder:
         if training and self._job.dropout:
             torch.manual_seed(hash_seed(self._job.seed, self.name, step))
 
-    def step(self, step: int, lr_scale: float = 1.0) -> None:
+    def step(self, step: int, lr_scales: Mapping[int, float] = NOT_SCALED) -> None:
         """Make one optimizer step from the gradients accumulated since the last one.
 
         Args:
             step: counts from 0 over the run.
-            lr_scale: factor of the job's learning rate.
+            lr_scales: factors of the job's learning rate, by layer; 1 where not named.
         """
         flat = self.adapters.flat
         if flat.numel() == 0:
             return
         job = self._job
         for group in self._optimizer.param_groups:
-            group["lr"] = lr_scale * learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
+            group["lr"] = learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
         assert flat.grad is not None
         if self._pruner is not None:
             self._pruner.add_gradient()
         if self._limits is not None:
             clip_each(self.adapters.gradients(), self._limits)
+        # A step of AdamW is in proportion to its rate, so that the optimizer needs no groups by layer. The copy is less
+        # than what a resumption has to hold.
+        before = flat.detach().clone() if any(scale != 1 for scale in lr_scales.values()) else None
         with self._unnoticed_by_autograd():
             self._optimizer.step()
             self._steps.correct(self._optimizer)
+            if before is not None:
+                self.adapters.lengthen_steps(before, lr_scales)
         flat.grad.zero_()
 
     # -- a step behind --------------------------------------------------------------------------------------------

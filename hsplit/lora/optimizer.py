@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int
     return peak
 
 
+NOT_SCALED: Mapping[int, float] = MappingProxyType({})
+"""Factors of the learning rate by layer where ``policy.lr_scaling`` is off."""
 _EPSILON = 1e-6
 """Added to a norm before it divides, as in ``torch.nn.utils.clip_grad_norm_``."""
 

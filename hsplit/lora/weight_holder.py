@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hsplit.config import Job
 from hsplit.lora.holder import HeldAdapters, RoundUpdate, TokenCounts
 from hsplit.lora.learned import OPTIMIZER, WEIGHT, of_kind, with_kind
-from hsplit.lora.optimizer import learning_rate, new_optimizer
+from hsplit.lora.optimizer import NOT_SCALED, learning_rate, new_optimizer
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.segment import Segment
 from hsplit.models.weights import DenseWeight
@@ -38,16 +38,16 @@ class WeightHolder:
     def begin_phase(self, step: int, training: bool) -> None:
         """Do nothing: there are no adapters with dropout."""
 
-    def step(self, step: int, lr_scale: float = 1.0) -> None:
+    def step(self, step: int, lr_scales: Mapping[int, float] = NOT_SCALED) -> None:
         """Make one optimizer step from the gradients accumulated since the last one.
 
         Args:
             step: counts from 0 over the run.
-            lr_scale: factor of the job's learning rate.
+            lr_scales: as for a holder of adapters; a single node averages with no other, and has none.
         """
         job = self._job
         for group in self._optimizer.param_groups:
-            group["lr"] = lr_scale * learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
+            group["lr"] = learning_rate(step, job.total_steps, job.lr, job.schedule, job.warmup)
         if job.clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.weights.values()), job.clip)
         self._optimizer.step()

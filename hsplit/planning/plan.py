@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
@@ -183,6 +183,16 @@ class Plan:
     def forward_only(self) -> frozenset[str]:
         """Names of the clients that take part and train nothing."""
         return frozenset(client.name for client in self.available if client.forward_only)
+
+    def holders_by_layer(self, clients: Collection[str], servers: int) -> list[int]:
+        """Count the holders that train each layer where ``clients`` take part and ``servers`` serve them, ``(L,)``."""
+        parts = [part for part in self.available if part.name in clients]
+        # Servers share the clients in turn, so that each one has rows of a layer if as many clients pass it.
+        return [
+            sum(part.held_layers > layer and not part.forward_only for part in parts)
+            + min(servers, sum(part.held_layers <= layer for part in parts))
+            for layer in range(self.layers)
+        ]
 
     @property
     def weights(self) -> list[str]:

@@ -401,15 +401,15 @@ class Coordinator:
             time.sleep(max(0.0, begun + virtual_s / self._job.clock_speedup - time.monotonic()))
 
     def _set_lr_scales(self, cohort: Sequence[str]) -> None:
-        """Scale learning rates by the number of holders, each with data of its own, that a round's mean is over."""
+        """Scale each layer's learning rate by the number of its holders that a round's mean is over."""
         context = self.context
         if not context.run.scales_lr:
             return
-        training = [name for name in cohort if name not in context.plan.forward_only]
-        for names in (training, context.servers):
-            for name in names:
-                # Not waited for: a failure is found by the next call that is.
-                self._executor.call(name, HolderActor.set_lr_scale, math.sqrt(len(names)))
+        holders = context.plan.holders_by_layer(cohort, len(context.servers))
+        scales = {layer: math.sqrt(count) for layer, count in enumerate(holders)}
+        for name in (*cohort, *context.servers):
+            # Not waited for: a failure is found by the next call that is.
+            self._executor.call(name, HolderActor.set_lr_scales, scales)
 
     def _set_pace(self, cohort: list[str]) -> None:
         """Set how long each call of a step is to take, where the clock is emulated."""

@@ -68,6 +68,8 @@ CLIENTS = [
     Case(LLAMA, "fp32", (2,), metric="spectral"),
     Case(LLAMA, "nf4", (2,), batch_size=1, length=16, metric="spectral"),
     Case(GPT2, "nf4", (3,), dtype="bf16", batch_size=1, length=128, metric="spectral"),
+    # The optimizer's step decides: a large rank, few tokens.
+    Case(LLAMA, "fp32", (3,), rank=128, batch_size=1, length=8, cap=16, lr_scaling="sqrt"),
 ]
 SERVERS = [
     Case(LLAMA, "fp32", (1,)),
@@ -104,7 +106,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def named(case: Case) -> str:
     batch = f"{case.batch_size}x{case.length}"
-    held = f"{case.stored} {case.vocabulary or 'all'} {case.exchange} {case.metric}"
+    held = f"{case.stored} {case.vocabulary or 'all'} {case.exchange} {case.metric} {case.lr_scaling}"
     return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {case.wire} {held}"
 
 
