@@ -117,7 +117,7 @@ def noise_free(contributions: Sequence[Contribution], restart: Restart) -> Outco
     if len(contributions) == 1 and total.width <= restart.kept:
         return Outcome(None, contributions[0].term)
     if restart.reinit == "mean":
-        mean = _mean_factors(contributions)
+        mean = mean_factors(contributions)
         common = mean if mean.rank <= restart.kept else mean.up_to_rank(restart.kept)
         return Outcome(LowRankSum((*total.terms, common), (*total.weights, -1.0)), common)
     common, rest = leading_and_rest(total, restart.kept, contributions[0].term.A.dtype)
@@ -203,7 +203,7 @@ def continued(contributions: Sequence[Contribution], restart: Restart) -> Outcom
     return Outcome(None, only.term)
 
 
-def _mean_factors(contributions: Sequence[Contribution]) -> LowRank:
+def mean_factors(contributions: Sequence[Contribution]) -> LowRank:
     """Average the factors by tokens; each direction of ``A`` only over the holders that have it."""
     mean = _averaged(contributions, [c.share for c in contributions])
     having = mean.A.new_zeros(mean.rank)
