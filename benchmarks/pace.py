@@ -65,6 +65,10 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "rows, weighted by data": ("policy.pace.batch_size=planned", "policy.pace.weights=data"),
     "wire int8": ("job.wire=int8",),
     "periods": ("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
+    "periods, ahead": (
+        *("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
+        "policy.pace.ahead=true",
+    ),
 }
 DATA = {"iid": (), "dirichlet 0.1": ("job.data.partition={dirichlet: 0.1}",)}
 ROUNDS, STEPS = 4, 10

@@ -190,7 +190,7 @@ def insight_lines(insight: Insight, plan: Plan) -> list[str]:
         captured = gain.captured_importance_change / plan.captured_importance
         joins = " It would take part." if gain.joins else ""
         lines.append(
-            f"One more GB at {_holders(gain.name, gain.alike, 'one of ')}: {more:+.1%} captured per second"
+            f"One more GB at {_holders(gain.name, gain.alike, 'one of ')}: objective {more:+.1%}"
             f" ({captured:+.1%} captured, step {gain.makespan_change_s / plan.makespan_s:+.1%}).{joins}"
         )
     if insight.kinds_left_out:

@@ -71,7 +71,7 @@ def _objective(problem: Problem, splits: Ints) -> float:
 
 
 def worth_freezing(problem: Problem, splits: Ints) -> NDArray[np.bool_]:
-    """Clients to freeze for most captured importance per second, ``(N,)``.
+    """Find the clients to freeze for the largest objective, ``(N,)``.
 
     Freezing saves time with the clients that all others wait for. So clients are ordered by the time that it saves,
     and the best number of them is found in one pass; equal ones are frozen together.

@@ -378,9 +378,9 @@ def test_plan_table_says_who_is_waited_for_and_what_memory_would_buy(plan: Plan)
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
     assert "Bottleneck: phone-0 (2 alike); infinitely fast, it would make a step 0.750 s (50%) shorter." in text
-    watch = "One more GB at watch: +10.0% captured per second (+10.0% captured, step +0.0%). It would take part."
+    watch = "One more GB at watch: objective +10.0% (+10.0% captured, step +0.0%). It would take part."
     assert watch in text
-    assert "One more GB at phone-0 (one of 2 alike): +5.0% captured per second (+2.0% captured, step -10.0%)." in text
+    assert "One more GB at phone-0 (one of 2 alike): objective +5.0% (+2.0% captured, step -10.0%)." in text
     assert "One more GB at server" not in text
     assert "3 kinds of clients that promise less" in text
     console = recorded(width=80)
