@@ -9,12 +9,12 @@ SmolLM2-135M in this process, a step of ten examples, validated as it learns. Th
 - **frozen**: five clients hold the first layers and only compute forward; the server trains the rest;
 - **apart**: five clients hold the first layers and train them, each its own copy, aggregated after every ten steps.
 
-Each sweep says how many tokens a setting needs to the loss that the worst of its settings ends with, as a share of the
-most: ``learning ** -gamma`` in METHOD 5's objective. ``gamma`` is fitted to ranks and to frozen layers, each by itself,
-where ``learning`` is the sum of ``log2(1 + rank)`` over all parameters' shares; ``kappa`` to layers apart, whose
-discount is ``(sum of squared token shares) ** kappa``, given the ``gamma`` of frozen layers (of ranks without these). A
-spread of the final loss below three times that of seeds says that on these data the sweep shows nothing, and the table
-says so.
+Centralized LoRA at rank 8 is also the first setting of the other two, with no layers. Each sweep says how many tokens a
+setting needs to the loss that the worst of its settings ends with, as a share of the most: ``learning ** -gamma`` in
+METHOD 5's objective, where ``learning`` is the sum of ``log2(1 + rank) ** rho`` over all parameters' shares. ``gamma``
+is fitted to frozen layers, ``rho`` to ranks given that, and ``kappa`` to layers apart, whose discount is ``(sum of
+squared token shares) ** kappa``. A spread of the final loss below three times that of seeds says that on these data the
+sweep shows nothing, and the table says so.
 
 Data are files as ``job.data.source`` reads them, JSON lines of questions and answers, or ``tasks``: a mixture of
 procedural tasks of the package ``reasoning-gym`` (``pip install reasoning-gym``). Finished runs stay in ``cells/``.
@@ -50,6 +50,7 @@ from hsplit.planning.scheduler import Review, Scheduler
 CLIENTS, BATCH, STEPS, ROUNDS = 5, 2, 10, 8
 RANKS, DEPTHS, SEEDS = (1, 2, 4, 8, 16, 32), (1, 8, 15, 22, 30), (0, 1, 2)
 USUAL_RANK = 8
+SWEEPS = ("rank", "frozen", "apart")
 TASKS = "tasks"
 # Tasks whose answers a small model can learn, a few tokens each.
 TASK_NAMES = (
@@ -269,6 +270,10 @@ def settings_of(found: Sequence[Mapping[str, Any]]) -> list[Setting]:
     settings = []
     for data, sweep in sorted({(one["data"], one["sweep"]) for one in found}):
         own = [one for one in found if (one["data"], one["sweep"]) == (data, sweep)]
+        if sweep != "rank":
+            usual = (one for one in found if (one["data"], one["sweep"], one["value"]) == (data, "rank", USUAL_RANK))
+            seeds = {one["seed"] for one in own}
+            own += [{**one, "sweep": sweep, "value": 0} for one in usual if one["seed"] in seeds]
         target = {
             seed: max(one["curve"][-1][1] for one in own if one["seed"] == seed) for seed in {o["seed"] for o in own}
         }
@@ -311,18 +316,17 @@ def _seeds_spread(settings: Sequence[Setting]) -> list[float]:
 
 
 def fitted(found: Sequence[Mapping[str, Any]]) -> Table:
-    """Columns and cells: ``gamma`` of ranks and of depth, and ``kappa``, by data set."""
+    """Columns and cells: ``gamma``, ``rho`` and ``kappa``, by data set."""
     rows, every = [], settings_of(found)
     for data in sorted({one.data for one in every}):
-        gammas = []
-        for sweep in ("rank", "frozen"):
-            own = [one for one in every if (one.data, one.sweep) == (data, sweep)]
-            if len(own) > 1:
-                gammas.append(gamma_of(own))
-                rows.append([data, f"gamma, by {sweep}", f"{gammas[-1]:.3f}", str(len(own))])
-        apart = [one for one in every if (one.data, one.sweep) == (data, "apart")]
-        if apart and gammas and gammas[-1] > 0:
-            rows.append([data, "kappa", f"{kappa_of(apart, gammas[-1]):.3f}", str(len(apart))])
+        by = {sweep: [one for one in every if (one.data, one.sweep) == (data, sweep)] for sweep in SWEEPS}
+        if len(by["frozen"]) < 2 or (gamma := gamma_of(by["frozen"])) <= 0:
+            continue
+        rows.append([data, "gamma", f"{gamma:.3f}", str(len(by["frozen"]))])
+        if len(by["rank"]) > 1:
+            rows.append([data, "rho", f"{gamma_of(by['rank']) / gamma:.3f}", str(len(by["rank"]))])
+        if len(by["apart"]) > 1:
+            rows.append([data, "kappa", f"{kappa_of(by['apart'], gamma):.3f}", str(len(by["apart"]))])
     return ["data", "constant", "value", "settings"], rows
 
 

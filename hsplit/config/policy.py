@@ -158,6 +158,13 @@ class Objective(Section):
         le=1,
         description="exponent of what a plan learns by: below 1, speed counts for more than ranks and trained layers",
     )
+    rho: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="exponent of what a rank captures, `log2(1 + rank) ** rho`: below 1, how much of the model is"
+        " trained counts for more than at which ranks",
+    )
     kappa: float = Field(
         default=0.0,
         ge=0,

@@ -352,7 +352,7 @@ class PacedProblem:
         """
         more = self.problem.rank_set - self.problem.rank_set[0]
         level = (np.multiply.outer(prices, more) <= slack[:, None]).sum(axis=1) - 1
-        gain: Floats = captured_by(self.problem.rank_set)[np.maximum(level, 0)]
+        gain: Floats = captured_by(self.problem.rank_set, self.problem.constants.rho)[np.maximum(level, 0)]
         return gain
 
     @cached_property

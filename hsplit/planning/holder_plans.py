@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsplit.config import Objective
 from hsplit.errors import InputError
 from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import Ints
@@ -84,7 +85,11 @@ def planned(
 
 
 def whole_model(
-    clients: Sequence[ClientBudget], server: ServerBudget, cost: CostModel, importance: Mapping[str, Score]
+    clients: Sequence[ClientBudget],
+    server: ServerBudget,
+    cost: CostModel,
+    importance: Mapping[str, Score],
+    objective: Objective,
 ) -> Plan:
     """Make the plan of a node that trains every weight: no adapters, so nothing to choose.
 
@@ -102,12 +107,12 @@ def whole_model(
         )
     layers, seconds = cost.model.layers, float(cost.times.client_times(node)[cost.model.layers].sum())
     sizes = np.array([size_of(importance[w.name]) for w in cost.model.weights])
-    full_rank = captured_by(np.array([min(w.d_out, w.d_in) for w in cost.model.weights]))
+    full_rank = captured_by(np.array([min(w.d_out, w.d_in) for w in cost.model.weights]), objective.rho)
     captured = float(full_rank @ (sizes / sizes.sum()))
     part = HolderPlan(node.name, "client", True, layers, {}, node.memory_bytes, needed, seconds, captured_share=1.0)
     deep = HolderPlan("server", "server", True, layers, {}, server.memory_bytes, cost.server_bytes([layers], {}), 0.0)
     rows, source = cost.model.job.batch_size * cost.model.job.grad_accumulation, "every weight at its full rank"
-    return Plan(layers, deep, (part,), seconds, captured, source, rows=rows)
+    return Plan(layers, deep, (part,), seconds, captured, source, gamma=objective.gamma, rows=rows)
 
 
 def _held_by_clients(problem: Problem, state: State, splits: Ints) -> list[_Held]:

@@ -63,7 +63,7 @@ def make_plan(
     if isinstance(policy.split, int) and policy.split > layers:
         raise InputError(f"policy: split: must be at most {layers}, the number of layers (got {policy.split})")
     if policy.train == "weights":
-        return whole_model(clients, server, cost, importance)
+        return whole_model(clients, server, cost, importance, policy.objective)
     smallest = smallest_split(cost, policy)
     ranks, rule = rank_choices(cost, policy), find_rank_rule(policy.ranks)
     if policy.placement == "split" and paces(policy.pace):

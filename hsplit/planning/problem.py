@@ -99,8 +99,8 @@ class Problem:
         self.clients, self.server, self.cost = clients, server, cost
         self.rank_set, self._rule = rank_set, rule
         self._names = tuple(w.name for w in cost.model.weights)
-        self.values: Floats = gain_table(importance, self._names, rank_set)
-        self.worth: Floats = self.values[:, -1] / captured_by(rank_set[-1])
+        self.values: Floats = gain_table(importance, self._names, rank_set, self.constants.rho)
+        self.worth: Floats = self.values[:, -1] / captured_by(rank_set[-1], self.constants.rho)
         kinds: dict[tuple[float, ...], int] = {}
         keys = [(*budget_of(c), c.name in frozen, i * apart) for i, c in enumerate(clients)]
         self.kind: Ints = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)

@@ -19,28 +19,33 @@ Levels = NDArray[np.int8]
 Flags = NDArray[np.bool_]
 
 
-def captured_by(rank: Ints | Floats) -> Floats:
-    """``g(r) = log2(1 + r)``."""
-    return np.log2(1.0 + np.asarray(rank, dtype=np.float64))
+def captured_by(rank: Ints | Floats, rho: float = 1.0) -> Floats:
+    """``g(r) = log2(1 + r) ** rho``; ``rho`` as in ``policy.objective``."""
+    captured: Floats = np.log2(1.0 + np.asarray(rank, dtype=np.float64)) ** rho
+    return captured
 
 
-def gain_table(importance: Mapping[str, Score], names: Sequence[str], rank_set: Ints) -> Floats:
+def gain_table(importance: Mapping[str, Score], names: Sequence[str], rank_set: Ints, rho: float = 1.0) -> Floats:
     """Compute what each weight captures at each rank, ``(W, Q)``.
 
     Only proportions matter: the table is scaled so that all weights at the largest rank capture ``g`` of it, whatever
     the scores' unit.
 
     Args:
-        importance: ``H_w`` by weight name: a number, which ``g`` multiplies, or a curve of the weight's own.
+        importance: ``H_w`` by weight name: a number, which ``g`` multiplies, or a curve of the weight's own in its
+            place, whose shape ``rho`` flattens as it does ``g``'s.
         names: of the weights, ``W`` of them.
         rank_set: increasing ranks, ``(Q,)``.
+        rho: exponent of ``g``.
     """
-    shared, table = captured_by(rank_set), np.zeros((len(names), len(rank_set)))
+    shared, table = captured_by(rank_set, rho), np.zeros((len(names), len(rank_set)))
+    logarithm = float(captured_by(rank_set[-1]))
     for row, name in enumerate(names):
         score = importance[name]
         if isinstance(score, Sequence):
             # What a rank beyond the curve's end adds is not known.
-            table[row] = np.concatenate([[0.0], score])[np.minimum(rank_set, len(score))]
+            curve = np.concatenate([[0.0], score])[np.minimum(rank_set, len(score))]
+            table[row] = curve[-1] / logarithm * shared[-1] * (curve / (curve[-1] or 1.0)) ** rho
         else:
             table[row] = score * shared
     table *= shared[-1] / table[:, -1].sum()

@@ -43,6 +43,26 @@ def test_constants_that_made_the_tokens_are_found() -> None:
     assert kappa_of(apart, gamma) == pytest.approx(kappa)
 
 
+def test_constants_of_whole_sweeps_are_found() -> None:
+    """Centralized LoRA at the usual rank stands in all three sweeps."""
+    gamma, rho, kappa = 0.6, 0.2, 0.4
+
+    def run(sweep: str, value: int, rank: int, together: float, apart: float) -> dict[str, Any]:
+        part, curve = math.log2(1 + rank), list[tuple[int, float]]()
+        learning = (together + CLIENTS**-kappa * apart) * part**rho
+        # The loss falls by the logarithm of what has been learned.
+        for tokens in range(0, 2001, 10):
+            curve.append((tokens, 5.0 - math.log(1 + tokens * learning**gamma)))
+        own = {"together": together * part, "apart": apart * part}
+        return {"data": "d", "sweep": sweep, "value": value, "seed": 0, "curve": curve, "learning": own}
+
+    runs = [run("rank", rank, rank, 1.0, 0.0) for rank in (1, 8, 32)]
+    runs += [run("frozen", k, 8, 1 - k / 30, 0.0) for k in (8, 15)]
+    runs += [run("apart", k, 8, 1 - k / 30, k / 30) for k in (15, 30)]
+    found = {constant: float(value) for _, constant, value, _ in capacity.fitted(runs)[1]}
+    assert found == pytest.approx({"gamma": gamma, "rho": rho, "kappa": kappa}, abs=0.02)
+
+
 def test_questions_and_answers_become_a_table(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text("".join(json.dumps({"question": f"q, {i}", "answer": f"a\n{i}"}) + "\n" for i in range(3)))
@@ -95,6 +115,7 @@ def test_tables_and_figure_say_when_a_sweep_shows_nothing(tmp_path: Path) -> Non
     said = {(row[1], row[columns.index("spread / seeds")].endswith("shows nothing")) for row in rows}
     assert said == {("rank", True), ("frozen", False)}
     _, constants = capacity.fitted([*flat, *steep])
-    assert {row[1] for row in constants} == {"gamma, by rank", "gamma, by frozen"}
+    assert {row[1] for row in constants} == {"gamma", "rho"}
+    assert capacity.fitted(flat)[1] == []
     capacity.plot([*flat, *steep], tmp_path / "capacity.svg")
     assert (tmp_path / "capacity.svg").stat().st_size > 0

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hsplit.planning.ranks import Ladder, _spend_one_by_one, at_levels, captured_by, greedy_levels, steps_of
+from hsplit.planning.ranks import Ladder, _spend_one_by_one, at_levels, captured_by, gain_table, greedy_levels, steps_of
 
 RANK_SETS = [(1, 2, 4, 8, 16, 32), (1, 2, 3), (1, 4, 5), (2, 3, 9, 10, 30), (4,)]
 
@@ -67,3 +67,12 @@ def test_greedy_ranks_lose_at_most_the_first_refused_gain(seed: int) -> None:
     refused = np.flatnonzero(np.cumsum(sizes[order]) > slack)
     first = float(gains[order][refused[0]]) if len(refused) else 0.0
     assert best - first <= Ladder(unit, values, rank_set).captured(np.array([slack]))[0] + 1e-9 <= best + 2e-9
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.2])
+def test_curves_that_are_logarithms_capture_what_numbers_do(rho: float) -> None:
+    rank_set, scores = np.array([1, 2, 4, 8, 32]), {"a": 2.0, "b": 0.5, "none": 0.0}
+    curves = {name: tuple(score * np.log2(2.0 + np.arange(32))) for name, score in scores.items()}
+    tables = [gain_table(given, list(scores), rank_set, rho) for given in (scores, curves)]
+    assert np.allclose(tables[0], tables[1], rtol=1e-12)
+    assert np.allclose(tables[0].sum(axis=0), np.log2(1 + rank_set) ** rho)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsplit.config import Pace, Policy
+from hsplit.config import Objective, Pace, Policy
 from hsplit.config.cluster import ClientConfig, ServerConfig
 from hsplit.errors import InputError
 from hsplit.planning.choices import Choices, PacedProblem
@@ -43,6 +43,8 @@ class Fleet:
         rows, periods = draw.choice(["planned", "planned", "equal"]), draw.choice(["none", "planned", "2"])
         drawn = {"batch_size": str(rows), "periods": 2 if periods == "2" else str(periods), "stored": "planned"}
         self.pace = drawn if pace is None else pace
+        # As all counts in full, and as measured constants are.
+        self.objective = Objective() if seed % 3 else Objective(gamma=0.6, rho=0.1, kappa=0.4)
         weights = self.cost().model.weights
         self.scores: dict[str, Score] = {
             name: size_of(score) * float(np.exp(draw.normal())) for name, score in equal_importance(weights).items()
@@ -53,7 +55,7 @@ class Fleet:
 
     def plan(self, paced: bool = True, **policy: Any) -> Plan | None:
         pace = Pace.model_validate(self.pace if paced else {})
-        chosen = Policy(**policy, pace=pace)
+        chosen = Policy(**policy, pace=pace, objective=self.objective)
         try:
             return make_plan(self.clients, self.server, self.cost(paced), self.scores, chosen)
         except InputError:
@@ -67,7 +69,7 @@ def best_of_all(fleet: Fleet, verified: int | None = VERIFIED) -> Plan | None:
         fleet: the fleet.
         verified: choices of each dealing of rows that are made and simulated; ``None``: all of them.
     """
-    model, policy = fleet.cost(), Policy(pace=Pace.model_validate(fleet.pace))
+    model, policy = fleet.cost(), Policy(pace=Pace.model_validate(fleet.pace), objective=fleet.objective)
     ranks, rule = rank_choices(model, policy), find_rank_rule(policy.ranks)
     planner = PacedPlanner(fleet.clients, fleet.server, model, fleet.scores, policy, ranks, rule, {}, {}, "")
     problem, layers, count = planner._problem, model.model.layers, len(planner.available)

@@ -197,6 +197,7 @@ def every_split_tried(instance: Instance, model: CostModel, policy: Policy) -> f
         (100, 4, "server", Policy(objective=Objective(gamma=0.3, kappa=0.2))),
         (50, 4, "client", Policy(objective=Objective(gamma=0.5, kappa=0.05))),
         (50, 4, "server", Policy(ranks="uniform", objective=Objective(gamma=0.3, kappa=0.2))),
+        (50, 4, "server", Policy(objective=Objective(gamma=0.6, rho=0.1, kappa=0.4))),
     ],
 )
 def test_objective_is_close_to_that_of_every_split_tried(
@@ -221,7 +222,7 @@ def test_objective_is_close_to_that_of_every_split_tried(
     assert max(losses) <= 0.05
 
 
-def learning_by_definition(made: Plan, scores: dict[str, float], kappa: float) -> float:
+def learning_by_definition(made: Plan, scores: dict[str, float], constants: Objective) -> float:
     """METHOD 5's sum over weights and holders, each with its share of the tokens and the discount of learning apart."""
     rows = {part.name: (part.rows or JOB.batch_size) / part.every for part in made.available}
     total, learning = sum(rows.values()), 0.0
@@ -234,24 +235,24 @@ def learning_by_definition(made: Plan, scores: dict[str, float], kappa: float) -
         own = {name: (share, rank) for name, (share, rank) in held.items() if rank}
         trained = sum(share for share, _ in own.values())
         alike = sum(share**2 for share, _ in own.values()) / trained**2 if trained else 1.0
-        captured = sum(share * np.log2(1 + rank) for share, rank in own.values())
-        learning += scores[weight.name] / sum(scores.values()) * captured * alike**kappa
+        captured = sum(share * np.log2(1 + rank) ** constants.rho for share, rank in own.values())
+        learning += scores[weight.name] / sum(scores.values()) * captured * alike**constants.kappa
     return float(learning)
 
 
 @pytest.mark.parametrize("pace", [Pace(), Pace(batch_size="planned", periods="planned")])
 @pytest.mark.parametrize("freeze", ["never", "planned"])
-@pytest.mark.parametrize("kappa", [0.0, 0.3])
-def test_a_plan_has_the_learning_of_its_definition(pace: Pace, freeze: Any, kappa: float) -> None:
-    model = CostModel(tiny_spec("llama"), JOB, pace)
-    policy = Policy(ranks=8, pace=pace, freeze=freeze, objective=Objective(gamma=0.5, kappa=kappa))
+@pytest.mark.parametrize(("rho", "kappa"), [(1.0, 0.0), (1.0, 0.3), (0.2, 0.3)])
+def test_a_plan_has_the_learning_of_its_definition(pace: Pace, freeze: Any, rho: float, kappa: float) -> None:
+    model, constants = CostModel(tiny_spec("llama"), JOB, pace), Objective(gamma=0.5, rho=rho, kappa=kappa)
+    policy = Policy(ranks=8, pace=pace, freeze=freeze, objective=constants)
     frozen = 0
     for seed in range(12):
         one = random_instance(seed, 4)
         ample = tuple(c.model_copy(update={"memory_gb": 1.0}) for c in one.clients)
         made = make_plan(ample, server(1e12, 1e10), model, one.scores, policy)
         frozen += len(made.forward_only)
-        assert made.captured_importance == pytest.approx(learning_by_definition(made, one.scores, kappa))
+        assert made.captured_importance == pytest.approx(learning_by_definition(made, one.scores, constants))
         assert sum(part.captured_share for part in (made.server, *made.available)) == pytest.approx(1)
         seconds = made.makespan_s + made.exchange_s
         assert made.objective == pytest.approx(made.captured_importance**0.5 * made.rows / seconds)
