@@ -439,6 +439,7 @@ _EXPERIMENTS = {
     "pace": "How near plans come to the speed that budgets allow, and what it costs in learning",
     "capacity": "Where ranks, depth and holders apart change the loss: the constants of the objective (METHOD 5)",
     "prediction": "Which importance metric predicts what ranks are worth (METHOD 3)",
+    "ranks": "What holders of unequal ranks learn under each way to aggregate their adapters (METHOD 6)",
     "replicas": "What several servers give and cost as clients grow in number",
     "simulation": "Whether a simulation tells what emulated runs take, and what simulating itself costs",
     "wire": "What sending activations and gradients in bf16, int8 and int4 costs in perplexity",
