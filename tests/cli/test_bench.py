@@ -234,11 +234,11 @@ def test_an_experiment_is_a_script_and_a_module(way: list[str], tmp_path: Path) 
 
 def test_pace_lists_the_runs_that_are_left(tmp_path: Path) -> None:
     shown = _bench("pace", "--only", "learning", "--list", "--to", str(tmp_path))
-    # Ten levers by three settings and three seeds; each run is compared with the one without any lever.
-    assert len(set(shown.split())) == 90
+    # Eleven ways by three settings and three seeds; each run is compared with the one without any lever.
+    assert len(set(shown.split())) == 99
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "nothing-iid-h0-s0.json").write_text("{}")
     assert (
         "nothing-iid-h0-s0" in shown
-        and len(_bench("pace", "--only", "learning", "--list", "--to", str(tmp_path)).split()) == 89
+        and len(_bench("pace", "--only", "learning", "--list", "--to", str(tmp_path)).split()) == 98
     )

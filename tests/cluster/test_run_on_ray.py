@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def test_a_run_can_be_watched_from_its_directory_while_it_goes_on(
     logged = EventAccumulator(str(run.path / "tensorboard")).Reload()
     perplexities = [event.value for event in logged.Scalars("validation/perplexity")]
     assert perplexities == pytest.approx(list(run.metrics["val_ppl"]))
-    assert [event.step for event in logged.Scalars("loss/small")] == list(range(1, 13))
+    assert [event.step for event in logged.Scalars("loss/large-0")] == list(range(1, 13))
     assert len(list(run.path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
     assert not any("has failed" in note for note in shown.notes)
 
@@ -359,7 +360,9 @@ def test_a_client_that_dies_is_left_out_and_comes_back(cluster_file: Path, tmp_p
         ("lost", "large-1", 1),
         ("returned", "large-1", 2),
     ]
-    assert "large-1 failed in its forward (its process ended); the others go on" in events[0]["text"]
+    # In whichever call is under way.
+    text = r"large-1 failed in its (forward|backward) \(its process ended\); the others go on"
+    assert re.search(text, events[0]["text"])
     assert run.metrics["val_loss"].iloc[-1] < run.metrics["val_loss"].iloc[0]
     assert (run.metrics["available_clients"] == 3).all()
 
