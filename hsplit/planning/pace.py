@@ -9,6 +9,7 @@ The objective is that of the other plans.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -132,32 +133,47 @@ class PaceSearch:
         """Find the best choices in which all clients do the same, one where they train and one where none does.
 
         A search that starts at these misses no trivial plan; and where a server is short of memory, few rows in every
-        turn are what it lacks least for. A client without memory for as many rows as the others brings what it can.
+        turn, and fewest of shallow clients, are what it lacks least for.
         """
         problem, found = self._paced, list[Choice]()
-        rows = self._level_rows()
-        fits = problem.fits[self._kind, np.searchsorted(problem.numbers, rows)]
-        deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
-        splits = np.unique(np.minimum(np.arange(1, int(deepest.max()) + 1)[:, None], deepest), axis=0)
-        if len(splits) > MAX_ALIKE:
-            splits = splits[np.unique(np.geomspace(1, len(splits), MAX_ALIKE).astype(np.int64)) - 1]
-        ones = np.ones_like(splits)
-        for frozen in problem.frozen_choices:
-            alike = Choices(splits, rows * ones, ones, ones * int(frozen) > 0, ones < 0)
-            found += problem.ranked(problem.legal(alike))[:1]
+        every = [self._level_rows(False), self._level_rows(True)]
+        for rows in every if (every[0] != every[1]).any() else every[:1]:
+            fits = problem.fits[self._kind, np.searchsorted(problem.numbers, rows)]
+            deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
+            splits = np.unique(np.minimum(np.arange(1, int(deepest.max()) + 1)[:, None], deepest), axis=0)
+            if len(splits) > MAX_ALIKE:
+                splits = splits[np.unique(np.geomspace(1, len(splits), MAX_ALIKE).astype(np.int64)) - 1]
+            ones = np.ones_like(splits)
+            for frozen in problem.frozen_choices:
+                alike = Choices(splits, rows * ones, ones, ones * int(frozen) > 0, ones < 0)
+                found += problem.ranked(problem.legal(alike))[:1]
         return found
 
-    def _level_rows(self) -> Ints:
-        """Deal out the rows of a step as evenly as the clients' memory allows, ``(N,)``."""
-        numbers = self._paced.numbers
-        most = np.where(self._paced.fits.any(axis=2), numbers, numbers[0]).max(axis=1)[self._kind]
-        # The level at which the sum is reached, then what is left over one by one.
-        level = next((n for n in numbers.tolist() if np.minimum(n, most).sum() >= self._paced.total_rows), numbers[-1])
-        rows = np.minimum(level, most)
-        over = (int(rows.sum()) - self._paced.total_rows) // self._paced.unit
-        less = np.flatnonzero((rows == level) & (rows > numbers[0]))[: max(over, 0)]
-        rows[less] -= self._paced.unit
-        return rows
+    def _level_rows(self, of_server: bool) -> Ints:
+        """Deal out the rows of a step one after another, each to the client with the smallest turn, ``(N,)``.
+
+        So the largest turn is as small as can be: in rows, or in what the server keeps, rows times the layers that are
+        left to it. A client without memory for as many rows as the others brings what it can.
+        """
+        numbers, fits = self._paced.numbers, self._paced.fits
+        deepest = np.where(fits, np.arange(fits.shape[2]), -1).max(axis=2)
+        turn = numbers * ((fits.shape[2] - deepest) if of_server else np.ones_like(deepest))
+        # A client that fits nothing brings least too: then no choice is legal.
+        turn = np.where(deepest < 0, np.inf, turn)
+        place = np.zeros(self._count, dtype=np.int64)
+        left = self._paced.total_rows - int(numbers[0]) * self._count
+        following = (
+            [(float(turn[kind, 1]), i) for i, kind in enumerate(self._kind.tolist())] if len(numbers) > 1 else []
+        )
+        heapq.heapify(following)
+        while left > 0 and following and following[0][0] < np.inf:
+            _, client = heapq.heappop(following)
+            place[client] += 1
+            left -= int(numbers[place[client]] - numbers[place[client] - 1])
+            if place[client] + 1 < len(numbers):
+                heapq.heappush(following, (float(turn[self._kind[client], place[client] + 1]), client))
+        dealt: Ints = numbers[place]
+        return dealt
 
     def _within(self, limit_s: float, everybody: bool = False) -> list[Choice]:
         """Find the best choices in which nobody's exchange takes longer than ``limit_s`` a step.
@@ -222,6 +238,8 @@ class PaceSearch:
 
         for move in _MOVES:
             changed(splits=base.splits + move * groups)
+            # What one client takes off the server may be room for layers of the others.
+            changed(splits=base.splits + move * clients - int(np.sign(move)) * (1 - clients))
         if len(self._paced.frozen_choices) > 1:
             # Several together all train, or none.
             changed(frozen=base.frozen ^ (clients > 0))

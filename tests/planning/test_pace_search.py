@@ -166,15 +166,19 @@ def test_no_other_plan_is_better_in_hundreds_of_fleets() -> None:
     assert not worse
 
 
+@pytest.mark.parametrize("words", [0, 600])
+@pytest.mark.parametrize("objective", [Objective(), Objective(gamma=0.7, rho=0.07, kappa=0.25)])
 @pytest.mark.parametrize("laptop", [85e6, 110e6])
 @pytest.mark.parametrize("short", [0.82e9, 0.9e9])
-def test_no_plan_is_missed_where_the_server_is_short(short: float, laptop: float) -> None:
+def test_no_plan_is_missed_where_the_server_is_short(
+    short: float, laptop: float, objective: Objective, words: int
+) -> None:
     """It has room only for few rows in every turn; the fastest choices have many in one."""
-    policy = Policy(pace=Pace(**ALL, embedding="own", exchange="compute"))
+    policy = Policy(pace=Pace(**ALL, embedding="own", exchange="compute"), objective=objective)
     model = smollm2(policy.pace, base="nf4", dtype="fp32", local_steps=8, residual={"max_rank": 128})
     kinds = [*[(24e6, 5e11, 1e8)] * 2, *[(laptop, 2e12, 2e8)] * 2, (0.55e9, 1e13, 1e9)]
     clients = [client(f"c{i}", *kind) for i, kind in enumerate(kinds)]
-    vocabulary = {part.name: 600 for part in clients}
+    vocabulary = {part.name: words for part in clients}
     scores = equal_importance(model.model.weights)
     plan = make_plan(clients, server(short, 1e12), model, scores, policy, vocabulary=vocabulary)
     assert plan.server.predicted_bytes <= short and all(part.available for part in plan.clients)
