@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hsplit.config import Job, Objective, Pace, Partition, Policy, RunConfig, load_run_config, preset_directory, to_yaml
+from hsplit.config import Job, Pace, Partition, Policy, RunConfig, load_run_config, preset_directory, to_yaml
 
 TWO = "clients: [{name: phone, count: 2, memory_gb: 1}, {name: v1.2, memory_gb: 3}]\n"
 
@@ -54,11 +54,8 @@ def test_defaults(write: Any) -> None:
     config = load_run_config(write("c.yaml", TWO))
     assert config.job == Job()
     assert config.job.rank_set == (1, 2, 4, 8, 16, 32)
-    own = {"description": "", "pace": Pace(), "objective": Objective()}
-    assert config.policy.model_copy(update=own) == Policy()
+    assert config.policy.model_copy(update={"description": "", "pace": Pace()}) == Policy()
     assert config.policy.pace.periods == "planned"
-    # What nobody has measured counts in full.
-    assert config.policy.objective != Objective() == Objective(gamma=1, rho=1, kappa=0)
 
 
 def test_a_client_s_own_paths(write: Any, tmp_path: Path) -> None:
