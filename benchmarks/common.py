@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -167,6 +169,36 @@ def learned_losses(
         for part in coordinator.context.plan.available
     }
     return {name: cross_entropy(whole, tokenizer, own, run.job.batch_size) for name, own in held_out.items()}
+
+
+def perplexities(losses: Mapping[str, CrossEntropy]) -> dict[str, Any]:
+    """Perplexity over all clients' texts, that of the worst client, and each client's loss and tokens."""
+    total, tokens = (sum(part) for part in zip(*((own.total, own.tokens) for own in losses.values()), strict=True))
+    return {
+        "ppl": math.exp(total / tokens),
+        "worst_ppl": max(math.exp(own.total / max(own.tokens, 1)) for own in losses.values()),
+        "losses": {client: (own.total, own.tokens) for client, own in losses.items()},
+    }
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """One line on a finished run, from :func:`perplexities`."""
+    return f"perplexity {found['ppl']:.3f}, worst client {found['worst_ppl']:.3f}"
+
+
+def against(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+    """Cells of :func:`perplexities` over seeds, each with the difference to another run of the same seed.
+
+    Args:
+        pairs: a run and the one that it is compared with, by seed; the same one twice is compared with nothing.
+    """
+    cells = []
+    for field in ("ppl", "worst_ppl"):
+        differences = [one[field] - other[field] for one, other in pairs]
+        spread = f"{statistics.fmean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
+        cells.append(f"{statistics.fmean(one[field] for one, _ in pairs):.3f}")
+        cells.append("" if all(one is other for one, other in pairs) else spread)
+    return cells
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:

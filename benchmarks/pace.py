@@ -19,7 +19,6 @@ the levers. Finished runs stay in ``cells/``: a stopped experiment continues wit
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -108,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("speed", "learning"), help="one part")
     common.cell_flags(parser)
     parser.add_argument("--model", help="as job.model")
-    parser.add_argument("--gamma", type=float, help="first part: policy.objective.gamma, below 1 speed is worth more")
+    parser.add_argument(
+        "--objective", help="first part: policy.objective, such as '{gamma: 0.1}': speed counts for more"
+    )
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args(arguments)
@@ -137,8 +138,8 @@ def drawn(h: float, seed: int, policy: str, overrides: Sequence[str], options: a
 def _speed(name: str, h: float, seed: int, options: argparse.Namespace, known: dict[int, dict[str, int]]) -> Speed:
     """Plan one draw; ``known`` has the distinct token ids of each client by seed."""
     policy, pace = POLICIES[name]
-    gamma = [] if options.gamma is None else [f"policy.objective.gamma={options.gamma}"]
-    run = drawn(h, seed, policy, [*gamma, *(f"policy.pace.{key}" for key in pace)], options)
+    objective = [f"policy.objective={options.objective}"] if options.objective else []
+    run = drawn(h, seed, policy, [*objective, *(f"policy.pace.{key}" for key in pace)], options)
     source = find_model(run.job.model)
     if seed not in known:
         # As clients report when they have read their texts.
@@ -241,14 +242,10 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         wall_s = common.seconds_of(coordinator.run)
         rows = [asdict(row) for row in coordinator.rows]
         found = common.learned_losses(run, source.directory, coordinator, directory)
-        losses = {client: (loss.total, loss.tokens) for client, loss in found.items()}
         plan = coordinator.context.plan.to_json()
-    total, tokens = (sum(loss[i] for loss in losses.values()) for i in (0, 1))
     return {
         **asdict(cell),
-        "ppl": math.exp(total / tokens),
-        "worst_ppl": max(math.exp(loss / max(count, 1)) for loss, count in losses.values()),
-        "losses": losses,
+        **common.perplexities(found),
         "rows": rows,
         "plan": plan,
         "wall_s": wall_s,
@@ -262,7 +259,7 @@ def _learning(options: argparse.Namespace, console: Console, header: Mapping[str
         console,
         header,
         run=lambda cell: run_cell(cell, options),
-        outcome=lambda found: f"perplexity {found['ppl']:.3f}, worst client {found['worst_ppl']:.3f}",
+        outcome=common.said,
     )
     if not every:
         return ""
@@ -285,13 +282,7 @@ def _learning_table(found: Sequence[Mapping[str, Any]]) -> Table:
             ]
             if not pairs:
                 continue
-            cells = [data, f"{h:g}", lever]
-            for field in ("ppl", "worst_ppl"):
-                differences = [one[field] - other[field] for one, other in pairs]
-                cells.append(f"{statistics.fmean(one[field] for one, _ in pairs):.3f}")
-                spread = f"{min(differences):+.3f} to {max(differences):+.3f}"
-                cells.append(f"{statistics.fmean(differences):+.3f} ({spread})")
-            rows.append([*cells, str(len(pairs))])
+            rows.append([data, f"{h:g}", lever, *common.against(pairs), str(len(pairs))])
     return columns, rows
 
 

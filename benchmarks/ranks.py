@@ -18,8 +18,6 @@ its cap, as in FLoRIST (arXiv 2506.09199). The last three are here alone. Finish
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +28,9 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from benchmarks import common
+from benchmarks import capacity, common
 from benchmarks.common import Table
+from benchmarks.pace import DATA
 from hsplit.actors import server
 from hsplit.config import RunConfig
 from hsplit.lora.aggregation import (
@@ -58,12 +57,6 @@ BATCH, STEPS, ROUNDS, SEEDS = 2, 10, 6, (0, 1, 2)
 CAP = 256
 VELOCITY_RANK = 64
 """Directions of a weight's velocity that are kept."""
-DATA = {"iid": "job.data.partition=iid", "dirichlet 0.1": "job.data.partition={dirichlet: 0.1}"}
-CLUSTER = """
-server: {memory_gb: 64, tflops: 2}
-clients:
-  - {name: client, count: %d, memory_gb: 16, tflops: 0.5, bandwidth_mbps: 200}
-"""
 POLICY = """
 split: 30
 ranks: 32
@@ -267,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console,
         header,
         run=lambda cell: run_cell(cell, options),
-        outcome=lambda found: f"perplexity {found['ppl']:.3f}, worst client {found['worst_ppl']:.3f}",
+        outcome=common.said,
     )
     if not every:
         return
@@ -292,12 +285,9 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             wall_s = common.seconds_of(coordinator.run)
             rows = [asdict(row) for row in coordinator.rows]
             losses = common.learned_losses(run, source.directory, coordinator, directory)
-    total, tokens = (sum(part) for part in zip(*((own.total, own.tokens) for own in losses.values()), strict=True))
     return {
         **asdict(cell),
-        "ppl": math.exp(total / tokens),
-        "worst_ppl": max(math.exp(own.total / max(own.tokens, 1)) for own in losses.values()),
-        "losses": {client: (own.total, own.tokens) for client, own in losses.items()},
+        **common.perplexities(losses),
         "cut": coordinator.state.residual_cut,
         "rows": rows,
         "wall_s": wall_s,
@@ -310,10 +300,10 @@ def configured(folder: Path, cell: Cell, options: argparse.Namespace) -> RunConf
         *(f"job.data.source={options.data}", f"job.seed={cell.seed}", f"job.batch_size={BATCH}"),
         *(f"job.rounds={ROUNDS}", f"job.local_steps={STEPS}", f"job.validation.every={ROUNDS}"),
         *("job.base=bf16", "job.dtype=bf16", "job.keep_checkpoints=1", f"job.residual.max_rank={CAP}"),
-        *(DATA[cell.data], *(f"policy.{key}" for key in WAYS[cell.way].policy)),
+        *(*DATA[cell.data], *(f"policy.{key}" for key in WAYS[cell.way].policy)),
         *([f"job.model={options.model}"] if options.model else []),
     ]
-    return common.configured(folder, CLUSTER % len(RANKS), POLICY, overrides)
+    return common.configured(folder, capacity.CLUSTER % len(RANKS), POLICY, overrides)
 
 
 def _average_moments_after_rounds(coordinator: Coordinator) -> None:
@@ -338,14 +328,9 @@ def ways(found: Sequence[Mapping[str, Any]]) -> Table:
             pairs = [(by[data, way, seed], usual[seed]) for seed in usual if (data, way, seed) in by]
             if not pairs:
                 continue
-            cells = [data, way]
-            for field in ("ppl", "worst_ppl"):
-                differences = [one[field] - other[field] for one, other in pairs]
-                cells.append(f"{statistics.fmean(one[field] for one, _ in pairs):.3f}")
-                spread = f"{min(differences):+.3f} to {max(differences):+.3f}"
-                cells.append("" if way == USUAL else f"{statistics.fmean(differences):+.3f} ({spread})")
             cut = max(one["cut"] for one, _ in pairs)
-            rows.append([*cells, f"{cut:.1%}" if cut else "none", str(len(pairs))])
+            shown = f"{cut:.1%}" if cut else "none"
+            rows.append([data, way, *common.against(pairs), shown, str(len(pairs))])
     return columns, rows
 
 

@@ -132,12 +132,12 @@ class PaceSearch:
     def _alike(self) -> list[Choice]:
         """Find the best choices in which all clients do the same, one where they train and one where none does.
 
-        A search that starts at these misses no trivial plan; and where a server is short of memory, few rows in every
-        turn, and fewest of shallow clients, are what it lacks least for.
+        A search that starts at these misses no trivial plan. Where a server lacks memory for all of them, others are
+        added, with fewest rows of shallow clients: what it lacks least for.
         """
         problem, found = self._paced, list[Choice]()
-        every = [self._level_rows(False), self._level_rows(True)]
-        for rows in every if (every[0] != every[1]).any() else every[:1]:
+        for of_server in (False, True):
+            rows = self._level_rows(of_server)
             fits = problem.fits[self._kind, np.searchsorted(problem.numbers, rows)]
             deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
             splits = np.unique(np.minimum(np.arange(1, int(deepest.max()) + 1)[:, None], deepest), axis=0)
@@ -147,6 +147,8 @@ class PaceSearch:
             for frozen in problem.frozen_choices:
                 alike = Choices(splits, rows * ones, ones, ones * int(frozen) > 0, ones < 0)
                 found += problem.ranked(problem.legal(alike))[:1]
+            if any(choice.lacking <= 0 for choice in found):
+                break
         return found
 
     def _level_rows(self, of_server: bool) -> Ints:

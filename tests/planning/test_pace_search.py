@@ -21,6 +21,8 @@ from hsplit.planning.rank_rules import find_rank_rule
 from tests.planning.test_pace import ALL, cost, smollm2
 from tests.planning.test_planner import DEEP, LARGEST, SMALLEST, client, server
 
+AS_MEASURED = Objective(gamma=0.6, rho=0.1, kappa=0.4)
+"""About what ``hsplit bench capacity`` finds."""
 VERIFIED = 25
 """Choices of each dealing of rows that are made and simulated: those with the best estimates."""
 
@@ -43,8 +45,7 @@ class Fleet:
         rows, periods = draw.choice(["planned", "planned", "equal"]), draw.choice(["none", "planned", "2"])
         drawn = {"batch_size": str(rows), "periods": 2 if periods == "2" else str(periods), "stored": "planned"}
         self.pace = drawn if pace is None else pace
-        # As all counts in full, and as measured constants are.
-        self.objective = Objective() if seed % 3 else Objective(gamma=0.6, rho=0.1, kappa=0.4)
+        self.objective = Objective() if seed % 3 else AS_MEASURED
         weights = self.cost().model.weights
         self.scores: dict[str, Score] = {
             name: size_of(score) * float(np.exp(draw.normal())) for name, score in equal_importance(weights).items()
@@ -140,11 +141,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def compared(seed: int) -> dict[str, float]:
+def compared(seed: int, objective: Objective) -> dict[str, float]:
     """The objective of each other plan of a fleet as a part of that of the plan."""
     fleet = Fleet(10_000 + seed, most=6, pace=ALL)
-    # With learning apart discounted, other policies' plans may be better (docs/limits.md).
-    fleet.objective = Objective()
+    fleet.objective = objective
     plan, found = fleet.plan(), dict[str, float]()
     for name, choices in OTHERS.items():
         other = fleet.plan(**choices)
@@ -159,13 +159,21 @@ def compared(seed: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_other_plan_is_better(seed: int) -> None:
-    assert max(compared(seed).values(), default=0.0) <= 1.001
+    assert max(compared(seed, Objective()).values(), default=0.0) <= 1.001
 
 
 @pytest.mark.drill
 def test_no_other_plan_is_better_in_hundreds_of_fleets() -> None:
-    worse = {seed: found for seed in range(200) if max((found := compared(seed)).values(), default=0.0) > 1.001}
-    assert not worse
+    found = {seed: max(compared(seed, Objective()).values(), default=0.0) for seed in range(200)}
+    assert not {seed: part for seed, part in found.items() if part > 1.001}
+
+
+@pytest.mark.drill
+def test_with_measured_constants_other_plans_are_hardly_better() -> None:
+    """The search is less sure where learning apart is discounted (docs/limits.md)."""
+    found = {seed: max(compared(seed, AS_MEASURED).values(), default=0.0) for seed in range(0, 200, 3)}
+    assert max(found.values()) <= 1.02
+    assert len({seed: part for seed, part in found.items() if part > 1.001}) <= 1
 
 
 @pytest.mark.parametrize("words", [0, 600])

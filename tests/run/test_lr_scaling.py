@@ -83,9 +83,14 @@ def test_several_servers_are_averaged_too(models: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("changed", [{"scaling": "none"}, {"scaling": "sqrt", "optimizer": "sgd"}])
 def test_a_mean_of_plain_gradients_needs_none(models: dict[str, Path], tmp_path: Path, changed: dict[str, str]) -> None:
     run = made(models["llama"], tmp_path, **changed)
-    assert not run.context.run.scales_lr
+    actors = run._executor.actors  # type: ignore[attr-defined]  # in-process by construction
+    found = by_layer(stepped(run))
+    holders = {name: actors[name].holder for name in found}
+    assert not any(actors[name]._lr_scales for name in found)
+    usual = learning_rate(0, 4, SETTINGS["lr"], run._job.schedule, run._job.warmup)
+    assert {holder._optimizer.param_groups[0]["lr"] for holder in holders.values()} == {usual}
     if "optimizer" not in changed:
-        assert all(own == roots(*[1] * len(own)) for own in by_layer(stepped(run)).values())
+        assert all(own == roots(*[1] * len(own)) for own in found.values())
 
 
 def test_who_is_lost_is_no_longer_counted(models: dict[str, Path], tmp_path: Path) -> None:
