@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+from hsplit.errors import os_reason
 
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 """Variables that ``getpass.getuser`` reads before it asks the system for the user's name."""
@@ -80,6 +82,19 @@ def keep_ray_token(environ: MutableMapping[str, str] = os.environ) -> None:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
     environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def ray_token_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Path of Ray's token, whether it is there or not."""
+    return Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def no_ray_token(error: OSError) -> str:
+    """Describe in one line why :func:`keep_ray_token` failed."""
+    return (
+        f"HOME: Ray's token cannot be written there nor elsewhere ({os_reason(error)}); set HOME or TMPDIR to a"
+        " directory that can be written"
+    )
 
 
 def _has_name() -> bool:

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 
 from hsplit.config import Job
-from hsplit.data import Batch, Example, TokenizedExample, check_ids, collate, read_examples, validation_batches
+from hsplit.data import (
+    Batch,
+    Example,
+    Reading,
+    TokenizedExample,
+    check_ids,
+    collate,
+    read_source,
+    template_of,
+    validation_batches,
+)
 from hsplit.data.batches import probe_batch
 from hsplit.data.local_data import LocalData
 from hsplit.errors import InputError
@@ -30,6 +40,8 @@ class DataReport:
         too_long: examples over ``job.max_length``, left out whole.
         supervised, validation_supervised: tokens of either that the model is to predict.
         vocabulary: number of distinct token ids in all of them.
+        skipped: rows of a file of its own that were left out.
+        reading: how that file was read, in a line without data.
     """
 
     client: str
@@ -39,6 +51,8 @@ class DataReport:
     supervised: int
     validation_supervised: int
     vocabulary: int
+    skipped: int = 0
+    reading: str = ""
 
 
 class TrainingData:
@@ -98,13 +112,14 @@ class TrainingData:
         except InputError as error:
             raise InputError(f"client {self._name}: {error}") from None
         vocab_size = self._model.vocab_size
-        self.clients = []
+        self.clients, own_reading = [], None
         for client, share in shares.items():
             try:
                 if share is None:
                     assert own is not None
                     try:
-                        examples = self._read(own, tokenizer)
+                        own_reading = self._read(own, tokenizer)
+                        examples = own_reading.examples
                     except InputError as error:
                         where = f"client {client}: data"
                         raise InputError(f"{where}: {error}", f"{where}: {error.discreet}") from None
@@ -127,19 +142,12 @@ class TrainingData:
             supervised=sum(example.supervised for data in self.clients for example in data.train),
             validation_supervised=sum(example.supervised for example in held_out),
             vocabulary=len(ids),
+            skipped=0 if own_reading is None else own_reading.left_out,
+            reading="" if own_reading is None else str(own_reading),
         )
 
-    def _read(self, own: str, tokenizer: Any) -> list[Example]:
-        data = self._job.data
-        return read_examples(
-            own,
-            examples=data.examples,
-            seed=self._job.seed,
-            label=data.label,
-            separator=data.separator,
-            limit=data.limit,
-            chat=chat_template(tokenizer),
-        )
+    def _read(self, own: str, tokenizer: Any) -> Reading:
+        return read_source(own, self._job.data, self._job.seed, template_of(tokenizer))
 
     def step_batches(self, step: int) -> dict[int, Batch]:
         """Draw the batches of local step ``step`` (counted over the run), by microbatch; kept until :meth:`drop`."""
@@ -183,14 +191,3 @@ class TrainingData:
         """
         seed = hash_seed(self._job.seed, data.client, "probe", round_)
         return probe_batch(data.train, tokens, self._rows, seed)
-
-
-def chat_template(tokenizer: Any) -> Any:
-    """Return the tokenizer's chat template as ``data.read_examples`` takes it, or ``None`` if it has none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-
-    return render

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hsplit.data.tokens import TokenizedExample
+from hsplit.data.examples import TokenizedExample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,8 @@ def collate(examples: Sequence[TokenizedExample], padding: int = PADDING) -> Bat
         # Position t predicts token t + 1; with an empty prompt no position predicts the first token.
         first = max(example.prompt_length, 1)
         targets[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        for start, stop in example.unsupervised:
+            targets[row, max(start, first) - 1 : stop - 1] = IGNORED
     return Batch(ids, targets, lengths)
 
 

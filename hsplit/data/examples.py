@@ -1,4 +1,4 @@
-"""The unit of fine-tuning data: a prompt, which may be a meaning representation, and the response to learn."""
+"""The unit of fine-tuning data: a prompt, which may be a meaning representation, and the response; and its tokens."""
 
 from __future__ import annotations
 
@@ -53,12 +53,17 @@ class Example:
         response: the answer to learn.
         label: the class for a Dirichlet partition, or None if the data has none.
         turns: for a chat, the SHA-256 of the turns from which its template has made the prompt; None for other data.
+        unsupervised: parts of the response that are not learned, ``(first character, end)``: in a conversation the
+            turns between two answers. If the last one ends where the response does, the eos is not learned either.
+        text: a text that is learned whole, in pieces of ``job.max_length`` tokens.
     """
 
     prompt: str
     response: str
     label: str | None
     turns: str | None = field(default=None, compare=False)
+    unsupervised: tuple[tuple[int, int], ...] = ()
+    text: bool = False
 
     @property
     def input_key(self) -> str:
@@ -67,3 +72,31 @@ class Example:
         It depends on the file's content alone: a template may write today's date into the prompt.
         """
         return self.prompt if self.turns is None else self.turns
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One example in tokens.
+
+    Attributes:
+        ids: ids of the prompt (with bos, if the tokenizer adds one), of the response, and the eos, if there
+            is one.
+        prompt_length: number of prompt tokens; the model is trained to predict the others.
+        unsupervised: except these, ``(first, end)``, beyond the prompt and in order.
+    """
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    unsupervised: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that the model is trained to predict; with an empty prompt nothing predicts the first."""
+        first = max(self.prompt_length, 1)
+        left_out = sum(max(0, stop - max(start, first)) for start, stop in self.unsupervised)
+        return max(0, len(self.ids) - first - left_out)
+
+    def cut(self, length: int) -> TokenizedExample:
+        """Its first ``length`` tokens."""
+        spans = tuple((start, min(stop, length)) for start, stop in self.unsupervised if start < length)
+        return TokenizedExample(self.ids[:length], min(self.prompt_length, length), spans)

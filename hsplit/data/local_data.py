@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from hsplit.config import Job
 from hsplit.data.batches import PADDING, ExampleSampler
-from hsplit.data.examples import Example
+from hsplit.data.examples import Example, TokenizedExample
 from hsplit.data.holdout import hold_out
-from hsplit.data.tokens import TokenizedExample, tokenize
+from hsplit.data.tokens import tokenize
 from hsplit.errors import InputError
 from hsplit.seeds import hash_seed
 
@@ -34,7 +34,7 @@ class LocalData:
         client: its name.
         train: examples to train on.
         held_out: examples to validate on.
-        too_long: examples over ``job.max_length`` tokens, left out whole.
+        too_long: examples over ``job.max_length`` tokens that are left out.
 
     Raises:
         InputError: there are fewer than two examples, or too few that fit ``job.max_length``.
@@ -51,8 +51,9 @@ class LocalData:
         self.client = client
         where = _where(client, source, job)
         train, held_out = _parts(client, examples, job, where)
-        self.train, too_long_train = tokenize(train, tokenizer, job.max_length)
-        self.held_out, too_long_held_out = tokenize(held_out, tokenizer, job.max_length)
+        data = job.data
+        self.train, too_long_train = tokenize(train, tokenizer, job.max_length, data.long, data.cache)
+        self.held_out, too_long_held_out = tokenize(held_out, tokenizer, job.max_length, data.long, data.cache)
         for what, part, fitting in (("training", train, self.train), ("validation", held_out, self.held_out)):
             if not fitting:
                 raise _none_fits(where, what, len(part), job)
@@ -89,9 +90,11 @@ def check_shares(shares: Mapping[str, Sequence[Example]], tokenizer: PreTrainedT
         where = _where(client, None, job)
         train, held_out = _parts(client, examples, job, where)
         for what, part in (("training", train), ("validation", held_out)):
-            if not has_example(part, tokenizer, job.max_length):
+            if not has_example(part, tokenizer, job.max_length, long=job.data.long):
                 raise _none_fits(where, what, len(part), job)
-        supervised = supervised or has_example(train, tokenizer, job.max_length, lambda example: example.supervised > 0)
+        supervised = supervised or has_example(
+            train, tokenizer, job.max_length, lambda example: example.supervised > 0, long=job.data.long
+        )
     return supervised
 
 
@@ -100,11 +103,17 @@ def has_example(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     wanted: Callable[[TokenizedExample], bool] = lambda example: True,
+    long: str = "skip",
 ) -> bool:
-    """True if one of ``examples`` fits ``max_length`` tokens and is ``wanted``; stops at the first that is."""
+    """True if one of ``examples`` fits ``max_length`` tokens and is ``wanted``; stops at the first that is.
+
+    Args:
+        examples, tokenizer, max_length, long: as for :func:`~hsplit.data.tokens.tokenize`.
+        wanted: of the tokens.
+    """
     start, count = 0, _FIRST
     while start < len(examples):
-        fitting, _ = tokenize(examples[start : start + count], tokenizer, max_length)
+        fitting, _ = tokenize(examples[start : start + count], tokenizer, max_length, long)
         if any(map(wanted, fitting)):
             return True
         start, count = start + count, 4 * count
@@ -128,7 +137,7 @@ def nothing_supervised(where: str, what: str, model: str, max_length: int | None
 
 
 def _where(client: str, source: str | None, job: Job) -> str:
-    return f"client {client}: {source or f'job.data.source {job.data.source}'}"
+    return f"client {client}: {source or f'job.data.{job.data.origin}'}"
 
 
 def _parts(client: str, examples: Sequence[Example], job: Job, where: str) -> tuple[list[Example], list[Example]]:

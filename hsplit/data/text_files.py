@@ -9,6 +9,8 @@ from pathlib import Path
 from hsplit.errors import InputError
 from hsplit.files import sha256_of
 
+_LOOKED_AT = 1 << 16
+
 
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes in hexadecimal; `~` is expanded.
@@ -24,23 +26,35 @@ def file_sha256(path: str | Path) -> str:
         raise unreadable(path, error) from None
 
 
-def read_text(path: Path) -> str:
-    """Read the text of a UTF-8 file, with or without BOM: line ends as one character, none at the end.
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
 
     Raises:
-        InputError: if the file cannot be read, is not UTF-8, or holds nothing.
+        InputError: it cannot be read.
     """
     try:
         _refuse_devices(path)
-        raw = path.read_bytes()
+        return path.read_bytes()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
+
+
+def text_of(path: Path, raw: bytes) -> str:
+    """Decode a UTF-8 file, with or without BOM: line ends as one character, none at the end.
+
+    Raises:
+        InputError: it is not UTF-8, or holds nothing.
+    """
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
+        # Any bytes are latin-1; these are text in it.
+        looks = " (it may be latin-1)" if raw[:_LOOKED_AT].decode("latin-1").replace("\n", "").isprintable() else ""
         byte = raw[error.start]
-        raise InputError(f"{path}: line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+        raise InputError(
+            f"{path}: line {line}: byte 0x{byte:02x} is not UTF-8{looks}; save the file as UTF-8"
+        ) from None
     # Only the line ends of files: splitlines() would also break at the separators that texts may contain.
     text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     if not text.strip():

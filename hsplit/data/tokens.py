@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hsplit.data.examples import Example
+from hsplit.data.examples import Example, TokenizedExample
+from hsplit.data.kept_tokens import kept_tokens
 from hsplit.errors import InputError
+from hsplit.waiting import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AT_ONCE = 1000
+"""Examples that are tokenized together."""
 # Texts after which most tokenizers end a token, whatever follows.
 _BORDERS = ("", "\n", ".", "a")
 _MAX_NAMED = 5
 
 
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One example in tokens.
-
-    Attributes:
-        ids: ids of the prompt (with bos, if the tokenizer adds one), of the response, and the eos, if there
-            is one.
-        prompt_length: number of prompt tokens; the model is trained to predict the others.
-    """
-
-    ids: tuple[int, ...]
-    prompt_length: int
-
-    @property
-    def supervised(self) -> int:
-        """Number of tokens that the model is trained to predict; with an empty prompt nothing predicts the first."""
-        return max(0, len(self.ids) - max(self.prompt_length, 1))
-
-
 def tokenize(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    long: str = "skip",
+    cache: bool = False,
 ) -> tuple[list[TokenizedExample], int]:
-    """Tokenize, and leave out (never cut) examples of more than `max_length` tokens.
+    """Tokenize, and leave out or cut examples of more than `max_length` tokens; a text becomes several examples.
 
     The prompt's tokens are those of the prompt alone, from which generation starts. The response's are those that
     follow when prompt and response are tokenized as one text, so that no tokenizer inserts the space that it puts
@@ -49,28 +37,112 @@ def tokenize(
     Only two special tokens are added: the bos that the tokenizer puts before every text, and the eos at the end;
     neither where the text already has it. A chat gets the bos that its template writes, or none.
 
+    Where a part of a response is not learned, the tokens that begin in it are not.
+
+    Args:
+        examples: to tokenize.
+        tokenizer: the model's; a fast one uses all cores.
+        max_length: most tokens of one.
+        long: ``skip`` or ``cut``; one that has nothing to learn within `max_length` is left out in either case.
+        cache: keep the tokens of :data:`~hsplit.data.kept_tokens.MANY` or more examples in the user's cache directory,
+            and take them from there.
+
     Returns:
         The examples that fit, in their order, and the number of those that do not.
     """
     if not examples:
         return [], 0
+    kept = kept_tokens(examples, tokenizer, f"{max_length} {long}") if cache else None
+    if kept is not None and (found := kept.get()) is not None:
+        return found
     first = _leading_bos(tokenizer)
+    last = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    fitting, left_out = list[TokenizedExample](), 0
+    starts = range(0, len(examples), AT_ONCE)
+    for start in track(starts, "tokenizing", AT_ONCE, len(examples)):
+        part = examples[start : start + AT_ONCE]
+        for example, made in zip(part, _whole_examples(part, tokenizer, first, last), strict=True):
+            if example.text:
+                fitting += _pieces(made, max_length)
+            elif len(made.ids) <= max_length:
+                fitting.append(made)
+            elif long == "cut" and (cut := made.cut(max_length)).supervised:
+                fitting.append(cut)
+            else:
+                left_out += 1
+    if kept is not None:
+        kept.put(fitting, left_out)
+    return fitting, left_out
+
+
+def _whole_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, first: list[int], last: list[int]
+) -> Iterator[TokenizedExample]:
+    """Tokenize, however long they become; ``first`` and ``last`` are bos and eos, as lists of one or none."""
     prompts = _ids(tokenizer, [example.prompt for example in examples])
     wholes = _ids(tokenizer, [example.prompt + example.response for example in examples])
-    last = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    fitting = []
-    for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
+    offsets = _offsets(tokenizer, examples)
+    for place, (example, prompt, whole) in enumerate(zip(examples, prompts, wholes, strict=True)):
         if whole[: len(prompt)] == prompt:
-            response = whole[len(prompt) :]
+            response, begins = whole[len(prompt) :], offsets.get(place, [])[len(prompt) :]
         else:
-            response = _continuation(tokenizer, prompt, whole, example.response)
+            response, begins = _continuation(tokenizer, prompt, whole, example.response), []
         if first and example.turns is None and prompt[:1] != first:
             prompt = first + prompt
+        spans = _token_spans(example, prompt, response, begins, tokenizer) if example.unsupervised else ()
         if last and response[-1:] != last:
             response = response + last
-        if len(prompt) + len(response) <= max_length:
-            fitting.append(TokenizedExample(tuple(prompt + response), len(prompt)))
-    return fitting, len(examples) - len(fitting)
+            if example.unsupervised and example.unsupervised[-1][1] == len(example.response):
+                end = len(prompt) + len(response)
+                spans = (*spans, (end - 1, end))
+        yield TokenizedExample(tuple(prompt + response), len(prompt), spans)
+
+
+def _pieces(text: TokenizedExample, length: int) -> list[TokenizedExample]:
+    """Cut a text into pieces of ``length`` tokens; a last one of a single token has nothing to predict."""
+    ids, first = text.ids, text.prompt_length
+    starts = range(0, max(len(ids), 1), length)
+    pieces = [TokenizedExample(ids[at : at + length], first if at == 0 else 0) for at in starts]
+    return [piece for piece in pieces if piece.supervised or len(pieces) == 1]
+
+
+def _offsets(tokenizer: Any, examples: Sequence[Example]) -> dict[int, list[int]]:
+    """The character of its response at which each token of an example begins, where a part of it is not learned."""
+    places = [place for place, example in enumerate(examples) if example.unsupervised]
+    if not places or not getattr(tokenizer, "is_fast", False):
+        return {}
+    texts = [examples[place].prompt + examples[place].response for place in places]
+    mapped = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    return {
+        place: [begin - len(examples[place].prompt) for begin, _ in own]
+        for place, own in zip(places, mapped, strict=True)
+    }
+
+
+def _token_spans(
+    example: Example, prompt: list[int], response: list[int], begins: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, int], ...]:
+    """The tokens that begin in an unsupervised part of the response, as spans of the whole example's tokens.
+
+    Args:
+        example: whose tokens they are.
+        prompt, response: its tokens, without an eos that is in no text.
+        begins: the character at which each of the response's begins; empty if it is not known.
+        tokenizer: theirs.
+    """
+    if not begins:
+        # The text of a token's predecessors ends where it begins.
+        known = len(_text(tokenizer, prompt))
+        begins = [len(_text(tokenizer, prompt + response[:place])) - known for place in range(len(response))]
+    spans = list[tuple[int, int]]()
+    for place, begin in enumerate(begins):
+        if any(start <= begin < stop for start, stop in example.unsupervised):
+            at = len(prompt) + place
+            if spans and spans[-1][1] == at:
+                spans[-1] = spans[-1][0], at + 1
+            else:
+                spans.append((at, at + 1))
+    return tuple(spans)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 
-from hsplit.actors.executor import Executor, Ref
+from hsplit.actors.executor import ActorFailure, Executor, Ref
 from hsplit.actors.participant import Participant
 from hsplit.actors.training_data import DataReport
 from hsplit.config import ClientConfig, Job
 from hsplit.config.cluster import CENTRAL
 from hsplit.data import Example
 from hsplit.data.local_data import nothing_supervised
-from hsplit.errors import InputError
+from hsplit.errors import HsplitError, InputError
 from hsplit.observe.events import EventLog
 from hsplit.planning.plan import Plan
 from hsplit.run.state import RunState
@@ -57,37 +57,46 @@ class ClientData:
         for client in clients:
             # A single node has all clients' data.
             own = client.data
-            self._sources[client.name] = f"job.data.source {self._job.data.source}" if own is None else f"data {own}"
+            self._sources[client.name] = f"job.data.{self._job.data.origin}" if own is None else f"data {own}"
             shares = every if client.name == CENTRAL else {client.name: every.get(client.name)}
             calls[client.name] = self._executor.call(client.name, Participant.load_data, shares, client.data)
         return calls
 
-    def receive(self, calls: Mapping[str, Ref[DataReport]]) -> dict[str, InputError]:
+    def receive(
+        self, calls: Mapping[str, Ref[DataReport]], until: float | None = None
+    ) -> tuple[dict[str, InputError], list[ActorFailure]]:
         """Wait for the calls of :meth:`begin`, and report the sizes.
 
         Args:
             calls: by client.
+            until: by ``time.monotonic``; ``None``: wait for all.
 
         Returns:
-            Why the data of some cannot be read, by client.
+            Why the data of some cannot be read, by client, and the failures of those that have not answered by then.
 
         Raises:
-            ActorFailure: a client failed.
+            ActorFailure: a client failed in another way.
         """
-        unreadable = {}
+        unreadable, late = {}, list[ActorFailure]()
         for name, call in calls.items():
-            try:
-                report = self._executor.value(call)
-            except InputError as error:
-                unreadable[name] = error
+            (report,) = self._executor.wait([call], until)
+            if isinstance(report, InputError):
+                unreadable[name] = report
                 continue
+            if isinstance(report, ActorFailure) and report.kind == "late":
+                late.append(report)
+                continue
+            if isinstance(report, HsplitError):
+                raise report
             self.record(report)
             text = f"{report.client}: {report.train} examples to train on, {report.validation} held out"
             self._events.write("data", text, **asdict(report))
+            if report.skipped:
+                self._note("skipped", f"{report.client}: its data are {report.reading}", client=report.client)
             if report.too_long:
                 text = f"{report.client}: {report.too_long} examples over {self._job.max_length} tokens are left out"
                 self._note("too_long", text, client=report.client, count=report.too_long)
-        return unreadable
+        return unreadable, late
 
     def check(
         self, clients: Collection[str], unreadable: Mapping[str, InputError], unavailable: Collection[str]

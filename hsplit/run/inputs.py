@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsplit.config import Partition, Policy, RunConfig
+from hsplit.config.job import BUILT_IN, DataSpec
 from hsplit.config.section import is_reference
 from hsplit.errors import InputError
 from hsplit.extension import origin
@@ -16,6 +17,9 @@ from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.dtype import dtype_name, resolve_dtype
 from hsplit.models.lookup import ModelSource
+from hsplit.models.proof import prove_once
+from hsplit.models.recorded_family import RecordedFamily
+from hsplit.models.spec import ModelSpec
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.planning.importance import find_metric
 from hsplit.planning.paced_plan import paces
@@ -25,7 +29,7 @@ from hsplit.planning.split_rules import find_split_rule
 from hsplit.run.context import Inputs
 
 if TYPE_CHECKING:
-    from hsplit.data import Example
+    from hsplit.data import Example, Reading
 
 MOST_READ = 20_000
 """Most examples of shared data that are read for a plan alone: a few seconds of tokenizing."""
@@ -37,24 +41,33 @@ def resolved_config(run: RunConfig) -> RunConfig:
     A resume from another directory or machine then reads it the same.
     """
     device = "cuda" if run.server.num_gpus > 0 else "cpu"
-    job, source = run.job, Path(os.path.expanduser(run.job.data.source))
-    changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device))}
-    if os.path.isfile(source):
-        changes["data"] = job.data.model_copy(update={"source": str(source.resolve())})
+    job = run.job
+    changes: dict[str, Any] = {"dtype": dtype_name(resolve_dtype(job.dtype, device)), "data": _resolved(job.data)}
     if os.path.isdir(model := os.path.expanduser(job.model)):
         changes["model"] = str(Path(model).resolve())
     return run.model_copy(update={"job": job.model_copy(update=changes)})
+
+
+def _resolved(data: DataSpec) -> DataSpec:
+    """``data`` with absolute paths of files, folders and patterns."""
+    from hsplit.data import absolute_source
+
+    parts = tuple(part.model_copy(update={"source": absolute_source(part.source)}) for part in data.mixture)
+    return data.model_copy(update={"source": absolute_source(data.source), "mixture": parts})
 
 
 def check_model(run: RunConfig, source: ModelSource) -> None:
     """Refuse a run that does not fit its model.
 
     Raises:
-        InputError: the model has no family, targets match nothing, the split is past the last layer, texts are longer
-            than the model's learned positions, or a user's own part of the policy cannot be found.
+        InputError: the model cannot be split exactly, targets match nothing, the split is past the last layer, texts
+            are longer than the model's learned positions, or a user's own part of the policy cannot be found.
     """
     own_code(run.policy)
     model = source.spec
+    if isinstance(model.family, RecordedFamily):
+        prove_once(model.config)
+        model.family.check_length(run.job.max_length)
     positions = model.family.positions(model.config)
     if positions is not None and run.job.max_length > positions:
         raise InputError(
@@ -67,6 +80,15 @@ def check_model(run: RunConfig, source: ModelSource) -> None:
             f"policy {run.policy.name}: split: must be at most {model.layers}, the layers of {run.job.model} "
             f"(got {run.policy.split})"
         )
+
+
+def unadapted_text(model: ModelSpec) -> str:
+    """Say which share of the layers' weights can have no adapter; empty where all can."""
+    share, names = model.unadaptable
+    if not share:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{share:.1%} of the layers' weights stay frozen, without adapters: {', '.join(names[:3])}{more}"
 
 
 def own_code(policy: Policy) -> list[str]:
@@ -87,36 +109,34 @@ def own_code(policy: Policy) -> list[str]:
     return [f"{word} is code from {origin(word)}" for word in own]
 
 
-def read_shared(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> tuple[list[Example], list[Example]]:
+def read_shared(
+    run: RunConfig, source: ModelSource, tokenizer: Any = None
+) -> tuple[list[Example], list[Example], Reading]:
     """The shared data: the clients' examples, and the test part (``data.test``), which no client ever gets.
 
     Args:
         run: resolved configuration.
         source: the model.
         tokenizer: the model's, if it is loaded already.
+
+    Returns:
+        Both, and how the source was read.
     """
-    from hsplit.actors.training_data import chat_template
-    from hsplit.data import read_examples, split_off_test
+    from hsplit.data import read_data, split_off_test, template_of
 
     job, data = run.job, run.job.data
-    examples = read_examples(
-        data.source,
-        examples=data.examples,
-        seed=job.seed,
-        label=data.label,
-        separator=data.separator,
-        limit=data.limit,
-        chat=chat_template(tokenizer or load_tokenizer(source.directory)),
-    )
-    return split_off_test(examples, data.test, job.seed)
+    template = template_of(tokenizer or load_tokenizer(source.directory))
+    reading = read_data(data, job.seed, template)
+    return *split_off_test(reading.examples, data.test, job.seed), reading
 
 
 def shared_sha256(run: RunConfig) -> str:
-    """Fingerprint of the shared data: the file's SHA-256, or the generator's name and arguments."""
-    from hsplit.data import file_sha256
+    """Fingerprint of the shared data: the files' SHA-256, or the generator's or hub data set's name and arguments."""
+    from hsplit.data import source_sha256
 
-    data, path = run.job.data, os.path.expanduser(run.job.data.source)
-    return file_sha256(path) if os.path.isfile(path) else f"{data.source} {data.examples} {run.job.seed}"
+    data = run.job.data
+    found = [source_sha256(source) or f"{source} {data.examples} {run.job.seed}" for source in data.sources]
+    return " ".join(found)
 
 
 def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> Inputs:
@@ -138,11 +158,12 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
     job, data = run.job, run.job.data
     sharing = [client.name for client in run.clients if client.data is None]
     shares: dict[str, Any] = {client.name: None for client in run.clients}
-    digest = ""
+    digest = reading = ""
     examples: list[Example] = []
     if sharing:
-        examples, test = read_shared(run, source, tokenizer)
+        examples, test, read = read_shared(run, source, tokenizer)
         _check_count(len(examples), sharing, run)
+        reading = str(read)
         spec = data.partition
         how = spec.model_dump(exclude_none=True) if isinstance(spec, Partition) else spec
         parts = partition(examples, len(sharing), how, job.seed)
@@ -151,7 +172,7 @@ def read_inputs(run: RunConfig, source: ModelSource, tokenizer: Any = None) -> I
         _check_supervised({name: shares[name] for name in sharing}, test, run, tokenizer)
         digest = shared_sha256(run)
     _check_tokens(examples, run, source, tokenizer)
-    return Inputs(shares, model_fingerprint(source.directory), digest)
+    return Inputs(shares, model_fingerprint(source.directory), digest, reading)
 
 
 def read_fleet(run: RunConfig, source: ModelSource) -> tuple[Fleet, str]:
@@ -173,7 +194,7 @@ def read_fleet(run: RunConfig, source: ModelSource) -> tuple[Fleet, str]:
     job, spec = run.job, run.job.data.partition
     try:
         tokenizer = load_tokenizer(source.directory)
-        examples, _ = read_shared(run, source, tokenizer)
+        examples, _, _ = read_shared(run, source, tokenizer)
         _check_count(len(examples), sharing, run)
         if len(examples) > MOST_READ:
             return fleet, f"{len(examples):,} examples, and a plan alone reads at most {MOST_READ:,}"
@@ -194,10 +215,10 @@ def _check_count(count: int, clients: list[str], run: RunConfig) -> None:
     data, least = run.job.data, SMALLEST_SHARE * len(clients)
     if count >= least:
         return
-    made = "" if os.path.isfile(os.path.expanduser(data.source)) else f", job.data.examples {data.examples}"
+    made = f", job.data.examples {data.examples}" if BUILT_IN in data.sources else ""
     taken = f", job.data.limit {data.limit}" if data.limit is not None else ""
     taken += f", job.data.test {data.test:g}" if data.test else ""
-    where = f"job.data.source {data.source}{made}{taken}"
+    where = f"job.data.{data.origin}{made}{taken}"
     if len(clients) == 1:
         has = "1 example" if count else "no example"
         need = f"client {clients[0]} needs at least {least}, one to train on and one to validate on"
@@ -215,9 +236,9 @@ def _check_supervised(shares: dict[str, list[Example]], test: list[Example], run
     job = run.job
     supervised = check_shares(shares, tokenizer, job)
     if not supervised and len(shares) == len(run.clients):
-        raise nothing_supervised(f"job.data.source {job.data.source}", "training", job.model, job.max_length)
+        raise nothing_supervised(f"job.data.{job.data.origin}", "training", job.model, job.max_length)
     if test and not has_example(test, tokenizer, sys.maxsize, lambda example: example.supervised > 0):
-        raise nothing_supervised(f"job.data.test {job.data.test:g} of {job.data.source}", "test", job.model)
+        raise nothing_supervised(f"job.data.test {job.data.test:g} of {', '.join(job.data.sources)}", "test", job.model)
 
 
 def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, tokenizer: Any) -> None:
@@ -228,5 +249,5 @@ def _check_tokens(examples: list[Example], run: RunConfig, source: ModelSource, 
     if largest_id(tokenizer) < vocab_size:
         return
     check_special_tokens(tokenizer, vocab_size)
-    fitting, _ = tokenize(examples, tokenizer, run.job.max_length)
-    check_ids(fitting, tokenizer, vocab_size, f"data.source {run.job.data.source}")
+    fitting, _ = tokenize(examples, tokenizer, run.job.max_length, run.job.data.long, run.job.data.cache)
+    check_ids(fitting, tokenizer, vocab_size, f"data.{run.job.data.origin}")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from hsplit.data.batches import ExampleSampler, collate, validation_batches
-from hsplit.data.examples import Example
-from hsplit.data.tokens import TokenizedExample, padding_id, tokenize
+from hsplit.data.examples import Example, TokenizedExample
+from hsplit.data.tokens import padding_id, tokenize
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
@@ -134,7 +134,7 @@ def test_senseless_sizes_are_refused() -> None:
 
 
 def test_importing_the_package_loads_no_framework() -> None:
-    modules = "batches, chat, examples, formats, holdout, partition, restaurants, sources"
+    modules = "batches, chat, examples, forms, holdout, partition, restaurants, sources"
     heavy = "{'torch', 'transformers', 'numpy', 'pandas'}"
     code = f"import sys; from hsplit.data import {modules}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

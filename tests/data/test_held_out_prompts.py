@@ -54,7 +54,7 @@ def test_no_client_gets_an_example_of_the_test_part(tmp_path: Path, models: dict
     job = Job.model_validate({"data": {"source": str(data), "test": 0.3, "partition": partition}})
     clients = tuple(ClientConfig(name=name, kind=name, memory_gb=1.0, tflops=1.0) for name in ("a", "b", "c"))
     run, source = RunConfig(clients=clients, job=job), find_model(str(models["llama"]))
-    rest, test = read_shared(run, source)
+    rest, test, _ = read_shared(run, source)
     shares = read_inputs(run, source).shares
     given = [example for share in shares.values() for example in share or []]
     assert len(_prompts(test)) == 6 and len(test) == 18

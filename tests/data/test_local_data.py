@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hsplit.config import Job
 from hsplit.data import Example
+from hsplit.data.examples import TokenizedExample
 from hsplit.data.local_data import LocalData, check_shares, has_example
-from hsplit.data.tokens import TokenizedExample
 from hsplit.errors import InputError
 from tests.tiny import tiny_tokenizer, wordless_tokenizer
 
@@ -47,8 +47,13 @@ def test_examples_that_are_all_too_long_name_the_length_that_may_be_raised() -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares=st.lists(st.lists(st.integers(1, 12), max_size=30), min_size=1, max_size=4), silent=st.booleans())
-def test_what_the_driver_refuses_is_what_a_client_would(shares: list[list[int]], silent: bool) -> None:
+@given(
+    shares=st.lists(st.lists(st.integers(1, 12), max_size=30), min_size=1, max_size=4),
+    silent=st.booleans(),
+    long=st.sampled_from(["skip", "cut"]),
+)
+def test_what_the_driver_refuses_is_what_a_client_would(shares: list[list[int]], silent: bool, long: str) -> None:
+    own_job = job(data={"source": "d.csv", "long": long})
     tokenizer = WORDLESS if silent else TINY
     given_ = {f"c{i}": examples(*lengths, word="zz" if silent else "w5") for i, lengths in enumerate(shares)}
 
@@ -56,14 +61,14 @@ def test_what_the_driver_refuses_is_what_a_client_would(shares: list[list[int]],
         found = []
         for client, own in given_.items():
             try:
-                LocalData(client, own, tokenizer, job())
+                LocalData(client, own, tokenizer, own_job)
             except InputError as error:
                 found.append(str(error))
         return found
 
     clients = refusals()
     try:
-        supervised = check_shares(given_, tokenizer, job())
+        supervised = check_shares(given_, tokenizer, own_job)
     except InputError as error:
         assert clients and str(error) == clients[0]
     else:

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from hsplit.actors.training_data import chat_template
 from hsplit.data import Example, TokenizedExample, check_ids, check_special_tokens, padding_id, tokenize
-from hsplit.data.chat import conversation_texts, turns_sha256
+from hsplit.data.chat import Conversation, rendered, template_of, turns_sha256
 from hsplit.errors import InputError
 from tests.data.real_tokenizers import KINDS, TEMPLATES, byte_level
 
@@ -59,8 +58,10 @@ def test_a_chat_has_the_template_s_own_tokens(kind: str, template: str, question
         {"role": role, "content": text} for text in questions for role, text in (("user", text), ("assistant", "b"))
     ]
     turns[-1] = {"role": "assistant", "content": answer}
-    prompt, response = conversation_texts(turns, chat_template(tokenizer), "here")
-    made = tokens_of(Example(prompt, response, None, turns_sha256(turns[:-1])), tokenizer)
+    conversation = Conversation(tuple(turns), (None,) * len(turns))
+    text = rendered(conversation, template_of(tokenizer), "last", "here")
+    assert text.turns == turns_sha256(turns[:-1])
+    made = tokens_of(Example(text.prompt, text.response, None, text.turns), tokenizer)
     start = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template(turns, return_dict=False)
     assert list(made.ids[: made.prompt_length]) == list(start)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsplit.data import file_sha256, read_examples
+from hsplit.config import DataSpec
+from hsplit.data import file_sha256, read_source
 from hsplit.data.examples import parse_meaning
 from hsplit.errors import InputError
 from tests.fuzz.harness import as_json, damaged, examples, mangled, read_or_refused
@@ -21,6 +22,17 @@ CSV = (
 )
 CHAT = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}], "ward": 3}
 LINE = {"prompt": "name[Blue], food[Thai]", "response": "It is Thai.", "ward": [1, {"a": None}]}
+ALPACA = {"instruction": "Say", "input": "", "output": "Yes.", "history": [["a", "b"]], "ward": 3}
+SHAREGPT = {
+    "conversations": [
+        {"from": "human", "value": "Hello?"},
+        {"from": "function_call", "value": '{"name": "look", "arguments": {}}'},
+        {"from": "observation", "value": "dark"},
+        {"from": "gpt", "value": "Yes.", "weight": 1},
+    ],
+    "tools": "[]",
+}
+ROWS = [ALPACA, ALPACA]
 TEXT = b"name[Blue], food[Thai]||It is Thai.\nprompt||response\n"
 TOKENS = (
     *(
@@ -52,6 +64,7 @@ TOKENS = (
 )
 FILES = {
     ".csv": mangled(CSV, TOKENS),
+    ".json": mangled(as_json(ROWS), TOKENS) | st.lists(damaged(ALPACA) | damaged(SHAREGPT), max_size=3).map(as_json),
     ".jsonl": mangled(as_json(LINE) + b"\n" + as_json(CHAT), TOKENS)
     | st.lists(damaged(LINE) | damaged(CHAT), max_size=3).map(lambda rows: b"\n".join(map(as_json, rows))),
     ".txt": mangled(TEXT, TOKENS),
@@ -72,16 +85,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @examples(200)
-@given(content=CONTENTS, label=st.sampled_from([None, "ward", "name", "food", "\x1b", ""]))
-def test_a_damaged_data_file(folder: Path, content: tuple[str, bytes], label: str | None) -> None:
+@given(
+    content=CONTENTS,
+    label=st.sampled_from([None, "ward", "name", "food", "\x1b"]),
+    train_on=st.sampled_from(["last", "all", "none-but-flagged"]),
+    strict=st.booleans(),
+)
+def test_a_damaged_data_file(
+    folder: Path, content: tuple[str, bytes], label: str | None, train_on: Any, strict: bool
+) -> None:
     suffix, raw = content
     path = folder / f"notes{suffix}"
     path.write_bytes(raw)
-    options: dict[str, Any] = {"examples": 1, "seed": 0, "label": label, "separator": None, "limit": 2, "chat": _chat}
-    found = read_or_refused(lambda: read_examples(str(path), **options), path.name)
-    for example in found or ():
-        # The tokenizer gets encodable, non-empty text.
-        assert example.prompt.encode() and example.response.strip().encode()
+    data = DataSpec(label=label, limit=2, train_on=train_on, strict=strict)
+    found = read_or_refused(lambda: read_source(str(path), data, chat=_chat), path.name)
+    for example in () if found is None else found.examples:
+        # The tokenizer gets encodable, non-empty text; a text has no prompt.
+        assert example.prompt.encode() or example.text
+        assert example.response.strip().encode()
+        assert all(0 < start < stop < len(example.response) for start, stop in example.unsupervised)
 
 
 @examples(100)
@@ -116,7 +138,7 @@ def test_rows_that_nest_deeply_or_count_far_are_refused_by_their_line(tmp_path: 
     ):
         path.write_text(f"{line}\n")
         with pytest.raises(InputError, match=rf"deep\.jsonl: line 1 is not JSON: .*{reason}"):
-            read_examples(str(path), examples=1, seed=0, label=None, separator=None, limit=None)
+            read_source(str(path))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -128,7 +150,7 @@ def test_what_is_no_file_is_refused_instead_of_waited_for(tmp_path: Path, kind: 
         path.symlink_to("/dev/zero")
     for read in (
         file_sha256,
-        lambda p: read_examples(str(p), examples=1, seed=0, label=None, separator=None, limit=None),
+        lambda p: read_source(str(p)),
     ):
         with pytest.raises(InputError, match=r"data\.csv: is no file that can be read twice"):
             read(path)

@@ -100,12 +100,12 @@ def test_the_first_plan_knows_how_many_tokens_each_client_has_and_a_resumed_run_
 
 def held_out_prompts(made: Coordinator) -> list[str]:
     """The prompts that the first client validates on."""
-    from hsplit.data import hold_out, read_examples
+    from hsplit.data import hold_out, read_source
     from hsplit.seeds import hash_seed
 
     client, job = made.context.run.clients[0], made.context.job
     assert client.data is not None
-    every = read_examples(client.data, examples=1, seed=0, label=None, separator=None, limit=None)
+    every = read_source(client.data).examples
     share = job.validation
     _, held = hold_out(every, share.share, share.max_examples, hash_seed(job.seed, client.name))
     return [example.prompt.strip() for example in held]

@@ -150,7 +150,7 @@ def test_a_test_part_without_a_token_to_predict_is_refused(models: dict[str, Pat
     source = find_model(str(wordless(models["llama"], tmp_path / "model")))
     data = rows(tmp_path / "d.csv", *["w5"] * 9)
     run = run_of(data, spec={"test": 0.1})
-    _, (tested,) = read_shared(run, source)
+    _, (tested,), _ = read_shared(run, source)
     number = int(tested.prompt.split()[0].removeprefix("w")) - 2
     rows(data, *["w5"] * number, "zz", *["w5"] * (8 - number))
     with pytest.raises(InputError, match=r"^job\.data\.test 0\.1 of .*d\.csv: no test example has a token to predict"):
@@ -210,7 +210,7 @@ def test_one_client_with_one_shared_example_is_named_with_the_file(models: dict[
     [
         ("prompt,response\nw3,w4\n", ": has 1 example; at least 2 are needed"),
         ("prompt,response\nw3,\n", ": row 2: response is blank; must be a text"),
-        ("question,answer\nw3,w4\n", ": has other columns; needs mr and ref, or prompt and response"),
+        ("first,second\nw3,w4\n", ": has other columns; needs mr and ref, or prompt and response"),
     ],
 )
 def test_a_client_s_own_file_that_is_unusable_is_named_with_its_client(
