@@ -18,7 +18,6 @@ from hsplit.data.batches import Batch
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.residual import ResidualUpdate
 from hsplit.models.factors import LowRank
-from hsplit.models.families import family_of
 from hsplit.models.segment import BaseModel
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.models.weights import base_values
@@ -103,7 +102,7 @@ def effective_model(model: Path, job: Job, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().requires_grad_(False)
-    transposed = family_of(unsplit.config.model_type).transposed
+    transposed = ModelSpec.read(model).family.transposed
     for shape in shapes_of(model, job):
         weight = unsplit.get_submodule(shape.name).weight
         values = base_values((weight.T if transposed else weight).detach().contiguous(), job.base, dtype)

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 
 from hsplit.models.spec import ModelSpec
+from hsplit.models.twin import small_twin
 
 LAYERS = 4
 WORDS = 96
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """Configuration of a tiny model of ``family``."""
-    from transformers import GPT2Config, LlamaConfig
+    """Configuration of a tiny model of ``family``: llama, gpt2, or any model type of transformers."""
+    from transformers import AutoConfig, GPT2Config, LlamaConfig
 
     if family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return GPT2Config(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **sizes, **dropout, **changes)
+    if family != "llama":
+        made = AutoConfig.for_model(family, vocab_size=WORDS, **{"num_hidden_layers": LAYERS, **changes})
+        return small_twin(made, least=LAYERS)
     return LlamaConfig(
         vocab_size=WORDS,
         hidden_size=32,
@@ -70,12 +74,14 @@ def save_tiny_model(family: str, directory: Path, seed: int = 0, **changes: Any)
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    config = tiny_config(family, **changes)
+    model = AutoModelForCausalLM.from_config(config)
+    # Larger than the default init, so that losses move and layers matter; a few types draw as large values themselves.
+    larger = min(4.0, 0.08 / getattr(config, "initializer_range", 0.02))
     with torch.no_grad():
         for parameter in model.parameters():
-            # Larger than the default init, so that losses move and layers matter.
             if parameter.dim() > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(larger)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsplit.models.loading import load_segment
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 
 

@@ -10,10 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hsplit.actors.training_data import chat_template
-from hsplit.config import RunConfig
+from hsplit.config import DataSpec, RunConfig
 from hsplit.config.reading import displayed
-from hsplit.data import Example, TokenizedExample, check_ids, hold_out, read_examples, tokenize
+from hsplit.data import Example, TokenizedExample, check_ids, hold_out, read_source, template_of, tokenize
 from hsplit.data.local_data import nothing_supervised
 from hsplit.errors import InputError
 from hsplit.evaluation.generation import generate
@@ -34,6 +33,7 @@ class TestInput:
         prompt: the model's input, separator included.
         responses: the data's answers to it, as in training.
         turns: see `Example`.
+        unsupervised: by response, what of it is not learned, see `Example`; empty where all is.
     """
 
     # Not a test class, despite its name.
@@ -42,16 +42,22 @@ class TestInput:
     prompt: str
     responses: tuple[str, ...]
     turns: str | None = field(default=None, compare=False)
+    unsupervised: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
     def examples(self) -> list[Example]:
         """One example for each response, as in training."""
-        return [Example(self.prompt, response, None, self.turns) for response in self.responses]
+        spans = self.unsupervised or ((),) * len(self.responses)
+        return [
+            Example(self.prompt, response, None, self.turns, own)
+            for response, own in zip(self.responses, spans, strict=True)
+        ]
 
     def references(self, special_tokens: Iterable[str]) -> list[str]:
-        """The responses as references: without special tokens and surrounding blanks."""
+        """The responses as references: the first answer alone, without special tokens and surrounding blanks."""
         texts = []
-        for text in self.responses:
+        for example in self.examples:
+            text = example.response[: example.unsupervised[0][0]] if example.unsupervised else example.response
             for token in special_tokens:
                 text = text.replace(token, "")
             texts.append(text.strip())
@@ -64,7 +70,12 @@ def grouped(examples: Iterable[Example]) -> list[TestInput]:
     for example in examples:
         groups.setdefault(example.input_key, []).append(example)
     return [
-        TestInput(group[0].prompt, tuple(example.response for example in group), group[0].turns)
+        TestInput(
+            group[0].prompt,
+            tuple(example.response for example in group),
+            group[0].turns,
+            tuple(example.unsupervised for example in group) if any(example.unsupervised for example in group) else (),
+        )
         for group in groups.values()
     ]
 
@@ -194,16 +205,12 @@ def _inputs(opened: Target, data: str | Path | None, notes: list[str]) -> tuple[
     """The inputs, and their origin in words."""
     if data is None:
         return _test_part(opened)
-    examples = read_examples(
-        str(data),
-        examples=1,
-        seed=opened.seed,
-        label=None,
-        separator=opened.separator,
-        limit=None,
-        chat=chat_template(opened.tokenizer),
-    )
-    inputs = grouped(examples)
+    how = DataSpec() if opened.run is None else opened.run.job.data
+    how = how.model_copy(update={"label": None, "separator": opened.separator, "limit": None})
+    reading = read_source(str(data), how, opened.seed, template_of(opened.tokenizer))
+    if reading.left_out:
+        notes.append(str(reading))
+    inputs = grouped(reading.examples)
     if opened.run is None:
         notes.append("what it was trained on is not known here, so no input was left out for that")
         return inputs, Path(data).name
@@ -240,8 +247,8 @@ def _test_part(opened: Target) -> tuple[list[TestInput], str]:
     assert opened.run is not None and opened.source is not None
     data = opened.run.job.data
     _same_data(opened, shared_sha256(opened.run))
-    _, test = read_shared(opened.run, opened.source, opened.tokenizer)
-    return grouped(test), f"the test part ({data.test:g}) of {Path(data.source).name}"
+    _, test, _ = read_shared(opened.run, opened.source, opened.tokenizer)
+    return grouped(test), f"the test part ({data.test:g}) of {', '.join(Path(source).name for source in data.sources)}"
 
 
 def _same_data(opened: Target, data_sha256: str) -> None:
@@ -249,8 +256,8 @@ def _same_data(opened: Target, data_sha256: str) -> None:
     assert opened.run is not None and opened.state is not None
     if data_sha256 != opened.state.data_sha256:
         raise InputError(
-            f"{opened.run.job.data.source}: is not the data that the run was started with; put those back, or give"
-            " --data FILE"
+            f"{', '.join(opened.run.job.data.sources)}: is not the data that the run was started with; put those back,"
+            " or give --data FILE"
         )
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from hsplit.actors.messages import WireTensor
 from hsplit.lora.learned import LearnedTerm
-from hsplit.models.factors import LowRank
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
-from hsplit.models.spec import ModelSpec, build_skeleton
+from hsplit.models.loading import load_segment
+from hsplit.models.recorded_segment import RecordedSegment
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec
+from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import Tail
 
 
@@ -68,7 +69,7 @@ def split_model(
     if cut is not None:
         points = {cut.split} if cut.labels == "server" else {cut.split, layers}
         for point in points:
-            _module_after(model, front, point).register_forward_pre_hook(partial(_through_wire, wire=cut.wire))
+            _cut(model, front, point, cut.wire)
     return model
 
 
@@ -78,24 +79,24 @@ def _follow(segment: Segment, learned: Mapping[str, LearnedTerm], device: torch.
         if term.matrix is not None:
             linear.set_residual_matrix(term.matrix.to(device))
         elif term.residual is not None:
-            linear.append_residual(0, _on(term.residual, device))
+            linear.append_residual(0, term.residual.on(device))
         if term.common is not None:
-            common = _on(term.common, device)
+            common = term.common.on(device)
             linear.set_adapter(common.A, common.B, 1.0)
-
-
-def _on(term: LowRank, device: torch.device | str) -> LowRank:
-    return LowRank(term.B.to(device), term.A.to(device))
 
 
 def _assembled(spec: ModelSpec, front: Segment, deep: Segment) -> Any:
     family = front.family
-    model: Any = build_skeleton(spec.config)
+    model: Any = spec.new_skeleton()
     for path in family.embeddings:
         _replace(model, path, front.embeddings[path.rpartition(".")[2]])
     for segment in (front, deep):
+        if isinstance(segment, RecordedSegment):
+            segment.outer.give(model)
         for index, layer in segment.layers.items():
             _replace(model, family.layer_name(int(index)), layer)
+    if isinstance(front, RecordedSegment):
+        return model.eval()
     tail = cast(Tail, deep.tail if deep.tail is not None else front.tail)
     _replace(model, family.norm, tail.norm)
     head = nn.Linear(1, 1, bias=False, device="meta")
@@ -115,13 +116,36 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner), name, module)
 
 
-def _module_after(model: nn.Module, segment: Segment, layers: int) -> nn.Module:
-    """The module whose input are the hidden states after the first ``layers`` layers."""
-    family, all_layers = segment.family, int(segment.config.num_hidden_layers)
-    return model.get_submodule(family.layer_name(layers) if layers < all_layers else family.norm)
+def _cut(model: nn.Module, segment: Segment, layers: int, wire: str) -> None:
+    """Send the hidden states after the first ``layers`` layers through the wire."""
+    family = segment.family
+    if not isinstance(segment, RecordedSegment):
+        path = family.layer_name(layers) if layers < segment.model_layers else family.norm
+        model.get_submodule(path).register_forward_pre_hook(partial(_given_through_wire, wire=wire))
+    elif layers:
+        last = model.get_submodule(family.layer_name(layers - 1))
+        last.register_forward_hook(partial(_returned_through_wire, wire=wire))
+    else:
+        first = model.get_submodule(family.layer_name(0))
+        first.register_forward_pre_hook(partial(_named_through_wire, wire=wire), with_kwargs=True)
 
 
-def _through_wire(module: nn.Module, inputs: tuple[Any, ...], wire: str) -> tuple[Any, ...]:
-    hidden: Tensor = inputs[0]
+def _through_wire(hidden: Tensor, wire: str) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return (WireTensor.pack(rows, wire).unpack(hidden.dtype, hidden.device).view_as(hidden), *inputs[1:])
+    return WireTensor.pack(rows, wire).unpack(hidden.dtype, hidden.device).view_as(hidden)
+
+
+def _given_through_wire(module: nn.Module, inputs: tuple[Any, ...], wire: str) -> tuple[Any, ...]:
+    return (_through_wire(inputs[0], wire), *inputs[1:])
+
+
+def _named_through_wire(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], wire: str) -> Any:
+    if inputs:
+        return _given_through_wire(module, inputs, wire), named
+    return inputs, named | {"hidden_states": _through_wire(named["hidden_states"], wire)}
+
+
+def _returned_through_wire(module: nn.Module, inputs: tuple[Any, ...], output: Any, wire: str) -> Any:
+    if isinstance(output, Tensor):
+        return _through_wire(output, wire)
+    return type(output)((_through_wire(output[0], wire), *output[1:]))

@@ -109,7 +109,7 @@ def _run(directory: RunDirectory, client: str | None, device: str) -> Target:
     run = RunConfig.load(directory.config)
     checkpoint, notes = latest_checkpoint(directory.checkpoints)
     state, tensors = read_checkpoint(checkpoint)
-    source = find_model(run.job.model)
+    source = find_model(run.job.model, accepted=run.job.accept_licence)
     trained = trained_weights(tensors)
     where = f"checkpoint {checkpoint.name}, base {run.job.base}, computed in {'fp32' if trained else run.job.dtype}"
     if trained:

@@ -117,7 +117,7 @@ def export_run(path: str | Path, to: str | Path | None, options: ExportOptions) 
         )
     if trained and options.base == ORIGINAL:
         raise InputError(f"{directory.path}: --base original: every weight was trained, so there is no other base")
-    source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+    source = find_model(run.job.model, is_terminal(sys.stderr), accepted=run.job.accept_licence)
     default = directory.adapter if format_ == PEFT else directory.path / "model"
     target = default if to is None else Path(to)
     try:

@@ -108,11 +108,18 @@ class _Merge:
         dtype: torch.dtype,
     ) -> None:
         self._reader, self._family = model.open_checkpoint(), model.family
+        self._skeleton = model.skeleton
         self._linears = {f"{shape.name}.weight": shape.name for shape in model.linears}
         self._run_base, self._original = run_base, original
         self._learned, self._trained, self._dtype = learned, trained, dtype
         self.base_norms: dict[str, tuple[float, float]] = {}
         self.rounding_norms: dict[str, tuple[float, float]] = {}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers that the checkpoint has, such as corrections of experts' scores."""
+        known = {name for name, _ in self._skeleton.named_parameters(remove_duplicate=False)}
+        state = self._skeleton.state_dict()
+        return {name: value for name, value in state.items() if name not in known and name in self._reader}
 
     def tensor(self, name: str) -> Tensor:
         """The parameter ``name`` for the file, in the checkpoint's layout."""
@@ -182,6 +189,7 @@ def export_merged(
             f"{model.directory}: the model has no parameter {unknown[0]}, which the checkpoint has trained"
         )
     merge = _Merge(model, base, original, learned, trained or {}, dtype)
+    parameters |= merge.buffers()
     shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes

@@ -84,7 +84,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=_tags(run),
         model_name=directory.name,
-        eval_results=_eval_results(evaluation, job.data.source),
+        eval_results=_eval_results(evaluation, ", ".join(job.data.sources)),
     )
     # A key of hsplit's own, for `hsplit eval`.
     setattr(data, METADATA, {"version": __version__, "base": job.base, "separator": job.data.separator})
@@ -178,10 +178,14 @@ def _training(
     scaled = " times the root of the number of holders that train a layer" if run.scales_lr else ""
     own = {part.wire or job.wire for part in state.plan.available} if state.plan is not None else set()
     wires = sorted(own or {job.wire}, key=WIRES.index)
+    sources = ", ".join(map(_named, data.sources))
     rows = [
         ("base model", f"`{_named(job.model)}`"),
         ("base values (`job.base`)", f"{job.base}, computed in {job.dtype}"),
-        ("data", f"{_named(data.source)}, partition {_plain(partition)}, separator {_plain(data.separator)}"),
+        (
+            "data",
+            f"{sources}, partition {_plain(partition)}, separator {_plain(data.separator)}",
+        ),
         (
             "test part",
             f"{data.test:g} of the distinct prompts, left out of training and validation" if data.test else "none",

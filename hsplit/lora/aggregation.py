@@ -7,6 +7,7 @@ given as ``package.module:name``. The aggregator applies the rule and keeps what
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -197,6 +198,56 @@ def averaged_slices(contributions: Sequence[Contribution], restart: Restart) -> 
     return _redistributed(LowRankSum(tuple(terms), tuple(weights)), restart)
 
 
+FLORIST_ENERGY = 0.9
+"""Part of the squared singular values that FLoRIST keeps."""
+
+
+def thresholded_products(
+    contributions: Sequence[Contribution], restart: Restart, energy: float = FLORIST_ENERGY
+) -> Outcome:
+    """FLoRIST (arXiv 2506.09199): of the sum of the products, the fewest leading directions that hold a part of its
+    energy; they join the base at every holder, and adapters start fresh.
+
+    Args:
+        contributions, restart: as for every rule.
+        energy: part of the squared singular values that is kept.
+    """
+    total = LowRankSum(tuple(c.term for c in contributions), tuple(c.share for c in contributions))
+    parts = spectral(total)
+    if not parts.rank:
+        return Outcome(None, None)
+    held = parts.S.square().cumsum(0)
+    # Rounding may leave the last sum short of all.
+    kept = min(1 + int((held < energy * held[-1]).sum()), parts.rank)
+    return Outcome(parts.part(0, kept, contributions[0].term.A.dtype), None)
+
+
+def averaged_directions(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
+    """Fed-PLoRA (arXiv 2602.16936): every direction is a module of rank one, and is averaged over those who trained it.
+
+    A holder trains as many of them as its rank has room for, and the others stay frozen beside them. Which ones is
+    drawn anew at every aggregation. As published each client draws its own; here those of a smaller rank are among
+    those of a larger one. The draw follows from the factors, so that a resumed run repeats it.
+    """
+    rank = max(c.first + c.term.rank for c in contributions)
+    some = contributions[0].term
+    B, A, having = some.B.new_zeros(len(some.B), rank), some.A.new_zeros(rank, some.A.shape[1]), some.A.new_zeros(rank)
+    # Frozen parts, which begin behind some holder's rank, only count where nobody has trained.
+    for c in sorted(contributions, key=lambda own: own.first):
+        own = slice(c.first, c.first + c.term.rank)
+        weights = c.share * ((having[own] == 0) | (c.first == 0)).to(having)
+        B[:, own] += weights * c.term.B
+        A[own] += weights[:, None] * c.term.A
+        having[own] += weights
+    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(A.cpu().numpy().tobytes()).digest()[:7], "big"))
+    order = torch.randperm(rank, generator=draw)
+    common = LowRank((B / having)[:, order], (A / having[:, None])[order])
+    if rank <= restart.kept:
+        return Outcome(None, common)
+    stays = common.up_to_rank(restart.kept) if restart.kept else None
+    return Outcome(common.from_rank(restart.kept), stays)
+
+
 def continued(contributions: Sequence[Contribution], restart: Restart) -> Outcome:
     """Aggregate nothing: the only holder keeps its adapter."""
     (only,) = contributions
@@ -274,6 +325,8 @@ AGGREGATIONS: dict[str, Aggregation] = {
     "hetlora": Aggregation(sparsity_weighted, keeps_residual=False, truncates=True, decomposes=False),
     "flexlora": Aggregation(averaged_products, keeps_residual=False, truncates=True),
     "raflora": Aggregation(averaged_slices, keeps_residual=False, truncates=True),
+    "florist": Aggregation(thresholded_products),
+    "fedplora": Aggregation(averaged_directions, decomposes=False, freezes=True),
     "none": Aggregation(continued, keeps_residual=False, decomposes=False),
 }
 
@@ -346,7 +399,7 @@ class Aggregator:
             # Freed before the next one is made, so that two sets of restarts are never in memory together.
             began = before.pop(name, None)
             contributions = [
-                Contribution(LowRank(h.terms[name].B.cpu(), h.terms[name].A.cpu()).to(self._master), count / total)
+                Contribution(h.terms[name].on("cpu").to(self._master), count / total)
                 for h, count in zip(holders, tokens, strict=True)
                 if count
             ]

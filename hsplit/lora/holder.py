@@ -278,7 +278,11 @@ class Holder:
             self.adapters.flat.grad.zero_()
 
     def held(self) -> HeldAdapters:
-        """Return the live adapters at the round's end, which are rounded to the exchange's format first."""
+        """Return the live adapters at the round's end, which are rounded to the exchange's format first.
+
+        They are on the CPU, whatever the holder computes on: a tensor on a GPU is unpickled onto a GPU, which takes
+        memory of the receiver's, and fails where that has none.
+        """
         names, sent = self.adapters.names, self._sent
         if self._pruner is not None:
             self._pruner.end_round()
@@ -287,7 +291,7 @@ class Holder:
             self.adapters.round_live(sent)
         return HeldAdapters(
             self.name,
-            {n: self.adapters.live(n, ranks[n], sent) for n in names},
+            {n: self.adapters.live(n, ranks[n], sent).on("cpu") for n in names},
             self.tokens.by_layer(),
             {n: self.adapters.layer(n) for n in names},
         )
@@ -349,8 +353,7 @@ class Holder:
             if change.matrix is not None:
                 linears[name].set_residual_matrix(change.matrix.to(device))
             elif change.factors is not None:
-                factors = LowRank(change.factors.B.to(device), change.factors.A.to(device))
-                linears[name].append_residual(change.start_rank, factors)
+                linears[name].append_residual(change.start_rank, change.factors.on(device))
 
     def state(self) -> dict[str, Tensor]:
         """Return factors, moments, the directions' ages and the round's token counts, for a checkpoint."""

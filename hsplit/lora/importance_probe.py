@@ -116,7 +116,7 @@ class ImportanceProbe:
         spectral: bool = False,
     ) -> None:
         self._training, self._draw, self._spectral = training, draw, spectral
-        self._linears = segment.linears
+        self._segment, self._linears = segment, segment.linears
         self._adapters = adapters
         self._shapes = [shape for shape in shapes if shape.name in self._linears]
         self._rows: Sequence[ProbedRows] = ()
@@ -194,16 +194,25 @@ class ImportanceProbe:
         def keep_input(linear: AdaptedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
                 self._inputs[shape.name] = inputs[0].detach()
-                output.register_hook(lambda delta: self._score(shape, linear, delta))
+                places = self._segment.places
+                output.register_hook(lambda delta: self._score(shape, linear, delta, places))
 
         return keep_input
 
     @torch.no_grad()
-    def _score(self, shape: LinearShape, linear: AdaptedLinear, delta: Tensor) -> None:
-        """Reduce the gradient of one weight to a number for each client, a chunk of its rows at a time."""
+    def _score(self, shape: LinearShape, linear: AdaptedLinear, delta: Tensor, places: Tensor | None) -> None:
+        """Reduce the gradient of one weight to a number for each client, a chunk of its rows at a time.
+
+        Args:
+            shape, linear: the weight.
+            delta: gradient of its outputs.
+            places: of the packed tokens among its rows, where these are padded.
+        """
         exact = torch.promote_types(linear.compute_dtype, torch.float32)
         x = self._inputs.pop(shape.name).reshape(-1, shape.d_in)
         delta = delta.reshape(-1, shape.d_out)
+        if places is not None:
+            x, delta = x.index_select(0, places), delta.index_select(0, places)
         owners = [row for row in self._rows if shape.layer >= row.first]
         parts = [(delta[owner.tokens].to(exact), x[owner.tokens].to(exact)) for owner in owners]
         if self._spectral:

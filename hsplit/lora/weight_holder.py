@@ -13,7 +13,9 @@ from hsplit.lora.holder import HeldAdapters, RoundUpdate, TokenCounts
 from hsplit.lora.learned import OPTIMIZER, WEIGHT, of_kind, with_kind
 from hsplit.lora.optimizer import NOT_SCALED, learning_rate, new_optimizer
 from hsplit.lora.residual import ResidualUpdate
+from hsplit.models.recorded_segment import RecordedSegment
 from hsplit.models.segment import Segment
+from hsplit.models.tail import Tail
 from hsplit.models.weights import DenseWeight
 
 
@@ -102,7 +104,8 @@ class WeightHolder:
 def _made_trainable(segment: Segment) -> Iterator[tuple[str, nn.Parameter]]:
     """Make every value of ``segment`` a trainable parameter; yields each once, with its name in the causal LM."""
     family, tail = segment.family, segment.tail
-    assert tail is not None
+    if isinstance(segment, RecordedSegment):
+        yield from segment.train_outer()
     for path in family.embeddings:
         yield from _named(path, segment.embeddings[path.rpartition(".")[2]])
     for linear in segment.linears.values():
@@ -116,6 +119,8 @@ def _made_trainable(segment: Segment) -> Iterator[tuple[str, nn.Parameter]]:
             if not name.startswith(linears):
                 parameter.requires_grad_(True)
                 yield f"{family.layer_name(int(index))}.{name}", parameter
+    if not isinstance(tail, Tail) or isinstance(segment, RecordedSegment):
+        return
     yield from _named(family.norm, tail.norm)
     first = cast(nn.Parameter, segment.embeddings[family.embeddings[0].rpartition(".")[2]].weight)
     if tail.head.data_ptr() == first.data_ptr():

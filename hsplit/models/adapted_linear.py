@@ -2,7 +2,9 @@
 
 It computes with the effective weight ``W_0 + R + s B A`` of METHOD 1. The residual ``R`` is applied by the exactness
 rule of METHOD 6: dense bases carry it in a working weight that is formed from ``W_0`` each time, quantized bases apply
-it beside the base, in one pair of thin products with the live adapter.
+it beside the base, in one pair of thin products with the live adapter. Where memory allows, the server of a quantized
+base that computes in fp32 keeps a working copy of ``W_0 + R`` beside the codes, formed from both whenever the residual
+changes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from hsplit.models.factors import LowRank
 from hsplit.models.weights import DenseWeight, FrozenWeight, frozen_linear
+
+# Rows of a working copy that are formed at once.
+FORMED_AT_ONCE = 256
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -125,6 +130,8 @@ class AdaptedLinear(nn.Module):
         self._pristine = pristine
         self._residual: LowRank | None = None
         self._residual_matrix: Tensor | None = None
+        # W_0 + R (d_out, d_in) in the compute dtype, where it is kept beside the codes.
+        self._working_copy: Tensor | None = None
         # In a tuple, which nn.Module does not register: the factors belong to the holder's AdapterSet.
         self._adapter: tuple[Tensor | None, Tensor | None, float] = _NO_ADAPTER
         self.dropout = 0.0
@@ -164,6 +171,7 @@ class AdaptedLinear(nn.Module):
             new = LowRank(torch.cat([kept.B[:, :start_rank], new.B], dim=1), torch.cat([kept.A[:start_rank], new.A]))
         self._residual = new if new.rank else None
         self._residual_matrix = None
+        self._form_working_copy()
 
     def set_residual_matrix(self, matrix: Tensor) -> None:
         """Take the residual as one matrix ``(d_out, d_in)``: of ``residual.max_rank: full``, once that is smaller."""
@@ -172,18 +180,46 @@ class AdaptedLinear(nn.Module):
             self._merge(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
         else:
             self._residual_matrix = matrix.to(self.compute_dtype)
+            self._form_working_copy()
+
+    @property
+    def has_working_copy(self) -> bool:
+        """True if it computes with a working copy beside the codes of a quantized base."""
+        return self._working_copy is not None
+
+    def keep_working_copy(self, kept: bool) -> None:
+        """Compute with a copy of ``W_0 + R`` in the compute dtype, beside the codes of a quantized base, or without.
+
+        The copy takes the memory of a dense weight. It saves dequantizing the codes and applying the residual in every
+        pass.
+
+        Raises:
+            ValueError: the base is merged into, and has no codes.
+        """
+        if kept and self.merges:
+            raise ValueError(f"{self.name}: a merged base is its own working copy")
+        if not kept:
+            self._working_copy = None
+        elif self._working_copy is None:
+            self._working_copy = torch.empty(self.weight.shape, dtype=self.compute_dtype, device=self.device)
+            self._form_working_copy()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (W_0 + R + s B A)^T + bias`` for ``x`` of shape ``(..., d_in)``."""
         rows = x.reshape(-1, x.shape[-1])
-        y = frozen_linear(rows, self.weight, self.bias)
-        if self._residual_matrix is not None:
-            y = y + torch.nn.functional.linear(rows, self._residual_matrix)
+        residual = self._residual
+        if self._working_copy is not None:
+            y = torch.nn.functional.linear(rows, self._working_copy, self.bias)
+            residual = None
+        else:
+            y = frozen_linear(rows, self.weight, self.bias)
+            if self._residual_matrix is not None:
+                y = y + torch.nn.functional.linear(rows, self._residual_matrix)
         if self.training and self.dropout and self._adapter[0] is not None:
-            y = add_low_rank(y, rows, self._residual, None, None, 1.0, self.fused)
+            y = add_low_rank(y, rows, residual, None, None, 1.0, self.fused)
             y = add_low_rank(y, torch.nn.functional.dropout(rows, self.dropout), None, *self._adapter, self.fused)
         else:
-            y = add_low_rank(y, rows, self._residual, *self._adapter, self.fused)
+            y = add_low_rank(y, rows, residual, *self._adapter, self.fused)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
@@ -193,7 +229,26 @@ class AdaptedLinear(nn.Module):
             self._residual = LowRank(fn(self._residual.B), fn(self._residual.A))
         if self._residual_matrix is not None:
             self._residual_matrix = fn(self._residual_matrix)
+        if self._working_copy is not None:
+            self._working_copy = fn(self._working_copy)
         return self
+
+    @torch.no_grad()
+    def _form_working_copy(self) -> None:
+        """Form the working copy, if one is kept, from codes and residual, so that rounding never accumulates."""
+        if self._working_copy is None:
+            return
+        exact = torch.promote_types(self.compute_dtype, torch.float32)
+        factors = None if self._residual is None else self._residual.to(exact)
+        for start in range(0, self._working_copy.shape[0], FORMED_AT_ONCE):
+            chosen = slice(start, start + FORMED_AT_ONCE)
+            # W_0 as every other holder has it: in the compute dtype.
+            values = self.weight.rows(chosen, self.compute_dtype).to(exact)
+            if factors is not None:
+                values = values.addmm(factors.B[chosen], factors.A)
+            if self._residual_matrix is not None:
+                values = values + self._residual_matrix[chosen].to(exact)
+            self._working_copy[chosen] = values
 
     def _merge(self, residual: Tensor) -> None:
         assert self._pristine is not None and isinstance(self.weight, DenseWeight)

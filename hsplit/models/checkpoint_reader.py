@@ -57,6 +57,12 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).is_file():
         return [directory / shard for shard in _shards(directory / INDEX)]
     named = sorted(file.name for file in directory.glob("*.safetensors"))
+    if not named and (pickled := sorted(file.name for file in directory.glob("pytorch_model*.bin"))):
+        raise InputError(
+            f"job.model: {directory}: has pickled weights alone ({pickled[0]}), which can run code when they are read;"
+            " if you trust them, write safetensors once: AutoModelForCausalLM.from_pretrained(DIRECTORY)"
+            ".save_pretrained(DIRECTORY)"
+        )
     others = f"; weights under other names are not read: {', '.join(named)[:100]}" if named else ""
     raise InputError(f"job.model: {directory}: has no weights: neither {WEIGHTS} nor {INDEX}{others}")
 

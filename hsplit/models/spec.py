@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from hsplit.config.section import MAX_LAYERS, shown
 from hsplit.errors import InputError, error_text
-from hsplit.models.checkpoint_reader import CheckpointReader
-from hsplit.models.families import Family, family_of
+from hsplit.models.checkpoint_reader import CheckpointReader, has_weights
+from hsplit.models.converted_checkpoint import ConvertedCheckpoint
+from hsplit.models.families import Family, written_family
+from hsplit.models.packed_types import PACKED_TYPES
 from hsplit.models.packing import ATTENTION, register_attention
+from hsplit.models.recorded_family import RecordedFamily
 
 # Larger sizes than any model has: building such a configuration would take hours, or all memory.
 _LARGEST = {
@@ -57,10 +62,12 @@ class ModelSpec:
     Attributes:
         directory: model directory (config.json, safetensors); only :meth:`open_checkpoint` reads weights from it.
         config: the transformers configuration; not to be changed.
+        packed: layers of a model by its own forward compute packed rows; ``None``: as its type is known to be exact.
     """
 
     directory: Path
     config: Any
+    packed: bool | None = None
 
     @staticmethod
     def read(directory: Path) -> ModelSpec:
@@ -78,11 +85,14 @@ class ModelSpec:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers' readers raise anything on a file that is none
             raise InputError(f"job.model: {directory}/config.json: {error_text(error)}") from error
-        family = family_of(config.model_type)
-        if getattr(config, "is_heterogeneous", False):
+        family = written_family(config.model_type)
+        if family is None:
+            check_type(config)
+        elif getattr(config, "is_heterogeneous", False):
             raise InputError(f"job.model: {directory}/config.json: per_layer_config: layers that differ are not served")
+        text = config.get_text_config(decoder=True)
         for name, most in _LARGEST.items():
-            size = getattr(config, name, None)
+            size = _size(text, name)
             if size is not None and (type(size) is not int or not 0 < size <= most):
                 raise InputError(
                     f"job.model: {directory}/config.json: {name}: must be from 1 to {most} (got {shown(size)})"
@@ -94,25 +104,52 @@ class ModelSpec:
                 f"job.model: {directory}/config.json: quantization_config: weights quantized beforehand "
                 f"({shown(method)}) are not read; take the original model, and job.base to quantize it"
             )
-        family.check(config)
-        if config.tie_word_embeddings and _has_separate_head(directory, family):
-            config.tie_word_embeddings = False
-        return ModelSpec(directory, config)
+        spec = ModelSpec(directory, config)
+        if family is not None:
+            family.check(config)
+        if spec.tied and has_weights(os.listdir(directory)) and _has_separate_head(spec):
+            # Names of other models than those of the written families are known from their skeleton, tied by then.
+            config.tie_word_embeddings = text.tie_word_embeddings = False
+            spec = ModelSpec(directory, config)
+        return spec
 
     @cached_property
     def family(self) -> Family:
-        """The family that serves the model."""
-        return family_of(self.config.model_type)
+        """The family that serves the model: a written one, else by the model's own forward.
+
+        Raises:
+            InputError: the model cannot be split.
+        """
+        kind = self.config.model_type
+        packed = kind in PACKED_TYPES if self.packed is None else self.packed
+        return written_family(kind) or RecordedFamily(self.skeleton, packed)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a model with other parts, a part of :attr:`config`."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def tied(self) -> bool:
+        """True if the head is the token embedding."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
 
     @property
     def layers(self) -> int:
         """``L``, the number of decoder layers."""
-        return int(self.config.num_hidden_layers)
+        family = self.family
+        return family.anatomy.count if isinstance(family, RecordedFamily) else int(self.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """``d``, the width of the hidden states between layers."""
+        family = self.family
+        return family.anatomy.width if isinstance(family, RecordedFamily) else int(self.config.hidden_size)
 
     @property
     def vocab_size(self) -> int:
         """Number of token embeddings."""
-        return int(self.config.vocab_size)
+        return int(self.text_config.vocab_size)
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -121,7 +158,11 @@ class ModelSpec:
         Raises:
             InputError: the configuration makes no model.
         """
-        return build_skeleton(self.config)
+        return self.new_skeleton()
+
+    def new_skeleton(self) -> nn.Module:
+        """Make another causal LM like :attr:`skeleton`."""
+        return build_skeleton(self.config, ATTENTION if written_family(self.config.model_type) else None)
 
     def module(self, path: str) -> nn.Module:
         """Copy the module at ``path`` of :attr:`skeleton`, to be filled with values."""
@@ -134,10 +175,63 @@ class ModelSpec:
         """Every linear of every decoder layer, in layer order."""
         shapes = []
         for index, layer in enumerate(cast(nn.ModuleList, self.skeleton.get_submodule(self.family.layers))):
-            for path, module in linears_in(layer):
+            for path, module in self.family.linears(layer):
                 d_out, d_in = self.family.linear_shape(module)
                 shapes.append(LinearShape(f"{self.family.layer_name(index)}.{path}", index, d_out, d_in))
         return tuple(shapes)
+
+    @cached_property
+    def unadaptable(self) -> tuple[float, tuple[str, ...]]:
+        """Share of the layers' matrices that can have no adapter, such as experts, and their names, largest first."""
+        layers = cast(nn.ModuleList, self.skeleton.get_submodule(self.family.layers))
+        adaptable = {f"{shape.name}.weight" for shape in self.linears}
+        total, sizes = 0, dict[str, int]()
+        for index, layer in enumerate(layers):
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() < 2:
+                    continue
+                total += parameter.numel()
+                if f"{self.family.layer_name(index)}.{name}" not in adaptable:
+                    short = ".".join(name.removesuffix(".weight").split(".")[-2:])
+                    sizes[short] = sizes.get(short, 0) + parameter.numel()
+        names = sorted(sizes, key=lambda name: -sizes[name])
+        return sum(sizes.values()) / max(total, 1), tuple(names)
+
+    @property
+    def front_parameters(self) -> int:
+        """Number of parameters that make the first hidden state."""
+        family = self.family
+        if isinstance(family, RecordedFamily):
+            return sum(self._parameters[name].numel() for name in family.anatomy.front)
+        return sum(self._count(path) for path in family.embeddings)
+
+    def tail_parameters(self, head: bool) -> int:
+        """Number of parameters that make logits of the last hidden state.
+
+        Args:
+            head: count those that a tied head shares with the embedding, or an untied head.
+        """
+        family = self.family
+        if isinstance(family, RecordedFamily):
+            known = () if head else family.anatomy.front
+            return sum(self._parameters[name].numel() for name in family.anatomy.tail if name not in known)
+        return self._count(family.norm) + (self.vocab_size * self.width if head else 0)
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """Rows and columns of the token embedding."""
+        family = self.family
+        if isinstance(family, RecordedFamily):
+            rows, columns = self._parameters[family.embedding_weight].shape
+            return rows, columns
+        return self.vocab_size, self.width
+
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.skeleton.named_parameters(remove_duplicate=False))
+
+    def _count(self, path: str) -> int:
+        return sum(p.numel() for p in self.skeleton.get_submodule(path).parameters())
 
     def targeted(self, targets: str | Sequence[str]) -> list[LinearShape]:
         """Select the weights that ``job.targets`` names: all, or those whose path ends in a name (PEFT's rule).
@@ -153,11 +247,21 @@ class ModelSpec:
                 raise InputError(f"job.targets: the model has no linear named {target!r}; it has: {known}")
         return [s for s in self.linears if any(f".{s.name}".endswith(f".{target}") for target in targets)]
 
-    def open_checkpoint(self) -> CheckpointReader:
-        """Open the weights, with one tensor for a tied head and its embedding."""
-        reader = CheckpointReader(self.directory, self.family.prefix)
-        if self.config.tie_word_embeddings:
-            reader.tie(self.family.embedding_weight, self.family.head_weight)
+    def open_checkpoint(self, tied: bool = True) -> CheckpointReader:
+        """Open the weights.
+
+        Args:
+            tied: let one tensor stand for all that are tied to it.
+        """
+        family = self.family
+        if isinstance(family, RecordedFamily):
+            reader: CheckpointReader = ConvertedCheckpoint(self.directory, self.skeleton)
+            pairs = family.tied_weights
+        else:
+            reader = CheckpointReader(self.directory, family.prefix)
+            pairs = [(family.embedding_weight, family.head_weight)] if self.tied else []
+        for name, other in pairs if tied else ():
+            reader.tie(name, other)
         return reader
 
     def check_weights(self) -> None:
@@ -172,7 +276,7 @@ class ModelSpec:
                 " transformers would add; merge it into a directory of its own, or remove it"
             )
         reader, head = self.open_checkpoint(), self.family.head_weight
-        if head not in reader and not self.config.tie_word_embeddings:
+        if head and head not in reader and not self.tied:
             raise InputError(
                 f"job.model: {self.directory}: the checkpoint has no tensor {head}, and by config.json"
                 " (tie_word_embeddings: false) the embedding is no head"
@@ -181,15 +285,39 @@ class ModelSpec:
             reader.check(name, parameter.shape)
 
 
-def _has_separate_head(directory: Path, family: Family) -> bool:
-    """True if the weights have a head, with other values than the embedding's."""
-    names = (family.embedding_weight, family.head_weight)
+def _size(config: Any, name: str) -> Any:
+    """A size in the configuration, ``None`` where it has none, or one for each layer."""
     try:
-        reader = CheckpointReader(directory, family.prefix)
+        return getattr(config, name, None)
+    except Exception:  # transformers' own, for what layers differ in
+        return None
+
+
+def check_type(config: Any) -> None:
+    """Refuse a model type of which transformers has no causal LM, and encoder-decoders."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"job.model: model type {shown(config.model_type)} is not served: it is an encoder-decoder")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"job.model: model type {shown(config.model_type)} is not served: transformers has no causal LM of it"
+        )
+
+
+def _has_separate_head(spec: ModelSpec) -> bool:
+    """True if the weights have a head, with other values than the embedding's."""
+    names = (spec.family.embedding_weight, spec.family.head_weight)
+    try:
+        reader = spec.open_checkpoint(tied=False)
         return all(name in reader for name in names) and not reader.same_values(*names)
     except InputError:
         # Planning needs no weights, nor sound ones; reading them, later, refuses them.
         return False
+
+
+# Entries of a tensor of three dimensions, as of many experts, from which on it is a weight and no table.
+_WEIGHT_ENTRIES = 1 << 20
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -197,13 +325,24 @@ class _EmptyOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         settings = dict(kwargs or {})
-        if func is torch.empty and settings.get("device") is None:
+        if settings.get("device") is None and (func is torch.empty or _makes_experts(func, args)):
             settings["device"] = "meta"
         return func(*args, **settings)
 
 
-def build_skeleton(config: Any) -> nn.Module:
+def _makes_experts(func: Any, args: Any) -> bool:
+    if func not in (torch.zeros, torch.ones, torch.randn, torch.rand):
+        return False
+    sizes = args[0] if args and isinstance(args[0], tuple | list) else args
+    return len(sizes) > 2 and math.prod(sizes) > _WEIGHT_ENTRIES
+
+
+def build_skeleton(config: Any, attention: str | None) -> nn.Module:
     """Build the causal LM of ``config`` with every parameter on the meta device and its small buffers real.
+
+    Args:
+        config: its configuration.
+        attention: name of the layers' attention; ``None`` for transformers' choice.
 
     Raises:
         InputError: the configuration makes no model.
@@ -216,16 +355,10 @@ def build_skeleton(config: Any) -> nn.Module:
     # Drawing initial values takes nine tenths of the time, even on the meta device.
     with init_empty_weights(include_buffers=False), no_init_weights(), _EmptyOnMeta():
         try:
-            return cast(
-                nn.Module,
-                AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False),
-            )
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
         except Exception as error:  # sizes that do not go with one another fail anywhere in a model's own code
             raise InputError(f"job.model: its config.json makes no model: {error_text(error)}") from error
-
-
-def linears_in(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linears of a decoder layer with their paths in it; a list, so that they can be replaced meanwhile."""
-    from transformers.pytorch_utils import Conv1D
-
-    yield from [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    if attention is None:
+        # Parameters that were put on the meta device one by one are no longer tied.
+        model.tie_weights()
+    return cast(nn.Module, model)

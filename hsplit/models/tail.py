@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,8 @@ CLIENT_CHUNK_ROWS = 8
 # BLAS computes an incomplete block row by row, and sums over the vocabulary ten times less exactly (measured: 4e-6
 # against 4e-7 of the gradient). Whole blocks avoid it.
 BLOCK_ROWS = 8
+
+LogitsOf = Callable[[Tensor], Tensor]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -56,26 +60,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return slope * upstream.to(slope.dtype).unsqueeze(1), None, None, None
 
 
-class Tail(nn.Module):
-    """Final norm and head, frozen but for :meth:`train_head`.
+class _ChunkedOwnLoss(torch.autograd.Function):
+    """Cross-entropy of a model's own logits without holding all at once, as :class:`_ChunkedCrossEntropy`."""
 
-    Args:
-        norm: the final norm.
-        head: ``(vocabulary, d)``; may be the embedding's own tensor.
-        chunk_rows: rows of logits held at once.
-    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits_of: LogitsOf, targets: Tensor, chunk_rows: int) -> Tensor:
+        losses, grads = [], []
+        for rows, target in zip(x.split(chunk_rows), targets.split(chunk_rows), strict=True):
+            given = rows.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                logits = logits_of(given)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+                if ctx.needs_input_grad[0]:
+                    grads += torch.autograd.grad(loss.sum(), given)
+            losses.append(loss.detach())
+            # Freed before the next chunk's logits.
+            del logits, loss
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses) if losses else x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def __init__(self, norm: nn.Module, head: Tensor, chunk_rows: int) -> None:
-        super().__init__()
-        self.norm = norm
-        self._chunk_rows = chunk_rows
-        self.head: Tensor
-        self.register_buffer("head", head)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (upstream,) = grads
+        (slope,) = ctx.saved_tensors
+        return slope * upstream.to(slope.dtype).unsqueeze(1), None, None, None
 
-    def train_head(self, head: nn.Parameter) -> None:
-        """Replace the head by one that gets gradients, for full fine-tuning: then all logits are held at once."""
-        del self.head
-        self.register_parameter("head", head)
+
+class TailLosses(nn.Module, ABC):
+    """Cross-entropy at supervised positions, from the last layer's output."""
 
     def supervised_losses(self, hidden: Tensor, targets: Tensor, rows_only: bool = True) -> Tensor:
         """Compute the cross-entropy at the supervised positions.
@@ -108,8 +122,59 @@ class Tail(nn.Module):
         # uniform prediction.
         exact = torch.promote_types(hidden.dtype, torch.float32)
         overflow = 0.0 * torch.linalg.vector_norm(hidden.detach(), dim=1, dtype=exact)
+        return self._losses(hidden, targets) + overflow
+
+    @abstractmethod
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each row, ``(n,)``."""
+
+
+class OwnTail(TailLosses):
+    """The tail of a model as its own forward computes it: scales, caps and biases of logits included.
+
+    Args:
+        logits_of: computes logits ``(n, vocabulary)`` of hidden states ``(n, d)``, each row alone.
+        chunk_rows: rows of logits held at once; ``None`` for all, with gradients for what they are computed with.
+    """
+
+    def __init__(self, logits_of: LogitsOf, chunk_rows: int | None) -> None:
+        super().__init__()
+        self._logits_of, self._chunk_rows = logits_of, chunk_rows
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self._chunk_rows is None:
+            exact = torch.promote_types(hidden.dtype, torch.float32)
+            logits = self._logits_of(hidden).to(exact)
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return cast(Tensor, _ChunkedOwnLoss.apply(hidden, self._logits_of, targets, self._chunk_rows))
+
+
+class Tail(TailLosses):
+    """Final norm and head, frozen but for :meth:`train_head`.
+
+    Args:
+        norm: the final norm.
+        head: ``(vocabulary, d)``; may be the embedding's own tensor.
+        chunk_rows: rows of logits held at once.
+    """
+
+    def __init__(self, norm: nn.Module, head: Tensor, chunk_rows: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self._chunk_rows = chunk_rows
+        self.head: Tensor
+        self.register_buffer("head", head)
+
+    def train_head(self, head: nn.Parameter) -> None:
+        """Replace the head by one that gets gradients, for full fine-tuning: then all logits are held at once."""
+        del self.head
+        self.register_parameter("head", head)
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.head.requires_grad:
+            exact = torch.promote_types(hidden.dtype, torch.float32)
             logits = torch.nn.functional.linear(self.norm(hidden), self.head)
-            return torch.nn.functional.cross_entropy(logits.to(exact), targets, reduction="none") + overflow
-        losses = _ChunkedCrossEntropy.apply(self.norm(hidden), self.head, targets, self._chunk_rows)
-        return cast(Tensor, losses + overflow)
+            return torch.nn.functional.cross_entropy(logits.to(exact), targets, reduction="none")
+        # Some models keep what flows between layers in fp32, in bf16 too.
+        normed = self.norm(hidden).to(self.head.dtype)
+        return cast(Tensor, _ChunkedCrossEntropy.apply(normed, self.head, targets, self._chunk_rows))

@@ -7,19 +7,15 @@ dequantized. Quantization is that of bitsandbytes: NF4 in blocks of 64 with fp32
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from hsplit.files import write_bytes_atomically
-from hsplit.home import cache_root
+from hsplit.kept import KeptTensors, header, tensor_bytes
 
 NF4_BLOCK = 64
 # Entries quantized at once: on a CPU bitsandbytes takes up to 16 bytes an entry in passing.
@@ -29,9 +25,6 @@ QUANTIZED_AT_ONCE = 1 << 20
 FORMAT_VERSION = 1
 # A file saves next to nothing for smaller weights.
 SMALLEST_ENTRIES = 1 << 15
-# A disk is for checkpoints first.
-LEFT_FREE_BYTES = 1 << 30
-_DIGEST = "sha256"
 
 
 @cache
@@ -39,66 +32,19 @@ def _versions() -> str:
     return " ".join(f"{name} {version(name)}" for name in ("bitsandbytes", "torch"))
 
 
-class KeptCodes:
+def kept_codes(base: str, values: Tensor) -> KeptTensors:
     """Codes of one weight in the user's cache directory: quantizing to NF4 takes ten times as long as reading them.
 
     They are found by the values that they were quantized from, not by a model's name or place: however a model
-    directory changes, no weight gets another's codes (METHOD 1, one base model). A damaged file counts as none.
+    directory changes, no weight gets another's codes (METHOD 1, one base model).
 
     Args:
         base: type of the codes.
         values: the unquantized weight, ``(d_out, d_in)`` in any dtype, on the CPU.
     """
-
-    def __init__(self, base: str, values: Tensor) -> None:
-        key = hashlib.sha256(f"{FORMAT_VERSION} {base} {_versions()} {_header(values)}\n".encode())
-        key.update(_bytes(values))
-        self._key = key.digest()
-        self._path = cache_root() / "codes" / f"{base}-{key.hexdigest()}.safetensors"
-
-    def get(self) -> dict[str, Tensor] | None:
-        """Return the tensors of :meth:`put` in memory of their own; ``None`` if there are none, or damaged ones."""
-        try:
-            # Read, not mapped: see CheckpointReader. The copies are seen where memory is measured.
-            tensors = load(self._path.read_bytes())
-        except (OSError, SafetensorError):
-            return None
-        found = tensors.pop(_DIGEST, None)
-        if found is None or bytes(_bytes(found)) != self._digest(tensors):
-            return None
-        return {name: tensor.clone() for name, tensor in tensors.items()}
-
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep ``tensors``, unless the directory cannot be written or has little room."""
-        digest = torch.frombuffer(bytearray(self._digest(tensors)), dtype=torch.uint8)
-        data = save({**tensors, _DIGEST: digest})
-        folder = self._path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(folder).free < LEFT_FREE_BYTES + len(data):
-                return
-            # Other processes may read it, or write the same.
-            write_bytes_atomically(self._path, data, durable=False)
-        except OSError:
-            return
-
-    def _digest(self, tensors: Mapping[str, Tensor]) -> bytes:
-        """Digest over key, names, types, shapes and bytes: that of no other weight's file, nor of a damaged one."""
-        digest = hashlib.sha256(self._key)
-        for name in sorted(tensors):
-            digest.update(f"{name} {_header(tensors[name])}\n".encode())
-            digest.update(_bytes(tensors[name]))
-        return digest.digest()
-
-
-def _header(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it is contiguous."""
-    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-    return data
+    key = hashlib.sha256(f"{FORMAT_VERSION} {base} {_versions()} {header(values)}\n".encode())
+    key.update(tensor_bytes(values))
+    return KeptTensors("codes", base, key.digest())
 
 
 def _bitsandbytes() -> Any:
@@ -166,7 +112,7 @@ class NF4Weight(nn.Module):
     def _quantized_once(cls, values: Tensor) -> dict[str, Tensor]:
         if values.numel() < SMALLEST_ENTRIES:
             return cls._quantized(values)
-        kept = KeptCodes("nf4", values)
+        kept = kept_codes("nf4", values)
         tensors = kept.get()
         if tensors is None:
             tensors = cls._quantized(values)

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 import hsplit
 from hsplit.cli import main
-from hsplit.data import read_examples, tokenize
+from hsplit.data import read_source, tokenize
 from hsplit.errors import InputError
 from hsplit.evaluation.evaluate import TestInput, grouped, limited
 from hsplit.evaluation.targets import open_target
@@ -46,7 +46,7 @@ def test_a_run_is_evaluated_on_its_test_part_and_the_scores_are_written_into_it(
     assert "through the split model, cut at layer 3 of 4 as c1 is" in found["model"]
     assert {"ppl", "bleu", "rouge_l", "cider"} <= set(found["scores"])
 
-    _, test = read_shared(run.config, find_model(str(run.model)))
+    _, test, _ = read_shared(run.config, find_model(str(run.model)))
     lines = [json.loads(line) for line in (path / "generations.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == list(dict.fromkeys(example.prompt for example in test))
     assert [text for line in lines for text in line["references"]] == [example.response.strip() for example in test]
@@ -110,7 +110,7 @@ def test_perplexity_does_not_depend_on_the_batch_where_frequencies_depend_on_the
 def test_inputs_that_the_run_trained_on_are_left_out_and_counted(runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     run = runs["llama"]
     path = _copy(run, tmp_path)
-    _, test = read_shared(run.config, find_model(str(run.model)))
+    _, test, _ = read_shared(run.config, find_model(str(run.model)))
     prompts = {example.prompt for example in test}
     found = hsplit.evaluate(path, run.data, metrics="bleu", max_new_tokens=1)
     assert prompts <= {one.prompt for one in found.generations}
@@ -126,7 +126,7 @@ def test_inputs_that_the_run_trained_on_are_left_out_and_counted(runs: dict[str,
 
 
 def _examples(path: Path) -> list[Any]:
-    return read_examples(str(path), examples=1, seed=0, label=None, separator=None, limit=None)
+    return read_source(str(path)).examples
 
 
 def test_where_the_runs_data_is_gone_nothing_is_left_out_and_that_is_said(

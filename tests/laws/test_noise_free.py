@@ -13,7 +13,8 @@ from hsplit.lora.aggregation import Contribution, Restart, average_factors, nois
 from hsplit.lora.residual import Residual
 from hsplit.models.adapted_linear import AdaptedLinear
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import base_values
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit.errors import InputError
-from hsplit.lora.aggregation import AGGREGATIONS, Contribution, Outcome, Restart, find_aggregation
+from hsplit.lora.aggregation import AGGREGATIONS, Contribution, Outcome, Restart, _frozen, find_aggregation
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.models.factors import LowRank
 
@@ -144,10 +144,50 @@ def test_raflora_averages_each_slice_over_those_who_have_it(ranks: list[int], to
         assert close(outcome.common.up_to_rank(rank).dense(), (U[:, :rank] * S[:rank]) @ V[:rank])
 
 
+@rules
+@holders
+def test_florist_keeps_the_fewest_directions_with_nine_tenths_of_the_energy(
+    ranks: list[int], tokens: list[int], seed: int
+) -> None:
+    given = contributions(ranks, tokens, seed)
+    U, S, V = torch.linalg.svd(sum(c.share * c.term.dense().double() for c in given))
+    kept = next(k for k in range(1, len(S) + 1) if float((S[:k] ** 2).sum()) >= 0.9 * float((S**2).sum()))
+    outcome = aggregated("florist", given)
+    assert outcome.common is None and isinstance(outcome.residual, LowRank) and outcome.residual.rank == kept
+    assert close(outcome.residual.dense(), (U[:, :kept] * S[:kept]) @ V[:kept])
+
+
+@rules
+@holders
+def test_fedplora_averages_each_direction_over_those_who_trained_it(
+    ranks: list[int], tokens: list[int], seed: int
+) -> None:
+    given = contributions(ranks, tokens, seed)
+    # Beside them what some had frozen, of a restart that had more directions than anybody has trained.
+    began = LowRank(torch.randn(D_OUT, 9), torch.randn(9, D_IN))
+    outcome = AGGREGATIONS["fedplora"].rule([*given, *_frozen(began, given)], Restart("mean", (16,)))
+    assert outcome.residual is None and outcome.common is not None
+    made = []
+    for direction in range(9):
+        having = [c for c in given if c.term.rank > direction]
+        total = sum(c.share for c in having)
+        B = sum(c.share / total * c.term.B[:, direction].double() for c in having) if having else began.B[:, direction]
+        A = sum(c.share / total * c.term.A[direction].double() for c in having) if having else began.A[direction]
+        made.append(torch.cat([torch.as_tensor(B).float(), torch.as_tensor(A).float()]))
+    # Every direction once, in a drawn order.
+    found = torch.cat([outcome.common.B, outcome.common.A.T]).T
+    distances = torch.cdist(torch.stack(made), found)
+    assert float(distances.min(dim=1).values.max()) < 1e-4
+    assert sorted(distances.argmin(dim=1).tolist()) == list(range(9))
+    again = AGGREGATIONS["fedplora"].rule([*given, *_frozen(began, given)], Restart("mean", (2, 4), spare=1))
+    assert again.common is not None and again.residual is not None and again.common.rank == 3
+    assert torch.equal(again.common.A, outcome.common.A[:3]) and torch.equal(again.residual.A, outcome.common.A[3:])
+
+
 def test_the_rules_differ_where_ranks_do() -> None:
     """The references can fail: on the same holders no two rules agree."""
     given = contributions([1, 2, 8], [30, 20, 10], 0)
-    outcomes = {name: aggregated(name, given) for name in ("concat", "hetlora", "flexlora", "raflora")}
+    outcomes = {name: aggregated(name, given) for name in ("concat", "hetlora", "flexlora", "raflora", "florist")}
     made = {}
     for name, outcome in outcomes.items():
         term = outcome.residual or outcome.common
@@ -166,7 +206,8 @@ def test_the_rules_differ_where_ranks_do() -> None:
 def test_adapters_that_have_learned_nothing_do_not_divide_by_zero() -> None:
     given = [Contribution(LowRank(torch.zeros(D_OUT, r), torch.randn(r, D_IN)), 0.5) for r in (2, 4)]
     # A restart of dead directions, A and B both zero, could never be trained again.
-    assert aggregated("flexlora", given) == aggregated("raflora", given) == Outcome(None, None)
+    for name in ("flexlora", "raflora", "florist"):
+        assert aggregated(name, given) == Outcome(None, None)
     for name in ("hetlora", "flexlora", "raflora", "concat"):
         outcome = aggregated(name, given)
         for term in (outcome.residual, outcome.common):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsplit.config import Policy
 from hsplit.data.batches import probe_batch
-from hsplit.data.tokens import TokenizedExample
+from hsplit.data.examples import TokenizedExample
 from hsplit.errors import InputError
 from hsplit.lora import importance_probe
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows, probe_working_bytes, shared_spectrum

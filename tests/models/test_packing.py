@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsplit.models.loading import load_segment
 from hsplit.models.packing import Packing, pack_rows
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 
 

@@ -11,7 +11,8 @@ import torch
 from hsplit.api import plan
 from hsplit.config import ClientConfig, Job, RunConfig, ServerConfig
 from hsplit.models import spec as module
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 from hsplit.planning.cost.model import CostModel
 from hsplit.run_directory import RunDirectory
@@ -34,9 +35,9 @@ class Counts:
             self.reads += 1
             return read(directory)
 
-        def counted_build(config: Any) -> torch.nn.Module:
+        def counted_build(config: Any, attention: str | None) -> torch.nn.Module:
             self.built += 1
-            return build(config)
+            return build(config, attention)
 
         monkeypatch.setattr(ModelSpec, "read", staticmethod(counted_read))
         monkeypatch.setattr(module, "build_skeleton", counted_build)
