@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
@@ -10,6 +11,8 @@ from hsplit.config import ClientConfig
 from hsplit.errors import NO_NUMBERS, HsplitError
 
 LOCALHOST = "127.0.0.1"
+# What errors without a class of their own say: torch's allocator for CPUs; CUDA where not even a context fits; cuBLAS.
+NO_MEMORY = re.compile(r"allocate memory|(?:CUDA|HIP)(?: error:)? out of memory|BLAS_STATUS_ALLOC_FAILED")
 
 # Of a call: its result (R, or a report R and values V), its arguments, and M the items of a call_each.
 R = TypeVar("R")
@@ -351,8 +354,7 @@ def failure_of(actor: str, method: str, error: BaseException) -> ActorFailure:
     """Turn an error in ``actor.method`` into a failure of the right kind."""
     if isinstance(error, FloatingPointError):
         return ActorFailure(actor, method, str(error), "diverged")
-    # torch's allocator for CPUs has no error of its own.
-    short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)
+    short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or NO_MEMORY.search(str(error))
     return ActorFailure(actor, method, one_line(error), "memory" if short else "error")
 
 

@@ -39,7 +39,7 @@ def make_holder(
     device: str = "cpu",
     measure: bool = True,
 ) -> Participant | Replica:
-    """Make a client or server, in its own process.
+    """Make a client or server, in its own process, which keeps to its memory on a GPU.
 
     Args:
         cls: see :func:`holder_class`.
@@ -52,7 +52,9 @@ def make_holder(
     Raises:
         InputError: the model is not there, or is not the run's.
     """
-    return cls(name, job, policy, BaseModel.of_job(model.read(), job), device, measure)
+    holder = cls(name, job, policy, BaseModel.of_job(model.read(), job), device, measure)
+    holder.gpu_memory.limited = True
+    return holder
 
 
 def make_scheduler(run: RunConfig, model: ModelReference) -> Scheduler:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from hsplit.actors.gpu_memory import GpuMemory
 from hsplit.actors.profiling import PeakMemory, measured, measured_with_part, measured_with_round
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import HeldAdapters, Holder, RoundUpdate
@@ -30,6 +31,9 @@ class HolderActor(Generic[Held]):
         base: the base model as this actor reads it.
         device: where it computes.
         measure: follow the peak of allocated memory, see :meth:`peak_bytes`.
+
+    Attributes:
+        gpu_memory: of its process, where it computes on a GPU.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class HolderActor(Generic[Held]):
         self._job, self._policy, self._base = job, policy, base
         self._device = torch.device(device)
         self._memory = PeakMemory(self._device, measure)
+        self.gpu_memory = GpuMemory(self._device)
         self._holder: Held | None = None
         self._shapes: list[LinearShape] = []
         self._pace: Mapping[str, float] = {}

@@ -12,7 +12,7 @@ from hsplit.actors.messages import Activations, WireTensor
 from hsplit.lora.importance_probe import ImportanceProbe
 from hsplit.models.packing import Packing
 from hsplit.models.segment import Segment
-from hsplit.models.tail import Tail
+from hsplit.models.tail import TailLosses
 
 
 @dataclass
@@ -63,12 +63,12 @@ class JoinedBatch:
         output = segment.run(hidden, Packing.of(lengths, hidden.device), depth, layers)
         return JoinedBatch(output, tuple(messages), dict(inputs), tokens)
 
-    def losses(self, tail: Tail, rows_only: bool = True) -> tuple[Tensor, Tensor]:
+    def losses(self, tail: TailLosses, rows_only: bool = True) -> tuple[Tensor, Tensor]:
         """Compute cross-entropy sum and number of supervised tokens of each client, ``(clients,)`` each.
 
         Args:
             tail: final norm and head.
-            rows_only: see :meth:`Tail.supervised_losses`.
+            rows_only: see :meth:`TailLosses.supervised_losses`.
         """
         count, n, device = len(self.messages), self.output.shape[0], self.output.device
         targets = torch.empty(n, dtype=torch.int64, device=device)

@@ -22,8 +22,7 @@ class WireTensor:
 
     Attributes:
         data: uint8 array of the tensor's bytes, row-major; for ``int8`` and ``int4`` the scales, then the codes (see
-            :mod:`hsplit.actors.wire_codes`). A tensor on its own device where ``job.transport`` bypasses Ray's object
-            store.
+            :mod:`hsplit.actors.wire_codes`). A tensor on the CPU where ``job.transport`` bypasses Ray's object store.
         wire: ``fp64``, ``fp32``, ``bf16``, ``int8`` or ``int4``.
         shape: the tensor's shape.
         seed: of the random numbers that ``int4`` rounds by; of its answers' seeds too.
@@ -42,7 +41,9 @@ class WireTensor:
             flat = detached.to(DTYPES[wire]).contiguous().view(-1).view(torch.uint8)
         else:
             flat = quantized(detached, wire, seed)
-        return WireTensor(flat.cpu().numpy() if transport == "store" else flat, wire, shape, seed)
+        # Both ways to travel are between hosts' memories.
+        host = flat.cpu()
+        return WireTensor(host.numpy() if transport == "store" else host, wire, shape, seed)
 
     def answer(self, tensor: Tensor, what: str, transport: str) -> WireTensor:
         """Pack ``tensor`` as an answer to this message: in its format, by a seed that follows from its own.
@@ -63,7 +64,8 @@ class WireTensor:
             own = torch.empty(self.nbytes, dtype=torch.uint8)
             own.numpy()[...] = self.data
         if self.wire in DTYPES:
-            return own.view(DTYPES[self.wire]).view(self.shape).to(device, dtype)
+            # Moved first: torch would widen on the CPU, and move more bytes.
+            return own.view(DTYPES[self.wire]).view(self.shape).to(device).to(dtype)
         return dequantized(own.to(device), self.wire, self.shape, dtype)
 
     @property

@@ -16,8 +16,9 @@ from hsplit.data import Batch, Example
 from hsplit.lora.carried_moments import CarriedMoments
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.weight_holder import WeightHolder
+from hsplit.models.loading import load_segment
 from hsplit.models.packing import Packing, pack_rows
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec
 from hsplit.models.weights import is_quantized
 from hsplit.planning.plan import HolderPlan
 
@@ -59,6 +60,7 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
     def release(self) -> None:
         """Drop every layer and adapter: the client has no part in the rounds that follow."""
         self._drop()
+        self.gpu_memory.give_back()
 
     def _drop(self) -> None:
         self._holder = self._kept = self._carried = None
@@ -78,6 +80,8 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
             held.remove_adapters()
             last = min(part.held_layers, held.spec.last)
             self._kept = self._load(replace(held.spec, last=last), part, held)
+            del held
+            self.gpu_memory.give_back()
 
     @measured_with_part
     def reconfigure(self, part: HolderPlan, update: RoundUpdate) -> None:
@@ -117,6 +121,7 @@ class Participant(HolderActor[Holder | WeightHolder], ABC):
         if part.stored == "codes" and not is_quantized(self._base.base):
             raise ValueError(f"{self.name}: a plan says codes, and a base in {self._base.base} has none")
         self._part = part
+        self.gpu_memory.allow(part.declared_bytes)
         self.data.follow(part)
         self._hold(part, kept)
 

@@ -25,8 +25,10 @@ from hsplit.errors import NO_NUMBERS
 from hsplit.lora.adapters import AdapterSet
 from hsplit.lora.holder import Holder, RoundUpdate
 from hsplit.lora.importance_probe import ImportanceProbe, ProbedRows
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
-from hsplit.models.tail import Tail
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec
+from hsplit.models.tail import TailLosses
+from hsplit.models.weights import is_quantized
 from hsplit.planning.importance import ImportanceReport
 from hsplit.planning.plan import Plan
 from hsplit.seeds import hash_seed
@@ -83,6 +85,7 @@ class Replica(HolderActor[Holder]):
         if (before.server.split, before.server.ranks) == (plan.server.split, plan.server.ranks):
             # The same adapters and optimizer: nothing to carry over.
             self._plan = plan
+            self._keep_working_copies(self.holder.segment, plan)
             self.restart(update)
             return
         held, carried = self.holder.segment, self.holder.carried_moments(plan.server.ranks)
@@ -97,14 +100,22 @@ class Replica(HolderActor[Holder]):
     def _hold(self, plan: Plan, kept: Segment | None) -> None:
         """Hold what ``plan`` gives the server; layers of ``kept`` are not read again."""
         assert plan.server.split is not None
+        self.gpu_memory.give_back()
+        self.gpu_memory.allow(plan.server.declared_bytes)
         tail = self._policy.placement == "split" and self._job.privacy.labels == "server"
         spec = SegmentSpec(plan.server.split, plan.layers, tail=tail)
         segment = load_segment(self._base, spec, quantized=True, device=self._device, kept=kept)
+        self._keep_working_copies(segment, plan)
         shapes = self._base.spec.targeted(self._job.targets)
         self._plan, self._layers, self._shapes = plan, plan.layers, shapes
         self._holder = Holder(
             self.name, segment, shapes, plan.server.ranks, self._job, self._policy, self._base.dtype, self._device
         )
+
+    def _keep_working_copies(self, segment: Segment, plan: Plan) -> None:
+        if is_quantized(self._base.base):
+            for linear in segment.linears.values():
+                linear.keep_working_copy(plan.server.working_copy)
 
     # -- one local step -------------------------------------------------------------------------------------------
 
@@ -296,7 +307,7 @@ class Replica(HolderActor[Holder]):
     # -- inside ---------------------------------------------------------------------------------------------------
 
     @property
-    def _tail(self) -> Tail:
+    def _tail(self) -> TailLosses:
         tail = self.holder.segment.tail
         assert tail is not None, "labels are at the clients"
         return tail
@@ -367,10 +378,10 @@ class Replica(HolderActor[Holder]):
 
         Invalid messages are left out and added to ``refused``.
         """
-        config = self.holder.segment.config
+        segment = self.holder.segment
         inputs: dict[str, Tensor] = {}
         for message in messages:
-            flaw = message.flaw(config.hidden_size, config.vocab_size)
+            flaw = message.flaw(segment.width, segment.vocab_size)
             hidden = None if flaw else self._sound(message.client, message.hidden, message.hidden.shape, refused)
             if flaw:
                 refused[message.client] = flaw

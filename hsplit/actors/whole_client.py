@@ -15,7 +15,8 @@ from hsplit.actors.participant import Participant
 from hsplit.actors.profiling import Stopwatch, measured, measured_in_first_steps, measured_once_a_round
 from hsplit.lora.importance_probe import ProbedRows
 from hsplit.lora.weight_holder import WeightHolder
-from hsplit.models.segment import Segment, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import Segment, SegmentSpec
 from hsplit.planning.importance import ImportanceReport
 from hsplit.planning.plan import HolderPlan
 from hsplit.seeds import hash_seed

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
 import hsplit
+from benchmarks import gpu
+from hsplit.actors.executor import failure_of
+from hsplit.actors.factory import holder_class, make_holder
+from hsplit.actors.gpu_memory import GpuMemory
 from hsplit.config import load_run_config
-from hsplit.models.lookup import find_model
+from hsplit.models.lookup import ModelReference, find_model
 from hsplit.observe.tables import read_plan
+from hsplit.planning.plan import HolderPlan
 from hsplit.run.in_process import local_run
 from hsplit.run.inputs import read_inputs, resolved_config
 from hsplit.run_directory import RunDirectory
@@ -82,7 +89,7 @@ def on_cpus(gpu_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield run.metrics[COLUMNS]
 
 
-@pytest.mark.parametrize("transport", ["store", "cuda_ipc"])
+@pytest.mark.parametrize("transport", ["store", "gloo"])
 def test_actors_share_a_gpu(gpu_file: Path, tmp_path: Path, on_cpus: pd.DataFrame, transport: str) -> None:
     import ray
 
@@ -96,6 +103,49 @@ def test_actors_share_a_gpu(gpu_file: Path, tmp_path: Path, on_cpus: pd.DataFram
     assert run.complete
     pd.testing.assert_frame_equal(run.metrics[COLUMNS], on_cpus, rtol=1e-5)
     assert left and max(left) <= torch.cuda.device_count() - 1
+
+
+def test_a_killed_client_comes_back_to_the_gpu(tmp_path: Path) -> None:
+    """The first part of ``hsplit bench gpu``, on a tiny model."""
+    options = gpu._options(["--device", "cuda", "--model", "tiny", "--to", str(tmp_path)])
+    options.command = []
+    gpu.run_part("shared", options)
+    found = json.loads((tmp_path / "shared.json").read_text())
+    assert found["ended"] == "well", found
+    assert found["complete"] and found["killed"]
+    assert any(gpu.KILLED in text and "is back" in text for text in found["events"])
+    assert found["largest_difference"] < 1e-3
+
+
+def test_a_process_cannot_take_much_more_than_its_plan_declares() -> None:
+    declared = 200_000_000
+    memory = GpuMemory(torch.device("cuda"))
+    memory.limited = True
+    memory.allow(declared)
+    try:
+        held = torch.empty(declared, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            torch.empty(declared, dtype=torch.uint8, device="cuda")
+        assert failure_of("a", "forward", error.value).kind == "memory"
+        del held
+        memory.give_back()
+        torch.empty(declared, dtype=torch.uint8, device="cuda")
+    finally:
+        memory.allow(0)
+
+
+def test_adapters_leave_the_gpu_before_they_travel(cluster_file: Path) -> None:
+    run = resolved_config(load_run_config(cluster_file, None, FIXED))
+    source = find_model(run.job.model)
+    model = ModelReference(run.job.model, source.directory)
+    client: Any = make_holder(holder_class(run, "small"), "small", run.job, run.policy, model, "cuda")
+    names = [shape.name for shape in source.spec.targeted(run.job.targets) if shape.layer == 0]
+    try:
+        client.configure(HolderPlan("small", "client", True, 1, dict.fromkeys(names, 2)))
+        _, held = client.collect()
+        assert {term.B.device.type for term in held.terms.values()} == {"cpu"}
+    finally:
+        client.gpu_memory.allow(0)
 
 
 @pytest.mark.real
