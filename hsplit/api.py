@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hsplit.actors.executor import LOCALHOST
 from hsplit.cluster.ray_session import helpers_of
 from hsplit.config import Job, RunConfig, load_run_config
-from hsplit.config.overrides import Overrides
+from hsplit.config.overrides import Overrides, parse_overrides
 from hsplit.config.reading import displayed, parse_yaml
+from hsplit.data.description import DataDescription, describe
 from hsplit.errors import InputError
+from hsplit.machine import Level, Machine
 from hsplit.models.lookup import find_model
+from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.displays import display_for
 from hsplit.observe.logs import check_logs
 from hsplit.observe.observer import Observer
@@ -27,7 +30,7 @@ from hsplit.planning.planning_state import Fleet
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_state
 from hsplit.run.inbox import post_budget, post_join, post_leave
-from hsplit.run.inputs import check_model, own_code, read_fleet, read_inputs, resolved_config
+from hsplit.run.inputs import check_model, own_code, read_fleet, read_inputs, resolved_config, unadapted_text
 from hsplit.run_directory import RunDirectory
 from hsplit.session import drive, remove_if_refused
 from hsplit.streams import is_terminal
@@ -96,9 +99,10 @@ def launch(
     """
     run = resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu))
     check_logs(run)
+    shortages = _shortages(run, address)
     with helpers_of(run, address) as helpers:
         with Waiting("looking for the model") as waiting:
-            source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+            source = find_model(run.job.model, is_terminal(sys.stderr), accepted=run.job.accept_licence)
             waiting.update("checking the model")
             check_model(run, source)
             waiting.update("reading model and data")
@@ -108,6 +112,7 @@ def launch(
             Scheduler(run, source.spec).check_start()
         directory = RunDirectory.create(Path(runs_dir), name)
         run.save(directory.config)
+        _tell(shortages)
         with remove_if_refused(directory):
             complete = drive(run, source, inputs, directory, address, dashboard_host, display, helpers)
             return Run(directory.path, complete)
@@ -144,16 +149,37 @@ def resume(
         with display or display_for(sys.stdout) as observer:
             observer.finished([f"{displayed(directory.path)}: is complete already", *results_lines(directory)])
         return Run(directory.path, True)
+    shortages = _shortages(run, address)
     with helpers_of(run, address) as helpers:
         with Waiting("reading model and data"):
-            source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+            source = find_model(run.job.model, is_terminal(sys.stderr), accepted=run.job.accept_licence)
             inputs = read_inputs(run, source)
             if found is None:
                 Scheduler(run, source.spec).check_start()
+        _tell(shortages)
         complete = drive(
             run, source, inputs, directory, address, dashboard_host, display, helpers, found, passed_over, changes
         )
         return Run(directory.path, complete)
+
+
+def _shortages(run: RunConfig, address: str | None) -> list[str]:
+    """Describe what a run on this machine would lack; the nodes of a cluster are examined once it is reached.
+
+    Raises:
+        InputError: it would not start.
+    """
+    if address is not None:
+        return []
+    found = Machine.here().findings(run.declared_bytes())
+    if bad := [finding for finding in found if finding.level is Level.BAD]:
+        raise InputError(f"this machine: {'; '.join(map(str, bad))}")
+    return [f"machine: {finding}" for finding in found if finding.level is Level.NOTE]
+
+
+def _tell(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def plan(
@@ -180,14 +206,46 @@ def _planning(
     cluster: str | Path, policy: str | Path | None, overrides: Overrides, cpu: bool
 ) -> tuple[RunConfig, Scheduler, Fleet]:
     run = resolved_config(load_run_config(cluster, policy, overrides, cpu=cpu))
-    source = find_model(run.job.model, progress=is_terminal(sys.stderr), weights=False)
+    source = find_model(run.job.model, is_terminal(sys.stderr), accepted=run.job.accept_licence, weights=False)
     check_model(run, source)
-    for line in own_code(run.policy):
-        print(line, file=sys.stderr)
+    for line in (*own_code(run.policy), unadapted_text(source.spec)):
+        if line:
+            print(line, file=sys.stderr)
     fleet, unread = read_fleet(run, source)
     if unread:
         print(f"data not read, so plans hold the whole embedding at every client: {unread}", file=sys.stderr)
     return run, Scheduler(run, source.spec), fleet
+
+
+def describe_data(
+    source: str | Path | None = None,
+    model: str | None = None,
+    cluster: str | Path | None = None,
+    overrides: Overrides = (),
+) -> tuple[DataDescription, Job]:
+    """How a run would read its shared data, and who would get what of it.
+
+    Args:
+        source: as ``job.data.source``; by default the cluster's data.
+        model: as ``job.model``, for its tokenizer and chat template; by default the cluster's.
+        cluster: whose job it is for; where it is given, also who of its clients would get what.
+        overrides: as for :func:`launch`.
+
+    Returns:
+        What was found, and the job.
+
+    Raises:
+        InputError: nothing of the source can be learned from.
+    """
+    given = {own.key: own.value for own in parse_overrides(overrides)}
+    given |= {"job.data.source": str(source), "job.data.mixture": []} if source is not None else {}
+    given |= {"job.model": model} if model else {}
+    run = resolved_config(load_run_config(cluster or "hetero", None, given))
+    sharing = [client.name for client in run.clients if client.data is None] if cluster else []
+    with Waiting("reading the data"):
+        found = find_model(run.job.model, is_terminal(sys.stderr), accepted=run.job.accept_licence, weights=False)
+        tokenizer = load_tokenizer(found.directory)
+        return describe(run.job, tokenizer, sharing), run.job
 
 
 def change_budget(path: str | Path, holder: str, values: Overrides) -> None:
@@ -258,6 +316,7 @@ def plan_summary(made: Plan, insight: Insight, job: Job) -> dict[str, Any]:
             "period": made.groups * part.every,
             "phase": part.group + made.groups * part.offset,
             "stored": part.stored,
+            "working_copy": part.working_copy,
             "wire": part.wire or job.wire,
             "ranks": part.ranks,
             "memory_bytes": {"declared": part.declared_bytes, "predicted": part.predicted_bytes},

@@ -396,6 +396,31 @@ def export(run: Path, to: Path | None, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("source", required=False)
+@click.option("--model", metavar="DIR|ID", help="Whose tokenizer and chat template are used; as job.model.")
+@click.option("--cluster", metavar="FILE|NAME", help="Whose job it is for, and whose clients would share it.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def data(source: str | None, model: str | None, cluster: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show how a data source is read: its form, counts and lengths, what is learned of it, and what is skipped.
+
+    SOURCE is a file, a folder, a pattern, or org/name:split of the hub; without it the data of the cluster's job are
+    shown.
+    """
+    from hsplit.api import describe_data
+
+    described, job = describe_data(source, model, cluster, overrides)
+    if as_json:
+        click.echo(json.dumps(described.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    from hsplit.observe.data_text import data_view
+
+    Console().print(data_view(described, job.max_length))
+
+
+@main.command()
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option(
     "--ray-temp-dir",
@@ -422,6 +447,36 @@ def monitoring(to: Path, **options: Any) -> None:
         click.echo(line)
 
 
+@main.command()
+@click.option("--cluster", metavar="FILE|NAME", help="A run to compare memory and cores with.")
+@click.option("--policy", metavar="FILE|NAME", help="How: hsplitlora by default.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; may be repeated.")
+@click.option("--cpu", is_flag=True, help="Of a cluster file with GPUs: as on CPUs.")
+@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(cluster: str | None, as_json: bool, **options: Any) -> None:
+    """Say what is wrong with this machine for a run, in one line each: ok, note (slower, or in danger) or bad.
+
+    Memory, cores, open files, shared memory, disks, ports, versions of packages, Ray's token. Exit code 1 where
+    something is bad: a run would not start.
+    """
+    from dataclasses import asdict
+
+    from hsplit.doctor import examine, finding_line
+
+    found = examine(cluster, **options)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        for finding in found:
+            console.print(finding_line(finding), soft_wrap=True)
+    if any(finding.level == "bad" for finding in found):
+        sys.exit(RunError.exit_code)
+
+
 @main.group()
 def bench() -> None:
     """Repeat an experiment of benchmarks/ on this machine."""
@@ -434,6 +489,7 @@ _EXPERIMENTS = {
     "memory": "Predicted against measured peak memory of clients and of the server",
     "aggregation": "Time, memory and error of aggregation at size, and what merging an update loses",
     "throughput": "Examples a second against plain loops, the server phase, overlap, and start-up",
+    "gpu": "Whether actors that share a GPU work, what they hold and how fast they are",
     "clients": "Time of a round and memory as the number of clients grows",
     "clock": "Time of a round as predicted, as emulated, and as measured under quotas of CPU time",
     "pace": "How near plans come to the speed that budgets allow, and what it costs in learning",

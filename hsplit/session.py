@@ -9,13 +9,14 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hsplit.actors.executor import ActorFailure
 from hsplit.cluster.ray_session import Helpers, ray_of
 from hsplit.config import RunConfig
+from hsplit.data.description import ClientShare
 from hsplit.errors import HsplitError, InputError, RunError, os_reason
 from hsplit.exporting.export import ExportOptions, export_run
 from hsplit.models.lookup import ModelSource
@@ -32,7 +33,7 @@ from hsplit.report.report import write_report
 from hsplit.run.checkpoint import read_state
 from hsplit.run.coordinator import Coordinator, Inputs
 from hsplit.run.failure_text import method_words
-from hsplit.run.inputs import own_code
+from hsplit.run.inputs import own_code, unadapted_text
 from hsplit.run.state import RunState, Status
 from hsplit.run_directory import RunDirectory
 from hsplit.tracebacks import unexpected
@@ -96,6 +97,8 @@ def drive(
                 without = state.with_status(Status.LEFT, Status.ASIDE)
                 placement = find_placement(run, without=without, lost=state.to_return)
                 notes = preflight(run, placement, source.directory, inputs.model_fingerprint)
+                notes += [f"data     {inputs.reading}"] if inputs.reading else []
+                notes += [f"frozen   {text}"] if (text := unadapted_text(source.spec)) else []
             name, fingerprint = directory.path.name, inputs.model_fingerprint
             with failing_as(RAY, "naming its metrics endpoint"):
                 metrics = metrics_address()
@@ -110,6 +113,9 @@ def drive(
                 progress.coordinator, context = coordinator, coordinator.context
                 for text in own:
                     context.events.write("code", text)
+                if inputs.reading and checkpoint is None:
+                    shares = {name: asdict(ClientShare.of(own)) for name, own in inputs.shares.items() if own}
+                    context.events.write("shares", inputs.reading, clients=shares)
                 if changes:
                     run.save(directory.config)
                 for text in changes:

@@ -5,25 +5,37 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from hsplit.streams import encodable, is_terminal
 
 EVERY_S = 8.0
 """Seconds without output before a line is printed; below ten, polling and a busy machine included."""
 _POLL_S = 0.25
+Item = TypeVar("Item")
 
 
 class Waiting:
     """Context that prints what a command waits for, every ``every_s`` seconds.
 
     Of nested contexts only the innermost prints.
+
+    Attributes:
+        detail: printed behind the cause, such as how far it is.
 
     Args:
         what: cause of the wait, for the line.
@@ -38,11 +50,17 @@ class Waiting:
         self, what: str, every_s: float = EVERY_S, *, growing: bool = False, stream: TextIO | None = None
     ) -> None:
         self._what, self._every_s, self._growing = what, every_s, growing
+        self.detail = ""
         self._stream = stream or sys.stderr
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print_lines, name="waiting", daemon=True)
         self._begun = self._printed = time.monotonic()
         self._gap_s = every_s
+
+    @classmethod
+    def innermost(cls) -> Waiting | None:
+        """The one of nested contexts that prints."""
+        return cls._nested[-1] if cls._nested else None
 
     def update(self, what: str) -> None:
         """Print ``what`` from now on."""
@@ -83,7 +101,7 @@ class Waiting:
                 self._gap_s *= 2
             # A closed stderr is no error.
             with suppress(OSError, ValueError, AttributeError):
-                text = f"waiting: {self._what} ({now - self._begun:.0f} s)"
+                text = f"waiting: {self._what}{self.detail} ({now - self._begun:.0f} s)"
                 print(encodable(text, self._stream.encoding), file=self._stream, flush=True)
 
 
@@ -102,6 +120,41 @@ def status(what: str) -> Iterator[Callable[[str], None]]:
     else:
         with Waiting(what) as waiting:
             yield waiting.update
+
+
+SHOWN_FROM = 5_000
+"""Items whose progress is shown: fewer take a moment."""
+
+
+def track(items: Sequence[Item], what: str, each: int = 1, total: int | None = None) -> Iterator[Item]:
+    """Yield ``items``, and show how far they are: as a bar in a terminal, elsewhere in the line of :class:`Waiting`.
+
+    Args:
+        items: to go through.
+        what: is done with them, for the line.
+        each: things that an item stands for.
+        total: number of things; by default of items.
+    """
+    count = len(items) if total is None else total
+    outer = Waiting.innermost()
+    if count < SHOWN_FROM:
+        yield from items
+    elif is_terminal(sys.stderr):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=count)
+            for item in items:
+                yield item
+                bar.advance(task, each)
+                if outer is not None:
+                    outer.heard()
+    else:
+        for number, item in enumerate(items):
+            if outer is not None:
+                outer.detail = f": {what}, {min(number * each, count):,} of {count:,}"
+            yield item
+        if outer is not None:
+            outer.detail = ""
 
 
 Stage = Callable[[str], AbstractContextManager[None]]

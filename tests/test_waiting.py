@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import threading
 
-from hsplit.waiting import Waiting, status
+import pytest
+
+from hsplit import waiting
+from hsplit.waiting import Waiting, status, track
 
 
 class Heard(io.StringIO):
@@ -57,3 +60,15 @@ def test_what_is_short_is_silent(capsys: object) -> None:
         update("measuring")
     out, err = capsys.readouterr()  # type: ignore[attr-defined]
     assert out == err == ""
+
+
+def test_progress_is_said_in_the_line_of_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "SHOWN_FROM", 4)
+    said = []
+    with Waiting("reading the data", 60, stream=io.StringIO()) as outer:
+        for _ in track(range(0, 6, 2), "tokenizing", each=2, total=6):
+            said.append(outer.detail)
+        assert outer.detail == ""
+        assert list(track([1, 2], "a few")) == [1, 2]
+    assert said == [f": tokenizing, {done} of 6" for done in (0, 2, 4)]
+    assert list(track(range(5), "without one that waits")) == list(range(5))

@@ -22,6 +22,7 @@ import ray
 
 from hsplit.actors.executor import LOCALHOST
 from hsplit.cluster.fork_server import PASSIVE_THREADS, ForkServer
+from hsplit.cluster.tls import check_tls
 from hsplit.errors import InputError, RunError, os_reason
 
 # The last line of a traceback, and of the log of one of Ray's processes that are not in Python.
@@ -124,13 +125,16 @@ def _end_dashboard(root: Path) -> None:
 
 # Read by worker processes when they start, so it must be set before Ray starts.
 WORKER_ENVIRONMENT = {
-    # Imports dominate an actor's start; idle workers have them done.
-    "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate,bitsandbytes",
+    # Imports dominate an actor's start; idle workers have them done. None of these may look for GPUs: Ray chooses those
+    # that an actor sees only once the worker is there, and CUDA keeps to what it has seen first. bitsandbytes looks.
+    "RAY_preload_python_modules": "torch,transformers.modeling_utils,accelerate",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     # A call that waits for a dead actor's result fails too; the coordinator has already reported the cause.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    # That of whoever started the run. At Ray's own of 15, workers starve beside any other program.
+    "RAY_worker_niceness": "0",
     **PASSIVE_THREADS,
 }
 ANSWERED_WITHIN_S = 10.0
@@ -203,13 +207,20 @@ def connect(
 
 
 def _check_answers(address: str) -> None:
-    """Refuse a ``HOST:PORT`` where nothing listens: Ray would try for two minutes and print lines of its own."""
-    host, _, port = address.rpartition(":")
+    """Refuse a ``HOST:PORT`` where nothing listens, or not with this process's certificates.
+
+    Ray would try for minutes and print lines of its own.
+    """
+    found = address
+    if address == "auto":
+        with suppress(Exception):  # Ray names the cause if there is no cluster
+            found = ray._private.services.canonicalize_bootstrap_address("auto") or address
+    host, _, port = found.rpartition(":")
     if not host or "://" in address or not port.isdigit():
         return
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERED_WITHIN_S):
-            pass
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERED_WITHIN_S) as connection:
+            check_tls(address, connection, ANSWERED_WITHIN_S)
     except (OSError, OverflowError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else str(error)
         raise InputError(

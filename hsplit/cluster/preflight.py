@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -23,6 +22,7 @@ from hsplit.cluster.placement import Node, Placement, requests_of
 from hsplit.cluster.ray_failures import RAY_ERRORS, failure_from
 from hsplit.config import ClientConfig, RunConfig
 from hsplit.errors import InputError
+from hsplit.machine import Level, Machine
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.lookup import ModelReference
 
@@ -51,12 +51,12 @@ class NodeReport:
     Attributes:
         versions: of Python, hsplit and :data:`PACKAGES`, without local parts such as ``+cpu``; ``None``: not there.
         unreadable: the reason why a client's file cannot be read, by client.
-        free_bytes: memory available now.
+        machine: what it has left.
     """
 
     versions: Mapping[str, str | None]
     unreadable: Mapping[str, str]
-    free_bytes: int
+    machine: Machine
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _public_version(package: str) -> str | None:
 def inspect_node(required: NodeRequirements) -> NodeReport:
     """Inspect the node of this process."""
     unreadable = {client: why for client, path in required.data.items() if (why := _unreadable(path))}
-    return NodeReport(versions(), unreadable, psutil.virtual_memory().available)
+    return NodeReport(versions(), unreadable, Machine.here())
 
 
 def _unreadable(path: str) -> str:
@@ -153,20 +153,16 @@ def check_bases(node: str, found: Mapping[str, FoundBase | str], fingerprint: st
             )
 
 
-def memory_note(node: str, declared_bytes: Mapping[str, int], free_bytes: int) -> str:
-    """Describe a node with less free memory than the holders on its CPUs declare; empty if it has enough.
+def shortages(declared_bytes: Mapping[str, int], machine: Machine, where: str) -> list[str]:
+    """Describe what holders would lack on a machine, a line each.
 
     Args:
-        node: its description.
-        declared_bytes: by holder.
-        free_bytes: of the node.
+        declared_bytes: memory of the holders on its CPUs, by name.
+        machine: the machine.
+        where: its description, such as ``node lab (10.0.0.3)``.
     """
-    declared = sum(declared_bytes.values())
-    if declared <= free_bytes:
-        return ""
-    names = ", ".join(declared_bytes)
-    free, wanted = free_bytes / 1e9, declared / 1e9
-    return f"node {node} has {free:.1f} GB of memory free, and {wanted:.1f} GB are declared for {names}"
+    found = machine.findings(declared_bytes)
+    return [f"{where}: {finding}" for finding in found if finding.level is not Level.OK]
 
 
 # -- on a cluster -------------------------------------------------------------------------------------------------
@@ -203,15 +199,12 @@ def preflight(run: RunConfig, placement: Placement, directory: Path, fingerprint
     # Last, since reading or downloading a large base may take minutes.
     for node, found in zip(nodes, _ask(nodes, find_bases, requirements), strict=True):
         check_bases(str(node), found, fingerprint)
-    notes = []
+    notes: list[str] = []
     for node, answer in zip(nodes, answers, strict=True):
-        declared = {
-            name: holder.memory_bytes
-            for name, holder in requests_of(run)
-            if name in placement.nodes and placement.nodes[name].id == node.id and not holder.num_gpus
-        }
-        notes.append(memory_note(str(node), declared, answer.free_bytes))
-    return [note for note in notes if note]
+        on_node = {name for name, its in placement.nodes.items() if its.id == node.id}
+        declared = {name: own for name, own in run.declared_bytes().items() if name in on_node}
+        notes += shortages(declared, answer.machine, f"node {node}")
+    return notes
 
 
 def _requirements(run: RunConfig, placement: Placement, node: Node, directory: Path, here: bool) -> NodeRequirements:
@@ -222,9 +215,9 @@ def _requirements(run: RunConfig, placement: Placement, node: Node, directory: P
         if name not in placement.nodes or placement.nodes[name].id != node.id:
             continue
         if isinstance(holder, ClientConfig) and holder.model is not None:
-            references[name] = ModelReference(holder.model, None)
+            references[name] = ModelReference(holder.model, None, accepted=run.job.accept_licence)
         elif not here:
-            references[name] = ModelReference(run.job.model, directory)
+            references[name] = ModelReference(run.job.model, directory, accepted=run.job.accept_licence)
         if isinstance(holder, ClientConfig) and holder.data is not None:
             data[name] = holder.data
     return NodeRequirements(references, data)

@@ -21,6 +21,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.executor import ActorFailure, Executor, R, Ref
 from hsplit.actors.factory import holder_class, make_holder, make_scheduler
 from hsplit.actors.replica import Replica
+from hsplit.cluster.fork_server import NO_GPU
 from hsplit.cluster.placement import Node, Placement, alive_nodes, find_placement, remaining, requests_of, room_for
 from hsplit.cluster.ray_failures import RAY, RAY_ERRORS, failing_as, failure_from
 from hsplit.config import SCHEDULER, SERVER, HolderConfig, RunConfig
@@ -31,13 +32,18 @@ from hsplit.models.lookup import ModelReference
 from hsplit.streams import quieten_bitsandbytes
 
 
-def settle_process(threads: int | None, sharing: int = 1) -> None:
-    """Set the number of threads, and silence libraries.
+def settle_process(threads: int | None, sharing: int = 1, *, gpu: bool = False) -> None:
+    """Set the number of threads and the GPUs that are seen, and silence libraries.
 
     Processes with idle thread pools compete for cores. A client therefore has as many threads as it reserved CPUs, by
     default one, which needs no pool. A server, for which clients wait, uses every core of its node, shared equally
     among the servers there.
+
+    A process without a share of a GPU sees none: Ray leaves all of them visible there, and each process that finds one
+    keeps some hundred megabytes of it. This comes before bitsandbytes, which looks for GPUs when it is imported.
     """
+    if not gpu:
+        os.environ.update(NO_GPU)
     import torch
     import transformers
 
@@ -54,13 +60,16 @@ class ActorShell:
         make: makes the object, in the actor's process.
         threads: number of threads; ``None``: every core of its node, shared by ``sharing`` servers.
         sharing: number of servers on the node.
+        gpu: it has a share of a GPU.
     """
 
-    def __init__(self, name: str, make: Callable[[], Any], threads: int | None, sharing: int = 1) -> None:
+    def __init__(
+        self, name: str, make: Callable[[], Any], threads: int | None, sharing: int = 1, gpu: bool = False
+    ) -> None:
         # First: Ray calls __repr__ even if the actor could not be made.
         self._name = name
         self.actor: Any = None
-        settle_process(threads, sharing)
+        settle_process(threads, sharing, gpu=gpu)
         self.actor = make()
         self._returned: dict[tuple[int, int], Any] = {}
 
@@ -77,7 +86,7 @@ class ActorShell:
     def begin(self, ticket: int, method: str, *arguments: Any) -> Any:
         """Call ``method`` and return the first of its values; :meth:`rest` returns the others.
 
-        Their tensors stay on their device until a receiver on another device takes them.
+        Their tensors stay here until a receiver takes them.
         """
         report, *rest = self.call(method, *arguments)
         self._returned |= {(ticket, index): value for index, value in enumerate(rest)}
@@ -200,8 +209,9 @@ class RayExecutor(Executor):
         threads = None if name in (*run.server.names, CENTRAL) else max(1, int(holder.num_cpus))
         sharing = sum(self._nodes[server].id == node.id for server in run.server.names if server in self._nodes)
         shell = _remote(full_name, holder, node, run.job.transport)
-        make_object = self._maker(name, "cuda" if holder.num_gpus > 0 else "cpu")
-        return shell.remote(name, make_object, threads, sharing)
+        gpu = holder.num_gpus > 0
+        make_object = self._maker(name, "cuda" if gpu else "cpu")
+        return shell.remote(name, make_object, threads, sharing, gpu)
 
     def _maker(self, name: str, device: str) -> Callable[[], Any]:
         """Return the function that makes the object of a client or server, in its process."""
@@ -212,9 +222,10 @@ class RayExecutor(Executor):
         """Return the base of ``name``, to be checked on its node unless that was done before the run started."""
         own = _own_model(self._requests[name])
         fingerprint = None if (self._nodes[name].id, own) in self._checked else self._fingerprint
+        job = self._run.job
         if own is not None:
-            return ModelReference(own, None, fingerprint)
-        return ModelReference(self._run.job.model, self._model, fingerprint)
+            return ModelReference(own, None, fingerprint, job.accept_licence)
+        return ModelReference(job.model, self._model, fingerprint, job.accept_licence)
 
     def begin(
         self, actor: str, method: Callable[..., Any], arguments: Sequence[Any], returns: int | None = None
@@ -222,7 +233,7 @@ class RayExecutor(Executor):
         name, shell = method.__name__, self._handles[actor]
         values = [argument.ref if isinstance(argument, _RayRef) else argument for argument in arguments]
         with failing_as(actor, name):
-            if returns is not None and self._transport != "store" and name in STEP_METHODS:
+            if returns is not None and self._collective and name in STEP_METHODS:
                 refs = self._begin_directly(shell, name, values, returns)
             else:
                 unplaced = actor in self._unplaced

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from ray import exceptions
 
-from hsplit.actors.executor import ActorFailure, FailureKind, failure_of
+from hsplit.actors.executor import NO_MEMORY, ActorFailure, FailureKind, failure_of
 from hsplit.errors import HsplitError
 
 RAY = "Ray"
@@ -22,7 +22,7 @@ _ENDED_ID = re.compile(r"Selected to kill: \(Actor\(([0-9a-f]+)\)")
 _USE = re.compile(r"Memory usage (\d+)B exceeded threshold of (\d+)B")
 # Ray gives the cause of an actor's death only as text. (The list of common causes that Ray adds to every sudden end
 # names the system's OOM killer too, which says nothing.)
-_FOR_MEMORY = re.compile(r"running low on memory|memory monitor|OutOfMemoryError|MemoryError|allocate memory")
+_FOR_MEMORY = re.compile(rf"running low on memory|memory monitor|OutOfMemoryError|MemoryError|{NO_MEMORY.pattern}")
 _NODE_GONE = re.compile(r"node (?:has )?died|node was (?:dead|terminated|preempted)|node is dead")
 
 _MAX_REASON = 500

@@ -12,8 +12,8 @@ from hsplit.actors.executor import LOCALHOST
 from hsplit.cluster.cleanup import MARK, CleanupProcess
 from hsplit.cluster.fork_server import ForkServer
 from hsplit.config import RunConfig
-from hsplit.errors import InputError, os_reason
-from hsplit.home import keep_ray_token
+from hsplit.errors import InputError
+from hsplit.home import keep_ray_token, no_ray_token
 from hsplit.shadowing import refusal_text, shadowing_file
 from hsplit.streams import quieten_bitsandbytes
 from hsplit.waiting import Waiting
@@ -59,10 +59,7 @@ def helpers_of(run: RunConfig, address: str | None) -> Iterator[Helpers]:
         try:
             keep_ray_token()
         except OSError as error:
-            raise InputError(
-                f"HOME: Ray's token cannot be written there nor elsewhere ({os_reason(error)}); set HOME or TMPDIR to a"
-                " directory that can be written"
-            ) from error
+            raise InputError(no_ray_token(error)) from error
     with Waiting("importing Ray"):
         import ray
 

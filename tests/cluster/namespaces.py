@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).parents[2]
 RAY_PORT = 6379
 _PATIENCE_S = 180.0
+_NUMBERS = count()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def hosts(rates_mbps: Mapping[str, float | None]) -> Iterator[dict[str, Host]]:
     Args:
         rates_mbps: by name the rate of the host's link in Mbit/s, in both directions; ``None``: no limit.
     """
-    prefix, subnet = f"hs{os.getpid():x}", f"10.77.{os.getpid() % 250 + 1}"
+    prefix, subnet = f"hs{os.getpid():x}{next(_NUMBERS)}", f"10.77.{os.getpid() % 250 + 1}"
     switch = f"{prefix}sw"
     made = {name: Host(f"{prefix}n{i}", f"{subnet}.{i}") for i, name in enumerate(rates_mbps, start=1)}
     try:
@@ -175,7 +177,13 @@ def ray_on(made: Mapping[str, Host], nodes: Mapping[str, RayNode]) -> Iterator[s
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a process of another host has in its environment."""
-    own = {"PYTHONPATH": str(ROOT), "RAY_prestart_worker_first_driver": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {
+        "PYTHONPATH": str(ROOT),
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's workers yield to all other work of a machine otherwise, and a test would wait in vain on a busy one.
+        "RAY_worker_niceness": "0",
+    }
     return os.environ | own | dict(more or {})
 
 

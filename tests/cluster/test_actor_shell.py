@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hsplit.cluster.fork_server import NO_GPU
 from hsplit.cluster.ray_executor import ActorShell
 
 
@@ -14,6 +15,13 @@ class Plain:
 
     def pair(self, first: int) -> tuple[int, str, str]:
         return first, "second", "third"
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell hides GPUs from its process, which is this one."""
+    for name, value in NO_GPU.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_a_shell_calls_its_object_and_hands_out_values_one_by_one() -> None:

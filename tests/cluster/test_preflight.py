@@ -16,14 +16,16 @@ from hsplit.cluster.preflight import (
     check_node,
     find_bases,
     inspect_node,
-    memory_note,
+    shortages,
     versions,
 )
 from hsplit.errors import InputError
+from hsplit.machine import Machine
 from hsplit.models.checkpoint_reader import model_fingerprint
 from hsplit.models.lookup import ModelReference
 
 HERE = {"python": "3.11", "hsplit": "0.1.0", "ray": "2.60.0", "bitsandbytes": None}
+IDLE = Machine(free_bytes=2_500_000_000, reserve_bytes=0, cores=2, load=0.0, shared_bytes=None, open_files=None)
 
 
 def refused_node(there: NodeReport) -> str:
@@ -50,13 +52,13 @@ def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPa
 
 
 def test_other_versions_are_refused() -> None:
-    check_node("lab", NodeReport(HERE, {}, 0), HERE)
-    assert refused_node(NodeReport(HERE | {"ray": "2.59.0"}, {}, 0)) == (
+    check_node("lab", NodeReport(HERE, {}, IDLE), HERE)
+    assert refused_node(NodeReport(HERE | {"ray": "2.59.0"}, {}, IDLE)) == (
         "node lab (10.0.0.2): has ray 2.59.0, the driver 2.60.0: install ray 2.60.0 there"
     )
-    assert "has no hsplit, the driver 0.1.0: install" in refused_node(NodeReport(HERE | {"hsplit": None}, {}, 0))
+    assert "has no hsplit, the driver 0.1.0: install" in refused_node(NodeReport(HERE | {"hsplit": None}, {}, IDLE))
     assert "has bitsandbytes 1, the driver none: uninstall" in refused_node(
-        NodeReport(HERE | {"bitsandbytes": "1"}, {}, 0)
+        NodeReport(HERE | {"bitsandbytes": "1"}, {}, IDLE)
     )
 
 
@@ -69,7 +71,7 @@ def test_a_client_s_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch:
     assert found == {"gone": f"there is no file {tmp_path}/none.csv", "folder": f"{tmp_path} is a directory, no file"}
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert inspect_node(NodeRequirements({}, data)).unreadable["home"] == f"{there} may not be read"
-    assert refused_node(NodeReport(HERE, found, 0)) == (
+    assert refused_node(NodeReport(HERE, found, IDLE)) == (
         f"gone: data: there is no file {tmp_path}/none.csv on its node lab (10.0.0.2)"
     )
 
@@ -101,8 +103,7 @@ def test_an_actor_on_a_node_that_nobody_has_looked_at_checks_its_base(models: di
         ModelReference("job/model", models["gpt2"], model_fingerprint(llama)).locate()
 
 
-def test_memory_that_does_not_suffice_is_told() -> None:
-    assert memory_note("lab", {"a": 2_000_000_000, "b": 500_000_000}, 2_500_000_000) == ""
-    assert memory_note("lab", {"a": 2_000_000_000, "b": 500_000_000}, 1_200_000_000) == (
-        "node lab has 1.2 GB of memory free, and 2.5 GB are declared for a, b"
-    )
+def test_what_a_node_lacks_is_reported() -> None:
+    assert shortages({"a": 2_000_000_000, "b": 500_000_000}, IDLE, "node lab") == []
+    (line,) = shortages({"a": 2_000_000_000, "b": 1_500_000_000}, IDLE, "node lab")
+    assert line.startswith("node lab: memory: 2.5 GB free, 3.5 GB declared for a, b: ")

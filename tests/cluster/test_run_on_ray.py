@@ -57,6 +57,13 @@ def whole(
     return run, held
 
 
+def test_workers_have_the_niceness_of_the_run() -> None:
+    import ray
+
+    niceness = ray.remote(lambda: os.nice(0))
+    assert ray.get(niceness.remote()) == os.nice(0)
+
+
 def test_a_run_leaves_everything_and_learns(whole: tuple[hsplit.Run, Any]) -> None:
     run, _ = whole
     assert run.complete
