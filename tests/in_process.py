@@ -148,6 +148,7 @@ def fixed_plan(
     server_rank: int,
     servers: int = 1,
     stored: Sequence[Any] | None = None,
+    working_copy: bool = False,
 ) -> Plan:
     """A plan with one rank for each holder: client ``c{i}`` holds ``[0, splits[i])``, dense or as ``stored`` says."""
     spec = ModelSpec.read(model)
@@ -158,7 +159,8 @@ def fixed_plan(
         for i, (split, rank, form) in enumerate(zip(splits, ranks, forms, strict=True))
     )
     first = min(splits)
-    server = HolderPlan("server", "server", True, first, {s.name: server_rank for s in shapes if s.layer >= first})
+    deep = {s.name: server_rank for s in shapes if s.layer >= first}
+    server = HolderPlan("server", "server", True, first, deep, working_copy=working_copy)
     return Plan(spec.layers, server, clients, 1.0, 0.0, "none", servers)
 
 

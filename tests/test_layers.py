@@ -15,7 +15,7 @@ HSPLIT = Path(__file__).parents[1] / "hsplit"
 # From the top: files and folders of hsplit/ by the layer that they stand in. The first is the Python interface.
 LAYERS = (
     ("__init__", "cli"),
-    ("api", "evaluation", "experiments", "measuring", "simulation"),
+    ("api", "doctor", "evaluation", "experiments", "measuring", "simulation"),
     ("session",),
     ("exporting", "report", "run"),
     ("cluster",),
@@ -26,7 +26,7 @@ LAYERS = (
     ("models",),
     ("extension", "run_directory"),
     ("config",),
-    ("errors", "files", "home", "seeds", "shadowing", "streams", "tracebacks", "waiting"),
+    ("errors", "files", "home", "kept", "machine", "seeds", "shadowing", "streams", "tracebacks", "waiting"),
 )
 # They start actors, place them, and pass on Ray's metrics.
 KNOW_RAY = {

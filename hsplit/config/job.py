@@ -35,6 +35,23 @@ Wire = Literal["fp32", "bf16", "int8", "int4", "fp64"]
 """Format of the tensors in messages, see :mod:`hsplit.planning.wire`."""
 
 
+DataForm = Literal[
+    "e2e",
+    "prompt-response",
+    "prompt-completion",
+    "context-completion",
+    "question-answer",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "segments",
+    "pairs",
+    "text",
+]
+"""Names of :data:`hsplit.data.forms.FORMS`."""
+DataColumn = Literal["prompt", "response", "text", "messages"]
+
+
 class Partition(OneKey):
     """An uneven partition of the data over the clients."""
 
@@ -61,10 +78,56 @@ _PartitionChoice = Annotated[
 ]
 
 
+class MixturePart(Section):
+    """One of several sources."""
+
+    source: PathText = Field(description="as `data.source`")
+    weight: Positive | None = Field(
+        default=None,
+        description="its part of the examples, against the others' weights; as many are taken as there are, none twice;"
+        " null for all = every example of each",
+    )
+    form: DataForm | None = Field(default=None, description="as `data.form`, of this source")
+    columns: dict[DataColumn, Text] = Field(default={}, description="as `data.columns`, of this source")
+    label: Text | None = Field(
+        default=None, description="as `data.label`, of this source; null = all have its name as label"
+    )
+
+
+BUILT_IN = "restaurants"
+"""Name of the built-in source."""
+
+
 class DataSpec(Section):
     """The shared data, which is partitioned over the clients without data of their own."""
 
-    source: PathText = Field(default="restaurants", description="a built-in source's name, or a file")
+    source: PathText = Field(
+        default=BUILT_IN,
+        description="a built-in source's name, a file, a folder or pattern of files, or `org/name:split` of the hub",
+    )
+    mixture: Annotated[tuple[MixturePart, ...], LIST] = Field(
+        default=(), description="several sources instead of one, each with `source` and, where wanted, `weight`"
+    )
+    form: DataForm | None = Field(
+        default=None, description="the form of its rows, of those that `hsplit data` lists; null = found by their keys"
+    )
+    columns: dict[DataColumn, Text] = Field(
+        default={}, description="columns to take as `prompt`, `response`, `text` or `messages`, whatever their names"
+    )
+    train_on: Literal["last", "all", "none-but-flagged"] = Field(
+        default="last",
+        description="answers of a conversation that are learned: the `last`, `all`, or those that the row flags; one"
+        " that is flagged not to be is never",
+    )
+    end_of_turn: bool = Field(
+        default=True, description="learn the tokens that end an answer: its turn's, or the eos; `text` always has them"
+    )
+    strict: bool = Field(
+        default=False, description="refuse rows that cannot be learned from, instead of leaving them out"
+    )
+    long: Literal["skip", "cut"] = Field(
+        default="skip", description="examples over `max_length` tokens: left out, or cut to their first tokens"
+    )
     examples: int = Field(
         default=3000, ge=1, le=MAX_EXAMPLES, description="examples to make, where the source is a generator"
     )
@@ -90,6 +153,33 @@ class DataSpec(Section):
         lt=1,
         description="part of the distinct prompts that no client gets, kept for `hsplit eval` (0 to 1)",
     )
+    cache: bool = Field(
+        default=True,
+        description="keep the tokens of 5,000 or more examples in the cache of the machine that tokenized them",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if not self.mixture:
+            return self
+        if self.source != BUILT_IN:
+            raise refuse("must be left out beside mixture, which names the sources", "source")
+        without = [number for number, part in enumerate(self.mixture) if part.weight is None]
+        if without and len(without) < len(self.mixture):
+            raise refuse("is required, since another source has one", "mixture", without[0], "weight")
+        if BUILT_IN in (names := [part.source for part in self.mixture]) and names.count(BUILT_IN) > 1:
+            raise refuse(f"must have {BUILT_IN} once only", "mixture")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All of its sources."""
+        return tuple(part.source for part in self.mixture) or (self.source,)
+
+    @property
+    def origin(self) -> str:
+        """The key below ``job.data`` that says where the data come from, with its value, for messages."""
+        return f"mixture of {', '.join(self.sources)}" if self.mixture else f"source {self.source}"
 
 
 class Validation(Section):
@@ -210,6 +300,11 @@ class Job(Section):
         default="HuggingFaceTB/SmolLM2-135M-Instruct",
         description="a hub id or a local directory",
     )
+    accept_licence: Text | None = Field(
+        default=None,
+        description="a licence that you accept, where the packaged twin of a hub model has terms of use; the line that"
+        " refuses to fetch it says which; null = none",
+    )
     base: Literal["fp32", "bf16", "int8", "nf4"] = Field(
         default="nf4", description="what the frozen base weights' values are, for every holder"
     )
@@ -263,10 +358,9 @@ class Job(Section):
         description="format of the activations and gradients that are sent; int8 and int4 have one scale in 64 entries,"
         " and are rounded at random, so that their mean is right",
     )
-    transport: Literal["store", "gloo", "cuda_ipc"] = Field(
+    transport: Literal["store", "gloo"] = Field(
         default="store",
-        description="how these travel between actors: Ray's object store, or Ray Direct Transport (alpha) by gloo,"
-        " or by cuda_ipc between processes on one GPU",
+        description="how these travel between actors: Ray's object store, or Ray Direct Transport (alpha) by gloo",
     )
     clock: Literal["real", "emulated"] = Field(
         default="real", description="what paces the run; emulated = everybody waits until its declared time has passed"

@@ -34,10 +34,10 @@ _Ranks = Annotated[
     Literal["importance", "budget", "uniform"] | Count | _Reference,
     meaning(f"'importance', 'budget', 'uniform', a rank of at least 1, or {_OWN}"),
 ]
-_AGGREGATIONS = Literal["concat", "fedavg", "hetlora", "flexlora", "raflora", "none"]
+_AGGREGATIONS = Literal["concat", "fedavg", "hetlora", "flexlora", "raflora", "florist", "fedplora", "none"]
 _Aggregation = Annotated[
     _AGGREGATIONS | _Reference,
-    meaning(f"'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'none', or {_OWN}"),
+    meaning(f"'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'florist', 'fedplora', 'none', or {_OWN}"),
 ]
 _Metric = Annotated[
     Literal["rngwp", "spectral", "equal"] | _Reference, meaning(f"'rngwp', 'spectral', 'equal', or {_OWN}")
@@ -200,8 +200,9 @@ class Policy(Section):
     aggregation: _Aggregation = Field(
         default="concat",
         description="`concat` sums the products, exactly until `residual.max_rank` cuts; `fedavg` averages the factors;"
-        " `hetlora` pads and truncates them; `flexlora` and `raflora` redistribute by SVD; `none` on a single node; or"
-        " your own rule",
+        " `hetlora` pads and truncates them; `flexlora` and `raflora` redistribute by SVD; `florist` keeps an update's"
+        " leading directions; `fedplora` averages each direction over those who trained it;"
+        " `none` on a single node; or your own rule",
     )
     self_pruning: SelfPruning | None = Field(
         default=None, description="whether holders give up ranks that they do not need; with `hetlora`"

@@ -266,6 +266,12 @@ def preset_directory(kind: PresetKind) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 
 
+def tested_versions_file() -> Path:
+    """The list of package versions that the tests pass with, inside the package or beside it."""
+    inside = _PACKAGE / "presets" / "constraints.txt"
+    return inside if inside.is_file() else _PACKAGE.parent / "constraints.txt"
+
+
 def find_preset(kind: PresetKind, name: str | Path) -> Path:
     """Find a file by its path, or a preset by its name.
 

@@ -151,6 +151,14 @@ class RunConfig(Section):
         _check_late(self.job, self.clients)
         return self
 
+    def declared_bytes(self) -> dict[str, int]:
+        """Collect the memory that the holders on CPUs declare, by name."""
+        holders = [
+            *((name, self.server) for name in self.server.names),
+            *((own.name, own) for own in self.participants),
+        ]
+        return {name: holder.memory_bytes for name, holder in holders if not holder.num_gpus}
+
     @property
     def participants(self) -> tuple[ClientConfig, ...]:
         """The holders that train: the clients, or with placement ``single`` the one node with the server's budget."""

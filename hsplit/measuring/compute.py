@@ -17,8 +17,9 @@ from torch import Tensor
 from hsplit.config import Job, Policy
 from hsplit.lora.holder import Holder
 from hsplit.models.factors import LowRank
+from hsplit.models.loading import load_segment
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.planning.cost.counted_model import CountedModel
 from hsplit.planning.cost.fake_layer import LayerSetting
 from hsplit.planning.cost.model import CostModel
@@ -83,7 +84,7 @@ class StepWork:
         spec = SegmentSpec(self._first, self._last, tail=tail)
         self.segment = load_segment(base, spec, quantized=setting.codes is not None, device=device)
         self._holder = self._holding(base, policy, setting)
-        width, words = int(self.segment.config.hidden_size), int(self.segment.config.vocab_size)
+        width, words = self.segment.width, self.segment.vocab_size
         generator = torch.Generator().manual_seed(0)
         self._parts = []
         for rows in _part_sizes(job, clients):

@@ -111,7 +111,7 @@ def measure_budgets(
     config = load_unmeasured(cluster, overrides, cpu=cpu)
     run = _as_measured(resolved_config(config))
     with helpers_of(run, address) as helpers:
-        source = find_model(run.job.model, progress=is_terminal(sys.stderr))
+        source = find_model(run.job.model, is_terminal(sys.stderr), accepted=run.job.accept_licence)
         check_model(run, source)
         source.spec.check_weights()
         cost = CostModel.of_run(source.spec, run)

@@ -299,7 +299,7 @@ class PlainDisplay(_Display):
         self._plan = plan
         for line in (*lines, *plan_lines(plan)):
             self._print(f"  {line}")
-        self._waiting.update("loading the layers of the plan")
+        self._waiting.update("loading and validating the layers of the plan")
 
     def step(
         self, round: int, rounds: int, step: int, steps: int, losses: Mapping[str, float], states: Mapping[str, str]

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator
 from hsplit.planning.plan import Plan
 
 ROUTINE_EVENTS = frozenset(
-    {"started", "planned", "importance", "unprobed", "step", "validated", "round", "checkpoint", "finished"}
+    {"shares", "started", "planned", "importance", "unprobed", "step", "validated", "round", "checkpoint", "finished"}
 )
 """Kinds of events in the normal course of a run; a report lists all others, such as ``replanned`` and ``budget``."""
 

@@ -296,7 +296,7 @@ class PacedProblem:
         turns = np.arange(count)[None] % self.group_numbers[-1]
         part = np.ones(1)
         if not self.problem.one_rank:
-            part = self._server_part(first, rows, turns, self.group_numbers[-1])[0]
+            part = self._server_parts(first, rows, [(turns, self.group_numbers[-1])])[0][:, 0]
         deep = float(part[0]) * np.append(np.cumsum(self._by_layer[::-1])[::-1], 0.0)
         # Before it is known who holds what, as if all clients trained their layers, each its own.
         apart = float(np.square(self.shares / max(self.shares.sum(), 1e-300)).sum())
@@ -312,14 +312,13 @@ class PacedProblem:
 
     def _looked_up(self, choices: Choices) -> Floats:
         """Look up :meth:`_gains_at` for every client, ``(M, N)``."""
-        place = np.searchsorted(self.numbers, choices.rows)
-        kind, gains = self.problem.kind, np.zeros(choices.splits.shape)
-        keys = np.stack([choices.splits, place, choices.codes], axis=2).reshape(-1, 3)
-        distinct, of_client = np.unique(keys, axis=0, return_inverse=True)
-        of_client = of_client.reshape(gains.shape)
-        for which, (split, at, codes) in enumerate(distinct.tolist()):
-            members = of_client == which
-            gains[members] = self._gains_at(split, at, bool(codes))[np.broadcast_to(kind, gains.shape)[members]]
+        place, codes, known = np.searchsorted(self.numbers, choices.rows), choices.codes.astype(np.int64), self._gains
+        unknown = np.isnan(known[place, codes, choices.splits, 0])
+        if unknown.any():
+            keys = (part[unknown].tolist() for part in (place, codes, choices.splits))
+            for at, stored, split in {*zip(*keys, strict=True)}:
+                known[at, stored, split] = self._gains_at(split, at, bool(stored))
+        gains: Floats = known[place, codes, choices.splits, self.problem.kind]
         return gains
 
     def _gains_at(self, split: int, place: int, codes: bool) -> Floats:
@@ -327,21 +326,18 @@ class PacedProblem:
 
         With one rank for all: ``g`` of the largest rank that the kind fits.
         """
-        key = split, place, codes
-        if key not in self._known_gains:
-            problem = self.problem
-            tables = self._cost.client_memory(int(self.numbers[place]), "codes" if codes else "dense")
-            held = problem.held[split]
-            prices = held * tables.per_rank
-            slack = problem.memory - tables.constant[split] - problem.rank_set[0] * prices.sum()
-            gains = np.zeros(len(slack))
-            fits = slack >= 0
-            if problem.one_rank:
-                gains = self._common_gain(prices.sum() + np.zeros(len(slack)), slack)
-            elif fits.any():
-                gains[fits] = problem.captured_by_clients(held, prices, slack[fits])
-            self._known_gains[key] = gains
-        return self._known_gains[key]
+        problem = self.problem
+        tables = self._cost.client_memory(int(self.numbers[place]), "codes" if codes else "dense")
+        held = problem.held[split]
+        prices = held * tables.per_rank
+        slack = problem.memory - tables.constant[split] - problem.rank_set[0] * prices.sum()
+        gains = np.zeros(len(slack))
+        fits = slack >= 0
+        if problem.one_rank:
+            gains = self._common_gain(prices.sum() + np.zeros(len(slack)), slack)
+        elif fits.any():
+            gains[fits] = problem.captured_by_clients(held, prices, slack[fits])
+        return gains
 
     def _common_gain(self, prices: Floats, slack: Floats) -> Floats:
         """Return ``g`` of the largest rank that all weights of a holder have room for, ``(M,)``.
@@ -356,30 +352,31 @@ class PacedProblem:
         return gain
 
     @cached_property
-    def _known_gains(self) -> dict[tuple[int, int, bool], Floats]:
-        return {}
+    def _gains(self) -> Floats:
+        """Results of :meth:`_gains_at`, NaN where they are not known yet, ``(R, 2, L + 1, K)``."""
+        return np.full((len(self.numbers), 2, self._cost.model.layers + 1, len(self.problem.members)), np.nan)
 
     def _learned(self, choices: Choices, gains: Floats, part: Floats) -> Floats:
-        """Compute METHOD 5's ``learning``, ``(M,)``.
+        """Compute METHOD 5's ``learning``.
 
         Args:
             choices: ``M`` of them.
             gains: what clients capture of their own tokens, ``(M, N)``.
-            part: of what the largest ranks capture at the server, ``(M,)``.
+            part: of what the largest ranks capture at the server, ``(M, G)``.
+
+        Returns:
+            Of each choice and part, ``(M, G)``.
         """
         share = choices.rows / choices.every / self.total_rows
-        layers, width = self._cost.model.layers, self._cost.model.layers + 1
-        places = (choices.splits + np.arange(len(choices))[:, None] * width).ravel()
-        joining = np.bincount(places, weights=share.ravel(), minlength=len(choices) * width).reshape(-1, width)
-        passing = joining.cumsum(axis=1)[:, :layers]
+        layers = self._cost.model.layers
+        passing = self._cost.model.summed_at(choices.splits, share).cumsum(axis=1)[:, :layers]
         if self.problem.constants.kappa == 0.0:
-            learned: Floats = (share * gains).sum(axis=1) + part * (passing @ self._by_layer)
+            learned: Floats = (share * gains).sum(axis=1)[:, None] + part * (passing @ self._by_layer)[:, None]
             return learned
-        discounts = [self.problem.discounts_of(*one) for one in zip(choices.splits, share, choices.frozen, strict=True)]
-        discount = np.stack(discounts)
+        discount = self.problem.discounts_of(choices.splits, share, choices.frozen)
         front = np.take_along_axis(self.problem.of_front(discount), choices.splits, axis=1)
-        by_server = part * ((passing * discount) @ self._by_layer)
-        learned = (share * gains * front).sum(axis=1) + by_server
+        by_server = part * ((passing * discount) @ self._by_layer)[:, None]
+        learned = (share * gains * front).sum(axis=1)[:, None] + by_server
         return learned
 
     # -- what a choice takes ----------------------------------------------------------------------------------------
@@ -445,10 +442,10 @@ class PacedProblem:
         exchange_s = np.where(choices.frozen, exchange[1], exchange[0]).max(axis=1)
         gains, gamma = self._own_gains(choices), self.problem.constants.gamma
         grouped = [self._grouped(choices, n, own_s, forward_s, served_s, offset) for n in self.group_numbers]
-        ones = np.ones(len(choices))
+        ones = np.ones((len(choices), 1))
         # One rank for all is that of the holder with least room.
-        common = self._looked_up(choices).min(axis=1) if self.problem.one_rank else ones
-        at_most = self._learned(choices, gains, ones) * common
+        common = self._looked_up(choices).min(axis=1) if self.problem.one_rank else ones[:, 0]
+        at_most = self._learned(choices, gains, ones)[:, 0] * common
         seconds = np.stack([one.seconds for one in grouped], axis=1)
         promised = self.problem.per_second(at_most[:, None], seconds + exchange_s[:, None])
         order = np.argsort(-promised.max(axis=1), kind="stable")
@@ -458,12 +455,12 @@ class PacedProblem:
             return []
         learned, lacking = np.repeat(at_most[order, None], len(grouped), axis=1), np.zeros((len(order), len(grouped)))
         if not self._server_has_all:
-            for n, one in enumerate(grouped):
-                part, lacking[:, n] = self._server_part(near.splits, near.rows, one.group[order], one.groups)
-                if self.problem.one_rank:
-                    learned[:, n] *= np.minimum(part / common[order], 1.0)
-                else:
-                    learned[:, n] = self._learned(near, gains[order], part)
+            turns = [(one.group[order], one.groups) for one in grouped]
+            parts, lacking = self._server_parts(near.splits, near.rows, turns)
+            if self.problem.one_rank:
+                learned *= np.minimum(parts / common[order, None], 1.0)
+            else:
+                learned = self._learned(near, gains[order], parts)
         scores = self.problem.per_second(learned, (seconds + exchange_s[:, None])[order])
         scores = np.where(lacking > 0, -lacking, scores)
         for row, place_of in enumerate(order.tolist()):
@@ -526,35 +523,41 @@ class PacedProblem:
         prices = cost.server.per_rank(shallow, shallow * int(self.numbers.max())).sum(axis=1)
         return float((most + self.problem.rank_set[-1] * prices)[0]) <= self.problem.server.memory_bytes
 
-    def _server_part(self, splits: Ints, rows: Ints, group: Ints, groups: int) -> tuple[Floats, Floats]:
+    def _server_parts(self, splits: Ints, rows: Ints, grouped: Sequence[tuple[Ints, int]]) -> tuple[Floats, Floats]:
         """Find what the server captures with the ranks that it has room for.
 
         Args:
-            splits, rows, group: of each client, ``(M, N)``.
-            groups: number of turns.
+            splits, rows: of each client, ``(M, N)``.
+            grouped: ways to group each choice's clients, ``G`` of them: each one's turn, ``(M, N)``, and their number.
 
         Returns:
             Parts of what it would capture with the largest ranks (with one rank for all: ``g`` of the largest that it
-            fits), and the bytes that it lacks at the smallest ones (at most 0: none), each ``(M,)``.
+            fits), and the bytes that it lacks at the smallest ones (at most 0: none), each ``(M, G)``.
         """
         model, server, many, width = self._cost.model, self._cost.server, len(splits), self._cost.model.layers + 1
-        turns = turns_of(model, splits, rows, group, groups)
-        each = turns.shape[1]
-        counts = np.stack([model.clients_at(own) for own in splits])
-        several = np.repeat(counts, each, axis=0)
-        flat = turns.reshape(-1, width)
-        prices = server.per_rank(several, flat).sum(axis=1)
-        needed = (server.constant(several, flat) + self.problem.rank_set[0] * prices).reshape(many, each)
-        worst, first = needed.argmax(axis=1), splits.min(axis=1)
-        lacking: Floats = needed[np.arange(many), worst] - self.problem.server.memory_bytes
-        part = np.ones(many)
+        turns = [turns_of(model, splits, rows, *one) for one in grouped]
+        each = [one.shape[1] for one in turns]
+        counts = model.clients_at(splits)
+        several = np.concatenate([np.repeat(counts, number, axis=0) for number in each])
+        flat = np.concatenate([one.reshape(-1, width) for one in turns])
+        prices = server.per_common_rank(several, flat)
+        needed = server.constant(several, flat) + self.problem.rank_set[0] * prices
+        # The turn that takes most, of each choice and way.
+        begin = many * np.concatenate([[0], np.cumsum(each)[:-1]])
+        worst = np.zeros((many, len(grouped)), dtype=np.int64)
+        for n, (start, number) in enumerate(zip(begin.tolist(), each, strict=True)):
+            of_turns = needed[start : start + many * number].reshape(many, number)
+            worst[:, n] = start + np.arange(many) * number + of_turns.argmax(axis=1)
+        lacking: Floats = needed[worst] - self.problem.server.memory_bytes
         if self.problem.one_rank:
-            return self._common_gain(prices.reshape(many, each)[np.arange(many), worst], -lacking), lacking
-        joined = turns[np.arange(many), worst].cumsum(axis=1)[:, :-1]
-        held = np.arange(width - 1) >= first[:, None]
-        examples = np.rint((joined * held).sum(axis=1) / np.maximum(held.sum(axis=1), 1)).astype(np.int64)
-        for split, rows_of_turn in {*zip(first.tolist(), examples.tolist(), strict=True)}:
-            same = (first == split) & (examples == rows_of_turn)
+            return self._common_gain(prices[worst].ravel(), -lacking.ravel()).reshape(lacking.shape), lacking
+        first = splits.min(axis=1)
+        joined, held = flat[worst].cumsum(axis=2)[:, :, :-1], np.arange(width - 1) >= first[:, None]
+        examples = np.einsum("mgl,ml->mg", joined, held) / np.maximum(held.sum(axis=1), 1)[:, None]
+        of_turn, first = np.rint(examples).astype(np.int64), np.broadcast_to(first[:, None], lacking.shape)
+        part = np.ones(lacking.shape)
+        for split, rows_of_turn in {*zip(first.ravel().tolist(), of_turn.ravel().tolist(), strict=True)}:
+            same = (first == split) & (of_turn == rows_of_turn)
             slack, captured = self._server_curve(split, rows_of_turn)
             part[same] = np.interp(-lacking[same], slack, captured)
         return part, lacking

@@ -145,7 +145,7 @@ def _server_part(problem: Problem, state: State, splits: Ints, share: float) -> 
     cost, levels = problem.cost, problem.server_levels(state)[0]
     held: Flags = cost.model.joined_clients(state.counts)[0][cost.model.weight_layer] > 0
     ranks = {cost.model.weights[w].name: int(problem.rank_set[levels[w]]) for w in np.flatnonzero(held)}
-    return HolderPlan(
+    part = HolderPlan(
         "server",
         "server",
         available=True,
@@ -156,3 +156,4 @@ def _server_part(problem: Problem, state: State, splits: Ints, share: float) -> 
         step_time_s=float(cost.times.server_times(problem.server, state.counts)[0]),
         captured_share=max(share, 0.0),
     )
+    return cost.with_working_copy(part)

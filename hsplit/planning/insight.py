@@ -254,7 +254,7 @@ def _most_promising(
     after = Problem([_grown(clients[i]) for i in indices], *given, constants=policy.objective)
     splits = np.array([part.split or 0 for part in made.available], dtype=np.int64)
     alike, frozen = np.ones(len(splits)), np.array([part.forward_only for part in made.available], dtype=bool)
-    discount = after.discounts_of(splits, alike, frozen)
+    discount = after.discounts_of(splits[None], alike[None], frozen[None])[0]
     counts = cost.model.clients_at(splits.tolist())
     prices = server_prices(after, counts, np.full(len(after.worth), len(ranks) - 1), discount)
     worth_before = _worth(made, before, prices, discount)[before.kind, now]

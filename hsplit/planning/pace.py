@@ -34,6 +34,8 @@ MAX_SIMULATED = 16
 # Best choices that are improved client by client, and the changes of a split that are tried.
 _CLIMBED = 8
 _MOVES = (-4, -2, -1, 1, 2, 4)
+# Changes of the splits of a client that gives rows and of the one that takes them.
+_SPLITS_MOVED = np.array([(0, 1), *product((0, 1, 2), (0, -1, -2))])
 # Most times that the longest deadline is doubled where the rows cannot be dealt out within it.
 _DOUBLINGS = 12
 # Most changes whose server's memory is counted at a time.
@@ -66,6 +68,8 @@ _LIGHT = _Effort(4, (0.8,), tuple(np.geomspace(1.0, 4.0, 5)), (0.92, 1.08), 4, 1
 _QUICK = _Effort(3, (), (1.0, 1.5, 2.25), (1.2,), 3, 1)
 # Where splits are given, the exchange is too, and nothing is gained by a price.
 _FIXED = _Effort(1, (), tuple(np.geomspace(1.0, 4.0, 10)), (0.92, 0.97, 1.04), 1, 2)
+# Where next to nothing is exchanged: many deadlines, and what comes of them is changed further.
+_WAITING = _Effort(1, (), tuple(np.geomspace(1.0, 4.0, 16)), (0.92, 0.97, 1.04), 1, 6)
 # Clients up to which the search is light, and beyond which it is quick.
 _MANY = 2000
 
@@ -114,7 +118,13 @@ class PaceSearch:
             for factor in self._effort.closer:
                 chosen += self._within(top.exchange_s * factor)
         chosen = distinct(chosen)
-        alike = self._alike()
+        alike = self.alike()
+        if self._paced.few and not self._paced.fixed:
+            # Where next to nothing is exchanged, splits are the shallowest, few train, and rows alone decide.
+            shallow = [
+                choice for limit_s in self._exchange_limits()[:1] for choice in self._within(limit_s, waiting=True)
+            ]
+            alike += distinct(shallow)
         if self._paced.few and climb:
             trained = list[Choice]()
             if len(self._paced.frozen_choices) > 1:
@@ -124,12 +134,14 @@ class PaceSearch:
                 trained = [self.climbed(choice, True) for choice in within[:_CLIMBED]]
             chosen += map(self.climbed, distinct([*chosen[:_CLIMBED], *distinct(trained)[:1], *alike]))
             chosen += trained
+            for top in distinct(chosen)[:1]:
+                chosen += map(self.climbed, self._redealt(top))
         first = distinct([*chosen, *alike])[:MAX_SIMULATED]
         # Estimates are no reason to leave it.
         left_out = in_force is not None and all(choice.decided != in_force.decided for choice in first)
         return [*first, in_force] if in_force is not None and left_out else first
 
-    def _alike(self) -> list[Choice]:
+    def alike(self) -> list[Choice]:
         """Find the best choices in which all clients do the same, one where they train and one where none does.
 
         A search that starts at these misses no trivial plan. Where a server lacks memory for all of them, others are
@@ -177,27 +189,50 @@ class PaceSearch:
         dealt: Ints = numbers[place]
         return dealt
 
-    def _within(self, limit_s: float, everybody: bool = False) -> list[Choice]:
+    def _within(self, limit_s: float, everybody: bool = False, waiting: bool = False) -> list[Choice]:
         """Find the best choices in which nobody's exchange takes longer than ``limit_s`` a step.
 
         Args:
             limit_s: seconds.
             everybody: all train.
+            waiting: begin at deadlines that are met by forward passes alone.
         """
-        effort, found = self._effort, dict[bytes, tuple[float, _Dealt]]()
-        if np.isinf(self._least_s):
+        exchange_s = np.stack(self._paced.exchange_s[: len(self._paced.frozen_choices)])
+        allowed: Flags = exchange_s <= limit_s * (1 + 1e-9)
+        allowed[1:] &= not everybody
+        return self._passed(allowed, _WAITING if waiting else self._effort, self._least_s(waiting))
+
+    def _redealt(self, choice: Choice) -> list[Choice]:
+        """Deal out all rows anew where every client has a split of its kind's, and trains or not, as in ``choice``.
+
+        Changing one client after another ends where only three of them together would gain anything.
+        """
+        allowed = np.zeros((len(self._paced.frozen_choices), *self._paced.fits[:, 0].shape), dtype=bool)
+        allowed[choice.frozen.astype(np.int64), self._kind, choice.splits] = True
+        return self._passed(allowed, replace(_WAITING, prices=_THOROUGH.prices), self._least_s(True))
+
+    def _passed(self, allowed: Flags, effort: _Effort, least_s: float) -> list[Choice]:
+        """Find the best choices within several deadlines.
+
+        Args:
+            allowed: splits that each kind may have, by whether the client is frozen, ``(F, K, L + 1)``.
+            effort: for the search.
+            least_s: the shortest deadline.
+        """
+        found = dict[bytes, tuple[float, _Dealt]]()
+        if np.isinf(least_s):
             return []
-        best: tuple[float, float] = (-np.inf, self._least_s)
+        best: tuple[float, float] = (-np.inf, least_s)
         for factor in effort.deadlines:
-            best = max(best, self._try(self._least_s * factor, limit_s, everybody, found))
-        deadline = self._least_s * effort.deadlines[-1]
+            best = max(best, self._try(least_s * factor, allowed, effort.prices, found))
+        deadline = least_s * effort.deadlines[-1]
         for _ in range(_DOUBLINGS):
             if found:
                 break
             deadline *= 2
-            best = max(best, self._try(deadline, limit_s, everybody, found))
+            best = max(best, self._try(deadline, allowed, effort.prices, found))
         for factor in effort.nearer:
-            self._try(best[1] * factor, limit_s, everybody, found)
+            self._try(best[1] * factor, allowed, effort.prices, found)
         ranked = sorted(found.values(), key=lambda one: -one[0])[: effort.kept]
         if not ranked:
             return []
@@ -248,39 +283,52 @@ class PaceSearch:
             changed(frozen=base.frozen | (groups > 0))
             changed(frozen=base.frozen & (groups == 0))
         changed(codes=base.codes ^ (groups > 0))
-        moved = self._rows_moved(choice)
-        if moved:
-            parts = (np.stack([getattr(one, name) for one in moved]) for name in ("splits", "rows", "every"))
-            changed(**dict(zip(("splits", "rows", "every"), parts, strict=True)))
+        changed(**self._rows_moved(choice))
         near = self._paced.legal(Choices.of(several))
         other = [(getattr(near, f.name) != getattr(base, f.name)).any(axis=1) for f in fields(Choices)]
         return near[np.any(other, axis=0)]
 
-    def _rows_moved(self, choice: Choice) -> list[Choice]:
-        """Let one client bring at most a unit of rows a step less, another one as many more, with splits to match."""
-        paced, moved = self._paced, list[Choice]()
+    def _rows_moved(self, choice: Choice) -> dict[str, Ints]:
+        """Let one client bring at most a unit of rows a step less, another one as many more, with splits to match.
+
+        Returns:
+            Splits, rows and periods, ``(M, N)`` each.
+        """
+        paced, moved = self._paced, list[tuple[int, int, int, int]]()
         quota = choice.rows * PARTS // choice.every
         for giver, taker in permutations(range(self._count), 2):
             less = quota[giver] - paced.quota
-            for first in np.flatnonzero((less > 0) & (less <= PARTS * paced.unit)).tolist():
-                for second in np.flatnonzero(paced.quota == quota[taker] + less[first]).tolist():
-                    rows, every = choice.rows.copy(), choice.every.copy()
-                    for client, pair in ((giver, first), (taker, second)):
-                        rows[client], every[client] = paced.numbers[paced.pair_rows[pair]], paced.pair_every[pair]
-                    same = bool((every == choice.every).all())
-                    for own, others in ((0, 1), *product((0, 1, 2) if same else (0,), (0, -1, -2))):
-                        splits = choice.splits.copy()
-                        splits[giver] += own
-                        splits[taker] += others
-                        moved.append(replace(choice, splits=splits, rows=rows, every=every))
-        return moved
+            for pair in np.flatnonzero((less > 0) & (less <= PARTS * paced.unit)).tolist():
+                for other in self._pairs_of.get(int(quota[taker] + less[pair]), ()):
+                    moved.append((giver, taker, pair, other))
+        columns: Ints = np.array(moved, dtype=np.int64).reshape(-1, 4)
+        givers, takers, first, second = columns.T
+        each = np.arange(len(moved))
+        rows, every = (np.repeat(own[None], len(moved), axis=0) for own in (choice.rows, choice.every))
+        for client, pairs in ((givers, first), (takers, second)):
+            rows[each, client], every[each, client] = paced.numbers[paced.pair_rows[pairs]], paced.pair_every[pairs]
+        # With another period the giver's split stays.
+        tried = (every == choice.every).all(axis=1)[:, None] | (_SPLITS_MOVED[:, 0] == 0)
+        which, move = np.nonzero(tried)
+        splits: Ints = np.repeat(choice.splits[None], len(which), axis=0)
+        for column, client in enumerate((givers, takers)):
+            splits[np.arange(len(which)), client[which]] += _SPLITS_MOVED[move, column]
+        return {"splits": splits, "rows": rows[which], "every": every[which]}
+
+    @cached_property
+    def _pairs_of(self) -> dict[int, list[int]]:
+        """Pairs of rows and period by the rows a step that they bring, in parts of an example."""
+        found = defaultdict(list)
+        for pair, quota in enumerate(self._paced.quota.tolist()):
+            found[quota].append(pair)
+        return found
 
     def _try(
-        self, deadline: float, limit_s: float, everybody: bool, found: dict[bytes, tuple[float, _Dealt]]
+        self, deadline: float, allowed: Flags, prices: int, found: dict[bytes, tuple[float, _Dealt]]
     ) -> tuple[float, float]:
         """Add what does best within ``deadline`` to ``found``; returns its estimated objective, and the deadline."""
         top = -np.inf
-        for objective, dealt in self._by_deadline(deadline, limit_s, everybody):
+        for objective, dealt in self._by_deadline(deadline, allowed, prices):
             found.setdefault(b"".join(part.tobytes() for part in dealt), (objective, dealt))
             top = max(top, objective)
         return top, deadline
@@ -299,12 +347,16 @@ class PaceSearch:
         limits: list[float] = np.geomspace(least, max(longest, least * 1.001), self._effort.exchanges).tolist()
         return limits
 
-    @cached_property
-    def _least_s(self) -> float:
-        """Seconds of a step below which no plan comes: of all together, of the server, and of each client's floor."""
+    def _least_s(self, waiting: bool) -> float:
+        """Seconds of a step below which no plan comes: of all together, of the server, and of each client's floor.
+
+        Args:
+            waiting: clients may compute forward alone.
+        """
+        row_s = self._paced.row_s[int(waiting and len(self._paced.frozen_choices) > 1)]
         fits = self._paced.fits.any(axis=1)
         deepest = np.where(fits, np.arange(fits.shape[1]), 0).max(axis=1)
-        shallow_s = (self._paced.row_s[0] + self._paced.server_s)[:, 1:].min(axis=1)[self._kind]
+        shallow_s = (row_s + self._paced.server_s)[:, 1:].min(axis=1)[self._kind]
         together = self._paced.total_rows / float((1 / shallow_s).sum())
         serving = float(self._paced.server_s[deepest[self._kind]].mean()) * self._paced.total_rows * 0.5
         # Of each client the least that some rows above its floor take, over its period.
@@ -313,15 +365,15 @@ class PaceSearch:
         floors = np.where(enough, quickest[self._kind], np.inf).min(axis=1)
         return self._paced.job.grad_accumulation * max(together, serving, float(floors.max()))
 
-    def _by_deadline(self, deadline: float, limit_s: float, everybody: bool) -> list[tuple[float, _Dealt]]:
+    def _by_deadline(self, deadline: float, allowed: Flags, prices: int) -> list[tuple[float, _Dealt]]:
         """Deal out rows within ``deadline`` at several prices of the server's seconds.
 
         Returns:
             What was dealt, with its objective, estimated as if the server's turns fitted together without a gap.
         """
-        gains, accumulated = self._gains(deadline, limit_s, everybody), self._paced.job.grad_accumulation
+        gains, accumulated = self._gains(deadline, allowed), self._paced.job.grad_accumulation
         price, low, high, found = 0.0, 0.0, None, list[tuple[float, _Dealt]]()
-        for _ in range(self._effort.prices):
+        for _ in range(prices):
             dealt = self._dealt(*gains, price)
             if dealt is None:
                 break
@@ -358,7 +410,7 @@ class PaceSearch:
         values: Floats = np.where(frozen, table[1][self._kind, splits], table[0][self._kind, splits])
         return values
 
-    def _gains(self, deadline: float, limit_s: float, everybody: bool) -> tuple[Floats, Floats, Flags]:
+    def _gains(self, deadline: float, allowed: Flags) -> tuple[Floats, Floats, Flags]:
         """Find what an example brings and costs, and what is feasible within a deadline.
 
         Returns:
@@ -376,8 +428,7 @@ class PaceSearch:
         left_s = deadline * self._paced.pair_every[:, None] - np.stack([wait_s, 0 * wait_s])
         left_s /= self._paced.job.grad_accumulation
         feasible = self._own_s <= left_s[: len(self._paced.frozen_choices), None]
-        for f in range(len(self._paced.frozen_choices)):
-            feasible[f] &= (self._paced.exchange_s[f] <= limit_s * (1 + 1e-9))[:, None, :] & (f == 0 or not everybody)
+        feasible &= allowed[:, :, None, :]
         values = np.stack([self._paced.value[f] for f in range(len(self._paced.frozen_choices))])[:, :, None, :]
         return values, self._paced.server_s, feasible
 

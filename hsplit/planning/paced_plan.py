@@ -152,6 +152,8 @@ class PacedPlanner:
         self._declared, self._server, self._cost = clients, server, cost
         self._policy, self._pace, self._rank_set, self._rule, self._source = policy, policy.pace, rank_set, rule, source
         self._searched: tuple[PacedProblem, PaceSearch] | None = None
+        # By split, rows, stored form and kind.
+        self._known_levels = dict[tuple[int, int, int, int], Levels]()
         self._smallest = policy.split if isinstance(policy.split, int) else 1
         self._rank = int(rank_set[0])
         unread = unread_bytes(cost, clients, vocabulary)
@@ -223,6 +225,17 @@ class PacedPlanner:
             f" for its layers and {len(self._clients)} clients; raise it, or lower job.batch_size,"
             " job.max_length or job.residual.max_rank"
         )
+
+    def check(self) -> None:
+        """Check that there is a plan; errors as :meth:`plan`. A good one is looked for only where no plain one does."""
+        if self._policy.split == "planned":
+            layers = np.arange(self._cost.model.layers + 1)
+            search = self._search(np.broadcast_to(layers >= 1, (len(self._problem.members), len(layers))))[1]
+            for choice in search.alike():
+                made, lacking = self._made(choice)
+                if lacking <= 0 and made.captured_importance > 0:
+                    return
+        self.plan(None)
 
     def _polished(self, plan: Plan, choice: Choice) -> _Found:
         """Change one thing after another in the plan of ``choice`` as long as the objective grows.
@@ -354,20 +367,25 @@ class PacedPlanner:
         server_ranks, lacking = self._server_levels(choice)
         names = np.array([w.name for w in cost.model.weights], dtype=object)
         gains, wires = np.zeros(len(self._clients)), self.wires
-        discount = problem.discounts_of(choice.splits, share, choice.frozen)[cost.model.weight_layer]
+        (by_layer,) = problem.discounts_of(choice.splits[None], share[None], choice.frozen[None])
+        discount = by_layer[cost.model.weight_layer]
         held: list[tuple[dict[str, int], int]] = [({}, 0)] * len(self._clients)
         keys = np.stack([choice.splits, choice.rows, choice.codes], axis=1)
         alike = [np.flatnonzero((keys == key).all(axis=1)) for key in np.unique(keys, axis=0)]
         common: int | None = None
         if self._rule.one_for_all:
-            least = min(int(self._holders(choice, members).largest_common_levels().min()) for members in alike)
-            common = max(0, min(least, server_ranks[1]))
+            largest = list[int]()
+            for members in alike:
+                split, rows, codes = keys[members[0]].tolist()
+                holders = self._holders(split, rows, codes, problem.kind[members])
+                largest.append(int(holders.largest_common_levels().min()))
+            common = max(0, min([*largest, server_ranks[1]]))
         for members in alike:
             split, rows, codes = keys[members[0]].tolist()
             flags = problem.held[split]
             levels: Levels = np.full((len(members), len(flags)), common or 0, dtype=np.int8)
             if common is None:
-                levels = self._rule.levels(self._holders(choice, members))
+                levels = self._levels(split, rows, codes, problem.kind[members])
             ranks = problem.rank_set[levels[:, flags]] * ~choice.frozen[members][:, None]
             gains[members] = (at_levels(problem.values[flags], levels[:, flags]) * (ranks > 0)) @ discount[flags]
             distinct, of_member = np.unique(ranks, axis=0, return_inverse=True)
@@ -427,7 +445,7 @@ class PacedPlanner:
         )
         rough = Plan(
             cost.model.layers,
-            deep,
+            cost.with_working_copy(deep),
             tuple(parts),
             0.0,
             captured,
@@ -459,14 +477,21 @@ class PacedPlanner:
             return 1.0
         return float(min(self._shares[client] / share[client], MAX_WEIGHT))
 
-    def _holders(self, choice: Choice, members: Ints) -> Holders:
-        """Clients of one split, number of rows and stored form as a rank rule sees them."""
-        cost, problem, first = self._cost, self._problem, members[0]
-        split, rows = int(choice.splits[first]), int(choice.rows[first])
-        tables = cost.client_memory(rows, "codes" if choice.codes[first] else "dense")
+    def _levels(self, split: int, rows: int, codes: int, kinds: Ints) -> Levels:
+        """Levels of clients of some kinds at one split, number of rows and stored form, ``(M, W)``."""
+        known = self._known_levels
+        if new := [kind for kind in dict.fromkeys(kinds.tolist()) if (split, rows, codes, kind) not in known]:
+            levels = self._rule.levels(self._holders(split, rows, codes, np.array(new)))
+            known |= {(split, rows, codes, kind): own for kind, own in zip(new, levels, strict=True)}
+        return np.stack([known[split, rows, codes, kind] for kind in kinds.tolist()])
+
+    def _holders(self, split: int, rows: int, codes: int, kinds: Ints) -> Holders:
+        """Clients of some kinds at one split, number of rows and stored form as a rank rule sees them."""
+        cost, problem = self._cost, self._problem
+        tables = cost.client_memory(rows, "codes" if codes else "dense")
         held = problem.held[split]
         prices = held * tables.per_rank
-        slack = problem.memory[problem.kind[members]] - tables.constant[split] - self._rank * prices.sum()
+        slack = problem.memory[kinds] - tables.constant[split] - self._rank * prices.sum()
         names = tuple(w.name for w in cost.model.weights)
         return Holders(
             "client", names, problem.values, problem.worth, held.astype(np.int64), prices, slack, self._rank_set

@@ -37,7 +37,8 @@ class HolderPlan:
         rows: examples in each of a client's batches; 0 stands for ``job.batch_size``.
         group: the server's turn in a local step that a client comes to.
         every, offset: a client takes part in the local steps ``t``, counted over the run, with ``t % every == offset``.
-        stored: how it keeps a quantized base.
+        stored: how a client keeps a quantized base; a server always keeps codes.
+        working_copy: a server computes with a dense copy of ``W_0 + R`` beside the codes.
         weight: of its loss, beside the number of its tokens.
         wire: format of its messages; empty stands for ``job.wire``.
     """
@@ -57,6 +58,7 @@ class HolderPlan:
     every: Annotated[int, Field(ge=1)] = 1
     offset: Whole = 0
     stored: Literal["dense", "codes"] = "dense"
+    working_copy: bool = False
     weight: _Figure = 1.0
     wire: Wire | Literal[""] = ""
     __pydantic_config__ = EXACT
@@ -78,6 +80,7 @@ class HolderPlan:
             self.every,
             self.offset,
             self.stored,
+            self.working_copy,
             self.weight,
             self.wire,
         )

@@ -305,18 +305,16 @@ class Problem:
         return apart_discounts(apart, joined**2 / model.servers, apart + joined, self.constants.kappa)
 
     def discounts_of(self, splits: Ints, share: Floats, frozen: NDArray[np.bool_]) -> Floats:
-        """Compute the discounts of clients of unequal shares of the tokens, ``(L,)``.
+        """Compute the discounts of clients of unequal shares of the tokens, ``(M, L)``.
 
         Args:
-            splits, frozen: of each client, ``(N,)``.
-            share: of the tokens, in any unit, ``(N,)``.
+            splits, frozen: of each client, ``(M, N)``.
+            share: of the tokens, in any unit, ``(M, N)``.
         """
         model, own = self.cost.model, share * ~frozen
-        by_split = [
-            np.bincount(splits, weights=weights, minlength=model.layers + 1) for weights in (own**2, own, share)
-        ]
-        squares, apart = (values[::-1].cumsum()[::-1][1:] for values in by_split[:2])
-        passing = by_split[2].cumsum()[: model.layers]
+        by_split = [model.summed_at(splits, weights) for weights in (own**2, own, share)]
+        squares, apart = (values[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] for values in by_split[:2])
+        passing = by_split[2].cumsum(axis=1)[:, : model.layers]
         return apart_discounts(squares, passing**2 / model.servers, apart + passing, self.constants.kappa)
 
     def of_front(self, discount: Floats) -> Floats:

@@ -16,7 +16,7 @@ from hsplit.planning.importance import ImportanceHistory, ImportanceReport, Scor
 from hsplit.planning.indifference import indifferent_to_scores
 from hsplit.planning.paced_plan import unread_bytes
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import EQUAL, make_plan, smallest_part_bytes
+from hsplit.planning.planner import EQUAL, check_plan, make_plan, smallest_part_bytes
 from hsplit.planning.planning_state import Fleet, PlanningState, in_force
 
 # Divisor of a holder's memory each time that it ran out of it.
@@ -80,8 +80,9 @@ class Scheduler:
         Raises:
             InputError: there is none, even if every client could do without the embedding; otherwise as :meth:`first`.
         """
-        fleet = Fleet.of_run(self._config)
-        self.first(replace(fleet, vocabulary={client.name: 0 for client in fleet.clients}), PlanningState())
+        fleet, state = Fleet.of_run(self._config), PlanningState()
+        clients, unread = self._clients(fleet, state), {client.name: 0 for client in fleet.clients}
+        check_plan(clients, self._server(state), self.cost, self._importance(state), self._config.policy, unread)
 
     def first(self, fleet: Fleet, state: PlanningState) -> Review:
         """Make the first plan; no score exists yet, so all parameters have equal importance.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 from xml.etree import ElementTree
 
+from hsplit.data.description import ClientShare
 from hsplit.observe.tables import PHASES, MetricsRow, PlanRow
 from hsplit.observe.wording import number_text
 from hsplit.report.run_record import Holding, PlanHistory, RunRecord
@@ -223,6 +225,51 @@ def memory_svg(record: Sequence[HolderMemory], key: str) -> str:
         }
         figure.legend(legend.values(), legend.keys(), loc="outside upper right", ncols=3)
         return inline_svg(figure, key, "declared, predicted and measured memory by holder")
+
+
+def data_svg(shares: Mapping[str, ClientShare], key: str) -> str:
+    """Draw each client's part of the shared data: its examples by label, and their lengths."""
+    from matplotlib.figure import Figure
+
+    names = capped(list(shares))
+    totals = Counter[str]()
+    for share in shares.values():
+        totals.update(share.labels)
+    # The last colour is for labels without one of their own.
+    common = [label for label, _ in totals.most_common(len(COLOURS) - 1)]
+    with drawing_style():
+        figure = Figure(figsize=(_WIDE_IN, 1.4 + 0.25 * len(names)), layout="constrained")
+        counts, lengths = figure.subplots(1, 2, sharey=True)
+        begins = [0] * len(names)
+        for label, colour in zip([*common, None], COLOURS, strict=False):
+            sizes = [_labelled(shares[name], label, common) for name in names]
+            if any(sizes):
+                text = literal(label) if label is not None else "others" if totals else "examples"
+                counts.barh(range(len(names)), sizes, 0.8, left=begins, color=colour, label=text)
+            begins = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+        boxes = [
+            dict(zip(("whislo", "q1", "med", "q3", "whishi"), shares[name].characters, strict=True)) for name in names
+        ]
+        ink = {"color": INK}
+        style = {"boxprops": ink, "whiskerprops": ink, "capprops": ink, "medianprops": {"color": COLOURS[1]}}
+        rows = {"positions": range(len(names)), "orientation": "horizontal", "widths": 0.6, "manage_ticks": False}
+        lengths.bxp(boxes, showfliers=False, **rows, **style)
+        _name_rows(counts, names)
+        counts.set_xlabel("examples")
+        lengths.set_xlabel("characters of an example")
+        for axes in (counts, lengths):
+            axes.grid(visible=False, axis="y")
+            axes.set_xlim(left=0)
+        if totals:
+            figure.legend(loc="outside upper left", ncols=4)
+        return inline_svg(figure, key, "examples of each client by label, and their lengths")
+
+
+def _labelled(share: ClientShare, label: str | None, common: Sequence[str]) -> int:
+    """Count a share's examples with ``label``; ``None``: with none of the ``common`` ones."""
+    if label is not None:
+        return share.labels.get(label, 0)
+    return share.examples - sum(share.labels.get(own, 0) for own in common)
 
 
 def _memory_bars(axes: Axes, rows: Sequence[PlanRow]) -> None:

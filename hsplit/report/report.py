@@ -36,6 +36,8 @@ _AGGREGATED = {
     "hetlora": "adapters padded and averaged, which is not noise-free",
     "flexlora": "adapters averaged and truncated to each rank, which is not noise-free",
     "raflora": "adapters averaged and truncated to each rank, which is not noise-free",
+    "florist": "of each round's sum the leading directions, which is not noise-free",
+    "fedplora": "directions averaged factor by factor, which is not noise-free",
     "none": "nothing aggregated",
 }
 
@@ -115,6 +117,7 @@ def _run(record: RunRecord, key: str) -> dict[str, Any]:
         "holdings": figures.holdings_svg(holdings, f"{key}-holdings") if holdings else "",
         "memory": figures.memory_svg(memory, f"{key}-memory") if memory else "",
         "timing": figures.timing_svg(steps, f"{key}-timing") if steps and shares else "",
+        "data": figures.data_svg(record.shares, f"{key}-data") if record.shares else "",
         "traffic": figures.traffic_svg(record.metrics, f"{key}-traffic") if record.metrics else "",
         "splits": figures.splits_svg(history, figures.capped(planned), rounds, f"{key}-splits") if planned else "",
     }

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from hsplit.config.reading import displayed, read_json, read_yaml
 from hsplit.config.section import STRICT
+from hsplit.data.description import ClientShare
 from hsplit.errors import InputError
 from hsplit.observe.events import ROUTINE_EVENTS, plan_of, read_events
 from hsplit.observe.run_list import State, last_state
@@ -17,6 +21,8 @@ from hsplit.observe.tables import LAG, MetricsRow, PlanRow, TimingRow, read_rows
 from hsplit.observe.wording import layer_of
 from hsplit.planning.plan import Plan
 from hsplit.run_directory import RunDirectory
+
+_SHARE = TypeAdapter(ClientShare)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class RunRecord:
         events: all but the routine ones, oldest first.
         cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events have it.
         lags: largest part of a weight's aggregated adapters that ``residual.wait`` kept back, by round, likewise.
+        data: how the shared data were read, in a line; empty where there are none, and for runs of older versions.
+        shares: each client's part of the shared data, where it is known.
         client_tokens: supervised tokens that each client has trained on; empty for runs of older versions.
         state: ``complete``, ``running``, ``stopped``, ``failed`` or ``interrupted``.
         reason: cause of a failure; empty otherwise.
@@ -92,6 +100,8 @@ class RunRecord:
     events: tuple[Mapping[str, Any], ...]
     cuts: Mapping[int, float] = field(default_factory=dict)
     lags: Mapping[int, float] = field(default_factory=dict)
+    data: str = ""
+    shares: Mapping[str, ClientShare] = field(default_factory=dict)
     client_tokens: Mapping[str, int] = field(default_factory=dict)
     state: State = "interrupted"
     reason: str = ""
@@ -170,6 +180,7 @@ def load_run(path: str | Path) -> RunRecord:
     timing = read_rows(directory.timing, TimingRow) if directory.timing.is_file() else []
     events = read_events(directory.events)
     history = plan_history(events)
+    data, shares = _data(events)
     state, reason = last_state(events)
     rounds = config.get("job", {}).get("rounds") if isinstance(config.get("job"), Mapping) else None
     if metrics and metrics[-1].round == rounds:
@@ -188,6 +199,8 @@ def load_run(path: str | Path) -> RunRecord:
         events=tuple(event for event in events if event["event"] not in ROUTINE_EVENTS),
         cuts=residual_cuts(events),
         lags=residual_cuts(events, field=LAG),
+        data=data,
+        shares=shares,
         client_tokens=_client_tokens(events),
         state=state,
         reason=reason,
@@ -208,6 +221,19 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
         replace(run, name=displayed(path)) if names.count(run.name) > 1 else run
         for run, path in zip(runs, paths, strict=True)
     ]
+
+
+def _data(events: Iterable[Mapping[str, Any]]) -> tuple[str, dict[str, ClientShare]]:
+    """Return what the last event about the shared data says; parts that are invalid are left out."""
+    read = [event for event in events if event["event"] == "shares"]
+    if not read:
+        return "", {}
+    shares: dict[str, ClientShare] = {}
+    clients = read[-1].get("clients")
+    for name, share in clients.items() if isinstance(clients, Mapping) else ():
+        with suppress(ValidationError):
+            shares[str(name)] = _SHARE.validate_python(share)
+    return str(read[-1].get("text", "")), shares
 
 
 def _client_tokens(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:

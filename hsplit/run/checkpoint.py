@@ -267,13 +267,13 @@ class SavePoint:
         state, tensors = read_checkpoint(self.path)
         if state.plan is None:
             raise self._incomplete("no plan")
-        for what, source, then, now in (
-            ("model", context.job.model, state.model_fingerprint, context.inputs.model_fingerprint),
-            ("data.source", context.job.data.source, state.data_sha256, context.inputs.data_sha256),
+        for what, then, now in (
+            (f"model {context.job.model}", state.model_fingerprint, context.inputs.model_fingerprint),
+            (f"data.{context.job.data.origin}", state.data_sha256, context.inputs.data_sha256),
         ):
             if then != now:
                 raise InputError(
-                    f"{displayed(context.directory.path)}: job.{what} {source} is not what it was when this run was"
+                    f"{displayed(context.directory.path)}: job.{what} is not what it was when this run was"
                     " started: put that back, or launch a run of another name"
                 )
         for name in state.with_status(Status.AWAY):
@@ -310,7 +310,7 @@ class SavePoint:
         context.adopt(context.plan)
         active = [part.name for part in context.plan.clients if state.status(part.name) is Status.ACTIVE]
         reading = [name for name in active if fresh is None or name in fresh]
-        unreadable = context.data.receive(context.data.begin(context.named(reading)))
+        unreadable, _ = context.data.receive(context.data.begin(context.named(reading)))
         context.data.check(reading, unreadable, context.unavailable)
         context.configure()
         holders = [*context.clients, *context.servers[1:]]

@@ -33,11 +33,13 @@ class Inputs:
     Attributes:
         shares: each client's part of the shared data, ``None`` for a client with its own.
         model_fingerprint, data_sha256: to recognise model and data when a run is resumed.
+        reading: how the shared data were read, in a line.
     """
 
     shares: Mapping[str, list[Example] | None]
     model_fingerprint: str
     data_sha256: str
+    reading: str = ""
 
 
 class RunContext:

@@ -132,18 +132,25 @@ class Coordinator:
         self._save_point.go_back_to_the_start()
         # Also those read that the plan will have no part for: their examples are counted.
         present = [one for one in context.run.participants if self.state.status(one.name) is Status.ACTIVE]
-        unreadable = data.receive(data.begin(present))
+        calls = data.begin(present)
+        unreadable, late = data.receive(calls, time.monotonic() + self._job.faults.patience_s)
+        if late and len(late) == len(calls):
+            raise late[0]
+        for failure in late:
+            self._membership.begin_without(failure, calls[failure.actor])
         review = context.ask(Scheduler.first, context.fleet, self.state.planning)
         self.state.planning = review.state
         if review.reasons:
             context.note("replanned", f"planned again: {'; '.join(review.reasons)}", round=0, reasons=review.reasons)
         context.adopt(review.made)
-        data.check([one.name for one in present], unreadable, context.unavailable)
+        read = [name for name in calls if name not in {failure.actor for failure in late}]
+        data.check(read, unreadable, context.unavailable)
         data.note_unavailable(context.plan)
         if not context.clients:
             names = ", ".join(self.state.to_return)
             raise InputError(f"clients: none that fits is there to begin with (away: {names}); start their nodes first")
         context.configure()
+        self._membership.prepare_those_reading()
         first = RoundUpdate(1, {}, {})
         holders = [*context.clients, *context.servers]
         self._executor.get([self._executor.call(name, HolderActor.restart, first) for name in holders])

@@ -37,6 +37,8 @@ class Membership:
         self._context, self._kept = context, kept
         # Of clients that are to return, by name: their part, and the calls by which they read it and their data.
         self._preparing: dict[str, tuple[tuple[Any, ...], list[Ref[Any]]]] = {}
+        # Calls of clients that the run has begun without, by name: they are still reading their data.
+        self._reading: dict[str, Ref[DataReport]] = {}
 
     # -- clients that fail ------------------------------------------------------------------------------------------
 
@@ -63,11 +65,46 @@ class Membership:
         limit = f"failure {failed}; more than {most} set a client aside"
         text = f"round {round_}: {describe(failure)}; the others go on{again} ({limit})"
         context.note("lost", text, client=name, round=round_, kind=failure.kind, reason=failure.reason, failures=failed)
-        self._preparing.pop(name, None)
+        self._forget_call(name)
         self.count_failure(failure, round_)
         if member.status is not Status.ASIDE:
             member.status = Status.LOST
             self._begin_return(name)
+
+    def begin_without(self, failure: ActorFailure, reading: Ref[DataReport]) -> None:
+        """Begin the run without a client that has not read its data in time; it takes part once it has.
+
+        Args:
+            failure: that it is late.
+            reading: the call.
+
+        Raises:
+            ActorFailure: ``failure``, if the start is to be repeated instead.
+        """
+        context, name = self._context, failure.actor
+        if context.job.faults.recovery == "repeat" or context.single:
+            raise failure
+        context.state.member(name).status = Status.LOST
+        self._reading[name] = reading
+        text = f"start: {name} is still reading its data; the others begin, and it takes part once it has read them"
+        context.note("lost", text, client=name, round=0, kind=failure.kind, reason=failure.reason, failures=0)
+
+    def prepare_those_reading(self) -> None:
+        """Have the clients that are still reading their data read their layers next."""
+        planned = {part.name for part in self._context.plan.available}
+        for name in self._reading:
+            if name in planned:
+                self._begin_return(name)
+
+    def _is_reading(self, name: str) -> bool:
+        """True if the run has begun without a client that is not ready yet."""
+        if name not in self._reading:
+            return False
+        found = self._context.executor.wait(self._preparing[name][1], time.monotonic())
+        if any(isinstance(value, ActorFailure) and value.kind == "late" for value in found):
+            return True
+        del self._reading[name]
+        return False
 
     def count_failure(self, failure: ActorFailure, round_: int) -> None:
         """Count a failure of a client; more than ``max_failures`` set it aside."""
@@ -145,7 +182,8 @@ class Membership:
             return
         round_ = state.step // context.job.local_steps + 1
         planned = {part.name for part in context.plan.available}
-        names = [name for name in waiting if name in planned and self._begin_return(name)]
+        begun = [name for name in waiting if name in planned and self._begin_return(name)]
+        names = [name for name in begun if not self._is_reading(name)]
         patience_s = context.job.faults.patience_s
         until = time.monotonic() + patience_s
         ready = [name for name in names if self._succeeds(name, self._preparing[name][1], until, round_)]
@@ -170,11 +208,13 @@ class Membership:
         part = self._part(name)
         if name in self._preparing and self._preparing[name][0] == part:
             return True
-        if not context.executor.restart(name):
-            self.mark_away(name)
-            return False
-        context.state.member(name).status = Status.LOST
-        calls: list[Ref[Any]] = list(context.data.begin(context.named([name])).values())
+        calls: list[Ref[Any]] = [self._reading[name]] if name in self._reading else []
+        if not calls:
+            if not context.executor.restart(name):
+                self.mark_away(name)
+                return False
+            context.state.member(name).status = Status.LOST
+            calls = list(context.data.begin(context.named([name])).values())
         held = context.plan.client(name)
         calls.append(context.executor.call(name, Participant.configure, held))
         self._preparing[name] = (part, calls)
@@ -213,15 +253,20 @@ class Membership:
     def mark_away(self, name: str) -> None:
         """Set a client to ``AWAY``: no node has room for it yet."""
         member = self._context.state.member(name)
-        self._preparing.pop(name, None)
+        self._forget_call(name)
         if member.status is not Status.AWAY:
             member.status = Status.AWAY
             text = f"{name} is away: no node that is there has room for it; it takes part when one has"
             self._context.note("away", text, client=name)
 
+    def _forget_call(self, name: str) -> None:
+        self._preparing.pop(name, None)
+        self._reading.pop(name, None)
+
     def forget_calls(self) -> None:
         """Forget the calls of clients that are to return: they are restarted, since the round is repeated."""
         self._preparing.clear()
+        self._reading.clear()
 
     def _part(self, name: str) -> tuple[Any, ...]:
         """All that the plan in force decides for a client."""
@@ -324,5 +369,5 @@ class Membership:
             # Its process ends with the next checkpoint: until then the round may be repeated with it.
             context.executor.call(name, Participant.release)
         state.member(name).status = Status.LEFT
-        self._preparing.pop(name, None)
+        self._forget_call(name)
         context.note("left", f"{name} leaves after round {state.round}", client=name, round=state.round)

@@ -337,7 +337,8 @@ POLICIES = [
     ),
     (
         "{aggregation: mean}",
-        "aggregation: must be 'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'none', or pack",
+        "aggregation: must be 'concat', 'fedavg', 'hetlora', 'flexlora', 'raflora', 'florist', 'fedplora', 'none', or "
+        "pack",
     ),
     ("{reinit: zero}", "reinit: must be 'random', 'svd' or 'mean' (got 'zero')"),
     ("{moments: false}", "moments: must be 'drop', 'keep' or 'fit' (got false)"),
@@ -369,7 +370,7 @@ OVERRIDES = [
     ("rounds.x=1", "--set rounds.x: job.rounds: must be a whole number (got {'x': 1})"),
     ("rond=3", "--set rond: unknown key (did you mean 'rounds'?)"),
     ("job.rond=3", "--set job.rond: unknown key (did you mean 'rounds'?)"),
-    ("qqq=3", "--set qqq: unknown key (allowed: alpha, base, "),
+    ("qqq=3", "--set qqq: unknown key (allowed: accept_licence, alpha, base, "),
     ("reinit=svd", "--set reinit: unknown key (did you mean 'policy.reinit'?)"),
     ("memory_gb=1", "--set memory_gb: unknown key (did you mean 'server.memory_gb'?)"),
     ("policy.reinit=x", "--set policy.reinit: must be 'random', 'svd' or 'mean' (got 'x')"),

@@ -195,7 +195,7 @@ def test_a_measuring_actor_stands_for_every_holder(models: dict[str, Path], monk
     begun: dict[str, Any] = {}
 
     def remote(full_name: str, *_: object) -> SimpleNamespace:
-        def begin(name: str, make: Any, threads: int | None, sharing: int) -> None:
+        def begin(name: str, make: Any, threads: int | None, sharing: int, gpu: bool) -> None:
             assert full_name.endswith(f":{name}")
             begun[name] = make()
 

@@ -14,7 +14,8 @@ from hsplit.actors.messages import Activations, WireTensor
 from hsplit.config import Importance, Job, Policy, ResidualConfig, RunConfig
 from hsplit.errors import InputError
 from hsplit.lora.adapters import AdapterSet
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import CLIENT_CHUNK_ROWS
 from hsplit.planning.cost.counted_model import DEQUANTIZATION_FLOPS

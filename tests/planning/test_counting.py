@@ -8,8 +8,9 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from hsplit.config import Job
 from hsplit.lora.adapters import AdapterSet
+from hsplit.models.loading import load_segment
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 from hsplit.models.tail import Tail
 from hsplit.planning.cost.counting import LayerCounter, LayerRun, LiveBytes, saved_storages

@@ -85,6 +85,8 @@ SERVERS = [
     ),
     Case(GPT2, "nf4", (1, 3), rank=16, dtype="bf16", exchange="compute"),
     Case(GROUPED, "nf4", (1, 3), metric="spectral"),
+    Case(LLAMA, "nf4", (1, 3), working_copy=True),
+    Case(GROUPED, "int8", (2, 2), rank=16, labels="client", working_copy=True),
 ]
 
 
@@ -107,6 +109,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def named(case: Case) -> str:
     batch = f"{case.batch_size}x{case.length}"
     held = f"{case.stored} {case.vocabulary or 'all'} {case.exchange} {case.metric} {case.lr_scaling}"
+    held += " working copy" * case.working_copy
     return f"{case.model} {case.base} {case.dtype} {case.splits} r{case.rank} {batch} {case.labels} {case.wire} {held}"
 
 

@@ -16,7 +16,7 @@ from hsplit.planning.cost.model import CostModel
 from hsplit.planning.importance import Score, equal_importance, size_of
 from hsplit.planning.paced_plan import PacedPlanner, stored_forms
 from hsplit.planning.plan import Plan
-from hsplit.planning.planner import make_plan, rank_choices
+from hsplit.planning.planner import check_plan, make_plan, rank_choices
 from hsplit.planning.rank_rules import find_rank_rule
 from tests.planning.test_pace import ALL, cost, smollm2
 from tests.planning.test_planner import DEEP, LARGEST, SMALLEST, client, server
@@ -127,6 +127,24 @@ def test_the_search_finds_what_brute_force_finds_in_hundreds_of_fleets() -> None
     parts = found_of_best(range(300))
     assert len(parts) > 250
     assert np.median(parts) >= 0.99 and min(parts) >= 0.95
+
+
+def test_a_start_is_refused_where_there_is_no_plan_and_nowhere_else() -> None:
+    """The check looks for any plan: servers of a twentieth to all of what the draws have."""
+    refused = 0
+    for seed in range(24):
+        fleet = Fleet(30_000 + seed, most=4)
+        fleet.server = server(fleet.server.memory_bytes * (0.05 + 0.05 * seed), fleet.server.flops)
+        policy = Policy(pace=Pace.model_validate(fleet.pace), objective=fleet.objective)
+        made = fleet.plan()
+        try:
+            check_plan(fleet.clients, fleet.server, fleet.cost(), fleet.scores, policy, {})
+        except InputError:
+            refused += 1
+            assert made is None, f"seed {seed}"
+        else:
+            assert made is not None, f"seed {seed}"
+    assert 2 < refused < 20
 
 
 OTHERS: dict[str, dict[str, Any]] = {

@@ -117,7 +117,9 @@ def test_no_plan_exceeds_a_budget_and_the_same_input_gives_the_same_plan(given_:
     for part in made.available:
         assert part.predicted_bytes == cost().client_bytes(part.split or 0, part.ranks)
         assert set(part.ranks) == {w.name for w in cost().model.weights if w.layer < (part.split or 0)}
-    assert made.server.predicted_bytes == cost().server_bytes(splits, made.server.ranks)
+    codes, copies = cost().server_bytes(splits, made.server.ranks), cost().working_copy_bytes(min(splits))
+    assert made.server.predicted_bytes == codes + made.server.working_copy * copies
+    assert made.server.working_copy == (codes + copies <= made.server.declared_bytes and copies > 0)
     assert made == given_.make_plan(policy)
 
 

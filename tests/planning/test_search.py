@@ -35,7 +35,8 @@ def problem_of(clients: list, deep: ServerConfig = AMPLE, labels: str = "server"
 
 
 def short_of_memory(clients: list, made: Plan) -> ServerConfig:
-    return server(made.server.predicted_bytes * 0.9, 1e12)
+    copies = made.server.working_copy * cost().working_copy_bytes(made.server.split or 0)
+    return server((made.server.predicted_bytes - copies) * 0.9, 1e12)
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])

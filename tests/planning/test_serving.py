@@ -110,12 +110,13 @@ def test_fewer_clients_a_round_need_less_memory_of_the_server() -> None:
 def test_the_search_keeps_to_the_servers_memory(clients: int, replicas: int, training: int | None) -> None:
     run = _run(clients, replicas, clients_per_round=training)
     cost, ample = _plan_of(run)
-    tight = run.model_copy(
-        update={"server": run.server.changed({"memory_gb": ample.server.predicted_bytes * 0.97 / 1e9})}
-    )
+    spare = ample.server.working_copy * cost.working_copy_bytes(ample.server.split or 0)
+    needed = ample.server.predicted_bytes - spare
+    tight = run.model_copy(update={"server": run.server.changed({"memory_gb": needed * 0.97 / 1e9})})
     _, made = _plan_of(tight)
     splits = [c.split for c in made.available]
-    assert made.server.predicted_bytes == cost.server_bytes(splits, made.server.ranks)
+    copies = made.server.working_copy * cost.working_copy_bytes(min(splits, default=0))
+    assert made.server.predicted_bytes == cost.server_bytes(splits, made.server.ranks) + copies
     assert made.server.predicted_bytes <= tight.server.memory_bytes
 
 

@@ -312,3 +312,19 @@ def test_place_that_cannot_be_written_is_refused(fake_run: MakeRun, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--to .*cannot be written"):
         write_report([fake_run("good")], tmp_path / "file" / "report.html")
+
+
+def test_each_clients_part_of_the_data_is_drawn(fake_run: MakeRun, tmp_path: Path) -> None:
+    run = fake_run("shared")
+    share = {"examples": 30, "characters": [5, 20, 40, 60, 300], "labels": {"east": 20, "west": 7}}
+    many = {"examples": 9, "characters": [1, 1, 1, 1, 1], "labels": {f"l{n}": 1 for n in range(9)}}
+    with EventLog(RunDirectory.open(run).events) as events:
+        events.write(
+            "shares", "read as E2E: 39 examples", clients={"a": share, "b": many, "broken": {"examples": "many"}}
+        )
+    html, page = report_of(tmp_path / "report.html", run)
+    assert "Read as E2E: 39 examples." in page.text and "2 clients with a part of the shared data" in page.text
+    assert "examples of each client by label, and their lengths" in page.labels
+    for label in ("east", "west", "others", "characters of an example"):
+        assert label in html
+    assert "part of the shared data" not in report_of(tmp_path / "report.html", fake_run("none"))[0]

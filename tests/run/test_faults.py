@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,30 @@ def test_a_client_that_never_answers_is_lost_after_a_while(models: dict[str, Pat
     run = run_with(models["llama"], tmp_path, Fault("c1", "collect", 2, "hang"))
     (lost,) = events_of(run, "lost")
     assert (lost["client"], lost["kind"]) == ("c1", "late")
+
+
+def test_a_client_that_is_late_at_the_start_holds_nobody_up_beyond_the_patience(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    fault = Fault("c1", "load_data", 1, "hang")
+    run = run_with(models["llama"], tmp_path / "late", fault)
+    assert run._executor.happened == [fault]  # type: ignore[attr-defined]
+    (lost,) = events_of(run, "lost")
+    assert (lost["client"], lost["kind"], lost["round"]) == ("c1", "late", 0) and "the others begin" in lost["text"]
+    assert run._executor.calls["c1", "load_data"] == 1, "it goes on reading"  # type: ignore[attr-defined]
+    assert [(event["client"], event["round"]) for event in events_of(run, "returned")] == [("c1", 2)]
+    assert not events_of(run, "repeated")
+    # Its texts are not trained on before it is there.
+    _, first, *later = [row["tokens"] for row in rows_of(run)]
+    assert 0 < first < min(after - before for before, after in pairwise([first, *later]))
+    # Where a failed round is to change no number, the start is repeated with all.
+    repeated = run_with(
+        models["llama"], tmp_path / "repeated", Fault("c1", "load_data", 1, "hang"), faults={"recovery": "repeat"}
+    )
+    assert [event["actor"] for event in events_of(repeated, "repeated")] == ["c1"] and not events_of(repeated, "lost")
+    everybody = [Fault(f"c{i}", "load_data", 1, "hang") for i in range(CLIENTS)]
+    again = run_with(models["llama"], tmp_path / "everybody", *everybody)
+    assert len(events_of(again, "repeated")) == 1 and not events_of(again, "lost")
 
 
 def test_deadlines_follow_the_measured_median() -> None:

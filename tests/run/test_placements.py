@@ -157,8 +157,9 @@ def test_ft_is_plain_training_of_every_weight(models: dict[str, Path], tmp_path:
         },
         {"placement": "full", "ranks": "importance", "importance": {"metric": "rngwp"}},
         {"placement": "split", "ranks": "budget", "aggregation": "raflora"},
+        {"placement": "split", "ranks": "budget", "aggregation": "fedplora", "moments": "drop"},
     ],
-    ids=["cenlora", "ft", "hetlora", "full-importance", "split-raflora"],
+    ids=["cenlora", "ft", "hetlora", "full-importance", "split-raflora", "split-fedplora"],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     models: dict[str, Path], tmp_path: Path, policy: dict[str, Any]
@@ -222,7 +223,10 @@ def test_self_pruning_gives_up_ranks_and_sends_less(models: dict[str, Path], tmp
     assert sent[1][-1] < sent[0][-1]
 
 
-@pytest.mark.parametrize("preset", ["fedlora", "hetlora", "flora", "flexlora", "raflora", "cenlora", "ft", "splitlora"])
+@pytest.mark.parametrize(
+    "preset",
+    ["fedlora", "hetlora", "flora", "florist", "fed-plora", "flexlora", "raflora", "cenlora", "ft", "splitlora"],
+)
 def test_every_preset_runs(models: dict[str, Path], tmp_path: Path, preset: str) -> None:
     policy = load_run_config("hetero", preset).policy
     run = a_run({}, rounds=2, local_steps=2, base="nf4").model_copy(update={"policy": policy})

@@ -47,6 +47,8 @@ _TAIL = {f"LossReport.{field}" for field in _LOSS | _SECONDS} | _FLOATS
 LEAVES = {
     "load_data": {
         "DataReport.client: str",
+        "DataReport.reading: str",
+        "DataReport.skipped: int",
         "DataReport.supervised: int",
         "DataReport.too_long: int",
         "DataReport.train: int",

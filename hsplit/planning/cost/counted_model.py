@@ -126,8 +126,8 @@ class CountedModel:
         self.job, self.whole, self.trains_weights = job, whole, trains_weights
         self.tail_at_client = whole or job.privacy.labels == "client"
         # Read once: attributes of a transformers configuration are slow.
-        self.width, self.words = int(model.config.hidden_size), model.vocab_size
-        self.tied = bool(model.config.tie_word_embeddings)
+        self.width, self.words = model.width, model.vocab_size
+        self.tied = model.tied
         self.dtype = resolve_dtype(job.dtype)
         self.master = torch.promote_types(self.dtype, torch.float32)
         self.narrow_bytes = self.dtype.itemsize if trains_weights and self.dtype != self.master else 0
@@ -141,7 +141,6 @@ class CountedModel:
         self.residual_itemsize = self.dtype.itemsize if narrow else self.master.itemsize
         # A client with the full model stores a quantized base as its codes, as the server does.
         self.client_codes = job.base if whole and self.quantized and not trains_weights else None
-        self._family = model.family
         targets = "all-linear" if job.targets == "all-linear" or trains_weights else list(job.targets)
         self.weights: list[LinearShape] = model.targeted(targets)
         self.weight_layer: Ints = np.array([w.layer for w in self.weights], dtype=np.int64)
@@ -301,6 +300,12 @@ class CountedModel:
         return np.array(stored, dtype=np.float64) + beside
 
     @cached_property
+    def working_copy_bytes(self) -> Floats:
+        """Bytes of a working copy of each layer's linears beside their codes, ``(L,)``; 0 where they have no codes."""
+        item = self.dtype.itemsize if self.quantized else 0
+        return np.array([item * kind.weight_parameters for kind in self.counter.kinds], dtype=np.float64)
+
+    @cached_property
     def copied_bytes(self) -> Floats:
         """Bytes of a copy of each layer's adapters at the largest rank, ``(L,)``."""
         return self.by_layer(self.master.itemsize * self.top_rank * self.sides)
@@ -363,30 +368,32 @@ class CountedModel:
     @cached_property
     def embedding_bytes(self) -> int:
         """Bytes of all embeddings, in the compute dtype."""
-        return self.dtype.itemsize * sum(self.counter.parameters(path) for path in self._family.embeddings)
+        return self.dtype.itemsize * self._model.front_parameters
 
     def unread_embedding_bytes(self, rows: int) -> int:
         """Bytes of the token embedding that a client does not hold which reads ``rows`` rows of it alone.
 
         The rows' ids, int64, are beside them.
         """
-        row = self.dtype.itemsize * self.width
-        return max(0, row * self.words - (row + 8) * rows)
+        words, width = self._model.embedding_shape
+        row = self.dtype.itemsize * width
+        return max(0, row * words - (row + 8) * rows)
 
     @cached_property
     def embedding_working_bytes(self) -> int:
         """Bytes of hidden states alive at once while the embeddings form the first one."""
-        return self.hidden_bytes * (2 * len(self._family.embeddings) - 1)
+        embeddings = self._model.family.embeddings
+        # By the model's own forward: embedded, scaled or normed, and packed.
+        return self.hidden_bytes * (2 * len(embeddings) - 1 if embeddings else 3)
 
     @cached_property
     def rotary_bytes(self) -> int:
-        """Bytes of the tables of rotary positions of one client's batch; 0 for a family without."""
+        """Bytes of one client's batch that its layers share: rotary tables, and masks of a model by its own forward."""
         return self.job.batch_size * self.counter.rotary_bytes(self.setting(1, 1, None))
 
     def tail_bytes(self, head: bool) -> int:
         """Bytes of the last norm, and with ``head`` of the output head, in the compute dtype."""
-        entries = self.words * self.width if head else 0
-        return self.dtype.itemsize * (entries + self.counter.parameters(self._family.norm))
+        return self.dtype.itemsize * self._model.tail_parameters(head)
 
     def tail_run(self, chunk_rows: int) -> TailRun:
         """Count norm, head and loss."""
@@ -412,8 +419,19 @@ class CountedModel:
         return WireBytes(up, turn, turn, hidden if split else 0)
 
     def clients_at(self, splits: Sequence[int] | Ints) -> Ints:
-        """Number of clients that split at each layer: ``(L + 1,)``."""
-        return np.bincount(np.asarray(splits, dtype=np.int64), minlength=self.layers + 1)
+        """Number of clients that split at each layer: ``(L + 1,)``, or ``(M, L + 1)`` for splits ``(M, N)``."""
+        own, width = np.asarray(splits, dtype=np.int64), self.layers + 1
+        if own.ndim == 1:
+            return np.bincount(own, minlength=width)
+        counts: Ints = self.summed_at(own, np.ones(own.shape)).astype(np.int64)
+        return counts
+
+    def summed_at(self, splits: Ints, values: Floats) -> Floats:
+        """Sum ``values`` of the clients that split at each layer, ``(M, L + 1)``, for splits and values ``(M, N)``."""
+        many, width = len(splits), self.layers + 1
+        places = splits + width * np.arange(many)[:, None]
+        summed: Floats = np.bincount(places.ravel(), values.ravel(), many * width).astype(np.float64)
+        return summed.reshape(many, width)
 
     def joined_clients(self, counts: Ints) -> Ints:
         """Number of clients with rows that pass each layer at the server: ``(M, L)`` for ``counts`` ``(M, L + 1)``."""

@@ -12,8 +12,8 @@ import functools
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,18 +23,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hsplit.config.reading import read_json
 from hsplit.errors import InputError
 from hsplit.files import write_text_atomically
 from hsplit.home import cache_root
+from hsplit.models.loading import new_segment
+from hsplit.models.outer_model import LayerCall
+from hsplit.models.packing import Packing
+from hsplit.models.recorded_family import RecordedFamily
+from hsplit.models.recorded_segment import RecordedSegment
 from hsplit.models.segment import Segment, SegmentSpec
-from hsplit.models.spec import ModelSpec, linears_in
-from hsplit.models.tail import Tail
+from hsplit.models.spec import ModelSpec
+from hsplit.models.tail import OwnTail, Tail
 from hsplit.planning.cost.fake_layer import (
     LayerKind,
     LayerSetting,
@@ -84,12 +89,18 @@ def flop_counter() -> FlopCounterMode:
         aten.addmm_: _addmm_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
+        aten._grouped_mm: _grouped_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=missing)
 
 
 def _addmm_flops(_: Any, left: Any, right: Any, *__: Any, out_shape: Any = None, **___: Any) -> int:
     return 2 * int(left[0]) * int(left[1]) * int(right[1])
+
+
+def _grouped_flops(left: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    # Each row meets the one matrix of its group.
+    return 2 * int(left[0]) * int(left[1]) * int(right[-1])
 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -133,6 +144,16 @@ class LiveBytes(TorchDispatchMode):
 
         self._now += nbytes
         self._alive[key] = weakref.ref(storage, freed)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Products of rows with the experts of their groups, which torch counts in bf16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
+            rows, experts = args[0], args[1]
+            return rows.new_empty(rows.shape[0], experts.shape[2])
+        return func(*args, **(kwargs or {}))
 
 
 # Reserved for each byte counted of a step: operations allocate a little that is not seen (measured: 0.3 %).
@@ -185,17 +206,37 @@ def layer_kinds(model: ModelSpec, adapted: set[str], length: int) -> list[LayerK
         length: tokens a row; a window at least as long has no effect.
     """
     kinds, family = [], model.family
+    calls = _calls(model, 1, length, torch.float32) if isinstance(family, RecordedFamily) else {}
     for index, layer in enumerate(cast(nn.ModuleList, model.skeleton.get_submodule(family.layers))):
         linears, inside = [], 0
-        for path, module in linears_in(layer):
+        for path, module in family.linears(layer):
             d_out, d_in = family.linear_shape(module)
             name = f"{family.layer_name(index)}.{path}"
             linears.append(Linear(path, d_out, d_in, module.bias is not None, name in adapted))
             inside += sum(p.numel() for p in module.parameters())
         window = family.window(layer, model.config)
         others = sum(p.numel() for p in layer.parameters()) - inside
-        kinds.append(LayerKind(tuple(linears), others, window if window is not None and window < length else None))
+        signature = _signature(layer, calls[index]) if calls else ""
+        bound = window if window is not None and window < length else None
+        kinds.append(LayerKind(tuple(linears), others, bound, signature))
     return kinds
+
+
+def _calls(model: ModelSpec, rows: int, length: int, dtype: torch.dtype) -> Mapping[int, LayerCall]:
+    """Arguments of the layers of a model by its own forward, by layer, as real tensors."""
+    segment = RecordedSegment(model, SegmentSpec(0, 0), dtype)
+    return segment.layer_calls(Packing.of((length,) * rows), torch.device("cpu"))
+
+
+def _signature(layer: nn.Module, call: LayerCall) -> str:
+    """Describe a layer's modules and arguments: layers of one description cost the same."""
+
+    def shown(value: Any) -> Any:
+        return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+
+    arguments = tree_map(shown, (call.args, call.kwargs))
+    described = f"{[type(module).__name__ for module in layer.modules()]} {arguments}"
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -308,16 +349,24 @@ class LayerCounter:
         (slope, constant), backward = lines
         # logsumexp takes another chunk, inside one operation and so unseen here.
         exact = torch.promote_types(dtype, torch.float32)
-        return TailRun((slope, constant + chunk_rows * int(self._config.vocab_size) * exact.itemsize), backward)
+        return TailRun((slope, constant + chunk_rows * self._model.vocab_size * exact.itemsize), backward)
 
     def _run_tail(self, dtype: torch.dtype, chunk_rows: int, tokens: int) -> tuple[int, int]:
-        norm = self._model.module(self._model.family.norm)
-        width, words = int(self._config.hidden_size), int(self._config.vocab_size)
-        with FakeTensorMode():
-            fill_parameters(norm, dtype)
-            tail = Tail(norm, torch.empty(words, width, dtype=dtype), chunk_rows)
+        family, words, width = self._model.family, self._model.vocab_size, self._model.width
+        own = isinstance(family, RecordedFamily) and family.anatomy.plain is None
+        plain = family.anatomy.plain if isinstance(family, RecordedFamily) else (family.norm, "")
+        norm = nn.Identity() if plain is None else self._model.module(plain[0])
+        with FakeTensorMode() as fake:
+            if own:
+                logits = _FakeLogits(self._model, dtype, fake)
+                tail: Tail | OwnTail = OwnTail(logits, chunk_rows)
+                held = list(logits.values.values())
+            else:
+                fill_parameters(norm, dtype)
+                tail = Tail(norm, torch.empty(words, width, dtype=dtype), chunk_rows)
+                held = [*tail.parameters(), *tail.buffers()]
             hidden = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
-            with LiveBytes([*tail.parameters(), *tail.buffers(), hidden]) as live:
+            with LiveBytes([*held, hidden]) as live:
                 # Indexed as on holders, where a mask selects the supervised positions.
                 at = torch.zeros(tokens, dtype=torch.int64)
                 loss = tail.token_losses(hidden[at], at[at]).sum()
@@ -333,17 +382,31 @@ class LayerCounter:
     def rotary_bytes(self, setting: LayerSetting) -> int:
         """Bytes of the rotary tables that a segment's layers share."""
         if setting not in self._rotary:
-            tables = rotary_tables_of(self._model, setting)
-            self._rotary[setting] = 0 if tables is None else tables[0].nbytes + tables[1].nbytes
+            if isinstance(self._model.family, RecordedFamily):
+                calls = _calls(self._model, setting.rows, setting.length, setting.dtype)
+                storages = {
+                    t.untyped_storage()._cdata: t.untyped_storage() for call in calls.values() for t in call.tensors
+                }
+                self._rotary[setting] = sum(storage.nbytes() for storage in storages.values())
+            else:
+                tables = rotary_tables_of(self._model, setting)
+                self._rotary[setting] = 0 if tables is None else tables[0].nbytes + tables[1].nbytes
         return self._rotary[setting]
 
     def _run(self, index: int, kind: LayerKind, setting: LayerSetting) -> LayerRun:
         layer = self._model.module(self._model.family.layer_name(index))
-        tables = rotary_tables_of(self._model, setting)
+        recorded = isinstance(self._model.family, RecordedFamily)
+        tables = None if recorded else rotary_tables_of(self._model, setting)
+        calls = _calls(self._model, setting.rows, setting.length, setting.dtype) if recorded else {}
+        segment = new_segment(self._model, SegmentSpec(index, index + 1), setting.dtype)
         with FakeTensorMode() as fake:
-            segment = Segment(self._model, SegmentSpec(index, index + 1))
             segment.layers[str(index)] = layer
             held = list(fill_layer(layer, kind, setting))
+            if isinstance(segment, RecordedSegment):
+                _make_buffers_fake(layer, fake)
+                call = calls[index].mapped(fake.from_tensor)
+                segment.keep_calls(full_packing(setting), torch.device("cpu"), {index: call})
+                held += call.tensors
             if tables is not None:
                 segment.rotary = RotaryTables(fake.from_tensor(tables[0]), fake.from_tensor(tables[1]))
                 held += [segment.rotary.cos, segment.rotary.sin]
@@ -353,13 +416,51 @@ class LayerCounter:
             if setting.probed:
                 watch_linears(segment.linears.values(), kind, setting)
             held += [*segment.parameters(), *segment.buffers()]
-            return _count(segment, index, held, setting, int(self._config.hidden_size))
+            return _count(segment, index, held, setting, self._model.width)
+
+
+def _make_buffers_fake(module: nn.Module, fake: FakeTensorMode) -> None:
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):
+                part._buffers[name] = fake.from_tensor(buffer)
+
+
+class _FakeLogits:
+    """Logits of a model by its own forward, of which only what follows the layers computes fake tensors.
+
+    What precedes them reads values, of masks and positions, that fake tensors do not have.
+    """
+
+    def __init__(self, model: ModelSpec, dtype: torch.dtype, fake: FakeTensorMode) -> None:
+        family = cast(RecordedFamily, model.family)
+        self._last, self._fake = model.layers - 1, fake
+        with unset_fake_temporarily():
+            self._outer = family.outer(dtype)
+        self.values = {name: torch.empty(self._outer.shape(name), dtype=dtype) for name in family.anatomy.tail}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        with ExitStack() as after_the_layers:
+
+            def give(index: int, reached: Tensor, call: LayerCall) -> Tensor:
+                if index != self._last:
+                    return reached
+                after_the_layers.enter_context(self._fake)
+                for name, values in self.values.items():
+                    self._outer.lend(name, nn.Parameter(values, requires_grad=False))
+                return hidden.unsqueeze(1)
+
+            with unset_fake_temporarily():
+                ids = torch.zeros(hidden.shape[0], 1, dtype=torch.int64)
+                logits: Tensor = self._outer(ids, give).logits
+                after_the_layers.close()
+            return logits.squeeze(1)
 
 
 def _count(segment: Segment, index: int, held: Sequence[Tensor], setting: LayerSetting, width: int) -> LayerRun:
     packing = full_packing(setting)
     # The flop counter decomposes operations, so the bytes must be seen before it: it is entered first.
-    with flop_counter() as flops, LiveBytes(held) as live:
+    with _GroupedProducts(), flop_counter() as flops, LiveBytes(held) as live:
         hidden = torch.empty((setting.rows * setting.length, width), dtype=setting.dtype, requires_grad=True)
         with saved_storages(held) as saved:
             output = segment.run(hidden, packing, index, index + 1)

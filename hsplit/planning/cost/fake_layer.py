@@ -41,11 +41,13 @@ class LayerKind:
         linears: in the layer's order.
         other_parameters: number of parameters outside of linears (norms).
         window: the attention's window, ``None`` where it is full.
+        signature: of a model by its own forward, the layer's modules and what they are called with.
     """
 
     linears: tuple[Linear, ...]
     other_parameters: int
     window: int | None
+    signature: str = ""
 
     @property
     def weight_parameters(self) -> int:

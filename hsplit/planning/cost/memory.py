@@ -192,7 +192,7 @@ class ServerMemory:
         working: Floats = np.maximum(self._transients_of(joined[:, -2]), model.stepping_bytes(copies))
         wire = one.wire_bytes(1)
         if not model.tail_at_client:
-            fixed = fixed + model.tail_bytes(head=True)
+            fixed = fixed + self._tail_bytes
             tail = model.tail_run(SERVER_CHUNK_ROWS).peak_bytes(examples * one.rows)
             working = np.maximum(working, examples * one.hidden_bytes + tail)
         # Messages as received, each client's rows as a leaf of the graph, targets and owners of all tokens.
@@ -209,8 +209,11 @@ class ServerMemory:
             # Each holder's part of the restarts is a copy of its own.
             received = received + counts @ prefix(model.sent_bytes) + model.servers * sent
         holders = model.training(int(counts[0].sum())) + model.servers - 1
-        joining = max(self._recompression_bytes(holders), self._widened_bytes(holders))
+        joining = max(self._recompression_bytes(holders), self._widened_bytes(holders), self._averaging_bytes)
         restarting = self._residual_bytes + self._restart_bytes(held) + self._rounded_restarts
+        if not model.decomposes:
+            # The last weight is averaged when the restarts of all others are there.
+            joining += self._rounded_restarts
         passing = np.maximum(joining, restarting)
         # At a resumption instead: own factors and moments as received.
         resumed = (1 + model.moments) * copies + model.optimizer_bytes
@@ -230,6 +233,18 @@ class ServerMemory:
         per_rank: Floats = np.where(held, model.adapter_bytes + joined * self._one.saved_per_rank, 0.0)
         return per_rank
 
+    def per_common_rank(self, counts: Ints, rows: Ints | None = None) -> Floats:
+        """Bytes that one more unit of rank of all its weights costs, ``(M,)``: the sum of :meth:`per_rank`."""
+        adapters, saved = self._by_layer
+        held, joined = self._model.joined_clients(counts) > 0, self._joined_rows(counts, rows)[:, :-1]
+        summed: Floats = held @ adapters + (held * joined) @ saved
+        return summed
+
+    @cached_property
+    def _by_layer(self) -> tuple[Floats, Floats]:
+        """Bytes of a unit of rank of all weights, and of what an example's pass keeps for it, ``(L,)`` each."""
+        return self._model.by_layer(self._model.adapter_bytes), self._model.by_layer(self._one.saved_per_rank)
+
     def _joined_rows(self, counts: Ints, rows: Ints | None) -> Ints:
         """Examples that have joined a batch by each layer, ``(M, L + 1)``; the last number is of all."""
         if rows is None:
@@ -242,6 +257,11 @@ class ServerMemory:
         counts = self._model.clients_at(splits)[None]
         vector = self._model.rank_vector(ranks)
         return round(float((self.constant(counts) + self.per_rank(counts) @ vector)[0]))
+
+    @cached_property
+    def _tail_bytes(self) -> int:
+        """Bytes of the last norm and the output head."""
+        return self._model.tail_bytes(head=True)
 
     @cached_property
     def _residual_bytes(self) -> int:
@@ -267,6 +287,14 @@ class ServerMemory:
         if model.sent_itemsize == model.master.itemsize:
             return 0.0
         return float((1 + holders) * model.master.itemsize * model.top_rank * model.sides.max(initial=0))
+
+    @cached_property
+    def _averaging_bytes(self) -> float:
+        """Bytes of one weight's new mean beside the last one's terms, where rules average factors."""
+        model = self._model
+        if model.decomposes:
+            return 0.0
+        return float(2 * model.master.itemsize * model.top_rank * model.sides.max(initial=0))
 
     def _restart_bytes(self, held: NDArray[np.bool_]) -> Floats:
         return np.where(held, self._model.restart_bytes, 0.0).max(axis=1)

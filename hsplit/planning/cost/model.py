@@ -7,6 +7,7 @@ try thousands of splits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from hsplit.config import Job, Pace, RunConfig
@@ -16,6 +17,7 @@ from hsplit.planning.budgets import ClientBudget
 from hsplit.planning.cost.counted_model import CountedModel, WireBytes
 from hsplit.planning.cost.memory import ClientMemory, ServerMemory, training_bytes
 from hsplit.planning.cost.step_time import StepTime, StepTimes
+from hsplit.planning.plan import HolderPlan
 
 
 class CostModel:
@@ -103,6 +105,25 @@ class CostModel:
     def server_bytes(self, splits: Sequence[int], ranks: Mapping[str, int]) -> int:
         """Peak bytes of the server beside clients that split at ``splits``, with ``ranks`` of its own."""
         return self.server.peak_bytes(splits, ranks)
+
+    def working_copy_bytes(self, first: int) -> int:
+        """Bytes of a server's working copies of layers ``[first, L)``, beside their codes."""
+        return round(float(self.model.working_copy_bytes[first:].sum()))
+
+    def with_working_copy(self, server: HolderPlan) -> HolderPlan:
+        """Let ``server`` keep working copies, if there is something to copy and its declared memory has room.
+
+        In 16 bits a copy would lose most of a small residual, which a quantized base applies beside itself for that
+        reason (METHOD 6).
+        """
+        assert server.split is not None
+        if self.model.dtype.itemsize < 4:
+            return server
+        copies = self.working_copy_bytes(server.split)
+        needed = server.predicted_bytes + copies
+        if not copies or needed > server.declared_bytes:
+            return server
+        return replace(server, working_copy=True, predicted_bytes=needed)
 
     @staticmethod
     def of_run(model: ModelSpec, run: RunConfig) -> CostModel:
