@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +59,13 @@ Table = tuple[list[str], list[list[str]]]
 
 
 # -- flags and the description of the machine ---------------------------------------------------------------------
+FIXED_POLICY = """
+split: {split}
+ranks: {rank}
+importance: {{metric: equal}}
+freeze: never
+"""
+"""One split and one rank for all, as a template: nothing is planned."""
 
 
 def flags_of(name: str, about: str | None) -> argparse.ArgumentParser:
@@ -75,7 +82,10 @@ def header_of(name: str, arguments: Sequence[str] | None, *packages: str, **fact
         name: of the experiment.
         arguments: its flags; ``None`` for those that this process was started with.
     """
-    command = " ".join(["hsplit bench", name, *(sys.argv[1:] if arguments is None else arguments)])
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    # Results say what was run, not where on a machine it was.
+    named = [Path(word).name if Path(word).is_absolute() else word for word in given]
+    command = " ".join(["hsplit bench", name, *named])
     return {**machine_description(*packages), "command": command, **facts}
 
 
@@ -247,12 +257,13 @@ def texts(to: Path, count: int = 200, words: int = WORDS, length: int = 12, prom
 
 
 @contextmanager
-def local_ray(cpus: float, more_modules: Sequence[str] = ()) -> Iterator[Path]:
-    """Start a Ray with ``cpus`` nominal CPUs on this machine, with forked workers.
+def local_ray(cpus: float, more_modules: Sequence[str] = (), device: str = "cpu") -> Iterator[Path]:
+    """Start a Ray with ``cpus`` nominal CPUs on this machine, or use the one that this process is connected to.
 
     Args:
         cpus: at least.
         more_modules: for the process that workers are forked from to import.
+        device: where actors are to compute. Only for a CPU are workers forked: a forked process sees no GPU.
 
     Yields:
         A temporary folder for all output on the way.
@@ -262,12 +273,14 @@ def local_ray(cpus: float, more_modules: Sequence[str] = ()) -> Iterator[Path]:
     from hsplit.cluster.connection import connect
     from hsplit.cluster.fork_server import MODULES, ForkServer
 
-    with tempfile.TemporaryDirectory() as name, ForkServer((*MODULES, *more_modules)) as fork_server:
-        connect(None, cpus, dashboard=False, fork_server=fork_server)
-        try:
-            yield Path(name)
-        finally:
-            ray.shutdown()
+    with ExitStack() as ends:
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
+        if not ray.is_initialized():
+            forking = torch.device(device).type == "cpu"
+            fork_server = ends.enter_context(ForkServer((*MODULES, *more_modules))) if forking else None
+            connect(None, cpus, dashboard=False, fork_server=fork_server)
+            ends.callback(ray.shutdown)
+        yield folder
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hsplit.actors.client import Client
 from hsplit.actors.profiling import PeakMemory
 from hsplit.actors.server import Server
 from hsplit.config import RunConfig
+from hsplit.data import read_source
 from hsplit.lora.holder import RoundUpdate
 from hsplit.models.dtype import DTYPES
 from hsplit.models.lookup import ModelSource
@@ -27,22 +29,17 @@ from hsplit.planning.scheduler import Scheduler
 from hsplit.run.coordinator import Inputs
 
 CLUSTER = """
-server: {{memory_gb: 8, tflops: 2}}
+server: {{memory_gb: {memory}, tflops: 2}}
 clients: [{{name: client, count: {clients}, memory_gb: 2, tflops: 1}}]
 job:
   base: {base}
   dtype: {dtype}
-  data: {{source: "{data}", partition: iid}}
+  data: {{source: "{data}", partition: iid, long: {long}}}
   wire: {wire}
+  max_length: {length}
   rounds: 1000
   local_steps: 8
   validation: {{share: 0.1, max_examples: 2}}
-"""
-POLICY = """
-split: {split}
-ranks: {rank}
-importance: {{metric: equal}}
-freeze: never
 """
 
 
@@ -95,20 +92,50 @@ def configured(
 ) -> RunConfig:
     """The resolved configuration of equal clients, all at ``options.rank`` and ``split``, or ``options.split``."""
     data = Path(options.data).resolve() if Path(options.data).is_file() else options.data
-    cluster = CLUSTER.format(clients=clients, base=base, dtype=dtype, wire=wire or dtype, data=data)
-    policy = POLICY.format(split=options.split if split is None else split, rank=options.rank)
+    length, full = getattr(options, "length", 128), getattr(options, "full", False)
+    if full:
+        data = _full_texts(str(data), folder / "texts.jsonl", length, FULL_TEXTS * clients)
+    cluster = CLUSTER.format(
+        clients=clients, base=base, dtype=dtype, wire=wire or dtype, data=data, length=length,
+        long="cut" if full else "skip", memory=max(8, clients // 2),
+    )  # fmt: skip
+    policy = common.FIXED_POLICY.format(split=options.split if split is None else split, rank=options.rank)
     return common.configured(folder, cluster, policy, [f"job.model={options.model}"] if options.model else [])
+
+
+CHARACTERS_A_TOKEN = 8
+# Texts for each client that fill their length.
+FULL_TEXTS = 40
+
+
+def _full_texts(source: str, to: Path, length: int, count: int) -> Path:
+    """Write texts of more than ``length`` tokens each, of a source's texts one after another, to be learned whole."""
+    examples = read_source(source).examples
+    # Tokens have fewer characters on average; what is over is cut.
+    joined: list[str] = []
+    lines: list[str] = []
+    place = 0
+    while len(lines) < count:
+        example = examples[place % len(examples)]
+        place += 1
+        joined.append(example.prompt + example.response)
+        if sum(map(len, joined)) > CHARACTERS_A_TOKEN * length:
+            lines.append(json.dumps({"text": " ".join(joined)}))
+            joined = []
+    to.write_text("\n".join(lines) + "\n")
+    return to
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Clients and a server in this process, all computing in fp32.
+    """Clients and a server in this process, all computing in one dtype on one device.
 
     Attributes:
         run, source, inputs: their configuration, model and data.
         base: the model that they share.
         plan: the plan of all.
         server: one that has its layers and its first adapters.
+        device: where they compute.
     """
 
     run: RunConfig
@@ -117,26 +144,35 @@ class Setting:
     base: BaseModel
     plan: Plan
     server: Server
+    device: str = "cpu"
 
     @classmethod
     def of(
-        cls, options: argparse.Namespace, base: str, clients: int, wire: str = "fp32", split: int | None = None
+        cls,
+        options: argparse.Namespace,
+        base: str,
+        clients: int,
+        wire: str = "fp32",
+        split: int | None = None,
+        *,
+        dtype: str = "fp32",
+        device: str = "cpu",
     ) -> Setting:
         """The setting of ``clients`` equal clients, all at ``split``."""
         with tempfile.TemporaryDirectory() as folder:
-            run = configured(options, "fp32", base, clients, Path(folder), wire, split)
+            run = configured(options, dtype, base, clients, Path(folder), wire, split)
             source, inputs = common.read(run)
         made = BaseModel.of_job(source.spec, run.job)
         plan = Scheduler(run, source.spec).plan()
-        server = Server("server", run.job, run.policy, made, measure=False)
+        server = Server("server", run.job, run.policy, made, device, measure=False)
         server.configure(plan)
         server.restart(RoundUpdate(1, {}, {}))
-        return cls(run, source, inputs, made, plan, server)
+        return cls(run, source, inputs, made, plan, server, device)
 
     def client(self, part: HolderPlan, measure: bool) -> Client:
         """A client with the layers, adapters and data of ``part``; ``measure``: its memory is followed."""
         assert part.split is not None
-        client = Client(part.name, self.run.job, self.run.policy, self.base, measure=measure)
+        client = Client(part.name, self.run.job, self.run.policy, self.base, self.device, measure)
         client.load_data({part.name: self.inputs.shares[part.name]}, None)
         client.configure(part)
         client.restart(RoundUpdate(1, {}, {}))

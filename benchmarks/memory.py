@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of clients and of the server (METHOD 4).
 
-    python -m benchmarks.memory [--to FOLDER] [--only PART_OF_A_NAME]        # or: hsplit bench memory
+    python -m benchmarks.memory [--to FOLDER] [--only PART]        # or: hsplit bench memory
 
 A real ``Client`` (or ``Server``) executes all calls of a run, at the sizes that a plan reserves for: batches of the
 greatest length with every token supervised, residuals at their cap, an importance probe, a resumption. The other side's
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -32,6 +33,7 @@ from hsplit.actors.whole_client import WholeClient
 from hsplit.config import ClientConfig as ClientConfig
 from hsplit.config import Job, Policy, RunConfig
 from hsplit.data import Example
+from hsplit.errors import InputError
 from hsplit.experiments import call_of
 from hsplit.lora.holder import HeldAdapters, RoundUpdate, exchange_dtype
 from hsplit.lora.learned import LearnedTerm
@@ -71,6 +73,7 @@ class Case:
         aggregation: the policy's.
         optimizer: the job's.
         stored: how a client keeps a quantized base: ``dense`` or ``codes``.
+        working_copy: the server computes with dense copies beside the codes.
         vocabulary: distinct token ids of a client's texts, of which alone it holds the embedding; 0: it holds all.
         exchange: format of adapters at a round's end, as ``pace.exchange``.
         metric: of importance, for which it is probed.
@@ -94,6 +97,7 @@ class Case:
     aggregation: str = "concat"
     optimizer: str = "adamw"
     stored: Literal["dense", "codes"] = "dense"
+    working_copy: bool = False
     vocabulary: int = 0
     exchange: str = "whole"
     metric: str = "rngwp"
@@ -211,15 +215,15 @@ def measured_client(directory: Path, case: Case) -> Measured:
     part = HolderPlan("one", "client", True, split, ranks, stored=case.stored)
     holder.call("load", Participant.configure, part)
     holder.call("round", Participant.restart, RoundUpdate(1, {}, {}))
-    _client_steps(holder, case, spec.config.hidden_size, 0)
+    _client_steps(holder, case, spec.width, 0)
     # As after a resumption, which brings the state back and the residual whole.
     state = {name: tensor.clone() for name, tensor in holder.call("round", Participant.state).items()}
     holder.call("round", Participant.resume_state, state, _update(held, case))
     del state
     # The residual is at its cap already, and all of it changes.
     holder.call("round", Participant.restart, _update(held, case))
-    _client_steps(holder, case, spec.config.hidden_size, 1)
-    _client_checks(holder, case, spec.config.hidden_size)
+    _client_steps(holder, case, spec.width, 1)
+    _client_checks(holder, case, spec.width)
     holder.call("round", Participant.collect)
     rest = holder.settle()
     cost = case.cost(spec)
@@ -271,8 +275,8 @@ def measured_server(directory: Path, case: Case) -> Measured:
     holder = _Holder(Server("server", job, policy, base), case, spec)
     holder.call("load", Server.configure, plan)
     holder.call("round", Server.restart, RoundUpdate(1, {}, {}))
-    messages = [_activations(f"c{i}", split, case, spec.config) for i, split in enumerate(case.splits)]
-    gradients = [_random((case.batch_size * case.length, spec.config.hidden_size), case.wire) for _ in messages]
+    messages = [_activations(f"c{i}", split, case, spec) for i, split in enumerate(case.splits)]
+    gradients = [_random((case.batch_size * case.length, spec.width), case.wire) for _ in messages]
     _server_steps(holder, case, messages, gradients, 0)
     tensors = holder.actor.state()
     if case.aggregation == "concat":
@@ -289,7 +293,10 @@ def measured_server(directory: Path, case: Case) -> Measured:
     del messages, gradients
     holder.call("round", Server.state)
     rest = holder.settle()
-    predicted = case.cost(spec).server_bytes(case.splits, plan.server.ranks)
+    cost = case.cost(spec)
+    predicted = cost.server_bytes(case.splits, plan.server.ranks)
+    if case.working_copy:
+        predicted += cost.working_copy_bytes(min(case.splits))
     return Measured(rest, holder.peak, holder.parts, predicted)
 
 
@@ -299,12 +306,14 @@ def _server_steps(
     if case.holds != "front":
         # Nothing of a step comes here.
         return
-    for step, micro in product((2 * round_, 2 * round_ + 1), range(case.grad_accumulation)):
-        if case.labels == "server":
-            holder.call("step", Server.train_step, step, micro, *messages)
-        else:
-            holder.call("step", Server.forward, step, micro, *messages)
-            holder.call("step", Server.backward, step, micro, [m.client for m in messages], *gradients)
+    for step in (2 * round_, 2 * round_ + 1):
+        for turn in range(case.grad_accumulation):
+            if case.labels == "server":
+                holder.call("step", Server.train_step, step, turn, *messages)
+            else:
+                holder.call("step", Server.forward, step, turn, *messages)
+                holder.call("step", Server.backward, step, turn, [m.client for m in messages], *gradients)
+        holder.call("step", Server.end_step, step)
 
 
 def _server_checks(
@@ -328,10 +337,10 @@ def _random(shape: tuple[int, int], wire: str) -> WireTensor:
     return WireTensor.pack(torch.randn(shape) / 100, wire)
 
 
-def _activations(name: str, split: int, case: Case, config: Any) -> Activations:
+def _activations(name: str, split: int, case: Case, spec: ModelSpec) -> Activations:
     rows = case.batch_size * case.length
-    targets = torch.randint(config.vocab_size, (rows,), dtype=torch.int32).numpy()
-    hidden = _random((rows, config.hidden_size), case.wire)
+    targets = torch.randint(spec.vocab_size, (rows,), dtype=torch.int32).numpy()
+    hidden = _random((rows, spec.width), case.wire)
     lengths = (case.length,) * case.batch_size
     return Activations(name, split, hidden, lengths, rows, rows, targets if case.labels == "server" else None)
 
@@ -375,7 +384,7 @@ def _plan(spec: ModelSpec, shapes: Sequence[LinearShape], case: Case) -> Plan:
 
     layers, first = spec.layers, min(case.splits)
     clients = [HolderPlan(f"c{i}", "client", True, k, ranks(0, k)) for i, k in enumerate(case.splits)]
-    server = HolderPlan("server", "server", True, first, ranks(first, layers))
+    server = HolderPlan("server", "server", True, first, ranks(first, layers), working_copy=case.working_copy)
     return Plan(layers, server, tuple(clients), 1.0, 0.0, "none")
 
 
@@ -391,6 +400,20 @@ def _text(directory: Path, length: int) -> str:
 # -- the table ----------------------------------------------------------------------------------------------------
 
 SMOLLM2, GPT2 = "SmolLM2-135M", "GPT-2 small (random)"
+GEMMA3, OLMOE, BLOOM = "Gemma 3 (random)", "OLMoE (random)", "BLOOM (random)"
+_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8}
+# Models by their own forward, by the name in the table: model type and sizes.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Windows, two rotary tables, packed rows.
+    GEMMA3: ("gemma3_text", {"hidden_size": 640, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 32}),
+    # A mixture, packed rows.
+    OLMOE: (
+        "olmoe",
+        {"hidden_size": 512, "intermediate_size": 512, "num_experts": 8, "num_experts_per_tok": 2} | _HEADS,
+    ),
+    # ALiBi, padded rows.
+    BLOOM: ("bloom", {"hidden_size": 512, "n_head": 8}),
+}
 # Few in bf16, which takes minutes where a processor only emulates it.
 CLIENTS = (
     Case(SMOLLM2, "fp32", (4,)),
@@ -421,10 +444,14 @@ CLIENTS = (
     Case(GPT2, "fp32", (12,), rank=16, holds="model"),
     Case(SMOLLM2, "int8", (30,), batch_size=4, cap=16, holds="model"),
     Case(GPT2, "nf4", (12,), batch_size=4, holds="weights"),
+    *(Case(name, "fp32", (4,), length=128) for name in OTHERS),
+    *(Case(name, "nf4", (6,), rank=16, labels="client") for name in OTHERS),
 )
 SERVERS = (
     Case(SMOLLM2, "nf4", (4,), rank=16, length=128),
     Case(SMOLLM2, "nf4", (2, 6, 10, 20)),
+    Case(SMOLLM2, "nf4", (4,), rank=16, length=128, working_copy=True),
+    Case(SMOLLM2, "nf4", (2, 6, 10, 20), cap=128, working_copy=True),
     Case(SMOLLM2, "int8", (4, 16), labels="client"),
     Case(GPT2, "nf4", (1, 2, 4, 8), rank=16),
     Case(GPT2, "fp32", (3, 9), labels="client"),
@@ -470,27 +497,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every combination, write the rows and print them."""
     parser = common.flags_of("memory", __doc__)
     parser.add_argument("--out", type=Path, dest="to", metavar="DIR", help="the same as --to")
-    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--only", default="", help="only combinations with this in holder, model, base or aggregation")
     options = parser.parse_args(arguments)
 
-    from transformers import GPT2Config
+    from transformers import AutoConfig, GPT2Config
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "bos_token_id": 0, "eos_token_id": 0}
         places = {SMOLLM2: lambda: find_model(DEFAULT_MODEL).directory}
         places[GPT2] = lambda: random_model(Path(folder), GPT2Config(**sizes))
-        directories = {name: find() for name, find in places.items() if options.only in name}
+        for name, (kind, own) in OTHERS.items():
+            ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 20_000}
+            config = AutoConfig.for_model(kind, num_hidden_layers=8, **ids, **own)
+            places[name] = partial(random_model, Path(folder) / kind, config)
+        named = [f"{'server' if c in SERVERS else 'client'} {c.model} {c.base} {c.aggregation}" for c in CASES]
+        chosen = [number for number, name in enumerate(named) if options.only in name]
+        if not chosen:
+            raise InputError(f"--only {options.only}: is in no combination's holder, model, base or aggregation")
+        needed = {CASES[number].model for number in chosen}
+        directories = {name: find() for name, find in places.items() if name in needed}
         # Forked processes would inherit memory; spawned ones begin with none.
         context = multiprocessing.get_context("spawn")
-        for number, case in enumerate(CASES):
-            if case.model in directories:
-                results = context.Queue()
-                given = ("memory", measure_apart.__name__, directories[case.model], number, results)
-                process = context.Process(target=call_of, args=given)
-                process.start()
-                rows.append(results.get(timeout=600))
-                process.join()
+        for number in chosen:
+            results = context.Queue()
+            given = ("memory", measure_apart.__name__, directories[CASES[number].model], number, results)
+            process = context.Process(target=call_of, args=given)
+            process.start()
+            rows.append(results.get(timeout=600))
+            process.join()
     common.write_rows(options.to / "memory.csv", rows, {})
     show(rows)
 

@@ -16,16 +16,17 @@ from torch import Tensor
 from benchmarks import common
 from hsplit.actors.client import Client
 from hsplit.actors.server import Server
-from hsplit.config import SERVER, Job, Policy, RunConfig
+from hsplit.config import SERVER, DataSpec, Job, Policy, RunConfig
 from hsplit.config.policy import Importance
-from hsplit.data import partition, read_examples
+from hsplit.data import partition, read_source
 from hsplit.lora.aggregation import Contribution, Restart, average_factors, noise_free
 from hsplit.lora.holder import RoundUpdate
 from hsplit.lora.learned import learned
 from hsplit.lora.low_rank import LowRankSum
 from hsplit.lora.residual import Residual
+from hsplit.models.loading import load_segment
 from hsplit.models.lookup import find_model
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 from hsplit.models.weights import DenseWeight, FrozenWeight, Int8Weight, NF4Weight
 from hsplit.planning.plan import HolderPlan, Plan
@@ -141,9 +142,7 @@ def _trained(directory: Path, ranks: Sequence[int], init: Init, options: argpars
     server = Server("server", job, policy, base, measure=False)
     server.configure(plan)
     server.restart(RoundUpdate(1, {}, {}))
-    examples = read_examples(
-        "restaurants", examples=60 * HOLDERS, seed=job.seed, label=None, separator=None, limit=None
-    )
+    examples = read_source("restaurants", DataSpec(examples=60 * HOLDERS), job.seed).examples
     shares = partition(examples, HOLDERS, "iid", job.seed)
     clients = [Client(name, job, policy, base, measure=False) for name in names]
     for client, share in zip(clients, shares, strict=True):

@@ -4,7 +4,7 @@
     hsplit bench pace --data devset.csv --only speed # a minute: plans alone
     hsplit bench pace --only learning --list         # the runs that are left
 
-**Speed** (virtual): budgets and job as in ``benchmarks/convergence.py``, and ten further seeds. For each level of
+**Speed** (virtual): budgets as in ``benchmarks/convergence.yaml``, and further seeds. For each level of
 heterogeneity and seed the plans of ``splitlora`` and ``hsplitlora`` without ``policy.pace`` and with all of it: seconds
 of local steps for ten examples, of the exchange at a round's end beside them, the speed as a share of the bound, and
 what binds. The bound is that of the plan's own stored forms and wire formats, with every client training, one example
@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import common, convergence
+from benchmarks import common, convergence, protocol
 from benchmarks.common import Table
 from hsplit.config import RunConfig
 from hsplit.data.local_data import LocalData
@@ -38,8 +38,14 @@ from hsplit.planning.importance import equal_importance
 from hsplit.planning.planner import make_plan
 from hsplit.run.inputs import read_inputs
 
-LEVELS = convergence.LEVELS
-SEEDS = (*convergence.SEEDS, *range(10, 20))
+# The job of all figures in docs/pace.md, whose residuals have at most 8 directions.
+JOB = [
+    *("job.base=bf16", "job.dtype=bf16", "job.keep_checkpoints=1"),
+    *("job.pipeline.microbatches=2", "job.pipeline.ahead=true"),
+    *("job.rank_set=[1, 2, 4, 8]", "job.residual.max_rank=8"),
+]
+BUDGETS = protocol.Protocol.read(protocol.DEFAULT).model_copy(update={"job": JOB})
+LEVELS, SEEDS = BUDGETS.levels, (0, 1, 2, *range(10, 20))
 PACED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned", "exchange=compute")
 OFF = ("batch_size=equal", "periods=none", "stored=dense", "embedding=whole", "wire=job", "exchange=whole")
 POLICIES = {
@@ -131,7 +137,7 @@ def drawn(h: float, seed: int, policy: str, overrides: Sequence[str], options: a
     """The run of one draw of budgets."""
     own = [f"job.data.source={options.data}"] if options.data else []
     own += [f"job.model={options.model}"] if options.model else []
-    run, _ = convergence.drawn_run(h, seed, policy, [f"job.seed={seed}", *own, *overrides])
+    run, _ = convergence.drawn_run(BUDGETS, h, seed, policy, [*own, *overrides])
     return run
 
 

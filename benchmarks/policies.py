@@ -42,7 +42,10 @@ from hsplit.run.coordinator import Inputs
 from hsplit.run.inputs import resolved_config
 from hsplit.run_directory import RunDirectory
 
-POLICIES = ("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "cenlora", "ft")
+POLICIES = (
+    *("hsplitlora", "splitlora", "hetlora", "fedlora", "flora", "flexlora", "raflora", "florist", "fed-plora"),
+    *("cenlora", "ft"),
+)
 # Full fine-tuning diverges at LoRA's learning rates.
 FT_LR = 5e-5
 

@@ -34,13 +34,15 @@ from benchmarks.inversion import Observed
 from hsplit.actors.client import ActivationNoise, Client
 from hsplit.actors.executor import InProcess
 from hsplit.actors.messages import WireTensor
-from hsplit.config import RunConfig
-from hsplit.data import Example, TokenizedExample, read_examples, tokenize
+from hsplit.config import DataSpec, RunConfig
+from hsplit.config.job import BUILT_IN
+from hsplit.data import Example, TokenizedExample, read_source, tokenize
 from hsplit.data.examples import parse_meaning
-from hsplit.data.sources import BUILT_IN
+from hsplit.models.loading import load_segment
 from hsplit.models.lookup import find_model
 from hsplit.models.packing import Packing
-from hsplit.models.segment import BaseModel, Segment, SegmentSpec, load_segment
+from hsplit.models.segment import BaseModel, Segment, SegmentSpec
+from hsplit.models.tail import Tail
 from hsplit.models.tokenizer import load_tokenizer
 from hsplit.observe.observer import SilentDisplay
 from hsplit.observe.tables import perplexities
@@ -412,6 +414,7 @@ class _Benchmark:
             tail.token_losses(sent, labels).sum().backward()
             assert sent.grad is not None
             returned = WireTensor.pack(sent.grad, wire).unpack(rows.dtype, "cpu")
+            assert isinstance(exact, Tail)
             read = inversion.labels_from_gradients(exact, sent.detach(), returned)
             share = float((read == labels).float().mean())
             found.append({"wire": wire, "positions": str(len(labels)), "recovered": f"{share:.5f}"})
@@ -424,10 +427,8 @@ class _Benchmark:
 def texts_of(options: argparse.Namespace, model: Path, run: RunConfig) -> Texts:
     """Deal the data out to clients and server so that no restaurant of one is one of the other's."""
     tokenizer = load_tokenizer(model)
-    examples = read_examples(
-        options.data, examples=4 * (options.public + options.private), seed=options.seed, label=None, separator=None,
-        limit=None,
-    )  # fmt: skip
+    data = DataSpec(examples=4 * (options.public + options.private))
+    examples = read_source(options.data, data, options.seed).examples
     draw = random.Random(options.seed)
     groups: dict[str, list[Example]] = {}
     for example in examples:

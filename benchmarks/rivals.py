@@ -1,8 +1,9 @@
 """Plain training loops in place of hsplit, for comparison in ``throughput.py``.
 
-Each trains LoRA on the same model, tokenized examples, rank and dtype, with transformers and PEFT as they come: AdamW
-over the adapters' parameters, the model's own loss. Each is one process; the threads are torch's default. None clips
-gradients, which hsplit does by default (``job.clip``): that spares them a pass over the adapters' gradients each step.
+Each trains LoRA on the same model, tokenized examples, rank and dtype, with transformers and PEFT: AdamW over the
+adapters' parameters, and, but for the tuned loops, all as it comes, the model's own loss included. Each is one process;
+the threads are torch's default. None clips gradients, which hsplit does by default (``job.clip``): that spares them a
+pass over the adapters' gradients each step.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Rival(ABC):
         rank, alpha: of every adapter.
         split: layers on a client.
         threads: to compute with.
+        device: where it computes.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Rival(ABC):
         rank: int,
         split: int,
         threads: int,
+        device: str = "cpu",
     ) -> None:
         import logging
 
@@ -55,6 +58,7 @@ class Rival(ABC):
         transformers.logging.set_verbosity_error()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self.model_directory, self.dtype, self.job, self.rank, self.split = model, dtype, job, rank, split
+        self.device = torch.device(device)
         tokenizer = load_tokenizer(model)
         self.data = [LocalData(name, share, tokenizer, job) for name, share in shares.items()]
         torch.manual_seed(job.seed)
@@ -78,7 +82,8 @@ class Rival(ABC):
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model_directory, dtype=self.dtype, trust_remote_code=False)
+        made = AutoModelForCausalLM.from_pretrained(self.model_directory, dtype=self.dtype, trust_remote_code=False)
+        return made.to(self.device)
 
     def lora(self) -> LoraConfig:
         return LoraConfig(r=self.rank, lora_alpha=self.job.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -92,7 +97,11 @@ class Rival(ABC):
 
     def batches(self, step: int, width: int | None = None) -> list[dict[str, Tensor]]:
         """Each client's batch as a causal LM takes it, padded to its longest or to ``width``."""
-        return [_arguments(collate(drawn), width) for drawn in self._drawn(step)]
+        return [self.arguments(drawn, width) for drawn in self._drawn(step)]
+
+    def arguments(self, drawn: Sequence[TokenizedExample], width: int | None = None) -> dict[str, Tensor]:
+        """One batch as :meth:`batches` gives each client's."""
+        return {name: tensor.to(self.device) for name, tensor in _arguments(collate(drawn), width).items()}
 
 
 def _arguments(batch: Batch, width: int | None = None) -> dict[str, Tensor]:
@@ -117,12 +126,54 @@ class Unsplit(Rival):
         self.adam = self.optimizer(self.model)
 
     def step(self, step: int) -> float:
-        batch = _arguments(collate([example for drawn in self._drawn(step) for example in drawn]))
+        batch = self.arguments([example for drawn in self._drawn(step) for example in drawn])
         loss = self.model(**batch).loss
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()
         return float(loss.detach())
+
+
+class Tuned(Rival):
+    """One model, all clients' examples packed end to end without padding, the loss at supervised positions only.
+
+    Adapters have the base's dtype, so that nothing is cast on the way, and AdamW is fused. Sequences are kept apart by
+    their positions, as transformers does it.
+    """
+
+    compiled = False
+
+    def set_up(self) -> None:
+        self.model = get_peft_model(self.load(), self.lora(), autocast_adapter_dtype=False).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.adam = torch.optim.AdamW(trained, lr=self.job.lr, weight_decay=0.0, fused=True)
+        if self.compiled:
+            # Layers have one graph in common; lengths differ from batch to batch.
+            for layer in self.model.get_base_model().base_model.layers:
+                layer.compile(dynamic=True)
+
+    def step(self, step: int) -> float:
+        batch = collate([example for drawn in self._drawn(step) for example in drawn])
+        lengths = torch.tensor(batch.lengths)
+        kept = torch.arange(batch.ids.shape[1]) < lengths[:, None]
+        positions = torch.cat([torch.arange(length) for length in batch.lengths])
+        ids, targets = (t[kept].to(self.device) for t in (batch.ids, batch.targets))
+        causal = self.model.get_base_model()
+        hidden = causal.base_model(
+            input_ids=ids[None], position_ids=positions[None].to(self.device), use_cache=False
+        ).last_hidden_state[0]
+        at = targets != IGNORED
+        loss = nn.functional.cross_entropy(causal.get_output_embeddings()(hidden[at]).float(), targets[at])
+        loss.backward()
+        self.adam.step()
+        self.adam.zero_grad()
+        return float(loss.detach())
+
+
+class TunedCompiled(Tuned):
+    """The tuned loop with every decoder layer compiled by ``torch.compile``."""
+
+    compiled = True
 
 
 class PublicSplitLora(Rival):
@@ -186,7 +237,13 @@ class Federated(Rival):
             set_peft_model_state_dict(model, mean)
 
 
-RIVALS: dict[str, type[Rival]] = {"unsplit": Unsplit, "splitlora": PublicSplitLora, "federated": Federated}
+RIVALS: dict[str, type[Rival]] = {
+    "unsplit": Unsplit,
+    "tuned": Tuned,
+    "compiled": TunedCompiled,
+    "splitlora": PublicSplitLora,
+    "federated": Federated,
+}
 
 
 def meanings(rivals: Sequence[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pandas
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import common
 from hsplit import experiments
 from hsplit.cli import main
 from hsplit.errors import InputError
@@ -180,21 +181,24 @@ def test_experiments_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, monk
 def test_the_throughput_benchmark_times_hsplit_against_plain_loops(tmp_path: Path, models: dict[str, Path]) -> None:
     results = tmp_path / "results"
     flags = ["--model", str(models["llama"]), "--split", "2", "--rank", "2", "--clients", "2", "--to", str(results)]
-    flags += ["--parts", "step", "server", "client", "--dtypes", "fp32", "--repeat", "1", "--steps", "1"]
+    flags += ["--parts", "step", "server", "residual", "client", "--dtypes", "fp32", "--repeat", "1", "--steps", "1"]
+    flags += ["--server-clients", "2", "4"]
     # In a process of its own: it starts a Ray of its own.
     code = "from hsplit.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "bench", "throughput", *flags], env=os.environ | {"COLUMNS": "120"}, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
-    assert "hsplit is faster by" in done.stdout
+    assert "repeat 0 hsplit" in done.stdout
+    assert "hsplit is faster by" in (results / "throughput.md").read_text()
     steps = pandas.read_csv(results / "step.csv", comment="#").set_index("contender")
-    assert steps.index.tolist() == ["hsplit", "hsplit-later", "unsplit", "splitlora", "federated"]
-    assert (steps.seconds > 0).all() and steps.overhead.notna().sum() == 2
+    assert steps.index.tolist() == ["hsplit", "hsplit-later", "unsplit", "tuned", "splitlora", "federated"]
+    assert (steps.seconds > 0).all() and (steps.processor_s > 0).all() and steps.overhead.notna().sum() == 2
     # The same model on the same examples from the same B = 0: the first steps' losses are alike.
-    losses = steps.loss[["hsplit", "unsplit", "federated"]]
+    losses = steps.loss[["hsplit", "unsplit", "tuned", "federated"]]
     assert losses.max() - losses.min() < 0.2
-    assert pandas.read_csv(results / "server.csv", comment="#").clients.tolist() == [4, 16]
+    assert pandas.read_csv(results / "server.csv", comment="#").clients.tolist() == [2, 4]
+    assert pandas.read_csv(results / "residual.csv", comment="#").form.nunique() == 4
     messages = pandas.read_csv(results / "wire.csv", comment="#")
     assert (messages.pickled_bytes >= messages.tensor_bytes).all() and messages.wire.nunique() == 3
     peaks = pandas.read_csv(results / "memory.csv", comment="#")
@@ -242,3 +246,9 @@ def test_pace_lists_the_runs_that_are_left(tmp_path: Path) -> None:
         "nothing-iid-h0-s0" in shown
         and len(_bench("pace", "--only", "learning", "--list", "--to", str(tmp_path)).split()) == 98
     )
+
+
+def test_results_say_what_was_run_and_not_where() -> None:
+    flags = ["--data", "/home/ada/sets/devset.csv", "--to", "/tmp/out", "--only", "speed", "there/b.csv"]
+    header = common.header_of("pace", flags)
+    assert header["command"] == "hsplit bench pace --data devset.csv --to out --only speed there/b.csv"

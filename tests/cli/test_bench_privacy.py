@@ -14,7 +14,8 @@ from benchmarks import inversion, privacy
 from hsplit.actors.client import ActivationNoise
 from hsplit.cli import main
 from hsplit.data import TokenizedExample
-from hsplit.models.segment import BaseModel, SegmentSpec, load_segment
+from hsplit.models.loading import load_segment
+from hsplit.models.segment import BaseModel, SegmentSpec
 from hsplit.models.spec import ModelSpec
 from tests.tiny import LAYERS, WORDS, tiny_tokenizer
 
@@ -70,8 +71,7 @@ def test_no_restaurant_is_both_the_servers_and_a_clients(models: dict[str, Path]
     options = privacy._options(["--quick", "--model", str(models["llama"]), "--data", str(restaurants)])
     benchmark = privacy._Benchmark(options)
     private = {privacy._name(e.prompt) for share in benchmark.texts.private.values() for e in share}
-    names = {privacy._name(e.prompt) for e in privacy.read_examples(
-        str(restaurants), examples=1, seed=0, label=None, separator=None, limit=None)}  # fmt: skip
+    names = {privacy._name(e.prompt) for e in privacy.read_source(str(restaurants)).examples}
     assert len(names) == 20 and 0 < len(private) < 20
     tokenizer = tiny_tokenizer()
     public = {tokenizer.decode(e.ids[1:3]) for e in benchmark.texts.public}

@@ -36,6 +36,8 @@ ARGUMENTS: dict[str, list[str]] = {
     "report": ["RUN"],
     "eval": ["RUN"],
     "export": ["RUN"],
+    "data": ["a.csv"],
+    "doctor": [],
     "monitoring": ["--to", "there"],
 }
 BENCHES = list(main.commands["bench"].commands)  # type: ignore[attr-defined]
