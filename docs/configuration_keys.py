@@ -13,7 +13,18 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hsplit.config.cluster import ClientGroup, Distribution, ScheduledChange, ServerConfig
-from hsplit.config.job import DataSpec, FastPaths, Faults, Job, Partition, Pipeline, Privacy, ResidualConfig, Validation
+from hsplit.config.job import (
+    DataSpec,
+    FastPaths,
+    Faults,
+    Job,
+    MixturePart,
+    Partition,
+    Pipeline,
+    Privacy,
+    ResidualConfig,
+    Validation,
+)
 from hsplit.config.policy import Importance, Objective, Pace, Policy, Replan, SelfPruning
 from hsplit.config.section import LARGEST, REFERENCE, OneKey
 
@@ -21,7 +32,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     model.__name__: model
     for model in (
         *(ServerConfig, ClientGroup, Distribution, ScheduledChange),
-        *(Job, DataSpec, Partition, Validation, Privacy, ResidualConfig, Pipeline, Faults, FastPaths),
+        *(Job, DataSpec, MixturePart, Partition, Validation, Privacy, ResidualConfig, Pipeline, Faults, FastPaths),
         *(Policy, Pace, Importance, Replan, Objective, SelfPruning),
     )
 }
@@ -139,6 +150,7 @@ _NAMES = {
     "ScheduledChange": "scheduled change",
     "Job": "job",
     "DataSpec": "data",
+    "MixturePart": "source of a mixture",
     "Partition": "partition",
     "Validation": "validation",
     "Privacy": "privacy",

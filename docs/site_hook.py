@@ -23,7 +23,8 @@ OUTSIDE = "repository"
 """The site's folder for files outside of ``docs/``."""
 SHOWN = (
     *("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "benchmarks/README.md"),
-    *("cluster/*.yaml", "cluster/ray/*.yaml", "policies/*.yaml", "benchmarks/*.py", "benchmarks/results/*/*"),
+    *("cluster/*.yaml", "cluster/ray/*.yaml", "policies/*.yaml", "benchmarks/*.py"),
+    *("benchmarks/*.yaml", "benchmarks/results/*/*"),
 )
 """The files outside of ``docs/`` that pages may link to."""
 

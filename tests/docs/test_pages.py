@@ -56,7 +56,7 @@ def test_every_command_is_one_that_hsplit_has_with_options_that_it_knows(page: P
 
 
 def test_the_documents_tell_commands() -> None:
-    assert len(commands_in(ROOT / "README.md")) == 10
+    assert len(commands_in(ROOT / "README.md")) == 11
     assert {words[0] for page in PAGES for words in commands_in(page)} == set(main.commands)
 
 
