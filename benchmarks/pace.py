@@ -58,11 +58,11 @@ LEARNING_LEVELS, LEARNING_SEEDS = (0.0, 0.9), (0, 1, 2)
 NOTHING = "nothing"
 LEVERS: dict[str, tuple[str, ...]] = {
     NOTHING: (),
-    "everything": (*(f"policy.pace.{key}" for key in PACED), "job.residual.wait=0.25"),
+    "everything": (*(f"policy.pace.{key}" for key in PACED), "policy.pace.residual_wait=0.25"),
     "rows": ("policy.pace.batch_size=planned",),
     "wire int4": ("job.wire=int4",),
     "exchange as computed": ("policy.pace.exchange=compute",),
-    "residual waits": ("job.residual.wait=0.25",),
+    "residual waits": ("policy.pace.residual_wait=0.25",),
     "a step a group": (
         *("policy.pace.batch_size=planned", "policy.pace.periods=planned"),
         "policy.pace.server_step=group",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplit.config import ClientConfig, Importance, Job, Policy, RunConfig
+from hsplit.config import ClientConfig, Importance, Job, Pace, Policy, RunConfig
 from hsplit.models.lookup import find_model
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint, save_checkpoint
 from hsplit.run.inputs import read_inputs
@@ -61,7 +61,12 @@ def write_data(path: Path, prompts: int = PROMPTS, references: int = REFERENCES,
 
 
 def finished_run(
-    folder: Path, model: Path, splits: tuple[int, int] = (1, 3), ranks: tuple[int, int] = (2, 4), **job: Any
+    folder: Path,
+    model: Path,
+    splits: tuple[int, int] = (1, 3),
+    ranks: tuple[int, int] = (2, 4),
+    residual_wait: float = 0.0,
+    **job: Any,
 ) -> FinishedRun:
     """Two rounds over two clients, of four layers one and three with them; large steps so that much is learned."""
     source = write_data(folder / "data.csv")
@@ -76,7 +81,9 @@ def finished_run(
         **job,
     }
     wanted = Job.model_validate({"model": str(model), **settings})
-    policy = Policy(importance=Importance(metric="equal"), description="for tests")
+    policy = Policy(
+        importance=Importance(metric="equal"), description="for tests", pace=Pace(residual_wait=residual_wait)
+    )
     plan = fixed_plan(model, wanted, splits, ranks, 4)
     clients = tuple(ClientConfig(name=c.name, kind=c.name, memory_gb=1.0, tflops=1.0) for c in plan.clients)
     config = RunConfig(clients=clients, job=wanted, policy=policy)

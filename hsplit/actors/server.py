@@ -28,7 +28,7 @@ class AggregationReport:
         residual_cut: largest part of a residual that the cap cut in this round, relative Frobenius norm.
         refused: by client name the reason for which its adapters were left out.
         residual_lag: largest part of a weight's aggregated adapters that its holders lack of the residual, for changes
-            that wait (``residual.wait``), relative Frobenius norm.
+            that wait (``pace.residual_wait``), relative Frobenius norm.
     """
 
     nbytes_up: dict[str, int]

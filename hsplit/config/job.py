@@ -217,14 +217,6 @@ class ResidualConfig(Section):
     max_rank: Annotated[Count | Literal["full"], meaning("a whole number of at least 1, or 'full'")] = Field(
         default=128, description="most directions of a residual: what is beyond is cut, and reported; `full` = no cut"
     )
-    wait: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="part of a weight's aggregated adapters (relative Frobenius norm) that holders may lack of its"
-        " residual, until it is more or the last round is done; what was lacking is reported, and the store is exact in"
-        " any case; 0 = every change is sent at once",
-    )
 
 
 class Pipeline(Section):

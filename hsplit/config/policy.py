@@ -144,6 +144,14 @@ class Pace(Section):
         " type to `compute` in (`job.dtype`), with bf16 in half the time; what is aggregated, and what holders restart"
         " with, are the rounded ones, exactly",
     )
+    residual_wait: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="part of a weight's aggregated adapters (relative Frobenius norm) that holders may lack of its"
+        " residual, until it is more or the last round is done; what was lacking is reported, and the store is exact in"
+        " any case; 0 = every change is sent at once",
+    )
 
 
 class Objective(Section):

@@ -358,7 +358,7 @@ class Aggregator:
     def __init__(
         self, shapes: Sequence[LinearShape], job: Job, policy: Policy, master: torch.dtype, *, merges: bool
     ) -> None:
-        self._reinit, self._merges, self._wait = policy.reinit, merges, job.residual.wait
+        self._reinit, self._merges, self._wait = policy.reinit, merges, policy.pace.residual_wait
         dtype = resolve_dtype(job.dtype)
         self._sent, self._master = exchange_dtype(policy, dtype), master
         self._aggregation = find_aggregation(policy.aggregation)

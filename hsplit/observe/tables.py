@@ -68,7 +68,7 @@ def cut_text(cuts: Mapping[int, float], aggregation: object) -> str:
 
 
 def lag_text(lags: Mapping[int, float]) -> str:
-    """Return one sentence on what holders lacked between rounds (``residual.wait``); empty if nothing waited.
+    """Return one sentence on what holders lacked between rounds (``pace.residual_wait``); empty if nothing waited.
 
     Args:
         lags: by round.
@@ -76,8 +76,8 @@ def lag_text(lags: Mapping[int, float]) -> str:
     waited = [lag for lag in lags.values() if lag]
     often = f"in {len(waited)} of {len(lags)} {'round' if len(lags) == 1 else 'rounds'}"
     return (
-        f"residual.wait kept changes back {often}: holders trained on without at most {share_cut(lags)} of a weight's"
-        " aggregated adapters (relative Frobenius norm), which reached them later"
+        f"pace.residual_wait kept changes back {often}: holders trained on without at most {share_cut(lags)} of a"
+        " weight's aggregated adapters (relative Frobenius norm), which reached them later"
         if waited
         else ""
     )

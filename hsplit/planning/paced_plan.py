@@ -45,7 +45,8 @@ that the link binds, and the next narrower format is taken."""
 
 def paces(pace: Pace) -> bool:
     """True if plans choose more than splits and ranks."""
-    return pace != Pace(min_share=pace.min_share, weights=pace.weights, server_step=pace.server_step)
+    chosen_alone = {"min_share", "weights", "server_step", "residual_wait"}
+    return pace.model_dump(exclude=chosen_alone) != Pace().model_dump(exclude=chosen_alone)
 
 
 def stored_forms(cost: CostModel) -> tuple[Stored, ...]:

@@ -141,8 +141,8 @@ class Plan:
         captured_importance: METHOD 5's ``learning``: captured importance, less what learning apart takes from it.
         importance: where the scores come from, in words.
         servers: number of servers; ``server`` is the part of each.
-        exchange_s: predicted time of the exchange at a round's end on the clients' links, with the residual at its cap,
-            spread over the round's local steps (virtual).
+        exchange_s: predicted time of the exchange at a round's end on the clients' links, with the residual at its cap
+            unless its changes wait, spread over the round's local steps (virtual).
         groups: turns of the server in one local step; a client's period, METHOD 10's ``m``, is ``groups * every``.
         speed: against the bound; ``None``: not found out, where nothing is split.
         gamma: the objective's exponent.

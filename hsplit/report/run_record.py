@@ -82,7 +82,7 @@ class RunRecord:
         plan: the plan in force: the last of the history, else the newest checkpoint's; None if there is none.
         events: all but the routine ones, oldest first.
         cuts: largest part of a weight's residual that ``residual.max_rank`` cut, by round, where the events have it.
-        lags: largest part of a weight's aggregated adapters that ``residual.wait`` kept back, by round, likewise.
+        lags: largest part of a weight's aggregated adapters that ``pace.residual_wait`` kept back, by round, likewise.
         data: how the shared data were read, in a line; empty where there are none, and for runs of older versions.
         shares: each client's part of the shared data, where it is known.
         client_tokens: supervised tokens that each client has trained on; empty for runs of older versions.

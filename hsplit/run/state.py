@@ -79,7 +79,7 @@ class RunState:
         bytes_up, bytes_down: of the round under way: wire bytes, client to server and back.
         residual_cut: of the round under way: largest part of a weight's residual that its cap cut, relative norm.
         residual_lag: of the round under way: largest part of a weight's aggregated adapters that its holders lack of
-            the residual (``residual.wait``), relative norm.
+            the residual (``pace.residual_wait``), relative norm.
         probe: importance found in the last step of a round, for the review after it; ``None``: it has to be probed.
         wall_time_s, virtual_time_s: since the run's start, over all its launches.
         validation_wall_s, validation_virtual_s: parts of them that went into validation.

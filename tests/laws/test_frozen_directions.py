@@ -93,10 +93,11 @@ def test_everybody_computes_with_the_exact_sum_but_for_what_waits(
     seed: int,
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    job = Job.model_validate({"dtype": "fp32", "residual": {"max_rank": max_rank, "wait": wait}})
+    job = Job.model_validate({"dtype": "fp32", "residual": {"max_rank": max_rank}})
 
     def made() -> Aggregator:
-        return Aggregator([WEIGHT], job, Policy.model_validate({"reinit": reinit}), torch.float32, merges=merges)
+        policy = Policy.model_validate({"reinit": reinit, "pace": {"residual_wait": wait}})
+        return Aggregator([WEIGHT], job, policy, torch.float32, merges=merges)
 
     aggregator = made()
     followers = [Follower(f"c{i}", rank, tokens[i]) for i, rank in enumerate(ranks)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from hsplit.config import Importance, Job, Policy
+from hsplit.config import Importance, Job, Pace, Policy
 from hsplit.lora.learned import learned
 from hsplit.planning.plan import Plan
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples
@@ -130,7 +130,7 @@ def test_e4_another_plan_changes_no_output(
         "privacy": {"labels": labels},
         "seed": seed,
     }
-    job["residual"] = {"max_rank": max_rank, "wait": wait}
+    job["residual"] = {"max_rank": max_rank}
     settings_ = Job.model_validate({"dtype": "fp32", **job})
     before_splits, before_ranks, after_splits, after_ranks = zip(*holdings, strict=True)
 
@@ -140,7 +140,13 @@ def test_e4_another_plan_changes_no_output(
     before = planned(before_splits, before_ranks, server_ranks[0])
     after = planned(after_splits, after_ranks, server_ranks[1])
     shares = {c.name: random_examples(12, seed + i) for i, c in enumerate(before.clients)}
-    policy = Policy(init="independent", reinit=reinit, moments=moments, importance=Importance(metric="equal"))
+    policy = Policy(
+        init="independent",
+        reinit=reinit,
+        moments=moments,
+        importance=Importance(metric="equal"),
+        pace=Pace(residual_wait=wait),
+    )
     to = tmp_path_factory.mktemp("run")
     recorder = Recorder()
     run = coordinator(models[family], to, before, shares, recorder, policy, **job)

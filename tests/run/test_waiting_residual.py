@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit.config import Importance, Job, Policy
+from hsplit.config import Importance, Job, Pace, Policy
 from hsplit.observe.events import read_events
 from hsplit.observe.tables import LAG, lag_text, residual_cuts
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
@@ -19,8 +19,6 @@ from tests.finished_run import finished_run
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, rows_of
 from tests.observe.test_residual_cuts import everything_said
 
-POLICY = Policy(importance=Importance(metric="equal"))
-
 
 def a_run(
     model: Path, to: Path, wait: float, directory: RunDirectory | None = None, after_step: Any = None, **job: Any
@@ -28,8 +26,9 @@ def a_run(
     # Unequal ranks, so that some directions are frozen beside the residual.
     plan = fixed_plan(model, Job(), [2, 3], [2, 4], 4)
     shares = {f"c{i}": random_examples(12, i) for i in range(2)}
-    settings = {"rounds": 4, "local_steps": 2, "lr": 1e-3, **job, "residual": {"wait": wait, "max_rank": 8}}
-    return coordinator(model, to, plan, shares, Recorder(after_step), POLICY, directory, **settings)
+    settings = {"rounds": 4, "local_steps": 2, "lr": 1e-3, **job, "residual": {"max_rank": 8}}
+    policy = Policy(importance=Importance(metric="equal"), pace=Pace(residual_wait=wait))
+    return coordinator(model, to, plan, shares, Recorder(after_step), policy, directory, **settings)
 
 
 def lags_of(run: Coordinator) -> dict[int, float]:
@@ -80,7 +79,7 @@ def test_a_run_that_is_resumed_while_changes_wait_ends_as_an_uninterrupted_one(
 
 
 def test_what_holders_lacked_is_told_everywhere(models: dict[str, Path], tmp_path: Path) -> None:
-    run = finished_run(tmp_path, models["llama"], residual={"wait": 0.9})
+    run = finished_run(tmp_path, models["llama"], residual_wait=0.9)
     text = lag_text(residual_cuts(read_events(run.directory.events), field=LAG))
     assert "in 1 of 2 rounds" in text
     for place, said in everything_said(run, tmp_path / "said").items():

@@ -169,10 +169,14 @@ class ServerMemory:
     """Peak bytes of the server beside given clients: a constant, and an amount for each unit of rank of each weight.
 
     With several servers they are those of the first, which aggregates and serves most.
+
+    Args:
+        model: the counts.
+        waits: whether residual changes may wait (``pace.residual_wait``).
     """
 
-    def __init__(self, model: CountedModel) -> None:
-        self._model = model
+    def __init__(self, model: CountedModel, *, waits: bool = False) -> None:
+        self._model, self._waits = model, waits
         self._one = model.at_rows(1)
         self._transients: dict[int, float] = {}
 
@@ -272,7 +276,7 @@ class ServerMemory:
     def _store_bytes(self) -> float:
         """Bytes that the aggregator keeps: residuals and common restarts of all weights."""
         # While changes wait, the residual that the holders have is kept too.
-        residuals = 1 + (self._model.job.residual.wait > 0)
+        residuals = 1 + self._waits
         return residuals * self._residual_bytes + float(self._model.copied_bytes.sum())
 
     @cached_property

@@ -45,8 +45,9 @@ class CostModel:
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.model = CountedModel(model, job, exchange=self.pace.exchange, **setting)
         self._client_memory: dict[tuple[int, bool], ClientMemory] = {}
-        self.server = ServerMemory(self.model)
-        self.times = StepTimes(self.model)
+        waits = self.pace.residual_wait > 0
+        self.server = ServerMemory(self.model, waits=waits)
+        self.times = StepTimes(self.model, waits=waits)
 
     @property
     def client(self) -> ClientMemory:

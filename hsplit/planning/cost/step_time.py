@@ -64,10 +64,14 @@ class StepTimes:
 
     The residual counts at its cap and every adapter at the largest rank, so that times depend on the splits alone, as
     METHOD 5's ``makespan(K)`` does.
+
+    Args:
+        model: the counts.
+        waits: whether residual changes may wait (``pace.residual_wait``).
     """
 
-    def __init__(self, model: CountedModel) -> None:
-        self._model = model
+    def __init__(self, model: CountedModel, *, waits: bool = False) -> None:
+        self._model, self._waits = model, waits
 
     def client_times(self, client: ClientBudget, microbatches: int | None = None) -> Floats:
         """Seconds of a client's phases up, turn and down of one local step at each split: ``(L + 1, 3)``.
@@ -154,8 +158,9 @@ class StepTimes:
         """Seconds of a round's end for the links of ``clients``, spread over its local steps: ``(C, L + 1)``.
 
         Adapters up, the residual's change and the restart down; for a client that only computes forward, the residual's
-        change alone, which includes the restart. Unlike a step's messages it grows with the split: over a slow link a
-        deep split may take longer to aggregate than it saves the server.
+        change alone, which includes the restart. Changes that may wait are taken to wait: they are sent once in many
+        rounds. Unlike a step's messages it grows with the split: over a slow link a deep split may take longer to
+        aggregate than it saves the server.
 
         Args:
             clients: budgets of the clients.
@@ -166,6 +171,8 @@ class StepTimes:
         budgets = np.array([(c.bandwidth_bps, c.latency_s) for c in clients], dtype=np.float64)
         bandwidth, latency = budgets.reshape(-1, 2).T[:, :, None]
         residual = model.by_layer(model.residual_itemsize * model.residual_entries)
+        if self._waits:
+            residual = model.sent_bytes.astype(np.float64) if forward_only else np.zeros_like(residual)
         residual[:learned_from] = 0
         nbytes = prefix(residual if forward_only else 2 * model.sent_bytes + residual)
         messages = 1 if forward_only else 2
