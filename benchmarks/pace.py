@@ -38,16 +38,21 @@ from hsplit.planning.importance import equal_importance
 from hsplit.planning.planner import make_plan
 from hsplit.run.inputs import read_inputs
 
-# The job of all figures in docs/pace.md, whose residuals have at most 8 directions.
+PROTOCOL = protocol.Protocol.read(protocol.DEFAULT)
+# The job of the learning runs in docs/pace.md, whose residuals have at most 8 directions.
 JOB = [
     *("job.base=bf16", "job.dtype=bf16", "job.keep_checkpoints=1"),
     *("job.pipeline.microbatches=2", "job.pipeline.ahead=true"),
     *("job.rank_set=[1, 2, 4, 8]", "job.residual.max_rank=8"),
 ]
-BUDGETS = protocol.Protocol.read(protocol.DEFAULT).model_copy(update={"job": JOB})
-LEVELS, SEEDS = BUDGETS.levels, (0, 1, 2, *range(10, 20))
-PACED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned", "exchange=compute")
-OFF = ("batch_size=equal", "periods=none", "stored=dense", "embedding=whole", "wire=job", "exchange=whole")
+LEARNING = PROTOCOL.model_copy(update={"job": JOB})
+LEVELS, SEEDS = PROTOCOL.levels, (0, 1, 2, *range(10, 20))
+PLANNED = ("batch_size=planned", "periods=planned", "stored=planned", "embedding=own", "wire=planned")
+PACED = (*PLANNED, "exchange=compute", "residual_wait=0.25", "server_step=group")
+OFF = (
+    *("batch_size=equal", "periods=none", "stored=dense", "embedding=whole", "wire=job", "exchange=whole"),
+    *("residual_wait=0", "server_step=cycle"),
+)
 POLICIES = {
     "splitlora": ("splitlora", OFF),
     "splitlora, paced": ("splitlora", PACED),
@@ -58,7 +63,11 @@ LEARNING_LEVELS, LEARNING_SEEDS = (0.0, 0.9), (0, 1, 2)
 NOTHING = "nothing"
 LEVERS: dict[str, tuple[str, ...]] = {
     NOTHING: (),
-    "everything": (*(f"policy.pace.{key}" for key in PACED), "policy.pace.residual_wait=0.25"),
+    "everything": (
+        *(f"policy.pace.{key}" for key in PLANNED),
+        "policy.pace.exchange=compute",
+        "policy.pace.residual_wait=0.25",
+    ),
     "rows": ("policy.pace.batch_size=planned",),
     "wire int4": ("job.wire=int4",),
     "exchange as computed": ("policy.pace.exchange=compute",),
@@ -133,11 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # -- speed ----------------------------------------------------------------------------------------------------------
 
 
-def drawn(h: float, seed: int, policy: str, overrides: Sequence[str], options: argparse.Namespace) -> RunConfig:
+def drawn(
+    of: protocol.Protocol, h: float, seed: int, policy: str, overrides: Sequence[str], options: argparse.Namespace
+) -> RunConfig:
     """The run of one draw of budgets."""
     own = [f"job.data.source={options.data}"] if options.data else []
     own += [f"job.model={options.model}"] if options.model else []
-    run, _ = convergence.drawn_run(BUDGETS, h, seed, policy, [*own, *overrides])
+    run, _ = convergence.drawn_run(of, h, seed, policy, [*own, *overrides])
     return run
 
 
@@ -145,7 +156,7 @@ def _speed(name: str, h: float, seed: int, options: argparse.Namespace, known: d
     """Plan one draw; ``known`` has the distinct token ids of each client by seed."""
     policy, pace = POLICIES[name]
     objective = [f"policy.objective={options.objective}"] if options.objective else []
-    run = drawn(h, seed, policy, [*objective, *(f"policy.pace.{key}" for key in pace)], options)
+    run = drawn(PROTOCOL, h, seed, policy, [*objective, *(f"policy.pace.{key}" for key in pace)], options)
     source = find_model(run.job.model)
     if seed not in known:
         # As clients report when they have read their texts.
@@ -242,7 +253,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     length = [f"job.rounds={ROUNDS}", f"job.local_steps={STEPS}", f"job.validation.every={ROUNDS}"]
     own = [*LEVERS[cell.lever], *DATA[cell.data], *length]
     off = [f"policy.pace.{key}" for key in OFF]
-    run = drawn(cell.h, cell.seed, "hsplitlora", [*off, "policy.freeze=never", *own], options)
+    run = drawn(LEARNING, cell.h, cell.seed, "hsplitlora", [*off, "policy.freeze=never", *own], options)
     source, inputs = common.read(run)
     with common.in_process(run, source.directory, inputs, SilentDisplay()) as (coordinator, directory):
         wall_s = common.seconds_of(coordinator.run)

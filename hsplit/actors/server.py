@@ -147,7 +147,7 @@ class Server(Replica):
             name: {weight: rank for weight, rank in ranks.items() if weight not in there.get(name, {})}
             for name, ranks in _ranks_of(plan).items()
         }
-        cut = self.aggregator.aggregate(sound, absent, last=round_ > self._job.rounds)
+        cut = self.aggregator.aggregate(sound, absent, last=round_ > self._job.rounds or not plan.waits)
         # A weight that a holder does not train has rank 0; pruned ranks are its own.
         updates = {h.holder: self.aggregator.update_for(round_, absent[h.holder] | h.ranks) for h in sound}
         self.aggregator.mark_sent()

@@ -160,6 +160,8 @@ def plan_lines(plan: Plan) -> list[str]:
         )
     if plan.groups > 1:
         lines.append(f"The server serves the clients in {plan.groups} groups, one after another.")
+    if not plan.waits:
+        lines.append("Changes of the residual do not wait (pace.residual_wait): ranks need the server's memory.")
     if available < len(plan.clients):
         lines.append(f"{available} of {len(plan.clients)} clients take part.")
     if frozen := [part.name for part in plan.available if part.forward_only]:

@@ -147,6 +147,7 @@ class Plan:
         speed: against the bound; ``None``: not found out, where nothing is split.
         gamma: the objective's exponent.
         rows: examples that all clients together bring to a local step, on the average.
+        waits: the server has room for residual changes that wait, where ``pace.residual_wait`` lets them.
     """
 
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -161,6 +162,7 @@ class Plan:
     speed: Speed | None = None
     gamma: _Figure = 1.0
     rows: _Figure = 1.0
+    waits: bool = True
     __pydantic_config__ = STRICT
 
     @property

@@ -62,7 +62,7 @@ class Scheduler:
 
     def __init__(self, config: RunConfig, model: ModelSpec) -> None:
         self._config = config
-        self.cost = CostModel.of_run(model, config)
+        self.cost = CostModel.of_run(model, config).for_server(config.server, len(config.clients))
 
     # -- planning -------------------------------------------------------------------------------------------------
 
@@ -265,11 +265,12 @@ class Scheduler:
         shrunk, lacking = state.shrunk.get(SERVER, 1.0), ""
         for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
             try:
-                policy = self._config.policy
+                policy, least = self._config.policy, _divided(server, divisor)
+                cost = self.cost.for_server(least, len(clients))
                 made = make_plan(
                     clients,
-                    _divided(server, divisor),
-                    self.cost,
+                    least,
+                    cost,
                     importance,
                     policy,
                     current,
@@ -277,7 +278,7 @@ class Scheduler:
                     vocabulary=fleet.vocabulary,
                     examples=fleet.examples,
                 )
-                return made, lacking
+                return replace(made, waits=cost.waits or not cost.pace.residual_wait), lacking
             except InputError as error:
                 if divisor == 1.0:
                     raise

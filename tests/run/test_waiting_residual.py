@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit.config import Importance, Job, Pace, Policy
+from hsplit.config import ClientConfig, Importance, Job, Pace, Policy, RunConfig, ServerConfig
+from hsplit.errors import InputError
 from hsplit.observe.events import read_events
+from hsplit.observe.plan_text import plan_lines
 from hsplit.observe.tables import LAG, lag_text, residual_cuts
+from hsplit.planning.plan import Plan
+from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
 from hsplit.run.coordinator import Coordinator
 from hsplit.run_directory import RunDirectory
 from tests.finished_run import finished_run
 from tests.in_process import Recorder, coordinator, fixed_plan, random_examples, rows_of
 from tests.observe.test_residual_cuts import everything_said
+from tests.tiny import tiny_spec
 
 
 def a_run(
@@ -76,6 +82,45 @@ def test_a_run_that_is_resumed_while_changes_wait_ends_as_an_uninterrupted_one(
     for holder, tensors in ends[0].items():
         assert tensors.keys() == ends[1][holder].keys()
         assert all(torch.equal(tensor, ends[1][holder][key]) for key, tensor in tensors.items())
+
+
+def test_nothing_waits_where_the_plan_says_so(models: dict[str, Path], tmp_path: Path) -> None:
+    plan = replace(fixed_plan(models["llama"], Job(), [2, 3], [2, 4], 4), waits=False)
+    assert "do not wait" in "\n".join(plan_lines(plan))
+    policy = Policy(importance=Importance(metric="equal"), pace=Pace(residual_wait=0.9))
+    shares = {f"c{i}": random_examples(12, i) for i in range(2)}
+    settings = {"rounds": 3, "local_steps": 2, "lr": 1e-3, "base": "fp32"}
+    run = coordinator(models["llama"], tmp_path, plan, shares, Recorder(), policy, **settings)
+    assert run.run()
+    assert set(lags_of(run).values()) == {0.0}
+
+
+def test_changes_wait_only_beside_a_server_with_memory_for_it() -> None:
+    """The least memory with which they wait is that of both residuals, and a plan with it has the largest ranks."""
+    clients = [ClientConfig(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1.0) for i in range(3)]
+    job = Job(dtype="fp32", base="nf4", batch_size=2, max_length=32)
+
+    def planned(memory_bytes: float, wait: float) -> Plan:
+        server = ServerConfig(memory_gb=memory_bytes / 1e9, tflops=1.0)
+        policy = Policy(pace=Pace(residual_wait=wait))
+        return Scheduler(RunConfig(server=server, clients=clients, job=job, policy=policy), tiny_spec("llama")).plan()
+
+    low, high = 0.0, 1e9
+    assert planned(high, 0.5).waits
+    while high - low > 1000:
+        middle = (low + high) / 2
+        try:
+            low, high = (low, middle) if planned(middle, 0.5).waits else (middle, high)
+        except InputError:
+            low = middle
+    tight = planned(low, 0.5)
+    assert not tight.waits and tight.server.rank_total > 0
+    # Where nothing waits, plans are those of a policy in which nothing may.
+    assert replace(tight, waits=True) == planned(low, 0.0)
+    ample = planned(high, 0.5)
+    assert ample.server.predicted_bytes <= high
+    assert set(ample.server.ranks.values()) == {max(job.rank_set)}
+    assert ample.exchange_s < tight.exchange_s
 
 
 def test_what_holders_lacked_is_told_everywhere(models: dict[str, Path], tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ try thousands of splits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
+
 from hsplit.config import Job, Pace, RunConfig
 from hsplit.lora.aggregation import find_aggregation
 from hsplit.models.spec import ModelSpec
-from hsplit.planning.budgets import ClientBudget
+from hsplit.planning.budgets import ClientBudget, ServerBudget
 from hsplit.planning.cost.counted_model import CountedModel, WireBytes
 from hsplit.planning.cost.memory import ClientMemory, ServerMemory, training_bytes
 from hsplit.planning.cost.step_time import StepTime, StepTimes
@@ -38,6 +41,7 @@ class CostModel:
         rank_set: ranks for a plan to choose from, increasing.
         server: bytes of the server.
         times: virtual seconds.
+        waits: residual changes may wait (``pace.residual_wait``).
     """
 
     def __init__(self, model: ModelSpec, job: Job, pace: Pace | None = None, **setting: Any) -> None:
@@ -45,9 +49,27 @@ class CostModel:
         self.rank_set: tuple[int, ...] = tuple(job.rank_set)
         self.model = CountedModel(model, job, exchange=self.pace.exchange, **setting)
         self._client_memory: dict[tuple[int, bool], ClientMemory] = {}
-        waits = self.pace.residual_wait > 0
-        self.server = ServerMemory(self.model, waits=waits)
-        self.times = StepTimes(self.model, waits=waits)
+        self._set_waits(self.pace.residual_wait > 0)
+
+    def _set_waits(self, waits: bool) -> None:
+        self.waits = waits
+        self.server, self.times = ServerMemory(self.model, waits=waits), StepTimes(self.model, waits=waits)
+
+    def for_server(self, server: ServerBudget, clients: int) -> CostModel:
+        """The costs with a server of that budget: residual changes wait only where memory is ample.
+
+        While changes wait the server keeps each residual twice. Memory is better spent on ranks, so that there must be
+        enough for both, at the largest ranks and with a batch of all clients, wherever these split.
+        """
+        if not self.waits:
+            return self
+        counts = clients * np.eye(self.model.layers + 1, dtype=np.int64)
+        most = self.server.constant(counts) + self.model.top_rank * self.server.per_common_rank(counts)
+        if most.max() <= server.memory_bytes:
+            return self
+        made = copy.copy(self)
+        made._set_waits(False)
+        return made
 
     @property
     def client(self) -> ClientMemory:
