@@ -93,8 +93,11 @@ def test_nothing_is_left_behind(cluster_file: Path, tmp_path: Path, temporary: P
     assert _left(temporary, run), "there is something to tidy up"
     assert _state(run) == "running"
     if end == "success":
+        # Held up, so that it cannot end before the second has looked.
+        driver.send_signal(signal.SIGSTOP)
         second = _started(temporary, "resume", run)
         _, error = second.communicate()
+        driver.send_signal(signal.SIGCONT)
         assert second.returncode == 2 and "tidy: is running" in error
     elif end == "failure":
         # The table of metrics cannot be written any more.
