@@ -33,7 +33,7 @@ def _assert_parity(tmp_path: Path, split: int, labels: str, base: str, steps: in
     clip, names = Job().clip, [shape.name for shape in ModelSpec.read(model).linears]
     settings = {"base": base, "local_steps": steps, "lr": 1e-3, "clip": clip, "privacy": {"labels": labels}}
     # Validation is no part of the law; two examples keep it short.
-    settings |= {"validation": {"max_examples": 2}}
+    settings |= {"validation": {"max_examples": 2}, "batch_size": 4}
     plan = fixed_plan(model, Job.model_validate(settings), [split], [8], 8)
     recorder = Recorder()
     shares = {"c0": restaurants(60, seed=1)}
