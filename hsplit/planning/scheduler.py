@@ -62,7 +62,7 @@ class Scheduler:
 
     def __init__(self, config: RunConfig, model: ModelSpec) -> None:
         self._config = config
-        self.cost = CostModel.of_run(model, config).for_server(config.server, len(config.clients))
+        self.cost = CostModel.of_run(model, config)
 
     # -- planning -------------------------------------------------------------------------------------------------
 
@@ -265,11 +265,11 @@ class Scheduler:
         shrunk, lacking = state.shrunk.get(SERVER, 1.0), ""
         for divisor in dict.fromkeys([*(max(1.0, shrunk / _SHRINK**i) for i in range(_RELAXED)), 1.0]):
             try:
-                policy, least = self._config.policy, _divided(server, divisor)
-                cost = self.cost.for_server(least, len(clients))
+                policy, budget = self._config.policy, _divided(server, divisor)
+                cost = self.cost.for_server(budget, len(clients))
                 made = make_plan(
                     clients,
-                    least,
+                    budget,
                     cost,
                     importance,
                     policy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from hsplit.actors.server import AggregationReport, Server
 from hsplit.config import ClientConfig, Importance, Job, Pace, Policy, RunConfig, ServerConfig
 from hsplit.errors import InputError
+from hsplit.lora.holder import HeldAdapters, RoundUpdate
 from hsplit.observe.events import read_events
 from hsplit.observe.plan_text import plan_lines
 from hsplit.observe.tables import LAG, lag_text, residual_cuts
+from hsplit.planning.cost.model import CostModel
 from hsplit.planning.plan import Plan
 from hsplit.planning.scheduler import Scheduler
 from hsplit.run.checkpoint import latest_checkpoint, read_checkpoint
@@ -96,7 +100,7 @@ def test_nothing_waits_where_the_plan_says_so(models: dict[str, Path], tmp_path:
 
 
 def test_changes_wait_only_beside_a_server_with_memory_for_it() -> None:
-    """The least memory with which they wait is that of both residuals, and a plan with it has the largest ranks."""
+    """With the least memory with which they wait a plan has the largest ranks; with less nothing waits."""
     clients = [ClientConfig(name=f"c{i}", kind="c", memory_gb=1.0, tflops=1.0) for i in range(3)]
     job = Job(dtype="fp32", base="nf4", batch_size=2, max_length=32)
 
@@ -121,6 +125,43 @@ def test_changes_wait_only_beside_a_server_with_memory_for_it() -> None:
     assert ample.server.predicted_bytes <= high
     assert set(ample.server.ranks.values()) == {max(job.rank_set)}
     assert ample.exchange_s < tight.exchange_s
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp32"])
+def test_plans_count_the_bytes_that_a_round_sends_while_changes_wait(
+    models: dict[str, Path], tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of clients at the largest rank; of one that only computes forward the restart alone."""
+    reports: list[AggregationReport] = []
+    aggregate = Server.aggregate
+
+    @wraps(aggregate)
+    def spied(server: Server, round_: int, *held: HeldAdapters) -> tuple[AggregationReport, *tuple[RoundUpdate, ...]]:
+        found = aggregate(server, round_, *held)
+        reports.append(found[0])
+        return found
+
+    monkeypatch.setattr(Server, "aggregate", spied)
+    pace, settings = (
+        Pace(residual_wait=0.9),
+        {"rounds": 3, "local_steps": 2, "lr": 1e-3, "base": base, "rank_set": [1, 4]},
+    )
+    job = Job.model_validate({"dtype": "fp32", **settings})
+    plan, policy = fixed_plan(models["llama"], job, [2, 3, 2], [4, 4, 0], 4), Policy(pace=pace)
+    shares = {f"c{i}": random_examples(12, i) for i in range(3)}
+    assert coordinator(models["llama"], tmp_path, plan, shares, Recorder(), policy, **settings).run()
+
+    # A byte a second, over a link without latency.
+    link = ClientConfig(name="c", kind="c", memory_gb=1.0, tflops=1.0, bandwidth_mbps=8e-6, latency_ms=0.0)
+    times = CostModel(tiny_spec("llama"), job, pace).times
+    for report in reports[:-1]:
+        for part in plan.clients:
+            counted = times.exchange_times([link], forward_only=part.forward_only)[0, part.split] * job.local_steps
+            assert report.nbytes_up.get(part.name, 0) + report.nbytes_down[part.name] == pytest.approx(counted), (
+                part.name
+            )
+    # After the last round all that waited is sent.
+    assert all(reports[-1].nbytes_down[part.name] > reports[0].nbytes_down[part.name] for part in plan.clients)
 
 
 def test_what_holders_lacked_is_told_everywhere(models: dict[str, Path], tmp_path: Path) -> None:

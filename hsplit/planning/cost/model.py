@@ -150,13 +150,13 @@ class CostModel:
 
     @staticmethod
     def of_run(model: ModelSpec, run: RunConfig) -> CostModel:
-        """Make the cost model of a run; a single node's batch joins those of all clients."""
+        """Make the cost model of a run, for its declared server; a single node's batch joins those of all clients."""
         policy, job = run.policy, run.job
         if policy.placement == "single":
             together = sum(client.data is None for client in run.clients)
             job = job.model_copy(update={"batch_size": job.batch_size * together})
         aggregation = find_aggregation(policy.aggregation)
-        return CostModel(
+        made = CostModel(
             model,
             job,
             policy.pace,
@@ -170,6 +170,7 @@ class CostModel:
             servers=run.server.replicas,
             spectral=policy.importance.spectral,
         )
+        return made.for_server(run.server, len(run.clients))
 
     def step_time_s(self, client: ClientBudget, split: int) -> StepTime:
         """Virtual seconds of a client's part of one local step."""
