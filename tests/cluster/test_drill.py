@@ -38,6 +38,8 @@ PHASES = {
     "checkpoint": ("state", 3),
     "importance": ("take_scores", 1),
 }
+# The server has 28 groups in three rounds.
+GROUP_OF_ROUND_2 = 13
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_kill_in_a_probe(
 def test_a_client_killed_while_the_server_computes(
     cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record
 ) -> None:
-    run = drill(cluster_file, tmp_path, Kill("small", SERVER, "train_step", 6))
+    run = drill(cluster_file, tmp_path, Kill("small", SERVER, "train_step", GROUP_OF_ROUND_2))
     check(run, faultless, record_property)
     assert [event["client"] for event in run.events_of("lost")] == ["small"]
 
@@ -106,7 +108,8 @@ def test_a_client_killed_while_the_server_aggregates(
     ("actor", "method", "nth"),
     [
         (SERVER, "configure", 1),
-        (SERVER, "train_step", 6),
+        (SERVER, "train_step", GROUP_OF_ROUND_2),
+        (SERVER, "end_step", GROUP_OF_ROUND_2),
         (SERVER, "aggregate", 2),
         (SERVER, "evaluate", 4),
         (SERVER, "take_scores", 1),
@@ -321,8 +324,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     run = drill(
         cluster_file,
         tmp_path,
-        Happening(SERVER, "end_step", 10, spoil),
-        Kill(SERVER, SERVER, "end_step", 10),
+        Happening(SERVER, "aggregate", 3, spoil),
+        Kill(SERVER, SERVER, "aggregate", 3),
     )
     check(run, faultless, record_property)
     assert run.metrics == faultless.metrics
