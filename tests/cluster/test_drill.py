@@ -34,11 +34,11 @@ PHASES = {
     "backward": ("backward", 6),
     "aggregation": ("collect", 2),
     "restart": ("restart", 3),
-    "validation": ("validation_forward", 4),
+    "validation": ("validation_forward", 3),
     "checkpoint": ("state", 3),
-    "importance": ("take_scores", 1),
+    "importance": ("take_scores", 2),
 }
-# The server has 28 groups in three rounds.
+# Of the 28 that the server takes in three rounds.
 GROUP_OF_ROUND_2 = 13
 
 
@@ -65,6 +65,7 @@ def test_a_client_killed_in_any_phase(
     check(run, faultless, record_property)
     lost, returned = run.events_of("lost", "returned")
     assert lost["client"] == returned["client"] == "large-0" and lost["kind"] == "died"
+    assert lost["round"] == 2
     assert run.metrics[-1]["available_clients"] == 3
 
 
@@ -93,7 +94,7 @@ def test_a_client_killed_while_the_server_computes(
 ) -> None:
     run = drill(cluster_file, tmp_path, Kill("small", SERVER, "train_step", GROUP_OF_ROUND_2))
     check(run, faultless, record_property)
-    assert [event["client"] for event in run.events_of("lost")] == ["small"]
+    assert [(event["client"], event["round"]) for event in run.events_of("lost")] == [("small", 2)]
 
 
 def test_a_client_killed_while_the_server_aggregates(
@@ -133,7 +134,10 @@ def test_what_is_rolled_back_changes_no_number(
     run = drill(cluster_file, tmp_path, Kill(actor, actor, method, nth))
     check(run, faultless, record_property)
     assert run.metrics == faultless.metrics
-    assert [event["actor"] for event in run.events_of("repeated")] == [actor]
+    (repeated,) = run.events_of("repeated")
+    assert repeated["actor"] == actor
+    if nth == GROUP_OF_ROUND_2:
+        assert repeated["round"] == 2
 
 
 def test_twenty_random_kills(cluster_file: Path, tmp_path: Path, faultless: Drill, record_property: Record) -> None:
